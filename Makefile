@@ -1,0 +1,38 @@
+# What a fresh clone needs: python3 (3.10 to 3.13), make and a package index.
+#   make demo PYTHON=python3.12     with another Python
+#   make test ARGS="-k images -x"   arguments for the program behind the target
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN = $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup:  ## the environment with the pinned packages; does nothing when it is there already
+	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
+	  echo "setup: there is no $(PYTHON) here. Install Python 3.10 to 3.13 or name yours: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@"$(PYTHON)" -I jobs/bootstrap.py --venv "$(VENV)"
+
+demo: setup  ## label images of the toy world and write a gallery, offline
+	@"$(BIN)/maskmill" demo $(ARGS)
+
+test: setup  ## all tests
+	@"$(BIN)/python" -m pytest $(ARGS)
+
+lint: setup  ## style and types
+	@status=0; \
+	"$(BIN)/ruff" check . || status=1; \
+	"$(BIN)/ruff" format --check . || status=1; \
+	"$(BIN)/mypy" || status=1; \
+	exit $$status
+
+bench: setup  ## the labelling job beside a bare loop and a naive script
+	@"$(BIN)/python" -m benchmarks.label_job $(ARGS)
+
+clean:  ## remove the environment, caches and the demo's output
+	rm -rf "$(VENV)" demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find models pipeline jobs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

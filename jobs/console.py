@@ -1,0 +1,100 @@
+"""What a job says while it works: a live bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+if TYPE_CHECKING:
+    from pipeline.progress import Progress
+
+LOG_EVERY_S = 10.0
+
+
+class LabelDisplay:
+    """Shows the progress of a labelling run.
+
+    Args:
+        total: images to label.
+        console: where to; a console that is no terminal gets plain lines.
+    """
+
+    def __init__(self, total: int, console: Console) -> None:
+        self._total = total
+        self._console = console
+        self._bar: Bar | None = None
+        self._last_line = time.monotonic()
+        if console.is_terminal:
+            self._bar = Bar(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TextColumn("[red]{task.fields[failed]}"),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("starting", total=total, rate="", failed="")
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """Keep the display on screen."""
+        if self._bar is None:
+            yield
+            return
+        with self._bar:
+            yield
+
+    def stage(self, text: str) -> None:
+        """Say what is being waited for."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+        else:
+            self._say(text)
+
+    def update(self, progress: Progress) -> None:
+        """Show new figures; in a log only every ``LOG_EVERY_S`` seconds."""
+        rate = f"{progress.rate:.1f} images/s" if progress.rate else ""
+        failed = sum(progress.failures.values())
+        if self._bar is not None:
+            self._bar.update(
+                self._task,
+                completed=progress.done,
+                description="labelling" if progress.done else "starting",
+                rate=rate,
+                failed=f"{failed} failed" if failed else "",
+            )
+        elif progress.done and time.monotonic() - self._last_line >= LOG_EVERY_S:
+            self._last_line = time.monotonic()
+            left = ""
+            if progress.rate:
+                left = f", about {duration((self._total - progress.done) / progress.rate)} left"
+            self._say(
+                f"labelled {progress.done}/{self._total}, {failed} failed, {rate or 'rate unknown yet'}{left}"
+            )
+
+    def _say(self, text: str) -> None:
+        self._console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """A length of time as people say it: ``42 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def stderr_console() -> Console:
+    """Progress and messages; standard output stays free for results."""
+    return Console(file=sys.stderr)

@@ -1,0 +1,374 @@
+"""``maskmill label``: images and class names → a label table."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import platform
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from jobs.console import LabelDisplay, duration, stderr_console
+from jobs.recipes import LabelRecipe
+from models.errors import MaskMillError
+from pipeline.checkpoint import CHECKPOINT_DIR, LABELS_DIR, done_ids, recover
+from pipeline.lease import Lease
+from pipeline.manifest import build_manifest
+from pipeline.ontology import Ontology
+from pipeline.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    from pipeline.compute import Compute
+    from pipeline.labeller import Labeller
+    from pipeline.progress import Progress
+
+SCHEMA_VERSION = 1
+DATASET_FILE = "dataset.json"
+OWN_ENTRIES = (DATASET_FILE, LABELS_DIR, CHECKPOINT_DIR, "manifest")
+"""What a labelling run makes in its output, and what ``overwrite`` may delete."""
+PACKAGES = (
+    "maskmill",
+    "torch",
+    "open_clip_torch",
+    "ray",
+    "pyarrow",
+    "pillow",
+    "opencv-python-headless",
+    "numpy",
+)
+MASKCLIP_OPTIONS = (
+    "head",
+    "image_stats",
+    "profile",
+    "window",
+    "window_stride",
+    "ks_threshold",
+    "ks_axis",
+    "ks_source",
+    "pd_threshold",
+    "temperature",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelJob:
+    """Everything that a labelling run is asked for.
+
+    Attributes:
+        source: folder, glob, list file or manifest of the images.
+        ontology: the classes.
+        recipe: every knob that changes the labels.
+        output: folder or object-store prefix that gets the table.
+        overwrite: delete an existing table of another recipe or ontology first.
+        max_failure_rate: share of failed images beyond which the run counts as failed.
+        address: of a Ray cluster; None joins the one around, or starts a local one.
+        verbose: let Ray talk.
+    """
+
+    source: str
+    ontology: Ontology
+    recipe: LabelRecipe
+    output: str
+    overwrite: bool = False
+    max_failure_rate: float = 0.05
+    address: str | None = None
+    verbose: bool = False
+
+
+def run(job: LabelJob, console: Console | None = None) -> int:
+    """Label what is new. Prints a summary.
+
+    Returns:
+        0, or 1 if more than ``max_failure_rate`` of the images of this run failed.
+
+    Raises:
+        MaskMillError: for everything that the user can mend.
+    """
+    console = console or stderr_console()
+    began = time.monotonic()
+    manifest = build_manifest(job.source)
+    storage = open_storage(job.output)
+    on_cluster = bool(job.address or os.environ.get("RAY_ADDRESS"))
+    with Lease.acquire(storage, on_lost=_abandon, cluster=on_cluster) as lease:
+        recorded = _existing(storage, job)
+        recovery = recover(storage)
+        if recovery.parts_discarded:
+            console.print(
+                f"Took up a run that was cut off: {recovery.parts_discarded} half-written part(s) discarded.",
+                soft_wrap=True,
+                highlight=False,
+            )
+        done = done_ids(storage)
+        todo = _without(manifest, done)
+        if todo.num_rows == 0:
+            console.print(
+                f"Nothing new: all {manifest.num_rows:,} images are labelled in {storage.uri}.\n"
+                f"Look at them: maskmill show {job.output}",
+                soft_wrap=True,
+                highlight=False,
+            )
+            return 0
+        console.print(_announcement(job, manifest.num_rows, todo.num_rows), soft_wrap=True, highlight=False)
+        before = set(storage.list(LABELS_DIR))
+        progress, startup_s, busy = _label(job, storage, lease, todo, recorded, console, began)
+        outcome = _count_status(storage, sorted(set(storage.list(LABELS_DIR)) - before))
+        _record_counts(storage)
+    speed = (
+        f" ({progress.rate:.1f} images/s after {duration(startup_s)} of start-up)" if progress.rate else ""
+    )
+    lines = [f"Labelled {outcome['ok']:,} images in {duration(time.monotonic() - began)}{speed}"]
+    if busy:
+        lines.append(f"  CLIP workers busy {busy:.0%} of the time")
+    return _summary(job, storage, outcome, lines, console)
+
+
+def _existing(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
+    """The record of the table that is already there, if it may be added to."""
+    recorded: dict[str, Any] | None = storage.read_json(DATASET_FILE, None)
+    if recorded is not None and job.overwrite:
+        for entry in OWN_ENTRIES:
+            storage.delete(entry)
+        return None
+    if recorded is None:
+        if storage.list(LABELS_DIR):
+            raise MaskMillError(
+                "output_not_ours",
+                f"{storage.uri} has files in {LABELS_DIR}/ but no {DATASET_FILE} that says what they are.",
+                f"Name another --output, or put {DATASET_FILE} back if this is a label table.",
+            )
+        return None
+    theirs, ours = recorded["recipe"], job.recipe.to_dict()
+    changed = [
+        f"{key}: {theirs.get(key)!r} there, {value!r} here"
+        for key, value in ours.items()
+        if key != "name" and theirs.get(key) != value
+    ]
+    if recorded["ontology"]["hash"] != job.ontology.hash:
+        changed.append("the classes (ontology) differ")
+    if changed:
+        raise MaskMillError(
+            "output_differs",
+            f"{storage.uri} was labelled differently: {'; '.join(changed)}.",
+            "One table holds one kind of label. Name another --output, go back to the recorded recipe and "
+            "classes, or delete the old table "
+            "and start anew with --overwrite.",
+        )
+    return recorded
+
+
+def _without(manifest: pa.Table, done: np.ndarray) -> pa.Table:
+    ids = manifest["id"].to_numpy()
+    return manifest.filter(pa.array(~np.isin(ids, done, assume_unique=False)))
+
+
+def _announcement(job: LabelJob, total: int, todo: int) -> str:
+    new = f"{todo:,} images" if todo == total else f"{todo:,} new of {total:,} images"
+    toy = " (a toy: it knows the toy world only)" if job.recipe.model == "toyclip" else ""
+    return f"Labelling {new} with {job.ontology.num_classes} classes, {job.recipe.model}{toy} → {job.output}"
+
+
+def _label(
+    job: LabelJob,
+    storage: Storage,
+    lease: Lease,
+    todo: pa.Table,
+    recorded: dict[str, Any] | None,
+    console: Console,
+    began: float,
+) -> tuple[Progress, float, float]:
+    """Run the flow; returns its progress, the seconds until it flowed, and the busy share of the actors."""
+    from pipeline.compute import ray_session, warm_up
+
+    display = LabelDisplay(todo.num_rows, console)
+    with display.live(), ThreadPoolExecutor(1) as pool:
+        display.stage("reading CLIP weights and class names, starting Ray")
+        prepared = pool.submit(_prepare, job, recorded)
+        with ray_session(lease.run_id, address=job.address, verbose=job.verbose) as compute:
+            from pipeline.labelling import run_labelling, start_board, write_run_manifest
+            from pipeline.stages import ImageSettings
+
+            board = start_board()
+            warm_up(compute)
+            make_labeller, record = prepared.result()
+            if recorded is None:
+                precision = _precision(job.recipe, compute)
+                storage.write_json(DATASET_FILE, record | {"precision": precision})
+            else:
+                precision = recorded["precision"]
+            run_name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{lease.run_id[:8]}"
+            manifest = write_run_manifest(storage, run_name, todo, compute.actors)
+            display.stage(f"starting {compute.actors} CLIP worker(s) on {'GPU' if compute.gpus else 'CPU'}")
+            before_flow = time.monotonic() - began
+            progress = run_labelling(
+                storage,
+                manifest,
+                make_labeller=functools.partial(make_labeller, precision=precision, threads=compute.threads),
+                image_settings=ImageSettings(
+                    job.recipe.scale, job.recipe.keep_ratio, job.recipe.resize, job.recipe.max_pixels
+                ),
+                num_classes=job.ontology.num_classes,
+                ignore_index=job.ontology.ignore_index,
+                compute=compute,
+                board=board,
+                report=display.update,
+            )
+            flowing = (progress.last_s or 0.0) - (progress.first_s or 0.0)
+            busy = progress.label_s / (compute.actors * flowing) if flowing > 1 else 0.0
+    return progress, before_flow + (progress.first_s or 0.0), min(busy, 1.0)
+
+
+def _precision(recipe: LabelRecipe, compute: Compute) -> str:
+    """What "auto" means is decided once for a table, and holds for all runs that add to it."""
+    from models.precision import best_device, native_precision
+    from pipeline.compute import worker_precision
+
+    if recipe.precision != "auto":
+        return recipe.precision
+    return native_precision(best_device()) if compute.local else worker_precision(compute)
+
+
+def _prepare(
+    job: LabelJob, recorded: dict[str, Any] | None
+) -> tuple[Callable[..., Labeller], dict[str, Any]]:
+    """Find the weights, so that mistakes show before work starts, and embed the class names."""
+    from models.clip import load_source
+    from models.precision import DTYPES, best_device, native_precision
+    from models.text import build_text_classifier, cached_text_classifier
+    from models.weights import find_weights
+    from pipeline.maskclip_labeller import MaskClipLabeller
+
+    recipe, ontology = job.recipe, job.ontology
+    device = best_device()
+    # Class names are embedded with the arithmetic of the run, unless this machine would have to emulate it.
+    native = native_precision(device)
+    wanted = recorded["precision"] if recorded else recipe.precision
+    text_precision = native if wanted in ("auto", native) else "fp32"
+    source = find_weights(recipe.model, recipe.pretrained)
+    if recorded is not None and recorded["weights"]["fingerprint"] != source.fingerprint:
+        raise MaskMillError(
+            "output_differs",
+            f"{job.output} was labelled with other weights of {recipe.model} "
+            f"({recorded['weights']['fingerprint'][:12]}, now {source.fingerprint[:12]}).",
+            "Give the same weights, or name another --output.",
+        )
+    words: dict[str, Any] = {
+        "templates": ontology.templates,
+        "merge": ontology.merges(),
+        "cache_dir": cache_dir(),
+    }
+    text = cached_text_classifier(
+        source.fingerprint, ontology.prompts(), **words, dtype=DTYPES[text_precision]
+    ) or build_text_classifier(
+        load_source(source, device=device, dtype=DTYPES[text_precision]), ontology.prompts(), **words
+    )
+    thresholds = ontology.thresholds(default=recipe.min_confidence)
+    make_labeller = functools.partial(
+        MaskClipLabeller,
+        model=recipe.model,
+        pretrained=recipe.pretrained,
+        embeddings=text.embeddings.cpu().numpy(),
+        class_ids=text.class_ids.cpu().numpy(),
+        num_classes=ontology.num_classes,
+        thresholds=[0.0] * ontology.num_classes if thresholds is None else thresholds.tolist(),
+        options={name: getattr(recipe, name) for name in MASKCLIP_OPTIONS},
+        batch_size=recipe.batch_size,
+        ignore_index=ontology.ignore_index,
+    )
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "ontology": ontology.to_dict() | {"hash": ontology.hash, "names": list(ontology.names)},
+        "recipe": recipe.to_dict() | {"hash": recipe.hash},
+        "weights": {
+            "model": recipe.model,
+            "pretrained": recipe.pretrained,
+            "fingerprint": source.fingerprint,
+        },
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "counts": {},
+    }
+    return make_labeller, record
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cache_dir() -> Path:
+    """Where text embeddings are kept: ``$MASKMILL_CACHE``, else below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    own = os.environ.get("MASKMILL_CACHE")
+    if own:
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maskmill"
+
+
+def _record_counts(storage: Storage) -> None:
+    from pipeline.labels import summarise
+
+    record = storage.read_json(DATASET_FILE, None)
+    assert record is not None
+    record["counts"] = summarise(storage)
+    record["updated"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    storage.write_json(DATASET_FILE, record)
+
+
+def _count_status(storage: Storage, parts: list[str]) -> Counter[str]:
+    """Rows by status, counted on disk: what workers report is counted twice if one dies at a bad moment."""
+    counts: Counter[str] = Counter()
+    for part in parts:
+        table = pq.read_table(storage.path(part), columns=["status"], filesystem=storage.arrow_filesystem())
+        counts.update(table["status"].to_pylist())
+    return counts
+
+
+def _summary(
+    job: LabelJob, storage: Storage, outcome: Counter[str], lines: list[str], console: Console
+) -> int:
+    failed = outcome.total() - outcome["ok"]
+    if failed:
+        codes = ", ".join(f"{count:,} {code}" for code, count in sorted(outcome.items()) if code != "ok")
+        lines.append(f"  {failed:,} failed: {codes} (rows with a status; `maskmill show` lists them)")
+    lines += [
+        f"  label table  {storage.uri}/{LABELS_DIR}/*.parquet",
+        f"  its record   {storage.uri}/{DATASET_FILE}",
+        f"Look at it:    maskmill show {job.output}",
+    ]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    rate = failed / max(outcome.total(), 1)
+    if rate > job.max_failure_rate:
+        console.print(
+            f"{rate:.1%} of the images failed, more than --max-failure-rate {job.max_failure_rate:.1%}.",
+            style="bold red",
+            soft_wrap=True,
+            highlight=False,
+        )
+        return 1
+    return 0
+
+
+def _abandon() -> None:
+    """Another run owns the output now: stop before one more byte is written."""
+    print("The lease of this output was taken over by another run; stopping.", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def with_min_confidence(recipe: LabelRecipe, min_confidence: float | None) -> LabelRecipe:
+    """The recipe with another ``min_confidence``, if one is given."""
+    return recipe if min_confidence is None else dataclasses.replace(recipe, min_confidence=min_confidence)

@@ -1,0 +1,1 @@
+"""What computes: pure PyTorch, usable on its own in a notebook. Never imports Ray or MLflow."""

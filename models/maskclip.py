@@ -1,0 +1,277 @@
+"""MaskCLIP (arXiv 2112.01071): images and a text classifier to class scores on the patch grid.
+
+Shapes: B batch, C classes, P classifier rows, D embedding channels, H W pixels, h w grid, L = h*w, K key
+channels.
+
+The order is the reference's: cosines, prompt denoising, key smoothing; resizing and argmax follow in
+``models.labelmap``. Cosines are never multiplied by the temperature before they are resized.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.clip import Clip
+from models.dense import Dense, KeySource, Profile, dense_encoder
+from models.errors import MaskMillError
+from models.text import TextClassifier
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+DENIED = -100.0
+"""The score of a class that prompt denoising took out of an image."""
+
+KeyAxis = Literal["token", "channel"]
+ImageStats = Literal["imagenet", "clip"]
+
+
+@dataclass(frozen=True)
+class MaskClipConfig:
+    """Every knob of inference; the defaults are those of the reference's MaskCLIP rows.
+
+    Attributes:
+        head: a name in ``models.dense.HEADS``.
+        image_stats: ``imagenet`` as the reference normalises images, or ``clip`` as the weights were trained.
+        profile: ``reference`` for erf-GELU and LayerNorm eps 1e-6 in a ViT, ``weights`` for what they were
+            trained with.
+        ks_threshold: key smoothing of pixels whose best probability is below it; 0 is off, the paper's "+KS"
+            is 1.
+        ks_axis: ``token`` divides each key channel by its norm over the tokens, as the reference code does by
+            a slip; ``channel`` divides each token's key by its norm, as the paper says.
+        ks_source: ``projected`` keys as in the reference code, or ``raw`` (a ResNet has raw ones only).
+        pd_threshold: prompt denoising: a class whose best probability in the image is below it is removed; 0
+            is off, the paper's "+PD" is 0.5.
+        temperature: of the softmax inside PD, KS and the confidence.
+        window: side of square windows in pixels, a multiple of the grid stride; 0 is the whole image.
+        window_stride: step of the windows in pixels, a multiple of the grid stride; 0 is the window itself.
+    """
+
+    head: str = "maskclip"
+    image_stats: ImageStats = "imagenet"
+    profile: Profile = "reference"
+    ks_threshold: float = 0.0
+    ks_axis: KeyAxis = "token"
+    ks_source: KeySource = "projected"
+    pd_threshold: float = 0.0
+    temperature: float = 100.0
+    window: int = 0
+    window_stride: int = 0
+
+    def __post_init__(self) -> None:
+        self._one_of("image_stats", "imagenet", "clip")
+        self._one_of("profile", "reference", "weights")
+        self._one_of("ks_axis", "token", "channel")
+        self._one_of("ks_source", "projected", "raw")
+        for name in ("ks_threshold", "pd_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise self._wrong(name, "It is a probability: 0 (off) to 1.")
+        if not self.temperature > 0:
+            raise self._wrong("temperature", "Use a positive number; CLIP's own is 100.")
+        if self.window < 0 or not 0 <= self.window_stride <= self.window:
+            raise self._wrong("window_stride", "Use window >= window_stride >= 0.")
+
+    def _one_of(self, name: str, *values: str) -> None:
+        if getattr(self, name) not in values:
+            raise self._wrong(name, f"Use one of {', '.join(values)}.")
+
+    def _wrong(self, name: str, remedy: str) -> MaskMillError:
+        return MaskMillError("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
+
+
+class MaskClip:
+    """A CLIP with a dense head and a text classifier.
+
+    Args:
+        clip: the visual tower is shared, not changed; the text tower is not used.
+        text: the classifier; its D must be the CLIP's.
+        config: the knobs.
+
+    Raises:
+        MaskMillError: settings that do not fit this CLIP (``setting_invalid``, ``head_unknown``,
+            ``head_without_keys``), or a classifier of another width (``classifier_does_not_fit``).
+    """
+
+    def __init__(self, clip: Clip, text: TextClassifier, config: MaskClipConfig | None = None) -> None:
+        config = config or MaskClipConfig()
+        if text.embeddings.shape[1] != clip.embed_dim:
+            raise MaskMillError(
+                "classifier_does_not_fit",
+                f"The classifier has {text.embeddings.shape[1]} channels; {clip.name} has {clip.embed_dim}.",
+                "Build it with the same CLIP.",
+            )
+        for name, pixels in (("window", config.window), ("window_stride", config.window_stride)):
+            if pixels % clip.stride:
+                raise MaskMillError(
+                    "setting_invalid",
+                    f"{name} = {pixels} is no multiple of the {clip.stride} pixels of a grid cell.",
+                    f"Use {max(1, round(pixels / clip.stride)) * clip.stride}.",
+                )
+        self.clip = clip
+        self.text = text
+        self.config = config
+        keys = config.ks_source if config.ks_threshold > 0 else None
+        self.encoder = dense_encoder(clip.visual, head=config.head, profile=config.profile, keys=keys)
+        exact = torch.float64 if clip.dtype == torch.float64 else torch.float32
+        mean, std = (
+            (IMAGENET_MEAN, IMAGENET_STD) if config.image_stats == "imagenet" else (clip.mean, clip.std)
+        )
+        # uint8 -> (x - 255 mean) / (255 std), per channel
+        self._mean = 255 * torch.tensor(mean, dtype=exact, device=clip.device)[:, None, None]
+        self._std = 255 * torch.tensor(std, dtype=exact, device=clip.device)[:, None, None]
+        self._rows = text.embeddings.to(clip.device, exact)
+        self._row_table = _row_table(text).to(clip.device)
+
+    @property
+    def confidence_temperature(self) -> float | None:
+        """What ``models.labelmap.label_map`` needs as ``temperature`` for these scores.
+
+        None with key smoothing: its scores are sums of probabilities, no cosines, and a class's confidence is
+        its share of them.
+        """
+        return None if self.config.ks_threshold > 0 else self.config.temperature
+
+    @torch.inference_mode()
+    def grid_scores(self, images: Tensor) -> Tensor:
+        """Class scores on the patch grid.
+
+        On a CPU the images of a batch are run one after the other: that is the faster way there, and a score
+        then never depends on the batch an image fell into.
+
+        Args:
+            images: uint8 (B, 3, H, W) RGB, as large as they shall go through the network.
+
+        Returns:
+            fp32 (B, C, h, w) (fp64 if the CLIP is): cosines, ``DENIED`` for removed classes; with key
+            smoothing its unnormalised scores. On this CLIP's device.
+        """
+        if images.device.type == "cpu" and self.clip.device.type == "cpu" and len(images) > 1:
+            return torch.cat([self.grid_scores(image[None]) for image in images])
+        images = (images.to(self.clip.device) - self._mean) / self._std
+        if self.config.window:
+            return self._refine(*self._windows(images))
+        return self.scores(self.encoder(images))
+
+    def scores(self, dense: Dense) -> Tensor:
+        """``grid_scores`` from what ``self.encoder`` gave."""
+        return self._refine(self._cosines(dense.features), dense.keys)
+
+    def _refine(self, cosines: Tensor, keys: Tensor | None) -> Tensor:
+        """(B, P, h, w) cosines of all rows -> (B, C, h, w) scores."""
+        config = self.config
+        scores = self._merge(cosines)
+        scores = prompt_denoising(scores, config.pd_threshold, temperature=config.temperature)
+        if keys is not None and config.ks_threshold > 0:
+            scores = key_smoothing(
+                scores, keys, config.ks_threshold, axis=config.ks_axis, temperature=config.temperature
+            )
+        return scores
+
+    def _cosines(self, features: Tensor) -> Tensor:
+        """(B, D, h, w) -> (B, P, h, w). The rows of the classifier are taken as they are."""
+        features = features.to(self._rows.dtype)
+        norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+        return torch.einsum("pd,bdhw->bphw", self._rows, features) / norm
+
+    def _merge(self, cosines: Tensor) -> Tensor:
+        """(B, P, h, w) -> (B, C, h, w), each class the best of its rows."""
+        if self._row_table.shape[1] == 1:
+            return cosines
+        return cosines[:, self._row_table].amax(2)
+
+    def _windows(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Cosines and keys on the grid of the whole image, averaged where windows overlap.
+
+        The image is padded to whole cells and the last window of a row or column is moved back to its end, so
+        all windows have one size and lie on the grid. PD and KS see the assembled image.
+        """
+        stride, step = self.encoder.stride, self.config.window_stride or self.config.window
+        images = F.pad(images, (0, -images.shape[-1] % stride, 0, -images.shape[-2] % stride))
+        (tops, height), (lefts, width) = (_spans(n, self.config.window, step) for n in images.shape[-2:])
+        h, w = images.shape[-2] // stride, images.shape[-1] // stride
+        cosines = images.new_zeros(len(images), len(self._rows), h, w)
+        keys: Tensor | None = None
+        count = images.new_zeros(h, w)
+        for top in tops:
+            for left in lefts:
+                dense: Dense = self.encoder(images[..., top : top + height, left : left + width])
+                cell = (
+                    ...,
+                    slice(top // stride, (top + height) // stride),
+                    slice(left // stride, (left + width) // stride),
+                )
+                cosines[cell] += self._cosines(dense.features)
+                count[cell] += 1
+                if dense.keys is not None:
+                    if keys is None:
+                        keys = images.new_zeros(len(images), dense.keys.shape[-1], h, w)
+                    keys[cell] += dense.keys.transpose(1, 2).unflatten(2, (height // stride, width // stride))
+        cosines = cosines / count
+        return cosines, None if keys is None else (keys / count).flatten(2).transpose(1, 2)
+
+
+def prompt_denoising(scores: Tensor, threshold: float, *, temperature: float = 100.0) -> Tensor:
+    """Take the classes out of an image that are nowhere likely (paper §3.3).
+
+    Args:
+        scores: (B, C, h, w) cosines, fp32 or fp64.
+        threshold: a class is removed if its best softmax probability in the image is strictly below; 0 is
+            off.
+        temperature: of the softmax.
+
+    Returns:
+        (B, C, h, w), ``DENIED`` in all of a removed class. The probabilities are not evaluated again
+        afterwards.
+    """
+    if threshold <= 0:
+        return scores
+    best = (temperature * scores).softmax(1).amax((2, 3), keepdim=True)
+    return torch.where(best < threshold, DENIED, scores)
+
+
+def key_smoothing(
+    scores: Tensor, keys: Tensor, threshold: float, *, axis: KeyAxis = "token", temperature: float = 100.0
+) -> Tensor:
+    """Let positions vote for each other by the likeness of their keys (paper §3.3, as the reference codes
+    it).
+
+    Args:
+        scores: (B, C, h, w) cosines after prompt denoising, fp32 or fp64.
+        keys: (B, L, K), any float type.
+        threshold: positions whose best probability is strictly below are smoothed, the others keep their
+            probabilities; 0 is off.
+        axis: what the keys are normalised along: ``token`` (reference) or ``channel`` (paper).
+        temperature: of the softmax.
+
+    Returns:
+        (B, C, h, w): probabilities where not smoothed, elsewhere their sum over all positions weighted by key
+        likeness, which may be negative and is not normalised. No cosines any more.
+    """
+    if threshold <= 0:
+        return scores
+    probabilities = (temperature * scores).flatten(2).softmax(1).transpose(1, 2)
+    keys = F.normalize(keys.to(scores.dtype), dim=1 if axis == "token" else 2, eps=1e-12)
+    # (k k^T) p = k (k^T p): the L x L matrix is never made
+    smoothed = keys @ (keys.transpose(1, 2) @ probabilities)
+    unsure = probabilities.amax(2, keepdim=True) < threshold
+    result = torch.where(unsure, smoothed, probabilities)
+    return result.transpose(1, 2).unflatten(2, scores.shape[-2:])
+
+
+def _row_table(text: TextClassifier) -> Tensor:
+    """(C, R) row indices of each class, R the most rows of a class; shorter lists repeat their last row."""
+    counts = torch.bincount(text.class_ids, minlength=text.num_classes)
+    first = counts.cumsum(0) - counts
+    offsets = torch.minimum(torch.arange(int(counts.max()))[None], counts[:, None] - 1)
+    return first[:, None] + offsets
+
+
+def _spans(length: int, window: int, step: int) -> tuple[list[int], int]:
+    """Where windows start along an axis, and how long they are; the last one ends at the end."""
+    if length <= window:
+        return [0], length
+    return [*range(0, length - window, step), length - window], window

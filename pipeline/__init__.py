@@ -1,0 +1,1 @@
+"""What flows: manifests, images, label tables, and the stages between them."""

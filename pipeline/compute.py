@@ -1,0 +1,197 @@
+"""Ray for a labelling run: start or join a cluster, and share its processors out among the stages."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from models.errors import MaskMillError
+from pipeline.lease import RUN_ID_VARIABLE
+
+LOCAL_SLOTS = 8
+"""Logical CPUs of a local Ray at least. They are scheduling slots, not cores: with as many as a small
+machine has cores, the stages' minimum needs more than there is, and Ray Data waits for ever in silence."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a run uses the cluster.
+
+    Attributes:
+        actors: CLIP actors, a fixed pool: one a GPU, or on CPUs as many as keep all cores busy.
+        gpus: GPUs of each actor.
+        cpus: logical CPUs of each actor.
+        threads: CPU threads of each actor; actors x threads never exceed the cores.
+        decoders: concurrent fetch-and-decode tasks.
+        writers: concurrent encode-and-write tasks.
+        task_cpus: logical CPUs of each such task.
+        local: whether the run has a Ray of its own on this machine.
+    """
+
+    actors: int
+    gpus: float
+    cpus: float
+    threads: int
+    decoders: int
+    writers: int
+    task_cpus: float
+    local: bool
+
+    @property
+    def needed_cpus(self) -> float:
+        """Logical CPUs without which the pipeline cannot move: the pool, and one task of each other stage."""
+        return self.actors * self.cpus + 2 * self.task_cpus
+
+
+def plan_compute(nodes: Sequence[tuple[float, float]], *, cores: int | None) -> Compute:
+    """Share out what a cluster has.
+
+    Args:
+        nodes: (logical CPUs, GPUs) of each node that is alive.
+        cores: real cores of this machine if Ray was started here for this run alone, else None: on a
+            cluster the logical CPUs stand for cores.
+
+    Raises:
+        MaskMillError: ``cluster_too_small`` if the stages' minimum exceeds the cluster, which would wait
+            for ever.
+    """
+    cpus, gpus = sum(node[0] for node in nodes), int(sum(node[1] for node in nodes))
+    share = 1.0 if cores is None and cpus >= gpus + 4 else 0.5
+    if gpus:
+        # Decoding is what starves GPUs: all CPUs that the actors leave, a quarter of them for encoding.
+        left = max(2, int((cores or cpus) - gpus * share))
+        writers = max(1, left // 4)
+        plan = Compute(gpus, 1.0, share, 1, max(1, left - writers), writers, share, cores is not None)
+    else:
+        smallest = min((node[0] for node in nodes if node[0] >= 1), default=0)
+        # Single-threaded actors never wait for one another; with many cores memory asks for fewer and wider.
+        threads = 4 if smallest > 8 and (cores is None or cores > 8) else 1
+        usable = cores if cores is not None else int((cpus - 2 * share) * 0.9)
+        tasks = max(1, int(cores or cpus) // 4)
+        plan = Compute(
+            max(1, usable // threads), 0.0, share * threads, threads, tasks, tasks, share, cores is not None
+        )
+    stranded = sum(1 for node in nodes if node[0] < node[1] * plan.cpus)
+    if plan.needed_cpus > cpus or (gpus and stranded):
+        raise MaskMillError(
+            "cluster_too_small",
+            f"The stages need {plan.needed_cpus:g} CPUs at once ({plan.actors} CLIP actors, one decoder, one "
+            f"writer); the cluster has {cpus:g} on {len(nodes)} node(s)"
+            + (
+                f", and {stranded} node(s) have GPUs without CPUs to drive them."
+                if gpus and stranded
+                else "."
+            ),
+            "Add CPUs: 4 to 16 for each GPU are sensible.",
+        )
+    return plan
+
+
+@contextlib.contextmanager
+def ray_session(run_id: str, *, address: str | None, verbose: bool) -> Iterator[Compute]:
+    """Ray for the time of one run: the cluster that the environment names, or one of its own.
+
+    Args:
+        run_id: marks every process of the run in its environment (``pipeline.lease.end_orphans``).
+        address: of a cluster; None joins the one that ``RAY_ADDRESS`` names (as within ``ray job submit``),
+            and starts a local one otherwise.
+        verbose: let Ray talk.
+
+    Raises:
+        MaskMillError: ``cluster_unreachable``, ``cluster_too_small``.
+    """
+    # Worker processes started ahead of need cost a core-second each, which counts on a laptop.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    os.environ.setdefault("RAY_enable_worker_prestart", "0")
+    if not verbose:
+        # Among what it prints below "fatal" is, in every run, a warning about the arguments of pool actors.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ[RUN_ID_VARIABLE] = run_id
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS")
+    level = logging.INFO if verbose else logging.ERROR
+    local = address in (None, "", "local")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        with contextlib.nullcontext() if verbose else _quiet_stderr():
+            if local:
+                slots = max(LOCAL_SLOTS, 2 * cores)
+                ray.init(
+                    "local",
+                    num_cpus=slots,
+                    include_dashboard=False,
+                    logging_level=level,
+                    log_to_driver=verbose,
+                )
+            else:
+                ray.init(address, logging_level=level, log_to_driver=verbose)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise MaskMillError(
+            "cluster_unreachable",
+            f"Ray could not be started or reached{'' if local else f' at {address}'}: {error}",
+            "Check --address (or RAY_ADDRESS), or leave it out to run on this machine alone.",
+        ) from error
+    # Ray puts a handler of its own in place, which ends the process without a word.
+    signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield plan_compute(
+            [(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive],
+            cores=cores if local else None,
+        )
+    finally:
+        ray.shutdown()
+
+
+def warm_up(compute: Compute) -> None:
+    """Let the processes that will be CLIP workers import what they need, while this one still prepares.
+
+    Ray gives idle processes of finished tasks to new actors. Not those that held a GPU: they end.
+    """
+    import ray
+
+    if not compute.local or compute.gpus:
+        return
+
+    @ray.remote(num_cpus=compute.cpus)
+    def load() -> None:
+        import pipeline.maskclip_labeller  # noqa: F401
+
+    for _ in range(compute.actors):
+        load.remote()
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Drop what is written to standard error meanwhile, by compiled code as well; exceptions still rise."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def worker_precision(compute: Compute) -> str:
+    """``models.precision.native_precision`` of a machine that will do the work; that need not be this one."""
+    import ray
+
+    @ray.remote(num_cpus=compute.task_cpus, num_gpus=compute.gpus, max_retries=3)
+    def ask() -> str:
+        from models.precision import best_device, native_precision
+
+        return native_precision(best_device())
+
+    answer: str = ray.get(ask.remote())
+    return answer

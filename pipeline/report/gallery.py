@@ -1,0 +1,380 @@
+"""A label table as one page of pictures: ``maskmill show``.
+
+The page is a single HTML file that loads nothing from anywhere: pictures are JPEGs inside it, and a content
+policy forbids the browser to fetch more. Statistics are of the whole table, read as a stream; pictures are of
+``limit`` rows.
+
+Shape letters: H W pixels of the image, T U pixels of its thumbnail.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import heapq
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, get_args
+from urllib.parse import unquote
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+
+from models.errors import MaskMillError
+from pipeline import labels
+from pipeline.images import ERROR_CODES, ImageError, decode, fetch
+from pipeline.ontology import Ontology
+from pipeline.palette import palette
+from pipeline.storage import Storage, open_storage
+
+#: Which rows are shown, and in which order: a sample by id, or the least or greatest label quality.
+Order = Literal["sample", "worst", "best"]
+
+_COLUMNS = ("id", "uri", "sha256", "height", "width", "mask", "confidence", "segments", "quality")
+# Below this many classes the whole legend is open; the rest folds away.
+_LEGEND = 24
+_CHIPS = 6
+
+
+@dataclass(frozen=True)
+class Legend:
+    """What class ids look like on the page."""
+
+    names: tuple[str, ...]
+    colors: NDArray[np.uint8]  # (C, 3) sRGB
+    ignore_index: int
+
+    def css(self, class_id: int) -> str:
+        """The colour of a class as ``#rrggbb``."""
+        red, green, blue = self.colors[class_id]
+        return f"#{red:02x}{green:02x}{blue:02x}"
+
+
+def write_gallery(
+    table: Storage | str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    limit: int = 60,
+    order: Order = "sample",
+    thumbnail: int = 480,
+) -> Path:
+    """Write a page that shows a label table.
+
+    Images are read again from their URIs. Where that is not possible, or the image is no longer the one that
+    was labelled, its labels are shown without it.
+
+    Args:
+        table: the output of a labelling run.
+        output: the HTML file to write; an older one is replaced once the new one is whole.
+        limit: how many images to show. A page takes about 0.1 MB for each, in the file and in memory.
+        order: the rows that are shown; see :data:`Order`. The page itself can sort what it has.
+        thumbnail: long side of the pictures, pixels.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        MaskMillError: ``table_missing``, ``table_unreadable``, ``limit_invalid`` or ``order_unknown``.
+    """
+    from jinja2 import Environment
+
+    if limit < 0:
+        raise MaskMillError("limit_invalid", f"{limit} images cannot be shown.", "Give 0 or more.")
+    if order not in get_args(Order):
+        raise MaskMillError("order_unknown", f"No order {order!r}.", f"One of: {', '.join(get_args(Order))}.")
+    storage = table if isinstance(table, Storage) else open_storage(table)
+    if not labels.table_files(storage)[1]:
+        raise MaskMillError(
+            "table_missing",
+            f"There is no label table in {storage.uri}.",
+            "Give the --output of a finished maskmill label, or run that first.",
+        )
+    summary = labels.summarise(storage)
+    record = storage.read_json("dataset.json", None) or {}
+    legend = _legend(record, summary)
+    cards = [_card(row, legend, thumbnail) for row in _chosen_rows(storage, limit, order)]
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        (files("pipeline.report") / "gallery.html").read_text(encoding="utf-8")
+    )
+    page = template.render(
+        title=_title(record),
+        place=storage.uri,
+        summary=summary,
+        facts=_facts(record, summary),
+        notice=_notice(record),
+        coverage=_coverage(summary, legend),
+        open_rows=_LEGEND,
+        ignored=_share(summary["ignored_pixels"], summary["pixels"]),
+        failures=_failures(summary),
+        cards=cards,
+        order=order,
+    )
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(page, encoding="utf-8")
+    os.replace(fresh, path)
+    return path
+
+
+# --- what the page says about the whole table ---
+
+
+def _legend(record: dict[str, Any], summary: dict[str, Any]) -> Legend:
+    """Names and colours from ``dataset.json``; numbers and chosen colours for a table without it."""
+    given = {k: v for k, v in record.get("ontology", {}).items() if k in Ontology.model_fields}
+    if given:
+        ontology = Ontology.model_validate(given)
+        return Legend(ontology.names, ontology.palette(), ontology.ignore_index)
+    count = 1 + max((int(i) for i in summary["class_pixels"]), default=-1)
+    return Legend(tuple(f"class {i}" for i in range(count)), palette([None] * count), 255)
+
+
+def _title(record: dict[str, Any]) -> str:
+    """The ontology's name; where that says nothing (a list on the command line), what is in it."""
+    ontology = record.get("ontology", {})
+    if ontology.get("name") not in (None, "", "classes"):
+        return str(ontology["name"])
+    words = [entry["name"] for entry in ontology.get("classes", [])]
+    return ", ".join(words[:6]) + (", …" if len(words) > 6 else "") if words else "Labels"
+
+
+def _facts(record: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Pairs of a word and its value for the head of the page."""
+    recipe, weights = record.get("recipe", {}), record.get("weights", {})
+    mean = summary["mean_quality"]
+    pairs = [
+        ("images", f"{summary['labelled']:,}"),
+        ("failed", f"{summary['failed']:,}" if summary["failed"] else ""),
+        ("pixels", _short_number(summary["pixels"])),
+        ("classes found", f"{len(summary['class_pixels'])}"),
+        ("mean quality", "" if mean is None else f"{mean:.2f}"),
+        ("model", weights.get("model", "")),
+        ("weights", str(weights.get("pretrained") or "")),
+        ("recipe", recipe.get("name", "")),
+        ("precision", record.get("precision", "")),
+        ("labelled", str(record.get("updated") or record.get("created") or "")[:10]),
+    ]
+    return [(word, value) for word, value in pairs if value]
+
+
+def _notice(record: dict[str, Any]) -> str:
+    """A warning about what the numbers are worth, where one is due."""
+    weights = record.get("weights", {})
+    if weights.get("model") == "toyclip":
+        return (
+            "Toy weights: labelled by the small bundled CLIP, which knows the procedural toy world, nothing "
+            "else. Numbers on this page say nothing about photographs."
+        )
+    if str(weights.get("pretrained", "")).startswith("random:"):
+        return "Random weights: these labels mean nothing. They show that the pipeline runs."
+    return ""
+
+
+def _coverage(summary: dict[str, Any], legend: Legend) -> list[dict[str, Any]]:
+    """Per class that occurs: its share of all labelled pixels, greatest first, for the bars."""
+    total = summary["pixels"] - summary["ignored_pixels"]
+    largest = max(summary["class_pixels"].values(), default=0)
+    rows = [
+        {
+            "id": int(i),
+            "name": legend.names[int(i)],
+            "color": legend.css(int(i)),
+            "share": _share(area, total),
+            "bar": f"{100 * area / largest:.2f}%",
+            "images": summary["class_images"][i],
+            "area": area,
+        }
+        for i, area in summary["class_pixels"].items()
+    ]
+    return sorted(rows, key=lambda row: (-row["area"], row["id"]))
+
+
+def _failures(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "code": code,
+            "count": count,
+            "meaning": ERROR_CODES.get(code, ""),
+            "example": summary["errors"].get(code, ""),
+        }
+        for code, count in summary["status"].items()
+        if code != labels.OK
+    ]
+
+
+def _share(part: int, whole: int) -> str:
+    """A percentage for people: 43 %, 2.1 %, < 0.1 %."""
+    percent = 100 * part / whole if whole else 0.0
+    if 0 < percent < 0.1:
+        return "< 0.1 %"
+    return f"{percent:.0f} %" if percent >= 10 or percent == 0 else f"{percent:.1f} %"
+
+
+def _short_number(value: int) -> str:
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return str(value)
+
+
+# --- which rows it shows ---
+
+
+def _chosen_rows(storage: Storage, limit: int, order: Order) -> Iterator[dict[str, Any]]:
+    """The rows to show, in order; reads masks only of row groups that hold one of them."""
+    if limit == 0:
+        return
+    places = heapq.nsmallest(limit, _candidates(storage, order))
+    wanted: dict[tuple[int, int], dict[int, int]] = {}
+    for rank, (_, _, file, group, row) in enumerate(places):
+        wanted.setdefault((file, group), {})[row] = rank
+    found: dict[int, dict[str, Any]] = {}
+    folder, names = labels.table_files(storage)
+    for (file, group), rows in wanted.items():
+        with (
+            folder.arrow_filesystem().open_input_file(folder.path(names[file])) as source,
+            pq.ParquetFile(source) as parquet,
+        ):
+            start = 0
+            for batch in parquet.iter_batches(16, row_groups=[group], columns=list(_COLUMNS)):
+                for row in range(start, start + batch.num_rows):
+                    if row in rows:
+                        found[rows[row]] = batch.slice(row - start, 1).to_pylist()[0]
+                start += batch.num_rows
+    for rank in range(len(places)):
+        yield found[rank]
+
+
+def _candidates(storage: Storage, order: Order) -> Iterator[tuple[float, int, int, int, int]]:
+    """Per labelled row: its rank, its id (so that ties do not depend on files), file, row group, row."""
+    folder, names = labels.table_files(storage)
+    for file, name in enumerate(names):
+        with (
+            folder.arrow_filesystem().open_input_file(folder.path(name)) as source,
+            pq.ParquetFile(source) as parquet,
+        ):
+            for group in range(parquet.num_row_groups):
+                rows = parquet.read_row_group(group, columns=["id", "status", "quality"])
+                columns = (rows.column(c).to_pylist() for c in ("id", "status", "quality"))
+                for row, (number, status, quality) in enumerate(zip(*columns, strict=True)):
+                    if status == labels.OK:
+                        yield _rank(number, quality, order), number, file, group, row
+
+
+def _rank(number: int, quality: float, order: Order) -> float:
+    """What decides whether a row is shown: less is earlier."""
+    if order == "worst":
+        return quality
+    if order == "best":
+        return -quality
+    # A hash of the id: the same sample however the table is cut into files.
+    return float((number * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 11)
+
+
+# --- one image ---
+
+
+def _card(row: dict[str, Any], legend: Legend, thumbnail: int) -> dict[str, Any]:
+    """What the template needs of one row."""
+    mask = labels.decode_mask(row["mask"]["bytes"])
+    confidence = labels.decode_confidence(row["confidence"]["bytes"])
+    size = _fit(mask.shape, thumbnail)
+    small = _nearest(mask, size)
+    photo, reason = _photo(row, size)
+    area = sum(segment["area"] for segment in row["segments"])
+    segments = sorted(row["segments"], key=lambda s: (-s["area"], s["class_id"]))
+    chips = [
+        {
+            "name": legend.names[s["class_id"]],
+            "color": legend.css(s["class_id"]),
+            "share": _share(s["area"], mask.size),
+            "confidence": f"{s['mean_confidence']:.2f}",
+        }
+        for s in segments
+    ]
+    said = ", ".join(f"{chip['name']} {chip['share']}" for chip in chips[:_CHIPS]) or "nothing labelled"
+    return {
+        "name": unquote(row["uri"]).rstrip("/").rsplit("/", 1)[-1],
+        "uri": row["uri"],
+        "width": row["width"],
+        "height": row["height"],
+        "thumb": size[::-1],
+        "classes": " ".join(str(s["class_id"]) for s in segments),
+        "chips": chips[:_CHIPS],
+        "more": len(chips) - min(len(chips), _CHIPS),
+        "said": said,
+        "quality": float(row["quality"]),
+        "unsure": _share(mask.size - area, mask.size) if area < mask.size else "",
+        "photo": None if photo is None else _jpeg(photo),
+        "reason": reason,
+        "overlay": _jpeg(_paint(small, photo, legend)),
+        "certain": _jpeg(_heat(_area(confidence, size), small == legend.ignore_index)),
+    }
+
+
+def _photo(row: dict[str, Any], size: tuple[int, int]) -> tuple[NDArray[np.uint8] | None, str]:
+    """The labelled image at thumbnail size (T, U, 3), or None and why not."""
+    try:
+        data = fetch(row["uri"], attempts=2)
+        if row["sha256"] is not None and hashlib.sha256(data).digest() != row["sha256"]:
+            return None, "the file has changed since it was labelled"
+        image = decode(data)
+    except ImageError as error:
+        return None, ERROR_CODES[error.code]
+    return _area(image, size), ""
+
+
+def _fit(shape: Sequence[int], long_side: int) -> tuple[int, int]:
+    """(T, U) with the given long side at most, never enlarged."""
+    factor = min(1.0, long_side / max(shape))
+    return max(1, round(shape[0] * factor)), max(1, round(shape[1] * factor))
+
+
+def _nearest(mask: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
+    """Labels (T, U) at the centres of the thumbnail's pixels."""
+    rows = ((np.arange(size[0]) + 0.5) * mask.shape[0] / size[0]).astype(np.intp)
+    columns = ((np.arange(size[1]) + 0.5) * mask.shape[1] / size[1]).astype(np.intp)
+    return mask[rows[:, None], columns[None, :]]
+
+
+def _area(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BOX))
+
+
+def _paint(mask: NDArray[Any], photo: NDArray[np.uint8] | None, legend: Legend) -> NDArray[np.uint8]:
+    """Labels (T, U) in colour over the photo, borders drawn; ignored pixels without colour and dim."""
+    known = mask != legend.ignore_index
+    colors = np.full((*mask.shape, 3), 96, np.float32)
+    colors[known] = legend.colors[mask[known]]
+    if photo is not None:
+        grey = photo.astype(np.float32).mean(axis=2, keepdims=True)
+        # Colour from the label, light and dark from the photo: both can be read at once.
+        colors = np.where(known[..., None], 0.62 * colors + 0.38 * grey, 0.45 * grey)
+    edge = np.zeros(mask.shape, bool)
+    edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    edge[1:] |= mask[1:] != mask[:-1]
+    colors[edge] = 0.25 * colors[edge] + 0.75 * 255
+    return np.clip(np.rint(colors), 0, 255).astype(np.uint8)
+
+
+def _heat(confidence: NDArray[np.uint8], ignored: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Confidence (T, U) as colour, dark for none to yellow for 1; ignored pixels grey."""
+    import cv2
+
+    heat = cv2.cvtColor(cv2.applyColorMap(confidence, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
+    heat[ignored] = heat[ignored] // 3 + 40
+    return np.asarray(heat, dtype=np.uint8)
+
+
+def _jpeg(image: NDArray[np.uint8]) -> str:
+    """A data URI."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=82, optimize=True, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,308 @@
+"""Where outputs live: a local folder, ``s3://bucket/prefix``, or any other place that fsspec reaches.
+
+Paths inside a storage are relative POSIX paths (``labels/part-0.parquet``); "" is its root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
+
+import fsspec
+
+from models.errors import MaskMillError
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
+_SCHEME_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
+_UNREACHABLE = {"NoCredentialsError", "PartialCredentialsError", "EndpointConnectionError"}
+_MISSING: Any = object()
+
+Names = list[str]  # inside the class, "list" is a method
+
+
+def canonical_uri(uri: str | os.PathLike[str]) -> str:
+    """One spelling for each place.
+
+    Local places become absolute POSIX paths without ``file://``; ``.`` and ``..`` are resolved as text.
+    Symbolic links and Unicode normalisation forms are left alone, since the path must still open the same
+    file. Remote places keep their key as it is, after a lower-case scheme with one name per service (``s3a``
+    is ``s3``).
+
+    >>> canonical_uri("/data/./photos/../cat.jpg")
+    '/data/cat.jpg'
+    >>> canonical_uri("S3://bucket/a//b.jpg")
+    's3://bucket/a//b.jpg'
+    """
+    text = os.fspath(uri)
+    if text[:5].lower() == "file:":
+        text = unquote(text[5:])
+        text = text.removeprefix("//localhost") if text.startswith("//localhost/") else text
+        return _absolute("/" + text)
+    scheme, found, rest = text.partition("://")
+    if not found or not scheme.replace("+", "").replace("-", "").replace(".", "").isalnum():
+        return _absolute(text)
+    scheme = scheme.lower()
+    if scheme == "memory":
+        return f"memory://{rest.lstrip('/')}"
+    host, slash, key = rest.partition("/")
+    return f"{_SCHEME_ALIASES.get(scheme, scheme)}://{host.lower()}{slash}{key}"
+
+
+def _absolute(path: str) -> str:
+    # POSIX lets two leading slashes mean something else than one; Linux and macOS do not.
+    path = os.path.abspath(path)
+    return "/" + path.lstrip("/") if path.startswith("//") else path
+
+
+def is_remote(uri: str) -> bool:
+    """Whether a canonical URI is anything else than a local path."""
+    return "://" in uri
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A folder, here or elsewhere.
+
+    Attributes:
+        uri: canonical URI of the root.
+        fs: the fsspec file system.
+        root: path of the root within ``fs``.
+    """
+
+    uri: str
+    fs: fsspec.AbstractFileSystem
+    root: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the root is a path of this machine."""
+        return not is_remote(self.uri)
+
+    def path(self, name: str = "") -> str:
+        """Path within ``fs`` (and within ``arrow_filesystem()``) of a relative name."""
+        if not name:
+            return self.root
+        pure = PurePosixPath(name)
+        assert not pure.is_absolute() and ".." not in pure.parts, f"not inside the storage: {name}"
+        return f"{self.root.rstrip('/')}/{pure}"
+
+    def uri_of(self, name: str = "") -> str:
+        """Canonical URI of a relative name."""
+        self.path(name)
+        return f"{self.uri.rstrip('/')}/{PurePosixPath(name)}" if name else self.uri
+
+    def child(self, name: str) -> Storage:
+        """The storage rooted at a folder of this one."""
+        return Storage(self.uri_of(name), self.fs, self.path(name))
+
+    def exists(self, name: str = "") -> bool:
+        """Whether there is a file, or a folder with something in it."""
+        with _user_errors(self.uri_of(name)):
+            return bool(self.fs.exists(self.path(name)))
+
+    def list(self, name: str = "", *, recursive: bool = False) -> Names:
+        """Sorted relative names of the files in a folder; none if there is no such folder."""
+        with _user_errors(self.uri_of(name)):
+            try:
+                found = self.fs.find(self.path(name), maxdepth=None if recursive else 1)
+            except FileNotFoundError:
+                return []
+        return self._relative(path for path in found if path != self.path(name))
+
+    def glob(self, pattern: str) -> Names:
+        """Sorted relative names of the files and folders that match (``*``, ``?``, ``[]``, ``**``)."""
+        with _user_errors(self.uri_of(pattern)):
+            return self._relative(self.fs.glob(self.path(pattern)))
+
+    def _relative(self, paths: Iterable[str]) -> Names:
+        start = len(self.root.rstrip("/")) + 1
+        return sorted(str(path)[start:] for path in paths)
+
+    def delete(self, name: str = "") -> None:
+        """Remove a file, or a folder with all that is in it; nothing happens if it is not there."""
+        with _user_errors(self.uri_of(name)), contextlib.suppress(FileNotFoundError):
+            self.fs.rm(self.path(name), recursive=True)
+
+    def read_bytes(self, name: str) -> bytes:
+        """Content of a file.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        with _user_errors(self.uri_of(name)):
+            return bytes(self.fs.cat_file(self.path(name)))
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Put a file in place whole: a reader sees the old content or the new, never a part."""
+        with _user_errors(self.uri_of(name)):
+            if self.is_local:
+                with _written_beside(Path(self.path(name)), data) as temporary:
+                    os.replace(temporary, self.path(name))
+            else:
+                self._put(name, data, "overwrite")
+
+    def create_bytes(self, name: str, data: bytes) -> bool:
+        """Put a file in place only if there is none; of several that try at once, one succeeds.
+
+        Returns:
+            Whether this call made the file.
+        """
+        with _user_errors(self.uri_of(name)):
+            try:
+                if self.is_local:
+                    with _written_beside(Path(self.path(name)), data) as temporary:
+                        os.link(temporary, self.path(name))
+                else:
+                    self._put(name, data, "create")
+            except FileExistsError:
+                return False
+            return True
+
+    def _put(self, name: str, data: bytes, mode: str) -> None:
+        try:
+            self.fs.pipe_file(self.path(name), data, mode=mode)
+        except FileNotFoundError as error:
+            raise MaskMillError(
+                "storage_missing",
+                f"cannot write {self.uri_of(name)}: {error}",
+                "Create the bucket first, or correct its name.",
+            ) from error
+
+    def read_json(self, name: str, default: Any = _MISSING) -> Any:
+        """Value of a JSON file.
+
+        Args:
+            name: relative name.
+            default: returned if there is no such file.
+
+        Raises:
+            FileNotFoundError: no such file and no default.
+            MaskMillError: ``json_invalid``.
+        """
+        try:
+            data = self.read_bytes(name)
+        except FileNotFoundError:
+            if default is _MISSING:
+                raise
+            return default
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise MaskMillError(
+                "json_invalid",
+                f"{self.uri_of(name)} is not valid JSON: {error}",
+                "Restore the file, or remove it if what it describes can be made again.",
+            ) from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Put a JSON file (UTF-8, indented, keys in the order given) in place whole."""
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        self.write_bytes(name, text.encode() + b"\n")
+
+    def arrow_filesystem(self) -> FileSystem:
+        """The same file system for pyarrow and Ray, to be used with ``path()``.
+
+        S3 gets Arrow's own client, which reads and writes without the interpreter lock; the endpoint is
+        that of AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, as for fsspec.
+        """
+        from pyarrow import fs as arrow
+
+        if self.is_local:
+            return arrow.LocalFileSystem()
+        if self.uri.startswith("s3://"):
+            return _arrow_s3(self.root.partition("/")[0])
+        return arrow.PyFileSystem(arrow.FSSpecHandler(self.fs))
+
+
+def open_storage(uri: str | os.PathLike[str]) -> Storage:
+    """Storage at a path or URI; nothing is created or contacted.
+
+    Raises:
+        MaskMillError: ``storage_unsupported`` for a scheme that fsspec does not know or whose package
+            is missing.
+    """
+    place = canonical_uri(uri)
+    if not is_remote(place):
+        return Storage(place, fsspec.filesystem("file", auto_mkdir=True), place)
+    scheme = place.partition("://")[0]
+    try:
+        # Listings must be fresh: other processes write to the same place.
+        fs = fsspec.filesystem(scheme, use_listings_cache=False)
+    except (ValueError, ImportError) as error:
+        raise MaskMillError(
+            "storage_unsupported",
+            f"cannot reach {place}: {error}",
+            "Use a local path, s3://bucket/prefix, or install the fsspec package of that scheme.",
+        ) from None
+    return Storage(place.rstrip("/"), fs, str(fs._strip_protocol(place)).rstrip("/"))
+
+
+def _arrow_s3(bucket: str) -> FileSystem:
+    from pyarrow import fs as arrow
+
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    options: dict[str, Any] = {}
+    if endpoint:
+        scheme, _, host = endpoint.rpartition("://")
+        options = {"endpoint_override": host.rstrip("/"), "scheme": scheme or "https"}
+        region = region or "us-east-1"
+    return arrow.S3FileSystem(region=region or arrow.resolve_s3_region(bucket), **options)
+
+
+@contextlib.contextmanager
+def _written_beside(target: Path, data: bytes) -> Iterator[str]:
+    """A finished temporary file in the target's folder, removed at the end if it is still there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The leading dot keeps it out of listings by Ray and of manifests if the process dies here.
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _umask() -> int:
+    # There is no call that only reads it; /proc has it without the race of setting and restoring.
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    return 0o022
+
+
+@contextlib.contextmanager
+def _user_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise MaskMillError(
+            "storage_denied",
+            f"no access to {uri}: {error}",
+            "Check the permissions of the place and the credentials in the environment.",
+        ) from error
+    except Exception as error:
+        # botocore is there only if S3 is used, hence by name.
+        if type(error).__name__ not in _UNREACHABLE:
+            raise
+        raise MaskMillError(
+            "storage_unreachable",
+            f"cannot reach {uri}: {error}",
+            "Set AWS credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role) and"
+            " check the endpoint (AWS_ENDPOINT_URL).",
+        ) from error

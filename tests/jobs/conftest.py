@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline import toyworld
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def toy_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 scenes of the toy world as PNG files, 96 px."""
+    folder = tmp_path_factory.mktemp("toy")
+    scenes, _, _ = toyworld.generate(7, 64, 96)
+    for index, scene in enumerate(scenes):
+        Image.fromarray(scene).save(folder / f"scene_{index:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def maskmill_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of the command: the project importable, the text cache shared between the tests."""
+    return os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "MASKMILL_CACHE": str(tmp_path_factory.mktemp("cache")),
+        "RAY_ADDRESS": "",
+    }
+
+
+@pytest.fixture(scope="session")
+def maskmill(maskmill_environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command as a user does, in a process of its own."""
+
+    def run(
+        *arguments: object, timeout: float = 300, cores: int | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        kept = sorted(os.sched_getaffinity(0))[:cores] if cores else None
+        return subprocess.run(
+            [sys.executable, "-m", "jobs.cli", *map(str, arguments)],
+            cwd=ROOT,
+            env=maskmill_environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            preexec_fn=(lambda: os.sched_setaffinity(0, kept)) if kept else None,
+        )
+
+    return run

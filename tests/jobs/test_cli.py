@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.recipes import RECIPES, recipe_from_dict
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_help_names_every_command(maskmill: Run) -> None:
+    done = maskmill("--help")
+    assert done.returncode == 0
+    for command in ("label", "show", "demo", "recipes"):
+        assert command in done.stdout
+
+
+def test_label_help_explains_every_flag(maskmill: Run) -> None:
+    text = maskmill("label", "--help", COLUMNS="200").stdout
+    for flag in (
+        "--images", "--manifest", "--output", "--classes", "--ontology", "--recipe", "--set",
+        "--no-background",
+        "--min-confidence", "--max-failure-rate", "--overwrite", "--address", "--verbose",
+    ):  # fmt: skip
+        assert flag in text
+
+
+def test_recipes_are_printed_whole(maskmill: Run) -> None:
+    printed = yaml.safe_load(maskmill("recipes").stdout)
+    assert {name: recipe_from_dict(fields) for name, fields in printed.items()} == dict(RECIPES)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["label"], ["label", "--output"], ["nonsense"], ["show"], ["label", "--outptu", "x"]]
+)
+def test_wrong_flags_exit_with_2(maskmill: Run, arguments: list[str]) -> None:
+    done = maskmill(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_show_without_a_table_says_so(maskmill: Run, tmp_path: Path) -> None:
+    done = maskmill("show", tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr and str(tmp_path) in done.stderr

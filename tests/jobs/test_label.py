@@ -1,0 +1,281 @@
+"""The label job through its command line, on a real local Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline.labels import LABEL_SCHEMA
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+CLASSES = "grass, water, sand, brick, sky, wood, ladybug, zebra"
+
+
+def read_table(output: Path) -> pa.Table:
+    return pa.concat_tables(pq.read_table(path) for path in sorted((output / "labels").glob("*.parquet")))
+
+
+def toy(images: Path, output: Path, *more: object) -> list[object]:
+    return ["label", "--images", images, "--classes", CLASSES, "--output", output, "--recipe", "toy", *more]
+
+
+@pytest.fixture(scope="module")
+def labelled(
+    maskmill: Run, toy_images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, str]:
+    """A folder of good and bad images, its table, and what the command said."""
+    images = tmp_path_factory.mktemp("mixed") / "images"
+    shutil.copytree(toy_images, images)
+    good = (images / "scene_000.png").read_bytes()
+    (images / "truncated.png").write_bytes(good[: len(good) // 2])
+    (images / "empty.jpg").write_bytes(b"")
+    (images / "text.jpg").write_text("this is no image")
+    bomb = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
+    (images / "bomb.png").write_bytes(bomb.getvalue())
+    (images / "vanished.png").symlink_to(images / "nowhere.png")
+    Image.open(images / "scene_001.png").convert("CMYK").resize((150, 61)).save(images / "cmyk.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(images / "scene_002.png").resize((120, 80)).save(images / "turned.jpg", exif=exif)
+    listing = images.parent / "list.txt"
+    listing.write_text("".join(f"{path}\n" for path in sorted(images.iterdir())))
+    output = images.parent / "table"
+    done = maskmill(*toy(listing, output, "--max-failure-rate", "0.5"))
+    assert done.returncode == 0, done.stderr
+    return listing, output, done.stderr
+
+
+def test_every_image_has_one_row_and_failures_have_codes(labelled: tuple[Path, Path, str]) -> None:
+    listing, output, said = labelled
+    table = read_table(output)
+    assert sorted(table["uri"].to_pylist()) == sorted(listing.read_text().split())
+    assert len(set(table["id"].to_pylist())) == table.num_rows
+    status = dict(
+        zip((Path(uri).name for uri in table["uri"].to_pylist()), table["status"].to_pylist(), strict=True)
+    )
+    failed = {name: code for name, code in status.items() if code != "ok"}
+    assert failed == {
+        "truncated.png": "truncated",
+        "empty.jpg": "empty",
+        "text.jpg": "not_an_image",
+        "bomb.png": "too_large",
+        "vanished.png": "not_found",
+    }
+    assert "5 failed" in said and "1 too_large" in said
+    for row in table.to_pylist():
+        if row["status"] != "ok":
+            assert row["error"] and row["mask"] is None and row["segments"] is None
+
+
+def test_schema_record_and_masks(labelled: tuple[Path, Path, str]) -> None:
+    _, output, _ = labelled
+    table = read_table(output)
+    assert table.schema.names == LABEL_SCHEMA.names
+    assert table.schema.types == LABEL_SCHEMA.types
+    record = json.loads((output / "dataset.json").read_text())
+    assert record["ontology"]["names"] == ["background", *(name.strip() for name in CLASSES.split(","))]
+    assert record["recipe"]["name"] == "toy" and record["precision"] in ("bf16", "fp32", "fp16")
+    assert len(record["weights"]["fingerprint"]) == 64
+    for row in table.to_pylist():
+        if row["status"] != "ok":
+            continue
+        assert row["sha256"] == hashlib.sha256(Path(row["uri"]).read_bytes()).digest()
+        mask = np.asarray(Image.open(io.BytesIO(row["mask"]["bytes"])))
+        assert mask.shape == (row["height"], row["width"])
+        assert np.asarray(Image.open(io.BytesIO(row["confidence"]["bytes"]))).shape == mask.shape
+        assert {segment["class_id"] for segment in row["segments"]} == set(np.unique(mask).tolist()) - {255}
+        assert sum(segment["area"] for segment in row["segments"]) == (mask != 255).sum()
+        assert 0 <= row["quality"] <= 1
+    turned = next(row for row in table.to_pylist() if row["uri"].endswith("turned.jpg"))
+    assert (turned["height"], turned["width"]) == (120, 80)  # after its EXIF orientation
+
+
+def test_nothing_new_is_said_at_once_and_new_images_are_added(
+    maskmill: Run, labelled: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    listing, original, _ = labelled
+    output = tmp_path / "table"
+    shutil.copytree(original, output)
+    before = {path.name: path.read_bytes() for path in (output / "labels").iterdir()}
+    again = maskmill(*toy(listing, output))
+    assert again.returncode == 0 and "Nothing new" in again.stderr
+    assert {path.name: path.read_bytes() for path in (output / "labels").iterdir()} == before
+
+    new = tmp_path / "new.png"
+    shutil.copy(
+        next(path for path in map(Path, listing.read_text().split()) if path.name == "scene_003.png"), new
+    )
+    grown = tmp_path / "list.txt"
+    grown.write_text(listing.read_text() + f"{new}\n")
+    added = maskmill(*toy(grown, output))
+    assert added.returncode == 0, added.stderr
+    assert f"1 new of {len(listing.read_text().split()) + 1}" in added.stderr
+    assert sorted(read_table(output)["uri"].to_pylist()) == sorted(grown.read_text().split())
+    assert {name: (output / "labels" / name).read_bytes() for name in before} == before
+
+
+def test_labels_do_not_depend_on_workers_or_batches(
+    maskmill: Run, labelled: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    listing, output, _ = labelled
+    other = tmp_path / "table"
+    # Another order makes other parts; the batch of 5 other batches; one core one worker instead of several.
+    reverse = tmp_path / "list.txt"
+    reverse.write_text("".join(f"{line}\n" for line in reversed(listing.read_text().split())))
+    done = maskmill(*toy(reverse, other, "--set", "batch_size=5", "--max-failure-rate", "1"), cores=1)
+    assert done.returncode == 0, done.stderr
+    mine, theirs = (
+        {row["uri"]: (row["mask"] and row["mask"]["bytes"], row["confidence"] and row["confidence"]["bytes"])
+         for row in read_table(folder).select(["uri", "mask", "confidence"]).to_pylist()}
+        for folder in (output, other)
+    )  # fmt: skip
+    assert mine == theirs
+
+
+def test_exit_status_tells_failed_work(maskmill: Run, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.jpg").write_text("no image")
+    Image.new("RGB", (96, 96), "green").save(images / "b.png")
+    done = maskmill(*toy(images, tmp_path / "table"))
+    assert done.returncode == 1
+    assert "50.0% of the images failed" in done.stderr
+    assert read_table(tmp_path / "table").num_rows == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--set", "pd_threshold=0.5"], "pd_threshold: 0.0 there, 0.5 here"),
+        (["--no-background"], "classes (ontology) differ"),
+    ],
+)
+def test_a_table_is_never_mixed(
+    maskmill: Run, labelled: tuple[Path, Path, str], more: list[str], says: str
+) -> None:
+    listing, output, _ = labelled
+    before = sorted(path.name for path in (output / "labels").iterdir())
+    done = maskmill(*toy(listing, output, *more))
+    assert done.returncode == 2
+    assert says in done.stderr and "--overwrite" in done.stderr
+    assert sorted(path.name for path in (output / "labels").iterdir()) == before
+
+
+def test_foreign_folders_are_left_alone(maskmill: Run, toy_images: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels").mkdir()
+    theirs = tmp_path / "labels" / "mine.parquet"
+    pq.write_table(pa.table({"a": [1]}), theirs)
+    done = maskmill(*toy(toy_images, tmp_path))
+    assert done.returncode == 2 and "no dataset.json" in done.stderr
+    assert theirs.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--classes", "cat"], "--images"),
+        (["--images", "IMAGES"], "--classes"),
+        (["--images", "IMAGES", "--classes", "cat, cat"], "cat"),
+        (["--images", "IMAGES", "--classes", "cat", "--recipe", "nobody"], "nobody"),
+        (["--images", "IMAGES", "--classes", "cat", "--min-confidence", "7"], "between 0 and 1"),
+        (["--images", "nowhere-at-all", "--classes", "cat"], "nowhere-at-all"),
+    ],
+)
+def test_wrong_use_is_told_before_work_starts(
+    maskmill: Run, toy_images: Path, tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    given = [str(toy_images) if argument == "IMAGES" else argument for argument in arguments]
+    done = maskmill("label", "--output", tmp_path / "table", *given)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "table").exists()
+
+
+def test_missing_weights_are_told_before_work_starts(maskmill: Run, toy_images: Path, tmp_path: Path) -> None:
+    done = maskmill(
+        "label", "--images", toy_images, "--classes", "cat", "--output", tmp_path / "table",
+        HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "ViT-B-16" in done.stderr
+    assert not (tmp_path / "table" / "labels").exists()
+
+
+def test_no_background_and_min_confidence(maskmill: Run, toy_images: Path, tmp_path: Path) -> None:
+    few = tmp_path / "list.txt"
+    few.write_text("".join(f"{path}\n" for path in sorted(toy_images.iterdir())[:6]))
+    done = maskmill(*toy(few, tmp_path / "table", "--no-background", "--min-confidence", "0.6"))
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "table" / "dataset.json").read_text())
+    assert record["ontology"]["names"][0] == "grass"
+    unsure = 0
+    for row in read_table(tmp_path / "table").to_pylist():
+        mask, confidence = (
+            np.asarray(Image.open(io.BytesIO(row[name]["bytes"]))) for name in ("mask", "confidence")
+        )
+        assert (mask[confidence < 152] == 255).all() and (
+            mask[confidence > 154] != 255
+        ).all()  # 0.6 * 255 = 153
+        unsure += int((mask == 255).sum())
+    assert unsure
+
+
+def _start(images: Path, output: Path, environment: dict[str, str], *more: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", *map(str, toy(images, output, *more))],
+        cwd=ROOT,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _wait_for_parts(output: Path, process: subprocess.Popen[str], count: int = 1) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if len(list((output / "checkpoint").glob("*.parquet"))) >= count:
+            return
+        time.sleep(0.05)
+
+
+def test_ctrl_c_stops_cleanly_and_the_lease_keeps_others_off(
+    maskmill: Run, toy_images: Path, maskmill_environment: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "table"
+    slow = ("--set", "scale=[1024, 512]")
+    process = _start(toy_images, output, maskmill_environment, *slow)
+    _wait_for_parts(output, process)
+    refused = maskmill(*toy(toy_images, output, *slow))
+    assert refused.returncode == 1 and "Another run" in refused.stderr
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "the same command goes on" in said and "Traceback" not in said
+    assert not (output / "lease.json").exists()
+    some = read_table(output).num_rows
+    assert 0 < some < 64
+    done = maskmill(*toy(toy_images, output, *slow))
+    assert done.returncode == 0, done.stderr
+    counts = Counter(read_table(output)["uri"].to_pylist())
+    assert sorted(counts) == sorted(map(str, toy_images.iterdir())) and set(counts.values()) == {1}

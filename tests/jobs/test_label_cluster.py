@@ -1,0 +1,142 @@
+"""The label job through a real ``ray job submit`` to a cluster of two node processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+ROOT = Path(__file__).resolve().parents[2]
+RAY = Path(sys.executable).with_name("ray")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Cluster:
+    """A head that does no work and one worker node, as cluster.yaml lays them out."""
+
+    def __init__(self, scratch: Path, environment: dict[str, str]) -> None:
+        self.environment = environment | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        del self.environment["RAY_ADDRESS"]
+        self._scratch = scratch
+        self._nodes: list[subprocess.Popen[bytes]] = []
+        port, dashboard = _free_port(), _free_port()
+        self.dashboard = f"http://127.0.0.1:{dashboard}"
+        self._start(
+            "--head", "--num-cpus=0", f"--port={port}", "--include-dashboard=true",
+            "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1",
+        )  # fmt: skip
+        self._wait_until_ready()
+        # A session directory of its own: the nodes would unpack the working_dir over each other.
+        self._start(f"--address=127.0.0.1:{port}", "--num-cpus=4", f"--temp-dir={scratch / 'node'}")
+
+    def _start(self, *arguments: str) -> None:
+        with (self._scratch / f"node{len(self._nodes)}.log").open("wb") as log:
+            self._nodes.append(
+                subprocess.Popen(
+                    # The agent's port is a fixed number otherwise, and any other Ray on this machine has it.
+                    [RAY, "start", *arguments, f"--dashboard-agent-listen-port={_free_port()}", "--block"],
+                    env=self.environment,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            )
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{self.dashboard}/api/version", timeout=2)
+                return
+            except urllib.error.HTTPError:  # it answers, and wants the token
+                return
+            except OSError:
+                time.sleep(0.5)
+        raise AssertionError((self._scratch / "node0.log").read_text()[-3000:])
+
+    def submit(self, *command: object) -> subprocess.CompletedProcess[str]:
+        deadline = time.monotonic() + 90
+        while True:
+            done = subprocess.run(
+                [
+                    RAY,
+                    "job",
+                    "submit",
+                    "--address",
+                    self.dashboard,
+                    "--working-dir",
+                    ROOT,
+                    "--",
+                    *map(str, command),
+                ],
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                timeout=400,
+                check=False,
+            )
+            # The dashboard answers some seconds before the head's agent, which starts jobs, has joined it.
+            if "No available agent" not in done.stderr or time.monotonic() > deadline:
+                return done
+            time.sleep(1)
+
+    def close(self) -> None:
+        for node in self._nodes:
+            if node.poll() is None:
+                for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
+            node.wait()
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, maskmill_environment: dict[str, str]
+) -> Iterator[Cluster]:
+    # Sockets live below the session directory, and their paths may not be long.
+    scratch = Path(tmp_path_factory.mktemp("c"))
+    running = Cluster(scratch, {**os.environ, **maskmill_environment})
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+def test_the_job_runs_unchanged_on_a_cluster(cluster: Cluster, toy_images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "table"
+    command = [
+        sys.executable, "-m", "jobs.cli", "label", "--images", toy_images, "--ontology", "toyworld",
+        "--output", output,        "--recipe", "toy",
+    ]  # fmt: skip
+    done = cluster.submit(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded" in done.stdout + done.stderr
+    uris = [
+        uri
+        for part in (output / "labels").glob("*.parquet")
+        for uri in pq.read_table(part)["uri"].to_pylist()
+    ]
+    assert sorted(uris) == sorted(map(str, toy_images.iterdir()))
+
+    again = cluster.submit(*command)
+    assert again.returncode == 0 and "Nothing new" in again.stdout + again.stderr

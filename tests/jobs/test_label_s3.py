@@ -1,0 +1,69 @@
+"""Images from and a label table to an object store: a real S3 server on loopback."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import boto3
+import fsspec
+import pyarrow.dataset as ds
+import pytest
+from moto.server import ThreadedMotoServer
+
+from pipeline.storage import open_storage
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "not-a-real-key",
+        "AWS_SECRET_ACCESS_KEY": "not-a-real-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    # fsspec keeps its clients, and with them the address of the server they were made for.
+    fsspec.filesystem("s3").clear_instance_cache()
+    yield environment
+    fsspec.filesystem("s3").clear_instance_cache()
+    server.stop()
+
+
+def test_from_s3_to_s3(
+    maskmill: Callable[..., subprocess.CompletedProcess[str]], toy_images: Path, s3: dict[str, str]
+) -> None:
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="photos")
+    client.create_bucket(Bucket="results")
+    for path in sorted(toy_images.iterdir())[:10]:
+        client.upload_file(str(path), "photos", f"2026/{path.name}")
+    client.put_object(Bucket="photos", Key="2026/broken.jpg", Body=b"no image")
+
+    command = [
+        "label", "--images", "s3://photos/2026", "--ontology", "toyworld", "--recipe", "toy",
+        "--output", "s3://results/run", "--max-failure-rate", "0.2",
+    ]  # fmt: skip
+    done = maskmill(*command, **s3)
+    assert done.returncode == 0, done.stderr
+    assert s3["AWS_SECRET_ACCESS_KEY"] not in done.stderr
+    storage = open_storage("s3://results/run")
+    table = ds.dataset(storage.path("labels"), filesystem=storage.arrow_filesystem()).to_table()
+    status = dict(zip(table["uri"].to_pylist(), table["status"].to_pylist(), strict=True))
+    assert len(status) == table.num_rows == 11
+    assert status.pop("s3://photos/2026/broken.jpg") == "not_an_image"
+    assert set(status.values()) == {"ok"}
+    assert not storage.exists("lease.json")
+    record = storage.read_json("dataset.json")
+    assert record["counts"]["labelled"] == 10
+    assert s3["AWS_SECRET_ACCESS_KEY"] not in str(record)
+
+    again = maskmill(*command, **s3)
+    assert again.returncode == 0 and "Nothing new" in again.stderr, again.stderr

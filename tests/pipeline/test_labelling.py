@@ -1,0 +1,41 @@
+"""How a run is cut into parts and read back; the whole flow on Ray is in tests/jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import labelling
+from pipeline.labelling import FIRST_PART, LARGEST_PART, part_sizes, write_run_manifest
+from pipeline.storage import open_storage
+
+
+@given(st.integers(0, 20_000), st.integers(1, 64))
+def test_parts_cover_everything_once(count: int, workers: int) -> None:
+    sizes = part_sizes(count, workers)
+    assert sum(sizes) == count
+    assert all(1 <= size <= LARGEST_PART for size in sizes)
+    if count:
+        assert sizes[0] <= FIRST_PART  # the first result must not wait for a large part
+        assert sizes[-1] <= FIRST_PART or workers == 1 or sizes[-1] <= -(-count // workers)
+
+
+def test_large_runs_get_large_parts_and_a_fair_end() -> None:
+    sizes = part_sizes(100_000, 4)
+    assert sizes.count(LARGEST_PART) > 0.8 * len(sizes)
+    assert max(sizes[-4:]) <= 2 * FIRST_PART
+
+
+def test_run_manifest_has_a_row_group_for_each_part(tmp_path: Path) -> None:
+    todo = pa.table({"id": pa.array(range(1000), pa.int64()), "uri": [f"/{index}" for index in range(1000)]})
+    path = write_run_manifest(open_storage(tmp_path), "run", todo, 2)
+    file = pq.ParquetFile(tmp_path / path)
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == part_sizes(1000, 2)
+    assert file.read().equals(todo)
+    source = labelling._RunManifest(open_storage(tmp_path), path)
+    blocks = [block for task in source.get_read_tasks(1) for block in task()]
+    assert pa.concat_tables(blocks).equals(todo)
