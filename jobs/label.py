@@ -197,7 +197,9 @@ def _label(
     with display.live(), ThreadPoolExecutor(1) as pool:
         display.stage("reading CLIP weights and class names, starting Ray")
         prepared = pool.submit(_prepare, job, recorded)
-        with ray_session(lease.run_id, address=job.address, verbose=job.verbose) as compute:
+        with ray_session(
+            lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage
+        ) as compute:
             from pipeline.labelling import run_labelling, start_board, write_run_manifest
             from pipeline.stages import ImageSettings
 

@@ -7,7 +7,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from models.errors import MaskMillError
@@ -16,6 +17,9 @@ from pipeline.lease import RUN_ID_VARIABLE
 LOCAL_SLOTS = 8
 """Logical CPUs of a local Ray at least. They are scheduling slots, not cores: with as many as a small
 machine has cores, the stages' minimum needs more than there is, and Ray Data waits for ever in silence."""
+
+NODES_WAIT_S = 300.0
+"""How long a run waits for a cluster's worker nodes to join: booting a cloud machine takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,9 @@ def plan_compute(nodes: Sequence[tuple[float, float]], *, cores: int | None) -> 
 
 
 @contextlib.contextmanager
-def ray_session(run_id: str, *, address: str | None, verbose: bool) -> Iterator[Compute]:
+def ray_session(
+    run_id: str, *, address: str | None, verbose: bool, notice: Callable[[str], None] = lambda _text: None
+) -> Iterator[Compute]:
     """Ray for the time of one run: the cluster that the environment names, or one of its own.
 
     Args:
@@ -101,9 +107,11 @@ def ray_session(run_id: str, *, address: str | None, verbose: bool) -> Iterator[
         address: of a cluster; None joins the one that ``RAY_ADDRESS`` names (as within ``ray job submit``),
             and starts a local one otherwise.
         verbose: let Ray talk.
+        notice: told what is being waited for.
 
     Raises:
-        MaskMillError: ``cluster_unreachable``, ``cluster_too_small``.
+        MaskMillError: ``cluster_unreachable``, or ``cluster_too_small`` if not enough nodes have joined a
+            cluster after ``NODES_WAIT_S``.
     """
     # Worker processes started ahead of need cost a core-second each, which counts on a laptop.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
@@ -141,13 +149,40 @@ def ray_session(run_id: str, *, address: str | None, verbose: bool) -> Iterator[
     # Ray puts a handler of its own in place, which ends the process without a word.
     signal.signal(signal.SIGTERM, on_terminate)
     try:
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        yield plan_compute(
-            [(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive],
-            cores=cores if local else None,
-        )
+        yield plan_compute(_nodes(), cores=cores) if local else _plan_when_joined(notice)
     finally:
         ray.shutdown()
+
+
+def _nodes() -> list[tuple[float, float]]:
+    """(logical CPUs, GPUs) of each node that is alive."""
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
+
+
+def _plan_when_joined(notice: Callable[[str], None]) -> Compute:
+    """``plan_compute`` of a cluster, whose nodes may still be booting: a head alone has no CPUs for work."""
+    import ray
+
+    deadline = time.monotonic() + NODES_WAIT_S
+    wanted = None
+    while True:
+        try:
+            plan = plan_compute(_nodes(), cores=None)
+            break
+        except MaskMillError:
+            if time.monotonic() > deadline:
+                raise
+        if wanted is None:
+            notice("waiting for the cluster's worker nodes")
+            # A task that waits for a processor is what an autoscaler starts nodes for.
+            wanted = ray.remote(num_cpus=1)(lambda: None).remote()
+        time.sleep(1)
+    if wanted is not None:
+        ray.cancel(wanted, force=True)
+    return plan
 
 
 def warm_up(compute: Compute) -> None:

@@ -8,6 +8,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -46,8 +47,11 @@ class Cluster:
             "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--node-ip-address=127.0.0.1",
         )  # fmt: skip
         self._wait_until_ready()
+        self._address = f"127.0.0.1:{port}"
+
+    def add_worker(self) -> None:
         # A session directory of its own: the nodes would unpack the working_dir over each other.
-        self._start(f"--address=127.0.0.1:{port}", "--num-cpus=4", f"--temp-dir={scratch / 'node'}")
+        self._start(f"--address={self._address}", "--num-cpus=4", f"--temp-dir={self._scratch / 'node'}")
 
     def _start(self, *arguments: str) -> None:
         with (self._scratch / f"node{len(self._nodes)}.log").open("wb") as log:
@@ -128,8 +132,13 @@ def test_the_job_runs_unchanged_on_a_cluster(cluster: Cluster, toy_images: Path,
         sys.executable, "-m", "jobs.cli", "label", "--images", toy_images, "--ontology", "toyworld",
         "--output", output,        "--recipe", "toy",
     ]  # fmt: skip
+    # The worker joins after the job has begun, as machines do that an autoscaler must boot first.
+    joining = threading.Timer(25, cluster.add_worker)
+    joining.start()
     done = cluster.submit(*command)
+    joining.join()
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "waiting for the cluster's worker nodes" in done.stdout + done.stderr
     assert "succeeded" in done.stdout + done.stderr
     uris = [
         uri
