@@ -1,6 +1,6 @@
 """A CLIP from open_clip, ready for dense labelling.
 
-Shapes: P prompts, D embedding channels.
+Shapes: B batch, P prompts, D embedding channels, H W pixels, h w grid, N = 1 + h*w tokens, W_ tower width.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import open_clip
 import torch
@@ -20,6 +20,8 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer, text_global_pool
 from torch import Tensor, nn
 
+from models.blocks import residual_block
+from models.dense import ResNetDense, VitDense, dense_encoder
 from models.errors import MaskMillError
 from models.weights import WeightSource, check_supported, find_weights, read_state
 
@@ -27,6 +29,20 @@ Towers = Literal["both", "visual"]
 
 _TOKENS_PER_BATCH = 8192  # of the text tower: a few tens of MB of activations, and large enough matrices
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids", "attn_mask", "logit_bias")
+
+
+class Activations(NamedTuple):
+    """What residual blocks of a ViT put out, before any final norm.
+
+    Attributes:
+        layers: one (B, N, W_) per block that was asked for, the class token first, in the tower's dtype.
+        grid: (h, w), row-major in the tokens.
+        size: (H, W) of the images before they were padded to whole patches.
+    """
+
+    layers: tuple[Tensor, ...]
+    grid: tuple[int, int]
+    size: tuple[int, int]
 
 
 @dataclass(eq=False)
@@ -94,10 +110,51 @@ class Clip:
             from models import toyclip
 
             return toyclip.tokenizer()
+        if ":" not in self.name and open_clip.get_model_config(self.name) is None:
+            # Weights that came with a configuration of their own, as CLIPSeg's do: OpenAI's vocabulary.
+            return open_clip.SimpleTokenizer(context_length=self.source.config["text_cfg"]["context_length"])
         return open_clip.get_tokenizer(self.name)
 
+    @cached_property
+    def _tower(self) -> VitDense | ResNetDense:
+        return dense_encoder(self.visual, head="plain")
+
+    def activations(self, images: Tensor, layers: Sequence[int]) -> Activations:
+        """Outputs of residual blocks at any image size.
+
+        Images are padded and the position table is resized as for dense features (``models.dense``). Blocks
+        behind the deepest one asked for are not run.
+
+        Args:
+            images: normalised, float (B, 3, H, W).
+            layers: 0-based block indices, increasing.
+
+        Raises:
+            MaskMillError: ``model_unsupported`` for a ResNet.
+        """
+        tower = self._tower
+        if not isinstance(tower, VitDense):
+            raise MaskMillError(
+                "model_unsupported",
+                f"{self.name} is a ResNet and has no blocks of tokens.",
+                "Use a ViT, such as ViT-B-16-quickgelu.",
+            )
+        whole = tower.whole_patches(images)
+        grid = (whole.shape[-2] // tower.stride, whole.shape[-1] // tower.stride)
+        x = tower._tokens(whole, tower.position_table(grid))
+        taken = []
+        for index, block in enumerate(self.visual.transformer.resblocks[: max(layers) + 1]):
+            x = residual_block(block, x)
+            if index in layers:
+                taken.append(x)
+        return Activations(tuple(taken), grid, (images.shape[-2], images.shape[-1]))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """CLIP's image embedding (B, D), not normalised, of normalised images (B, 3, H, W) of any size."""
+        return self._tower.image_embedding(images)
+
     @torch.inference_mode()
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+    def encode_text(self, prompts: Sequence[str], *, normalize: bool = True) -> Tensor:
         """Embed prompts.
 
         Prompts are run in batches of equal token count, cut after the last end-of-text token. Under the
@@ -105,9 +162,10 @@ class Clip:
 
         Args:
             prompts: P texts.
+            normalize: scale every row to length 1.
 
         Returns:
-            fp32 (P, D) on this CLIP's device, rows of length 1.
+            fp32 (P, D) on this CLIP's device.
 
         Raises:
             MaskMillError: ``text_tower_missing`` with ``towers="visual"``; ``prompt_too_long``.
@@ -127,7 +185,7 @@ class Clip:
         for rows, length in _batches(lengths, len(unique), tokens.shape[1]):
             batch = tokens[rows, :length].to(self.device)
             encoded = _encode_cropped(self.model, batch) if crop else self.model.encode_text(batch)  # type: ignore[operator]
-            embeddings[rows] = F.normalize(encoded.float(), dim=-1)
+            embeddings[rows] = F.normalize(encoded.float(), dim=-1) if normalize else encoded.float()
         position = {prompt: row for row, prompt in enumerate(unique)}
         return embeddings[torch.tensor([position[prompt] for prompt in prompts], dtype=torch.long)]
 
@@ -182,18 +240,21 @@ def load_source(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     towers: Towers = "both",
+    state: dict[str, Tensor] | None = None,
 ) -> Clip:
-    """``load_clip`` for weights that were found already."""
+    """``load_clip`` for weights that were found already, or read already: ``state`` in open_clip's names."""
     check_supported(source.name, source.config)
     skeleton = _build(source)
     prefix = "visual." if towers == "visual" else ""
-    if source.path is None:
+    if state is not None:
+        tensors = _fitting(skeleton, {name: t for name, t in state.items() if name.startswith(prefix)})
+    elif source.path is None:
         assert source.seed is not None, "a source has a file or a seed"
         tensors = _seeded_state(skeleton, source.seed, prefix)
     else:
         tensors = _fitting(skeleton, read_state(source.path, prefix=prefix))
     device = torch.device(device)
-    state: dict[str, Tensor] = {}
+    loaded: dict[str, Tensor] = {}
     for name in list(tensors):
         # One at a time: a mapped file and its copy are then never both whole in memory.
         tensor = tensors.pop(name)
@@ -202,8 +263,8 @@ def load_source(
         if source.path is not None:
             # The file may change or vanish under a mapping; own the memory.
             tensor = tensor.clone(memory_format=torch.contiguous_format)
-        state[name] = tensor.to(device)
-    _assign(skeleton, state, prefix, source)
+        loaded[name] = tensor.to(device)
+    _assign(skeleton, loaded, prefix, source)
     if towers == "visual":
         _drop_text_tower(skeleton)
     else:
@@ -307,7 +368,12 @@ def _encode_cropped(model: nn.Module, tokens: Tensor) -> Tensor:
     assert isinstance(mask, Tensor)
     x = model.token_embedding(tokens)
     x = x + model.positional_embedding[:length]
-    x = model.transformer(x, attn_mask=mask[:length, :length])
+    blocks = list(model.transformer.resblocks)
+    if all(isinstance(block.attn, nn.MultiheadAttention) for block in blocks):
+        for block in blocks:
+            x = residual_block(block, x, causal=True)
+    else:
+        x = model.transformer(x, attn_mask=mask[:length, :length])
     x = text_global_pool(model.ln_final(x), tokens, model.text_pool_type, eos_token_id=model.text_eos_id)
     projection = model.text_projection
     if projection is None:

@@ -24,6 +24,7 @@ from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
+from models.blocks import residual_block
 from models.errors import MaskMillError
 
 KeySource = Literal["projected", "raw"]
@@ -160,7 +161,7 @@ class VitDense(nn.Module):
         blocks = list(self.visual.transformer.resblocks)
         x = self._tokens(images, positions)
         for block in blocks[:-1]:
-            x = _ordinary(block, x)
+            x = residual_block(block, x)
         patches, keys = self._head.vit(blocks[-1], x, self._keys)
         features = self._project(self.visual.ln_post(patches))
         return Dense(features.transpose(1, 2).unflatten(2, (h, w)), keys)
@@ -173,7 +174,7 @@ class VitDense(nn.Module):
         x = self.whole_patches(images)
         x = self._tokens(x, self.position_table((x.shape[-2] // self.stride, x.shape[-1] // self.stride)))
         for block in self.visual.transformer.resblocks:
-            x = _ordinary(block, x)
+            x = residual_block(block, x)
         norm, pool = self.visual.ln_post, self.visual.pool_type
         if not self.visual.final_ln_after_pool:
             x = norm(x)
@@ -264,7 +265,7 @@ class ResNetDense(nn.Module):
 
 
 def _plain_vit(block: Any, x: Tensor, keys: KeySource | None) -> tuple[Tensor, Tensor | None]:
-    return _ordinary(block, x)[:, 1:], None
+    return residual_block(block, x)[:, 1:], None
 
 
 def _plain_resnet(pool: AttentionPool2d, x: Tensor, keys: KeySource | None) -> tuple[Tensor, Tensor | None]:
@@ -310,22 +311,6 @@ HEADS: dict[str, Head] = {
 """Dense heads by name. ``maskclip`` is the reference's code, which for a ViT keeps the last block's residual
 and MLP; ``value`` is value and last projection alone, as the paper's text and several later methods have it.
 On a ResNet the two are one. ``plain`` are the tokens of the unmodified CLIP."""
-
-
-def _ordinary(block: Any, x: Tensor) -> Tensor:
-    """A residual block as open_clip computes it, (B, N, W_) -> (B, N, W_).
-
-    In evaluation ``nn.MultiheadAttention`` writes out the N x N attention; the fused product over the same
-    weights makes a block a tenth faster in bf16 and a quarter in fp32 on a CPU, and needs no memory for it.
-    """
-    attention = block.attn
-    if not isinstance(attention, nn.MultiheadAttention):
-        return block(x)  # open_clip's own attention is fused already
-    packed = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in packed.chunk(3, -1))
-    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    x = x + block.ls_1(attention.out_proj(mixed))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 def _in_projection(block: Any, y: Tensor, part: int) -> Tensor:
