@@ -211,7 +211,7 @@ def _bare(
 def _teacher(model: str, precision: str):
     import torch
 
-    from jobs.label import MASKCLIP_OPTIONS
+    from jobs.labellers import MASKCLIP_OPTIONS
     from jobs.recipes import RECIPES
     from models.clip import load_clip
     from models.maskclip import MaskClip, MaskClipConfig
