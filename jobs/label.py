@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from jobs.console import LabelDisplay, duration, stderr_console
+from jobs.labellers import prepare_labeller
 from jobs.recipes import LabelRecipe
 from models.errors import MaskMillError
 from pipeline.checkpoint import CHECKPOINT_DIR, LABELS_DIR, done_ids, recover
@@ -49,18 +49,6 @@ PACKAGES = (
     "pillow",
     "opencv-python-headless",
     "numpy",
-)
-MASKCLIP_OPTIONS = (
-    "head",
-    "image_stats",
-    "profile",
-    "window",
-    "window_stride",
-    "ks_threshold",
-    "ks_axis",
-    "ks_source",
-    "pd_threshold",
-    "temperature",
 )
 
 
@@ -151,11 +139,12 @@ def _existing(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
                 f"Name another --output, or put {DATASET_FILE} back if this is a label table.",
             )
         return None
-    theirs, ours = recorded["recipe"], job.recipe.to_dict()
+    # A field younger than the table has its default there.
+    theirs = LabelRecipe(name="").to_dict() | recorded["recipe"]
     changed = [
-        f"{key}: {theirs.get(key)!r} there, {value!r} here"
-        for key, value in ours.items()
-        if key != "name" and theirs.get(key) != value
+        f"{key}: {theirs[key]!r} there, {value!r} here"
+        for key, value in job.recipe.to_dict().items()
+        if key != "name" and theirs[key] != value
     ]
     if recorded["ontology"]["hash"] != job.ontology.hash:
         changed.append("the classes (ontology) differ")
@@ -220,7 +209,11 @@ def _label(
                 manifest,
                 make_labeller=functools.partial(make_labeller, precision=precision, threads=compute.threads),
                 image_settings=ImageSettings(
-                    job.recipe.scale, job.recipe.keep_ratio, job.recipe.resize, job.recipe.max_pixels
+                    scale=job.recipe.scale,
+                    keep_ratio=job.recipe.keep_ratio,
+                    resize=job.recipe.resize,
+                    max_pixels=job.recipe.max_pixels,
+                    corruption=job.recipe.corruption,
                 ),
                 num_classes=job.ontology.num_classes,
                 ignore_index=job.ontology.ignore_index,
@@ -246,64 +239,29 @@ def _precision(recipe: LabelRecipe, compute: Compute) -> str:
 def _prepare(
     job: LabelJob, recorded: dict[str, Any] | None
 ) -> tuple[Callable[..., Labeller], dict[str, Any]]:
-    """Find the weights, so that mistakes show before work starts, and embed the class names."""
-    from models.clip import load_source
-    from models.precision import DTYPES, best_device, native_precision
-    from models.text import build_text_classifier, cached_text_classifier
-    from models.weights import find_weights
-    from pipeline.maskclip_labeller import MaskClipLabeller
+    """What builds the Labeller, and the record of the table."""
 
-    recipe, ontology = job.recipe, job.ontology
-    device = best_device()
-    # Class names are embedded with the arithmetic of the run, unless this machine would have to emulate it.
-    native = native_precision(device)
-    wanted = recorded["precision"] if recorded else recipe.precision
-    text_precision = native if wanted in ("auto", native) else "fp32"
-    source = find_weights(recipe.model, recipe.pretrained)
-    if recorded is not None and recorded["weights"]["fingerprint"] != source.fingerprint:
-        raise MaskMillError(
-            "output_differs",
-            f"{job.output} was labelled with other weights of {recipe.model} "
-            f"({recorded['weights']['fingerprint'][:12]}, now {source.fingerprint[:12]}).",
-            "Give the same weights, or name another --output.",
-        )
-    words: dict[str, Any] = {
-        "templates": ontology.templates,
-        "merge": ontology.merges(),
-        "cache_dir": cache_dir(),
-    }
-    text = cached_text_classifier(
-        source.fingerprint, ontology.prompts(), **words, dtype=DTYPES[text_precision]
-    ) or build_text_classifier(
-        load_source(source, device=device, dtype=DTYPES[text_precision]), ontology.prompts(), **words
-    )
-    thresholds = ontology.thresholds(default=recipe.min_confidence)
-    make_labeller = functools.partial(
-        MaskClipLabeller,
-        model=recipe.model,
-        pretrained=recipe.pretrained,
-        embeddings=text.embeddings.cpu().numpy(),
-        class_ids=text.class_ids.cpu().numpy(),
-        num_classes=ontology.num_classes,
-        thresholds=[0.0] * ontology.num_classes if thresholds is None else thresholds.tolist(),
-        options={name: getattr(recipe, name) for name in MASKCLIP_OPTIONS},
-        batch_size=recipe.batch_size,
-        ignore_index=ontology.ignore_index,
-    )
+    def same_weights(fingerprint: str) -> None:
+        if recorded is not None and recorded["weights"]["fingerprint"] != fingerprint:
+            raise MaskMillError(
+                "output_differs",
+                f"{job.output} was labelled with other weights of {job.recipe.model} "
+                f"({recorded['weights']['fingerprint'][:12]}, now {fingerprint[:12]}).",
+                "Give the same weights, or name another --output.",
+            )
+
+    precision = recorded["precision"] if recorded else job.recipe.precision
+    prepared = prepare_labeller(job.recipe, job.ontology, precision=precision, check_weights=same_weights)
     record = {
         "schema_version": SCHEMA_VERSION,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "ontology": ontology.to_dict() | {"hash": ontology.hash, "names": list(ontology.names)},
-        "recipe": recipe.to_dict() | {"hash": recipe.hash},
-        "weights": {
-            "model": recipe.model,
-            "pretrained": recipe.pretrained,
-            "fingerprint": source.fingerprint,
-        },
+        "ontology": job.ontology.to_dict() | {"hash": job.ontology.hash, "names": list(job.ontology.names)},
+        "recipe": job.recipe.to_dict() | {"hash": job.recipe.hash},
+        "weights": prepared.weights,
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "counts": {},
     }
-    return make_labeller, record
+    return prepared.make, record
 
 
 def _version(package: str) -> str | None:
@@ -311,14 +269,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def cache_dir() -> Path:
-    """Where text embeddings are kept: ``$MASKMILL_CACHE``, else below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    own = os.environ.get("MASKMILL_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maskmill"
 
 
 def _record_counts(storage: Storage) -> None:

@@ -19,6 +19,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from models.errors import MaskMillError
+from pipeline import corruptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class LabelRecipe:
         keep_ratio: False squashes to exactly ``scale`` (width, height).
         resize: ``opencv`` bilinear without antialiasing as the reference, or ``antialias``.
         max_pixels: larger images are not decoded but recorded as ``too_large``.
+        corruption: ``NAME:LEVEL`` of ``pipeline.corruptions`` (``jpeg_compression:3``), done to the decoded
+            image before it is resized, for robustness measurements; empty is none.
         head: which reading of CLIP's last block (``models.dense``): ``maskclip`` as the reference's code,
             ``value`` without its residual and MLP, ``plain`` unmodified.
         image_stats: normalise with ``imagenet`` statistics, as the reference does, or with ``clip``'s own.
@@ -58,6 +61,7 @@ class LabelRecipe:
     keep_ratio: bool = True
     resize: Literal["opencv", "antialias"] = "opencv"
     max_pixels: Annotated[int, Field(ge=1)] = 100_000_000
+    corruption: str = ""
     head: Literal["maskclip", "value", "plain"] = "maskclip"
     image_stats: Literal["imagenet", "clip"] = "imagenet"
     profile: Literal["reference", "weights"] = "reference"
@@ -203,6 +207,13 @@ def _validated(fields: dict[str, Any], *, where: str) -> LabelRecipe:
             f"{where}: {place} = {first['input']!r}: {first['msg']}.",
             "Correct the value, or leave it out.",
         ) from error
+    if recipe.corruption:
+        try:
+            corruptions.parse(recipe.corruption)
+        except MaskMillError as error:
+            raise MaskMillError(
+                "recipe_invalid", f"{where}: corruption: {error.message}", error.remedy
+            ) from error
     if recipe.head == "plain" and recipe.ks_threshold:
         raise MaskMillError(
             "recipe_invalid",

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from models.errors import MaskMillError
-from pipeline import images, labels
+from pipeline import corruptions, images, labels
 from pipeline.labeller import Labeller, Prediction
 
 _T = TypeVar("_T")
@@ -47,12 +47,21 @@ _LABELLED = pa.schema(
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """How images are decoded and resized: the fields of the recipe with these names."""
+    """How images are decoded, corrupted and resized: the fields of the recipe with these names.
+
+    Raises:
+        MaskMillError: ``corruption_invalid``.
+    """
 
     scale: tuple[int, int]
     keep_ratio: bool
     resize: Literal["opencv", "antialias"]
     max_pixels: int
+    corruption: str = ""
+
+    def __post_init__(self) -> None:
+        if self.corruption:
+            corruptions.parse(self.corruption)
 
 
 class Decode:
@@ -91,6 +100,10 @@ class Decode:
             image = images.decode(data, max_pixels=settings.max_pixels)
         except images.ImageError as error:
             return row | {"status": error.code, "error": error.message}
+        if settings.corruption:
+            # Seeded by the image, so that its noise is the same wherever and whenever it is labelled.
+            name, level = corruptions.parse(settings.corruption)
+            image = corruptions.corrupt(image, name, level, seed=row_id % 2**64)  # ids are signed
         height, width = image.shape[:2]
         network = images.target_size(height, width, scale=settings.scale, keep_ratio=settings.keep_ratio)
         resized = images.resize(image, network, method=settings.resize)

@@ -17,6 +17,7 @@ from models.errors import MaskMillError
         (["pretrained=random:3"], "pretrained", "random:3"),
         (["keep_ratio=false"], "keep_ratio", False),
         (["window=224", "window_stride=112"], "window_stride", 112),
+        (["corruption=jpeg_compression:3"], "corruption", "jpeg_compression:3"),
         (["ks_threshold=0.2", "ks_threshold=1"], "ks_threshold", 1.0),  # the later one holds
     ],
 )
@@ -36,6 +37,9 @@ def test_settings_are_typed(settings: list[str], field: str, expected: object) -
         ("maskclip", ["window=224"], "recipe_invalid", "window_stride"),
         ("maskclip-refined", ["head=plain"], "recipe_invalid", "needs keys"),
         ("maskclip", ["window=224", "window_stride=300"], "recipe_invalid", "window_stride"),
+        ("maskclip", ["corruption=snow:3"], "recipe_invalid", "jpeg_compression"),
+        ("maskclip", ["corruption=spatter:6"], "recipe_invalid", "'spatter:6'"),
+        ("maskclip", ["corruption=spatter"], "recipe_invalid", "NAME:LEVEL"),
         ("nowhere.yaml", [], "recipe_invalid", "nowhere.yaml"),
     ],
 )
@@ -80,7 +84,7 @@ def test_every_field_but_the_name_changes_the_hash() -> None:
     base = LabelRecipe(name="x", window=8, window_stride=8)
     others = {
         "model": "RN50", "pretrained": "a", "scale": (9, 9), "keep_ratio": False, "resize": "antialias",
-        "max_pixels": 9,
+        "max_pixels": 9, "corruption": "spatter:1",
         "head": "plain", "image_stats": "clip", "profile": "weights", "window": 9, "window_stride": 4,
         "ks_threshold": 1.0, "ks_axis": "channel", "ks_source": "raw", "pd_threshold": 0.5,
         "temperature": 9.0,        "precision": "fp32", "batch_size": 3, "min_confidence": 0.1,

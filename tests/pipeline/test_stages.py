@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import threading
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from models.errors import MaskMillError
-from pipeline import stages
+from pipeline import corruptions, images, stages, toyworld
 from pipeline.labeller import Prediction
 from pipeline.labels import LABEL_SCHEMA, decode_confidence, decode_mask
 from pipeline.stages import Decode, Encode, ImageSettings, Label
@@ -156,6 +157,44 @@ def test_byte_ranges_of_a_shard_are_images(tmp_path: Path) -> None:
     decoded = pa.concat_tables(Decode(SETTINGS, _Sink())(manifest)).to_pylist()
     assert [row["status"] for row in decoded] == ["ok", "ok"]
     assert [np.frombuffer(row["pixels"], np.uint8)[0] for row in decoded] == [40, 200]
+
+
+@pytest.mark.parametrize("corruption", ["gaussian_noise:3", "jpeg_compression:5"])
+def test_corruption_comes_between_decoding_and_resizing(tmp_path: Path, corruption: str) -> None:
+    scenes = toyworld.generate(1, 3, 96)[0]
+    for index, scene in enumerate(scenes):
+        Image.fromarray(scene).save(tmp_path / f"{index}.png")
+    ids = [-(2**63), -1, 2**63 - 1]  # ids are hashes: any signed 64 bits
+    manifest = pa.table(
+        {"id": pa.array(ids, pa.int64()), "uri": [str(tmp_path / f"{i}.png") for i in range(3)]}
+    )
+    settings = dataclasses.replace(SETTINGS, corruption=corruption)
+
+    def pixels(settings: ImageSettings, manifest: pa.Table) -> dict[int, bytes]:
+        rows = pa.concat_tables(Decode(settings, _Sink())(manifest)).to_pylist()
+        assert [(row["height"], row["width"], row["network_height"]) for row in rows] == [(96, 96, 32)] * 3
+        return {row["id"]: row["pixels"] for row in rows}
+
+    corrupted = pixels(settings, manifest)
+    name, level = corruptions.parse(corruption)
+    for row_id, scene in zip(ids, scenes, strict=True):
+        expected = corruptions.corrupt(scene, name, level, seed=row_id % 2**64)
+        assert corrupted[row_id] == images.resize(expected, (32, 32)).tobytes()
+    assert pixels(settings, manifest.take([2, 0, 1])) == corrupted  # of the image, not of its place
+    clean = pixels(SETTINGS, manifest)
+    assert clean[-1] == images.resize(scenes[1], (32, 32)).tobytes() != corrupted[-1]
+
+
+def test_images_differ_in_their_noise(tmp_path: Path) -> None:
+    manifest = _folder(tmp_path, {"a.png": ((40, 40), 128), "b.png": ((40, 40), 128)}).slice(0, 2)
+    settings = dataclasses.replace(SETTINGS, corruption="gaussian_noise:1")
+    first, second = pa.concat_tables(Decode(settings, _Sink())(manifest))["pixels"].to_pylist()
+    assert first != second
+
+
+def test_unknown_corruptions_are_refused_before_any_image() -> None:
+    with pytest.raises(MaskMillError, match="snow"):
+        dataclasses.replace(SETTINGS, corruption="snow:1")
 
 
 def test_fetching_runs_ahead_but_not_away() -> None:
