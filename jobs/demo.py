@@ -15,7 +15,7 @@ from jobs.recipes import RECIPES
 from models.errors import MaskMillError
 from pipeline import toyworld
 from pipeline.labels import decode_mask, iter_rows
-from pipeline.metrics import confusion_matrix, iou_per_class, mean_iou
+from pipeline.metrics.confusion import confusion_matrix, iou_per_class, mean_iou
 from pipeline.ontology import Ontology, load_ontology
 from pipeline.report.sheet import colorize, contact_sheet
 from pipeline.storage import open_storage

@@ -46,7 +46,7 @@ from models.templates import TEMPLATE_SETS
 from models.text import build_text_classifier
 from models.weights import OPENAI_MEAN, OPENAI_STD, WeightSource
 from pipeline import toyworld
-from pipeline.metrics import confusion_matrix, iou_per_class
+from pipeline.metrics.confusion import confusion_matrix, iou_per_class
 
 TEMPLATES = "toyworld"
 """The prompt templates behind the numbers of the card."""

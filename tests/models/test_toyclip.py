@@ -17,7 +17,7 @@ from models.labelmap import label_map
 from models.maskclip import MaskClip, MaskClipConfig
 from models.text import TextClassifier, build_text_classifier
 from pipeline import toyworld
-from pipeline.metrics import confusion_matrix, iou_per_class
+from pipeline.metrics.confusion import confusion_matrix, iou_per_class
 
 SIZE = 128
 # A little below the model card, whose numbers come from another set and more scenes.

@@ -1,0 +1,400 @@
+"""What benchmark datasets share: samples, masks read exactly, and errors that say what to do.
+
+A reader never downloads. It lists each folder once, compares the listing with the split, and says what is
+missing before any work starts; after that ``truth`` and ``image`` need nothing but the sample.
+
+Shapes: H W pixels of the image's own size, N samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from models.errors import MaskMillError
+from pipeline.images import ImageError, decode, fetch
+from pipeline.ontology import Ontology, builtin_ontologies, load_ontology
+from pipeline.storage import Storage, open_storage
+
+Labels = npt.NDArray[np.uint8 | np.uint16]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_MAX_SHOWN = 5
+_Dataset = TypeVar("_Dataset", bound="Dataset")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and where its truth is.
+
+    Attributes:
+        name: unique in its dataset; relative POSIX path of the image without ending, where there is a file.
+        image: path or URI, "" if the image is generated.
+        truth: path or URI of the mask, None if the truth is not a file of its own.
+    """
+
+    name: str
+    image: str
+    truth: str | None = None
+
+
+class SegmentationDataset(Protocol):
+    """Images with true label maps. Picklable: workers call ``image`` and ``truth``.
+
+    Attributes:
+        name: of the benchmark.
+        split: part of it.
+        class_names: by id.
+        ontology: name of the built-in ontology that the ids follow, or None.
+        ignore_index: id of pixels that do not count.
+        samples: sorted by name.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def split(self) -> str: ...
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+    @property
+    def ontology(self) -> str | None: ...
+    @property
+    def ignore_index(self) -> int: ...
+    @property
+    def samples(self) -> Sequence[Sample]: ...
+
+    def truth(self, sample: Sample) -> Labels:
+        """Ids (H, W), uint8 or uint16, ``ignore_index`` where nothing is known."""
+        ...
+
+    def image(self, sample: Sample) -> npt.NDArray[np.uint8]:
+        """RGB (H, W, 3), upright."""
+        ...
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what is measured against."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dataset(ABC):
+    """Common part of the readers; see ``SegmentationDataset``.
+
+    Attributes:
+        name: of the benchmark.
+        split: part of it.
+        classes: meaning of the ids.
+        samples: sorted by name.
+        identity: what the truth is made from, in words or as a hash; part of the fingerprint.
+    """
+
+    name: str
+    split: str
+    classes: Ontology
+    samples: tuple[Sample, ...]
+    identity: str
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names by id."""
+        return self.classes.names
+
+    @property
+    def ontology(self) -> str | None:
+        """Name of the built-in ontology that the ids follow, or None."""
+        name = self.classes.name
+        return name if name in builtin_ontologies() and load_ontology(name) == self.classes else None
+
+    @property
+    def ignore_index(self) -> int:
+        """Id of pixels that do not count."""
+        return self.classes.ignore_index
+
+    @abstractmethod
+    def truth(self, sample: Sample) -> Labels:
+        """Ids (H, W), uint8 or uint16, ``ignore_index`` where nothing is known.
+
+        Raises:
+            MaskMillError: ``benchmark_unreadable``, ``mask_invalid``; each names the file.
+        """
+
+    def image(self, sample: Sample) -> npt.NDArray[np.uint8]:
+        """RGB (H, W, 3), upright.
+
+        Raises:
+            MaskMillError: ``benchmark_unreadable``, which names the file.
+        """
+        try:
+            return decode(fetch(sample.image))
+        except ImageError as error:
+            raise _unreadable(sample.image, error) from error
+
+    def image_and_truth(self, sample: Sample) -> tuple[npt.NDArray[np.uint8], Labels]:
+        """Both, checked to be of one size.
+
+        Raises:
+            MaskMillError: as ``image`` and ``truth``; ``mask_invalid`` where the sizes differ.
+        """
+        image, truth = self.image(sample), self.truth(sample)
+        if image.shape[:2] != truth.shape:
+            raise MaskMillError(
+                "mask_invalid",
+                f"{sample.truth or sample.name}: the mask has {truth.shape[0]} x {truth.shape[1]} pixels, "
+                f"the image {sample.image} {image.shape[0]} x {image.shape[1]}.",
+                "Use the masks that belong to these images; neither may have been resized.",
+            )
+        return image, truth
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of name, split, classes, ignore index, ``identity`` and the names of all samples.
+
+        Paths do not enter, so a copy elsewhere has the same fingerprint. Of mask files only the names count,
+        not the pixels: reading thousands of files to name a run would cost as much as the run.
+        """
+        parts = [
+            self.name, self.split, self.class_names, self.ignore_index, self.identity,
+            [sample.name for sample in self.samples],
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
+
+    def reader(self: _Dataset) -> _Dataset:
+        """The same without samples, small enough to travel with every task: ``image`` and ``truth`` need
+        nothing but the sample they are given.
+        """
+        return replace(self, samples=())
+
+
+@dataclass(frozen=True)
+class MaskDataset(Dataset):
+    """A dataset whose truth is one PNG of ids per image.
+
+    Attributes:
+        ids: by id in the files: the id in ``classes``, or ``ignore_index``. Others are errors.
+    """
+
+    ids: Mapping[int, int]
+
+    def truth(self, sample: Sample) -> Labels:
+        """See ``Dataset.truth``."""
+        assert sample.truth is not None
+        return relabel(read_mask(sample.truth), self.ids, classes=self.classes, where=sample.truth)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a benchmark comes from and how its folder has to look.
+
+    Attributes:
+        title: its full name.
+        home: address of its official page.
+        layout: the folder as a tree.
+    """
+
+    title: str
+    home: str
+    layout: str
+
+    def missing(self, place: str | None, what: str) -> MaskMillError:
+        """The error for a benchmark, or a part of it, that is not there."""
+        where = f" in {place}" if place else ""
+        return MaskMillError(
+            "dataset_missing",
+            f"{self.title}: {what}{where}.",
+            f"Nothing is downloaded for you. Get it from {self.home}, lay it out as\n\n{self.layout}\n\n"
+            "and give the top folder (a path, or s3://bucket/prefix) as root.",
+        )
+
+    def open(self, root: str | None, markers: Iterable[str], inner: Sequence[str] = ()) -> Storage:
+        """The folder that holds the benchmark: ``root`` or a folder in it.
+
+        Args:
+            root: as the user gave it.
+            markers: folders of which one must exist.
+            inner: folders in which to look as well.
+
+        Raises:
+            MaskMillError: ``dataset_missing``.
+        """
+        if root is None:
+            raise self.missing(None, "no folder was given")
+        markers = tuple(markers)
+        storage = open_storage(root)
+        for folder in ("", *inner):
+            place = storage.child(folder) if folder else storage
+            if any(place.exists(marker) for marker in markers):
+                return place
+        raise self.missing(storage.uri, f"there is no {' or '.join(markers)}")
+
+    def samples(
+        self, names: Iterable[str], images: Mapping[str, str], masks: Mapping[str, str], place: Storage
+    ) -> tuple[Sample, ...]:
+        """One sample per name, sorted.
+
+        Args:
+            names: of the split; must not be empty.
+            images: path within ``place`` by name.
+            masks: likewise.
+            place: the benchmark's folder.
+
+        Raises:
+            MaskMillError: ``dataset_missing`` for an empty split; ``dataset_incomplete``, which counts and
+                names what is not there.
+        """
+        wanted = sorted(set(names))
+        if not wanted:
+            raise self.missing(place.uri, "the split has no images")
+        gaps = [
+            f"{len(absent):,} of {len(wanted):,} {kind} are missing ({shown(absent)})"
+            for kind, have in (("images", images), ("masks", masks))
+            if (absent := [name for name in wanted if name not in have])
+        ]
+        if gaps:
+            raise MaskMillError(
+                "dataset_incomplete",
+                f"{self.title} in {place.uri}: {'; '.join(gaps)}.",
+                f"Complete the folder, or shorten the split's list. The layout is\n\n{self.layout}",
+            )
+        return tuple(Sample(name, place.uri_of(images[name]), place.uri_of(masks[name])) for name in wanted)
+
+
+def shown(names: Sequence[Any]) -> str:
+    """The first few of a list, for messages."""
+    rest = len(names) - _MAX_SHOWN
+    return ", ".join(map(str, names[:_MAX_SHOWN])) + (f", and {rest:,} more" if rest > 0 else "")
+
+
+def list_files(
+    place: Storage, folder: str, suffixes: str | tuple[str, ...], *, recursive: bool = False
+) -> dict[str, str]:
+    """Files of a folder with certain endings, by name relative to the folder without the ending.
+
+    Args:
+        place: where the folder is.
+        folder: "" for ``place`` itself.
+        suffixes: endings, in any case; the longest that fits is taken off.
+        recursive: whether to enter folders; then names hold slashes.
+
+    Returns:
+        Path within ``place`` by name; empty if there is no such folder. Hidden files are left out.
+
+    Raises:
+        MaskMillError: ``dataset_invalid`` if two files have one name (``a.jpg`` and ``a.png``).
+    """
+    endings = sorted((suffixes,) if isinstance(suffixes, str) else suffixes, key=len, reverse=True)
+    found: dict[str, str] = {}
+    for path in place.list(folder, recursive=recursive):
+        name = path[len(folder) :].lstrip("/") if folder else path
+        ending = next((end for end in endings if name.lower().endswith(end.lower())), None)
+        if ending is None or any(part.startswith(".") for part in PurePosixPath(name).parts):
+            continue
+        name = name[: len(name) - len(ending)]
+        if name in found:
+            raise MaskMillError(
+                "dataset_invalid",
+                f"{place.uri}: {found[name]} and {path} have the same name.",
+                "Keep one of them, or rename it.",
+            )
+        found[name] = path
+    return found
+
+
+def read_list(place: Storage, name: str) -> list[str]:
+    """First word of each line of a text file, empty lines left out."""
+    lines = place.read_bytes(name).decode("utf-8-sig").splitlines()
+    return [line.split()[0] for line in lines if line.strip()]
+
+
+def identity_ids(count: int, *, ignore: int = 255) -> dict[int, int]:
+    """Ids 0 to ``count - 1`` as they are, and ``ignore`` as it is."""
+    return {**{number: number for number in range(count)}, ignore: ignore}
+
+
+def read_mask(uri: str) -> Labels:
+    """Ids (H, W) of a mask file: palette indices or grey values, never colours.
+
+    Args:
+        uri: path or URI of a PNG of 1 to 16 bits.
+
+    Returns:
+        uint8, or uint16 for masks of 16 bits.
+
+    Raises:
+        MaskMillError: ``benchmark_unreadable``; ``mask_invalid`` if the file holds colours.
+    """
+    try:
+        data = fetch(uri)
+    except ImageError as error:
+        raise _unreadable(uri, error) from error
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as opened:
+            mode, array = opened.mode, np.asarray(opened)
+    except Exception as error:  # readers of damaged files raise anything
+        raise _unreadable(uri, error) from error
+    if mode in ("P", "L", "1"):
+        # Pillow stretches grey of 2 and 4 bits to 0..255.
+        depth = data[24]
+        spread = {2: 85, 4: 17}.get(depth, 1) if mode == "L" else 1
+        return (array // spread).astype(np.uint8)
+    if mode.startswith("I") and array.size and array.min() >= 0 and array.max() <= 65_535:
+        return array.astype(np.uint16)
+    raise MaskMillError(
+        "mask_invalid",
+        f"{uri} is a picture of mode {mode}, not a map of class ids.",
+        "Give masks as grey or palette PNGs whose values are ids; colours cannot be told back into ids.",
+    )
+
+
+def relabel(raw: Labels, ids: Mapping[int, int], *, classes: Ontology, where: str) -> Labels:
+    """Ids of a file → ids of an ontology.
+
+    Args:
+        raw: (H, W).
+        ids: id of the ontology, or its ignore index, by id of the file.
+        classes: the ontology.
+        where: the file, for the error.
+
+    Raises:
+        MaskMillError: ``mask_invalid``, naming the file, if it holds any other id.
+    """
+    table = np.full(int(raw.max(initial=0)) + 1, -1, np.int32)
+    for given, meant in ids.items():
+        if given < len(table):
+            table[given] = meant
+    labels = table[raw]
+    if labels.min(initial=0) < 0:
+        unknown = np.unique(raw[labels < 0]).tolist()
+        raise MaskMillError(
+            "mask_invalid",
+            f"{where} holds ids that {classes.name} does not have: {shown(unknown)}.",
+            f"Known are {_ranges(ids)}. Use the masks of this benchmark, or an ontology that fits them.",
+        )
+    return labels.astype(classes.mask_dtype)
+
+
+def _ranges(ids: Iterable[int]) -> str:
+    """Numbers as ranges: 0-20, 255."""
+    runs: list[list[int]] = []
+    for number in sorted(ids):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def _unreadable(uri: str, error: Exception) -> MaskMillError:
+    return MaskMillError(
+        "benchmark_unreadable",
+        f"{uri} cannot be read: {error}",
+        "Get this file again; a benchmark is measured on all of its files or not at all.",
+    )

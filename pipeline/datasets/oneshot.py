@@ -1,0 +1,172 @@
+"""One-shot segmentation: the folds of Pascal-5i and COCO-20i, and reproducible episodes.
+
+An episode shows a model one or more images with the mask of a class (the support) and asks for that class in
+another image (the query). The references draw episodes without a seed; here episode i of a seed is always the
+same, whatever else is drawn, so that two models are asked the same questions.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from models.errors import MaskMillError
+from pipeline.datasets.base import SegmentationDataset
+from pipeline.datasets.cocoobject import NAME as COCO_OBJECT
+
+
+@dataclass(frozen=True)
+class OneShotBenchmark:
+    """Folds of classes and a way to draw episodes.
+
+    Attributes:
+        name: of the benchmark.
+        dataset: in the registry; its ids are the ones in ``folds``.
+        split: of the dataset that query and support come from.
+        folds: ids of the test classes per fold; the other classes are for training.
+        draw: ``image``: every image with a test class, in order, asked for one of these at random;
+            ``pair``: every (image, class) in order, again from the start when all are used;
+            ``class``: a random class, then a random image of it.
+        episodes: how many; None is one per image.
+        min_area: pixels of a class below which an image does not show it.
+    """
+
+    name: str
+    dataset: str
+    split: str
+    folds: tuple[tuple[int, ...], ...]
+    draw: Literal["image", "pair", "class"]
+    episodes: int | None
+    min_area: int
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One question.
+
+    Attributes:
+        query: name of the sample that is asked about.
+        support: names of other samples that show the class.
+        class_id: id in the dataset.
+    """
+
+    query: str
+    support: tuple[str, ...]
+    class_id: int
+
+
+_PASCAL_FOLDS = tuple(tuple(range(5 * fold + 1, 5 * fold + 6)) for fold in range(4))
+
+BENCHMARKS: Mapping[str, OneShotBenchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        # PFENet's lists and area limit, which CLIPSeg uses.
+        OneShotBenchmark("pascal5i", "voc21", "val", _PASCAL_FOLDS, "image", None, 2 * 32 * 32),
+        # HSNet (arXiv 2104.01538): 1000 episodes over pairs.
+        OneShotBenchmark("pascal5i-hsnet", "voc21", "val", _PASCAL_FOLDS, "pair", 1000, 1),
+        # HSNet: thing f, f + 4, f + 8, ... of COCO 2014; id 0 is background here.
+        OneShotBenchmark(
+            "coco20i",
+            COCO_OBJECT,
+            "val2014",
+            tuple(tuple(fold + 4 * step + 1 for step in range(20)) for fold in range(4)),
+            "class",
+            1000,
+            1,
+        ),
+    )
+}
+
+
+def class_areas(dataset: SegmentationDataset) -> npt.NDArray[np.int64]:
+    """Pixels of each class in each image: (N, C) in the order of ``samples``. Reads every mask.
+
+    Rows are independent: workers may do parts and stack them.
+    """
+    count = len(dataset.class_names)
+    areas = np.zeros((len(dataset.samples), count), np.int64)
+    for row, sample in enumerate(dataset.samples):
+        truth = dataset.truth(sample)
+        areas[row] = np.bincount(truth[truth != dataset.ignore_index], minlength=count)
+    return areas
+
+
+def draw_episodes(
+    benchmark: OneShotBenchmark,
+    fold: int,
+    names: Sequence[str],
+    areas: npt.NDArray[np.int64],
+    *,
+    seed: int = 0,
+    shots: int = 1,
+    episodes: int | None = None,
+) -> list[Episode]:
+    """Episodes of a fold.
+
+    Args:
+        benchmark: one of ``BENCHMARKS``.
+        fold: 0 to 3.
+        names: of the samples, N.
+        areas: (N, C) pixels, see ``class_areas``.
+        seed: names the set of episodes.
+        shots: support images per episode, all different.
+        episodes: how many, in place of the benchmark's number; with ``draw="image"`` at most one per image.
+
+    Returns:
+        Episodes whose support never holds the query.
+
+    Raises:
+        MaskMillError: ``option_invalid`` for a fold that is not there or a count below 1;
+            ``oneshot_too_few`` if no image shows a class of the fold, or fewer than ``shots`` + 1 show one
+            that is asked for.
+    """
+    if not 0 <= fold < len(benchmark.folds) or shots < 1 or (episodes is not None and episodes < 1):
+        raise MaskMillError(
+            "option_invalid",
+            f"{benchmark.name}: no episodes for {fold=}, {shots=}, {episodes=}.",
+            f"Give a fold from 0 to {len(benchmark.folds) - 1}, at least one shot and one episode.",
+        )
+    shows = areas >= benchmark.min_area
+    classes = benchmark.folds[fold]
+    members = {
+        number: [names[row] for row in np.flatnonzero(shows[:, number]).tolist()] for number in classes
+    }
+    members = {number: images for number, images in members.items() if images}
+    shown_in = {name: [number for number in classes if shows[row, number]] for row, name in enumerate(names)}
+    pairs = [(name, number) for name, numbers in shown_in.items() for number in numbers]
+    queries = [name for name, numbers in shown_in.items() if numbers]
+    if not pairs:
+        raise _too_few(benchmark, fold, "no image shows one of its classes")
+    count = episodes or benchmark.episodes or len(queries)
+    if benchmark.draw == "image":
+        count = min(count, len(queries))
+    drawn = []
+    for index in range(count):
+        # Python's generator, seeded with text, gives the same on every version and machine.
+        rng = random.Random(f"{benchmark.name}/{fold}/{seed}/{index}")
+        if benchmark.draw == "image":
+            query = queries[index]
+            number = rng.choice(shown_in[query])
+        elif benchmark.draw == "pair":
+            query, number = pairs[index % len(pairs)]
+        else:
+            number = rng.choice(sorted(members))
+            query = rng.choice(members[number])
+        others = [name for name in members[number] if name != query]
+        if len(others) < shots:
+            raise _too_few(benchmark, fold, f"class {number} is in {len(others) + 1} images only")
+        drawn.append(Episode(query, tuple(rng.sample(others, shots)), number))
+    return drawn
+
+
+def _too_few(benchmark: OneShotBenchmark, fold: int, why: str) -> MaskMillError:
+    return MaskMillError(
+        "oneshot_too_few",
+        f"{benchmark.name}, fold {fold}: {why} (at least {benchmark.min_area:,} pixels count).",
+        f"Use the whole {benchmark.split} split of {benchmark.dataset}.",
+    )

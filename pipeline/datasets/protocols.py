@@ -1,0 +1,147 @@
+"""Two ways to measure the same dataset, by name. Their numbers are not comparable.
+
+``seed`` is what the code of MaskCLIP (arXiv 2112.01071) does: the whole image at a size per dataset, ImageNet
+statistics, 85 templates, exact GELU. ``unified`` is what its training-free successors share (SCLIP, arXiv
+2312.01597; NACLIP and later): windows of 224 pixels every 112, CLIP's own statistics, 80 templates, softmax
+scale 40. The same MaskCLIP with ViT-B/16 scores 49.5 on Pascal VOC under the first and 74.9 under the second.
+
+What remains different from the successors' tables: they write class-name files of their own (synonyms such
+as "person in shirt"), and some tune the softmax scale per dataset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from models.errors import MaskMillError
+
+ProtocolName = Literal["seed", "unified"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How one dataset is measured.
+
+    Attributes:
+        name: ``seed`` or ``unified``.
+        dataset: in the registry.
+        scale: see the label recipe; pixels.
+        templates: name of a prompt template set.
+        background: what becomes of label 0 of the dataset: there is ``none``; it is ``ignored``; or it is a
+            ``class`` that must be predicted.
+        background_threshold: pixels whose highest probability is below it become class 0; in [0, 1]. To be
+            applied to a label table's confidence before the comparison.
+        image_stats: see the label recipe.
+        profile: likewise.
+        window: side in pixels, 0 is the whole image.
+        window_stride: pixels.
+        temperature: what cosines are multiplied with before the softmax.
+    """
+
+    name: ProtocolName
+    dataset: str
+    scale: tuple[int, int]
+    templates: str
+    background: Literal["none", "ignored", "class"]
+    background_threshold: float = 0.0
+    image_stats: Literal["imagenet", "clip"]
+    profile: Literal["reference", "weights"]
+    window: int
+    window_stride: int
+    temperature: float
+
+    def recipe_overrides(self) -> dict[str, Any]:
+        """The fields that the label recipe has under the same names."""
+        return {
+            "scale": self.scale,
+            "keep_ratio": True,
+            "resize": "opencv",
+            "image_stats": self.image_stats,
+            "profile": self.profile,
+            "window": self.window,
+            "window_stride": self.window_stride,
+            "temperature": self.temperature,
+        }
+
+
+def _seed(dataset: str, scale: tuple[int, int], background: Literal["none", "ignored"]) -> Protocol:
+    return Protocol(
+        name="seed", dataset=dataset, scale=scale, background=background, templates="openai85",
+        image_stats="imagenet", profile="reference", window=0, window_stride=0, temperature=100.0,
+    )  # fmt: skip
+
+
+def _unified(
+    dataset: str, short_side: int, background: Literal["none", "ignored", "class"], threshold: float = 0.0
+) -> Protocol:
+    return Protocol(
+        name="unified", dataset=dataset, scale=(2048, short_side), background=background,
+        background_threshold=threshold, templates="imagenet80", image_stats="clip", profile="weights",
+        window=224, window_stride=112, temperature=40.0,
+    )  # fmt: skip
+
+
+PROTOCOLS: Mapping[str, Mapping[ProtocolName, Protocol]] = {
+    "voc20": {
+        "seed": _seed("voc20", (2048, 512), "ignored"),
+        "unified": _unified("voc20", 336, "ignored"),
+    },
+    "voc21": {"unified": _unified("voc21", 336, "class", 0.1)},
+    "context59": {
+        # (520, 520) limits the long side.
+        "seed": _seed("context59", (520, 520), "ignored"),
+        "unified": _unified("context59", 336, "ignored"),
+    },
+    "context60": {"unified": _unified("context60", 336, "class", 0.1)},
+    "cocostuff171": {
+        "seed": _seed("cocostuff171", (2048, 512), "none"),
+        "unified": _unified("cocostuff171", 448, "none"),
+    },
+    "cocoobject81": {"unified": _unified("cocoobject81", 336, "class", 0.1)},
+    "cityscapes19": {
+        "seed": _seed("cityscapes19", (1024, 512), "none"),
+        "unified": _unified("cityscapes19", 560, "none"),
+    },
+    "ade150": {
+        # Label 0 of ADE20K is "other", not a background class.
+        "seed": _seed("ade150", (2048, 512), "ignored"),
+        "unified": _unified("ade150", 336, "ignored"),
+    },
+}
+"""Protocol by dataset and name. MaskCLIP's code has no background class, so ``seed`` has none."""
+
+
+def get_protocol(dataset: str, name: str) -> Protocol:
+    """The protocol of a dataset.
+
+    Raises:
+        MaskMillError: ``protocol_missing``, saying which there are.
+    """
+    known = PROTOCOLS.get(dataset, {})
+    for protocol in known.values():
+        if protocol.name == name:
+            return protocol
+    raise MaskMillError(
+        "protocol_missing",
+        f"There is no protocol {name!r} for {dataset}.",
+        f"Known for it: {', '.join(known)}."
+        if known
+        else f"Datasets with protocols: {', '.join(PROTOCOLS)}.",
+    )
+
+
+def check_comparable(first: Protocol, second: Protocol) -> None:
+    """Refuse to put numbers of two protocols, or of two datasets, side by side.
+
+    Raises:
+        MaskMillError: ``protocols_differ``.
+    """
+    if (first.name, first.dataset) != (second.name, second.dataset):
+        raise MaskMillError(
+            "protocols_differ",
+            f"Numbers of {first.name} on {first.dataset} and of {second.name} on {second.dataset} are not "
+            "comparable.",
+            "Measure both under one protocol.",
+        )

@@ -1,0 +1,142 @@
+"""All benchmark datasets by name."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from models.errors import MaskMillError
+from pipeline.datasets import (
+    ade20k,
+    cityscapes,
+    cocojson,
+    cocoobject,
+    cocostuff,
+    context,
+    pairs,
+    phrasecut,
+    toy,
+    voc,
+)
+from pipeline.datasets.base import SegmentationDataset, Source
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """A benchmark dataset.
+
+    Attributes:
+        description: one line.
+        default_split: the one that papers report.
+        source: where to get it and how to lay it out.
+        opener: called with root, ``split`` and further options by name.
+        official: number of samples by split, where the benchmark fixes it. A part of them can be measured,
+            but is not the benchmark.
+    """
+
+    description: str
+    default_split: str
+    source: Source
+    opener: Callable[..., SegmentationDataset]
+    official: Mapping[str, int]
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the options besides root and split."""
+        return tuple(name for name in inspect.signature(self.opener).parameters if name not in _COMMON)
+
+
+_COMMON = ("root", "split", "classes")
+
+DATASETS: Mapping[str, DatasetInfo] = {
+    "voc20": DatasetInfo(
+        "PASCAL VOC 2012, 20 classes, background ignored", "val", voc.SOURCE,
+        functools.partial(voc.open_voc, classes="voc20"), {"train": 1464, "val": 1449},
+    ),
+    "voc21": DatasetInfo(
+        "PASCAL VOC 2012, 20 classes and background", "val", voc.SOURCE,
+        functools.partial(voc.open_voc, classes="voc21"), {"train": 1464, "val": 1449},
+    ),
+    "context59": DatasetInfo(
+        "PASCAL Context, 59 classes, background ignored", "val", context.SOURCE,
+        functools.partial(context.open_context, classes="context59"), {"train": 4998, "val": 5105},
+    ),
+    "context60": DatasetInfo(
+        "PASCAL Context, 59 classes and background", "val", context.SOURCE,
+        functools.partial(context.open_context, classes="context60"), {"train": 4998, "val": 5105},
+    ),
+    "cocostuff171": DatasetInfo(
+        "COCO-Stuff 164k, 80 things and 91 stuff classes", "val2017", cocostuff.SOURCE,
+        cocostuff.open_cocostuff, {"train2017": 118_287, "val2017": 5000},
+    ),
+    "cocoobject81": DatasetInfo(
+        "COCO-Object, 80 things and background", "val2017", cocoobject.SOURCE,
+        cocoobject.open_coco_object, {"train2017": 118_287, "val2017": 5000},
+    ),
+    "cityscapes19": DatasetInfo(
+        "Cityscapes, 19 classes of street scenes", "val", cityscapes.SOURCE,
+        cityscapes.open_cityscapes, {"train": 2975, "val": 500},
+    ),
+    "ade150": DatasetInfo(
+        "ADE20K, the 150 classes of scene parsing", "validation", ade20k.SOURCE,
+        ade20k.open_ade20k, {"training": 20_210, "validation": 2000},
+    ),
+    "pairs": DatasetInfo(
+        "Your own: a folder of images and a folder of masks", "all", pairs.SOURCE, pairs.open_pairs, {}
+    ),
+    "coco-json": DatasetInfo(
+        "Your own: images and a COCO instances file", "val2017", cocojson.SOURCE,
+        cocojson.open_coco_root, {},
+    ),
+    "toyworld": DatasetInfo(
+        "The toy world: drawn from a seed, no files", "seed-2", toy.SOURCE, toy.open_toyworld, {}
+    ),
+    "phrasecut": DatasetInfo(
+        "PhraseCut: referring expressions, one mask per phrase", "test", phrasecut.SOURCE,
+        phrasecut.open_phrasecut, {},
+    ),
+}  # fmt: skip
+
+
+def open_dataset(
+    name: str, *, root: str | None = None, split: str | None = None, **options: Any
+) -> SegmentationDataset:
+    """Open a benchmark: list its folders, check that it is whole, read nothing more.
+
+    Args:
+        name: a key of ``DATASETS``.
+        root: its folder, a path or URI; None for those without files.
+        split: part of it; the one that papers report by default.
+        **options: of this dataset, see the functions ``open_*``: ``ontology``, ``images`` and ``masks`` of
+            ``pairs``; ``ontology``, ``images`` and ``annotations`` of ``coco-json``; ``source`` of
+            ``cocoobject81``; ``count`` and ``size`` of ``toyworld``.
+
+    Raises:
+        MaskMillError: ``dataset_unknown``; ``option_invalid``; ``dataset_missing``, which says where to get
+            it; ``dataset_incomplete``; ``dataset_invalid``.
+    """
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise MaskMillError(
+            "dataset_unknown", f"There is no dataset {name!r}.", f"{hint}Known: {', '.join(DATASETS)}."
+        )
+    info = DATASETS[name]
+    unknown = [option for option in options if option not in info.options]
+    if unknown:
+        raise MaskMillError(
+            "option_invalid",
+            f"{name} has no option {unknown[0]!r}.",
+            f"Options: {', '.join(info.options)}." if info.options else "It has none besides root and split.",
+        )
+    if name in ("pairs", "coco-json") and "ontology" not in options:
+        raise MaskMillError(
+            "option_invalid",
+            f"{name} needs an ontology: it gives the ids of the masks their meaning.",
+            "Name a built-in ontology or a YAML file.",
+        )
+    return info.opener(root, split=split or info.default_split, **options)

@@ -1,0 +1,106 @@
+"""Zero-shot splits: which classes a model may not have seen labels of.
+
+Classes are given by name in the spelling of the built-in ontologies, and looked up there: a name that an
+ontology does not have is an error when the split is used, never a silently shifted id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from models.errors import MaskMillError
+from pipeline.ontology import load_ontology
+
+
+@dataclass(frozen=True)
+class ZeroShotSplit:
+    """Unseen classes of an ontology; all others, background among them, are seen.
+
+    Attributes:
+        name: of the split.
+        ontology: a built-in one.
+        unseen: class names.
+        source: who measures with it.
+    """
+
+    name: str
+    ontology: str
+    unseen: tuple[str, ...]
+    source: str
+
+    @property
+    def unseen_ids(self) -> tuple[int, ...]:
+        """Ids in the order of ``unseen``."""
+        names = load_ontology(self.ontology).names
+        return tuple(names.index(name) for name in self.unseen)
+
+    @property
+    def seen_ids(self) -> tuple[int, ...]:
+        """All other ids, ascending."""
+        unseen = set(self.unseen_ids)
+        return tuple(
+            number for number in range(load_ontology(self.ontology).num_classes) if number not in unseen
+        )
+
+
+_SPNET = "SPNet (CVPR 2019), ZS3Net, CaGNet, STRICT; MaskCLIP+ (arXiv 2112.01071)"
+_CLIPSEG = "ZS3Net (NeurIPS 2019), JoEm; CLIPSeg (arXiv 2112.10003)"
+
+_VOC5 = ("potted plant", "sheep", "sofa", "train", "tv monitor")
+# Unseen sets of growing size; each holds the one before.
+_VOC_PAIRS = (
+    ("cow", "motorbike"),
+    ("airplane", "sofa"),
+    ("cat", "tv monitor"),
+    ("train", "bottle"),
+    ("chair", "potted plant"),
+)
+
+SPLITS: Mapping[str, ZeroShotSplit] = {
+    split.name: split
+    for split in (
+        ZeroShotSplit("voc20", "voc20", _VOC5, _SPNET),
+        ZeroShotSplit("voc21", "voc21", _VOC5, _SPNET),
+        ZeroShotSplit(
+            "context60",
+            "context60",
+            (
+                "cow", "motorbike", "sofa", "cat", "boat", "fence", "bird", "tv monitor", "keyboard",
+                "airplane",
+            ),
+            _SPNET,
+        ),
+        ZeroShotSplit(
+            "cocostuff171",
+            "cocostuff171",
+            (
+                "cow", "giraffe", "suitcase", "frisbee", "skateboard", "carrot", "scissors", "cardboard",
+                "clouds", "grass", "playingfield", "river", "road", "tree", "concrete wall",
+            ),
+            _SPNET,
+        ),
+        *(
+            ZeroShotSplit(
+                f"pascal-unseen{2 * count}",
+                "voc21",
+                tuple(name for pair in _VOC_PAIRS[:count] for name in pair),
+                _CLIPSEG,
+            )
+            for count in range(1, len(_VOC_PAIRS) + 1)
+        ),
+    )
+}  # fmt: skip
+
+
+def zero_shot_split(name: str) -> ZeroShotSplit:
+    """A split by name.
+
+    Raises:
+        MaskMillError: ``option_invalid``.
+    """
+    if name not in SPLITS:
+        raise MaskMillError(
+            "option_invalid", f"There is no zero-shot split {name!r}.", f"Known: {', '.join(SPLITS)}."
+        )
+    return SPLITS[name]

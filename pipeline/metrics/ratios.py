@@ -1,0 +1,26 @@
+"""Division for metrics. What is undefined is NaN, and a mean leaves NaN out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Divide counts.
+
+    Args:
+        numerator: integer or float (...).
+        denominator: the same shape, not negative.
+
+    Returns:
+        float64 (...); NaN where the denominator is 0.
+    """
+    numerator, denominator = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
+    return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
+
+
+def mean_of_defined(values: np.ndarray) -> float:
+    """Mean of the values that are not NaN; NaN if there is none."""
+    values = np.asarray(values, np.float64)
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if defined.size else float("nan")

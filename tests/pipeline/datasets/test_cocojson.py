@@ -1,0 +1,184 @@
+"""COCO instances as semantic maps, against pycocotools and real annotations."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+
+from models.errors import MaskMillError
+from pipeline.datasets.cocojson import open_coco_json
+from pipeline.datasets.cocoobject import coco_object_ontology
+from pipeline.datasets.registry import open_dataset
+from pipeline.ontology import Ontology
+from tests.pipeline.datasets.conftest import Write, photo
+
+# pycocotools under NumPy 2.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+
+PETS = Ontology.from_dict({"name": "pets", "classes": ["Dog", {"name": "feline", "synonyms": ["cat"]}]})
+
+
+def box(x: int, y: int, width: int, height: int) -> list[list[int]]:
+    return [[x, y, x + width, y, x + width, y + height, x, y + height]]
+
+
+def counts(mask: np.ndarray) -> dict[str, Any]:
+    """Uncompressed RLE, column by column."""
+    flat = mask.ravel(order="F").astype(int)
+    edges = np.flatnonzero(np.diff(np.concatenate([[-1], flat, [-1]])))
+    runs = np.diff(edges).tolist()
+    return {"size": list(mask.shape), "counts": runs if flat[0] == 0 else [0, *runs]}
+
+
+def content(
+    annotations: list[dict[str, Any]], names: tuple[str, ...] = ("dog", "cat", "tree")
+) -> dict[str, Any]:
+    return {
+        "images": [{"id": 7, "file_name": "a.jpg", "height": 10, "width": 12}],
+        "categories": [{"id": 10 * number + 1, "name": name} for number, name in enumerate(names)],
+        "annotations": [
+            {"id": number + 1, "image_id": 7, "iscrowd": 0} | annotation
+            for number, annotation in enumerate(annotations)
+        ],
+    }
+
+
+DOG, CAT, TREE = 1, 11, 21
+
+
+def test_small_over_large_and_crowds_beneath(tmp_path: Path, write: Write) -> None:
+    crowd = np.zeros((10, 12), np.uint8)
+    crowd[:2, :2] = 1  # smaller than all, and still beneath
+    packed = rle.encode(np.asfortranarray(crowd))
+    annotations = [
+        {"category_id": CAT, "segmentation": box(2, 2, 3, 3)},
+        {"category_id": DOG, "segmentation": box(0, 0, 8, 8)},
+        {"category_id": CAT, "segmentation": counts(crowd), "iscrowd": 1},
+        {"category_id": CAT, "segmentation": packed | {"counts": packed["counts"].decode()}, "iscrowd": 1},
+        {"category_id": TREE, "segmentation": box(0, 0, 12, 10)},
+        {"category_id": DOG, "segmentation": [[1, 1, 2, 2], *box(10, 8, 1, 1)]},  # one polygon has no area
+        {"category_id": DOG, "segmentation": [[1, 1, 2, 2]]},
+    ]  # fmt: skip
+    write(
+        str(tmp_path),
+        {"annotations/instances_val2017.json": content(annotations), "val2017/a.jpg": photo(10, 12)},
+    )
+    dataset = open_dataset("coco-json", root=str(tmp_path), ontology=PETS)
+    expected = np.full((10, 12), 255, np.uint8)  # no background in the ontology; trees are not in it
+    expected[:8, :8] = 0
+    expected[2:5, 2:5] = 1
+    expected[8, 10] = 0
+    _, truth = dataset.image_and_truth(dataset.samples[0])
+    np.testing.assert_array_equal(truth, expected)
+    assert dataset.split == "val2017" and dataset.ontology is None
+
+
+def test_an_uncovered_crowd_counts_as_its_class(tmp_path: Path, write: Write) -> None:
+    crowd = np.zeros((10, 12), np.uint8)
+    crowd[5:, :] = 1
+    annotations = [
+        {"category_id": DOG, "segmentation": counts(crowd), "iscrowd": 1},
+        {"category_id": CAT, "segmentation": box(0, 4, 12, 6)},
+    ]
+    ontology = Ontology.from_dict(PETS.to_dict() | {"background": ["floor"]})
+    truths = []
+    for kept in (annotations[:1], annotations):
+        write(str(tmp_path), {"a.json": content(kept), "img/a.jpg": photo(10, 12)})
+        dataset = open_coco_json(str(tmp_path / "a.json"), str(tmp_path / "img"), ontology=ontology)
+        truths.append(dataset.truth(dataset.samples[0]))
+    expected = np.zeros((10, 12), np.uint8)
+    expected[5:] = 1
+    np.testing.assert_array_equal(truths[0], expected)
+    expected[4:] = 2
+    np.testing.assert_array_equal(truths[1], expected)
+
+
+def test_real_annotations_against_pycocotools(coco_tiny: Path) -> None:
+    dataset = open_dataset("cocoobject81", root=str(coco_tiny))  # there are no maps
+    assert len(dataset.samples) == 80
+    assert dataset.class_names[:2] == ("background", "person") and len(dataset.class_names) == 81
+    reference = COCO(str(coco_tiny / "annotations" / "instances_val2017.json"))
+    by_name = {category["id"]: category["name"] for category in reference.dataset["categories"]}
+    image_ids = {image["file_name"]: image["id"] for image in reference.dataset["images"]}
+    crowds = 0
+    for sample in dataset.samples:
+        annotations = reference.loadAnns(reference.getAnnIds(image_ids[f"{sample.name}.jpg"]))
+        crowds += sum(annotation["iscrowd"] for annotation in annotations)
+        drawn = [(reference.annToMask(annotation), annotation) for annotation in annotations]
+        drawn.sort(key=lambda pair: (1 - pair[1]["iscrowd"], -int(pair[0].sum()), pair[1]["id"]))
+        truth = dataset.truth(sample)
+        expected = np.zeros(truth.shape, np.uint8)
+        for mask, annotation in drawn:
+            expected[mask == 1] = dataset.class_names.index(by_name[annotation["category_id"]])
+        np.testing.assert_array_equal(truth, expected)
+    assert crowds > 0  # the rule for them was put to the test
+    assert dataset.image_and_truth(dataset.samples[0])[0].shape[2] == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "says"),
+    [
+        (lambda c: c["annotations"][0].update(segmentation=[]), "dataset_invalid", "has no segmentation"),
+        (lambda c: c.pop("images"), "dataset_invalid", r"not COCO JSON \(KeyError: 'images'"),
+        (lambda c: c["annotations"][0].update(image_id=99), "dataset_invalid", "KeyError: 99"),
+        (lambda c: c["categories"].pop(1), "dataset_invalid", r"no category for 1 classes of pets: feline"),
+        (lambda c: c["images"][0].update(file_name="b.jpg"), "dataset_incomplete", r"1 of its 1 .*b\.jpg"),
+    ],
+)  # fmt: skip
+def test_broken_files(change: Any, code: str, says: str, tmp_path: Path, write: Write) -> None:
+    broken = content([{"category_id": DOG, "segmentation": box(0, 0, 2, 2)}])
+    change(broken)
+    write(str(tmp_path), {"x.json": broken, "img/a.jpg": photo(10, 12)})
+    with pytest.raises(MaskMillError) as caught:
+        open_coco_json(str(tmp_path / "x.json"), str(tmp_path / "img"), ontology=PETS)
+    assert caught.value.code == code
+    assert "x.json" in str(caught.value) and re.search(says, str(caught.value)), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [{"size": [3, 3], "counts": [9]}, {"size": [10, 12]}, [["a"] * 6], {"size": [10, 12], "counts": 5}],
+)
+def test_a_bad_segmentation_is_named(segmentation: Any, tmp_path: Path, write: Write) -> None:
+    write(
+        str(tmp_path),
+        {"x.json": content([{"category_id": DOG, "segmentation": segmentation}]), "a.jpg": photo(10, 12)},
+    )
+    dataset = open_coco_json(str(tmp_path / "x.json"), str(tmp_path), ontology=PETS)
+    with pytest.raises(MaskMillError, match="segmentation of annotation 1 cannot be read") as caught:
+        dataset.truth(dataset.samples[0])
+    assert caught.value.code == "dataset_invalid"
+
+
+def test_no_file_and_no_json(tmp_path: Path) -> None:
+    with pytest.raises(MaskMillError, match=r"no x\.json") as caught:
+        open_coco_json(str(tmp_path / "x.json"), str(tmp_path), ontology=PETS)
+    assert caught.value.code == "dataset_missing"
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(MaskMillError, match="not COCO JSON"):
+        open_coco_json(str(tmp_path / "x.json"), str(tmp_path), ontology=PETS)
+
+
+def test_fingerprint_follows_the_annotations(tmp_path: Path, write: Write) -> None:
+    prints = set()
+    for side in (2, 3):
+        annotations = [{"category_id": DOG, "segmentation": box(0, 0, side, side)}]
+        write(str(tmp_path), {"x.json": content(annotations), "a.jpg": photo(10, 12)})
+        dataset = open_coco_json(str(tmp_path / "x.json"), str(tmp_path), ontology=PETS)
+        prints.add(dataset.fingerprint())
+    assert len(prints) == 2
+
+
+def test_object_ontology_is_that_of_the_categories(coco_tiny: Path) -> None:
+    data = json.loads((coco_tiny / "annotations" / "instances_val2017.json").read_text())
+    names = tuple(category["name"] for category in sorted(data["categories"], key=lambda c: c["id"]))
+    ontology = coco_object_ontology()
+    assert ontology.names == ("background", *names)
+    assert ontology.background and not set(ontology.background) & set(names)
