@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -132,7 +133,201 @@ def recipes() -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"label": label, "show": show, "demo": demo, "recipes": recipes}
+Settings = Annotated[
+    tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="set", metavar="KEY=VALUE")
+]
+
+
+def evaluate(
+    *,
+    labels: str | None = None,
+    recipe: str | None = None,
+    settings: Settings = (),
+    dataset: str | None = None,
+    root: str | None = None,
+    split: str | None = None,
+    images: str | None = None,
+    truth: str | None = None,
+    ontology: str | None = None,
+    protocol: Literal["seed", "unified", "custom"] | None = None,
+    zero_shot: str | None = None,
+    limit: int = 0,
+    output: Path | None = None,
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+    workers: int | None = None,
+    boundary: tyro.conf.FlagCreatePairsOff[bool] = True,
+    tracking: str | None = None,
+    address: str | None = None,
+    verbose: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(aliases=["-v"])] = False,
+) -> int:
+    """Measure labels against truth: a label table, or what a recipe makes of a benchmark's images.
+
+    Args:
+        labels: a label table, the --output of maskmill label.
+        recipe: label the benchmark's images with this recipe first, instead of --labels.
+        settings: change one knob of the recipe; may be repeated.
+        dataset: a benchmark by name; see maskmill datasets.
+        root: its folder (a path, or s3://…).
+        split: part of it; default: the one that papers report.
+        images: your own images, with --truth, instead of --dataset.
+        truth: folder of masks (PNG, values are class ids, 255 is ignored) for --images.
+        ontology: meaning of the ids in --truth; default: the ontology of --labels.
+        protocol: seed (MaskCLIP's repository) or unified (its successors); their figures do not compare.
+        zero_shot: a split into seen and unseen classes: voc20, voc21, context60, cocostuff171, ….
+        limit: only the first so many images, to try out.
+        output: folder for the result; default: a new one below results/.
+        overwrite: replace a result that is already in --output.
+        workers: Ray tasks that compare; 0 is this process alone; default: by the number of images.
+        boundary: with --no-boundary boundary IoU is not measured.
+        tracking: MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db; off: none.
+        address: of a Ray cluster for labelling.
+        verbose: show what Ray says.
+    """
+    from jobs.evaluate import EvaluateJob, read_table_record, run
+    from jobs.recipes import load_recipe
+    from pipeline.datasets.registry import open_dataset
+    from pipeline.ontology import Ontology
+
+    _exactly_one("--labels", labels, "--recipe", recipe, command="evaluate")
+    _exactly_one("--dataset", dataset, "--images", images, command="evaluate")
+    if dataset is not None:
+        opened: Any = open_dataset(dataset, root=root, split=split)
+    else:
+        if truth is None or (ontology is None and labels is None):
+            raise MaskMillError(
+                "wrong_use",
+                "--images needs --truth, and an --ontology unless --labels has one.",
+                "See maskmill evaluate --help.",
+            )
+        meaning: Any = ontology
+        if meaning is None:
+            assert labels is not None
+            known = read_table_record(labels)["ontology"]
+            meaning = Ontology.from_dict({k: v for k, v in known.items() if k not in ("hash", "names")})
+        opened = open_dataset("pairs", images=images, masks=truth, split=split, ontology=meaning)
+    if limit:
+        opened = dataclasses.replace(opened, samples=opened.samples[:limit])
+    return run(
+        EvaluateJob(
+            dataset=opened,
+            labels=labels,
+            recipe=load_recipe(recipe, settings) if recipe is not None else None,
+            protocol=protocol,
+            zero_shot=zero_shot,
+            output=output,
+            overwrite=overwrite,
+            workers=workers,
+            boundary=boundary,
+            tracking=tracking,
+            address=address,
+            verbose=verbose,
+        )
+    )
+
+
+def benchmark(
+    name: Annotated[str, tyro.conf.Positional],
+    /,
+    *,
+    root: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DATASET=DIR")] = (),
+    labels: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="ROW=TABLE")] = (),
+    weights: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="ROW=PATH")] = (),
+    settings: Settings = (),
+    row: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    images: str | None = None,
+    concepts: str = "sports",
+    recipe: str = "maskclip",
+    limit: int = 0,
+    seeds: int = 5,
+    scenes: int = 60,
+    output: Path | None = None,
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+    tracking: str | None = None,
+) -> int:
+    """Run the rows of a table and print them beside the published figures. "list" lists the tables.
+
+    Args:
+        name: toyworld, maskclip, maskclip-unified, …; list shows all.
+        root: folder of a dataset, with #SPLIT if it is not the usual one: --root voc20=DIR#train; repeat it.
+        labels: a label table for a row that is not labelled here: --labels "MaskCLIP+ (RN50)@voc20=TABLE".
+        weights: weights of a row's model: --weights "CLIPSeg (PC+)=rd64-uni.pth".
+        settings: a recipe field for all rows, such as pretrained=random:0 to try the path; may be repeated.
+        row: only rows with this in their name; may be repeated.
+        dataset: only this dataset; may be repeated.
+        limit: only the first so many images of each dataset, to try out.
+        images: concepts: folder, glob or list file of images.
+        concepts: concepts: a list of the paper (batman, mario, sports, car-color, …) or "prompt, prompt, …".
+        recipe: concepts: the recipe; --set changes it.
+        seeds: toyworld: sets of scenes, for the confidence intervals.
+        scenes: toyworld: scenes of each set.
+        output: folder for the result; the same again goes on where it stopped. Default: below results/.
+        overwrite: replace a result that is already in --output.
+        tracking: MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db; off: none.
+    """
+    from jobs.benchmark import BenchmarkJob, benchmarks, run
+    from jobs.recipes import parse_settings
+
+    if name == "list":
+        for key, description in benchmarks().items():
+            print(f"{key:22} {description}")
+        return 0
+    return run(
+        BenchmarkJob(
+            name=name,
+            roots=_pairs("--root", root),
+            labels=_pairs("--labels", labels),
+            weights=_pairs("--weights", weights),
+            settings=parse_settings(settings),
+            rows=row,
+            datasets=dataset,
+            images=images,
+            concepts=concepts,
+            recipe=recipe,
+            limit=limit,
+            seeds=seeds,
+            scenes=scenes,
+            output=output,
+            overwrite=overwrite,
+            tracking=tracking,
+        )
+    )
+
+
+def datasets() -> int:
+    """List the benchmark datasets: what they are and how their folders must look."""
+    from pipeline.datasets.registry import DATASETS
+
+    for name, info in DATASETS.items():
+        print(f"{name:14} {info.description} (split {info.default_split})\n  from {info.source.home}")
+        print("\n".join(f"    {line}" for line in info.source.layout.splitlines()) + "\n")
+    return 0
+
+
+def report(
+    results: Annotated[tuple[str, ...], tyro.conf.Positional], /, *, output: Path | None = None
+) -> int:
+    """Make one page of result folders: figures beside published ones, curves, worst and best images.
+
+    Args:
+        results: folders of maskmill evaluate or maskmill benchmark.
+        output: the page; default: report.html in the first folder.
+    """
+    from jobs.report import run
+
+    return run(results, output=output)
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "label": label,
+    "show": show,
+    "evaluate": evaluate,
+    "benchmark": benchmark,
+    "report": report,
+    "datasets": datasets,
+    "recipes": recipes,
+    "demo": demo,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -159,13 +354,28 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _exactly_one(first: str, one: str | None, second: str, other: str | None) -> str:
+def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
+    """``NAME=VALUE`` arguments as a mapping; the last = divides, as names of rows may hold one."""
+    pairs = {}
+    for text in given:
+        name, separator, value = text.rpartition("=")
+        if not separator or not name or not value:
+            raise MaskMillError(
+                "wrong_use", f"{flag} {text!r} is not of the form NAME=VALUE.", f"Write {flag} voc20=DIR."
+            )
+        pairs[name] = value
+    return pairs
+
+
+def _exactly_one(
+    first: str, one: str | None, second: str, other: str | None, *, command: str = "label"
+) -> str:
     given = [value for value in (one, other) if value is not None]
     if len(given) != 1:
         raise MaskMillError(
             "wrong_use",
             f"Give either {first} or {second}{', not both' if given else ''}.",
-            "See maskmill label --help.",
+            f"See maskmill {command} --help.",
         )
     return given[0]
 

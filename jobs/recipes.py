@@ -132,7 +132,17 @@ def load_recipe(name_or_path: str, settings: Sequence[str] = ()) -> LabelRecipe:
     Raises:
         MaskMillError: ``recipe_unknown`` or ``recipe_invalid``, naming the key and what is allowed.
     """
-    fields = _base_fields(name_or_path)
+    fields = _base_fields(name_or_path) | parse_settings(settings)
+    return _validated(fields, where=name_or_path)
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` strings as fields of a recipe; the values are read as YAML.
+
+    Raises:
+        MaskMillError: ``recipe_invalid``, naming the key and what is allowed.
+    """
+    fields: dict[str, Any] = {}
     for setting in settings:
         key, separator, value = setting.partition("=")
         key = key.strip()
@@ -147,7 +157,16 @@ def load_recipe(name_or_path: str, settings: Sequence[str] = ()) -> LabelRecipe:
             fields[key] = yaml.safe_load(value)
         except yaml.YAMLError:
             fields[key] = value
-    return _validated(fields, where=name_or_path)
+    return fields
+
+
+def change_recipe(recipe: LabelRecipe, fields: Mapping[str, Any]) -> LabelRecipe:
+    """The recipe with other fields, checked as one from a file is.
+
+    Raises:
+        MaskMillError: ``recipe_invalid``.
+    """
+    return _validated(recipe.to_dict() | dict(fields), where=recipe.name)
 
 
 def recipe_from_dict(fields: Mapping[str, Any]) -> LabelRecipe:

@@ -16,7 +16,6 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import unquote
@@ -31,6 +30,7 @@ from pipeline import labels
 from pipeline.images import ERROR_CODES, ImageError, decode, fetch
 from pipeline.ontology import Ontology
 from pipeline.palette import palette
+from pipeline.report.page import put_in_place, render
 from pipeline.storage import Storage, open_storage
 
 #: Which rows are shown, and in which order: a sample by id, or the least or greatest label quality.
@@ -82,8 +82,6 @@ def write_gallery(
     Raises:
         MaskMillError: ``table_missing``, ``table_unreadable``, ``limit_invalid`` or ``order_unknown``.
     """
-    from jinja2 import Environment
-
     if limit < 0:
         raise MaskMillError("limit_invalid", f"{limit} images cannot be shown.", "Give 0 or more.")
     if order not in get_args(Order):
@@ -99,10 +97,8 @@ def write_gallery(
     record = storage.read_json("dataset.json", None) or {}
     legend = _legend(record, summary)
     cards = [_card(row, legend, thumbnail) for row in _chosen_rows(storage, limit, order)]
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        (files("pipeline.report") / "gallery.html").read_text(encoding="utf-8")
-    )
-    page = template.render(
+    page = render(
+        "gallery.html",
         title=_title(record),
         place=storage.uri,
         summary=summary,
@@ -116,10 +112,7 @@ def write_gallery(
         order=order,
     )
     path = Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(page, encoding="utf-8")
-    os.replace(fresh, path)
+    put_in_place(path, page)
     return path
 
 

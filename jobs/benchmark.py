@@ -1,0 +1,237 @@
+"""``maskmill benchmark NAME``: the rows of a paper's table, ours beside the published ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from jobs.benchmarks import maskclip
+from jobs.console import stderr_console
+from jobs.recipes import change_recipe, load_recipe
+from models.errors import MaskMillError
+from pipeline.results import SCHEMA_VERSION, command, hardware, new_folder, now, write_result
+from pipeline.tracking.results import log_result
+from pipeline.tracking.tracker import open_tracker
+
+TOYWORLD, CONCEPTS = "toyworld", "concepts"
+
+_TABLES = {**maskclip.TABLES}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkJob:
+    """Everything that a benchmark is asked for.
+
+    Attributes:
+        name: a key of ``benchmarks()``.
+        roots: folder by dataset, ``DIR`` or ``DIR#SPLIT``.
+        labels: label table by row.
+        weights: weights by row.
+        settings: recipe fields that hold for all rows.
+        rows: only rows whose name holds one of these.
+        datasets: only these.
+        limit: images of each dataset at most; 0 is all.
+        images: folder, glob or list for ``concepts``.
+        concepts: name of a prompt list, or the prompts themselves.
+        recipe: for ``concepts``.
+        seeds: number of scene sets of the toy world.
+        scenes: scenes of each of them.
+        output: folder for the result; None makes one below ``results/``.
+        overwrite: whether an earlier result there may be replaced.
+        tracking: MLflow URI, None for the default, ``off`` for none.
+    """
+
+    name: str
+    roots: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[str] = ()
+    datasets: Sequence[str] = ()
+    limit: int = 0
+    images: str | None = None
+    concepts: str = "sports"
+    recipe: str = "maskclip"
+    seeds: int = 5
+    scenes: int = 60
+    output: Path | None = None
+    overwrite: bool = False
+    tracking: str | None = "off"
+
+
+def benchmarks() -> dict[str, str]:
+    """Name and description of every benchmark."""
+    return {
+        TOYWORLD: "The papers' claims at toy scale, with confidence intervals (no downloads)",
+        **{name: description for name, (description, _) in _TABLES.items()},
+        CONCEPTS: "Fine-grained and novel concepts: a prompt list over any images, as pictures",
+    }
+
+
+def run(job: BenchmarkJob, console: Console | None = None) -> int:
+    """Run a benchmark, write its result folder, track it, print it. Returns the exit status.
+
+    Raises:
+        MaskMillError: ``benchmark_unknown``, ``output_exists``, and what a single row cannot help.
+    """
+    console = console or stderr_console()
+    if job.name not in benchmarks():
+        raise MaskMillError(
+            "benchmark_unknown",
+            f"There is no benchmark {job.name!r}.",
+            f"Known: {', '.join(benchmarks())}.",
+        )
+    began = time.monotonic()
+    folder = new_folder(job.output, job.name, overwrite=job.overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    sections: list[dict[str, Any]]
+    claims: list[dict[str, Any]] = []
+    pictures: list[dict[str, Any]] = []
+    if job.name == TOYWORLD:
+        sections, claims = _toyworld(job, console)
+    elif job.name == CONCEPTS:
+        sections, pictures = _concepts(job, folder, console)
+    else:
+        sections = _paper(job, folder, console)
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "benchmark",
+        "name": job.name,
+        "title": benchmarks()[job.name],
+        "created": now(),
+        "command": command(),
+        "hardware": hardware(),
+        "seconds": round(time.monotonic() - began, 1),
+        "toy": job.name == TOYWORLD or "toy" in (job.recipe, str(job.settings.get("model"))[:3]),
+        "sections": sections,
+        "claims": claims,
+        "pictures": pictures,
+    }
+    write_result(folder, record)
+    _print(record, console)
+    with open_tracker(job.tracking) as tracker:
+        tracker.start("benchmark", job.name)
+        log_result(tracker, folder)
+    console.print(
+        f"Result         {folder}/benchmark.json ({record['seconds']:.0f} s)\n"
+        f"Look at it:    maskmill report {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    measured = any(line["values"] for section in sections for line in section["rows"])
+    return 0 if measured else 1
+
+
+def _toyworld(job: BenchmarkJob, console: Console) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    from jobs.benchmarks.toyworld import SEEDS, Bench, run_sections
+
+    if not 2 <= job.seeds <= len(SEEDS):
+        raise MaskMillError(
+            "option_invalid",
+            f"--seeds {job.seeds} gives no confidence interval that means something.",
+            f"Use 3 to {len(SEEDS)} (2 at least).",
+        )
+    sections, claims = [], []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("conditions", total=None)
+        bench = Bench(
+            SEEDS[: job.seeds], job.scenes, lambda done: bar.update(task, completed=done), workers=_cores()
+        )
+        try:
+            for section, found in run_sections(bench):
+                sections.append(section)
+                claims += found
+                bar.update(task, description=section["title"])
+        finally:
+            bench.close()
+    return sections, claims
+
+
+def _paper(job: BenchmarkJob, folder: Path, console: Console) -> list[dict[str, Any]]:
+    request = maskclip.Request(
+        folder=folder,
+        console=console,
+        roots=job.roots,
+        labels=job.labels,
+        weights=job.weights,
+        settings=job.settings,
+        rows=job.rows,
+        datasets=job.datasets,
+        limit=job.limit,
+    )
+    return list(_TABLES[job.name][1](request))
+
+
+def _concepts(
+    job: BenchmarkJob, folder: Path, console: Console
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    from jobs.benchmarks.concepts import ConceptRequest, run_concepts
+    from pipeline.concepts import CONCEPTS as LISTS
+    from pipeline.concepts import ConceptList
+
+    if job.images is None:
+        raise MaskMillError(
+            "wrong_use", "concepts needs images.", "Give --images DIR: the paper's are not distributed."
+        )
+    if job.concepts in LISTS:
+        concepts = LISTS[job.concepts]
+    else:
+        prompts = tuple(dict.fromkeys(part.strip() for part in job.concepts.split(",") if part.strip()))
+        if len(prompts) < 2:
+            raise MaskMillError(
+                "wrong_use",
+                f"--concepts {job.concepts!r} is neither a list of at least two prompts nor a known name.",
+                f"Write --concepts 'a red car, a road', or one of {', '.join(LISTS)}.",
+            )
+        concepts = ConceptList(prompts, ())
+    recipe = change_recipe(load_recipe(job.recipe), job.settings)
+    section, pictures = run_concepts(ConceptRequest(job.images, concepts, recipe, job.limit, folder, console))
+    return [section], pictures
+
+
+def _cores() -> int:
+    return hardware()["cores"] or 1
+
+
+def _print(record: dict[str, Any], console: Console) -> None:
+    toy = " (a toy: it says nothing about photographs)" if record["toy"] else ""
+    console.print(f"[bold]{record['title']}[/bold]{toy}", highlight=False)
+    for section in record["sections"]:
+        table = Table(title=section["title"], title_justify="left", caption=section["note"] or None)
+        table.add_column("row")
+        for metric in section["metrics"]:
+            table.add_column(f"{metric}\nours", justify="right")
+            if any(line["published"] for line in section["rows"]):
+                table.add_column("\npublished", justify="right")
+        table.add_column("missing")
+        for line in section["rows"]:
+            cells = []
+            for metric in section["metrics"]:
+                cells.append(_cell(line["values"].get(metric)))
+                if any(other["published"] for other in section["rows"]):
+                    figure = line["published"].get(metric)
+                    cells.append("" if figure is None else f"{100 * figure:.1f}")
+            table.add_row(line["name"], *cells, line["missing"] or "")
+        console.print(table)
+    if record["claims"]:
+        table = Table(title="Claims", title_justify="left")
+        for column in ("shows", "claim", "measured"):
+            table.add_column(column)
+        for entry in record["claims"]:
+            table.add_row("yes" if entry["shows"] else "[bold]no[/bold]", entry["claim"], entry["detail"])
+        console.print(table)
+
+
+def _cell(value: dict[str, Any] | None) -> str:
+    if value is None or value["mean"] is None:
+        return ""
+    mean = f"{100 * value['mean']:.1f}"
+    return mean if value["low"] is None else f"{mean} ± {50 * (value['high'] - value['low']):.1f}"

@@ -1,0 +1,1 @@
+"""The benchmarks of ``maskmill benchmark``, one module for each family of tables."""

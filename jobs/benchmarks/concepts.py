@@ -1,0 +1,142 @@
+"""``maskmill benchmark concepts``: a list of prompts over any images, as pictures.
+
+Fine-grained and novel concepts have no ground truth. As in the paper, the result is to be looked at: image,
+prediction, and a confidence map for each prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from jobs.benchmarks.rows import row
+from jobs.labellers import MASKCLIP_OPTIONS, cache_dir
+from jobs.recipes import LabelRecipe
+from models.clip import load_clip
+from models.labelmap import label_map
+from models.maskclip import MaskClip, MaskClipConfig
+from models.precision import DTYPES, best_device, native_precision
+from models.text import build_text_classifier
+from pipeline import images
+from pipeline.concepts import ConceptList
+from pipeline.manifest import build_manifest
+from pipeline.ontology import Ontology
+from pipeline.report.panels import prompt_panel
+from pipeline.results import PICTURES
+
+SHOWN = 10
+"""Confidence maps of one image at most."""
+
+
+@dataclass(frozen=True)
+class ConceptRequest:
+    """What to look for, and where.
+
+    Attributes:
+        source: folder, glob or list of images.
+        concepts: the prompts.
+        recipe: how CLIP is read.
+        limit: images at most; 0 is all.
+        folder: for the pictures.
+        console: for progress.
+    """
+
+    source: str
+    concepts: ConceptList
+    recipe: LabelRecipe
+    limit: int
+    folder: Path
+    console: Console
+
+
+def run_concepts(request: ConceptRequest) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Draw a picture for each image.
+
+    Returns:
+        A section of ``benchmark.json`` with each prompt's share of the pixels and its highest confidence, and
+        the entries of the pictures.
+
+    Raises:
+        MaskMillError: for images, weights or words that cannot be used; a single image that cannot be read is
+            said and left out.
+    """
+    uris = build_manifest(request.source)["uri"].to_pylist()
+    if request.limit:
+        uris = uris[: request.limit]
+    recipe, names = request.recipe, (*request.concepts.concepts, *request.concepts.context)
+    palette = Ontology.from_dict({"name": "concepts", "classes": list(names)}).palette()
+    dtype = DTYPES[native_precision(best_device()) if recipe.precision == "auto" else recipe.precision]
+    clip = load_clip(recipe.model, recipe.pretrained, device=best_device(), dtype=dtype)
+    templates = "toyworld" if recipe.model == "toyclip" else request.concepts.templates
+    text = build_text_classifier(clip, [[name] for name in names], templates=templates, cache_dir=cache_dir())
+    model = MaskClip(clip, text, MaskClipConfig(**{key: getattr(recipe, key) for key in MASKCLIP_OPTIONS}))
+    shares, peaks, pictures = [], [], []
+    (request.folder / PICTURES).mkdir(parents=True, exist_ok=True)
+    for number, uri in enumerate(uris, 1):
+        try:
+            image = images.decode(images.fetch(uri), max_pixels=recipe.max_pixels)
+        except images.ImageError as error:
+            request.console.print(f"left out {uri}: {error}", highlight=False, soft_wrap=True)
+            continue
+        labels, maps = _read(model, image, recipe)
+        share = np.bincount(labels.ravel(), minlength=len(names)) / labels.size
+        shares.append(share)
+        peaks.append(maps.max((1, 2)))
+        shown = _shown(share, len(request.concepts.concepts))
+        file = f"{PICTURES}/concepts-{number:04d}.png"
+        prompt_panel(image, labels, {names[i]: maps[i] for i in shown}, names=names, palette=palette).save(
+            request.folder / file, optimize=True
+        )
+        pictures.append({"file": file, "caption": Path(uri).name})
+        request.console.print(f"{number} of {len(uris)}: {Path(uri).name}", highlight=False, soft_wrap=True)
+    rows = [
+        row(
+            name,
+            {
+                "share_of_pixels": [float(np.mean([share[i] for share in shares]))],
+                "highest_confidence": [float(np.max([peak[i] for peak in peaks]))],
+            }
+            if shares
+            else {},
+            missing=None if shares else "no image could be read",
+        )
+        for i, name in enumerate(names)
+    ]
+    section = {
+        "name": "concepts",
+        "title": "Prompts over the images",
+        "note": "No ground truth: look at the pictures. Confidence is the softmax over all prompts.",
+        "chart": "bars",
+        "metrics": ["share_of_pixels", "highest_confidence"],
+        "rows": rows,
+    }
+    return section, pictures
+
+
+def _read(model: MaskClip, image: np.ndarray, recipe: LabelRecipe) -> tuple[np.ndarray, np.ndarray]:
+    """Label map (H, W), and the confidence (C, h, w) of every class on the grid."""
+    height, width = image.shape[:2]
+    size = images.target_size(height, width, scale=recipe.scale, keep_ratio=recipe.keep_ratio)
+    resized = images.resize(image, size, method=recipe.resize)
+    pixels = torch.from_numpy(np.ascontiguousarray(resized)).permute(2, 0, 1)[None]
+    scores = model.grid_scores(pixels.to(model.clip.device))[0]
+    temperature = model.confidence_temperature
+    labels, _ = label_map(scores, network_size=size, image_size=(height, width), temperature=temperature)
+    if temperature:
+        shares = (scores * temperature).softmax(0)
+    else:
+        positive = scores.clamp_min(0)
+        shares = positive / positive.sum(0).clamp_min(1e-12)
+    return labels.cpu().numpy(), shares.cpu().numpy()
+
+
+def _shown(share: np.ndarray, concepts: int) -> Sequence[int]:
+    """The concepts first, then the context that covers most."""
+    context = [int(i) for i in np.argsort(-share) if i >= concepts]
+    return [*range(min(concepts, SHOWN)), *context][:SHOWN]

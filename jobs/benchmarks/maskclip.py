@@ -1,0 +1,295 @@
+"""MaskCLIP's tables: annotation-free, zero-shot, robustness, and its rows under the successors' protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from jobs.benchmarks.rows import row
+from jobs.evaluate import EvaluateJob, evaluate
+from jobs.recipes import RECIPES, LabelRecipe, change_recipe
+from models.errors import MaskMillError
+from pipeline.corruptions import CORRUPTIONS, LEVELS
+from pipeline.datasets.base import Dataset
+from pipeline.datasets.registry import DATASETS, open_dataset
+from pipeline.published import PublishedTable, load_published
+from pipeline.results import EVALUATION_FILE
+
+MODELS: Mapping[str, str] = {
+    "ViT-B/16": "ViT-B-16-quickgelu",
+    "RN50": "RN50-quickgelu",
+    "RN50x16": "RN50x16-quickgelu",
+}
+METHODS: Mapping[str, dict[str, Any]] = {
+    "unmodified CLIP": {"head": "plain"},
+    "CLIP": {"head": "plain"},
+    "MaskCLIP": {},
+    "MaskCLIP + KS": {"ks_threshold": 1.0},
+    "MaskCLIP + PD": {"pd_threshold": 0.5},
+    "MaskCLIP + KS + PD": {"ks_threshold": 1.0, "pd_threshold": 0.5},
+}
+"""Training-free rows of the tables: what they change in the recipe ``maskclip``."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user wants of a table.
+
+    Attributes:
+        roots: folder by dataset.
+        labels: label table by row, written ``METHOD (MODEL)@DATASET`` or ``METHOD@DATASET``.
+        weights: weights file or folder by row, for rows whose model is given rather than made.
+        settings: recipe fields that hold for all rows.
+        rows: only rows whose name holds one of these; all if empty.
+        datasets: only these; all of the table if empty.
+        limit: images of each dataset at most; 0 is all.
+        folder: for the result; each row's own result lies below it.
+        console: for progress.
+    """
+
+    folder: Path
+    console: Console
+    roots: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[str] = ()
+    datasets: Sequence[str] = ()
+    limit: int = 0
+
+
+def annotation_free(request: Request) -> Iterator[dict[str, Any]]:
+    """Context-59, COCO-Stuff and VOC-20 without any annotation, by the seed protocol."""
+    yield from _table(load_published("maskclip_annotation_free"), request)
+
+
+def unified(request: Request) -> Iterator[dict[str, Any]]:
+    """Eight sets by the protocol of MaskCLIP's successors."""
+    yield from _table(load_published("unified_eight_sets"), request)
+
+
+def zero_shot(request: Request) -> Iterator[dict[str, Any]]:
+    """Seen and unseen classes; training-free MaskCLIP beside methods that trained on the seen ones."""
+    yield from _table(load_published("maskclip_zero_shot"), request, extra=("MaskCLIP",))
+
+
+def robustness(request: Request) -> Iterator[dict[str, Any]]:
+    """Eight corruptions at five levels."""
+    table = load_published("maskclip_robustness")
+    known = {(figure.dataset, figure.model): figure for figure in table.figures()}
+    names = list(request.datasets) or ["context59"]
+    for name in names:
+        dataset, missing = _open(name, request)
+        for model in _wanted(MODELS, request):
+            rows = []
+            conditions = [("clean", 0, "")] + [
+                (corruption, level, f"{corruption}:{level}") for corruption in CORRUPTIONS for level in LEVELS
+            ]
+            for series, level, corruption in conditions:
+                figure = known.get((f"{name}/{corruption}", model)) if corruption else None
+                values, lacking = _measure(
+                    dataset,
+                    _recipe("MaskCLIP", model, request, corruption=corruption),
+                    request,
+                    slug=f"{name}-{_slug(model)}-{corruption.replace(':', '-') or 'clean'}",
+                    protocol="seed" if not corruption else "custom",
+                    missing=missing,
+                )
+                rows.append(
+                    row(
+                        f"{series} {level}" if level else series,
+                        values,
+                        series=series,
+                        x=level,
+                        published={"miou": figure.share} if figure else None,
+                        source=str(figure.source) if figure else None,
+                        missing=lacking,
+                    )
+                )
+                if lacking and not values:
+                    break  # what this row lacks the others lack as well
+            yield {
+                "name": f"{name}-{_slug(model)}",
+                "title": f"{DATASETS[name].description}: MaskCLIP {model}, corrupted",
+                "note": _note(dataset, request),
+                "chart": "lines",
+                "metrics": ["miou", "pixel_accuracy"],
+                "rows": rows,
+            }
+
+
+def _table(table: PublishedTable, request: Request, *, extra: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """One section for each dataset of a published table, one row for each of its methods."""
+    settings = dict.fromkeys(column.dataset for column in table.columns)
+    for setting in settings:
+        name, _, task = setting.partition("/")
+        if name not in DATASETS or (request.datasets and name not in request.datasets):
+            continue
+        columns = [i for i, column in enumerate(table.columns) if column.dataset == setting]
+        metrics = [table.columns[i].metric for i in columns]
+        dataset, missing = _open(name, request)
+        rows = []
+        published = [(line.method, line.model, line) for line in table.rows]
+        ours = [(method, model, None) for method in extra for model in MODELS]
+        for method, model, line in [*published, *ours]:
+            title = f"{method} ({model})" if model else method
+            figures = {
+                table.columns[i].metric: line.values[i] / 100  # type: ignore[operator]
+                for i in columns
+                if line is not None and line.values[i] is not None
+            }
+            values: dict[str, list[float]] = {}
+            lacking: str | None = None
+            if request.rows and not any(part in title for part in request.rows):
+                lacking = "not asked for" if _runs(method, model) else None
+            elif f"{title}@{name}" in request.labels or _runs(method, model):
+                values, lacking = _measure(
+                    dataset,
+                    _recipe(method, model, request) if _runs(method, model) else None,
+                    request,
+                    slug=f"{name}{'-' + task if task else ''}-{_slug(title)}",
+                    protocol=None if task or table.protocol == "clipseg" else table.protocol,
+                    labels=request.labels.get(f"{title}@{name}"),
+                    zero_shot=name if task == "zero-shot" else None,
+                    missing=missing,
+                    metrics=metrics,
+                )
+            elif method.startswith("MaskCLIP+"):
+                lacking = f"needs a trained student's labels: --labels '{title}@{name}=TABLE'"
+            rows.append(
+                row(
+                    title,
+                    values,
+                    published=figures,
+                    source=str(table.source_of(line)) if line is not None and figures else None,
+                    missing=lacking,
+                )
+            )
+        yield {
+            "name": f"{name}-{task}" if task else name,
+            "title": f"{DATASETS[name].description}{f', {task}' if task else ''}",
+            "note": " ".join([_note(dataset, request), *table.notes]).strip(),
+            "chart": "bars",
+            "metrics": metrics,
+            "rows": rows,
+        }
+
+
+def _runs(method: str, model: str | None) -> bool:
+    """Whether a row of a table is one that this project can make without training."""
+    return method in METHODS and model in MODELS
+
+
+def _recipe(method: str, model: str | None, request: Request, corruption: str = "") -> LabelRecipe:
+    assert model is not None
+    changes = {"model": MODELS[model], **METHODS[method], **request.settings, "corruption": corruption}
+    return change_recipe(RECIPES["maskclip"], changes)
+
+
+def _open(name: str, request: Request) -> tuple[Dataset | None, str | None]:
+    """A dataset, or what is missing."""
+    if name not in request.roots:
+        return None, f"needs {DATASETS[name].source.title}: --root {name}=DIR"
+    root, _, split = request.roots[name].partition("#")
+    try:
+        dataset: Any = open_dataset(name, root=root, split=split or None)
+    except MaskMillError as error:
+        return None, f"{error.code}: {error.message}"
+    if request.limit:
+        dataset = dataclasses.replace(dataset, samples=dataset.samples[: request.limit])
+    return dataset, None
+
+
+def _measure(
+    dataset: Dataset | None,
+    recipe: LabelRecipe | None,
+    request: Request,
+    *,
+    slug: str,
+    protocol: Any,
+    missing: str | None,
+    labels: str | None = None,
+    zero_shot: str | None = None,
+    metrics: Sequence[str] = ("miou", "pixel_accuracy"),
+) -> tuple[dict[str, list[float]], str | None]:
+    """Figures of one row, or what it lacks. A row that was measured before is not measured again."""
+    if dataset is None:
+        return {}, missing
+    folder = request.folder / "rows" / slug
+    job = EvaluateJob(
+        dataset=dataset,
+        labels=labels,
+        recipe=recipe,
+        protocol=protocol if labels is None else None,
+        zero_shot=zero_shot,
+        output=folder,
+        boundary=False,
+        pictures=0,
+        workers=0,
+    )
+    try:
+        if (folder / EVALUATION_FILE).exists():
+            record = _earlier(folder, dataset)
+        else:
+            request.console.print(f"[bold]{slug}[/bold]")
+            record = evaluate(job, request.console)[1]
+    except MaskMillError as error:
+        if error.code == "output_differs":
+            raise
+        return {}, f"{error.code}: {error.message}"
+    found = {metric: record["metrics"].get(metric) for metric in metrics}
+    return {metric: [value] for metric, value in found.items() if value is not None}, None
+
+
+def _earlier(folder: Path, dataset: Dataset) -> dict[str, Any]:
+    import json
+
+    record: dict[str, Any] = json.loads((folder / EVALUATION_FILE).read_text())
+    if record["dataset"]["fingerprint"] != dataset.fingerprint():
+        raise MaskMillError(
+            "output_differs",
+            f"{folder} was measured on other images ({record['dataset']['images']:,} then, "
+            f"{len(dataset.samples):,} now).",
+            "Name another --output.",
+        )
+    return record
+
+
+def _note(dataset: Dataset | None, request: Request) -> str:
+    """What a reader must know before comparing."""
+    notes = []
+    if str(request.settings.get("pretrained", "")).startswith("random"):
+        notes.append("Random weights: these figures prove that the path works, and mean nothing else.")
+    if dataset is not None:
+        whole, count = DATASETS[dataset.name].official.get(dataset.split), len(dataset.samples)
+        part = f"{count:,} of the benchmark's {whole:,} images: not comparable with it."
+        notes.append(f"{count:,} images." if whole in (None, count) else part)
+    return " ".join(notes)
+
+
+def _wanted(models: Mapping[str, str], request: Request) -> list[str]:
+    return (
+        [model for model in models if any(part in model for part in request.rows)]
+        if request.rows
+        else ["ViT-B/16", "RN50"]
+    )
+
+
+def _slug(text: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in text.lower()).strip("-")
+
+
+TABLES: Mapping[str, tuple[str, Callable[[Request], Iterator[dict[str, Any]]]]] = {
+    "maskclip": (
+        "MaskCLIP, annotation-free (Context-59, COCO-Stuff, VOC-20), seed protocol",
+        annotation_free,
+    ),
+    "maskclip-unified": ("MaskCLIP on eight sets, the successors' protocol", unified),
+    "maskclip-zero-shot": ("Zero-shot segmentation: seen and unseen classes on three sets", zero_shot),
+    "maskclip-robustness": ("MaskCLIP under 8 corruptions at 5 levels", robustness),
+}

@@ -1,0 +1,372 @@
+"""``maskmill evaluate``: labels against truth, measured, filed and shown."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from jobs.console import stderr_console
+from jobs.recipes import LabelRecipe
+from models.errors import MaskMillError
+from pipeline.datasets.base import Dataset, Sample
+from pipeline.datasets.protocols import PROTOCOLS, Protocol
+from pipeline.datasets.registry import DATASETS
+from pipeline.datasets.zeroshot import zero_shot_split
+from pipeline.evaluation import Evaluation, ImageScore, class_lookup, evaluate_table, read_labels
+from pipeline.ontology import Ontology
+from pipeline.published import lookup as published_figures
+from pipeline.report.panels import panel
+from pipeline.results import PICTURES, evaluation_record, extremes, new_folder, write_result
+from pipeline.storage import open_storage
+from pipeline.tracking.results import log_result
+from pipeline.tracking.tracker import open_tracker
+
+CUSTOM = "custom"
+ON_RAY_FROM = 2000
+"""Images above which Ray is worth its start, on a machine with several cores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateJob:
+    """Everything that an evaluation is asked for.
+
+    Attributes:
+        dataset: images and truth.
+        labels: a label table; None labels the images first.
+        recipe: how to label them; needed without ``labels``.
+        ontology: classes to label with; None takes the dataset's own, with the protocol's templates.
+        protocol: whose figures the result may be compared with: ``seed``, ``unified`` or ``custom``; None
+            finds out which of them the recipe follows.
+        zero_shot: name of a split into seen and unseen classes.
+        output: folder for the result; None makes one below ``results/``.
+        overwrite: whether an earlier result there may be replaced.
+        workers: Ray tasks that compare; 0 is this process, None chooses.
+        boundary: whether to measure boundary IoU.
+        pictures: number of worst and of best images to show.
+        tracking: MLflow URI, None for the default, ``off`` for none.
+        title: of the result; None makes one.
+        address: of a Ray cluster to label on.
+        verbose: let Ray talk.
+    """
+
+    dataset: Dataset
+    labels: str | None = None
+    recipe: LabelRecipe | None = None
+    ontology: Ontology | None = None
+    protocol: Literal["seed", "unified", "custom"] | None = None
+    zero_shot: str | None = None
+    output: Path | None = None
+    overwrite: bool = False
+    workers: int | None = None
+    boundary: bool = True
+    pictures: int = 6
+    tracking: str | None = "off"
+    title: str | None = None
+    address: str | None = None
+    verbose: bool = False
+
+
+def run(job: EvaluateJob, console: Console | None = None) -> int:
+    """Evaluate, write the result folder, track it, print the figures. Returns the exit status."""
+    console = console or stderr_console()
+    folder, record = evaluate(job, console)
+    _print(record, console)
+    _track(job, folder, record)
+    console.print(
+        f"Result         {folder}/evaluation.json\nLook at it:    maskmill report {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def evaluate(job: EvaluateJob, console: Console) -> tuple[Path, dict[str, Any]]:
+    """Label if need be, compare, and write the result folder.
+
+    Returns:
+        The folder, and the content of its ``evaluation.json``.
+
+    Raises:
+        MaskMillError: for everything that the user can mend.
+    """
+    dataset = job.dataset
+    folder = new_folder(job.output, _slug(job), overwrite=job.overwrite)
+    groups = _groups(job)
+    table = job.labels if job.labels is not None else _label(job, folder, console)
+    made = read_table_record(table)
+    protocol = _protocol(job, made)
+    workers = job.workers if job.workers is not None else (2 if len(dataset.samples) > ON_RAY_FROM else 0)
+    threshold = protocol.background_threshold if protocol else 0.0
+    with console.status(f"comparing {len(dataset.samples):,} images") as status:
+        evaluation = evaluate_table(
+            table,
+            dataset,
+            class_names=made["ontology"]["names"],
+            ignore_index=made["ontology"]["ignore_index"],
+            background_below=threshold,
+            boundary=job.boundary,
+            workers=workers,
+            progress=lambda done, total: status.update(f"compared {done:,} of {total:,} images"),
+        )
+    name = protocol.name if protocol else CUSTOM
+    worst, best = _pictures(job, table, made, evaluation, folder, threshold)
+    toy = made["weights"]["model"] == "toyclip"
+    record = evaluation_record(
+        evaluation,
+        title=job.title or _title(job, made),
+        protocol=name,
+        dataset={
+            "name": dataset.name,
+            "split": dataset.split,
+            "images": len(dataset.samples),
+            "fingerprint": dataset.fingerprint(),
+        },
+        model={"recipe": made["recipe"], "weights": made["weights"], "toy": toy},
+        names=dataset.class_names,
+        colors=dataset.classes.palette(),
+        groups=groups,
+        published=[]
+        if toy or name == CUSTOM
+        else [figure.entry() for figure in published_figures(_setting(job), None, name)],
+        worst=worst,
+        best=best,
+    )
+    write_result(folder, record)
+    return folder, record
+
+
+def read_table_record(table: str) -> dict[str, Any]:
+    """What ``dataset.json`` says about a label table.
+
+    Raises:
+        MaskMillError: ``table_unreadable`` if there is none.
+    """
+    storage = open_storage(table)
+    record: dict[str, Any] | None = storage.read_json("dataset.json", None)
+    if record is None:
+        raise MaskMillError(
+            "table_unreadable",
+            f"There is no dataset.json in {storage.uri}, so what its ids mean is unknown.",
+            "Give the --output of maskmill label.",
+        )
+    return record
+
+
+def protocol_recipe(recipe: LabelRecipe, protocol: Protocol) -> LabelRecipe:
+    """The recipe with the fields that a protocol fixes."""
+    return dataclasses.replace(recipe, **protocol.recipe_overrides())
+
+
+def _label(job: EvaluateJob, folder: Path, console: Console) -> str:
+    from jobs import label
+
+    assert job.recipe is not None, "either labels or a recipe"
+    dataset, recipe, ontology = job.dataset, job.recipe, job.ontology or job.dataset.classes
+    if job.protocol in ("seed", "unified"):
+        protocol = _named_protocol(dataset.name, job.protocol)
+        recipe = protocol_recipe(recipe, protocol)
+        ontology = Ontology.from_dict(ontology.to_dict() | {"templates": protocol.templates})
+    elif recipe.model == "toyclip" and ontology.templates == "openai85":
+        ontology = Ontology.from_dict(ontology.to_dict() | {"templates": "toyworld"})
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "images.txt"
+    source.write_text("".join(f"{_file(dataset, sample, folder)}\n" for sample in dataset.samples))
+    table = folder / "labels"
+    status = label.run(
+        label.LabelJob(
+            source=str(source),
+            ontology=ontology,
+            recipe=recipe,
+            output=str(table),
+            overwrite=job.overwrite,
+            max_failure_rate=0.0,
+            address=job.address,
+            verbose=job.verbose,
+        ),
+        console,
+    )
+    if status:
+        raise MaskMillError(
+            "labelling_failed",
+            "Not every image of the benchmark could be labelled.",
+            f"See the rows with a status in {table}; a benchmark is measured on all of its images.",
+        )
+    return str(table)
+
+
+def _file(dataset: Dataset, sample: Sample, folder: Path) -> str:
+    if sample.image:
+        return sample.image
+    path = folder / "images" / f"{sample.name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        Image.fromarray(dataset.image(sample)).save(path)
+    return str(path.resolve())
+
+
+def _named_protocol(dataset: str, name: str) -> Protocol:
+    from pipeline.datasets.protocols import get_protocol
+
+    return get_protocol(dataset, name)
+
+
+def _protocol(job: EvaluateJob, made: dict[str, Any]) -> Protocol | None:
+    """The protocol that the labels follow; checked against the one asked for."""
+    if job.protocol == CUSTOM:
+        return None
+    known = PROTOCOLS.get(job.dataset.name, {})
+    if job.protocol is not None:
+        wanted = _named_protocol(job.dataset.name, job.protocol)
+        differing = _differences(made, wanted)
+        if differing:
+            raise MaskMillError(
+                "protocols_differ",
+                f"The labels were not made by protocol {wanted.name}: {'; '.join(differing)}.",
+                f"Label with --protocol {wanted.name}, or say --protocol custom.",
+            )
+        return wanted
+    return next((protocol for protocol in known.values() if not _differences(made, protocol)), None)
+
+
+def _differences(made: dict[str, Any], protocol: Protocol) -> list[str]:
+    recipe = made["recipe"]
+    wanted = protocol.recipe_overrides() | {"min_confidence": 0.0, "corruption": ""}
+    differing = [
+        f"{key} is {recipe.get(key)!r}, not {value!r}"
+        for key, value in wanted.items()
+        if _plain(recipe.get(key, value)) != _plain(value)
+    ]
+    templates = made["ontology"]["templates"]
+    if templates != protocol.templates:
+        differing.append(f"templates are {templates!r}, not {protocol.templates!r}")
+    return differing
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _setting(job: EvaluateJob) -> str:
+    return f"{job.dataset.name}/zero-shot" if job.zero_shot else job.dataset.name
+
+
+def _groups(job: EvaluateJob) -> list[str | None]:
+    count = len(job.dataset.class_names)
+    if job.zero_shot is None:
+        return [None] * count
+    split = zero_shot_split(job.zero_shot)
+    if split.ontology != job.dataset.ontology:
+        raise MaskMillError(
+            "option_invalid",
+            f"The zero-shot split {split.name} is one of {split.ontology}; {job.dataset.name} has other "
+            "classes.",
+            f"Evaluate on --dataset {split.ontology}.",
+        )
+    unseen = set(split.unseen_ids)
+    return ["unseen" if index in unseen else "seen" for index in range(count)]
+
+
+def _title(job: EvaluateJob, made: dict[str, Any]) -> str:
+    dataset, count = job.dataset, len(job.dataset.samples)
+    info = DATASETS.get(dataset.name)
+    whole = info.official.get(dataset.split) if info else None
+    part = f", {count:,} of {whole:,} images" if whole and whole != count else ""
+    weights = made["weights"]
+    random = ", random weights" if str(weights.get("pretrained", "")).startswith("random") else ""
+    return f"{made['recipe']['name']} on {dataset.name} ({dataset.split}{part}{random})"
+
+
+def _slug(job: EvaluateJob) -> str:
+    return "-".join([job.dataset.name, job.recipe.name if job.recipe else "labels"])
+
+
+def _pictures(
+    job: EvaluateJob,
+    table: str,
+    made: dict[str, Any],
+    evaluation: Evaluation,
+    folder: Path,
+    threshold: float,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    lowest, highest = extremes(evaluation.images, job.pictures)
+    names = {sample.name: sample for sample in job.dataset.samples}
+    translate = class_lookup(
+        made["ontology"]["names"],
+        job.dataset.class_names,
+        ignore_index=made["ontology"]["ignore_index"],
+    )
+    predicted = read_labels(table, [*lowest, *highest], names, background_below=threshold)
+    palette = job.dataset.classes.palette()
+
+    def draw(images: Sequence[ImageScore], kind: str) -> list[dict[str, Any]]:
+        entries = []
+        for rank, image in enumerate(images, 1):
+            sample = names[image.name]
+            picture = f"{PICTURES}/{kind}-{rank}.png"
+            (folder / PICTURES).mkdir(parents=True, exist_ok=True)
+            labels = translate[predicted[image.name]]
+            panel(job.dataset.image(sample), job.dataset.truth(sample), labels, palette).save(
+                folder / picture, optimize=True
+            )
+            entries.append({"name": image.name, "miou": image.miou, "picture": picture})
+        return entries
+
+    return draw(lowest, "worst"), draw(highest, "best")
+
+
+def _print(record: dict[str, Any], console: Console) -> None:
+    toy = " (a toy: it knows the toy world only)" if record["model"]["toy"] else ""
+    table = Table(title=f"{record['title']}, protocol {record['protocol']}{toy}", title_justify="left")
+    table.add_column("class")
+    for name in ("IoU", "boundary IoU", "accuracy"):
+        table.add_column(name, justify="right")
+    classes = record["classes"]
+    shown = classes if len(classes) <= 30 else sorted(classes, key=lambda c: -(c["iou"] or 0))
+    rows = shown if len(shown) <= 30 else [*shown[:12], None, *shown[-12:]]
+    for entry in rows:
+        if entry is None:
+            table.add_row(f"… {len(shown) - 24} more", "", "", "")
+            continue
+        values = (entry["iou"], entry["boundary_iou"], entry["accuracy"])
+        name = f"{entry['name']} ({entry['group']})" if entry["group"] else entry["name"]
+        table.add_row(name, *(_percent(value) for value in values))
+    console.print(table)
+    metrics = record["metrics"]
+    line = ", ".join(f"{key} {_percent(value)}" for key, value in metrics.items() if value is not None)
+    console.print(f"{line}", highlight=False, soft_wrap=True)
+    images = record["images"]
+    if images["failed"] or images["missing"]:
+        console.print(
+            f"Not all images took part: {images['evaluated']:,} compared, {images['failed']:,} without "
+            f"labels, {images['missing']:,} not in the table. The figures are those of the compared ones.",
+            style="bold red",
+            highlight=False,
+            soft_wrap=True,
+        )
+    for figure in record["published"]:
+        if figure["metric"] in metrics:
+            console.print(
+                f"  published: {figure['method']} {figure['metric']} {figure['value']:.1%} "
+                f"[{figure['source']}]",
+                highlight=False,
+                soft_wrap=True,
+                markup=False,
+            )
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None or not np.isfinite(value) else f"{100 * value:.1f}"
+
+
+def _track(job: EvaluateJob, folder: Path, record: dict[str, Any]) -> None:
+    with open_tracker(job.tracking) as tracker:
+        tracker.start("evaluate", record["title"])
+        log_result(tracker, folder)

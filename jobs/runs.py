@@ -1,0 +1,158 @@
+"""``maskmill runs``: the tracked runs as a table, and several side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jobs.console import duration
+from models.errors import MaskMillError
+from pipeline.tracking.destination import resolve_uri, shown_uri
+from pipeline.tracking.runs import TrackedRun, choose_runs, differences, list_runs
+
+KEY_METRICS = (
+    "miou",
+    "hiou",
+    "pixel_accuracy",
+    "boundary_miou",
+    "ece",
+    "images_done",
+    "images_failed",
+    "images_per_second",
+    "claims_shown",
+    "claims_not_shown",
+)
+"""Shown in the list, in this order, as far as a run has them."""
+SHOWN_METRICS = 3
+SHORT_ID = 8
+STYLES = {"FINISHED": "green", "RUNNING": "cyan", "FAILED": "red", "KILLED": "yellow"}
+
+
+def run(
+    *,
+    tracking: str | None = None,
+    experiment: str | None = None,
+    limit: int = 20,
+    compare: Sequence[str] = (),
+    console: Console | None = None,
+) -> int:
+    """List the newest runs, or say how several differ.
+
+    Where standard output is no terminal, columns are separated by tabs and nothing is shortened.
+
+    Args:
+        tracking: tracking URI of MLflow; None is MLFLOW_TRACKING_URI, else SQLite in the working directory.
+        experiment: name of an experiment or kind of job; None is all of MaskMill's.
+        limit: runs in the list.
+        compare: ids, beginnings of ids, or names of at least two runs.
+        console: where to.
+
+    Raises:
+        MaskMillError: ``wrong_use``; see ``pipeline.tracking.runs`` as well.
+    """
+    console = console or Console()
+    if compare:
+        if len(compare) < 2:
+            raise MaskMillError(
+                "wrong_use", "One run cannot be compared.", "Name two or more: --compare RUN RUN"
+            )
+        _compare(choose_runs(compare, tracking, experiment=experiment), console)
+        return 0
+    if limit < 1:
+        raise MaskMillError("wrong_use", f"--limit {limit} shows nothing.", "Give a number from 1.")
+    found = list_runs(tracking, experiment=experiment, limit=limit)
+    if not found:
+        console.print(
+            f"No runs in {shown_uri(resolve_uri(tracking))} yet.",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+        return 0
+    now = time.time()
+    _print_table(
+        console,
+        ("id", "kind", "name", "dataset", "key metrics", "status", "age", "command"),
+        [
+            (
+                entry.id[:SHORT_ID] if console.is_terminal else entry.id,
+                entry.kind,
+                entry.name,
+                entry.dataset or "",
+                _key_metrics(entry.metrics),
+                entry.status,
+                duration(now - entry.started),
+                entry.command or "",
+            )
+            for entry in found
+        ],
+        wide="command",
+    )
+    return 0
+
+
+def _compare(runs: Sequence[TrackedRun], console: Console) -> None:
+    head = [entry.id[:SHORT_ID] for entry in runs]
+    names = ("run", *(f"{entry.name} ({short})" for entry, short in zip(runs, head, strict=True)))
+    two = len(runs) == 2
+    about = differences(
+        [{"kind": entry.kind, "dataset": entry.dataset, "status": entry.status} for entry in runs]
+    )
+    params = differences([entry.params for entry in runs])
+    metrics = differences([entry.metrics for entry in runs])
+    rows = [(key, *map(_text, row)) for key, row in about.items()]
+    rows += [(key, *map(_text, row)) for key, row in params.items()]
+    table = [(*row, "") for row in rows] if two else rows
+    # Overall figures before those of single classes.
+    for key in sorted(metrics, key=lambda name: ("/" in name, name)):
+        row = metrics[key]
+        known = [value for value in row if value is not None]
+        change = (f"{row[1] - row[0]:+.4g}" if len(known) == 2 else "",) if two else ()
+        table.append((key, *map(_text, row), *change))
+    if table:
+        _print_table(console, (*names, "difference") if two else names, table)
+    same = len(set().union(*(entry.params for entry in runs))) - len(params)
+    equal = len(set().union(*(entry.metrics for entry in runs))) - len(metrics)
+    console.print(
+        f"{len(params)} parameters and {len(metrics)} metrics differ; {same} and {equal} are the same.",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _key_metrics(metrics: Mapping[str, float]) -> str:
+    shown = [f"{key} {_text(metrics[key])}" for key in KEY_METRICS if key in metrics]
+    return ", ".join(shown[:SHOWN_METRICS])
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value.is_integer() and abs(value) >= 10 else f"{value:.4g}"
+    return str(value)
+
+
+def _print_table(
+    console: Console, head: Sequence[str], rows: Sequence[Sequence[str]], *, wide: str | None = None
+) -> None:
+    if not console.is_terminal:
+        for row in (head, *rows):
+            line = "\t".join(" ".join(cell.split()) for cell in row)
+            console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in head:
+        last = column == wide
+        table.add_column(
+            column, no_wrap=last, overflow="ellipsis" if last else "fold", ratio=1 if last else None
+        )
+    for row in rows:
+        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
+    console.print(table)

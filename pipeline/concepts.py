@@ -1,0 +1,57 @@
+"""The prompt lists of the paper's fine-grained and novel concepts (Zhou et al., ECCV 2022, section 4.4).
+
+The paper shows pictures from the web, which are not distributed; any folder of images will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_SCENE = ("building", "ground", "grass", "tree", "sky")
+_STREET = (
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
+    "terrain", "sky", "person", "rider", "truck", "bus", "train", "motorcycle", "bicycle",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ConceptList:
+    """What to look for, and what else is in the pictures.
+
+    Attributes:
+        concepts: the prompts that are shown.
+        context: further classes, so that not every pixel must be a concept.
+        templates: prompt templates.
+    """
+
+    concepts: tuple[str, ...]
+    context: tuple[str, ...]
+    templates: str = "openai85"
+
+
+CONCEPTS: Mapping[str, ConceptList] = {
+    "mickey": ConceptList(("Mickey Mouse", "Donald Duck"), _SCENE),
+    "batman": ConceptList(("Batman", "Joker"), _SCENE),
+    "mario": ConceptList(("Mario", "Luigi"), _SCENE),
+    "gates": ConceptList(("Bill Gates", "Steve Jobs"), _SCENE),
+    "batman-ext": ConceptList(
+        (
+            "Batman", "Joker", "James Gordon", "The Penguin", "Robin", "Alfred Pennyworth", "Catwoman",
+            "Harley Quinn",
+        ),
+        (*(name for name in _STREET if name != "person"), "car"),
+    ),
+    "blur": ConceptList(("very blurry car", "car"), _STREET, templates="simple"),
+    "sports": ConceptList(
+        (
+            "baseball player", "basketball player", "soccer player", "football player", "baseball court",
+            "basketball court", "soccer court", "football court",
+        ),
+        ("person", "background", "wall", "building", "sky", "grass", "tree", "ground", "floor"),
+    ),
+    "car-brands": ConceptList(("Bugatti", "Cadillac", "Porsche", "Lamborghini"), (*_STREET, "background")),
+    "car-color": ConceptList(
+        ("white car", "blue car", "red car", "black car", "green car", "yellow car"), _STREET
+    ),
+}  # fmt: skip

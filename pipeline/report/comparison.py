@@ -1,0 +1,176 @@
+"""What differs between results: figures beside figures, and a difference only where one means something."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.report.result_files import Benchmark, Evaluation, Row, Section
+
+#: Metrics of which less is better; of all others more is.
+LESS_IS_BETTER = frozenset({"ece"})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure, what it differs from the first run's by, and whether that is an improvement.
+
+    Both are None where there is nothing to compare with; ``better`` also where nothing changed.
+    """
+
+    value: float | None
+    difference: float | None = None
+    better: bool | None = None
+
+
+def cell(metric: str, value: float | None, first: float | None) -> Cell:
+    """A figure beside that of the first run."""
+    if value is None or first is None:
+        return Cell(value)
+    difference = value - first
+    if difference == 0:
+        return Cell(value, difference)
+    return Cell(value, difference, (difference < 0) == (metric in LESS_IS_BETTER))
+
+
+def obstacles(first: Evaluation, other: Evaluation) -> list[str]:
+    """Why two evaluations must not be compared; empty if they can be."""
+    pairs = {
+        "protocol": (first.protocol, other.protocol),
+        "dataset": (first.dataset.name, other.dataset.name),
+        "split": (first.dataset.split, other.dataset.split),
+        "classes": ([c.name for c in first.classes], [c.name for c in other.classes]),
+    }
+    found = [
+        f"another {word}" if word != "classes" else "other classes"
+        for word, (a, b) in pairs.items()
+        if a != b
+    ]
+    if not found and first.dataset.fingerprint != other.dataset.fingerprint:
+        found = ["other images or truth (the fingerprints of the dataset differ)"]
+    return found
+
+
+def evaluations(runs: Sequence[Evaluation]) -> dict[str, Any]:
+    """The first evaluation against each of the others.
+
+    Returns:
+        ``metrics``: their names, in order of appearance. ``rows``: per run its ``obstacles`` and ``cells``, a
+        cell for each metric. ``changes``: per later run that can be compared, its index ``run`` and the
+        ``classes`` whose IoU changed most. ``settings``: fields of recipe and weights that are not the same
+        everywhere, with the value in each run.
+    """
+    first, *others = runs
+    metrics = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    why = [[], *(obstacles(first, other) for other in others)]
+    rows = [
+        {
+            "obstacles": why[index],
+            "cells": [
+                Cell(run.metrics.get(name))
+                if index == 0 or why[index]
+                else cell(name, run.metrics.get(name), first.metrics.get(name))
+                for name in metrics
+            ],
+        }
+        for index, run in enumerate(runs)
+    ]
+    changes = [
+        {"run": index, "classes": _changed_classes(first, run)}
+        for index, run in enumerate(runs)
+        if index and not why[index]
+    ]
+    return {"metrics": metrics, "rows": rows, "changes": changes, "settings": _settings(runs)}
+
+
+def _changed_classes(first: Evaluation, other: Evaluation, *, count: int = 8) -> list[dict[str, Any]]:
+    """The classes whose IoU gained most, then those that lost most, ``count`` of each at most."""
+    pairs: list[dict[str, Any]] = [
+        {"name": b.name, "color": b.color, "first": a.iou, "cell": cell("iou", b.iou, a.iou)}
+        for a, b in zip(first.classes, other.classes, strict=True)
+    ]
+    moved = sorted((p for p in pairs if p["cell"].better is not None), key=lambda p: -p["cell"].difference)
+    gains, losses = [p for p in moved if p["cell"].better], [p for p in moved if not p["cell"].better]
+    return gains[:count] + losses[-count:]
+
+
+def _settings(runs: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
+    # Hashes and fingerprints differ whenever anything does; they explain nothing.
+    silent = {"hash", "fingerprint"}
+    fields = [
+        {
+            f"{part} {key}": value
+            for part in ("recipe", "weights")
+            for key, value in getattr(run.model, part).items()
+        }
+        for run in runs
+    ]
+    names = dict.fromkeys(name for some in fields for name in some if name.split(" ", 1)[1] not in silent)
+    table = [(name, [setting(some.get(name)) for some in fields]) for name in names]
+    return [(name, values) for name, values in table if len(set(values)) > 1]
+
+
+def setting(value: Any) -> str:
+    """The value of a setting as people write it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(setting, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {setting(inner)}" for key, inner in value.items())
+    return str(value)
+
+
+def benchmarks(runs: Sequence[Benchmark]) -> list[dict[str, Any]]:
+    """Sections that the first of several runs of one benchmark shares with another, line by line.
+
+    Returns:
+        Per section its ``title``, the charted ``metric`` and ``rows``: ``label`` and, per run, ``cells``.
+    """
+    first, *others = runs
+    shared = []
+    for section in first.sections:
+        metric = section.metrics[0]
+        tables = [_values(section, metric), *(_values(_same(section, other), metric) for other in others)]
+        if not any(tables[0].keys() & table.keys() for table in tables[1:]):
+            continue
+        keys = dict.fromkeys(key for table in tables for key in table)
+        rows = [
+            {
+                "label": " ".join(
+                    str(f"{part:g}" if isinstance(part, float) else part) for part in key if part is not None
+                ),
+                "cells": [
+                    Cell(table.get(key))
+                    if table is tables[0]
+                    else cell(metric, table.get(key), tables[0].get(key))
+                    for table in tables
+                ],
+            }
+            for key in keys
+        ]
+        shared.append({"title": section.title, "metric": metric, "rows": rows})
+    return shared
+
+
+def _same(section: Section, run: Benchmark) -> Section | None:
+    return next((other for other in run.sections if other.name == section.name), None)
+
+
+def _values(section: Section | None, metric: str) -> dict[tuple[str | None, float | None], float]:
+    if section is None:
+        return {}
+    found = {}
+    for row in section.rows:
+        value = row.values.get(metric)
+        if value is not None and value.mean is not None:
+            found[_key(row)] = value.mean
+    return found
+
+
+def _key(row: Row) -> tuple[str | None, float | None]:
+    # The name of a point of a curve may be anything; its curve and place say which it is.
+    return (row.series, row.x) if row.series is not None else (row.name, row.x)

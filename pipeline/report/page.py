@@ -1,0 +1,35 @@
+"""What every page has in common: templates, one style sheet, and how the file gets in place."""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill a template of this package. Every value is escaped unless it is ``markupsafe.Markup``.
+
+    Args:
+        template: file name beside this module; it may include others, such as ``base.css``.
+        values: the names that it uses.
+    """
+    from jinja2 import Environment, FunctionLoader
+
+    folder = files("pipeline.report")
+    environment = Environment(
+        loader=FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def put_in_place(path: Path, page: str) -> None:
+    """Write a page whole: a reader sees the older one or this one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_text(page, encoding="utf-8")
+    os.replace(fresh, path)

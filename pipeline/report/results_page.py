@@ -1,0 +1,556 @@
+"""Results as one page: ``maskmill report``.
+
+A single HTML file that loads nothing from anywhere: charts are drawn in it, pictures are inside it, and a
+content policy forbids the browser to fetch more.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+from markupsafe import Markup
+
+from models.errors import MaskMillError
+from pipeline.images import ERROR_CODES, ImageError, decode
+from pipeline.report import comparison, plots
+from pipeline.report.page import put_in_place, render
+from pipeline.report.result_files import (
+    Benchmark,
+    Evaluation,
+    ImageResult,
+    Published,
+    Result,
+    Row,
+    Section,
+    Value,
+    read_results,
+)
+from pipeline.storage import Storage
+
+#: What is written into every report and found again before one is replaced.
+MARK = '<meta name="generator" content="MaskMill report">'
+
+METRICS = {
+    "miou": "mIoU",
+    "pixel_accuracy": "pixel accuracy",
+    "mean_accuracy": "mean accuracy",
+    "fwiou": "frequency-weighted IoU",
+    "boundary_miou": "boundary mIoU",
+    "ece": "calibration error (ECE)",
+    "miou_seen": "mIoU, seen classes",
+    "miou_unseen": "mIoU, unseen classes",
+    "hiou": "harmonic IoU",
+    "iou": "IoU",
+    "iou_fg": "foreground IoU",
+    "iou_bin": "binary IoU",
+    "ap": "average precision",
+    "map": "mean average precision",
+    "auc": "ROC AUC",
+}
+"""Names of metrics for people; others are shown as they are, without underscores."""
+
+_PROTOCOLS = {
+    "seed": "the protocol of MaskCLIP's own repository",
+    "unified": "the one protocol of MaskCLIP's successors",
+    "custom": "a protocol of its own: not comparable with published figures",
+}
+# A confusion matrix up to this size is a table of numbers, beyond it a picture.
+_TABLE_CLASSES = 30
+_CONFUSIONS = 12
+_LONGEST = 1200
+
+
+def write_report(folders: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> Path:
+    """Write a page about one or several results.
+
+    Args:
+        folders: outputs of ``maskmill evaluate`` and ``maskmill benchmark``, here or remote. The first
+            evaluation is what the others are compared with, and so with benchmarks of one name.
+        output: the HTML file to write. An older report is replaced once the new one is whole.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        MaskMillError: ``result_missing``, ``result_newer`` or ``result_damaged`` for a folder,
+            ``output_exists`` if the output is there and no report.
+    """
+    if not folders:
+        raise MaskMillError("wrong_use", "No result folder was given.", "Give one, or several to compare.")
+    path = Path(output)
+    _check_replaceable(path)
+    results = [pair for folder in folders for pair in read_results(folder)]
+    runs = [_run(index, storage, result) for index, (storage, result) in enumerate(results)]
+    only = results[0][1] if len(results) == 1 else None
+    page = render(
+        "results.html",
+        mark=Markup(MARK),
+        title=only.title if only else f"{len(runs)} results compared",
+        runs=runs,
+        single=only is not None,
+        comparisons=_comparisons(runs),
+        number=number,
+        difference=difference,
+        metric_name=metric_name,
+        setting=comparison.setting,
+    )
+    put_in_place(path, page)
+    return path
+
+
+def _check_replaceable(path: Path) -> None:
+    if not path.exists():
+        return
+    if path.is_file():
+        with path.open("rb") as file:
+            if MARK.encode() in file.read(4096):
+                return
+    raise MaskMillError(
+        "output_exists",
+        f"{path} exists and is not a report of MaskMill.",
+        "Name another --output, or move it away.",
+    )
+
+
+# --- words and numbers ---
+
+
+def metric_name(metric: str) -> str:
+    """A metric as people call it."""
+    return METRICS.get(metric, metric.replace("_", " "))
+
+
+def number(value: float | None) -> str:
+    """Three decimals for shares, fewer for large numbers, a dash for what does not exist."""
+    if value is None:
+        return "–"
+    size = abs(value)
+    text = f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:,.0f}"
+    return text.replace("-", "−")
+
+
+def difference(value: float) -> str:
+    """A number with its sign."""
+    return number(value) if value < 0 else f"+{number(value)}" if value > 0 else "±0"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _date(created: str) -> str:
+    """2026-11-21T10:00:00Z → 2026-11-21 10:00 UTC."""
+    day, _, time = created.partition("T")
+    return f"{day} {time[:5]}{' UTC' if time.endswith('Z') else ''}".strip()
+
+
+def _notice(result: Result) -> str:
+    """A warning about what the numbers are worth, where one is due."""
+    if result.toy:
+        return (
+            "Toy: measured with the small bundled CLIP on the procedural toy world, or with one of them. "
+            "The numbers say nothing about photographs."
+        )
+    if isinstance(result, Evaluation) and str(result.model.weights.get("pretrained", "")).startswith(
+        "random:"
+    ):
+        return "Random weights: these numbers mean nothing. They show that the pipeline runs."
+    return ""
+
+
+# --- one run ---
+
+
+def _run(index: int, storage: Storage, result: Result) -> dict[str, Any]:
+    common = {
+        "anchor": f"run-{index + 1}",
+        "result": result,
+        "notice": _notice(result),
+        "created": _date(result.created),
+    }
+    view = _evaluation(storage, result) if isinstance(result, Evaluation) else _benchmark(storage, result)
+    return common | view | {"parts": _parts(result, view)}
+
+
+def _parts(result: Result, view: dict[str, Any]) -> list[tuple[str, str]]:
+    """Id and name of the parts of the page that there are, in their order, for the links at its head."""
+    if isinstance(result, Evaluation):
+        parts = [
+            ("published", "Published numbers", result.published),
+            ("gaps", "What is missing", view["gaps"]),
+            ("classes", "Classes", True),
+            ("confusion", "Confusion", result.classes),
+            ("calibration", "Calibration", view["reliability"]),
+            ("worst", "Worst images", view["worst"]),
+            ("best", "Best images", view["best"]),
+        ]
+    else:
+        titles = [(f"section-{i + 1}", section.title, True) for i, section in enumerate(result.sections)]
+        parts = [
+            ("claims", "Claims", result.claims),
+            ("gaps", "What is missing", view["gaps"]),
+            *titles,
+            ("pictures", "Pictures", view["pictures"]),
+        ]
+    return [(part, words) for part, words, there in parts if there] + [("made", "How it was made")]
+
+
+def _pairs(*pairs: tuple[str, Any]) -> list[tuple[str, str]]:
+    return [(word, str(value)) for word, value in pairs if value not in (None, "")]
+
+
+def _evaluation(storage: Storage, run: Evaluation) -> dict[str, Any]:
+    confusion = np.array(run.confusion, np.int64).reshape(len(run.classes), len(run.classes) + 1)
+    totals = confusion.sum(1, keepdims=True)
+    shares = np.divide(confusion, totals, out=np.zeros(confusion.shape), where=totals > 0)
+    weights, recipe, dataset = run.model.weights, run.model.recipe, run.dataset
+    small = len(run.classes) <= _TABLE_CLASSES
+    return {
+        "facts": _pairs(
+            ("dataset", f"{dataset.name}{f' ({dataset.split})' if dataset.split else ''}"),
+            ("images measured", f"{run.images.evaluated:,}"),
+            ("classes", len(run.classes)),
+            ("model", weights.get("model")),
+            ("weights", weights.get("pretrained")),
+            ("recipe", recipe.get("name")),
+            ("protocol", run.protocol),
+            ("measured", _date(run.created)),
+        ),
+        "protocol": _PROTOCOLS.get(run.protocol, ""),
+        "gaps": _evaluation_gaps(run),
+        "published": _published(run),
+        "classes": sorted(run.classes, key=lambda c: (c.iou is None, -(c.iou or 0.0), c.id)),
+        "edges": any(c.boundary_iou is not None for c in run.classes),
+        "groups": any(c.group for c in run.classes),
+        "shares": shares if small else None,
+        "heat": plots.heat(shares) if small else None,
+        "matrix": None
+        if small
+        else plots.matrix_picture(
+            shares, f"Confusion matrix of {len(run.classes)} classes; rows are true classes"
+        ),
+        "confusions": _confusions(run, shares),
+        "reliability": plots.reliability(run.calibration) if run.calibration else None,
+        "worst": [_image(storage, image) for image in run.images.worst],
+        "best": [_image(storage, image) for image in run.images.best],
+        "provenance": _pairs(
+            ("result folder", storage.uri),
+            ("created", run.created),
+            ("dataset fingerprint", dataset.fingerprint),
+            *((f"weights: {key}", comparison.setting(value)) for key, value in weights.items()),
+        ),
+    }
+
+
+def _evaluation_gaps(run: Evaluation) -> list[str]:
+    """What the numbers do not cover, a sentence for each."""
+    gaps = []
+    if run.images.failed:
+        gaps.append(f"Failed, and not in the numbers: {_images(run.images.failed)}.")
+    if run.images.missing:
+        gaps.append(f"Without a prediction, and not in the numbers: {_images(run.images.missing)}.")
+    absent = [c.name for c in run.classes if c.iou is None]
+    if absent:
+        gaps.append(
+            f"{len(absent)} of {len(run.classes)} classes occur neither in the truth nor in the prediction "
+            f"and are left out of the means: {_some(absent, 12)}."
+        )
+    if run.calibration is None:
+        gaps.append("Calibration was not measured: what was evaluated has no confidence.")
+    if all(c.boundary_iou is None for c in run.classes):
+        gaps.append("Boundary IoU was not measured.")
+    gaps += [
+        f"{metric_name(name)} could not be computed." for name, value in run.metrics.items() if value is None
+    ]
+    return gaps
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image{'' if count == 1 else 's'}"
+
+
+def _published(run: Evaluation) -> dict[str, Any]:
+    """Published figures: charts of those that ours may stand beside, and the others apart."""
+    same = [p for p in run.published if p.protocol == run.protocol]
+    others = [p for p in run.published if p.protocol != run.protocol]
+    charts = []
+    for metric in dict.fromkeys(p.metric for p in same):
+        rows: list[tuple[float, Published | None]] = [(p.value, p) for p in same if p.metric == metric]
+        ours = run.metrics.get(metric)
+        if ours is not None:
+            rows.append((ours, None))
+        rows.sort(key=lambda row: -row[0])
+        top = plots.nice_top(max(value for value, _ in rows))
+        bars = [
+            {
+                "published": published,
+                "value": value,
+                "bar": _percent(value / top),
+                "difference": None if published is None or ours is None else ours - value,
+            }
+            for value, published in rows
+        ]
+        charts.append({"metric": metric, "bars": bars, "top": top})
+    return {"charts": charts, "others": others}
+
+
+def _confusions(run: Evaluation, shares: np.ndarray) -> list[dict[str, Any]]:
+    """The largest shares of a true class that were taken for another, or for none."""
+    wrong = shares.copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:_CONFUSIONS]
+    found = []
+    for row, column in zip(*np.unravel_index(order, wrong.shape), strict=True):
+        if wrong[row, column] < 0.01:
+            break
+        taken = run.classes[column] if column < len(run.classes) else None
+        found.append(
+            {
+                "truth": run.classes[row],
+                "taken": taken,
+                "share": f"{100 * wrong[row, column]:.0f} %",
+                "bar": _percent(wrong[row, column]),
+            }
+        )
+    return found
+
+
+def _percent(share: float) -> str:
+    return f"{100 * min(max(share, 0.0), 1.0):.2f}%"
+
+
+# --- pictures ---
+
+
+def _image(storage: Storage, image: ImageResult) -> dict[str, Any]:
+    name = unquote(image.name).rstrip("/").rsplit("/", 1)[-1]
+    return {"name": name, "full": image.name, "miou": image.miou, **_picture(storage, image.picture)}
+
+
+def _picture(storage: Storage, name: str | None) -> dict[str, Any]:
+    """A picture beside the result, inside the page; or why it is not."""
+    if not name:
+        return {"uri": None, "reason": "no picture was kept"}
+    place = PurePosixPath(name)
+    # A result may come from someone else; it shows what is in its folder, nothing outside.
+    if place.is_absolute() or ".." in place.parts:
+        return {"uri": None, "reason": f"{name} is outside the result folder"}
+    try:
+        pixels = decode(storage.read_bytes(name))
+    except ImageError as error:
+        return {"uri": None, "reason": f"{name}: {ERROR_CODES[error.code]}"}
+    except (MaskMillError, OSError):
+        return {"uri": None, "reason": f"{name} cannot be read"}
+    uri, width, height = plots.picture_uri(pixels, longest=_LONGEST)
+    return {"uri": uri, "width": width, "height": height}
+
+
+# --- a benchmark ---
+
+
+def _benchmark(storage: Storage, run: Benchmark) -> dict[str, Any]:
+    hardware = run.hardware
+    verdicts = [claim.shows for claim in run.claims]
+    rows = [row for section in run.sections for row in section.rows]
+    return {
+        "facts": _pairs(
+            ("benchmark", run.name),
+            ("took", _duration(run.seconds)),
+            ("processor", hardware.cpu),
+            ("cores", hardware.cores),
+            ("GPU", hardware.gpu or "none"),
+            ("measured", _date(run.created)),
+        ),
+        "tally": {
+            "shown": verdicts.count(True),
+            "not shown": verdicts.count(False),
+            "not measured": verdicts.count(None),
+        },
+        "measured": sum(map(_measured, rows)),
+        "lines": sum(_measured(row) or row.missing is not None for row in rows),
+        "gaps": _benchmark_gaps(run),
+        "sections": [_section(section) for section in run.sections],
+        "pictures": [
+            {"caption": picture.caption, **_picture(storage, picture.file)} for picture in run.pictures
+        ],
+        "provenance": _pairs(("result folder", storage.uri), ("created", run.created)),
+    }
+
+
+def _benchmark_gaps(run: Benchmark) -> list[str]:
+    """What was not measured, and what it needs; lines of one section that need the same are one sentence."""
+    gaps: dict[tuple[str, str], list[str]] = {}
+    for section in run.sections:
+        for row in section.rows:
+            if row.missing is not None and not _measured(row):
+                gaps.setdefault((section.title, row.missing), []).append(row.name)
+    return [f"{title}: {_some(names, 6)} not measured: {reason}" for (title, reason), names in gaps.items()]
+
+
+def _some(names: Sequence[str], most: int) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _measured(row: Row) -> bool:
+    """Whether there is a figure of ours. Lines without one or a reason are other people's methods."""
+    return any(value.mean is not None for value in row.values.values())
+
+
+def _section(section: Section) -> dict[str, Any]:
+    metric = section.metrics[0]
+    low, top = _range(section, metric)
+
+    def place(value: float) -> float:
+        return (value - low) / (top - low)
+
+    rows = []
+    for row in section.rows:
+        value = row.values.get(metric)
+        bar = whisker = None
+        if value is not None and value.mean is not None:
+            ends = sorted((place(value.mean), place(0.0)))
+            bar = (_percent(ends[0]), _percent(ends[1] - ends[0]))
+            if value.low is not None and value.high is not None:
+                whisker = (_percent(place(value.low)), _percent(place(value.high) - place(value.low)))
+        told = row.published.get(metric)
+        rows.append(
+            {
+                "row": row,
+                "label": _row_label(row),
+                "measured": _measured(row),
+                "bar": bar,
+                "whisker": whisker,
+                "tick": None if told is None else _percent(place(told)),
+                "cells": [(row.values.get(name), row.published.get(name)) for name in section.metrics],
+            }
+        )
+    return {
+        "section": section,
+        "metric": metric,
+        "rows": rows,
+        "charted": section.chart is not None and any(row["bar"] or row["tick"] for row in rows),
+        "top": top,
+        "published": [
+            any(row.published.get(name) is not None for row in section.rows) for name in section.metrics
+        ],
+        "sources": list(dict.fromkeys(row.source for row in section.rows if row.source)),
+        "intervals": any(v.low is not None for row in section.rows for v in row.values.values()),
+        "curves": _curves(section, metric, low, top) if section.chart == "lines" else None,
+    }
+
+
+def _row_label(row: Row) -> str:
+    """Name of a row; a point of a curve is named by the curve and its place, unless its own name says so."""
+    if row.series is None or row.x is None or row.series in row.name:
+        return row.name
+    return f"{row.series} {row.x:g}"
+
+
+def _range(section: Section, metric: str) -> tuple[float, float]:
+    """Ends of the axis that all bars or curves of a section share; 0 is on it."""
+    values = [row.values[metric] for row in section.rows if metric in row.values]
+    points = [x for v in values for x in (v.mean, v.low, v.high) if x is not None]
+    points += [p for row in section.rows if (p := row.published.get(metric)) is not None]
+    top, bottom = max(points, default=1.0), min(points, default=0.0)
+    return (-plots.nice_top(-bottom) if bottom < 0 else 0.0), plots.nice_top(top)
+
+
+def _curves(section: Section, metric: str, low: float, top: float) -> dict[str, Any] | None:
+    """Small multiples and a table of curves by place; None if the section has no curve to draw."""
+    named = any(row.series is not None and row.x is not None for row in section.rows)
+    series: dict[str, dict[float, Row]] = {}
+    apart: list[Row] = []
+    for row in section.rows:
+        if row.x is not None and (row.series is not None or not named):
+            series.setdefault(row.series or metric_name(metric), {})[row.x] = row
+        else:
+            apart.append(row)
+    # A series of one point where no other has one (clean images before levels of corruption) is no curve.
+    places = Counter(x for rows in series.values() for x in rows)
+    for name, rows in [*series.items()]:
+        if len(series) > 1 and len(rows) == 1 and places[next(iter(rows))] == 1:
+            apart += series.pop(name).values()
+    if not series:
+        return None
+    references: list[tuple[str, Value]] = [
+        (row.name, value)
+        for row in apart
+        if (value := row.values.get(metric)) is not None and value.mean is not None
+    ]
+    points = {name: _points(rows, metric) for name, rows in series.items()}
+    told = {
+        name: [plots.Point(x, p) for x, row in rows.items() if (p := row.published.get(metric)) is not None]
+        for name, rows in series.items()
+    }
+    xs = sorted({x for rows in series.values() for x in rows})
+    levels = [value.mean for _, value in references if value.mean is not None]
+    panels = [
+        {
+            "name": name,
+            "chart": plots.curve(
+                points[name],
+                label=f"{metric_name(metric)} of {name}: "
+                + ", ".join(f"{p.y:.3f} at {p.x:g}" for p in points[name]),
+                others=[other for key, other in points.items() if key != name],
+                references=levels,
+                published=told[name],
+                xs=xs,
+                top=top,
+                bottom=low,
+            ),
+        }
+        for name in series
+        if points[name] or told[name]
+    ]
+    if not panels:
+        return None
+    table = [(name, [_table_cell(rows.get(x), metric) for x in xs]) for name, rows in series.items()]
+    return {
+        "panels": panels,
+        "xs": xs,
+        "table": table,
+        "references": references,
+        "several": len(series) > 1,
+        "published": any(told.values()),
+    }
+
+
+def _table_cell(row: Row | None, metric: str) -> tuple[Row | None, Value | None, float | None]:
+    """A row with our value and the published one, as far as they exist."""
+    return (None, None, None) if row is None else (row, row.values.get(metric), row.published.get(metric))
+
+
+def _points(rows: dict[float, Row], metric: str) -> list[plots.Point]:
+    values = [(x, rows[x].values.get(metric)) for x in sorted(rows)]
+    return [plots.Point(x, v.mean, v.low, v.high) for x, v in values if v is not None and v.mean is not None]
+
+
+# --- several runs ---
+
+
+def _comparisons(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What can be compared: all evaluations, and benchmarks of one name."""
+    measured = [run for run in runs if isinstance(run["result"], Evaluation)]
+    named: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        if isinstance(run["result"], Benchmark):
+            named.setdefault(run["result"].name, []).append(run)
+    return {
+        "evaluations": {"runs": measured, **comparison.evaluations([run["result"] for run in measured])}
+        if len(measured) > 1
+        else None,
+        "benchmarks": [
+            {"name": name, "runs": group, "sections": comparison.benchmarks([run["result"] for run in group])}
+            for name, group in named.items()
+            if len(group) > 1
+        ],
+    }
