@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import platform
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -36,20 +35,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from jobs.toyclip_card import Scores, card, evaluate
 from models import toyclip
-from models.clip import Clip, load_source
-from models.dense import HEADS
+from models.clip import load_source
 from models.errors import MaskMillError
-from models.labelmap import label_map
-from models.maskclip import MaskClip, MaskClipConfig
 from models.templates import TEMPLATE_SETS
-from models.text import build_text_classifier
 from models.weights import OPENAI_MEAN, OPENAI_STD, WeightSource
 from pipeline import toyworld
-from pipeline.metrics.confusion import confusion_matrix, iou_per_class
-
-TEMPLATES = "toyworld"
-"""The prompt templates behind the numbers of the card."""
 
 COMMON_MERGES = 2000
 """First merges of the full table that stay, so that words from outside the world are a few pieces long."""
@@ -79,7 +71,7 @@ class PretrainRecipe:
     seed: int = 0
     scenes: int = 30_000
     size: int = 128
-    steps: tuple[int, ...] = (800, 300, 200)
+    steps: tuple[int, ...] = (1600, 500, 100)
     batch: tuple[int, ...] = (256, 128, 256)
     learning_rate: tuple[float, ...] = (2e-3, 1e-3, 1e-3)
     warmup: tuple[int, ...] = (60, 20, 20)
@@ -302,186 +294,6 @@ def _fast_arithmetic(device: torch.device) -> Iterator[None]:
         yield
 
 
-@dataclass
-class Scores:
-    """What the card says about a network, on scenes that it never saw.
-
-    Attributes:
-        top1: share of the scenes whose best-scoring class is in the picture (class token).
-        recall: of the k classes a scene shows, the share among its k best-scoring ones, mean over scenes.
-        auc: per class, how often a scene with it outranks a scene without (class token).
-        iou: head → side in pixels → IoU of each class.
-        words: phrase → how often a grid cell it describes outranks one it does not (default head, AUC).
-    """
-
-    top1: float = 0.0
-    recall: float = 0.0
-    auc: list[float] = field(default_factory=list)
-    iou: dict[str, dict[int, list[float]]] = field(default_factory=dict)
-    words: dict[str, float] = field(default_factory=dict)
-
-
-#: Pattern words and the class that they mean.
-_PATTERN_WORDS = {
-    "something striped": "zebra",
-    "something spotted": "ladybug",
-    "something checkered": "chessboard",
-    "something scaly": "fish",
-    "something fluffy": "cloud",
-    "something wavy": "water",
-}
-#: Colour words and the hues (degrees) that they mean, at a saturation of at least 0.4 in the cell's mean
-#: colour.
-_COLOUR_WORDS = {
-    "something red": (-20.0, 15.0),
-    "something orange": (18.0, 38.0),
-    "something green": (75.0, 150.0),
-    "something blue": (190.0, 240.0),
-}
-
-
-def evaluate(clip: Clip, recipe: PretrainRecipe, *, sizes: Sequence[int]) -> Scores:
-    """Measure a trained network on the set ``recipe.seed + 1``.
-
-    Args:
-        clip: the network.
-        recipe: for the seed and the number of scenes.
-        sizes: sides in pixels at which label maps are compared; the first is used for everything else.
-
-    Returns:
-        All numbers of the card.
-    """
-    scores = Scores()
-    config = MaskClipConfig(image_stats="clip", profile="weights")
-    names = [[name] for name in toyworld.CLASSES]
-    text = build_text_classifier(clip, names, templates=TEMPLATES)
-    for size in sizes:
-        made = toyworld.generate(recipe.seed + 1, recipe.card_scenes, size)
-        images = torch.from_numpy(made.images).permute(0, 3, 1, 2)
-        if size == sizes[0]:
-            _recognition(clip, text.embeddings, images, made.labels, scores)
-            phrases = [[phrase] for phrase in (*_PATTERN_WORDS, *_COLOUR_WORDS)]
-            words = MaskClip(
-                clip, build_text_classifier(clip, phrases, templates=("a photo of {}", "{}")), config
-            )
-            _words(words, images, made.labels, scores)
-        for head in HEADS:
-            labeller = MaskClip(clip, text, MaskClipConfig(head=head, image_stats="clip", profile="weights"))
-            confusion = np.zeros((len(names), len(names) + 1), np.int64)
-            for image, truth in zip(images, made.labels, strict=True):
-                grid = labeller.grid_scores(image[None])[0]
-                found, _ = label_map(grid, network_size=(size, size), image_size=(size, size))
-                confusion += confusion_matrix(truth, found.cpu().numpy(), len(names))
-            scores.iou.setdefault(head, {})[size] = [
-                float(v) for v in np.nan_to_num(iou_per_class(confusion))
-            ]
-    return scores
-
-
-@torch.inference_mode()
-def _recognition(clip: Clip, text: Tensor, images: Tensor, labels: NDArray[np.uint8], scores: Scores) -> None:
-    mean, std = (torch.tensor(v, device=clip.device)[:, None, None] * 255 for v in (clip.mean, clip.std))
-    model = clip.model
-    assert isinstance(model, open_clip.CLIP), "the configuration that the job writes builds a CLIP"
-    parts = [(part.to(clip.device) - mean) / std for part in images.split(50)]
-    features = torch.cat([model.encode_image(part, normalize=True) for part in parts])
-    cosines = (features @ text.to(clip.device).T).cpu().numpy()
-    classes = range(len(toyworld.CLASSES))
-    there = np.stack([(labels == c).mean((1, 2)) >= toyworld.VISIBLE_SHARE for c in classes], axis=1)
-    order = np.argsort(-cosines, axis=1)
-    hits = np.take_along_axis(there, order, axis=1)
-    scores.top1 = float(hits[:, 0].mean())
-    scores.recall = float(np.mean([row[: row.sum()].mean() for row in hits]))
-    scores.auc = [_auc(cosines[:, c], there[:, c]) for c in classes]
-
-
-def _words(labeller: MaskClip, images: Tensor, labels: NDArray[np.uint8], scores: Scores) -> None:
-    cell = labeller.clip.stride
-    grid = torch.cat([labeller.grid_scores(image[None]) for image in images]).cpu().numpy()
-    ids = labels[:, cell // 2 :: cell, cell // 2 :: cell]
-    colours = torch.nn.functional.avg_pool2d(images.float(), cell).numpy() / 255
-    high, low = colours.max(1), colours.min(1)
-    red, green, blue = colours.transpose(1, 0, 2, 3)
-    hue = np.degrees(np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue))
-    vivid = (high - low) >= 0.4 * high
-    truths = {phrase: ids == toyworld.CLASSES.index(name) for phrase, name in _PATTERN_WORDS.items()}
-    for phrase, (first, last) in _COLOUR_WORDS.items():
-        truths[phrase] = vivid & (((hue - first) % 360) <= last - first)
-    scores.words = {phrase: _auc(grid[:, row], truth) for row, (phrase, truth) in enumerate(truths.items())}
-
-
-def _auc(scores: NDArray[np.float32], truth: NDArray[np.bool_]) -> float:
-    """Probability that a true one scores above a false one (Mann-Whitney); 0.5 where one kind is missing."""
-    ranks = np.empty(scores.size)
-    ranks[np.argsort(scores, axis=None)] = np.arange(1, scores.size + 1)
-    positive = truth.ravel()
-    count = int(positive.sum())
-    if count in (0, positive.size):
-        return 0.5
-    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (positive.size - count)))
-
-
-def card(recipe: PretrainRecipe, scores: Scores | None, facts: dict[str, str]) -> str:
-    """The model card (Markdown)."""
-    settings = {key.replace("_", " "): str(value) for key, value in asdict(recipe).items()}
-    parts = [
-        "# toyclip: the bundled small CLIP",
-        "**A toy.** It knows the procedural toy world of this project (`pipeline/toyworld.py`) and nothing"
-        " else. It is there so that tests and the demo mean something without a download; its numbers say"
-        " nothing about photographs.",
-        "An open_clip `CLIP` (ViT with a class token), trained from scratch with open_clip's `ClipLoss` on"
-        " pairs of picture and caption. Label maps took no part in training or in choosing weights: the last"
-        " step is what is kept. The tokenizer is open_clip's over a cut merge table"
-        " (`toyclip_bpe.txt.gz`, see `models/toyclip.py`).",
-        "Made anew by `python -m jobs.pretrain_toyclip --output DIR`.",
-        "## Training",
-        _table(["", ""], [[key, value] for key, value in {**facts, **settings}.items()]),
-    ]
-    if scores is not None:
-        parts += _measured(recipe, scores)
-    return "\n\n".join(part if part.startswith("|") else textwrap.fill(part, 110) for part in parts) + "\n"
-
-
-def _measured(recipe: PretrainRecipe, scores: Scores) -> list[str]:
-    heads = [f"`{head}`" for head in scores.iou]
-    sizes = list(next(iter(scores.iou.values())))
-    first = sizes[0]
-    means = [[f"{np.mean(by_size[size]):.3f}" for size in sizes] for by_size in scores.iou.values()]
-    classes = [
-        [name, *(f"{by_size[first][row]:.3f}" for by_size in scores.iou.values()), f"{scores.auc[row]:.3f}"]
-        for row, name in enumerate(toyworld.CLASSES)
-    ]
-    return [
-        f"## Measured on {recipe.card_scenes} fresh scenes",
-        f"Scenes of set {recipe.seed + 1}, which training never saw; weights as stored"
-        f" (fp16), computed in fp32;"
-        f" prompt templates `{TEMPLATES}`.",
-        f"Class token, {first} px: the best-scoring class is in the picture in"
-        f" {scores.top1:.1%} of the scenes;"
-        f" of the k classes a scene shows, {scores.recall:.1%} are among its k best; mean ROC AUC of presence"
-        f" {np.mean(scores.auc):.3f} (lowest {min(scores.auc):.3f}).",
-        f"Label maps, mean IoU over {len(classes)} classes; nothing is told about the"
-        f" scene, and `plain` are the"
-        " patch tokens of the unmodified CLIP:",
-        _table(
-            ["head", *(f"{size} px" for size in sizes)],
-            [[h, *row] for h, row in zip(heads, means, strict=True)],
-        ),
-        f"IoU per class, {first} px, and ROC AUC of the class token:",
-        _table(["class", *heads, "class token AUC"], classes),
-        f"Words without a class name, `maskclip` head, {first} px: how often a grid cell"
-        f" that the words describe"
-        " outranks one that they do not (ROC AUC, 0.5 is chance; colours judged by the hue of the cell's mean"
-        " colour):",
-        _table(["prompt", "AUC"], [[phrase, f"{value:.3f}"] for phrase, value in scores.words.items()]),
-    ]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def pretrain(recipe: PretrainRecipe, output: Path, *, device: torch.device, workers: int) -> Scores | None:
     """Draw the scenes, train, write weights, configuration, vocabulary and card to a folder.
 
@@ -537,8 +349,10 @@ def pretrain(recipe: PretrainRecipe, output: Path, *, device: torch.device, work
         clip = load_source(source, device=device)
         clip.tokenizer = tokenizer
         sizes = [recipe.size, *(s for s in (64, 96, 128, 192) if s != recipe.size)]
-        scores = evaluate(clip, recipe, sizes=sizes)
-    (output / "MODEL_CARD.md").write_text(card(recipe, scores, facts))
+        scores = evaluate(clip, seed=recipe.seed + 1, scenes=recipe.card_scenes, sizes=sizes)
+    settings = {key.replace("_", " "): str(value) for key, value in asdict(recipe).items()}
+    text = card(scores, {**facts, **settings}, seed=recipe.seed + 1, scenes=recipe.card_scenes)
+    (output / "MODEL_CARD.md").write_text(text)
     return scores
 
 
