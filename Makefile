@@ -21,7 +21,7 @@ demo: setup  ## label images of the toy world and write a gallery, offline
 	@"$(BIN)/maskmill" demo $(ARGS)
 
 test: setup  ## all tests
-	@"$(BIN)/python" -m pytest $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE "$(BIN)/python" -m pytest $(ARGS)
 
 lint: setup  ## style and types
 	@status=0; \

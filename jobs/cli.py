@@ -14,7 +14,9 @@ import tyro
 
 from models.errors import MaskMillError
 
-FAILED_WORK = frozenset({"labelling_failed", "cluster_unreachable", "table_damaged", "output_in_use"})
+FAILED_WORK = frozenset(
+    {"labelling_failed", "cluster_unreachable", "table_damaged", "output_in_use", "tracking_unreachable"}
+)
 """Codes of errors that are no mistake in the command; the others exit with 2."""
 
 
@@ -33,6 +35,8 @@ def label(
     min_confidence: float | None = None,
     max_failure_rate: float = 0.05,
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+    tracking: str | None = None,
+    system_metrics: tyro.conf.FlagCreatePairsOff[bool] = False,
     address: str | None = None,
     verbose: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(aliases=["-v"])] = False,
 ) -> int:
@@ -52,6 +56,8 @@ def label(
         min_confidence: pixels less sure than this (0 to 1) become "ignore" (255).
         max_failure_rate: exit with 1 if a larger share of the images fails.
         overwrite: delete a table that is already in --output and start anew.
+        tracking: MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db; off: none.
+        system_metrics: track the load of this machine as well.
         address: of a Ray cluster; default: the one that RAY_ADDRESS names, else this machine alone.
         verbose: show what Ray says.
     """
@@ -83,6 +89,7 @@ def label(
             output=output,
             overwrite=overwrite,
             max_failure_rate=max_failure_rate,
+            tracking=tracking,
             address=address,
             verbose=verbose,
         )
@@ -318,12 +325,46 @@ def report(
     return run(results, output=output)
 
 
+def runs(
+    *,
+    tracking: str | None = None,
+    experiment: str | None = None,
+    limit: int = 20,
+    compare: tuple[str, ...] = (),
+) -> int:
+    """List the tracked runs, or compare some of them.
+
+    Args:
+        tracking: MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db.
+        experiment: only this one, or this kind of job: label, evaluate, benchmark, train.
+        limit: runs in the list.
+        compare: ids (or their first letters) or names of at least two runs: what differs between them.
+    """
+    from jobs.runs import run
+
+    return run(tracking=tracking, experiment=experiment, limit=limit, compare=compare)
+
+
+def track(*, flush: tyro.conf.FlagCreatePairsOff[bool] = False, tracking: str | None = None) -> int:
+    """List the runs that did not reach their tracking server; with --flush send them.
+
+    Args:
+        flush: send them now.
+        tracking: send them to this MLflow URI instead of where they were meant to go.
+    """
+    from jobs.track import run
+
+    return run(send=flush, tracking=tracking)
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "label": label,
     "show": show,
     "evaluate": evaluate,
     "benchmark": benchmark,
     "report": report,
+    "runs": runs,
+    "track": track,
     "datasets": datasets,
     "recipes": recipes,
     "demo": demo,

@@ -368,5 +368,6 @@ def _percent(value: float | None) -> str:
 
 def _track(job: EvaluateJob, folder: Path, record: dict[str, Any]) -> None:
     with open_tracker(job.tracking) as tracker:
-        tracker.start("evaluate", record["title"])
+        made = read_table_record(job.labels or str(folder / "labels"))
+        tracker.start("evaluate", record["title"], params={"ontology": {"hash": made["ontology"]["hash"]}})
         log_result(tracker, folder)

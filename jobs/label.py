@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import os
 import platform
 import signal
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +32,9 @@ from pipeline.lease import Lease
 from pipeline.manifest import build_manifest
 from pipeline.ontology import Ontology
 from pipeline.storage import Storage, open_storage
+from pipeline.tracking.names import record_params
+from pipeline.tracking.progress import ProgressLog
+from pipeline.tracking.tracker import OFF, TrackedDataset, Tracker, open_tracker
 
 if TYPE_CHECKING:
     from pipeline.compute import Compute
@@ -65,6 +70,8 @@ class LabelJob:
         max_failure_rate: share of failed images beyond which the run counts as failed.
         address: of a Ray cluster; None joins the one around, or starts a local one.
         verbose: let Ray talk.
+        tracking: MLflow URI, None for the default, ``off`` for none.
+        system_metrics: track the load of this machine as well.
     """
 
     source: str
@@ -75,6 +82,8 @@ class LabelJob:
     max_failure_rate: float = 0.05
     address: str | None = None
     verbose: bool = False
+    tracking: str | None = OFF
+    system_metrics: bool = False
 
 
 def run(job: LabelJob, console: Console | None = None) -> int:
@@ -88,6 +97,7 @@ def run(job: LabelJob, console: Console | None = None) -> int:
     """
     console = console or stderr_console()
     began = time.monotonic()
+    tracker = open_tracker(job.tracking, system_metrics=job.system_metrics)
     manifest = build_manifest(job.source)
     storage = open_storage(job.output)
     on_cluster = bool(job.address or os.environ.get("RAY_ADDRESS"))
@@ -112,9 +122,12 @@ def run(job: LabelJob, console: Console | None = None) -> int:
             return 0
         console.print(_announcement(job, manifest.num_rows, todo.num_rows), soft_wrap=True, highlight=False)
         before = set(storage.list(LABELS_DIR))
-        progress, startup_s, busy = _label(job, storage, lease, todo, recorded, console, began)
-        outcome = _count_status(storage, sorted(set(storage.list(LABELS_DIR)) - before))
-        _record_counts(storage)
+        with tracker:
+            _begin_tracking(tracker, job, manifest, todo.num_rows)
+            progress, startup_s, busy = _label(job, storage, lease, todo, recorded, console, began, tracker)
+            outcome = _count_status(storage, sorted(set(storage.list(LABELS_DIR)) - before))
+            record = _record_counts(storage)
+            _end_tracking(tracker, record, outcome, progress, startup_s=startup_s, busy=busy)
     speed = (
         f" ({progress.rate:.1f} images/s after {duration(startup_s)} of start-up)" if progress.rate else ""
     )
@@ -178,6 +191,7 @@ def _label(
     recorded: dict[str, Any] | None,
     console: Console,
     began: float,
+    tracker: Tracker,
 ) -> tuple[Progress, float, float]:
     """Run the flow; returns its progress, the seconds until it flowed, and the busy share of the actors."""
     from pipeline.compute import ray_session, warm_up
@@ -219,11 +233,68 @@ def _label(
                 ignore_index=job.ontology.ignore_index,
                 compute=compute,
                 board=board,
-                report=display.update,
+                report=_reporting(display, tracker),
             )
             flowing = (progress.last_s or 0.0) - (progress.first_s or 0.0)
             busy = progress.label_s / (compute.actors * flowing) if flowing > 1 else 0.0
     return progress, before_flow + (progress.first_s or 0.0), min(busy, 1.0)
+
+
+def _reporting(display: LabelDisplay, tracker: Tracker) -> Callable[[Progress], None]:
+    """Show all progress, and record some of it."""
+    log = ProgressLog(tracker)
+
+    def report(progress: Progress) -> None:
+        display.update(progress)
+        log.update(progress)
+
+    return report
+
+
+def _begin_tracking(tracker: Tracker, job: LabelJob, manifest: pa.Table, todo: int) -> None:
+    ids = np.sort(manifest["id"].to_numpy())
+    tracker.start(
+        "label",
+        f"{job.recipe.name} on {PurePosixPath(job.source).name or job.source}",
+        params={
+            "recipe": job.recipe.to_dict() | {"hash": job.recipe.hash},
+            "ontology": {"hash": job.ontology.hash, "classes": list(job.ontology.names)},
+            "output": job.output,
+        },
+        dataset=TrackedDataset(
+            job.source,
+            hashlib.sha256(ids.tobytes()).hexdigest(),
+            source=job.source,
+            profile={"images": manifest.num_rows, "new": todo},
+            context="labelling",
+        ),
+    )
+
+
+def _end_tracking(
+    tracker: Tracker,
+    record: dict[str, Any],
+    outcome: Counter[str],
+    progress: Progress,
+    *,
+    startup_s: float,
+    busy: float,
+) -> None:
+    counts = record["counts"]
+    tracker.log_params(record_params(record) | {"precision": record["precision"]})
+    tracker.log_metrics(
+        {
+            "images_done": outcome.total(),
+            "images_failed": outcome.total() - outcome["ok"],
+            "images_in_table": counts["images"],
+            "images_per_second": progress.rate,
+            "startup_seconds": startup_s,
+            "workers_busy": busy,
+            "mean_quality": counts["mean_quality"],
+            "ignored_pixels": counts["ignored_pixels"] / counts["pixels"] if counts["pixels"] else None,
+        },
+        step=progress.done,
+    )
 
 
 def _precision(recipe: LabelRecipe, compute: Compute) -> str:
@@ -271,14 +342,15 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _record_counts(storage: Storage) -> None:
+def _record_counts(storage: Storage) -> dict[str, Any]:
     from pipeline.labels import summarise
 
-    record = storage.read_json(DATASET_FILE, None)
+    record: dict[str, Any] | None = storage.read_json(DATASET_FILE, None)
     assert record is not None
     record["counts"] = summarise(storage)
     record["updated"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     storage.write_json(DATASET_FILE, record)
+    return record
 
 
 def _count_status(storage: Storage, parts: list[str]) -> Counter[str]:

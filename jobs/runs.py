@@ -31,6 +31,8 @@ KEY_METRICS = (
 """Shown in the list, in this order, as far as a run has them."""
 SHOWN_METRICS = 3
 SHORT_ID = 8
+MIN_LAST = 16
+"""With less room than this for commands they are left out."""
 STYLES = {"FINISHED": "green", "RUNNING": "cyan", "FAILED": "red", "KILLED": "yellow"}
 
 
@@ -44,7 +46,8 @@ def run(
 ) -> int:
     """List the newest runs, or say how several differ.
 
-    Where standard output is no terminal, columns are separated by tabs and nothing is shortened.
+    Where standard output is no terminal, columns are separated by tabs and nothing is shortened; a terminal
+    shows commands only if it is wide.
 
     Args:
         tracking: tracking URI of MLflow; None is MLFLOW_TRACKING_URI, else SQLite in the working directory.
@@ -92,7 +95,7 @@ def run(
             )
             for entry in found
         ],
-        wide="command",
+        cut_last=True,
     )
     return 0
 
@@ -117,10 +120,10 @@ def _compare(runs: Sequence[TrackedRun], console: Console) -> None:
         table.append((key, *map(_text, row), *change))
     if table:
         _print_table(console, (*names, "difference") if two else names, table)
-    same = len(set().union(*(entry.params for entry in runs))) - len(params)
-    equal = len(set().union(*(entry.metrics for entry in runs))) - len(metrics)
+    num_params = len(set().union(*(entry.params for entry in runs)))
+    num_metrics = len(set().union(*(entry.metrics for entry in runs)))
     console.print(
-        f"{len(params)} parameters and {len(metrics)} metrics differ; {same} and {equal} are the same.",
+        f"Different: {len(params)} of {num_params} parameters, {len(metrics)} of {num_metrics} metrics.",
         soft_wrap=True,
         highlight=False,
     )
@@ -140,19 +143,27 @@ def _text(value: Any) -> str:
 
 
 def _print_table(
-    console: Console, head: Sequence[str], rows: Sequence[Sequence[str]], *, wide: str | None = None
+    console: Console, head: Sequence[str], rows: Sequence[Sequence[str]], *, cut_last: bool = False
 ) -> None:
+    """Print a table; on a terminal, ``cut_last`` gives the last column what room is left, or drops it."""
     if not console.is_terminal:
         for row in (head, *rows):
-            line = "\t".join(" ".join(cell.split()) for cell in row)
-            console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)
+            # Not through rich, which would turn tabs into blanks.
+            print("\t".join(" ".join(cell.split()) for cell in row), file=console.file)
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in head:
-        last = column == wide
-        table.add_column(
-            column, no_wrap=last, overflow="ellipsis" if last else "fold", ratio=1 if last else None
-        )
+        table.add_column(column, overflow="fold")
+    if cut_last:
+        widths = (max(map(len, column)) for column in list(zip(head, *rows, strict=True))[:-1])
+        room = console.width - sum(widths) - 3 * len(head)
+        if room < MIN_LAST:
+            table.columns.pop()
+            rows = [row[:-1] for row in rows]
+        else:
+            rows = [
+                (*row[:-1], row[-1] if len(row[-1]) <= room else row[-1][: room - 1] + "…") for row in rows
+            ]
     for row in rows:
         table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
     console.print(table)

@@ -6,8 +6,10 @@ what it returns are integers to be added, so that neither the number of workers 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pickle
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -291,7 +293,8 @@ def evaluate_table(
         ignore_index: the table's id of unsure pixels; they count as wrong, as no class.
         background_below: pixels less confident than this, in [0, 1], count as class 0.
         boundary: whether to count for boundary IoU.
-        workers: Ray tasks at a time, in the Ray that runs (or a new local one); 0 works in this process.
+        workers: Ray tasks at a time, in the Ray that runs or in one that is started for this; 0 works in this
+            process.
         progress: called with the number of images compared, and of all that will be.
 
     Raises:
@@ -321,14 +324,22 @@ def _here(parts: Sequence[str], settings: dict[str, Any]) -> Iterator[Evaluation
 
 
 def _on_ray(parts: Sequence[str], settings: dict[str, Any], workers: int) -> Iterator[Evaluation]:
-    import ray.data
+    import ray
 
-    shared = ray.put(settings)
+    from pipeline.compute import ray_session
 
-    def score(row: dict[str, str]) -> dict[str, bytes]:
-        return {"found": pickle.dumps(score_part(row["part"], **ray.get(shared)))}
+    with contextlib.ExitStack() as stack:
+        if not ray.is_initialized():
+            stack.enter_context(ray_session(uuid.uuid4().hex, address=None, verbose=False))
+        import ray.data
 
-    work = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
-    scored = work.map(score, num_cpus=0.5, compute=ray.data.TaskPoolStrategy(size=workers))
-    for row in scored.iter_rows():
-        yield pickle.loads(row["found"])  # of our own task, a moment ago
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        shared = ray.put(settings)
+
+        def score(row: dict[str, str]) -> dict[str, bytes]:
+            return {"found": pickle.dumps(score_part(row["part"], **ray.get(shared)))}
+
+        work = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
+        scored = work.map(score, num_cpus=0.25, compute=ray.data.TaskPoolStrategy(size=workers))
+        for row in scored.iter_rows():
+            yield pickle.loads(row["found"])  # of our own task, a moment ago

@@ -26,11 +26,12 @@ def toy_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def maskmill_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment of the command: the project importable, the text cache shared between the tests."""
+    """Environment of the command: the project importable, text cache of its own, nothing tracked."""
     return os.environ | {
         "PYTHONPATH": str(ROOT),
         "MASKMILL_CACHE": str(tmp_path_factory.mktemp("cache")),
         "RAY_ADDRESS": "",
+        "MLFLOW_TRACKING_URI": "off",
     }
 
 

@@ -1,0 +1,125 @@
+"""Where runs go: which MLflow, how long it may take to answer, and how quiet it is."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.errors import MaskMillError
+from pipeline.tracking.redaction import MASK, redact
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
+
+DEFAULT_URI = "sqlite:///mlruns.db"
+EXPERIMENT_PREFIX = "maskmill-"
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+LIVE_TIMEOUT_S = 10
+"""For one request beside a run: a server that swallows packets costs seconds, in a thread of its own."""
+FLUSH_TIMEOUT_S = 60
+"""For one request of a command that does nothing else."""
+
+
+def resolve_uri(uri: str | None) -> str:
+    """The tracking URI to use, independent of the working directory.
+
+    Args:
+        uri: what was asked for; None takes MLFLOW_TRACKING_URI, else SQLite in the working directory.
+
+    Raises:
+        MaskMillError: ``tracking_uri`` for a folder, a file store or a database in memory.
+    """
+    chosen = uri or os.environ.get(URI_VARIABLE) or DEFAULT_URI
+    if re.match(r"databricks(-uc|://|$)", chosen):
+        return chosen
+    scheme, found, rest = chosen.partition("://")
+    if not found or scheme == "file":
+        raise MaskMillError(
+            "tracking_uri",
+            f"{redact(chosen)} is no tracking URI that MLflow writes to.",
+            f"Give {DEFAULT_URI}, https://HOST:PORT, another URI of MLflow, or off.",
+        )
+    if scheme.partition("+")[0] != "sqlite":
+        return chosen
+    path, question, options = rest.removeprefix("/").partition("?")
+    if not path or ":memory:" in path:
+        raise MaskMillError(
+            "tracking_uri", f"{chosen} would be lost at the end of the run.", f"Name a file: {DEFAULT_URI}."
+        )
+    return f"{scheme}:///{os.path.abspath(path)}{question}{options}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file of a resolved SQLite URI; None for any other."""
+    scheme, _, rest = uri.partition("://")
+    return Path(rest[1:].partition("?")[0]) if scheme.partition("+")[0] == "sqlite" else None
+
+
+def artifact_location(uri: str, experiment: str) -> str | None:
+    """Where a new experiment keeps its files: beside an SQLite file, else where the server says (None)."""
+    database = sqlite_file(uri)
+    return None if database is None else (database.parent / "mlruns" / experiment).as_uri()
+
+
+def shown_uri(uri: str) -> str:
+    """A resolved URI as people write it: without secrets, SQLite relative to the working directory."""
+    database = sqlite_file(uri)
+    if database is not None and database.parent == Path.cwd():
+        return f"sqlite:///{database.name}"
+    return redact(uri)
+
+
+def with_credentials(kept: str, given: str | None) -> str:
+    """The URI to send to, from one that was kept without its credentials.
+
+    Args:
+        kept: a resolved URI after ``redact``.
+        given: what the user names now, in its place; may be None.
+    """
+    if given is not None:
+        return resolve_uri(given)
+    around = os.environ.get(URI_VARIABLE)
+    if MASK not in kept:
+        return kept
+    if around and redact(around) == kept:
+        return around
+    # MLflow itself looks into MLFLOW_TRACKING_USERNAME, _PASSWORD, _TOKEN and ~/.mlflow/credentials.
+    return kept.replace(f"{MASK}@", "")
+
+
+def set_limits(timeout_s: int) -> None:
+    """Keep MLflow brief and quiet; what the user has set in the environment stays.
+
+    MLflow reads these variables with every request, and knows no other way. Its own retries are off: they
+    would repeat the creation of a run, which is only safe after a search for it.
+
+    Args:
+        timeout_s: for one request.
+    """
+    for name, value in {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_DATABRICKS_ENDPOINT_HTTP_RETRY_TIMEOUT": str(timeout_s),
+        "MLFLOW_LOGGING_LEVEL": "ERROR",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client; imports MLflow (seconds), and for SQLite creates the database if it is not there."""
+    import logging
+
+    from mlflow.tracking import MlflowClient
+
+    for name in ("mlflow", "alembic", "sqlalchemy"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    database = sqlite_file(uri)
+    if database is not None:
+        database.parent.mkdir(parents=True, exist_ok=True)
+    return MlflowClient(uri, registry_uri=uri)

@@ -1,0 +1,82 @@
+"""Names that MLflow takes, made from any text; and settings as flat parameters."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MAX_NAME = 200
+"""MLflow takes 250 characters; the rest is for a prefix."""
+
+_FORBIDDEN = re.compile(r"[^\w.\- ]")
+
+
+def key_part(text: str) -> str:
+    """One part of a metric's or parameter's name, between slashes.
+
+    MLflow takes letters of any script, digits, ``_ - .``, blanks, and reads names as paths.
+
+    >>> key_part("traffic light / sign")
+    'traffic light _ sign'
+    """
+    part = _FORBIDDEN.sub("_", unicodedata.normalize("NFC", text))[:MAX_NAME].strip()
+    return part if part.strip(".") else part.replace(".", "_") or "_"
+
+
+def key_parts(texts: Sequence[str]) -> list[str]:
+    """``key_part`` of each text, made different from each other where databases see the same.
+
+    Some databases behind MLflow ignore case and accents in names; such names get their position appended.
+
+    >>> key_parts(["cat", "a/b", "a:b", "Cat"])
+    ['cat', 'a_b', 'a_b 2', 'Cat 3']
+    """
+    taken: set[str] = set()
+    result = []
+    for index, text in enumerate(texts):
+        part = key_part(text)
+        while _folded(part) in taken:
+            part = f"{part} {index}"
+        taken.add(_folded(part))
+        result.append(part)
+    return result
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested settings as parameters: dotted names, JSON for everything that is no text.
+
+    >>> flatten({"recipe": {"scale": [2048, 512], "head": "maskclip"}})
+    {'recipe.scale': '[2048, 512]', 'recipe.head': 'maskclip'}
+    """
+    result: dict[str, str] = {}
+    for key, value in settings.items():
+        name = f"{prefix}.{key_part(str(key))}" if prefix else key_part(str(key))
+        if isinstance(value, Mapping):
+            result |= flatten(value, name)
+        else:
+            result[name] = (
+                value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            )
+    return result
+
+
+def record_params(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings to be logged from the record of a label table (``dataset.json``).
+
+    Args:
+        record: with ``recipe``, ``weights`` and ``ontology`` as ``maskmill label`` writes them.
+    """
+    ontology = record["ontology"]
+    return {
+        "recipe": record["recipe"],
+        "weights": record["weights"],
+        "ontology": {"name": ontology.get("name"), "hash": ontology["hash"], "classes": ontology["names"]},
+    }
+
+
+def _folded(text: str) -> str:
+    spread = unicodedata.normalize("NFKD", text.casefold())
+    return "".join(char for char in spread if not unicodedata.combining(char))

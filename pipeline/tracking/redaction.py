@@ -1,0 +1,132 @@
+"""What must not be written down: passwords and tokens in addresses, commands and settings.
+
+Everything that tracking keeps passes through ``redact`` on its way to disk, so a secret reaches neither the
+spool nor a server. Three things are looked for: addresses that carry credentials, values that are given a
+secret's name (``api_key=…``, ``--token …``), and the values of environment variables with such names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+MASK = "***"
+_SECRET = (
+    r"(?:secrets?|token|passwords?|passwd|passphrase|pwd|credentials?|signature|bearer"
+    r"|(?:api|access|private|secret|account|storage|encryption)[_-]?key(?:[_-]?id)?)"
+)
+# A whole word of the name must say so: "num_tokens_max" and "monkey" are no secrets.
+_NAME = rf"(?:[\w.-]*[_.-])?{_SECRET}(?:[_.-](?:id|key|value|file|base64))?"
+_CAMEL = r"\w*(?:Secret|Token|Password|ApiKey|AccessKeyId|AccessKey|Signature)"
+_MIN_VALUE = 6
+"""Shorter values of environment variables are left alone: they would hit ordinary words."""
+
+_USER_INFO = re.compile(r"(?P<scheme>\b[a-zA-Z][\w+.-]*)://(?P<user>[^/\s?#'\"<>]+)@")
+_QUERY = re.compile(
+    rf"(?P<name>[?&;](?:{_NAME}|{_CAMEL}|sig|se?key|auth|x-(?:amz|goog)-[\w-]+)=)[^&;\s'\"<>#]+",
+    re.IGNORECASE,
+)
+_FLAG = re.compile(
+    rf"(?P<name>(?<!\S)--?{_NAME})(?P<between>\s+|=)(?!--)(?:'[^']*'|\"[^\"]*\"|[^\s'\"<>]+)", re.IGNORECASE
+)
+_QUOTED = re.compile(
+    rf"(?P<name>(?<![\w.-])[\"']?(?:{_NAME}|(?-i:{_CAMEL}))[\"']?\s*[=:]\s*)(?P<quote>[\"'])(?:(?!(?P=quote)).)+(?P=quote)",
+    re.IGNORECASE,
+)
+_WHOLE = re.compile(
+    rf"(?P<quote>[\"'])(?P<name>(?:{_NAME}|(?-i:{_CAMEL}))=)(?:(?!(?P=quote)).)+(?P=quote)", re.IGNORECASE
+)
+_BARE = re.compile(rf"(?P<name>(?<![\w.?&;'\"-])(?:{_NAME}|(?-i:{_CAMEL}))=)[^\s&'\"\\,;]+", re.IGNORECASE)
+_SECRET_FLAG = re.compile(rf"--?{_NAME}", re.IGNORECASE)
+_HEADER = re.compile(r"\b(?P<name>(?:Bearer|Basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
+_KNOWN = re.compile(
+    r"\b(?:(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_\w{20,}|github_pat_\w{20,}|hf_[A-Za-z0-9]{20,}|glpat-[\w-]{16,}"
+    r"|xox[abpr]-[\w-]{10,}|dapi[0-9a-f]{32}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+)"
+)
+# Most text holds no such word, and this is much faster than looking for the names.
+_HINT = re.compile(r"secret|token|pass|pwd|credential|signature|bearer|key", re.IGNORECASE)
+_SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
+
+
+def redact(text: str, *, assignments: bool = True) -> str:
+    """The text with every secret in it replaced by ``***``.
+
+    >>> redact("https://me:pa55@host/x?a=1&sig=abc")
+    'https://***@host/x?a=1&sig=***'
+
+    Args:
+        text: any text: an address, a command, JSON.
+        assignments: whether ``name=value`` and ``--name value`` count as well; wrong for program code.
+    """
+    return _redact(text, _secret_values(), assignments)
+
+
+def _redact(text: str, values: Sequence[str], assignments: bool) -> str:
+    for value in values:
+        text = text.replace(value, MASK)
+    if "://" in text:
+        text = _USER_INFO.sub(_without_user, text)
+    text = _QUERY.sub(rf"\g<name>{MASK}", text)
+    text = _HEADER.sub(rf"\g<name>{MASK}", text)
+    text = _KNOWN.sub(MASK, text)
+    if assignments and _HINT.search(text):
+        text = _FLAG.sub(rf"\g<name>\g<between>{MASK}", text)
+        text = _QUOTED.sub(rf"\g<name>\g<quote>{MASK}\g<quote>", text)
+        text = _WHOLE.sub(rf"\g<quote>\g<name>{MASK}\g<quote>", text)
+        text = _BARE.sub(rf"\g<name>{MASK}", text)
+    return text
+
+
+def redact_tree(value: Any) -> Any:
+    """``redact`` for every string in a JSON value; a string under a secret's name goes as a whole."""
+    values = _secret_values()
+
+    def clean(item: Any, name: str = "") -> Any:
+        if isinstance(item, str):
+            return MASK if _SECRET_NAME.fullmatch(name) else _redact(item, values, True)
+        if isinstance(item, Mapping):
+            return {_redact(str(key), values, True): clean(part, str(key)) for key, part in item.items()}
+        if isinstance(item, Sequence):
+            return [clean(part) for part in item]
+        return item
+
+    return clean(value)
+
+
+def command_line(arguments: Sequence[str] | None = None) -> str:
+    """The command of this process as one would type it, without secrets.
+
+    Args:
+        arguments: program and arguments; None is ``sys.argv``.
+    """
+    program, *rest = sys.argv if arguments is None else arguments
+    name = Path(program).name
+    words = ["maskmill" if name in ("maskmill", "cli.py", "__main__.py") else name]
+    secret_next = False
+    for word in rest:
+        words.append(MASK if secret_next and not word.startswith("--") else redact(word))
+        secret_next = bool(_SECRET_FLAG.fullmatch(word))
+    return shlex.join(words).replace(f"'{MASK}'", MASK)
+
+
+def _without_user(match: re.Match[str]) -> str:
+    # abfss://container@account is a place, not a person; https://token@host is a secret without a colon.
+    if ":" not in match["user"] and match["scheme"].lower() not in ("http", "https"):
+        return match[0]
+    return f"{match['scheme']}://{MASK}@"
+
+
+def _secret_values() -> list[str]:
+    """Values of the secret environment variables, longest first, also as they are written in addresses."""
+    values = set()
+    for name, value in os.environ.items():
+        # A path to a file of credentials is no secret.
+        if len(value) >= _MIN_VALUE and not value.startswith("/") and _SECRET_NAME.fullmatch(name):
+            values |= {value, quote(value, safe="")}
+    return sorted(values, key=len, reverse=True)
