@@ -90,6 +90,7 @@ def label(
             overwrite=overwrite,
             max_failure_rate=max_failure_rate,
             tracking=tracking,
+            system_metrics=system_metrics,
             address=address,
             verbose=verbose,
         )

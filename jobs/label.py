@@ -194,7 +194,7 @@ def _label(
     tracker: Tracker,
 ) -> tuple[Progress, float, float]:
     """Run the flow; returns its progress, the seconds until it flowed, and the busy share of the actors."""
-    from pipeline.compute import ray_session, warm_up
+    from pipeline.compute import ray_session
 
     display = LabelDisplay(todo.num_rows, console)
     with display.live(), ThreadPoolExecutor(1) as pool:
@@ -207,7 +207,6 @@ def _label(
             from pipeline.stages import ImageSettings
 
             board = start_board()
-            warm_up(compute)
             make_labeller, record = prepared.result()
             if recorded is None:
                 precision = _precision(job.recipe, compute)

@@ -419,12 +419,12 @@ def _seeded_state(model: nn.Module, seed: int, prefix: str) -> dict[str, Tensor]
         elif leaf.endswith("bias"):
             state[name] = 0.05 * noise
         elif leaf in ("class_embedding", "positional_embedding", "cls_emb") or "token_embedding" in name:
-            state[name] = noise * like.shape[-1] ** -0.5
+            state[name] = noise.mul_(like.shape[-1] ** -0.5)
         elif like.ndim == 1:
             state[name] = 1.0 + 0.1 * noise
         elif like.ndim == 4:
-            state[name] = noise * (2.0 / math.prod(like.shape[1:])) ** 0.5
+            state[name] = noise.mul_((2.0 / math.prod(like.shape[1:])) ** 0.5)
         else:
             fan_in = like.shape[0] if leaf in ("proj", "text_projection") else like.shape[1]
-            state[name] = noise * fan_in**-0.5
+            state[name] = noise.mul_(fan_in**-0.5)
     return state

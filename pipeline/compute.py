@@ -185,24 +185,6 @@ def _plan_when_joined(notice: Callable[[str], None]) -> Compute:
     return plan
 
 
-def warm_up(compute: Compute) -> None:
-    """Let the processes that will be CLIP workers import what they need, while this one still prepares.
-
-    Ray gives idle processes of finished tasks to new actors. Not those that held a GPU: they end.
-    """
-    import ray
-
-    if not compute.local or compute.gpus:
-        return
-
-    @ray.remote(num_cpus=compute.cpus)
-    def load() -> None:
-        import pipeline.maskclip_labeller  # noqa: F401
-
-    for _ in range(compute.actors):
-        load.remote()
-
-
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
     """Drop what is written to standard error meanwhile, by compiled code as well; exceptions still rise."""

@@ -78,7 +78,7 @@ def write_run_manifest(storage: Storage, run_name: str, todo: pa.Table, workers:
 
 
 def start_board() -> Any:
-    """The actor that the stages report to. Started early, it takes no warmed-up process from CLIP."""
+    """The actor that the stages report to."""
     return ray.remote(num_cpus=0)(Board).remote()
 
 
