@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from jobs.benchmarks import maskclip
+from jobs.benchmarks import clipseg, maskclip
 from jobs.console import stderr_console
 from jobs.recipes import change_recipe, load_recipe
 from models.errors import MaskMillError
@@ -22,7 +22,7 @@ from pipeline.tracking.tracker import open_tracker
 
 TOYWORLD, CONCEPTS = "toyworld", "concepts"
 
-_TABLES = {**maskclip.TABLES}
+_TABLES = {**maskclip.TABLES, **clipseg.TABLES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +88,27 @@ def run(job: BenchmarkJob, console: Console | None = None) -> int:
             f"There is no benchmark {job.name!r}.",
             f"Known: {', '.join(benchmarks())}.",
         )
+    with open_tracker(job.tracking) as tracker:
+        folder = new_folder(job.output, job.name, overwrite=job.overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = _record(job, folder, console)
+        write_result(folder, record)
+        _print(record, console)
+        tracker.start("benchmark", job.name)
+        log_result(tracker, folder)
+    console.print(
+        f"Result         {folder}/benchmark.json ({record['seconds']:.0f} s)\n"
+        f"Look at it:    maskmill report {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    measured = any(line["values"] for section in record["sections"] for line in section["rows"])
+    return 0 if measured else 1
+
+
+def _record(job: BenchmarkJob, folder: Path, console: Console) -> dict[str, Any]:
+    """Run the rows; the content of ``benchmark.json``."""
     began = time.monotonic()
-    folder = new_folder(job.output, job.name, overwrite=job.overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    sections: list[dict[str, Any]]
     claims: list[dict[str, Any]] = []
     pictures: list[dict[str, Any]] = []
     if job.name == TOYWORLD:
@@ -100,7 +117,7 @@ def run(job: BenchmarkJob, console: Console | None = None) -> int:
         sections, pictures = _concepts(job, folder, console)
     else:
         sections = _paper(job, folder, console)
-    record = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "kind": "benchmark",
         "name": job.name,
@@ -114,19 +131,6 @@ def run(job: BenchmarkJob, console: Console | None = None) -> int:
         "claims": claims,
         "pictures": pictures,
     }
-    write_result(folder, record)
-    _print(record, console)
-    with open_tracker(job.tracking) as tracker:
-        tracker.start("benchmark", job.name)
-        log_result(tracker, folder)
-    console.print(
-        f"Result         {folder}/benchmark.json ({record['seconds']:.0f} s)\n"
-        f"Look at it:    maskmill report {folder}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    measured = any(line["values"] for section in sections for line in section["rows"])
-    return 0 if measured else 1
 
 
 def _toyworld(job: BenchmarkJob, console: Console) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -207,26 +211,30 @@ def _print(record: dict[str, Any], console: Console) -> None:
     for section in record["sections"]:
         table = Table(title=section["title"], title_justify="left", caption=section["note"] or None)
         table.add_column("row")
+        published = {metric for line in section["rows"] for metric in line["published"]}
         for metric in section["metrics"]:
             table.add_column(f"{metric}\nours", justify="right")
-            if any(line["published"] for line in section["rows"]):
+            if metric in published:
                 table.add_column("\npublished", justify="right")
-        table.add_column("missing")
+        lacking = any(line["missing"] for line in section["rows"])
+        if lacking:
+            table.add_column("missing")
         for line in section["rows"]:
             cells = []
             for metric in section["metrics"]:
                 cells.append(_cell(line["values"].get(metric)))
-                if any(other["published"] for other in section["rows"]):
+                if metric in published:
                     figure = line["published"].get(metric)
                     cells.append("" if figure is None else f"{100 * figure:.1f}")
-            table.add_row(line["name"], *cells, line["missing"] or "")
+            table.add_row(line["name"], *cells, *([line["missing"] or ""] if lacking else []))
         console.print(table)
     if record["claims"]:
         table = Table(title="Claims", title_justify="left")
         for column in ("shows", "claim", "measured"):
             table.add_column(column)
         for entry in record["claims"]:
-            table.add_row("yes" if entry["shows"] else "[bold]no[/bold]", entry["claim"], entry["detail"])
+            shows = {True: "yes", False: "[bold]no[/bold]", None: "–"}[entry["shows"]]
+            table.add_row(shows, entry["claim"], entry["detail"])
         console.print(table)
 
 

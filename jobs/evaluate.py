@@ -77,9 +77,12 @@ class EvaluateJob:
 def run(job: EvaluateJob, console: Console | None = None) -> int:
     """Evaluate, write the result folder, track it, print the figures. Returns the exit status."""
     console = console or stderr_console()
-    folder, record = evaluate(job, console)
-    _print(record, console)
-    _track(job, folder, record)
+    with open_tracker(job.tracking) as tracker:
+        folder, record = evaluate(job, console)
+        _print(record, console)
+        made = read_table_record(job.labels or str(folder / "labels"))
+        tracker.start("evaluate", record["title"], params={"ontology": {"hash": made["ontology"]["hash"]}})
+        log_result(tracker, folder)
     console.print(
         f"Result         {folder}/evaluation.json\nLook at it:    maskmill report {folder}",
         highlight=False,
@@ -364,10 +367,3 @@ def _print(record: dict[str, Any], console: Console) -> None:
 
 def _percent(value: float | None) -> str:
     return "–" if value is None or not np.isfinite(value) else f"{100 * value:.1f}"
-
-
-def _track(job: EvaluateJob, folder: Path, record: dict[str, Any]) -> None:
-    with open_tracker(job.tracking) as tracker:
-        made = read_table_record(job.labels or str(folder / "labels"))
-        tracker.start("evaluate", record["title"], params={"ontology": {"hash": made["ontology"]["hash"]}})
-        log_result(tracker, folder)

@@ -31,14 +31,18 @@ from pipeline.stages import Decode, Encode, ImageSettings, Label
 from pipeline.storage import Storage
 
 MANIFEST_DIR = "manifest"
-FIRST_PART, LARGEST_PART = 2, 256
+FIRST_PART, USUAL_PART, LARGEST_PART = 2, 32, 256
+MANY_PARTS = 4000
+"""Parts are of the usual size until there would be more of them than this. A small part costs little memory,
+and little work when a run is killed; many small files cost whoever reads the table."""
 
 
 def part_sizes(count: int, workers: int) -> list[int]:
     """Sizes of the parts that a run is cut into.
 
-    They double from ``FIRST_PART``, so that the first results are on disk soon, up to ``LARGEST_PART``,
-    and shrink again at the end, so that no worker is left alone with a large part.
+    They double from ``FIRST_PART``, so that the first results are on disk soon, up to ``USUAL_PART`` (more in
+    a run of very many images, ``LARGEST_PART`` at most), and shrink again at the end, so that no worker is
+    left alone with a large part.
 
     Args:
         count: images.
@@ -48,7 +52,7 @@ def part_sizes(count: int, workers: int) -> list[int]:
         Sizes that sum to ``count``, each at least 1.
     """
     sizes: list[int] = []
-    size = FIRST_PART
+    size, largest = FIRST_PART, min(LARGEST_PART, max(USUAL_PART, count // MANY_PARTS))
     while count > 0:
         for _ in range(workers):
             fair = max(FIRST_PART, -(-count // (2 * workers)))
@@ -56,7 +60,7 @@ def part_sizes(count: int, workers: int) -> list[int]:
             if part:
                 sizes.append(part)
                 count -= part
-        size = min(2 * size, LARGEST_PART)
+        size = min(2 * size, largest)
     return sizes
 
 

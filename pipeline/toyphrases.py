@@ -77,6 +77,12 @@ def phrase_cells(
     return cells
 
 
+def class_cells(labels: NDArray[np.uint8], phrase: str, cell: int) -> NDArray[np.bool_]:
+    """The cells (n, h, w) of the class that a phrase of ``COMPOSITIONS`` speaks of, whatever their hue."""
+    ids = labels[:, cell // 2 :: cell, cell // 2 :: cell]
+    return ids == CLASSES.index(COMPOSITIONS[phrase][0])
+
+
 def auc(scores: NDArray[np.floating[Any]], truth: NDArray[np.bool_]) -> float:
     """Probability that a true one scores above a false one (Mann-Whitney); NaN where one kind is missing."""
     positive = truth.ravel()

@@ -369,37 +369,54 @@ def vocabulary(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     text = build_text_classifier(clip, [[phrase] for phrase in phrases], templates=("a photo of {}", "{}"))
     model = MaskClip(clip, text, MaskClipConfig(head="value", image_stats="clip", profile="weights"))
     found: dict[str, list[float]] = {phrase: [] for phrase in phrases}
+    within: dict[str, list[float]] = {phrase: [] for phrase in toyphrases.COMPOSITIONS}
     for seed in bench.seeds:
         made = scene_set(seed, bench.scenes, 128)
         cells = toyphrases.phrase_cells(made.images, made.labels, clip.stride)
         scores = np.concatenate([_grid(model, image) for image in made.images])
         for index, phrase in enumerate(phrases):
             found[phrase].append(toyphrases.auc(scores[:, index], cells[phrase]))
-    rows = [row(phrase, {"auc": found[phrase]}) for phrase in phrases]
-    claims = []
-    for title, group in groups.items():
-        means = [float(np.mean([found[phrase][i] for phrase in group])) for i in range(len(bench.seeds))]
-        claims.append(
-            claim(
-                f"An open vocabulary: {title} find what they mean",
-                f"{PAPER}, section 4.4 (novel concepts)",
-                means,
-                [0.5] * len(means),
-                unit="AUC above chance, mean over the phrases",
-            )
+            if phrase in within:
+                same = toyphrases.class_cells(made.labels, phrase, clip.stride)
+                within[phrase].append(toyphrases.auc(scores[:, index][same], cells[phrase][same]))
+    rows = [
+        row(
+            phrase,
+            {"auc": found[phrase], **({"auc_within_class": within[phrase]} if phrase in within else {})},
         )
-        weak = [p for p in group if (interval(found[p])["low"] or 0) <= 0.5]
-        if weak:
-            claims[-1]["detail"] += f"; not surely above chance: {', '.join(weak)}"
+        for phrase in phrases
+    ]
+    source = f"{PAPER}, section 4.4 (novel concepts)"
+    claims = [
+        _above_chance(f"An open vocabulary: {title} find what they mean", source, found, list(group))
+        for title, group in groups.items()
+    ]
+    claims.append(
+        _above_chance(
+            "A colour in a composition tells individuals of one class apart", source, within, list(within)
+        )
+    )
     return {
         "name": "vocabulary",
         "title": "Words that are no class name",
         "note": "How often a cell that the words describe outranks one that they do not (ROC AUC; 0.5 is "
-        "chance).",
+        "chance); for compositions also among the cells of the one class alone, where only the colour tells.",
         "chart": "bars",
-        "metrics": ["auc"],
+        "metrics": ["auc", "auc_within_class"],
         "rows": rows,
     }, claims
+
+
+def _above_chance(
+    text: str, source: str, found: Mapping[str, Sequence[float]], phrases: Sequence[str]
+) -> dict[str, Any]:
+    seeds = range(len(found[phrases[0]]))
+    means = [interval([found[phrase][seed] for phrase in phrases])["mean"] or np.nan for seed in seeds]
+    made = claim(text, source, means, [0.5] * len(means), unit="AUC above chance, mean over the phrases")
+    weak = [phrase for phrase in phrases if (interval(found[phrase])["low"] or 0) <= 0.5]
+    if weak:
+        made["detail"] += f"; not surely above chance: {', '.join(weak)}"
+    return made
 
 
 def _grid(model: Any, image: np.ndarray) -> np.ndarray:

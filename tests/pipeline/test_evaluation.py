@@ -48,9 +48,7 @@ class Made:
             uri = canonical_uri(str(self.image(name)))
             known = {"id": stable_id(uri), "uri": uri, "sha256": bytes(32)}
             size = {"height": shape[0], "width": shape[1]}
-            self.rows.append(
-                ok_row(**known, **size, labels=labels, confidence=confidence, ignore_index=255)
-            )
+            self.rows.append(ok_row(**known, **size, labels=labels, confidence=confidence, ignore_index=255))
         self.write()
 
     def image(self, name: str) -> Path:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import labelling
-from pipeline.labelling import FIRST_PART, LARGEST_PART, part_sizes, write_run_manifest
+from pipeline.labelling import FIRST_PART, LARGEST_PART, USUAL_PART, part_sizes, write_run_manifest
 from pipeline.storage import open_storage
 
 
@@ -24,10 +25,14 @@ def test_parts_cover_everything_once(count: int, workers: int) -> None:
         assert sizes[-1] <= FIRST_PART or workers == 1 or sizes[-1] <= -(-count // workers)
 
 
-def test_large_runs_get_large_parts_and_a_fair_end() -> None:
-    sizes = part_sizes(100_000, 4)
-    assert sizes.count(LARGEST_PART) > 0.8 * len(sizes)
-    assert max(sizes[-4:]) <= 2 * FIRST_PART
+@pytest.mark.parametrize(
+    ("count", "usual"),
+    [(10_000, USUAL_PART), (100_000, USUAL_PART), (400_000, 100), (5_000_000, LARGEST_PART)],
+)
+def test_parts_grow_only_where_there_would_be_too_many(count: int, usual: int) -> None:
+    sizes = part_sizes(count, 4)
+    assert max(sizes) == usual and sizes.count(usual) > 0.8 * len(sizes)
+    assert max(sizes[-4:]) <= 2 * FIRST_PART  # nobody is left alone with a large part
 
 
 def test_run_manifest_has_a_row_group_for_each_part(tmp_path: Path) -> None:

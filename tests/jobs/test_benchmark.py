@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from jobs import benchmark
+from jobs.benchmark import BenchmarkJob, benchmarks, run
+from models.errors import MaskMillError
+
+
+def test_a_benchmark_without_data_prints_what_is_missing_and_fails(tmp_path: Path) -> None:
+    console = Console(record=True, width=160)
+    assert run(BenchmarkJob(name="maskclip", output=tmp_path / "out"), console) == 1
+    shown = console.export_text()
+    assert "--root context59=DIR" in shown and "21.7" in shown
+    record = json.loads((tmp_path / "out/benchmark.json").read_text())
+    assert record["name"] == "maskclip" and record["hardware"]["cores"] >= 1
+    with pytest.raises(MaskMillError) as caught:
+        run(BenchmarkJob(name="maskclip", output=tmp_path / "out"), console)
+    assert caught.value.code == "output_exists"
+
+
+@pytest.mark.parametrize(
+    ("job", "code"),
+    [
+        (BenchmarkJob(name="nothing"), "benchmark_unknown"),
+        (BenchmarkJob(name="toyworld", seeds=1), "option_invalid"),
+        (BenchmarkJob(name="toyworld", seeds=99), "option_invalid"),
+    ],
+)
+def test_wrong_use(job: BenchmarkJob, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MaskMillError) as caught:
+        run(job, Console(quiet=True))
+    assert caught.value.code == code
+
+
+def test_every_benchmark_has_a_description() -> None:
+    assert {"toyworld", "maskclip", "maskclip-zero-shot", "maskclip-robustness", "concepts"} <= set(
+        benchmarks()
+    )
+    assert all(benchmarks().values())
+
+
+@pytest.mark.slow
+def test_the_toy_world_s_sections_and_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Whole sections of few scenes: all of them take minutes and are run by hand (README).
+    from jobs.benchmarks import toyworld
+
+    monkeypatch.setattr(toyworld, "SECTIONS", (toyworld.heads, toyworld.words))
+    console = Console(record=True, width=160)
+    job = BenchmarkJob(name="toyworld", seeds=3, scenes=6, output=tmp_path / "out")
+    assert run(job, console) == 0
+    record = json.loads((tmp_path / "out/benchmark.json").read_text())
+    assert [section["name"] for section in record["sections"]] == ["heads", "words"]
+    figures = {line["name"]: line["values"]["miou"] for line in record["sections"][0]["rows"]}
+    value, plain = figures["MaskCLIP, value path alone"], figures["unmodified CLIP"]
+    assert value["low"] > plain["high"]
+    assert record["toy"] and len(record["claims"]) == 4
+    assert benchmark.TOYWORLD in (tmp_path / "out/benchmark.json").read_text()
