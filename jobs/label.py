@@ -214,8 +214,10 @@ def _label(
             else:
                 precision = recorded["precision"]
             run_name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{lease.run_id[:8]}"
-            manifest = write_run_manifest(storage, run_name, todo, compute.actors)
-            display.stage(f"starting {compute.actors} CLIP worker(s) on {'GPU' if compute.gpus else 'CPU'}")
+            manifest = write_run_manifest(storage, run_name, todo, compute.actors * compute.calls)
+            at_once = f", {compute.calls} images at a time" if compute.calls > 1 else ""
+            kind = "GPU" if compute.gpus else "CPU"
+            display.stage(f"starting {compute.actors} CLIP worker(s) on {kind}{at_once}")
             before_flow = time.monotonic() - began
             progress = run_labelling(
                 storage,
@@ -235,7 +237,7 @@ def _label(
                 report=_reporting(display, tracker),
             )
             flowing = (progress.last_s or 0.0) - (progress.first_s or 0.0)
-            busy = progress.label_s / (compute.actors * flowing) if flowing > 1 else 0.0
+            busy = progress.label_s / (compute.actors * compute.calls * flowing) if flowing > 1 else 0.0
     return progress, before_flow + (progress.first_s or 0.0), min(busy, 1.0)
 
 

@@ -13,6 +13,7 @@ channels.
 from __future__ import annotations
 
 import copy
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -134,6 +135,7 @@ class VitDense(nn.Module):
         self._head = head
         self._keys = keys
         self._tables: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self._tables_lock = threading.Lock()  # images may be labelled by several threads
 
     @property
     def stride(self) -> int:
@@ -194,17 +196,19 @@ class VitDense(nn.Module):
         native = self.visual.positional_embedding
         if grid == tuple(self.visual.grid_size):
             return native
-        if grid in self._tables:
-            self._tables.move_to_end(grid)
-            return self._tables[grid]
+        with self._tables_lock:
+            if grid in self._tables:
+                self._tables.move_to_end(grid)
+                return self._tables[grid]
         exact = native.dtype if native.dtype == torch.float64 else torch.float32
         with torch.no_grad():
             square = native[1:].to(exact).unflatten(0, self.visual.grid_size).permute(2, 0, 1)[None]
             square = F.interpolate(square, size=grid, mode="bicubic", align_corners=False, antialias=False)
             table = torch.cat([native[:1], square[0].flatten(1).T.to(native.dtype)])
-        self._tables[grid] = table
-        if len(self._tables) > _TABLES_KEPT:
-            self._tables.popitem(last=False)
+        with self._tables_lock:
+            self._tables[grid] = table
+            if len(self._tables) > _TABLES_KEPT:
+                self._tables.popitem(last=False)
         return table
 
     def _tokens(self, images: Tensor, positions: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ LOCAL_SLOTS = 8
 """Logical CPUs of a local Ray at least. They are scheduling slots, not cores: with as many as a small
 machine has cores, the stages' minimum needs more than there is, and Ray Data waits for ever in silence."""
 
+MOST_CALLS = 4
+"""Calls in one process at most: beyond that Python's lock and a crash would cost more than a process."""
+
 NODES_WAIT_S = 300.0
 """How long a run waits for a cluster's worker nodes to join: booting a cloud machine takes minutes."""
 
@@ -28,9 +31,11 @@ class Compute:
 
     Attributes:
         actors: CLIP actors, a fixed pool: one a GPU, or on CPUs as many as keep all cores busy.
+        calls: parts that an actor labels at a time. Several calls in one process share one import and one
+            model, which is what start-up and memory consist of.
         gpus: GPUs of each actor.
         cpus: logical CPUs of each actor.
-        threads: CPU threads of each actor; actors x threads never exceed the cores.
+        threads: CPU threads of each call; actors x calls x threads never exceed the cores.
         decoders: concurrent fetch-and-decode tasks.
         writers: concurrent encode-and-write tasks.
         task_cpus: logical CPUs of each such task.
@@ -38,6 +43,7 @@ class Compute:
     """
 
     actors: int
+    calls: int
     gpus: float
     cpus: float
     threads: int
@@ -70,15 +76,26 @@ def plan_compute(nodes: Sequence[tuple[float, float]], *, cores: int | None) -> 
         # Decoding is what starves GPUs: all CPUs that the actors leave, a quarter of them for encoding.
         left = max(2, int((cores or cpus) - gpus * share))
         writers = max(1, left // 4)
-        plan = Compute(gpus, 1.0, share, 1, max(1, left - writers), writers, share, cores is not None)
+        plan = Compute(gpus, 1, 1.0, share, 1, max(1, left - writers), writers, share, cores is not None)
     else:
         smallest = min((node[0] for node in nodes if node[0] >= 1), default=0)
-        # Single-threaded actors never wait for one another; with many cores memory asks for fewer and wider.
+        # Single-threaded calls never wait for one another; with many cores memory asks for fewer and wider.
         threads = 4 if smallest > 8 and (cores is None or cores > 8) else 1
         usable = cores if cores is not None else int((cpus - 2 * share) * 0.9)
         tasks = max(1, int(cores or cpus) // 4)
+        streams = max(1, usable // threads)
+        room = streams if cores is not None else max(1, int(smallest // threads))
+        calls = min(MOST_CALLS, streams, room)
         plan = Compute(
-            max(1, usable // threads), 0.0, share * threads, threads, tasks, tasks, share, cores is not None
+            max(1, streams // calls),
+            calls,
+            0.0,
+            share * threads * calls,
+            threads,
+            tasks,
+            tasks,
+            share,
+            cores is not None,
         )
     stranded = sum(1 for node in nodes if node[0] < node[1] * plan.cpus)
     if plan.needed_cpus > cpus or (gpus and stranded):

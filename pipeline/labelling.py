@@ -31,7 +31,7 @@ from pipeline.stages import Decode, Encode, ImageSettings, Label
 from pipeline.storage import Storage
 
 MANIFEST_DIR = "manifest"
-FIRST_PART, USUAL_PART, LARGEST_PART = 2, 32, 256
+FIRST_PART, USUAL_PART, LARGEST_PART = 1, 32, 256
 MANY_PARTS = 4000
 """Parts are of the usual size until there would be more of them than this. A small part costs little memory,
 and little work when a run is killed; many small files cost whoever reads the table."""
@@ -46,7 +46,7 @@ def part_sizes(count: int, workers: int) -> list[int]:
 
     Args:
         count: images.
-        workers: CLIP actors.
+        workers: parts that are labelled at a time.
 
     Returns:
         Sizes that sum to ``count``, each at least 1.
@@ -117,7 +117,11 @@ def run_labelling(
     """
     _configure(storage)
     ray.get(board.begin.remote())
-    pool = ray.data.ActorPoolStrategy(size=compute.actors)
+    pool = ray.data.ActorPoolStrategy(
+        size=compute.actors,
+        max_concurrent_calls_per_actor=compute.calls,
+        enable_true_multi_threading=compute.calls > 1,
+    )
     dataset = (
         ray.data.read_datasource(
             _RunManifest(storage, manifest),

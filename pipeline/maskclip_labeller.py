@@ -31,7 +31,8 @@ class MaskClipLabeller:
         precision: ``fp32``, ``bf16`` or ``fp16``; the softmaxes are fp32 in any case.
         batch_size: 0 chooses 1 on a CPU (measured fastest there) and 16 on a GPU.
         ignore_index: id of pixels below their threshold.
-        threads: CPU threads of this process; 0 leaves torch's choice.
+        threads: CPU threads of each call of ``label``, of which several may run at a time in threads of their
+            own; 0 leaves torch's choice.
     """
 
     def __init__(
@@ -49,8 +50,7 @@ class MaskClipLabeller:
         ignore_index: int,
         threads: int = 0,
     ) -> None:
-        if threads:
-            torch.set_num_threads(threads)
+        self._threads = threads
         self.device = best_device()
         self.batch_size = batch_size or (1 if self.device.type == "cpu" else 16)
         self._pad_batches = self.device.type != "cpu"
@@ -63,6 +63,8 @@ class MaskClipLabeller:
     @torch.inference_mode()
     def label(self, images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
         """See ``Labeller.label``."""
+        if self._threads:
+            torch.set_num_threads(self._threads)  # holds for the calling thread
         count = len(images)
         batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
         if self._pad_batches and count < self.batch_size:

@@ -10,7 +10,7 @@ from pipeline.compute import LOCAL_SLOTS, plan_compute
 def test_local_cpus_are_filled_and_never_oversubscribed(cores: int) -> None:
     slots = max(LOCAL_SLOTS, 2 * cores)
     plan = plan_compute([(slots, 0)], cores=cores)
-    assert plan.actors * plan.threads == cores
+    assert plan.actors * plan.calls * plan.threads == cores
     assert plan.needed_cpus <= slots
     assert plan.gpus == 0
 
@@ -32,7 +32,7 @@ def test_gpus_get_one_actor_each_and_the_rest_decodes(
     nodes: list[tuple[float, float]], cores: int | None
 ) -> None:
     plan = plan_compute(nodes, cores=cores)
-    assert (plan.actors, plan.gpus) == (sum(gpus for _, gpus in nodes), 1.0)
+    assert (plan.actors, plan.calls, plan.gpus) == (sum(gpus for _, gpus in nodes), 1, 1.0)
     assert plan.decoders >= 1 and plan.writers >= 1
     assert plan.needed_cpus <= sum(cpus for cpus, _ in nodes)
 
@@ -44,7 +44,7 @@ def test_cpu_clusters_move(nodes: list[tuple[float, float]]) -> None:
     plan = plan_compute(nodes, cores=None)
     cpus = sum(cpus for cpus, _ in nodes)
     assert plan.needed_cpus <= cpus
-    assert plan.actors * plan.threads <= cpus
+    assert plan.actors * plan.calls * plan.threads <= cpus
     assert plan.cpus <= max(cpus for cpus, _ in nodes)  # an actor fits on a node
 
 
