@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from pipeline.tracking.tracker import open_tracker
 
 CUSTOM = "custom"
 ON_RAY_FROM = 2000
-"""Images above which Ray is worth its start, on a machine with several cores."""
+"""Images above which Ray is worth its start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,9 @@ def evaluate(job: EvaluateJob, console: Console) -> tuple[Path, dict[str, Any]]:
     table = job.labels if job.labels is not None else _label(job, folder, console)
     made = read_table_record(table)
     protocol = _protocol(job, made)
-    workers = job.workers if job.workers is not None else (2 if len(dataset.samples) > ON_RAY_FROM else 0)
+    workers = job.workers
+    if workers is None:
+        workers = (os.cpu_count() or 1) if len(dataset.samples) > ON_RAY_FROM else 0
     threshold = protocol.background_threshold if protocol else 0.0
     with console.status(f"comparing {len(dataset.samples):,} images") as status:
         evaluation = evaluate_table(

@@ -85,7 +85,8 @@ def load_clipseg(
         MaskMillError: ``clip_missing`` for a decoder without a CLIP; ``weights_missing``;
             ``weights_unreadable``; ``weights_do_not_fit`` with the names of missing and unexpected tensors;
             ``model_unsupported`` for a configuration that is no CLIPSeg that open_clip can run;
-            ``decoder_does_not_fit`` if CLIP and decoder are not of one kind.
+            ``decoder_does_not_fit`` if CLIP and decoder are not of one kind; ``clip_differs`` if a file of
+            ``save_decoder`` was trained on other weights of CLIP.
     """
     path = Path(weights).expanduser()
     if path.is_file():
@@ -96,6 +97,7 @@ def load_clipseg(
                 "Pass clip=load_clip('ViT-B-16-quickgelu', 'openai'), or the CLIP it was trained on.",
             )
         decoder = read_decoder(path, extract_layers=extract_layers)
+        _check_clip(path, clip)
     else:
         settings_path, tensors_path = _hugging_face_files(str(weights), cache_dir)
         settings = _read_settings(settings_path)
@@ -203,13 +205,15 @@ def load_baseline(path: str | Path, clip: Clip, *, tower: str = "pretrained") ->
 
     Raises:
         MaskMillError: ``weights_missing``, ``weights_unreadable``; ``weights_do_not_fit`` if the file holds
-            no baseline, or other tensors than its settings ask for; ``decoder_does_not_fit``.
+            no baseline, or other tensors than its settings ask for; ``decoder_does_not_fit``;
+            ``clip_differs``.
     """
     path = Path(path).expanduser()
     if not path.is_file():
         raise MaskMillError("weights_missing", f"There is no file {path}.", "Check the path.")
     state = read_state(path)
     told = _metadata(path)
+    _check_clip(path, clip)
     kind = told.get("kind")
     if kind == "ClipDeconvDecoder":
         model = build_clip_deconv(clip, ClipDeconvConfig(**_settings_of(ClipDeconvConfig, told)))
@@ -226,6 +230,19 @@ def load_baseline(path: str | Path, clip: Clip, *, tower: str = "pretrained") ->
     _check_shapes(path, expected, state)
     model.decoder.load_state_dict(state)
     return model
+
+
+def _check_clip(path: Path, clip: Clip) -> None:
+    """A decoder over another CLIP of the same shape gives wrong masks without a word."""
+    told = _metadata(path)
+    trained_on = told.get("clip_fingerprint")
+    if trained_on is not None and trained_on != clip.fingerprint:
+        raise MaskMillError(
+            "clip_differs",
+            f"{path} was trained on other weights of CLIP ({told.get('clip')}, {trained_on[:20]}) than those "
+            f"of {clip.name} ({clip.fingerprint[:20]}).",
+            "Load the CLIP it was trained on.",
+        )
 
 
 def _settings_of(config: type[ClipDeconvConfig | ViTSegConfig], told: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 from rich.console import Console
 
 from jobs.benchmarks.rows import row
-from jobs.evaluate import EvaluateJob, evaluate
+from jobs.evaluate import EvaluateJob, evaluate, protocol_recipe
 from jobs.recipes import RECIPES, LabelRecipe, change_recipe
 from models.errors import MaskMillError
 from pipeline.corruptions import CORRUPTIONS, LEVELS
 from pipeline.datasets.base import Dataset
+from pipeline.datasets.protocols import get_protocol
 from pipeline.datasets.registry import DATASETS, open_dataset
 from pipeline.published import PublishedTable, load_published
 from pipeline.results import EVALUATION_FILE
@@ -230,13 +232,14 @@ def _measure(
         protocol=protocol if labels is None else None,
         zero_shot=zero_shot,
         output=folder,
+        overwrite=labels is not None,
         boundary=False,
         pictures=0,
         workers=0,
     )
     try:
-        if (folder / EVALUATION_FILE).exists():
-            record = _earlier(folder, dataset)
+        if labels is None and (folder / EVALUATION_FILE).exists():
+            record = _earlier(folder, dataset, recipe, protocol)
         else:
             request.console.print(f"[bold]{slug}[/bold]")
             record = evaluate(job, request.console)[1]
@@ -248,16 +251,22 @@ def _measure(
     return {metric: [value] for metric, value in found.items() if value is not None}, None
 
 
-def _earlier(folder: Path, dataset: Dataset) -> dict[str, Any]:
-    import json
-
+def _earlier(
+    folder: Path, dataset: Dataset, recipe: LabelRecipe | None, protocol: str | None
+) -> dict[str, Any]:
+    """The result of an earlier, interrupted run of the same benchmark."""
     record: dict[str, Any] = json.loads((folder / EVALUATION_FILE).read_text())
+    differs = ""
     if record["dataset"]["fingerprint"] != dataset.fingerprint():
+        differs = f"on other images ({record['dataset']['images']:,} then, {len(dataset.samples):,} now)"
+    elif recipe is not None:
+        if protocol in ("seed", "unified"):
+            recipe = protocol_recipe(recipe, get_protocol(dataset.name, protocol))
+        if record["model"]["recipe"]["hash"] != recipe.hash:
+            differs = "with another recipe"
+    if differs:
         raise MaskMillError(
-            "output_differs",
-            f"{folder} was measured on other images ({record['dataset']['images']:,} then, "
-            f"{len(dataset.samples):,} now).",
-            "Name another --output.",
+            "output_differs", f"{folder} was measured {differs}.", "Name another --output, or delete it."
         )
     return record
 

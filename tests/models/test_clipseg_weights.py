@@ -318,6 +318,8 @@ def test_decoder_files(patch: int, tmp_path: Path) -> None:
     assert again.fingerprint == model.fingerprint
     assert error(lambda: save_decoder(model, path)).code == "output_exists"
     save_decoder(model, path, overwrite=True)
+    other = small_clip(model.clip.source.config, seed=1)
+    assert error(lambda: load_clipseg(path, clip=other)).code == "clip_differs"
 
 
 # --- what is refused ------------------------------------------------------------------------------------

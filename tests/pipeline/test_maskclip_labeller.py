@@ -15,7 +15,7 @@ def test_several_threads_may_label_at_a_time() -> None:
     prepared = prepare_labeller(RECIPES["toy"], load_ontology("toyworld"), precision="fp32")
     labeller = prepared.make(precision="fp32", threads=1)
     # More sizes than position tables are kept, so that threads throw out each other's.
-    images = [generate(3, 1, 16 * side).images[0] for side in range(2, 14) for _ in range(3)]
+    images = [generate(3, 1, 16 * side).images[0] for side in range(2, 22) for _ in range(2)]
 
     def label(image: np.ndarray) -> tuple[np.ndarray, int]:
         return labeller.label([image], [image.shape[:2]])[0].labels, torch.get_num_threads()

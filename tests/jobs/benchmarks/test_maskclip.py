@@ -83,7 +83,10 @@ def test_a_row_is_measured_on_photographs_and_not_measured_twice(
     monkeypatch.setattr(maskclip, "evaluate", never)
     (again,) = maskclip.annotation_free(request)
     assert again == section
-    other = dataclasses.replace(request, limit=2)
-    with pytest.raises(MaskMillError, match="other images"):
-        list(maskclip.annotation_free(other))
+    for change, words in (
+        ({"limit": 2}, "other images"),
+        ({"settings": {"pretrained": "random:1"}}, "another recipe"),
+    ):
+        with pytest.raises(MaskMillError, match=words):
+            list(maskclip.annotation_free(dataclasses.replace(request, **change)))
     assert len(open_dataset("voc20", root=str(SUBSET)).samples) == 321
