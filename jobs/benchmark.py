@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,15 @@ from jobs.benchmarks import clipseg, maskclip
 from jobs.console import stderr_console
 from jobs.recipes import change_recipe, load_recipe
 from models.errors import MaskMillError
-from pipeline.results import SCHEMA_VERSION, command, hardware, new_folder, now, write_result
+from pipeline.results import (
+    SCHEMA_VERSION,
+    claim_folder,
+    command,
+    hardware,
+    new_folder,
+    now,
+    write_result,
+)
 from pipeline.tracking.results import log_result
 from pipeline.tracking.tracker import open_tracker
 
@@ -61,7 +70,7 @@ class BenchmarkJob:
     recipe: str = "maskclip"
     seeds: int = 5
     scenes: int = 60
-    output: Path | None = None
+    output: str | Path | None = None
     overwrite: bool = False
     tracking: str | None = "off"
 
@@ -88,13 +97,19 @@ def run(job: BenchmarkJob, console: Console | None = None) -> int:
             f"There is no benchmark {job.name!r}.",
             f"Known: {', '.join(benchmarks())}.",
         )
+    if job.limit < 0 or job.scenes < 1:
+        raise MaskMillError(
+            "option_invalid",
+            f"--limit {job.limit} --scenes {job.scenes}: there is no such number of images.",
+            "Use --limit 0 for all, and --scenes 1 or more.",
+        )
     with open_tracker(job.tracking) as tracker:
         folder = new_folder(job.output, job.name, overwrite=job.overwrite)
-        folder.mkdir(parents=True, exist_ok=True)
+        tracker.start("benchmark", job.name, params=_settings(job))
+        claim_folder(folder, overwrite=job.overwrite)
         record = _record(job, folder, console)
         write_result(folder, record)
         _print(record, console)
-        tracker.start("benchmark", job.name)
         log_result(tracker, folder)
     console.print(
         f"Result         {folder}/benchmark.json ({record['seconds']:.0f} s)\n"
@@ -102,8 +117,17 @@ def run(job: BenchmarkJob, console: Console | None = None) -> int:
         highlight=False,
         soft_wrap=True,
     )
-    measured = any(line["values"] for section in record["sections"] for line in section["rows"])
+    figures = [line["values"] for section in record["sections"] for line in section["rows"]]
+    measured = any(value["mean"] is not None for values in figures for value in values.values())
     return 0 if measured else 1
+
+
+def _settings(job: BenchmarkJob) -> dict[str, Any]:
+    """What was asked for, as parameters of the tracked run."""
+    asked = dataclasses.asdict(job)
+    for name in ("tracking", "overwrite", "output"):
+        del asked[name]
+    return {name: value for name, value in asked.items() if value not in (None, (), {}, 0)}
 
 
 def _record(job: BenchmarkJob, folder: Path, console: Console) -> dict[str, Any]:

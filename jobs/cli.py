@@ -12,12 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from models.errors import MaskMillError
-
-FAILED_WORK = frozenset(
-    {"labelling_failed", "cluster_unreachable", "table_damaged", "output_in_use", "tracking_unreachable"}
-)
-"""Codes of errors that are no mistake in the command; the others exit with 2."""
+from models.errors import FAILED_WORK, MaskMillError
 
 
 def label(
@@ -160,7 +155,7 @@ def evaluate(
     protocol: Literal["seed", "unified", "custom"] | None = None,
     zero_shot: str | None = None,
     limit: int = 0,
-    output: Path | None = None,
+    output: str | None = None,
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
     workers: int | None = None,
     boundary: tyro.conf.FlagCreatePairsOff[bool] = True,
@@ -179,11 +174,13 @@ def evaluate(
         split: part of it; default: the one that papers report.
         images: your own images, with --truth, instead of --dataset.
         truth: folder of masks (PNG, values are class ids, 255 is ignored) for --images.
-        ontology: meaning of the ids in --truth; default: the ontology of --labels.
+        ontology: meaning of the ids in --truth (default: the ontology of --labels), or with --recipe the
+            words to label with, if not those of the benchmark.
         protocol: seed (MaskCLIP's repository) or unified (its successors); their figures do not compare.
         zero_shot: a split into seen and unseen classes: voc20, voc21, context60, cocostuff171, ….
         limit: only the first so many images, to try out.
-        output: folder for the result; default: a new one below results/.
+        output: folder for the result, on a disk that all nodes share if --recipe runs on a cluster; default:
+            a new one below results/.
         overwrite: replace a result that is already in --output.
         workers: Ray tasks that compare; 0 is this process alone; default: by the number of images.
         boundary: with --no-boundary boundary IoU is not measured.
@@ -194,25 +191,46 @@ def evaluate(
     from jobs.evaluate import EvaluateJob, read_table_record, run
     from jobs.recipes import load_recipe
     from pipeline.datasets.registry import open_dataset
-    from pipeline.ontology import Ontology
+    from pipeline.ontology import Ontology, load_ontology
 
     _exactly_one("--labels", labels, "--recipe", recipe, command="evaluate")
     _exactly_one("--dataset", dataset, "--images", images, command="evaluate")
-    if dataset is not None:
-        opened: Any = open_dataset(dataset, root=root, split=split)
+    for useless, without in (
+        (settings and labels, "--set changes a recipe; it says nothing about --labels"),
+        (truth and dataset, "--truth belongs to --images"),
+        ((root or split) and images, "--root and --split belong to --dataset"),
+        (limit < 0, f"--limit {limit} is no number of images"),
+        (workers is not None and workers < 0, f"--workers {workers} is no number of tasks"),
+    ):
+        if useless:
+            raise MaskMillError("wrong_use", f"{without}.", "See maskmill evaluate --help.")
+    opened: Any = None
+    classes = load_ontology(ontology) if ontology is not None else None
+    if dataset in ("pairs", "coco-json"):
+        options = {"ontology": classes} if classes is not None else {}
+        opened = open_dataset(dataset, root=root, split=split, **options)
+    elif dataset == "phrasecut":
+        raise MaskMillError(
+            "wrong_use",
+            "PhraseCut asks for phrases, not for classes.",
+            "Run maskmill benchmark clipseg-referring.",
+        )
+    elif dataset is not None:
+        if classes is not None and labels is not None:
+            raise MaskMillError("wrong_use", "--labels have an ontology already.", "Leave --ontology out.")
+        opened = open_dataset(dataset, root=root, split=split)
     else:
-        if truth is None or (ontology is None and labels is None):
+        if truth is None or (classes is None and labels is None):
             raise MaskMillError(
                 "wrong_use",
                 "--images needs --truth, and an --ontology unless --labels has one.",
                 "See maskmill evaluate --help.",
             )
-        meaning: Any = ontology
-        if meaning is None:
+        if classes is None:
             assert labels is not None
             known = read_table_record(labels)["ontology"]
-            meaning = Ontology.from_dict({k: v for k, v in known.items() if k not in ("hash", "names")})
-        opened = open_dataset("pairs", images=images, masks=truth, split=split, ontology=meaning)
+            classes = Ontology.from_dict({k: v for k, v in known.items() if k not in ("hash", "names")})
+        opened = open_dataset("pairs", images=images, masks=truth, ontology=classes)
     if limit:
         opened = dataclasses.replace(opened, samples=opened.samples[:limit])
     return run(
@@ -220,6 +238,7 @@ def evaluate(
             dataset=opened,
             labels=labels,
             recipe=load_recipe(recipe, settings) if recipe is not None else None,
+            ontology=classes if recipe is not None else None,
             protocol=protocol,
             zero_shot=zero_shot,
             output=output,
@@ -249,7 +268,7 @@ def benchmark(
     limit: int = 0,
     seeds: int = 5,
     scenes: int = 60,
-    output: Path | None = None,
+    output: str | None = None,
     overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
     tracking: str | None = None,
 ) -> int:
@@ -283,7 +302,7 @@ def benchmark(
     return run(
         BenchmarkJob(
             name=name,
-            roots=_pairs("--root", root),
+            roots=_pairs("--root", root, last=False),
             labels=_pairs("--labels", labels),
             weights=_pairs("--weights", weights),
             settings=parse_settings(settings),
@@ -396,11 +415,11 @@ def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
-    """``NAME=VALUE`` arguments as a mapping; the last = divides, as names of rows may hold one."""
+def _pairs(flag: str, given: Sequence[str], *, last: bool = True) -> dict[str, str]:
+    """``NAME=VALUE`` arguments as a mapping, divided at the last = (names of rows hold some) or the first."""
     pairs = {}
     for text in given:
-        name, separator, value = text.rpartition("=")
+        name, separator, value = text.rpartition("=") if last else text.partition("=")
         if not separator or not name or not value:
             raise MaskMillError(
                 "wrong_use", f"{flag} {text!r} is not of the form NAME=VALUE.", f"Write {flag} voc20=DIR."

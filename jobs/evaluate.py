@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,17 +18,25 @@ from jobs.console import stderr_console
 from jobs.recipes import LabelRecipe
 from models.errors import MaskMillError
 from pipeline.datasets.base import Dataset, Sample
-from pipeline.datasets.protocols import PROTOCOLS, Protocol
+from pipeline.datasets.protocols import PROTOCOLS, Protocol, get_protocol
 from pipeline.datasets.registry import DATASETS
 from pipeline.datasets.zeroshot import zero_shot_split
 from pipeline.evaluation import Evaluation, ImageScore, class_lookup, evaluate_table, read_labels
 from pipeline.ontology import Ontology
 from pipeline.published import lookup as published_figures
 from pipeline.report.panels import panel
-from pipeline.results import PICTURES, evaluation_record, extremes, new_folder, write_result
+from pipeline.results import (
+    PICTURES,
+    SCENES,
+    claim_folder,
+    evaluation_record,
+    extremes,
+    new_folder,
+    write_result,
+)
 from pipeline.storage import open_storage
 from pipeline.tracking.results import log_result
-from pipeline.tracking.tracker import open_tracker
+from pipeline.tracking.tracker import TrackedDataset, open_tracker
 
 CUSTOM = "custom"
 ON_RAY_FROM = 2000
@@ -64,7 +72,7 @@ class EvaluateJob:
     ontology: Ontology | None = None
     protocol: Literal["seed", "unified", "custom"] | None = None
     zero_shot: str | None = None
-    output: Path | None = None
+    output: str | Path | None = None
     overwrite: bool = False
     workers: int | None = None
     boundary: bool = True
@@ -79,11 +87,24 @@ def run(job: EvaluateJob, console: Console | None = None) -> int:
     """Evaluate, write the result folder, track it, print the figures. Returns the exit status."""
     console = console or stderr_console()
     with open_tracker(job.tracking) as tracker:
+        # What is wrong with the command shows before a run is opened.
+        new_folder(job.output, _slug(job), overwrite=job.overwrite)
+        tracker.start(
+            "evaluate",
+            _slug(job),
+            params={"recipe": job.recipe.to_dict()} if job.recipe else {"labels": job.labels},
+            dataset=TrackedDataset(
+                job.dataset.name,
+                job.dataset.fingerprint(),
+                source=next((sample.image for sample in job.dataset.samples if sample.image), None),
+                profile={"split": job.dataset.split, "images": len(job.dataset.samples)},
+            ),
+        )
         folder, record = evaluate(job, console)
-        _print(record, console)
         made = read_table_record(job.labels or str(folder / "labels"))
-        tracker.start("evaluate", record["title"], params={"ontology": {"hash": made["ontology"]["hash"]}})
+        tracker.log_params({"ontology": {"hash": made["ontology"]["hash"]}})
         log_result(tracker, folder)
+        _print(record, console)
     console.print(
         f"Result         {folder}/evaluation.json\nLook at it:    maskmill report {folder}",
         highlight=False,
@@ -104,9 +125,14 @@ def evaluate(job: EvaluateJob, console: Console) -> tuple[Path, dict[str, Any]]:
     dataset = job.dataset
     folder = new_folder(job.output, _slug(job), overwrite=job.overwrite)
     groups = _groups(job)
-    table = job.labels if job.labels is not None else _label(job, folder, console)
+    if job.labels is None:
+        recipe, ontology = _plan(job)
+        claim_folder(folder, overwrite=job.overwrite)
+        table = _label(job, recipe, ontology, folder, console)
+    else:
+        table = job.labels
     made = read_table_record(table)
-    protocol = _protocol(job, made)
+    protocol = _protocol(job, made["recipe"], made["ontology"])
     workers = job.workers
     if workers is None:
         workers = (os.cpu_count() or 1) if len(dataset.samples) > ON_RAY_FROM else 0
@@ -122,9 +148,16 @@ def evaluate(job: EvaluateJob, console: Console) -> tuple[Path, dict[str, Any]]:
             workers=workers,
             progress=lambda done, total: status.update(f"compared {done:,} of {total:,} images"),
         )
+    whole = not (evaluation.missing or evaluation.failed)
+    if job.labels is None and not whole:
+        raise MaskMillError(
+            "labelling_failed",
+            f"Of {len(dataset.samples):,} images {evaluation.failed.total():,} could not be labelled.",
+            f"See the rows with a status in {table}; a benchmark is measured on all of its images.",
+        )
+    claim_folder(folder, overwrite=job.overwrite and job.labels is not None)
     name = protocol.name if protocol else CUSTOM
     worst, best = _pictures(job, table, made, evaluation, folder, threshold)
-    toy = made["weights"]["model"] == "toyclip"
     record = evaluation_record(
         evaluation,
         title=job.title or _title(job, made),
@@ -135,18 +168,34 @@ def evaluate(job: EvaluateJob, console: Console) -> tuple[Path, dict[str, Any]]:
             "images": len(dataset.samples),
             "fingerprint": dataset.fingerprint(),
         },
-        model={"recipe": made["recipe"], "weights": made["weights"], "toy": toy},
+        model={
+            "recipe": made["recipe"],
+            "weights": made["weights"],
+            "toy": made["weights"]["model"] == "toyclip",
+        },
         names=dataset.class_names,
         colors=dataset.classes.palette(),
         groups=groups,
-        published=[]
-        if toy or name == CUSTOM
-        else [figure.entry() for figure in published_figures(_setting(job), None, name)],
+        published=[figure.entry() for figure in published_figures(_setting(job), None, name)]
+        if whole and _is_the_benchmark(dataset, made["weights"])
+        else [],
         worst=worst,
         best=best,
     )
     write_result(folder, record)
     return folder, record
+
+
+def _is_the_benchmark(dataset: Dataset, weights: Mapping[str, Any]) -> bool:
+    """Whether figures on it may stand beside published ones: its usual split, whole, with real weights."""
+    info = DATASETS.get(dataset.name)
+    return (
+        info is not None
+        and dataset.split == info.default_split
+        and info.official.get(dataset.split) == len(dataset.samples)
+        and weights["model"] != "toyclip"
+        and not str(weights["pretrained"]).startswith("random")
+    )
 
 
 def read_table_record(table: str) -> dict[str, Any]:
@@ -171,88 +220,86 @@ def protocol_recipe(recipe: LabelRecipe, protocol: Protocol) -> LabelRecipe:
     return dataclasses.replace(recipe, **protocol.recipe_overrides())
 
 
-def _label(job: EvaluateJob, folder: Path, console: Console) -> str:
-    from jobs import label
-
+def _plan(job: EvaluateJob) -> tuple[LabelRecipe, Ontology]:
+    """How the images will be labelled; a protocol that this would break is refused here, before the work."""
     assert job.recipe is not None, "either labels or a recipe"
-    dataset, recipe, ontology = job.dataset, job.recipe, job.ontology or job.dataset.classes
+    recipe, ontology = job.recipe, job.ontology or job.dataset.classes
     if job.protocol in ("seed", "unified"):
-        protocol = _named_protocol(dataset.name, job.protocol)
+        protocol = get_protocol(job.dataset.name, job.protocol)
         recipe = protocol_recipe(recipe, protocol)
         ontology = Ontology.from_dict(ontology.to_dict() | {"templates": protocol.templates})
     elif recipe.model == "toyclip" and ontology.templates == "openai85":
         ontology = Ontology.from_dict(ontology.to_dict() | {"templates": "toyworld"})
-    folder.mkdir(parents=True, exist_ok=True)
+    _protocol(job, recipe.to_dict(), ontology.to_dict() | {"hash": ontology.hash})
+    return recipe, ontology
+
+
+def _label(job: EvaluateJob, recipe: LabelRecipe, ontology: Ontology, folder: Path, console: Console) -> str:
+    from jobs import label
+
     source = folder / "images.txt"
-    source.write_text("".join(f"{_file(dataset, sample, folder)}\n" for sample in dataset.samples))
+    source.write_text("".join(f"{_file(job.dataset, sample, folder)}\n" for sample in job.dataset.samples))
     table = folder / "labels"
-    status = label.run(
+    label.run(
         label.LabelJob(
             source=str(source),
             ontology=ontology,
             recipe=recipe,
             output=str(table),
             overwrite=job.overwrite,
-            max_failure_rate=0.0,
+            max_failure_rate=1.0,  # all images are asked for below
             address=job.address,
             verbose=job.verbose,
         ),
         console,
     )
-    if status:
-        raise MaskMillError(
-            "labelling_failed",
-            "Not every image of the benchmark could be labelled.",
-            f"See the rows with a status in {table}; a benchmark is measured on all of its images.",
-        )
     return str(table)
 
 
 def _file(dataset: Dataset, sample: Sample, folder: Path) -> str:
     if sample.image:
         return sample.image
-    path = folder / "images" / f"{sample.name}.png"
+    # Scenes of different seeds have the same names.
+    path = folder / SCENES / dataset.fingerprint()[:12] / f"{sample.name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         Image.fromarray(dataset.image(sample)).save(path)
     return str(path.resolve())
 
 
-def _named_protocol(dataset: str, name: str) -> Protocol:
-    from pipeline.datasets.protocols import get_protocol
-
-    return get_protocol(dataset, name)
-
-
-def _protocol(job: EvaluateJob, made: dict[str, Any]) -> Protocol | None:
-    """The protocol that the labels follow; checked against the one asked for."""
+def _protocol(job: EvaluateJob, recipe: Mapping[str, Any], ontology: Mapping[str, Any]) -> Protocol | None:
+    """The protocol that labels follow; checked against the one asked for."""
     if job.protocol == CUSTOM:
         return None
-    known = PROTOCOLS.get(job.dataset.name, {})
     if job.protocol is not None:
-        wanted = _named_protocol(job.dataset.name, job.protocol)
-        differing = _differences(made, wanted)
+        wanted = get_protocol(job.dataset.name, job.protocol)
+        differing = _differences(job.dataset, recipe, ontology, wanted)
         if differing:
             raise MaskMillError(
                 "protocols_differ",
-                f"The labels were not made by protocol {wanted.name}: {'; '.join(differing)}.",
-                f"Label with --protocol {wanted.name}, or say --protocol custom.",
+                f"This is not protocol {wanted.name}: {'; '.join(differing)}.",
+                f"Label with --protocol {wanted.name} and without what it rules out; or --protocol custom.",
             )
         return wanted
-    return next((protocol for protocol in known.values() if not _differences(made, protocol)), None)
+    known = PROTOCOLS.get(job.dataset.name, {}).values()
+    followed = (each for each in known if not _differences(job.dataset, recipe, ontology, each))
+    return next(followed, None)
 
 
-def _differences(made: dict[str, Any], protocol: Protocol) -> list[str]:
-    recipe = made["recipe"]
+def _differences(
+    dataset: Dataset, recipe: Mapping[str, Any], ontology: Mapping[str, Any], protocol: Protocol
+) -> list[str]:
     wanted = protocol.recipe_overrides() | {"min_confidence": 0.0, "corruption": ""}
     differing = [
         f"{key} is {recipe.get(key)!r}, not {value!r}"
         for key, value in wanted.items()
         if _plain(recipe.get(key, value)) != _plain(value)
     ]
-    templates = made["ontology"]["templates"]
-    if templates != protocol.templates:
-        differing.append(f"templates are {templates!r}, not {protocol.templates!r}")
+    classes = Ontology.from_dict(dataset.classes.to_dict() | {"templates": protocol.templates})
+    if ontology["templates"] != protocol.templates:
+        differing.append(f"templates are {ontology['templates']!r}, not {protocol.templates!r}")
+    elif ontology["hash"] != classes.hash:
+        differing.append(f"the classes are not those of {dataset.name} as they are")
     return differing
 
 

@@ -103,15 +103,8 @@ def run(job: LabelJob, console: Console | None = None) -> int:
     on_cluster = bool(job.address or os.environ.get("RAY_ADDRESS"))
     with Lease.acquire(storage, on_lost=_abandon, cluster=on_cluster) as lease:
         recorded = _existing(storage, job)
-        recovery = recover(storage)
-        if recovery.parts_discarded:
-            console.print(
-                f"Took up a run that was cut off: {recovery.parts_discarded} half-written part(s) discarded.",
-                soft_wrap=True,
-                highlight=False,
-            )
-        done = done_ids(storage)
-        todo = _without(manifest, done)
+        replaced = job.overwrite and storage.exists(DATASET_FILE)
+        todo = manifest if replaced else _without(manifest, _done(storage, console))
         if todo.num_rows == 0:
             console.print(
                 f"Nothing new: all {manifest.num_rows:,} images are labelled in {storage.uri}.\n"
@@ -124,7 +117,9 @@ def run(job: LabelJob, console: Console | None = None) -> int:
         before = set(storage.list(LABELS_DIR))
         with tracker:
             _begin_tracking(tracker, job, manifest, todo.num_rows)
-            progress, startup_s, busy = _label(job, storage, lease, todo, recorded, console, began, tracker)
+            progress, startup_s, busy = _label(
+                job, storage, lease, todo, recorded, console, began, tracker, replaced=replaced
+            )
             outcome = _count_status(storage, sorted(set(storage.list(LABELS_DIR)) - before))
             record = _record_counts(storage)
             _end_tracking(tracker, record, outcome, progress, startup_s=startup_s, busy=busy)
@@ -141,8 +136,6 @@ def _existing(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
     """The record of the table that is already there, if it may be added to."""
     recorded: dict[str, Any] | None = storage.read_json(DATASET_FILE, None)
     if recorded is not None and job.overwrite:
-        for entry in OWN_ENTRIES:
-            storage.delete(entry)
         return None
     if recorded is None:
         if storage.list(LABELS_DIR):
@@ -172,6 +165,18 @@ def _existing(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
     return recorded
 
 
+def _done(storage: Storage, console: Console) -> np.ndarray:
+    """Ids of the images that need no more work; what a crash left half-done is put in order first."""
+    recovery = recover(storage)
+    if recovery.parts_discarded:
+        console.print(
+            f"Took up a run that was cut off: {recovery.parts_discarded} half-written part(s) discarded.",
+            soft_wrap=True,
+            highlight=False,
+        )
+    return done_ids(storage)
+
+
 def _without(manifest: pa.Table, done: np.ndarray) -> pa.Table:
     ids = manifest["id"].to_numpy()
     return manifest.filter(pa.array(~np.isin(ids, done, assume_unique=False)))
@@ -192,6 +197,8 @@ def _label(
     console: Console,
     began: float,
     tracker: Tracker,
+    *,
+    replaced: bool,
 ) -> tuple[Progress, float, float]:
     """Run the flow; returns its progress, the seconds until it flowed, and the busy share of the actors."""
     from pipeline.compute import ray_session
@@ -208,6 +215,10 @@ def _label(
 
             board = start_board()
             make_labeller, record = prepared.result()
+            if replaced:
+                # Only now, when weights, words and Ray are known to be there.
+                for entry in OWN_ENTRIES:
+                    storage.delete(entry)
             if recorded is None:
                 precision = _precision(job.recipe, compute)
                 storage.write_json(DATASET_FILE, record | {"precision": precision})

@@ -24,3 +24,9 @@ class MaskMillError(Exception):
     def __reduce__(self) -> tuple[type[MaskMillError], tuple[str, str, str]]:
         # Exceptions cross process borders in Ray; the default reduction would pass one argument only.
         return type(self), (self.code, self.message, self.remedy)
+
+
+FAILED_WORK = frozenset(
+    {"labelling_failed", "cluster_unreachable", "table_damaged", "output_in_use", "tracking_unreachable"}
+)
+"""Codes of errors that are no mistake in a command: the same command may succeed later."""

@@ -21,6 +21,9 @@ machine has cores, the stages' minimum needs more than there is, and Ray Data wa
 MOST_CALLS = 4
 """Calls in one process at most: beyond that Python's lock and a crash would cost more than a process."""
 
+_UNFUSED = 0.001
+"""What CPU actors ask for beyond their share. Ray Data would run stages of equal demands in one process."""
+
 NODES_WAIT_S = 300.0
 """How long a run waits for a cluster's worker nodes to join: booting a cloud machine takes minutes."""
 
@@ -78,27 +81,36 @@ def plan_compute(nodes: Sequence[tuple[float, float]], *, cores: int | None) -> 
         writers = max(1, left // 4)
         plan = Compute(gpus, 1, 1.0, share, 1, max(1, left - writers), writers, share, cores is not None)
     else:
-        smallest = min((node[0] for node in nodes if node[0] >= 1), default=0)
         # Single-threaded calls never wait for one another; with many cores memory asks for fewer and wider.
+        smallest = min((node[0] for node in nodes if node[0] >= 1), default=0)
         threads = 4 if smallest > 8 and (cores is None or cores > 8) else 1
-        usable = cores if cores is not None else int((cpus - 2 * share) * 0.9)
         tasks = max(1, int(cores or cpus) // 4)
-        streams = max(1, usable // threads)
-        room = streams if cores is not None else max(1, int(smallest // threads))
-        calls = min(MOST_CALLS, streams, room)
+        if cores is not None:
+            streams = max(1, cores // threads)
+            # As many cores as can be filled, with as few processes as that allows.
+            calls = max(range(1, MOST_CALLS + 1), key=lambda c: (streams // c * c, c))
+            actors = max(1, streams // calls)
+        else:
+            # Of a foreign cluster's nodes only the sizes are known: small actors fit in anywhere.
+            calls = 1
+            room = sum(
+                int((node[0] - share) // (share * threads + _UNFUSED)) for node in nodes if node[0] >= 1
+            )
+            actors = max(1, min(int((cpus - 2 * share) * 0.9) // threads, room))
         plan = Compute(
-            max(1, streams // calls),
+            actors,
             calls,
             0.0,
-            share * threads * calls,
+            share * threads * calls + _UNFUSED,
             threads,
             tasks,
             tasks,
             share,
             cores is not None,
         )
+    homeless = not gpus and plan.cpus > max((node[0] for node in nodes), default=0)
     stranded = sum(1 for node in nodes if node[0] < node[1] * plan.cpus)
-    if plan.needed_cpus > cpus or (gpus and stranded):
+    if plan.needed_cpus > cpus or homeless or (gpus and stranded):
         raise MaskMillError(
             "cluster_too_small",
             f"The stages need {plan.needed_cpus:g} CPUs at once ({plan.actors} CLIP actors, one decoder, one "

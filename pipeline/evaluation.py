@@ -333,13 +333,22 @@ def _on_ray(parts: Sequence[str], settings: dict[str, Any], workers: int) -> Ite
             stack.enter_context(ray_session(uuid.uuid4().hex, address=None, verbose=False))
         import ray.data
 
-        ray.data.DataContext.get_current().enable_progress_bars = False
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.checkpoint_config = None  # that of a labelling run in the same process
         shared = ray.put(settings)
 
         def score(row: dict[str, str]) -> dict[str, bytes]:
-            return {"found": pickle.dumps(score_part(row["part"], **ray.get(shared)))}
+            try:
+                found: Evaluation | MaskMillError = score_part(row["part"], **ray.get(shared))
+            except MaskMillError as error:
+                found = error  # raised here, it would come back as text among Ray's own
+            return {"found": pickle.dumps(found)}
 
         work = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
         scored = work.map(score, num_cpus=0.25, compute=ray.data.TaskPoolStrategy(size=workers))
         for row in scored.iter_rows():
-            yield pickle.loads(row["found"])  # of our own task, a moment ago
+            found = pickle.loads(row["found"])  # of our own task, a moment ago
+            if isinstance(found, MaskMillError):
+                raise found
+            yield found

@@ -142,7 +142,7 @@ def run_labelling(
             # With GPUs Ray Data wants a number; enough rows that buckets of one image size fill up.
             batch_size=LARGEST_PART if compute.gpus else None,
             batch_format="pyarrow",
-            num_cpus=compute.cpus + (0.001 if not compute.gpus else 0),  # never fused with the decoding
+            num_cpus=compute.cpus,
             num_gpus=compute.gpus or None,
             compute=pool,
         )

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,11 +22,14 @@ from models.errors import MaskMillError
 from pipeline.evaluation import Evaluation, ImageScore
 from pipeline.metrics.calibration import binned
 from pipeline.metrics.statistics import summarise, summarise_classes
+from pipeline.storage import canonical_uri, is_remote
 from pipeline.tracking.redaction import command_line as command
+from pipeline.tracking.redaction import redact_tree
 
 SCHEMA_VERSION = 1
 EVALUATION_FILE, BENCHMARK_FILE = "evaluation.json", "benchmark.json"
-PICTURES = "pictures"
+PICTURES, ROWS, SCENES = "pictures", "rows", "scenes"
+_MARKER = ".maskmill-result"
 
 
 def evaluation_record(
@@ -107,30 +111,55 @@ def extremes(images: Sequence[ImageScore], count: int) -> tuple[list[ImageScore]
 
 
 def write_result(folder: Path, record: dict[str, Any]) -> Path:
-    """Write ``evaluation.json`` or ``benchmark.json``, by the record's kind; whole or not at all."""
+    """Write ``evaluation.json`` or ``benchmark.json``, by the record's kind; whole or not at all.
+
+    Passwords and keys within addresses are left out.
+    """
     target = folder / (EVALUATION_FILE if record["kind"] == "evaluation" else BENCHMARK_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    temporary.write_text(json.dumps(redact_tree(record), indent=1, allow_nan=False) + "\n")
     os.replace(temporary, target)
     return target
 
 
-def new_folder(output: Path | None, name: str, *, overwrite: bool) -> Path:
+def new_folder(output: str | Path | None, name: str, *, overwrite: bool) -> Path:
     """The folder for a result: the one asked for, or one of its own below ``results/``.
 
     Raises:
-        MaskMillError: ``output_exists`` if it holds a result already.
+        MaskMillError: ``output_remote`` for an address; ``output_exists`` if the folder holds a result
+            already; ``output_not_ours`` if it holds anything else.
     """
-    folder = output or Path("results") / f"{time.strftime('%Y%m%dT%H%M%S')}-{name}"
-    for file in (EVALUATION_FILE, BENCHMARK_FILE):
-        if (folder / file).exists() and not overwrite:
-            raise MaskMillError(
-                "output_exists",
-                f"{folder} holds a result already ({file}).",
-                "Name another --output, or say --overwrite.",
-            )
+    if output is not None and is_remote(canonical_uri(output)):
+        raise MaskMillError(
+            "output_remote",
+            f"{output} is not on this machine, and a result is a local folder.",
+            "Name a local --output; label tables may be anywhere (maskmill label, then evaluate --labels).",
+        )
+    folder = Path(output) if output else Path("results") / f"{time.strftime('%Y%m%dT%H%M%S')}-{name}"
+    held = [file for file in (EVALUATION_FILE, BENCHMARK_FILE) if (folder / file).exists()]
+    if held and not overwrite:
+        raise MaskMillError(
+            "output_exists",
+            f"{folder} holds a result already ({held[0]}).",
+            "Name another --output, or say --overwrite.",
+        )
+    if folder.is_dir() and any(folder.iterdir()) and not held and not (folder / _MARKER).exists():
+        raise MaskMillError(
+            "output_not_ours", f"{folder} holds other files.", "Name an empty or a new folder as --output."
+        )
     return folder
+
+
+def claim_folder(folder: Path, *, overwrite: bool) -> None:
+    """Make the folder and mark it as a result's; with ``overwrite`` take away what an earlier one left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _MARKER).write_text("The folder of a MaskMill result.\n")
+    if overwrite:
+        for name in (PICTURES, ROWS, SCENES):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in (EVALUATION_FILE, BENCHMARK_FILE):
+            (folder / name).unlink(missing_ok=True)
 
 
 def hardware() -> dict[str, Any]:

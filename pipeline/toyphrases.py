@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 
 from pipeline.toyworld import CLASSES
 
@@ -89,6 +90,5 @@ def auc(scores: NDArray[np.floating[Any]], truth: NDArray[np.bool_]) -> float:
     count = int(positive.sum())
     if count in (0, positive.size):
         return float("nan")
-    ranks = np.empty(scores.size)
-    ranks[np.argsort(scores, axis=None)] = np.arange(1, scores.size + 1)
+    ranks = rankdata(scores.ravel())
     return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (positive.size - count)))

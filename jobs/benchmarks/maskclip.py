@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,19 +15,22 @@ from rich.console import Console
 from jobs.benchmarks.rows import row
 from jobs.evaluate import EvaluateJob, evaluate, protocol_recipe
 from jobs.recipes import RECIPES, LabelRecipe, change_recipe
-from models.errors import MaskMillError
+from models.errors import FAILED_WORK, MaskMillError
 from pipeline.corruptions import CORRUPTIONS, LEVELS
 from pipeline.datasets.base import Dataset
-from pipeline.datasets.protocols import get_protocol
+from pipeline.datasets.protocols import PROTOCOLS, get_protocol
 from pipeline.datasets.registry import DATASETS, open_dataset
 from pipeline.published import PublishedTable, load_published
-from pipeline.results import EVALUATION_FILE
+from pipeline.results import EVALUATION_FILE, ROWS
 
 MODELS: Mapping[str, str] = {
     "ViT-B/16": "ViT-B-16-quickgelu",
     "RN50": "RN50-quickgelu",
     "RN50x16": "RN50x16-quickgelu",
 }
+FREE_SETTINGS = ("pretrained", "precision", "batch_size", "max_pixels")
+"""What may be set for all rows. Everything else is what makes a row the row, or is the protocol's."""
+
 METHODS: Mapping[str, dict[str, Any]] = {
     "unmodified CLIP": {"head": "plain"},
     "CLIP": {"head": "plain"},
@@ -85,6 +89,7 @@ def robustness(request: Request) -> Iterator[dict[str, Any]]:
     table = load_published("maskclip_robustness")
     known = {(figure.dataset, figure.model): figure for figure in table.figures()}
     names = list(request.datasets) or ["context59"]
+    _check(request, names=[name for name in PROTOCOLS if "seed" in PROTOCOLS[name]], rows=())
     for name in names:
         dataset, missing = _open(name, request)
         for model in _wanted(MODELS, request):
@@ -94,12 +99,15 @@ def robustness(request: Request) -> Iterator[dict[str, Any]]:
             ]
             for series, level, corruption in conditions:
                 figure = known.get((f"{name}/{corruption}", model)) if corruption else None
+                recipe = change_recipe(
+                    _seed_recipe(name, _recipe("MaskCLIP", model, request)), {"corruption": corruption}
+                )
                 values, lacking = _measure(
                     dataset,
-                    _recipe("MaskCLIP", model, request, corruption=corruption),
+                    recipe,
                     request,
                     slug=f"{name}-{_slug(model)}-{corruption.replace(':', '-') or 'clean'}",
-                    protocol="seed" if not corruption else "custom",
+                    protocol="custom" if corruption else None,
                     missing=missing,
                 )
                 rows.append(
@@ -113,7 +121,7 @@ def robustness(request: Request) -> Iterator[dict[str, Any]]:
                         missing=lacking,
                     )
                 )
-                if lacking and not values:
+                if dataset is None:
                     break  # what this row lacks the others lack as well
             yield {
                 "name": f"{name}-{_slug(model)}",
@@ -127,10 +135,17 @@ def robustness(request: Request) -> Iterator[dict[str, Any]]:
 
 def _table(table: PublishedTable, request: Request, *, extra: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """One section for each dataset of a published table, one row for each of its methods."""
-    settings = dict.fromkeys(column.dataset for column in table.columns)
+    settings = [
+        setting
+        for setting in dict.fromkeys(column.dataset for column in table.columns)
+        if setting.partition("/")[0] in DATASETS
+    ]
+    titles = [f"{line.method} ({line.model})" if line.model else line.method for line in table.rows]
+    names = [setting.partition("/")[0] for setting in settings]
+    _check(request, names=names, rows=[f"{title}@{name}" for title in titles for name in names])
     for setting in settings:
         name, _, task = setting.partition("/")
-        if name not in DATASETS or (request.datasets and name not in request.datasets):
+        if request.datasets and name not in request.datasets:
             continue
         columns = [i for i, column in enumerate(table.columns) if column.dataset == setting]
         metrics = [table.columns[i].metric for i in columns]
@@ -152,12 +167,14 @@ def _table(table: PublishedTable, request: Request, *, extra: Sequence[str] = ()
             if request.rows and not any(part in title for part in request.rows):
                 lacking = "not asked for" if _runs(method, model) else None
             elif f"{title}@{name}" in request.labels or _runs(method, model):
+                recipe = _recipe(method, model, request) if _runs(method, model) else None
                 values, lacking = _measure(
                     dataset,
-                    _recipe(method, model, request) if _runs(method, model) else None,
+                    # Zero-shot tables have classes of their own, so no protocol, but the seed's image size.
+                    _seed_recipe(name, recipe) if recipe is not None and task else recipe,
                     request,
                     slug=f"{name}{'-' + task if task else ''}-{_slug(title)}",
-                    protocol=None if task or table.protocol == "clipseg" else table.protocol,
+                    protocol=None if task else table.protocol,
                     labels=request.labels.get(f"{title}@{name}"),
                     zero_shot=name if task == "zero-shot" else None,
                     missing=missing,
@@ -184,14 +201,43 @@ def _table(table: PublishedTable, request: Request, *, extra: Sequence[str] = ()
         }
 
 
+def _check(request: Request, *, names: Sequence[str], rows: Sequence[str]) -> None:
+    """Refuse what the table does not know, and settings that would make its rows something else.
+
+    Raises:
+        MaskMillError: ``option_invalid``.
+    """
+    for flag, given, known in (
+        ("--root", request.roots, names),
+        ("--dataset", request.datasets, names),
+        ("--labels", request.labels, rows),
+        ("--weights", request.weights, ()),
+        ("--set", request.settings, FREE_SETTINGS),
+    ):
+        unknown = [name for name in given if name not in known]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            raise MaskMillError(
+                "option_invalid",
+                f"{flag} {unknown[0]}: this benchmark has no such thing.",
+                f"Did you mean {near[0]}?" if near else f"Possible here: {', '.join(known) or 'nothing'}.",
+            )
+
+
+def _seed_recipe(name: str, recipe: LabelRecipe) -> LabelRecipe:
+    """The recipe with what the seed protocol fixes for a dataset, background or not."""
+    without_background = {"context60": "context59", "voc21": "voc20"}
+    return protocol_recipe(recipe, get_protocol(without_background.get(name, name), "seed"))
+
+
 def _runs(method: str, model: str | None) -> bool:
     """Whether a row of a table is one that this project can make without training."""
     return method in METHODS and model in MODELS
 
 
-def _recipe(method: str, model: str | None, request: Request, corruption: str = "") -> LabelRecipe:
+def _recipe(method: str, model: str | None, request: Request) -> LabelRecipe:
     assert model is not None
-    changes = {"model": MODELS[model], **METHODS[method], **request.settings, "corruption": corruption}
+    changes = {"model": MODELS[model], **METHODS[method], **request.settings}
     return change_recipe(RECIPES["maskclip"], changes)
 
 
@@ -224,7 +270,7 @@ def _measure(
     """Figures of one row, or what it lacks. A row that was measured before is not measured again."""
     if dataset is None:
         return {}, missing
-    folder = request.folder / "rows" / slug
+    folder = request.folder / ROWS / slug
     job = EvaluateJob(
         dataset=dataset,
         labels=labels,
@@ -244,9 +290,15 @@ def _measure(
             request.console.print(f"[bold]{slug}[/bold]")
             record = evaluate(job, request.console)[1]
     except MaskMillError as error:
-        if error.code == "output_differs":
-            raise
+        if error.code in FAILED_WORK | {"output_differs"}:
+            raise  # the same command again may go on
         return {}, f"{error.code}: {error.message}"
+    images = record["images"]
+    if images["missing"] or images["failed"]:
+        lost = images["missing"] + images["failed"]
+        return {}, f"{lost:,} of {record['dataset']['images']:,} images have no labels in the table"
+    if labels is not None and protocol is not None and record["protocol"] != protocol:
+        return {}, f"the labels follow protocol {record['protocol']}, this table {protocol}"
     found = {metric: record["metrics"].get(metric) for metric in metrics}
     return {metric: [value] for metric, value in found.items() if value is not None}, None
 
@@ -255,6 +307,8 @@ def _earlier(
     folder: Path, dataset: Dataset, recipe: LabelRecipe | None, protocol: str | None
 ) -> dict[str, Any]:
     """The result of an earlier, interrupted run of the same benchmark."""
+    from models.weights import find_weights
+
     record: dict[str, Any] = json.loads((folder / EVALUATION_FILE).read_text())
     differs = ""
     if record["dataset"]["fingerprint"] != dataset.fingerprint():
@@ -262,8 +316,11 @@ def _earlier(
     elif recipe is not None:
         if protocol in ("seed", "unified"):
             recipe = protocol_recipe(recipe, get_protocol(dataset.name, protocol))
+        fingerprint = find_weights(recipe.model, recipe.pretrained).fingerprint
         if record["model"]["recipe"]["hash"] != recipe.hash:
             differs = "with another recipe"
+        elif record["model"]["weights"]["fingerprint"] != fingerprint:
+            differs = "with other weights"
     if differs:
         raise MaskMillError(
             "output_differs", f"{folder} was measured {differs}.", "Name another --output, or delete it."
@@ -277,9 +334,14 @@ def _note(dataset: Dataset | None, request: Request) -> str:
     if str(request.settings.get("pretrained", "")).startswith("random"):
         notes.append("Random weights: these figures prove that the path works, and mean nothing else.")
     if dataset is not None:
-        whole, count = DATASETS[dataset.name].official.get(dataset.split), len(dataset.samples)
-        part = f"{count:,} of the benchmark's {whole:,} images: not comparable with it."
-        notes.append(f"{count:,} images." if whole in (None, count) else part)
+        info, count = DATASETS[dataset.name], len(dataset.samples)
+        whole = info.official.get(info.default_split)
+        if dataset.split != info.default_split:
+            notes.append(f"Measured on {dataset.split}, not on {info.default_split}: not comparable.")
+        elif whole not in (None, count):
+            notes.append(f"{count:,} of the benchmark's {whole:,} images: not comparable with it.")
+        else:
+            notes.append(f"{count:,} images.")
     return " ".join(notes)
 
 

@@ -94,6 +94,10 @@ def test_a_recipe_labels_a_benchmark_first_and_the_same_command_does_not_overwri
         (["--recipe", "toy", "--dataset", "voc02"], "Did you mean voc2"),
         (["--recipe", "toy", "--dataset", "voc20", "--root", "/nowhere"], "dataset_missing"),
         (["--labels", "/nowhere", "--dataset", "toyworld"], "table_unreadable"),
+        (["--labels", "/nowhere", "--dataset", "toyworld", "--set", "head=plain"], "--set changes a recipe"),
+        (["--recipe", "toy", "--dataset", "toyworld", "--limit", "-1"], "--limit -1"),
+        (["--recipe", "toy", "--dataset", "toyworld", "--protocol", "seed"], "protocol_missing"),
+        (["--recipe", "toy", "--dataset", "phrasecut"], "clipseg-referring"),
         (["--recipe", "toy", "--dataset", "toyworld", "--tracking", "/a/folder"], "tracking_uri"),
     ],
 )

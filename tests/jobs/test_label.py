@@ -180,6 +180,22 @@ def test_a_table_is_never_mixed(
     assert sorted(path.name for path in (output / "labels").iterdir()) == before
 
 
+def test_overwriting_keeps_the_old_table_until_the_new_one_can_be_made(
+    maskmill: Run, labelled: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    listing, output, _ = labelled
+    mine = tmp_path / "table"
+    shutil.copytree(output, mine)
+    before = sorted(path.name for path in (mine / "labels").iterdir())
+    wrong = maskmill(*toy(listing, mine, "--overwrite", "--set", "pretrained=wieghts.pt"))
+    assert wrong.returncode == 2 and "wieghts.pt" in wrong.stderr
+    assert sorted(path.name for path in (mine / "labels").iterdir()) == before
+    done = maskmill(*toy(listing, mine, "--overwrite", "--set", "head=plain"))
+    assert done.returncode == 0, done.stderr
+    assert not set(before) & {path.name for path in (mine / "labels").iterdir()}
+    assert read_table(mine).num_rows == read_table(output).num_rows
+
+
 def test_foreign_folders_are_left_alone(maskmill: Run, toy_images: Path, tmp_path: Path) -> None:
     (tmp_path / "labels").mkdir()
     theirs = tmp_path / "labels" / "mine.parquet"

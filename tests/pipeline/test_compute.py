@@ -6,7 +6,7 @@ from models.errors import MaskMillError
 from pipeline.compute import LOCAL_SLOTS, plan_compute
 
 
-@pytest.mark.parametrize("cores", [1, 2, 4, 8, 16, 64])
+@pytest.mark.parametrize("cores", [1, 2, 3, 4, 5, 6, 8, 16, 20, 24, 28, 64])
 def test_local_cpus_are_filled_and_never_oversubscribed(cores: int) -> None:
     slots = max(LOCAL_SLOTS, 2 * cores)
     plan = plan_compute([(slots, 0)], cores=cores)
@@ -38,14 +38,32 @@ def test_gpus_get_one_actor_each_and_the_rest_decodes(
 
 
 @pytest.mark.parametrize(
-    "nodes", [[(2, 0)], [(3, 0)], [(4, 0)], [(8, 0)], [(100, 0)], [(0, 0), (2, 0), (2, 0)]]
+    "nodes",
+    [
+        [(2, 0)],
+        [(3, 0)],
+        [(4, 0)],
+        [(8, 0)],
+        [(100, 0)],
+        [(0, 0), (2, 0), (2, 0)],
+        [(4, 0)] * 2,
+        [(4, 0)] * 10,
+        [(2, 0)] * 4,
+        [(16, 0)] * 3,
+        [(8, 0)] * 10,
+        [(32, 0)] * 3,
+    ],
 )
 def test_cpu_clusters_move(nodes: list[tuple[float, float]]) -> None:
     plan = plan_compute(nodes, cores=None)
     cpus = sum(cpus for cpus, _ in nodes)
     assert plan.needed_cpus <= cpus
     assert plan.actors * plan.calls * plan.threads <= cpus
-    assert plan.cpus <= max(cpus for cpus, _ in nodes)  # an actor fits on a node
+    # Every actor has a place, and a task of each other stage one beside them.
+    free = [cpus for cpus, _ in nodes]
+    for demand in [plan.cpus] * plan.actors + [plan.task_cpus] * 2:
+        place = next(index for index, left in enumerate(free) if left >= demand)
+        free[place] -= demand
 
 
 @pytest.mark.parametrize("nodes", [[(1, 0)], [(0, 0)], [(1, 1)], [(4, 8)], [(64, 0), (0, 1)]])

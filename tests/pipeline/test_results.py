@@ -10,7 +10,7 @@ from models.errors import MaskMillError
 from pipeline.evaluation import Evaluation, ImageScore
 from pipeline.metrics.statistics import SegmentationStatistics
 from pipeline.report.result_files import read_results
-from pipeline.results import evaluation_record, extremes, new_folder, write_result
+from pipeline.results import claim_folder, evaluation_record, extremes, new_folder, write_result
 
 
 def record(groups: list[str | None]) -> dict:
@@ -74,8 +74,34 @@ def test_no_image_is_worst_and_best(scores: list, count: int, worst: list, best:
 
 
 def test_a_result_is_not_written_over_unless_asked(tmp_path: Path) -> None:
+    claim_folder(tmp_path, overwrite=False)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/old.png").write_bytes(b"old")
+    assert new_folder(tmp_path, "x", overwrite=False) == tmp_path  # an interrupted run goes on
     write_result(tmp_path, record([None] * 3))
     with pytest.raises(MaskMillError) as caught:
         new_folder(tmp_path, "x", overwrite=False)
     assert caught.value.code == "output_exists"
     assert new_folder(tmp_path, "x", overwrite=True) == tmp_path
+    claim_folder(tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == [".maskmill-result"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_other_files_are_left_alone(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "images.txt").write_text("mine")
+    with pytest.raises(MaskMillError) as caught:
+        new_folder(tmp_path, "x", overwrite=overwrite)
+    assert caught.value.code == "output_not_ours"
+
+
+def test_a_result_is_a_local_folder() -> None:
+    with pytest.raises(MaskMillError) as caught:
+        new_folder("s3://bucket/result", "x", overwrite=False)
+    assert caught.value.code == "output_remote"
+
+
+def test_no_password_of_an_address_gets_into_a_result(tmp_path: Path) -> None:
+    made = record([None] * 3)
+    made["model"]["weights"]["pretrained"] = "https://user:hunter22@host/weights.pt"
+    assert "hunter22" not in write_result(tmp_path, made).read_text()

@@ -45,4 +45,6 @@ def test_auc_is_that_of_scikit_learn() -> None:
     truth = rng.random(500) < 0.3
     scores = rng.random(500) + 0.2 * truth
     assert auc(scores, truth) == pytest.approx(roc_auc_score(truth, scores))
+    tied = np.round(scores, 1)
+    assert auc(tied, truth) == pytest.approx(roc_auc_score(truth, tied))
     assert np.isnan(auc(scores, np.zeros(500, bool)))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,29 @@ def test_every_table_has_its_sections(request_: Request, table: str, sections: i
     assert all(line["missing"] or line["published"] for section in made for line in section["rows"])
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"roots": {"voc02": "x"}}, "Did you mean voc20"),
+        ({"datasets": ["context"]}, "--dataset context"),
+        ({"labels": {"MaskCLIP+ (RN5)@voc20": "x"}}, "--labels"),
+        ({"weights": {"MaskCLIP (RN50)": "x"}}, "--weights"),
+        ({"settings": {"head": "plain"}}, "Possible here: pretrained"),
+    ],
+)
+def test_what_a_table_does_not_know_or_fixes_itself_is_refused(
+    request_: Request, change: dict, words: str
+) -> None:
+    with pytest.raises(MaskMillError, match=re.escape(words)):
+        list(maskclip.annotation_free(dataclasses.replace(request_, **change)))
+
+
+def test_all_levels_of_a_corruption_are_measured_at_the_size_of_the_protocol(request_: Request) -> None:
+    recipe = maskclip._seed_recipe("context59", maskclip._recipe("MaskCLIP", "ViT-B/16", request_))
+    assert recipe.scale == (520, 520)
+    assert maskclip._seed_recipe("context60", recipe).scale == (520, 520)
+
+
 def test_figures_of_a_protocol_stand_in_the_tables_of_that_protocol_only(request_: Request) -> None:
     for name, (_, build) in maskclip.TABLES.items():
         published = [
@@ -62,15 +86,13 @@ def test_a_row_is_measured_on_photographs_and_not_measured_twice(
     request = dataclasses.replace(
         request_,
         roots={"voc20": str(SUBSET)},
-        settings={"pretrained": "random:0", "scale": [64, 64]},
+        settings={"pretrained": "random:0"},
         rows=["MaskCLIP (ViT-B/16)"],
         datasets=["voc20"],
         limit=3,
     )
     (section,) = maskclip.annotation_free(request)
     rows = {line["name"]: line for line in section["rows"]}
-    # scale is not the protocol's, so the evaluation refuses to call it seed.
-    assert "protocols_differ" not in str(rows["MaskCLIP (ViT-B/16)"]["missing"])
     (value,) = rows["MaskCLIP (ViT-B/16)"]["values"]["miou"]["runs"]
     assert 0 <= value < 0.5 and "Random weights" in section["note"] and "not comparable" in section["note"]
     record = json.loads((request.folder / "rows/voc20-maskclip-vit-b-16/evaluation.json").read_text())
