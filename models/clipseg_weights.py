@@ -97,7 +97,6 @@ def load_clipseg(
                 "Pass clip=load_clip('ViT-B-16-quickgelu', 'openai'), or the CLIP it was trained on.",
             )
         decoder = read_decoder(path, extract_layers=extract_layers)
-        _check_clip(path, clip)
     else:
         settings_path, tensors_path = _hugging_face_files(str(weights), cache_dir)
         settings = _read_settings(settings_path)
@@ -107,7 +106,10 @@ def load_clipseg(
         decoder = _decoder_from_hugging_face(config, settings, tensors_path)
         if extract_layers is not None:
             decoder = _with_layers(decoder, extract_layers)
-    return ClipSeg(clip, decoder.to(dtype).eval())
+    model = ClipSeg(clip, decoder.to(dtype).eval())
+    if path.is_file():
+        _check_clip(path, clip)
+    return model
 
 
 # --- the decoder alone --------------------------------------------------------------------------------------
@@ -236,7 +238,12 @@ def _check_clip(path: Path, clip: Clip) -> None:
     """A decoder over another CLIP of the same shape gives wrong masks without a word."""
     told = _metadata(path)
     trained_on = told.get("clip_fingerprint")
-    if trained_on is not None and trained_on != clip.fingerprint:
+    # Seeded weights are told apart by their seed; the same model may go by several names.
+    same = [
+        part.split(":")[:2] if part.startswith("random:") else part
+        for part in (trained_on or "", clip.fingerprint)
+    ]
+    if trained_on is not None and same[0] != same[1]:
         raise MaskMillError(
             "clip_differs",
             f"{path} was trained on other weights of CLIP ({told.get('clip')}, {trained_on[:20]}) than those "

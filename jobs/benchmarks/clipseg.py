@@ -347,7 +347,7 @@ class _Bench:
         Raises:
             MaskMillError: ``output_differs`` if the earlier run was of something else.
         """
-        key = [*identity, self.request.limit, sorted(self.request.settings.items())]
+        key = [*identity, self.request.limit, str(self._settings["precision"])]
         file = self.request.folder / "rows" / f"{_slug(name)}.json"
         if file.exists():
             earlier = json.loads(file.read_text())
