@@ -17,7 +17,9 @@ from jobs.benchmarks import clipseg, maskclip
 from jobs.console import stderr_console
 from jobs.recipes import change_recipe, load_recipe
 from models.errors import MaskMillError
+from pipeline.report.results_page import write_report
 from pipeline.results import (
+    REPORT_FILE,
     SCHEMA_VERSION,
     claim_folder,
     command,
@@ -109,11 +111,12 @@ def run(job: BenchmarkJob, console: Console | None = None) -> int:
         claim_folder(folder, overwrite=job.overwrite)
         record = _record(job, folder, console)
         write_result(folder, record)
-        _print(record, console)
+        page = write_report([folder], folder / REPORT_FILE)
         log_result(tracker, folder)
+        _print(record, console)
     console.print(
         f"Result         {folder}/benchmark.json ({record['seconds']:.0f} s)\n"
-        f"Look at it:    maskmill report {folder}",
+        f"Look at it:    {page.resolve().as_uri()}",
         highlight=False,
         soft_wrap=True,
     )

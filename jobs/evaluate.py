@@ -25,8 +25,10 @@ from pipeline.evaluation import Evaluation, ImageScore, class_lookup, evaluate_t
 from pipeline.ontology import Ontology
 from pipeline.published import lookup as published_figures
 from pipeline.report.panels import panel
+from pipeline.report.results_page import write_report
 from pipeline.results import (
     PICTURES,
+    REPORT_FILE,
     SCENES,
     claim_folder,
     evaluation_record,
@@ -103,10 +105,11 @@ def run(job: EvaluateJob, console: Console | None = None) -> int:
         folder, record = evaluate(job, console)
         made = read_table_record(job.labels or str(folder / "labels"))
         tracker.log_params({"ontology": {"hash": made["ontology"]["hash"]}})
+        page = write_report([folder], folder / REPORT_FILE)
         log_result(tracker, folder)
         _print(record, console)
     console.print(
-        f"Result         {folder}/evaluation.json\nLook at it:    maskmill report {folder}",
+        f"Result         {folder}/evaluation.json\nLook at it:    {page.resolve().as_uri()}",
         highlight=False,
         soft_wrap=True,
     )

@@ -28,6 +28,7 @@ from pipeline.tracking.redaction import redact_tree
 
 SCHEMA_VERSION = 1
 EVALUATION_FILE, BENCHMARK_FILE = "evaluation.json", "benchmark.json"
+REPORT_FILE = "report.html"
 PICTURES, ROWS, SCENES = "pictures", "rows", "scenes"
 _MARKER = ".maskmill-result"
 
@@ -158,7 +159,7 @@ def claim_folder(folder: Path, *, overwrite: bool) -> None:
     if overwrite:
         for name in (PICTURES, ROWS, SCENES):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (EVALUATION_FILE, BENCHMARK_FILE):
+        for name in (EVALUATION_FILE, BENCHMARK_FILE, REPORT_FILE):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -66,9 +66,13 @@ def test_a_label_table_is_measured_against_masks_and_tracked(
     assert run.data.metrics["miou"] == pytest.approx(record["metrics"]["miou"])
     assert run.data.params["recipe.head"] == "value"
 
-    report = maskmill("report", tmp_path / "out")
-    assert report.returncode == 0, report.stderr
+    attached = {entry.path for entry in client.list_artifacts(run.info.run_id, "result")}
+    assert {"result/evaluation.json", "result/report.html", "result/pictures"} <= attached
+
     page = (tmp_path / "out/report.html").read_text()
+    assert (tmp_path / "out/report.html").as_uri() in done.stderr.replace("\n", "")
+    report = maskmill("report", tmp_path / "out")  # ours: may be written over
+    assert report.returncode == 0, report.stderr
     assert "ladybug" in page and "toy" in page
 
 
