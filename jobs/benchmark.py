@@ -105,6 +105,13 @@ def run(job: BenchmarkJob, console: Console | None = None) -> int:
             f"--limit {job.limit} --scenes {job.scenes}: there is no such number of images.",
             "Use --limit 0 for all, and --scenes 1 or more.",
         )
+    asked = ("roots", "labels", "weights", "settings", "rows", "datasets", "limit")
+    if job.name == TOYWORLD and any(getattr(job, name) for name in asked):
+        raise MaskMillError(
+            "option_invalid",
+            "The toy world's rows are fixed: only --seeds and --scenes change them.",
+            "Leave the other options out.",
+        )
     with open_tracker(job.tracking) as tracker:
         folder = new_folder(job.output, job.name, overwrite=job.overwrite)
         tracker.start("benchmark", job.name, params=_settings(job))

@@ -29,6 +29,8 @@ def test_a_benchmark_without_data_prints_what_is_missing_and_fails(tmp_path: Pat
         (BenchmarkJob(name="nothing"), "benchmark_unknown"),
         (BenchmarkJob(name="toyworld", seeds=1), "option_invalid"),
         (BenchmarkJob(name="toyworld", seeds=99), "option_invalid"),
+        (BenchmarkJob(name="toyworld", settings={"head": "plain"}), "option_invalid"),
+        (BenchmarkJob(name="toyworld", scenes=0), "option_invalid"),
     ],
 )
 def test_wrong_use(job: BenchmarkJob, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
