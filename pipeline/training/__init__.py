@@ -1,0 +1,1 @@
+"""Training on Ray Train: one loop, and the tasks that it trains."""
