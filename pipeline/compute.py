@@ -1,4 +1,4 @@
-"""Ray for a labelling run: start or join a cluster, and share its processors out among the stages."""
+"""Ray for a run: start or join a cluster, and share its processors out among the stages."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 from models.errors import MaskMillError
 from pipeline.lease import RUN_ID_VARIABLE
@@ -125,10 +126,26 @@ def plan_compute(nodes: Sequence[tuple[float, float]], *, cores: int | None) -> 
     return plan
 
 
+P = TypeVar("P", covariant=True)
+
+
+class Plan(Protocol[P]):
+    """How a run shares out what a cluster has; see ``plan_compute``."""
+
+    def __call__(self, nodes: Sequence[tuple[float, float]], *, cores: int | None) -> P:
+        """Raises ``cluster_too_small`` where more nodes are needed."""
+        ...
+
+
 @contextlib.contextmanager
 def ray_session(
-    run_id: str, *, address: str | None, verbose: bool, notice: Callable[[str], None] = lambda _text: None
-) -> Iterator[Compute]:
+    run_id: str,
+    *,
+    address: str | None,
+    verbose: bool,
+    notice: Callable[[str], None] = lambda _text: None,
+    plan: Plan[Any] = plan_compute,
+) -> Iterator[Any]:
     """Ray for the time of one run: the cluster that the environment names, or one of its own.
 
     Args:
@@ -137,6 +154,7 @@ def ray_session(
             and starts a local one otherwise.
         verbose: let Ray talk.
         notice: told what is being waited for.
+        plan: what is made of the nodes, and yielded.
 
     Raises:
         MaskMillError: ``cluster_unreachable``, or ``cluster_too_small`` if not enough nodes have joined a
@@ -178,7 +196,7 @@ def ray_session(
     # Ray puts a handler of its own in place, which ends the process without a word.
     signal.signal(signal.SIGTERM, on_terminate)
     try:
-        yield plan_compute(_nodes(), cores=cores) if local else _plan_when_joined(notice)
+        yield plan(_nodes(), cores=cores) if local else _plan_when_joined(plan, notice)
     finally:
         ray.shutdown()
 
@@ -191,15 +209,15 @@ def _nodes() -> list[tuple[float, float]]:
     return [(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
 
 
-def _plan_when_joined(notice: Callable[[str], None]) -> Compute:
-    """``plan_compute`` of a cluster, whose nodes may still be booting: a head alone has no CPUs for work."""
+def _plan_when_joined(plan: Plan[P], notice: Callable[[str], None]) -> P:
+    """The plan of a cluster, whose nodes may still be booting: a head alone has no CPUs for work."""
     import ray
 
     deadline = time.monotonic() + NODES_WAIT_S
     wanted = None
     while True:
         try:
-            plan = plan_compute(_nodes(), cores=None)
+            planned = plan(_nodes(), cores=None)
             break
         except MaskMillError:
             if time.monotonic() > deadline:
@@ -211,7 +229,7 @@ def _plan_when_joined(notice: Callable[[str], None]) -> Compute:
         time.sleep(1)
     if wanted is not None:
         ray.cancel(wanted, force=True)
-    return plan
+    return planned
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ Sample = dict[str, npt.NDArray[Any]]
 
 
 class Samples(Protocol):
-    """A set of training samples. Pickled once and sent to every process that loads: hold paths, not pixels."""
+    """A set of training samples. Sent to every process that loads: it holds paths, not pixels."""
 
     def order(self, epoch: int, seed: int) -> npt.NDArray[np.int64]:
         """Indices of the samples of one epoch, in order; repeats where classes are balanced.
@@ -56,7 +56,9 @@ class Task(Protocol):
         """The module, on its device; parameters that require a gradient are trained. Called once, first."""
         ...
 
-    def loss(self, module: nn.Module, batch: Mapping[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, module: nn.Module, batch: Mapping[str, Tensor], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of this worker's share of a batch, a mean over its samples, and figures to log.
 
         Args:

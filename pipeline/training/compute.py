@@ -1,0 +1,74 @@
+"""How a training run shares out a cluster: workers that train, and tasks that load samples for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from models.errors import MaskMillError
+
+LOAD_CPUS = 0.25
+"""Logical CPUs of one loading task: small, so that loading can always go on beside the workers."""
+
+
+@dataclass(frozen=True)
+class TrainingCompute:
+    """What a training run uses.
+
+    Attributes:
+        workers: training processes; 0 trains in the driver's process.
+        gpu: whether each of them has a GPU of its own.
+        worker_cpus: logical CPUs of each worker.
+        threads: CPU threads of each worker; 0 leaves torch's choice.
+        loaders: loading tasks at a time, for each worker.
+    """
+
+    workers: int
+    gpu: bool
+    worker_cpus: float
+    threads: int
+    loaders: int
+
+
+def plan_training(
+    nodes: Sequence[tuple[float, float]], *, cores: int | None, workers: int | None
+) -> TrainingCompute:
+    """Share out what a cluster has.
+
+    Args:
+        nodes: (logical CPUs, GPUs) of each node that is alive.
+        cores: real cores of this machine if Ray was started here for this run alone, else None.
+        workers: how many are asked for; None takes one for each GPU, else the driver's process alone here
+            and one worker on a cluster.
+
+    Raises:
+        MaskMillError: ``cluster_too_small``.
+    """
+    cpus, gpus = sum(node[0] for node in nodes), int(sum(node[1] for node in nodes))
+    gpu = gpus > 0
+    if workers is None:
+        workers = gpus if gpus > 1 else (0 if cores is not None else 1)
+    if gpu and workers > gpus:
+        raise MaskMillError(
+            "cluster_too_small",
+            f"{workers} workers need as many GPUs; the cluster has {gpus}.",
+            f"Ask for --workers {gpus}, or add GPUs.",
+        )
+    share = max(1, workers)
+    if not gpu:
+        whole = sum(int(node[0]) for node in nodes)
+        if workers > whole or cpus < workers + 2 * LOAD_CPUS:
+            raise MaskMillError(
+                "cluster_too_small",
+                f"{workers} workers need {workers + 2 * LOAD_CPUS:g} CPUs with their loading; the cluster "
+                f"has {cpus:g} on {len(nodes)} node(s).",
+                "Ask for fewer --workers, or add CPUs.",
+            )
+    real = float(cores if cores is not None else cpus)
+    widest = cores if cores is not None else max((node[0] for node in nodes), default=1)
+    threads = 0 if gpu else max(1, min(int(real) // share, int(widest)))
+    # GPUs wait for decoding: all CPUs but one a worker load. On CPUs training itself is the bottleneck.
+    loaders = max(1, int((real - share) / share)) if gpu else max(1, int(real) // (2 * share))
+    return TrainingCompute(
+        workers, gpu, 1.0 if not gpu or cpus > 2 * share else 0.5, threads, min(loaders, 16)
+    )
