@@ -8,11 +8,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from models.errors import FAILED_WORK, MaskMillError
+
+if TYPE_CHECKING:
+    from jobs.recipes import LabelRecipe
+    from pipeline.ontology import Ontology
 
 
 def label(
@@ -22,7 +26,8 @@ def label(
     output: str,
     classes: str | None = None,
     ontology: str | None = None,
-    recipe: str = "maskclip",
+    recipe: str | None = None,
+    model: str | None = None,
     settings: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="set", metavar="KEY=VALUE")
     ] = (),
@@ -45,7 +50,9 @@ def label(
         output: folder (or s3://… prefix) for the label table.
         classes: class names between commas: "cat, dog, grass". Everything else becomes "background".
         ontology: YAML file of classes, or a built-in name (voc21, context59, …), instead of --classes.
-        recipe: named recipe or YAML file: every knob that changes the labels.
+        recipe: named recipe or YAML file: every knob that changes the labels; default: maskclip.
+        model: a trained student (the --output of maskmill train) instead of --recipe; without --classes and
+            --ontology it labels with the classes that it was trained for.
         settings: change one knob of the recipe; may be repeated.
         background: with --no-background every pixel gets one of the classes of --classes.
         min_confidence: pixels less sure than this (0 to 1) become "ignore" (255).
@@ -57,25 +64,28 @@ def label(
         verbose: show what Ray says.
     """
     from jobs.label import LabelJob, run, with_min_confidence
-    from jobs.recipes import load_recipe
     from pipeline.ontology import Ontology, load_ontology, parse_classes
 
     source = _exactly_one("--images", images, "--manifest", manifest)
-    _exactly_one("--classes", classes, "--ontology", ontology)
     for flag, value in (("--min-confidence", min_confidence), ("--max-failure-rate", max_failure_rate)):
         if value is not None and not 0 <= value <= 1:
             raise MaskMillError(
                 "wrong_use", f"{flag} {value} is not between 0 and 1.", "Give a share, such as 0.05."
             )
-    chosen = with_min_confidence(load_recipe(recipe, settings), min_confidence)
-    templates = "toyworld" if chosen.model == "toyclip" else "openai85"
+    chosen, own = _labelling_recipe(recipe, model, settings)
+    chosen = with_min_confidence(chosen, min_confidence)
+    if own is None or classes is not None or ontology is not None:
+        _exactly_one("--classes", classes, "--ontology", ontology)
+    templates = "toyworld" if chosen.model == "toyclip" else own.templates if own else "openai85"
     if classes is not None:
         wanted = parse_classes(classes, background="default" if background else None, templates=templates)
-    else:
-        assert ontology is not None
+    elif ontology is not None:
         wanted = load_ontology(ontology)
         if not background:
             wanted = Ontology.from_dict(wanted.to_dict() | {"background": None})
+    else:
+        assert own is not None
+        wanted = own
     return run(
         LabelJob(
             source=source,
@@ -126,13 +136,16 @@ def demo(*, output: Path = Path("demo"), images: int = 240, size: int = 128, see
 
 
 def recipes() -> int:
-    """List the recipes with every field."""
+    """List the recipes with every field: those of label, and those of train."""
     import yaml
 
-    from jobs.recipes import RECIPES
+    from jobs.recipes import LABEL_RECIPES
+    from jobs.train_recipes import MASKCLIP_PLUS_RECIPES
 
-    for recipe in RECIPES.values():
-        print(yaml.safe_dump({recipe.name: recipe.to_dict()}, sort_keys=False))
+    books: dict[str, Any] = {"label": LABEL_RECIPES, "train maskclip-plus": MASKCLIP_PLUS_RECIPES}
+    for command, book in books.items():
+        fields = {recipe.name: recipe.to_dict() for recipe in book.recipes.values()}
+        print(yaml.safe_dump({command: fields}, sort_keys=False))
     return 0
 
 
@@ -145,6 +158,7 @@ def evaluate(
     *,
     labels: str | None = None,
     recipe: str | None = None,
+    model: str | None = None,
     settings: Settings = (),
     dataset: str | None = None,
     root: str | None = None,
@@ -168,6 +182,7 @@ def evaluate(
     Args:
         labels: a label table, the --output of maskmill label.
         recipe: label the benchmark's images with this recipe first, instead of --labels.
+        model: label them with this student (the --output of maskmill train) first, instead of --labels.
         settings: change one knob of the recipe; may be repeated.
         dataset: a benchmark by name; see maskmill datasets.
         root: its folder (a path, or s3://…).
@@ -188,12 +203,10 @@ def evaluate(
         address: of a Ray cluster for labelling.
         verbose: show what Ray says.
     """
-    from jobs.evaluate import EvaluateJob, read_table_record, run
-    from jobs.recipes import load_recipe
-    from pipeline.datasets.registry import open_dataset
-    from pipeline.ontology import Ontology, load_ontology
+    from jobs.evaluate import EvaluateJob, run
+    from pipeline.ontology import load_ontology
 
-    _exactly_one("--labels", labels, "--recipe", recipe, command="evaluate")
+    _exactly_one("--labels", labels, "--recipe or --model", recipe or model, command="evaluate")
     _exactly_one("--dataset", dataset, "--images", images, command="evaluate")
     for useless, without in (
         (settings and labels, "--set changes a recipe; it says nothing about --labels"),
@@ -204,41 +217,17 @@ def evaluate(
     ):
         if useless:
             raise MaskMillError("wrong_use", f"{without}.", "See maskmill evaluate --help.")
-    opened: Any = None
     classes = load_ontology(ontology) if ontology is not None else None
-    if dataset in ("pairs", "coco-json"):
-        options = {"ontology": classes} if classes is not None else {}
-        opened = open_dataset(dataset, root=root, split=split, **options)
-    elif dataset == "phrasecut":
-        raise MaskMillError(
-            "wrong_use",
-            "PhraseCut asks for phrases, not for classes.",
-            "Run maskmill benchmark clipseg-referring.",
-        )
-    elif dataset is not None:
-        if classes is not None and labels is not None:
-            raise MaskMillError("wrong_use", "--labels have an ontology already.", "Leave --ontology out.")
-        opened = open_dataset(dataset, root=root, split=split)
-    else:
-        if truth is None or (classes is None and labels is None):
-            raise MaskMillError(
-                "wrong_use",
-                "--images needs --truth, and an --ontology unless --labels has one.",
-                "See maskmill evaluate --help.",
-            )
-        if classes is None:
-            assert labels is not None
-            known = read_table_record(labels)["ontology"]
-            classes = Ontology.from_dict({k: v for k, v in known.items() if k not in ("hash", "names")})
-        opened = open_dataset("pairs", images=images, masks=truth, ontology=classes)
+    opened = _truth(dataset, root, split, images, truth, classes, labels)
     if limit:
         opened = dataclasses.replace(opened, samples=opened.samples[:limit])
+    chosen, _ = _labelling_recipe(recipe, model, settings) if labels is None else (None, None)
     return run(
         EvaluateJob(
             dataset=opened,
             labels=labels,
-            recipe=load_recipe(recipe, settings) if recipe is not None else None,
-            ontology=classes if recipe is not None else None,
+            recipe=chosen,
+            ontology=classes if labels is None else None,
             protocol=protocol,
             zero_shot=zero_shot,
             output=output,
@@ -377,9 +366,105 @@ def track(*, flush: tyro.conf.FlagCreatePairsOff[bool] = False, tracking: str | 
     return run(send=flush, tracking=tracking)
 
 
+def train_maskclip_plus(
+    *,
+    labels: str,
+    output: str,
+    recipe: str = "maskclip-plus-voc20",
+    settings: Settings = (),
+    ontology: str | None = None,
+    unseen: str | None = None,
+    dataset: str | None = None,
+    root: str | None = None,
+    split: str | None = None,
+    images: str | None = None,
+    truth: str | None = None,
+    workers: int | None = None,
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+    register: str | None = None,
+    tracking: str | None = None,
+    system_metrics: tyro.conf.FlagCreatePairsOff[bool] = False,
+    address: str | None = None,
+    verbose: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(aliases=["-v"])] = False,
+) -> int:
+    """Train a student on a label table: MaskCLIP+.
+
+    The same command again goes on after a crash, from the last checkpoint.
+
+    Args:
+        labels: the teacher's label table, the --output of maskmill label.
+        output: folder (or s3://… prefix) for the student, its checkpoints and its page; on a cluster one that
+            all nodes reach.
+        recipe: named recipe or YAML file (maskmill recipes lists them).
+        settings: change one knob of the recipe: iterations=500, loop.batch_size=8; may be repeated.
+        ontology: classes to train, YAML file or built-in name; default: those of --labels.
+        unseen: classes whose truth is withheld: "cow, motorbike", or a zero-shot split (voc20, …); needs truth.
+        dataset: truth for the seen classes: a benchmark by name (maskmill datasets), of the same images.
+        root: its folder (a path, or s3://…).
+        split: part of it.
+        images: your own images, with --truth, instead of --dataset.
+        truth: folder of masks (PNG, values are class ids, 255 is ignored) for --images.
+        workers: training processes; default: one for each GPU, else this process alone.
+        overwrite: delete the run that is in --output and train anew.
+        register: put the student into MLflow's model registry under this name, as its challenger.
+        tracking: MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db; off: none.
+        system_metrics: track the load of this machine as well.
+        address: of a Ray cluster; default: the one that RAY_ADDRESS names, else this machine alone.
+        verbose: show what Ray says.
+    """
+    from jobs.maskclip_plus import MaskClipPlusJob, run
+    from jobs.train import TrainOptions
+    from jobs.train_recipes import MASKCLIP_PLUS_RECIPES
+    from pipeline.ontology import load_ontology
+
+    chosen = MASKCLIP_PLUS_RECIPES.load(recipe, settings)
+    if unseen is not None:
+        names = tuple(dict.fromkeys(name.strip() for name in unseen.split(",") if name.strip()))
+        chosen = MASKCLIP_PLUS_RECIPES.change(chosen, {"form": "zero-shot", "unseen": names})
+    if workers is not None and workers < 0:
+        raise MaskMillError("wrong_use", f"--workers {workers} is no number of processes.", "Give 0 or more.")
+    classes = load_ontology(ontology) if ontology is not None else None
+    opened = None
+    if dataset is not None or images is not None or truth is not None:
+        _exactly_one("--dataset", dataset, "--images", images, command="train maskclip-plus")
+        given = None if dataset is not None else labels
+        opened = _truth(dataset, root, split, images, truth, classes if dataset is None else None, given)
+    return run(
+        MaskClipPlusJob(
+            labels=labels,
+            recipe=chosen,
+            ontology=classes,
+            truth=opened,
+            options=TrainOptions(
+                output=output,
+                overwrite=overwrite,
+                workers=workers,
+                address=address,
+                tracking=tracking,
+                system_metrics=system_metrics,
+                register_as=register,
+                verbose=verbose,
+            ),
+        )
+    )
+
+
+def train(arguments: Annotated[tuple[str, ...], tyro.conf.Positional] = (), /) -> int:
+    """Train a model on labels; see maskmill train --help for what can be trained.
+
+    Args:
+        arguments: what to train, and its options.
+    """
+    raise AssertionError("main gives these arguments to TRAINERS")
+
+
+TRAINERS: dict[str, Callable[..., int]] = {"maskclip-plus": train_maskclip_plus}
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "label": label,
     "show": show,
+    "train": train,
     "evaluate": evaluate,
     "benchmark": benchmark,
     "report": report,
@@ -394,12 +479,16 @@ COMMANDS: dict[str, Callable[..., int]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; ends the process with the exit status."""
     signal.signal(signal.SIGTERM, _interrupt)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    commands, prog = COMMANDS, "maskmill"
+    description = "Images and class names in; a segmentation dataset and a trained model out."
+    if given[:1] == ["train"]:
+        commands, prog, given = TRAINERS, "maskmill train", given[1:]
+        description = "Train a model on labels, on this machine or a Ray cluster."
     try:
+        # One trainer alone would not be a choice to tyro.
         status: Any = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="maskmill",
-            description="Images and class names in, a segmentation dataset out.",
-            args=arguments,
+            commands, prog=prog, description=description, args=given
         )
     except MaskMillError as error:
         print(f"maskmill: {error}", file=sys.stderr)
@@ -413,6 +502,63 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _interrupt(_signal: int, _frame: FrameType | None) -> None:
     """A polite request to end is treated as Ctrl-C: the run stops cleanly and can be taken up."""
     raise KeyboardInterrupt
+
+
+def _labelling_recipe(
+    recipe: str | None, model: str | None, settings: Sequence[str]
+) -> tuple[LabelRecipe, Ontology | None]:
+    """How to label, and the classes that go with it, if it has some of its own."""
+    from jobs.recipes import LABEL_RECIPES
+
+    if model is None:
+        return LABEL_RECIPES.load(recipe or LABEL_RECIPES.default, settings), None
+    if recipe is not None:
+        raise MaskMillError(
+            "wrong_use", "--recipe says which CLIP labels, --model which student.", "Give one of them."
+        )
+    from jobs.labellers import student_recipe
+
+    return student_recipe(model, settings)
+
+
+def _truth(
+    dataset: str | None,
+    root: str | None,
+    split: str | None,
+    images: str | None,
+    truth: str | None,
+    classes: Ontology | None,
+    labels: str | None,
+) -> Any:
+    """Images with masks: a benchmark by name, or a folder of each."""
+    from jobs.evaluate import read_table_record
+    from pipeline.datasets.registry import open_dataset
+    from pipeline.ontology import Ontology
+
+    if dataset in ("pairs", "coco-json"):
+        options = {"ontology": classes} if classes is not None else {}
+        return open_dataset(dataset, root=root, split=split, **options)
+    if dataset == "phrasecut":
+        raise MaskMillError(
+            "wrong_use",
+            "PhraseCut asks for phrases, not for classes.",
+            "Run maskmill benchmark clipseg-referring.",
+        )
+    if dataset is not None:
+        if classes is not None and labels is not None:
+            raise MaskMillError("wrong_use", "--labels have an ontology already.", "Leave --ontology out.")
+        return open_dataset(dataset, root=root, split=split)
+    if truth is None or (classes is None and labels is None):
+        raise MaskMillError(
+            "wrong_use",
+            "--images needs --truth, and an --ontology unless --labels has one.",
+            "See maskmill evaluate --help.",
+        )
+    if classes is None:
+        assert labels is not None
+        known = read_table_record(labels)["ontology"]
+        classes = Ontology.from_dict({k: v for k, v in known.items() if k not in ("hash", "names")})
+    return open_dataset("pairs", images=images, masks=truth, ontology=classes)
 
 
 def _pairs(flag: str, given: Sequence[str], *, last: bool = True) -> dict[str, str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -83,6 +83,69 @@ class LabelDisplay:
 
     def _say(self, text: str) -> None:
         self._console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)
+
+
+class TrainDisplay:
+    """Shows the progress of a training run.
+
+    Args:
+        console: where to; a console that is no terminal gets plain lines.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._total = 0
+        self._last_line = time.monotonic()
+        self._bar: Bar | None = None
+        if console.is_terminal:
+            self._bar = Bar(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
+            )
+            self._task = self._bar.add_task("starting", total=None, figures="")
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """Keep the display on screen."""
+        if self._bar is None:
+            yield
+            return
+        with self._bar:
+            yield
+
+    def begin(self, total: int, stage: str) -> None:
+        """From now on steps out of ``total`` are counted."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
+        self.stage(stage)
+
+    def stage(self, text: str) -> None:
+        """Say what is being waited for."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+        else:
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        stamp = "" if self._bar is not None else f"{time.strftime('%H:%M:%S')} "
+        self._console.print(f"{stamp}{text}", highlight=False, soft_wrap=True)
+
+    def update(self, line: Mapping[str, Any]) -> None:
+        """Show a line of ``metrics.jsonl``; in a log only every ``LOG_EVERY_S`` seconds."""
+        rate = line.get("samples_per_second")
+        figures = f"loss {line['loss']:.3f}" + (f", {rate:.1f} samples/s" if rate else "")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=line["step"], description="training", figures=figures)
+        elif time.monotonic() - self._last_line >= LOG_EVERY_S or line["step"] == self._total:
+            self._last_line = time.monotonic()
+            self.say(f"step {line['step']}/{self._total}, {figures}")
 
 
 def duration(seconds: float) -> str:

@@ -153,6 +153,42 @@ def curve(
     return _svg(left + width + right, base + 22, label, parts)
 
 
+def trace(points: Sequence[Point], *, label: str, marks: Sequence[float] = ()) -> Markup:
+    """A line through many measurements, such as a loss by step.
+
+    Args:
+        points: by x, at least two.
+        label: what it shows, for those who cannot see it.
+        marks: positions on the x axis that are drawn as dashed lines.
+    """
+    left, right, above, height, width = 44, 12, 8, 120, 280
+    base = above + height
+    first, span = points[0].x, (points[-1].x - points[0].x) or 1.0
+    values = [point.y for point in points]
+    bottom = min(0.0, min(values))
+    top = max(nice_top(max(values)), bottom + 1e-9)
+
+    def at_x(value: float) -> float:
+        return left + width * (value - first) / span
+
+    def at_y(value: float) -> float:
+        return base - height * (value - bottom) / (top - bottom)
+
+    parts = []
+    for tick in (bottom, (bottom + top) / 2, top):
+        parts.append(_line(left, at_y(tick), left + width, at_y(tick), "grid"))
+        parts.append(_text(left - 6, at_y(tick) + 4, f"{tick:.3g}", "end"))
+    for x, anchor in ((first, "start"), (points[-1].x, "end")):
+        parts.append(_text(at_x(x), base + 16, f"{x:g}", anchor))
+    for mark in marks:
+        if first < mark < points[-1].x:
+            parts.append(_line(at_x(mark), above, at_x(mark), base, "reference"))
+    # More points than pixels would only make the page large.
+    every = max(1, len(points) // (2 * width))
+    parts.append(_path(points[::every], at_x, at_y, "main"))
+    return _svg(left + width + right, base + 22, label, parts)
+
+
 def matrix_picture(shares: NDArray[np.float64], label: str) -> Markup:
     """A confusion matrix of many classes: one pixel for each pair, ids along both sides.
 

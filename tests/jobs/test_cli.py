@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from jobs.recipes import RECIPES, recipe_from_dict
+from jobs.train_recipes import MASKCLIP_PLUS_RECIPES
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -15,7 +16,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 def test_help_names_every_command(maskmill: Run) -> None:
     done = maskmill("--help")
     assert done.returncode == 0
-    for command in ("label", "show", "demo", "recipes"):
+    for command in ("label", "show", "train", "evaluate", "demo", "recipes"):
         assert command in done.stdout
 
 
@@ -31,7 +32,28 @@ def test_label_help_explains_every_flag(maskmill: Run) -> None:
 
 def test_recipes_are_printed_whole(maskmill: Run) -> None:
     printed = yaml.safe_load(maskmill("recipes").stdout)
-    assert {name: recipe_from_dict(fields) for name, fields in printed.items()} == dict(RECIPES)
+    labelling = {name: recipe_from_dict(fields) for name, fields in printed["label"].items()}
+    assert labelling == dict(RECIPES)
+    training = printed["train maskclip-plus"]
+    assert {name: MASKCLIP_PLUS_RECIPES.from_dict(fields) for name, fields in training.items()} == dict(
+        MASKCLIP_PLUS_RECIPES.recipes
+    )
+
+
+def test_train_help_names_what_can_be_trained(maskmill: Run) -> None:
+    assert "maskclip-plus" in maskmill("train", "--help").stdout
+    text = maskmill("train", "maskclip-plus", "--help", COLUMNS="200").stdout
+    for flag in (
+        "--labels",
+        "--output",
+        "--recipe",
+        "--set",
+        "--unseen",
+        "--dataset",
+        "--workers",
+        "--register",
+    ):
+        assert flag in text
 
 
 @pytest.mark.parametrize(

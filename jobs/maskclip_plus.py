@@ -1,0 +1,360 @@
+"""``maskmill train maskclip-plus``: a label table → a student, better and faster than its teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+
+from jobs.evaluate import read_table_record
+from jobs.labellers import embed_names
+from jobs.train import Finished, Prepared, TrainOptions, run_training, versions
+from jobs.train_recipes import MaskClipPlusRecipe
+from models.deeplab import DeepLab, StudentConfig, load_backbone_weights
+from models.errors import MaskMillError
+from models.text import TextClassifier
+from pipeline.datasets.base import Dataset
+from pipeline.datasets.zeroshot import SPLITS
+from pipeline.ontology import Ontology
+from pipeline.stages import ImageSettings
+from pipeline.student import RECORD_FILE, WEIGHTS_FILE, write_student_folder
+from pipeline.tracking.tracker import TrackedDataset
+from pipeline.training.samples_table import TableSamples, open_table_samples
+from pipeline.training.selftrain import MaskClipPlus, SelfTrainSettings, guessable_classifier
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from models.maskclip import MaskClip
+    from pipeline.training.checkpoints import Checkpoint
+
+COLLAPSED = "self_training_collapsed"
+OWN_ENTRIES = (
+    "checkpoints", "metrics.jsonl", RECORD_FILE, WEIGHTS_FILE, "preview.png", "report.html",
+)  # fmt: skip
+"""What a run makes in its output, and what ``overwrite`` may delete."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskClipPlusJob:
+    """Everything that a training of MaskCLIP+ is asked for.
+
+    Attributes:
+        labels: the teacher's label table.
+        recipe: how to train.
+        options: where to, and on what.
+        ontology: the student's classes; None takes the table's.
+        truth: images and masks of the same images, for the zero-shot form; None is annotation-free.
+    """
+
+    labels: str
+    recipe: MaskClipPlusRecipe
+    options: TrainOptions
+    ontology: Ontology | None = None
+    truth: Dataset | None = None
+
+
+def run(job: MaskClipPlusJob, console: Console | None = None) -> int:
+    """Train a student and write its folder. Returns the exit status; see ``jobs.train.run_training``."""
+    return run_training(
+        "maskclip-plus",
+        job.options,
+        functools.partial(_prepare, job),
+        result_file=RECORD_FILE,
+        own_entries=OWN_ENTRIES,
+        console=console,
+    )
+
+
+def _prepare(job: MaskClipPlusJob) -> Prepared:
+    from models.weights import find_weights
+
+    recipe = job.recipe
+    table = read_table_record(job.labels)
+    ontology = job.ontology or _recorded_ontology(table)
+    unseen = unseen_ids(recipe.unseen, ontology)
+    needs_truth = recipe.form != "annotation-free" or recipe.void_from_truth
+    if needs_truth and job.truth is None:
+        raise MaskMillError(
+            "wrong_use",
+            f"Recipe {recipe.name} ({recipe.form}) trains with truth, and none is given.",
+            "Give --dataset NAME --root DIR (maskmill datasets lists them), or --images and --truth.",
+        )
+    if job.truth is not None and not needs_truth:
+        raise MaskMillError(
+            "wrong_use",
+            f"Recipe {recipe.name} is annotation-free: it has no use for the truth of {job.truth.name}.",
+            "Leave it out, or name the classes whose truth to withhold: --unseen 'cow, motorbike'.",
+        )
+    text_weights = table["weights"].get("text", table["weights"])
+    source = find_weights(text_weights["model"], text_weights["pretrained"])
+    if source.fingerprint != text_weights["fingerprint"]:
+        raise MaskMillError(
+            "text_weights_differ",
+            f"{job.labels} was labelled with other weights of {text_weights['model']} "
+            f"({text_weights['fingerprint'][:12]}, here {source.fingerprint[:12]}).",
+            "Put the same weights in place: the student's last layer is this CLIP's text tower.",
+        )
+    text = embed_names(source, ontology, "fp32")
+    if recipe.student.learned_background:
+        text = _without_background(text, ontology)
+    config = dataclasses.replace(recipe.student, embed_dim=text.embeddings.shape[1])
+    make_student = functools.partial(
+        build_student,
+        config,
+        text.embeddings.numpy(),
+        text.class_ids.numpy(),
+        text.num_classes,
+        recipe.backbone_weights,
+    )
+    make_student()  # what is wrong with it shows here
+    samples = open_table_samples(
+        job.labels,
+        ontology=ontology,
+        augment=recipe.augment,
+        truth=job.truth,
+        unseen_ids=unseen,
+        repeat_threshold=recipe.repeat_threshold,
+        min_quality=recipe.min_quality,
+        void_from_truth=recipe.void_from_truth,
+    )
+    guessable = {"annotation-free": None, "zero-shot": tuple(unseen), "supervised": ()}[recipe.form]
+    settings = dataclasses.replace(recipe.selftrain, guessable=guessable)
+    make_teacher = None
+    if settings.teacher == "online":
+        make_teacher = functools.partial(
+            build_teacher, table["recipe"], text.embeddings.numpy(), text.class_ids.numpy(),
+            text.num_classes, _text_ids(settings, ontology, recipe.student),
+        )  # fmt: skip
+    make_task = functools.partial(
+        MaskClipPlus,
+        ontology.names,
+        settings,
+        make_student,
+        make_teacher=make_teacher,
+        class_frequencies=samples.class_frequencies().tolist(),
+    )
+    make_task()
+    record = {
+        "teacher": {
+            "recipe": table["recipe"],
+            "weights": table["weights"],
+            "labels": job.labels,
+            "counts": table["counts"],
+        },
+        "text": {name: text_weights[name] for name in ("model", "pretrained", "fingerprint")}
+        | {"precision": "fp32"},
+        "recipe": recipe.to_dict() | {"hash": recipe.hash},
+    }
+    table_hash = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+    truth = "" if job.truth is None else f", truth of {job.truth.name} for the others"
+    count = ontology.num_classes
+    guessed = f"all {count}" if guessable is None else f"{len(guessable)} of {count}"
+    toy = " (a toy)" if config.backbone == "light" else ""
+    return Prepared(
+        make_task=make_task,
+        samples=samples,
+        settings=recipe.loop,
+        identity={
+            "recipe": recipe.hash,
+            "classes": ontology.hash,
+            "labels": table_hash,
+            "truth": None if job.truth is None else job.truth.fingerprint(),
+        },
+        announcement=(
+            f"Training {config.decoder} ({config.backbone} backbone){toy}, {recipe.loop.iterations:,} steps of "
+            f"{recipe.loop.batch_size} crops from {samples.num_images:,} labelled images; "
+            f"{guessed} classes are guessed{truth} → {job.options.output}"
+        ),
+        params={"recipe": record["recipe"], "teacher": {"weights": table["weights"]}, "labels": job.labels},
+        dataset=TrackedDataset(
+            job.labels,
+            table_hash,
+            source=job.labels,
+            profile={"images": samples.num_images, "classes": ontology.num_classes},
+            context="training",
+        ),
+        finish=functools.partial(_finish, job, ontology, make_student, samples, record, unseen),
+        log_model=functools.partial(_log_model, job.options),
+        fallback=COLLAPSED,
+    )
+
+
+def unseen_ids(unseen: Sequence[str], ontology: Ontology) -> tuple[int, ...]:
+    """Ids of the classes whose truth is withheld.
+
+    Args:
+        unseen: class names, or the name of one zero-shot split.
+        ontology: the classes.
+
+    Raises:
+        MaskMillError: ``class_unknown``.
+    """
+    if len(unseen) == 1 and unseen[0] in SPLITS and unseen[0] not in ontology.names:
+        unseen = SPLITS[unseen[0]].unseen
+    absent = [name for name in unseen if name not in ontology.names]
+    if absent:
+        raise MaskMillError(
+            "class_unknown",
+            f"Of the unseen classes, {', '.join(absent)} are not among those to train with.",
+            f"Known: {', '.join(ontology.names[:30])}; or a zero-shot split: {', '.join(SPLITS)}.",
+        )
+    return tuple(sorted({ontology.names.index(name) for name in unseen}))
+
+
+def build_student(
+    config: StudentConfig,
+    embeddings: np.ndarray,
+    class_ids: np.ndarray,
+    num_classes: int,
+    backbone_weights: str,
+) -> DeepLab:
+    """A student as training begins, its random weights a function of torch's seed.
+
+    Args:
+        config: see ``models.deeplab``.
+        embeddings: (P, D) float32; see ``models.text.TextClassifier``, as for the next two.
+        class_ids: (P,) int64.
+        num_classes: C.
+        backbone_weights: see ``models.backbones.load_weights``.
+    """
+    import torch
+
+    student = DeepLab(config, TextClassifier(torch.tensor(embeddings), torch.tensor(class_ids), num_classes))
+    load_backbone_weights(student, backbone_weights)
+    return student
+
+
+def build_teacher(
+    recipe: Mapping[str, Any],
+    embeddings: np.ndarray,
+    class_ids: np.ndarray,
+    num_classes: int,
+    guessable: Sequence[int],
+    device: torch.device,
+) -> MaskClip:
+    """The frozen CLIP that labels crops as they are trained on.
+
+    Args:
+        recipe: of the label table: which CLIP, and how it is read.
+        embeddings: (P, D) float32; see ``models.text.TextClassifier``, as for the next two.
+        class_ids: (P,) int64.
+        num_classes: C.
+        guessable: ids of its classes that are to be told apart.
+        device: where to.
+    """
+    import torch
+
+    from jobs.labellers import MASKCLIP_OPTIONS
+    from models.clip import load_clip
+    from models.maskclip import MaskClip, MaskClipConfig
+
+    clip = load_clip(recipe["model"], recipe["pretrained"], device=device, towers="visual")
+    text = TextClassifier(torch.tensor(embeddings), torch.tensor(class_ids), num_classes)
+    options = {name: recipe[name] for name in MASKCLIP_OPTIONS}
+    return MaskClip(clip, guessable_classifier(text, guessable), MaskClipConfig(**options))
+
+
+def _text_ids(settings: SelfTrainSettings, ontology: Ontology, student: StudentConfig) -> tuple[int, ...]:
+    """Ids of the guessable classes in the text classifier, which a learned background is no part of."""
+    ids = settings.guessable_ids(ontology.num_classes)
+    if not student.learned_background:
+        return ids
+    if 0 in ids:
+        raise MaskMillError(
+            "recipe_invalid",
+            "A learned background has no words that CLIP could guess it by.",
+            "Train with truth for it (zero-shot form), or set learned_background=false.",
+        )
+    return tuple(class_id - 1 for class_id in ids)
+
+
+def _without_background(text: TextClassifier, ontology: Ontology) -> TextClassifier:
+    if ontology.names[0] != "background":
+        raise MaskMillError(
+            "recipe_invalid",
+            f"learned_background: class 0 is {ontology.names[0]!r}, not the background.",
+            "Train with classes that begin with background, or set learned_background=false.",
+        )
+    kept = text.class_ids > 0
+    return TextClassifier(text.embeddings[kept], text.class_ids[kept] - 1, text.num_classes - 1)
+
+
+def _recorded_ontology(table: Mapping[str, Any]) -> Ontology:
+    fields = {key: value for key, value in table["ontology"].items() if key not in ("hash", "names")}
+    return Ontology.from_dict(fields)
+
+
+def _finish(
+    job: MaskClipPlusJob,
+    ontology: Ontology,
+    make_student: functools.partial[DeepLab],
+    samples: TableSamples,
+    record: Mapping[str, Any],
+    unseen: Sequence[int],
+    checkpoint: Checkpoint,
+    facts: Mapping[str, Any],
+    console: Console,
+) -> Finished:
+    """Write the student's folder and its page."""
+    from jobs.training_page import write_pages
+
+    student: nn.Module = make_student()
+    student.load_state_dict(student_state(checkpoint, keep_average=job.recipe.keep_average))
+    assert isinstance(student, DeepLab)
+    last = checkpoint.lines[-1] if checkpoint.lines else {}
+    metrics = {key: value for key, value in last.items() if isinstance(value, float) and key != "seconds"}
+    teacher = record["teacher"]["recipe"]
+    written = write_student_folder(
+        job.options.output,
+        student.eval(),
+        ontology=ontology,
+        recipe=record["recipe"],
+        labelling=ImageSettings(
+            scale=(teacher["scale"][0], teacher["scale"][1]),
+            keep_ratio=teacher["keep_ratio"],
+            resize=teacher["resize"],
+            max_pixels=teacher["max_pixels"],
+        ),
+        teacher=record["teacher"],
+        text=record["text"],
+        metrics=metrics,
+        training=dict(facts) | {"unseen": [ontology.names[index] for index in unseen]},
+        versions=versions(),
+        overwrite=job.options.overwrite,
+    )
+    artifacts = write_pages(written, checkpoint.lines, labels=job.labels, truth=job.truth)
+    lines = [
+        f"  student        {written.uri}/{WEIGHTS_FILE}, {RECORD_FILE}",
+        *(f"  {'picture' if path.endswith('.png') else 'page':14} {path}" for path in artifacts),
+        f"Label with it: maskmill label --model {job.options.output} --images DIR --output OUT",
+        f"Measure it:    maskmill evaluate --model {job.options.output} --dataset NAME --root DIR",
+    ]
+    return Finished(lines, {}, artifacts)
+
+
+def student_state(checkpoint: Checkpoint, *, keep_average: bool) -> Mapping[str, torch.Tensor]:
+    """The weights of the student as it was when a checkpoint was written."""
+    if keep_average:
+        averaged: Mapping[str, torch.Tensor] = checkpoint.training["task"]["averaged"]
+        return averaged
+    return checkpoint.module
+
+
+def _log_model(options: TrainOptions, run_id: str, register_as: str | None) -> str:
+    from pipeline.student_pyfunc import log_student
+    from pipeline.tracking.destination import connect, resolve_uri
+
+    logged = log_student(
+        connect(resolve_uri(options.tracking)), options.output, run_id=run_id, register_as=register_as
+    )
+    registered = f", {register_as} version {logged.version} (challenger)" if logged.version else ""
+    return f"{logged.uri}{registered}"

@@ -1,0 +1,316 @@
+"""What all ``maskmill train`` commands share: one run on Ray Train, from the lease to the summary.
+
+What is trained (``prepare``) and what becomes of it (``Prepared.finish``) are the trainer's own:
+``jobs.maskclip_plus``, ``jobs.train_clipseg``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from jobs.console import TrainDisplay, duration, stderr_console
+from models.errors import MaskMillError
+from pipeline.lease import Lease
+from pipeline.storage import Storage, open_storage
+from pipeline.tracking.tracker import OFF, TrackedDataset, Tracker, open_tracker
+
+if TYPE_CHECKING:
+    from pipeline.training.checkpoints import Checkpoint
+    from pipeline.training.loop import Outcome
+    from pipeline.training.protocols import Samples, Task
+    from pipeline.training.settings import LoopSettings
+
+INTERRUPTED = 130
+PACKAGES = (
+    "maskmill",
+    "torch",
+    "torchvision",
+    "timm",
+    "open_clip_torch",
+    "ray",
+    "numpy",
+    "opencv-python-headless",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What every training run is asked for, whatever it trains.
+
+    Attributes:
+        output: folder or object-store prefix of the run; on a cluster one that all nodes reach.
+        overwrite: delete the run that is there and start anew.
+        workers: training processes; 0 is this one, None chooses.
+        address: of a Ray cluster; None joins the one around, or starts a local one.
+        tracking: MLflow URI, None for the default, ``off`` for none.
+        system_metrics: track the load of this machine as well.
+        register_as: name in MLflow's model registry; None registers nothing.
+        verbose: let Ray talk.
+    """
+
+    output: str
+    overwrite: bool = False
+    workers: int | None = None
+    address: str | None = None
+    tracking: str | None = OFF
+    system_metrics: bool = False
+    register_as: str | None = None
+    verbose: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A training run that can begin.
+
+    Attributes:
+        make_task: picklable factory of the task.
+        samples: what is trained on.
+        settings: how.
+        identity: what else must be the same when the run goes on.
+        announcement: one line before it starts.
+        params: for MLflow.
+        dataset: for MLflow.
+        finish: given the checkpoint to make the result of, and facts about the training, writes the result
+            into the output; returns the summary's lines. Runs without Ray.
+        log_model: puts the result into MLflow under (run id, registry name or None); None where it cannot.
+        fallback: error code after which the result is made of the newest milestone nevertheless.
+    """
+
+    make_task: Callable[[], Task]
+    samples: Samples
+    settings: LoopSettings
+    identity: Mapping[str, Any]
+    announcement: str
+    params: Mapping[str, Any]
+    dataset: TrackedDataset
+    finish: Callable[[Checkpoint, Mapping[str, Any], Console], Finished]
+    log_model: Callable[[str, str | None], str] | None = None
+    fallback: str = ""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a finished run leaves.
+
+    Attributes:
+        lines: of the summary.
+        metrics: for MLflow.
+        artifacts: local files for MLflow.
+    """
+
+    lines: Sequence[str]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    artifacts: Sequence[str] = ()
+
+
+def run_training(
+    kind: str,
+    options: TrainOptions,
+    prepare: Callable[[], Prepared],
+    *,
+    result_file: str,
+    own_entries: Sequence[str],
+    console: Console | None = None,
+) -> int:
+    """Train, or go on training, and write the result. Prints a summary.
+
+    Args:
+        kind: of training, for the name of the run.
+        options: see there.
+        prepare: finds weights and data, so that mistakes show before work starts; runs beside Ray's start.
+        result_file: what a finished run has in its output.
+        own_entries: what a run makes there, and ``overwrite`` may delete.
+        console: where to print.
+
+    Returns:
+        0, or 130 if it was asked to stop and can be gone on with.
+
+    Raises:
+        MaskMillError: for everything that the user can mend.
+    """
+    console = console or stderr_console()
+    began = time.monotonic()
+    tracker = open_tracker(options.tracking, system_metrics=options.system_metrics)
+    storage = open_storage(options.output)
+    on_cluster = bool(options.address or os.environ.get("RAY_ADDRESS"))
+    with Lease.acquire(storage, on_lost=_abandon, cluster=on_cluster) as lease:
+        if storage.exists(result_file) and not options.overwrite:
+            console.print(
+                f"Nothing to do: the training in {storage.uri} is finished ({result_file}). "
+                "Name another --output, or train anew with --overwrite.",
+                soft_wrap=True,
+                highlight=False,
+            )
+            return 0
+        with tracker:
+            prepared, outcome, error = _train(
+                kind, options, prepare, storage, lease, own_entries, tracker, console
+            )
+            if outcome is not None and not outcome.finished:
+                console.print(
+                    f"{outcome.message[:1].upper()}{outcome.message[1:]}.", soft_wrap=True, highlight=False
+                )
+                return INTERRUPTED
+            lines = _finish(prepared, outcome, error, options, storage, tracker, console)
+    if error is not None:
+        console.print("\n".join(lines), highlight=False, soft_wrap=True)
+        raise error
+    assert outcome is not None
+    speed = f" ({outcome.samples_per_second:.1f} samples/s)" if outcome.samples_per_second else ""
+    summary = [f"Trained {outcome.step:,} steps in {duration(time.monotonic() - began)}{speed}"]
+    if outcome.data_wait is not None and outcome.data_wait > 0.1:
+        summary.append(f"  waited for samples {outcome.data_wait:.0%} of the time: more CPUs would help")
+    if outcome.failed_samples:
+        summary.append(f"  {outcome.failed_samples:,} samples could not be loaded and were left out")
+    console.print("\n".join([*summary, *lines]), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _train(
+    kind: str,
+    options: TrainOptions,
+    prepare: Callable[[], Prepared],
+    storage: Storage,
+    lease: Lease,
+    own_entries: Sequence[str],
+    tracker: Tracker,
+    console: Console,
+) -> tuple[Prepared, Outcome | None, MaskMillError | None]:
+    """Run the loop; the third is an error after which there is a result all the same."""
+    from pipeline.compute import ray_session
+    from pipeline.training.compute import plan_training
+
+    display = TrainDisplay(console)
+    plan = functools.partial(plan_training, workers=options.workers)
+    with display.live(), ThreadPoolExecutor(1) as pool:
+        display.stage("reading weights and labels, starting Ray")
+        preparing = pool.submit(prepare)
+        with ray_session(
+            lease.run_id, address=options.address, verbose=options.verbose, notice=display.stage, plan=plan
+        ) as compute:
+            from pipeline.training.loop import train
+
+            prepared = preparing.result()
+            if options.overwrite:
+                # Only now, when weights, labels and Ray are known to be there.
+                for entry in own_entries:
+                    storage.delete(entry)
+            tracker.start(
+                "train", f"{kind}: {storage.uri.rstrip('/').rpartition('/')[2]}",
+                params={**prepared.params, "workers": compute.workers, "output": options.output},
+                dataset=prepared.dataset,
+            )  # fmt: skip
+            display.say(prepared.announcement)
+            display.begin(prepared.settings.iterations, "starting the workers")
+
+            def report(line: dict[str, Any]) -> None:
+                display.update(line)
+                tracker.log_metrics(
+                    {key: value for key, value in line.items() if key != "step"}, step=line["step"]
+                )
+
+            try:
+                outcome = train(
+                    prepared.make_task,
+                    prepared.samples,
+                    prepared.settings,
+                    output=options.output,
+                    compute=compute,
+                    report=report,
+                    notice=display.say,
+                    identity=prepared.identity,
+                )
+            except MaskMillError as error:
+                if error.code != prepared.fallback:
+                    raise
+                return prepared, None, error
+    return prepared, outcome, None
+
+
+def _finish(
+    prepared: Prepared,
+    outcome: Outcome | None,
+    error: MaskMillError | None,
+    options: TrainOptions,
+    storage: Storage,
+    tracker: Tracker,
+    console: Console,
+) -> Sequence[str]:
+    from pipeline.training.checkpoints import CheckpointStore
+
+    store = CheckpointStore(storage)
+    if outcome is not None:
+        facts: dict[str, Any] = {
+            "iterations": outcome.step,
+            "seconds": round(outcome.seconds, 1),
+            "samples_per_second": outcome.samples_per_second,
+            "data_wait": outcome.data_wait,
+            "failed_samples": outcome.failed_samples,
+            "stopped": None,
+        }
+        checkpoint = store.read(outcome.step)
+    else:
+        assert error is not None
+        milestones = [step for step in prepared.make_task().milestones() if step in store.steps()]
+        if not milestones:
+            raise error
+        checkpoint = store.read(max(milestones))
+        facts = {"iterations": checkpoint.step, "stopped": f"{error.code}: {error.message}"}
+    finished = prepared.finish(checkpoint, facts, console)
+    tracker.log_metrics(dict(finished.metrics), step=checkpoint.step)
+    for path in finished.artifacts:
+        tracker.log_artifact(path)
+    lines = list(finished.lines)
+    if prepared.log_model is not None and (options.register_as or options.tracking != OFF):
+        lines += _log_model(prepared.log_model, tracker, options.register_as)
+    return lines
+
+
+def _log_model(
+    log_model: Callable[[str, str | None], str], tracker: Tracker, register_as: str | None
+) -> list[str]:
+    """Into MLflow, if it answers: a server that is away must not cost the user a trained model."""
+    deadline = time.monotonic() + 30
+    while tracker.run_id is None and time.monotonic() < deadline and type(tracker).__name__ != "_NullTracker":
+        time.sleep(0.2)
+    if tracker.run_id is None:
+        if register_as:
+            return [f"  not registered as {register_as}: there is no MLflow run"]
+        return []
+    try:
+        return [f"  MLflow model   {log_model(tracker.run_id, register_as)}"]
+    except MaskMillError as error:
+        return [f"  not in MLflow: {error.message}"]
+    except Exception as error:  # whatever MLflow's many stores raise
+        return [f"  not in MLflow: {type(error).__name__}: {str(error).splitlines()[0][:200]}"]
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that decide what a training gives."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _abandon() -> None:
+    """Another run owns the output now: stop before one more byte is written."""
+    import signal
+
+    print("The lease of this output was taken over by another run; stopping.", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,133 @@
+"""The pictures and the page that a trained student gets: some images labelled by it, beside its teacher."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from models.precision import best_device, native_precision
+from pipeline import images
+from pipeline.datasets.base import Dataset
+from pipeline.evaluation import Plan, plan
+from pipeline.labels import decode_mask, iter_rows
+from pipeline.ontology import Ontology
+from pipeline.report.training_page import Example, Score, preview_sheet, write_training_page
+from pipeline.storage import is_remote
+from pipeline.student import StudentRecord
+from pipeline.student_labeller import StudentLabeller
+
+PAGE, SHEET = "report.html", "preview.png"
+EXAMPLES = 12
+_LOOKED_AT = 400  # rows of a table that examples are chosen from: a table may hold millions
+
+
+def write_pages(
+    record: StudentRecord,
+    lines: Sequence[Mapping[str, Any]],
+    *,
+    labels: str,
+    truth: Dataset | None = None,
+    scores: Sequence[Score] = (),
+    note: str = "",
+    count: int = EXAMPLES,
+) -> list[str]:
+    """Write the page and the sheet beside the student.
+
+    Args:
+        record: of the student.
+        lines: of ``metrics.jsonl``.
+        labels: label table to take images and the teacher's labels from.
+        truth: of the same images, where it is known.
+        scores: see ``pipeline.report.training_page``.
+        note: see there.
+        count: images to show.
+
+    Returns:
+        The files; none where the student is not in a local folder.
+    """
+    if is_remote(record.uri):
+        return []
+    names, palette = record.ontology.names, record.ontology.palette()
+    examples = find_examples(record, labels=labels, truth=truth, count=count)
+    folder = Path(record.uri)
+    toy = record.teacher["weights"]["model"] == "toyclip"
+    page = write_training_page(
+        folder / PAGE, record=record.to_dict(), lines=lines, examples=examples, names=names, palette=palette,
+        scores=scores, note=note,
+    )  # fmt: skip
+    written = [str(page)]
+    if examples:
+        sheet = preview_sheet(
+            examples, names=names, palette=palette,
+            caption="toy world: a student trained on pseudo-labels of the bundled toy CLIP" if toy else "",
+        )  # fmt: skip
+        sheet.save(folder / SHEET)
+        written.append(str(folder / SHEET))
+    return written
+
+
+def find_examples(record: StudentRecord, *, labels: str, truth: Dataset | None, count: int) -> list[Example]:
+    """Images of a label table, the same at every call, with the teacher's, the student's and true labels.
+
+    Images that cannot be read any more are passed over.
+    """
+    rows = []
+    for row in iter_rows(labels, ["id", "uri", "status", "sha256", "mask"]):
+        if row["status"] == "ok":
+            rows.append(row)
+        if len(rows) == _LOOKED_AT:
+            break
+    rows.sort(key=lambda row: hashlib.sha256(PurePosixPath(row["uri"]).name.encode()).digest())
+    true_rows: Plan | None = plan(labels, truth.samples) if truth is not None else None
+    lookup = _to_student(labels, record.ontology)
+    labeller = StudentLabeller(
+        uri=record.uri,
+        thresholds=[0.0] * record.ontology.num_classes,
+        precision=native_precision(best_device()),
+        batch_size=1,
+        ignore_index=record.ontology.ignore_index,
+    )
+    found: list[Example] = []
+    for row in rows:
+        if len(found) == count:
+            break
+        sample = true_rows.samples.get(row["id"]) if true_rows is not None else None
+        if true_rows is not None and sample is None:
+            continue
+        try:
+            data = images.fetch(row["uri"])
+            if hashlib.sha256(data).digest() != row["sha256"]:
+                continue
+            image = images.decode(data, max_pixels=record.labelling.max_pixels)
+        except images.ImageError:
+            continue
+        height, width = image.shape[:2]
+        settings = record.labelling
+        size = images.target_size(height, width, scale=settings.scale, keep_ratio=settings.keep_ratio)
+        seen = images.resize(image, size, method=settings.resize)
+        found.append(
+            Example(
+                PurePosixPath(row["uri"]).name,
+                image,
+                lookup[decode_mask(row["mask"]["bytes"])],
+                labeller.label([seen], [(height, width)])[0].labels,
+                truth.truth(sample) if truth is not None and sample is not None else None,
+            )
+        )
+    return found
+
+
+def _to_student(labels: str, ontology: Ontology) -> np.ndarray:
+    """Ids of the table → ids of the student, by name; what the student does not know becomes 65535."""
+    from jobs.evaluate import read_table_record
+
+    table = read_table_record(labels)["ontology"]
+    lookup = np.full(65536, 65535, np.uint16)
+    for index, name in enumerate(table["names"]):
+        if name in ontology.names:
+            lookup[index] = ontology.names.index(name)
+    return lookup
