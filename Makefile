@@ -17,7 +17,7 @@ setup:  ## the environment with the pinned packages; does nothing when it is the
 	  echo "setup: there is no $(PYTHON) here. Install Python 3.10 to 3.13 or name yours: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@"$(PYTHON)" -I jobs/bootstrap.py --venv "$(VENV)"
 
-demo: setup  ## label images of the toy world and write a gallery, offline
+demo: setup  ## label images of the toy world, train a student, measure both, offline
 	@"$(BIN)/maskmill" demo $(ARGS)
 
 test: setup  ## all tests

@@ -20,6 +20,7 @@ from models.errors import MaskMillError
 from pipeline.report.results_page import write_report
 from pipeline.results import (
     REPORT_FILE,
+    ROWS,
     SCHEMA_VERSION,
     claim_folder,
     command,
@@ -105,11 +106,11 @@ def run(job: BenchmarkJob, console: Console | None = None) -> int:
             f"--limit {job.limit} --scenes {job.scenes}: there is no such number of images.",
             "Use --limit 0 for all, and --scenes 1 or more.",
         )
-    asked = ("roots", "labels", "weights", "settings", "rows", "datasets", "limit")
+    asked = ("roots", "labels", "weights", "settings", "datasets", "limit")
     if job.name == TOYWORLD and any(getattr(job, name) for name in asked):
         raise MaskMillError(
             "option_invalid",
-            "The toy world's rows are fixed: only --seeds and --scenes change them.",
+            "The toy world's rows are fixed: only --row, --seeds and --scenes change them.",
             "Leave the other options out.",
         )
     with open_tracker(job.tracking) as tracker:
@@ -146,7 +147,7 @@ def _record(job: BenchmarkJob, folder: Path, console: Console) -> dict[str, Any]
     claims: list[dict[str, Any]] = []
     pictures: list[dict[str, Any]] = []
     if job.name == TOYWORLD:
-        sections, claims = _toyworld(job, console)
+        sections, claims = _toyworld(job, folder, console)
     elif job.name == CONCEPTS:
         sections, pictures = _concepts(job, folder, console)
     else:
@@ -167,8 +168,11 @@ def _record(job: BenchmarkJob, folder: Path, console: Console) -> dict[str, Any]
     }
 
 
-def _toyworld(job: BenchmarkJob, console: Console) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    from jobs.benchmarks.toyworld import SEEDS, Bench, run_sections
+def _toyworld(
+    job: BenchmarkJob, folder: Path, console: Console
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    from jobs.benchmarks import toy_students
+    from jobs.benchmarks.toyworld import SECTIONS, SEEDS, Bench
 
     if not 2 <= job.seeds <= len(SEEDS):
         raise MaskMillError(
@@ -176,20 +180,37 @@ def _toyworld(job: BenchmarkJob, console: Console) -> tuple[list[dict[str, Any]]
             f"--seeds {job.seeds} gives no confidence interval that means something.",
             f"Use 3 to {len(SEEDS)} (2 at least).",
         )
+    names = (*(section.__name__ for section in SECTIONS), toy_students.SECTION)
+    wanted = [name for name in names if not job.rows or any(row in name for row in job.rows)]
+    if not wanted:
+        raise MaskMillError(
+            "option_invalid",
+            f"The toy world has no section {', '.join(job.rows)}.",
+            f"Known: {', '.join(names)}.",
+        )
+    seeds = SEEDS[: job.seeds]
     sections, claims = [], []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("conditions", total=None)
-        bench = Bench(
-            SEEDS[: job.seeds], job.scenes, lambda done: bar.update(task, completed=done), workers=_cores()
-        )
+        bench = Bench(seeds, job.scenes, lambda done: bar.update(task, completed=done), workers=_cores())
         try:
-            for section, found in run_sections(bench):
+            for run_section in SECTIONS:
+                if run_section.__name__ not in wanted:
+                    continue
+                section, found = run_section(bench)
                 sections.append(section)
                 claims += found
                 bar.update(task, description=section["title"])
         finally:
             bench.close()
+    if toy_students.SECTION in wanted:
+        # Their own progress is shown, and a benchmark that is run again goes on with what is trained.
+        made, found = toy_students.students(
+            seeds[: toy_students.MOST_SEEDS], job.scenes, folder / ROWS / toy_students.SECTION, console
+        )
+        sections += made
+        claims += found
     return sections, claims
 
 

@@ -121,18 +121,28 @@ def show(
     return run(table, output=output, limit=limit)
 
 
-def demo(*, output: Path = Path("demo"), images: int = 240, size: int = 128, seed: int = 2026) -> int:
-    """The main job on the embedded toy world: make images, label them, measure, show.
+def demo(
+    *,
+    output: Path = Path("demo"),
+    images: int = 500,
+    size: int = 128,
+    seed: int = 2026,
+    test: int = 80,
+    steps: int = 1000,
+) -> int:
+    """All of it on the embedded toy world, offline: label images, train a student, evaluate, show.
 
     Args:
         output: folder for everything it makes.
-        images: number of scenes.
+        images: number of unlabelled scenes.
         size: side of a scene in pixels.
         seed: of the scenes.
+        test: number of scenes with truth to measure on.
+        steps: of training.
     """
     from jobs.demo import run
 
-    return run(output, count=images, size=size, seed=seed)
+    return run(output, count=images, size=size, seed=seed, test=test, steps=steps)
 
 
 def recipes() -> int:
@@ -269,7 +279,7 @@ def benchmark(
         labels: a label table for a row that is not labelled here: --labels "MaskCLIP+ (RN50)@voc20=TABLE".
         weights: weights of a row's model: --weights "CLIPSeg (PC+)=rd64-uni.pth".
         settings: a recipe field for all rows, such as pretrained=random:0 to try the path; may be repeated.
-        row: only rows with this in their name; may be repeated.
+        row: only rows with this in their name, of toyworld sections (students, heads, …); may be repeated.
         dataset: only this dataset; may be repeated.
         limit: only the first so many images of each dataset, to try out.
         images: concepts: folder, glob or list file of images.
@@ -398,7 +408,7 @@ def train_maskclip_plus(
         recipe: named recipe or YAML file (maskmill recipes lists them).
         settings: change one knob of the recipe: iterations=500, loop.batch_size=8; may be repeated.
         ontology: classes to train, YAML file or built-in name; default: those of --labels.
-        unseen: classes whose truth is withheld: "cow, motorbike", or a zero-shot split (voc20, …); needs truth.
+        unseen: classes whose truth is withheld: "cow, motorbike", or a zero-shot split (voc20); needs truth.
         dataset: truth for the seen classes: a benchmark by name (maskmill datasets), of the same images.
         root: its folder (a path, or s3://…).
         split: part of it.

@@ -1,57 +1,141 @@
-"""``maskmill demo``: the main job, offline, on the embedded toy world, measured against its true maps."""
+"""``maskmill demo``: label, train and evaluate, offline, on the embedded toy world."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from jobs import label, show
+from jobs import evaluate, label, maskclip_plus, show
+from jobs.labellers import student_recipe
 from jobs.recipes import RECIPES
+from jobs.train import TrainOptions
+from jobs.train_recipes import MASKCLIP_PLUS_RECIPES
+from jobs.training_page import PAGE, SHEET, write_pages
 from models.errors import MaskMillError
 from pipeline import toyworld
-from pipeline.labels import decode_mask, iter_rows
-from pipeline.metrics.confusion import confusion_matrix, iou_per_class, mean_iou
-from pipeline.ontology import Ontology, load_ontology
-from pipeline.report.sheet import colorize, contact_sheet
-from pipeline.storage import open_storage
+from pipeline.datasets.base import Dataset
+from pipeline.datasets.pairs import open_pairs
+from pipeline.ontology import load_ontology
+from pipeline.report.training_page import Score
+from pipeline.student import read_student_record
 
 MARKER = "made-by-maskmill-demo.txt"
+TRUTH_SEED = 1
+"""Added to the seed of the unlabelled scenes: those with truth are others."""
 
 
-def run(output: Path, *, count: int, size: int, seed: int, console: Console | None = None) -> int:
-    """Make scenes, label them, compare with the truth, write the gallery, say where things are.
+def run(
+    output: Path,
+    *,
+    count: int,
+    size: int,
+    seed: int,
+    test: int,
+    steps: int,
+    console: Console | None = None,
+) -> int:
+    """Make scenes, label them, train a student on the labels, measure both on scenes with truth.
 
     Args:
-        output: folder for images, truth, table and page; one of an earlier demo is made anew.
-        count: number of scenes.
+        output: folder for everything it makes; one of an earlier demo is made anew.
+        count: number of unlabelled scenes.
         size: side of a scene in pixels.
         seed: of the scenes; not among those that the bundled CLIP was trained on.
+        test: number of scenes with truth, which nothing is trained on.
+        steps: of training.
         console: where to print.
 
     Raises:
         MaskMillError: ``output_not_ours`` if the folder holds something else.
     """
     console = console or Console()
-    images, truth, table = output / "images", output / "truth", output / "table"
+    images, table, student = output / "images", output / "table", output / "student"
     _fresh(output)
-    console.print(f"Drawing {count} scenes of the toy world → {images}", highlight=False)
-    _draw(images, truth, count=count, size=size, seed=seed)
     ontology = load_ontology("toyworld")
+    _title(console, f"1. Draw {count} unlabelled scenes of the toy world, and {test} with their true maps")
+    _draw(images, None, count=count, size=size, seed=seed)
+    _draw(
+        output / "test" / "images", output / "test" / "truth", count=test, size=size, seed=seed + TRUTH_SEED
+    )
+    truth = open_pairs(
+        images=str(output / "test" / "images"),
+        masks=str(output / "test" / "truth"),
+        ontology=ontology,
+    )
+
+    _title(console, "2. maskmill label: class names in, pseudo-labels out")
     status = label.run(
         label.LabelJob(source=str(images), ontology=ontology, recipe=RECIPES["toy"], output=str(table)),
         console,
     )
     if status:
         return status
-    _print_quality(table, truth, ontology, console)
-    _draw_overview(output / "overview.png", table, truth, ontology)
-    console.print(f"One picture:       {output / 'overview.png'}", soft_wrap=True, highlight=False)
-    return show.run(str(table), output=output / "gallery.html", limit=60, console=console)
+
+    _title(console, "3. maskmill train maskclip-plus: a student learns from the pseudo-labels")
+    recipe = _shortened(steps)
+    status = maskclip_plus.run(
+        maskclip_plus.MaskClipPlusJob(
+            labels=str(table), recipe=recipe, options=TrainOptions(output=str(student))
+        ),
+        console,
+    )
+    if status:
+        return status
+
+    _title(console, "4. maskmill evaluate: teacher and student against the true maps")
+    found = {
+        "teacher": _evaluate(truth, RECIPES["toy"], output / "results" / "teacher", console),
+        "student": _evaluate(truth, student_recipe(str(student))[0], output / "results" / "student", console),
+    }
+    _print_scores(found, console)
+    record = read_student_record(student)
+    write_pages(
+        record,
+        [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()],
+        labels=str(output / "results" / "teacher" / "labels"),
+        truth=truth,
+        scores=[
+            Score(name, one["metrics"]["miou"], [entry["iou"] for entry in one["classes"]])
+            for name, one in found.items()
+        ],
+        note=f"{test} scenes that neither of them has learned from, and their true maps.",
+    )
+    show.run(str(table), output=output / "gallery.html", limit=60, console=Console(quiet=True))
+    lines = [
+        f"Side by side:      {(student / PAGE).resolve().as_uri()}",
+        f"One picture:       {student / SHEET}",
+        f"All pseudo-labels: {(output / 'gallery.html').resolve().as_uri()}",
+        f"Label with it:     maskmill label --model {student} --images DIR --output OUT",
+    ]
+    console.print("\n".join(lines), soft_wrap=True, highlight=False)
+    return 0
+
+
+def _title(console: Console, text: str) -> None:
+    console.print(f"\n[bold]{text}[/bold]", highlight=False)
+
+
+def _shortened(steps: int) -> maskclip_plus.MaskClipPlusRecipe:
+    """The recipe ``toy`` with other steps, its phases in proportion."""
+    recipe = MASKCLIP_PLUS_RECIPES.recipes["toy"]
+    guided = max(1, round(steps * recipe.selftrain.guided[1] / recipe.loop.iterations))
+    return MASKCLIP_PLUS_RECIPES.change(
+        recipe,
+        {
+            "loop": {"iterations": steps, "warmup": min(recipe.loop.warmup, steps // 2)},
+            "selftrain": {"guided": (1, guided), "self_train": (guided + 1, -1)}
+            if guided < steps
+            else {"guided": (1, -1), "self_train": (-1, -1)},
+        },
+    )
 
 
 def _fresh(output: Path) -> None:
@@ -67,53 +151,31 @@ def _fresh(output: Path) -> None:
     (output / MARKER).write_text("maskmill demo made this folder and will make it anew when it runs again.\n")
 
 
-def _draw(images: Path, truth: Path, *, count: int, size: int, seed: int) -> None:
+def _draw(images: Path, truth: Path | None, *, count: int, size: int, seed: int) -> None:
     images.mkdir(parents=True)
-    truth.mkdir(parents=True)
     scenes, maps, _captions = toyworld.generate(seed, count, size)
     for index, (scene, ids) in enumerate(zip(scenes, maps, strict=True)):
         Image.fromarray(scene).save(images / f"scene_{index:04d}.png")
-        Image.fromarray(ids).save(truth / f"scene_{index:04d}.png")
+        if truth is not None:
+            truth.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(ids).save(truth / f"scene_{index:04d}.png")
 
 
-def _draw_overview(path: Path, table: Path, truth: Path, ontology: Ontology, *, columns: int = 6) -> None:
-    """Images, pseudo-labels and true maps of the first scenes, by name, on one sheet."""
-    palette = ontology.palette()
-    rows = [
-        row for row in iter_rows(open_storage(str(table)), ["uri", "status", "mask"]) if row["status"] == "ok"
-    ]
-    chosen = sorted(rows, key=lambda row: row["uri"])[:columns]
-    sheet = contact_sheet(
-        [
-            ("images", [np.asarray(Image.open(row["uri"]).convert("RGB")) for row in chosen]),
-            ("pseudo-labels", [colorize(decode_mask(row["mask"]["bytes"]), palette) for row in chosen]),
-            (
-                "truth",
-                [colorize(np.asarray(Image.open(truth / Path(row["uri"]).name)), palette) for row in chosen],
-            ),
-        ],
-        names=ontology.names,
-        palette=palette,
-        caption="toy world, labelled by the bundled toy CLIP from 14 class names",
-    )
-    sheet.save(path)
+def _evaluate(truth: Dataset, recipe: Any, folder: Path, console: Console) -> dict[str, Any]:
+    job = evaluate.EvaluateJob(dataset=truth, recipe=recipe, output=folder, boundary=False, pictures=0)
+    return evaluate.evaluate(dataclasses.replace(job, ontology=load_ontology("toyworld")), console)[1]
 
 
-def _print_quality(table: Path, truth: Path, ontology: Ontology, console: Console) -> None:
-    confusion = np.zeros((ontology.num_classes, ontology.num_classes + 1), np.int64)
-    for row in iter_rows(open_storage(str(table)), ["uri", "status", "mask"]):
-        if row["status"] == "ok":
-            true_map = np.asarray(Image.open(truth / Path(row["uri"]).name))
-            predicted = decode_mask(row["mask"]["bytes"])
-            confusion += confusion_matrix(
-                true_map, predicted, ontology.num_classes, ignore_index=ontology.ignore_index
-            )
-    console.print("Pseudo-labels against the true maps of the toy world:", highlight=False)
-    report = Table()
+def _print_scores(found: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+    report = Table(title="IoU on scenes with truth", title_justify="left")
     report.add_column("class")
-    report.add_column("IoU", justify="right")
-    for name, value in zip(ontology.names, iou_per_class(confusion), strict=True):
-        report.add_row(name, f"{value:.3f}")
+    for name in found:
+        report.add_column(name, justify="right")
+    for entries in zip(*(one["classes"] for one in found.values()), strict=True):
+        report.add_row(
+            entries[0]["name"],
+            *("–" if entry["iou"] is None else f"{entry['iou']:.3f}" for entry in entries),
+        )
     report.add_section()
-    report.add_row("mIoU", f"{mean_iou(confusion):.3f}")
+    report.add_row("mIoU", *(f"{one['metrics']['miou']:.3f}" for one in found.values()))
     console.print(report)

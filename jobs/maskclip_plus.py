@@ -170,8 +170,8 @@ def _prepare(job: MaskClipPlusJob) -> Prepared:
             "truth": None if job.truth is None else job.truth.fingerprint(),
         },
         announcement=(
-            f"Training {config.decoder} ({config.backbone} backbone){toy}, {recipe.loop.iterations:,} steps of "
-            f"{recipe.loop.batch_size} crops from {samples.num_images:,} labelled images; "
+            f"Training {config.decoder} ({config.backbone} backbone){toy}, {recipe.loop.iterations:,} steps "
+            f"of {recipe.loop.batch_size} crops from {samples.num_images:,} labelled images; "
             f"{guessed} classes are guessed{truth} → {job.options.output}"
         ),
         params={"recipe": record["recipe"], "teacher": {"weights": table["weights"]}, "labels": job.labels},

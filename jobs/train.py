@@ -169,6 +169,8 @@ def run_training(
     assert outcome is not None
     speed = f" ({outcome.samples_per_second:.1f} samples/s)" if outcome.samples_per_second else ""
     summary = [f"Trained {outcome.step:,} steps in {duration(time.monotonic() - began)}{speed}"]
+    if outcome.resumed:
+        summary.append(f"  went on from step {outcome.resumed:,}")
     if outcome.data_wait is not None and outcome.data_wait > 0.1:
         summary.append(f"  waited for samples {outcome.data_wait:.0%} of the time: more CPUs would help")
     if outcome.failed_samples:

@@ -182,7 +182,7 @@ MASKCLIP_PLUS_RECIPES = RecipeBook(
             name="toy-supervised",
             form="supervised",
             selftrain=SelfTrainSettings(guided=NEVER, guided_class_power=0.8, ema_decay=0.98),
-        ),  # fmt: skip
+        ),
     ),
     default="maskclip-plus-voc20",
     check=_check,

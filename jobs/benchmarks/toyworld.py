@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -443,9 +443,3 @@ def _with_synonyms(ontology: Ontology, merge: str) -> Ontology:
 
 
 SECTIONS = (heads, refinement, sizes, corruptions, words, vocabulary)
-
-
-def run_sections(bench: Bench) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """All sections with their claims, one after the other."""
-    for section in SECTIONS:
-        yield section(bench)

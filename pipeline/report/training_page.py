@@ -24,7 +24,7 @@ _CURVES = {
     "agreement": "agreement with the teacher",
     "guessed": "share of pixels with a label",
     "guess_confidence": "mean confidence of the guesses",
-    "drift": "drift of the predicted classes (Jensen-Shannon)",
+    "drift": "drift of the predicted classes",
     "gradient_norm": "gradient norm",
 }
 

@@ -30,6 +30,7 @@ def test_a_benchmark_without_data_prints_what_is_missing_and_fails(tmp_path: Pat
         (BenchmarkJob(name="toyworld", seeds=1), "option_invalid"),
         (BenchmarkJob(name="toyworld", seeds=99), "option_invalid"),
         (BenchmarkJob(name="toyworld", settings={"head": "plain"}), "option_invalid"),
+        (BenchmarkJob(name="toyworld", rows=("nonsense",)), "option_invalid"),
         (BenchmarkJob(name="toyworld", scenes=0), "option_invalid"),
     ],
 )
@@ -48,13 +49,10 @@ def test_every_benchmark_has_a_description() -> None:
 
 
 @pytest.mark.slow
-def test_the_toy_world_s_sections_and_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Whole sections of few scenes: all of them take minutes and are run by hand (README).
-    from jobs.benchmarks import toyworld
-
-    monkeypatch.setattr(toyworld, "SECTIONS", (toyworld.heads, toyworld.words))
+def test_the_toy_world_s_sections_and_claims(tmp_path: Path) -> None:
+    # Two sections with few scenes: all of them take minutes and are run by hand (README).
     console = Console(record=True, width=160)
-    job = BenchmarkJob(name="toyworld", seeds=3, scenes=6, output=tmp_path / "out")
+    job = BenchmarkJob(name="toyworld", seeds=3, scenes=6, rows=("heads", "words"), output=tmp_path / "out")
     assert run(job, console) == 0
     record = json.loads((tmp_path / "out/benchmark.json").read_text())
     assert [section["name"] for section in record["sections"]] == ["heads", "words"]
