@@ -51,8 +51,8 @@ def label(
         classes: class names between commas: "cat, dog, grass". Everything else becomes "background".
         ontology: YAML file of classes, or a built-in name (voc21, context59, …), instead of --classes.
         recipe: named recipe or YAML file: every knob that changes the labels; default: maskclip.
-        model: a trained student (the --output of maskmill train) instead of --recipe; without --classes and
-            --ontology it labels with the classes that it was trained for.
+        model: a trained student (the --output of maskmill train maskclip-plus) instead of --recipe, which
+            without --classes and --ontology labels with its own classes; or clipseg.
         settings: change one knob of the recipe; may be repeated.
         background: with --no-background every pixel gets one of the classes of --classes.
         min_confidence: pixels less sure than this (0 to 1) become "ignore" (255).
@@ -231,7 +231,9 @@ def evaluate(
     opened = _truth(dataset, root, split, images, truth, classes, labels)
     if limit:
         opened = dataclasses.replace(opened, samples=opened.samples[:limit])
-    chosen, _ = _labelling_recipe(recipe, model, settings) if labels is None else (None, None)
+    chosen, own = _labelling_recipe(recipe, model, settings) if labels is None else (None, None)
+    if classes is None and own is not None and set(opened.class_names) <= set(own.names):
+        classes = own  # the words that the student was trained with
     return run(
         EvaluateJob(
             dataset=opened,
@@ -376,6 +378,119 @@ def track(*, flush: tyro.conf.FlagCreatePairsOff[bool] = False, tracking: str | 
     return run(send=flush, tracking=tracking)
 
 
+def segment(
+    images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")],
+    /,
+    *,
+    output: str,
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    prompt_image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    prompt_mask: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    text_weight: float | None = None,
+    threshold: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = (),
+    prefix: Literal["plain", "fixed", "shuffle", "shuffle+"] = "plain",
+    visual_prompt: str = "crop_blur_highlight352",
+    blur: float | None = None,
+    background: float | None = None,
+    context: float | None = None,
+    crop: tyro.conf.FlagCreatePairsOff[bool] = True,
+    crop_size: int | None = None,
+    example_size: int = 352,
+    weights: str = "CIDAS/clipseg-rd64-refined",
+    model: str = "ViT-B-16-quickgelu:openai",
+    extract_layers: tuple[int, ...] | None = None,
+    size: int = 352,
+    keep_ratio: tyro.conf.FlagCreatePairsOff[bool] = False,
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    max_pixels: int = 100_000_000,
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Find what words or example pictures describe (CLIPSeg): masks, heat maps and overlays.
+
+    maskmill segment photos/ --prompt "a red car" --prompt-image cup.jpg --prompt-mask cup.png --output found
+
+    Args:
+        images: files, folders, globs ("photos/*.jpg") and list files of images.
+        output: folder for pictures and results.json.
+        prompt: words for what is looked for; may be repeated.
+        prompt_image: an example picture of it; may be repeated.
+        prompt_mask: what to look at in the example: a picture of its size, black but for the object. If
+            given, one for each --prompt-image, in the same order; - for one without.
+        text_weight: join the first --prompt with the first --prompt-image, and so on: the share of the words,
+            0 to 1 (the released models were trained with up to 0.5). Default: words and pictures apart.
+        threshold: least probability of a mask's pixels; one for all prompts, or repeated for each, words
+            first. Default: 0.3, the paper's; 0.1 finds more.
+        prefix: put around words: nothing (plain), "a photo of a {}." (fixed), the mean over the templates of
+            the paper's training (shuffle, shuffle+).
+        visual_prompt: how the object of an example with a mask is brought forward: crop_blur_highlight352
+            (the paper's), blur_highlight, blur3_highlight, blur3_highlight01, crop, crop_blur_highlight,
+            highlight, highlight2, overlay, image_only.
+        blur: sigma in pixels of the blur on the background; 0 is none.
+        background: brightness of the background: 1 as it is, 0 grey.
+        context: cut out the object with this share of its extent on each side.
+        crop: with --no-crop nothing is cut.
+        crop_size: side that the cut is resized to.
+        example_size: side of the square that examples are squeezed to first.
+        weights: a decoder file (rd64-uni.pth), a folder in Hugging Face's layout, or a hub name.
+        model: NAME:PRETRAINED of the CLIP beneath a decoder file.
+        extract_layers: blocks of CLIP that the decoder reads; default: as the weights say, else 3 6 9.
+        size: side of the square that images are squeezed to.
+        keep_ratio: keep their shape: the short side becomes --size.
+        precision: number format; auto is the fastest that the processor computes natively.
+        max_pixels: larger images are recorded as failed.
+        overwrite: replace what an earlier run left in --output.
+    """
+    from jobs.segment import SegmentJob, run
+
+    if context is not None and not crop:
+        raise MaskMillError("wrong_use", "--context says how to crop.", "Leave out either it or --no-crop.")
+    knobs = {"blur": blur, "background": background, "context": context, "size": crop_size}
+    changes = [f"{knob}={value}" for knob, value in knobs.items() if value is not None]
+    return run(
+        SegmentJob(
+            images=images,
+            output=output,
+            prompts=prompt,
+            prompt_images=prompt_image,
+            prompt_masks=prompt_mask,
+            text_weight=text_weight,
+            thresholds=threshold,
+            prefix=prefix,
+            visual_prompt=",".join([visual_prompt, *changes, *([] if crop else ["context=none"])]),
+            example_size=example_size,
+            weights=weights,
+            clip=model,
+            extract_layers=extract_layers,
+            size=size,
+            keep_ratio=keep_ratio,
+            precision=precision,
+            max_pixels=max_pixels,
+            overwrite=overwrite,
+        )
+    )
+
+
+def export(
+    student: Annotated[str, tyro.conf.Positional],
+    /,
+    *,
+    format: Literal["onnx", "torch"],
+    output: Path,
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Write a student as a program for other runtimes, compared with it.
+
+    Args:
+        student: the --output of maskmill train maskclip-plus.
+        format: onnx, or torch for a program of torch.export.
+        output: the file, .onnx or .pt2.
+        overwrite: replace a file that is there.
+    """
+    from jobs.export import run
+
+    return run(student, format=format, output=output, overwrite=overwrite)
+
+
 def train_maskclip_plus(
     *,
     labels: str,
@@ -475,6 +590,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "label": label,
     "show": show,
     "train": train,
+    "export": export,
+    "segment": segment,
     "evaluate": evaluate,
     "benchmark": benchmark,
     "report": report,
@@ -520,8 +637,8 @@ def _labelling_recipe(
     """How to label, and the classes that go with it, if it has some of its own."""
     from jobs.recipes import LABEL_RECIPES
 
-    if model is None:
-        return LABEL_RECIPES.load(recipe or LABEL_RECIPES.default, settings), None
+    if model is None or (recipe is None and model == "clipseg"):
+        return LABEL_RECIPES.load(recipe or model or LABEL_RECIPES.default, settings), None
     if recipe is not None:
         raise MaskMillError(
             "wrong_use", "--recipe says which CLIP labels, --model which student.", "Give one of them."

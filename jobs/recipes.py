@@ -6,7 +6,7 @@ A recipe is written whole into what it produces. Start from a name (``--recipe m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -14,6 +14,7 @@ from pydantic import Field
 from jobs.recipe_book import Recipe, RecipeBook
 from models.errors import MaskMillError
 from pipeline import corruptions
+from pipeline.clipseg_options import RELEASED, ClipSegOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class LabelRecipe(Recipe):
         precision: ``auto`` is bf16 where the processor computes it natively (fp16 on older GPUs), else fp32.
         batch_size: images per forward pass; 0 chooses 1 on a CPU, 16 on a GPU. Does not change the labels.
         min_confidence: pixels below it become ``ignore_index``; a class's own threshold takes precedence.
+        clipseg: how CLIPSeg is asked, where ``model`` is ``clipseg`` and ``pretrained`` names its weights.
     """
 
     model: str = "ViT-B-16-quickgelu"
@@ -67,6 +69,7 @@ class LabelRecipe(Recipe):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     batch_size: Annotated[int, Field(ge=0, le=4096)] = 0
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
+    clipseg: ClipSegOptions = field(default_factory=ClipSegOptions)
 
 
 def _check(recipe: LabelRecipe, where: str) -> None:
@@ -82,6 +85,12 @@ def _check(recipe: LabelRecipe, where: str) -> None:
             "recipe_invalid",
             f"{where}: key smoothing (ks_threshold {recipe.ks_threshold:g}) needs keys; head plain has none.",
             "Add --set head=maskclip, or --set ks_threshold=0.",
+        )
+    if recipe.model != "clipseg" and recipe.clipseg != ClipSegOptions():
+        raise MaskMillError(
+            "recipe_invalid",
+            f"{where}: the settings clipseg.… mean nothing to {recipe.model}.",
+            "Leave them out, or begin with --recipe clipseg.",
         )
     if recipe.window and not 0 < recipe.window_stride <= recipe.window:
         raise MaskMillError(
@@ -106,6 +115,26 @@ LABEL_RECIPES = RecipeBook(
             window_stride=112,
             image_stats="clip",
             profile="weights",
+        ),
+        # CLIPSeg with a list of prompts; what no class claims is the rest.
+        LabelRecipe(
+            name="clipseg",
+            model="clipseg",
+            pretrained=RELEASED,
+            scale=(352, 352),
+            keep_ratio=False,
+            resize="antialias",
+            min_confidence=0.3,
+        ),
+        # Its paper's generalised zero-shot protocol: background is a prompt of its own.
+        LabelRecipe(
+            name="clipseg-zero-shot",
+            model="clipseg",
+            pretrained=RELEASED,
+            scale=(352, 352),
+            keep_ratio=False,
+            resize="antialias",
+            clipseg=ClipSegOptions(prefix="plain", background="words"),
         ),
         # The embedded default: the bundled small CLIP. A toy: it knows the toy world only.
         LabelRecipe(

@@ -9,6 +9,7 @@ travels with everything made from it.
     classes:
       - cat
       - {name: dog, synonyms: [puppy, hound], merge: mean, threshold: 0.4, color: "#aa3300", kind: thing}
+      - {name: my cup, examples: [{image: cup.jpg, mask: cup.png}, another.jpg]}   # beside this file
 """
 
 from __future__ import annotations
@@ -31,16 +32,19 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     StrictStr,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from models.errors import MaskMillError
 from pipeline.palette import BACKGROUND_GREY, palette
+from pipeline.storage import is_remote
 
 #: Ids 0..65,533 and the ignore index 65,535 fill a 16-bit mask.
 MAX_CLASSES: Final = 65_534
@@ -60,6 +64,8 @@ _WORD_WANTED = {"string_type", "model_type", "model_attributes_type", "dict_type
 
 Merge = Literal["max", "mean"]
 Location = tuple[int | str, ...]
+#: In pydantic's validation context: the folder that paths of examples are relative to.
+_FOLDER_OF_FILE = "folder"
 
 
 def _clean(text: str) -> str:
@@ -76,6 +82,95 @@ Name = Annotated[StrictStr, AfterValidator(_clean)]
 Color = Annotated[StrictStr, Field(pattern=r"^#[0-9a-fA-F]{6}$"), AfterValidator(str.lower)]
 
 
+class Example(BaseModel):
+    """A picture that shows a class.
+
+    Attributes:
+        image: path or URI of the picture. A relative path in a YAML file starts at the file's folder, and is
+            made absolute when the file is read.
+        mask: likewise, of a picture of equal size that is black everywhere but on the object; None where the
+            whole picture shows it.
+        sha256: hex, over the SHA-256 of each of the two files; found when the YAML file is read. With it the
+            ontology's hash sees what the pictures show, and not where they lie.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image: Annotated[StrictStr, Field(min_length=1)]
+    mask: Annotated[StrictStr, Field(min_length=1)] | None = None
+    sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _located_and_read(cls, data: Any, info: ValidationInfo) -> Any:
+        if isinstance(data, str):
+            data = {"image": data}
+        folder = (info.context or {}).get(_FOLDER_OF_FILE)
+        if folder is None or not isinstance(data, dict):
+            return data
+        found = dict(data)
+        for key in ("image", "mask"):
+            path = found.get(key)
+            if isinstance(path, str) and path and not is_remote(path):
+                found[key] = str((folder / Path(path).expanduser()).resolve())
+        image, mask = found.get("image"), found.get("mask")
+        if isinstance(image, str) and image and (mask is None or (isinstance(mask, str) and mask)):
+            digest = example_digest(image, mask)
+            if found.setdefault("sha256", digest) != digest:
+                raise PydanticCustomError(
+                    "example_changed",
+                    "'{image}' is not the picture that sha256 names",
+                    {"image": data["image"]},
+                )
+        return found
+
+    def check_unchanged(self) -> None:
+        """Compare the files with what they were when the ontology was read.
+
+        Raises:
+            MaskMillError: ``example_changed``; ``example_unreadable``.
+        """
+        if self.sha256 is None:
+            return
+        try:
+            same = example_digest(self.image, self.mask) == self.sha256
+        except PydanticCustomError as error:
+            raise MaskMillError("example_unreadable", error.message(), "Put the file back.") from error
+        if not same:
+            raise MaskMillError(
+                "example_changed",
+                f"{self.image} or its mask is not what it was when the ontology was read.",
+                "Read the ontology again from its file, or put the old picture back.",
+            )
+
+    @model_serializer
+    def _without_absent(self) -> dict[str, str]:
+        fields = {"image": self.image, "mask": self.mask, "sha256": self.sha256}
+        return {key: value for key, value in fields.items() if value is not None}
+
+
+def example_digest(image: str, mask: str | None) -> str:
+    """SHA-256 (hex) over the files of an example; an image without a mask differs from every one with.
+
+    Raises:
+        PydanticCustomError: a file cannot be read.
+    """
+    from pipeline.images import ImageError, fetch
+
+    digest = hashlib.sha256()
+    for path in (image, mask):
+        if path is not None:
+            try:
+                digest.update(hashlib.sha256(fetch(path)).digest())
+            except ImageError as error:
+                raise PydanticCustomError(
+                    "example_unreadable",
+                    "the example '{path}' cannot be read: {reason}",
+                    {"path": path, "reason": error.message},
+                ) from error
+    return digest.hexdigest()
+
+
 class ClassEntry(BaseModel):
     """One class.
 
@@ -85,7 +180,9 @@ class ClassEntry(BaseModel):
         threshold: probability in [0, 1] below which its pixels become ignored, None for no limit.
         color: "#rrggbb", None to have one chosen.
         kind: "thing" (countable) or "stuff", None where it does not matter.
-        merge: how name and synonyms become one: "max" of their scores, or "mean" of their embeddings.
+        merge: how name and synonyms, or examples, become one: "max" of their scores, or "mean" of their
+            embeddings.
+        examples: pictures of it, for models that can be asked with a picture (CLIPSeg).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -96,11 +193,19 @@ class ClassEntry(BaseModel):
     color: Color | None = None
     kind: Literal["thing", "stuff"] | None = None
     merge: Merge = "max"
+    examples: tuple[Example, ...] = ()
 
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, data: Any) -> Any:
         return {"name": data} if isinstance(data, str) else data
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        if not self.examples:
+            del fields["examples"]  # so that hashes stay what they were before there were examples
+        return fields
 
 
 class Ontology(BaseModel):
@@ -229,8 +334,14 @@ class Ontology(BaseModel):
 
     @property
     def hash(self) -> str:
-        """SHA-256 (hex) of the canonical JSON of all fields."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        """SHA-256 (hex) of the canonical JSON of all fields; of examples with a digest, of that alone."""
+        fields = self.to_dict()
+        for entry in fields["classes"]:
+            for example in entry.get("examples", ()):
+                if "sha256" in example:
+                    del example["image"]
+                    example.pop("mask", None)
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def prompts(self) -> list[list[str]]:
@@ -247,6 +358,10 @@ class Ontology(BaseModel):
         """Per class id "thing", "stuff" or None; background is "stuff"."""
         background: list[Literal["thing", "stuff"] | None] = ["stuff"] * self._offset
         return background + [entry.kind for entry in self.classes]
+
+    def examples(self) -> list[tuple[Example, ...]]:
+        """Per class id the pictures that show it; background has none."""
+        return [()] * self._offset + [entry.examples for entry in self.classes]
 
     def thresholds(self, default: float = 0.0) -> npt.NDArray[np.float32] | None:
         """Per class id the least probability for a label.
@@ -358,16 +473,21 @@ def load_ontology(source: str | Path) -> Ontology:
             f"no ontology file or built-in set '{source}'",
             f"Name a YAML file or one of: {', '.join(builtin_ontologies())}.{hint}",
         )
-    return read_ontology_text(path.read_bytes(), origin=str(path), default_name=path.stem)
+    return read_ontology_text(
+        path.read_bytes(), origin=str(path), default_name=path.stem, folder=path.resolve().parent
+    )
 
 
-def read_ontology_text(text: bytes | str, *, origin: str, default_name: str) -> Ontology:
+def read_ontology_text(
+    text: bytes | str, *, origin: str, default_name: str, folder: Path | None = None
+) -> Ontology:
     """Ontology from YAML text.
 
     Args:
         text: the YAML document.
         origin: file name for errors.
         default_name: name of the ontology if the document gives none.
+        folder: what paths of examples are relative to; the examples are then read. None leaves them alone.
 
     Raises:
         MaskMillError: ``ontology_invalid``, naming origin and line.
@@ -376,7 +496,7 @@ def read_ontology_text(text: bytes | str, *, origin: str, default_name: str) -> 
     if not isinstance(data, dict):
         raise _invalid(origin, 1, "the file must be a mapping with the key 'classes'")
     data.setdefault("name", default_name)
-    return _validate(data, origin=origin, lines=lines)
+    return _validate(data, origin=origin, lines=lines, folder=folder)
 
 
 # --- YAML with line numbers ---
@@ -442,9 +562,11 @@ def _invalid(origin: str, line: int | None, text: str) -> MaskMillError:
     return MaskMillError("ontology_invalid", f"{place}: {text}", _REMEDY)
 
 
-def _validate(data: dict[str, Any], *, origin: str, lines: Mapping[Location, int]) -> Ontology:
+def _validate(
+    data: dict[str, Any], *, origin: str, lines: Mapping[Location, int], folder: Path | None = None
+) -> Ontology:
     try:
-        return Ontology.model_validate(data)
+        return Ontology.model_validate(data, context={_FOLDER_OF_FILE: folder})
     except ValidationError as error:
         problems = [_describe(problem, origin, lines) for problem in error.errors(include_url=False)]
         shown = list(dict.fromkeys(problems))
@@ -457,7 +579,8 @@ def _describe(problem: Any, origin: str, lines: Mapping[Location, int]) -> str:
     where: Location = problem.get("ctx", {}).get("where") or problem["loc"]
     line = next((lines[place] for place in _outwards(where) if place in lines), None)
     if problem["type"] == "extra_forbidden":
-        known = (ClassEntry if where[0] == "classes" else Ontology).model_fields
+        holder = Example if "examples" in where[:-1] else ClassEntry if where[0] == "classes" else Ontology
+        known = holder.model_fields
         close = difflib.get_close_matches(str(where[-1]), known, n=1)
         text = f"unknown key '{where[-1]}'" + (f"; did you mean '{close[0]}'?" if close else "")
         text += f" (known: {', '.join(known)})"

@@ -8,12 +8,15 @@ takes the positions (s-1)*B to s*B-1, whatever the number of workers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    # Loading processes import this module as well, and have no use for torch.
+    import torch
+    from torch import Tensor, nn
 
 GUESS = -1
 """A pixel whose label is to be guessed (the reference's suppressed labels)."""

@@ -6,6 +6,7 @@ import pytest
 
 from jobs.recipes import RECIPES, LabelRecipe, load_recipe, recipe_from_dict
 from models.errors import MaskMillError
+from pipeline.clipseg_options import ClipSegOptions
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,8 @@ def test_settings_are_typed(settings: list[str], field: str, expected: object) -
         ("maskclip", ["window=224"], "recipe_invalid", "window_stride"),
         ("maskclip-refined", ["head=plain"], "recipe_invalid", "needs keys"),
         ("maskclip", ["window=224", "window_stride=300"], "recipe_invalid", "window_stride"),
+        ("maskclip", ["clipseg.text_weight=0"], "recipe_invalid", "mean nothing to ViT-B-16"),
+        ("clipseg", ["text_weight=2"], "recipe_invalid", "less than or equal to 1"),
         ("maskclip", ["corruption=snow:3"], "recipe_invalid", "jpeg_compression"),
         ("maskclip", ["corruption=spatter:6"], "recipe_invalid", "'spatter:6'"),
         ("maskclip", ["corruption=spatter"], "recipe_invalid", "NAME:LEVEL"),
@@ -88,6 +91,7 @@ def test_every_field_but_the_name_changes_the_hash() -> None:
         "head": "plain", "image_stats": "clip", "profile": "weights", "window": 9, "window_stride": 4,
         "ks_threshold": 1.0, "ks_axis": "channel", "ks_source": "raw", "pd_threshold": 0.5,
         "temperature": 9.0,        "precision": "fp32", "batch_size": 3, "min_confidence": 0.1,
+        "clipseg": ClipSegOptions(text_weight=0.1),
     }  # fmt: skip
     assert set(others) == {field.name for field in dataclasses.fields(LabelRecipe)} - {"name"}
     hashes = {dataclasses.replace(base, **{key: value}).hash for key, value in others.items()}

@@ -27,7 +27,8 @@ def test_figures_tell_seen_from_unseen() -> None:
 def test_rows_and_claims_of_two_seeds(tmp_path: Path) -> None:
     console = Console(record=True, width=160)
     quick = [
-        "iterations=6", "guided=[1, 4]", "checkpoint_every=100", "augment.scale=[64, 64]", "crop=[64, 64]", "warmup=1",
+        "iterations=6", "guided=[1, 4]", "self_train=[5, -1]", "checkpoint_every=100", "warmup=1",
+        "augment.scale=[64, 64]", "crop=[64, 64]",
     ]  # fmt: skip
     small = {"unlabelled": 8, "settings": quick, "forms": {"annotation-free": "toy"}}
     sections, claims = students((11, 12), 2, tmp_path, console, **small)  # type: ignore[arg-type]

@@ -1,0 +1,507 @@
+"""``maskmill segment``: images and prompts → a mask, a heat map and an overlay for each, by CLIPSeg."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import unquote
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+
+from jobs.console import LOG_EVERY_S, duration, stderr_console
+from models.errors import MaskMillError
+from pipeline.clipseg_options import CLIP, PREFIXES, RELEASED, Prefix
+from pipeline.images import MAX_PIXELS, ImageError, decode, fetch, resize, target_size
+from pipeline.manifest import build_manifest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models.clipseg import ClipSeg
+
+SCHEMA_VERSION = 1
+RESULT_FILE = "results.json"
+THRESHOLD = 0.3
+"""The paper's, for text prompts on PhraseCut and Pascal (Tables 3, 5 and 7)."""
+NO_MASK = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentJob:
+    """What is asked, of which images.
+
+    Attributes:
+        images: files, folders, globs and list files, local or remote.
+        output: folder for everything that is made.
+        prompts: texts.
+        prompt_images: example images, each a prompt; with ``text_weight`` the n-th joins the n-th text.
+        prompt_masks: none, or one for each example image in the same order; ``-`` where one has none.
+        text_weight: share of the text in a prompt made of both, in [0, 1]; None keeps texts and examples
+            apart.
+        thresholds: least probability of a mask's pixels: none for ``THRESHOLD``, one for all prompts, or one
+            for each, texts before examples.
+        prefix: templates around texts; their mean embedding is used.
+        visual_prompt: as ``pipeline.clipseg.parse_style``, for examples with a mask.
+        example_size: side of the square that examples are squeezed to.
+        weights: decoder file, folder or hub name, as ``pipeline.clipseg.ClipSegWeights``.
+        clip: NAME:PRETRAINED of the CLIP beneath a decoder file.
+        extract_layers: None takes what the weights say.
+        size: side of the square that images are squeezed to.
+        keep_ratio: instead the short side becomes ``size``, the long one at most four times that.
+        precision: ``auto`` is what the processor computes natively.
+        max_pixels: larger images are not decoded but recorded as ``too_large``.
+        overwrite: replace what an earlier run left in ``output``.
+    """
+
+    images: tuple[str, ...]
+    output: str
+    prompts: tuple[str, ...] = ()
+    prompt_images: tuple[str, ...] = ()
+    prompt_masks: tuple[str, ...] = ()
+    text_weight: float | None = None
+    thresholds: tuple[float, ...] = ()
+    prefix: Prefix = "plain"
+    visual_prompt: str = "crop_blur_highlight352"
+    example_size: int = 352
+    weights: str = RELEASED
+    clip: str = CLIP
+    extract_layers: tuple[int, ...] | None = None
+    size: int = 352
+    keep_ratio: bool = False
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    max_pixels: int = MAX_PIXELS
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One question.
+
+    Attributes:
+        title: how it is called in pictures.
+        threshold: least probability of the mask's pixels.
+        text: the words, if there are any.
+        image, mask: paths of the example, if there is one.
+        shown: fp32 (3, S, S), the visual prompt.
+    """
+
+    title: str
+    threshold: float
+    text: str | None = None
+    image: str | None = None
+    mask: str | None = None
+    shown: Tensor | None = None
+
+
+def run(job: SegmentJob, console: Console | None = None) -> int:
+    """Segment, and print a summary.
+
+    Returns:
+        0, or 1 if images could not be read; they are recorded, and the others are done.
+
+    Raises:
+        MaskMillError: for everything that the user can mend.
+    """
+    console = console or stderr_console()
+    _check(job)
+    uris = list(
+        dict.fromkeys(uri for source in job.images for uri in build_manifest(source)["uri"].to_pylist())
+    )
+    prompts = _prompts(job)
+    folder = Path(job.output)
+    earlier = _earlier_files(folder, overwrite=job.overwrite)
+
+    from models.precision import DTYPES, best_device, native_precision
+    from pipeline.clipseg import ClipSegWeights
+
+    began = time.monotonic()
+    device = best_device()
+    precision = native_precision(device) if job.precision == "auto" else job.precision
+    toy = " (a toy: it knows the toy world only)" if job.clip.startswith("toyclip") else ""
+    _say(console, f"{_count(uris, 'image')}, {_count(prompts, 'prompt')}, {job.weights}{toy} → {folder}")
+    with console.status("reading the weights"):
+        model = ClipSegWeights(job.weights, job.clip, job.extract_layers).load(
+            device=device, dtype=DTYPES[precision]
+        )
+        conditionals = _embed(model, prompts, job)
+    _remove(earlier, folder)  # only now, when weights and examples are known to be there
+    record: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "model": {
+            "weights": job.weights,
+            "clip": model.clip.name,
+            "extract_layers": list(model.decoder.extract_layers),
+            "fingerprint": model.fingerprint,
+            "precision": precision,
+            "device": device.type,
+        },
+        "settings": {
+            "size": job.size,
+            "keep_ratio": job.keep_ratio,
+            "prefix": job.prefix,
+            "text_weight": job.text_weight,
+            "visual_prompt": job.visual_prompt,
+            "example_size": job.example_size,
+        },
+        "prompts": [
+            {
+                "title": one.title,
+                "text": one.text,
+                "image": one.image,
+                "mask": one.mask,
+                "threshold": one.threshold,
+            }
+            for one in prompts
+        ],
+        "images": [],
+    }
+    names = _folder_names(uris)
+    try:
+        with _progress(console, len(uris)) as report:
+            for done, uri in enumerate(uris, start=1):
+                record["images"].append(_segment(job, model, conditionals, prompts, uri, folder, names[uri]))
+                report(done)
+    finally:  # what is there when a run is stopped is known, and can be overwritten
+        status = Counter(entry["status"] for entry in record["images"])
+        record["counts"] = dict(sorted(status.items()))
+        _write(folder / RESULT_FILE, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+    return _summary(console, folder, status, record, time.monotonic() - began)
+
+
+# --- what is asked ------------------------------------------------------------------------------------------
+
+
+def _check(job: SegmentJob) -> None:
+    texts, pictures, masks = len(job.prompts), len(job.prompt_images), len(job.prompt_masks)
+    asked = max(texts, pictures) if job.text_weight is not None else texts + pictures
+    for wrong, message, remedy in (
+        (not job.images, "No image is given.", "Name files, folders or globs: maskmill segment photos/."),
+        (not asked, "Nothing is asked for.", 'Add --prompt "a red car" or --prompt-image cup.jpg.'),
+        (any(not text.strip() for text in job.prompts), "A --prompt is empty.", "Give it words."),
+        (
+            masks and masks != pictures,
+            f"There are {masks} --prompt-mask and {pictures} --prompt-image.",
+            f"Give a mask for each example image, in the same order, or {NO_MASK} for one without.",
+        ),
+        (
+            job.text_weight is not None and texts != pictures,
+            f"--text-weight joins each --prompt with a --prompt-image; there are {texts} and {pictures}.",
+            "Give as many of one as of the other, in the same order, or leave --text-weight out.",
+        ),
+        (
+            job.text_weight is not None and not 0 <= job.text_weight <= 1,
+            f"--text-weight {job.text_weight} is not between 0 and 1.",
+            "The released models were trained with 0 to 0.5.",
+        ),
+        (
+            len(job.thresholds) not in (0, 1, asked),
+            f"There are {len(job.thresholds)} thresholds and {asked} prompts.",
+            "Give one --threshold for all, or one for each: first the texts, then the example images.",
+        ),
+        (
+            any(not 0 <= threshold <= 1 for threshold in job.thresholds),
+            "A --threshold is not between 0 and 1.",
+            f"It is a probability; the paper has 0.1 to {THRESHOLD}.",
+        ),
+        (min(job.size, job.example_size, job.max_pixels) < 1, "A size is below 1.", "Give pixels: 352."),
+    ):
+        if wrong:
+            raise MaskMillError("wrong_use", message, remedy)
+
+
+def _prompts(job: SegmentJob) -> list[Prompt]:
+    """The questions, texts before examples; the examples are read here, before weights are waited for."""
+    from pipeline.clipseg import parse_style, read_picture, visual_prompt_of
+
+    style = parse_style(job.visual_prompt)
+    masks = [None if mask == NO_MASK else mask for mask in job.prompt_masks] or [None] * len(
+        job.prompt_images
+    )
+    shown = [
+        visual_prompt_of(read_picture(image, mask), style, job.example_size)
+        for image, mask in zip(job.prompt_images, masks, strict=True)
+    ]
+    asked: list[tuple[str | None, int | None]]
+    if job.text_weight is not None:
+        asked = [(text, index) for index, text in enumerate(job.prompts)]
+    else:
+        asked = [(text, None) for text in job.prompts] + [(None, index) for index in range(len(shown))]
+    thresholds = job.thresholds or (THRESHOLD,)
+    if len(thresholds) == 1:
+        thresholds = thresholds * len(asked)
+    prompts = []
+    for (text, index), threshold in zip(asked, thresholds, strict=True):
+        image = None if index is None else job.prompt_images[index]
+        words = [text] * (text is not None) + [_stem(image)] * (image is not None)
+        prompts.append(
+            Prompt(
+                title=" + ".join(word for word in words if word),
+                threshold=threshold,
+                text=text,
+                image=image,
+                mask=None if index is None else masks[index],
+                shown=None if index is None else shown[index],
+            )
+        )
+    return prompts
+
+
+def _embed(model: ClipSeg, prompts: Sequence[Prompt], job: SegmentJob) -> Tensor:
+    """Conditionals (P, E)."""
+    import torch
+
+    from models.clipseg import mix
+    from pipeline.clipseg import embed_pictures, embed_words
+
+    texts = [one.text for one in prompts if one.text is not None]
+    pictures = [one.shown for one in prompts if one.shown is not None]
+    of_texts = embed_words(model, texts, PREFIXES[job.prefix]) if texts else None
+    of_pictures = embed_pictures(model, pictures) if pictures else None
+    if of_texts is None or of_pictures is None:
+        only = of_pictures if of_texts is None else of_texts
+        assert only is not None, "there are prompts"
+        return only
+    if job.text_weight is not None:
+        return mix(of_texts, of_pictures, job.text_weight)
+    return torch.cat([of_texts, of_pictures])
+
+
+# --- one image ----------------------------------------------------------------------------------------------
+
+
+def _segment(
+    job: SegmentJob,
+    model: ClipSeg,
+    conditionals: Tensor,
+    prompts: Sequence[Prompt],
+    uri: str,
+    folder: Path,
+    name: str,
+) -> dict[str, Any]:
+    """Ask all prompts of an image, write its files, and say what was found."""
+    import torch
+
+    from pipeline.clipseg import check_finite, network_pixels, shown_pixels
+    from pipeline.clipseg_labeller import stretched
+    from pipeline.report.prompts import Found, heat_map, overlay_mask, overview
+
+    entry: dict[str, Any] = {"uri": uri}
+    try:
+        image = decode(fetch(uri), max_pixels=job.max_pixels)
+    except ImageError as error:
+        return entry | {"status": error.code, "error": error.message}
+    height, width = image.shape[:2]
+    scale = (4 * job.size, job.size) if job.keep_ratio else (job.size, job.size)
+    network = target_size(height, width, scale=scale, keep_ratio=job.keep_ratio)
+    small = torch.from_numpy(np.array(resize(image, network, method="antialias"))).permute(2, 0, 1)
+    with torch.inference_mode():
+        logits = model(network_pixels(small[None], model), conditionals)[0]
+        check_finite(logits)
+        probabilities = logits.float().sigmoid()
+    here = folder / name
+    here.mkdir(parents=True, exist_ok=True)
+    found, results = [], []
+    for number, (prompt, probability) in enumerate(zip(prompts, probabilities, strict=True), start=1):
+        p = stretched(probability[None], (height, width))[0].clamp(0, 1).cpu().numpy()
+        mask = p >= prompt.threshold
+        level = np.rint(p * 255).astype(np.uint8)
+        files = {
+            kind: f"{name}/{number:02d}-{_slug(prompt.title)}-{kind}.png"
+            for kind in ("mask", "heat", "overlay")
+        }
+        _save(Image.fromarray(mask.astype(np.uint8) * 255), folder / files["mask"])
+        _save(heat_map(level), folder / files["heat"])
+        _save(Image.fromarray(overlay_mask(image, mask)), folder / files["overlay"])
+        area, highest = int(mask.sum()), float(p.max())
+        results.append(
+            {
+                "prompt": number - 1,
+                "max_probability": round(highest, 6),
+                "mean_probability": round(float(p.mean()), 6),
+                "mask_probability": round(float(p[mask].mean()), 6) if area else None,
+                "area": area,
+                "share": area / mask.size,
+                "bbox": _box(mask),
+                "files": files,
+            }
+        )
+        found.append(
+            Found(
+                title=prompt.title,
+                probability=level,
+                mask=mask,
+                caption=f"{100 * area / mask.size:.1f} % at p >= {prompt.threshold:g}, highest {highest:.2f}",
+                example=None if prompt.shown is None else shown_pixels(prompt.shown),
+            )
+        )
+    sheet = f"{name}/overview.png"
+    _save(overview(_name(uri), image, found), folder / sheet)
+    return entry | {
+        "status": "ok",
+        "height": height,
+        "width": width,
+        "network_size": list(network),
+        "overview": sheet,
+        "prompts": results,
+    }
+
+
+def _box(mask: np.ndarray) -> list[int] | None:
+    """[x, y, width, height] of what a mask holds; None if that is nothing."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return None
+    x, y = int(columns[0]), int(rows[0])
+    return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def _earlier_files(folder: Path, *, overwrite: bool) -> list[Path]:
+    """What an earlier run made in the folder, if it may be replaced; a folder with anything else is refused.
+
+    Raises:
+        MaskMillError: ``output_exists``, ``output_not_ours``.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise MaskMillError("output_exists", f"{folder} is a file.", "Name a folder as --output.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return []
+    earlier = folder / RESULT_FILE
+    if not earlier.is_file():
+        raise MaskMillError(
+            "output_not_ours",
+            f"{folder} holds files, and no {RESULT_FILE} that says that they are from here.",
+            "Name another --output.",
+        )
+    if not overwrite:
+        raise MaskMillError(
+            "output_exists",
+            f"{folder} holds a result already.",
+            "Name another --output, or say --overwrite.",
+        )
+    try:
+        images = json.loads(earlier.read_text(encoding="utf-8"))["images"]
+        names = [
+            name
+            for image in images
+            if image["status"] == "ok"
+            for name in [*(n for one in image["prompts"] for n in one["files"].values()), image["overview"]]
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MaskMillError(
+            "output_not_ours", f"{earlier} is not a result of maskmill segment.", "Name another --output."
+        ) from error
+    inside = folder.resolve()
+    paths = [(inside / str(name)).resolve() for name in names]
+    return [*(path for path in paths if inside in path.parents), inside / RESULT_FILE]
+
+
+def _remove(files: Sequence[Path], folder: Path) -> None:
+    """Delete files, and the folders below ``folder`` that this leaves empty."""
+    for path in files:
+        path.unlink(missing_ok=True)
+    for parent in {path.parent for path in files} - {folder.resolve()}:
+        if parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    # Level 1 is a third of the time of Pillow's own choice, for files a tenth larger.
+    picture.save(path, compress_level=1)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    fresh.write_bytes(data)
+    os.replace(fresh, path)
+
+
+def _folder_names(uris: Sequence[str]) -> dict[str, str]:
+    """A folder name for each image: its own without the ending, numbered where several are called so."""
+    names: dict[str, str] = {}
+    used: set[str] = set()
+    for uri in uris:
+        wanted = _slug(_stem(uri), letters=80) or "image"
+        name, number = wanted, 1
+        while name.casefold() in used:
+            number += 1
+            name = f"{wanted}-{number}"
+        used.add(name.casefold())
+        names[uri] = name
+    return names
+
+
+def _name(uri: str) -> str:
+    return unquote(uri).rstrip("/").rpartition("/")[2]
+
+
+def _stem(uri: str | None) -> str:
+    return "" if uri is None else Path(_name(uri)).stem
+
+
+def _slug(text: str, letters: int = 40) -> str:
+    """A file name that every system takes, of letters and digits of any script."""
+    words = "".join(letter if letter.isalnum() or letter == "_" else " " for letter in text).split()
+    return "-".join(words)[:letters].strip("-")
+
+
+# --- what is said -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[int], None]]:
+    began = last = time.monotonic()
+    with console.status("segmenting") as status:
+
+        def report(done: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            left = duration((now - began) / done * (total - done))
+            text = f"segmented {done:,} of {total:,} images, about {left} left"
+            status.update(text)
+            if not console.is_terminal and now - last >= LOG_EVERY_S:
+                last = now
+                _say(console, f"{time.strftime('%H:%M:%S')} {text}")
+
+        yield report
+
+
+def _summary(
+    console: Console, folder: Path, status: Counter[str], record: dict[str, Any], seconds: float
+) -> int:
+    failed = status.total() - status["ok"]
+    _say(console, f"Segmented {status['ok']:,} images in {duration(seconds)}.")
+    for number, prompt in enumerate(record["prompts"]):
+        shares = [entry["prompts"][number]["share"] for entry in record["images"] if entry["status"] == "ok"]
+        hits = sum(share > 0 for share in shares)
+        mean = 100 * sum(shares) / len(shares) if shares else 0.0
+        _say(
+            console,
+            f"  {prompt['title']}: found in {hits} of {len(shares)} images, {mean:.1f} % of their pixels",
+        )
+    if failed:
+        codes = ", ".join(f"{count:,} {code}" for code, count in sorted(status.items()) if code != "ok")
+        _say(console, f"  {failed:,} failed: {codes} ({RESULT_FILE} says which)")
+    _say(console, f"Look at:  {folder}/*/overview.png\nFigures:  {folder / RESULT_FILE}")
+    return 1 if failed else 0
+
+
+def _count(items: Sequence[object], word: str) -> str:
+    return f"{len(items):,} {word}{'s' if len(items) != 1 else ''}"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)

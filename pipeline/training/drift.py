@@ -1,0 +1,131 @@
+"""The alarm that stops a self-training whose predictions run away from where it began.
+
+Shapes: C classes.
+
+A student that learns from its own predictions confirms its own mistakes: classes swallow others, and the loss
+falls all the while. What shows it without any truth is the histogram of predicted classes. It is compared
+with the one at the end of the guided phase, when the student had learned from its teacher alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.errors import MaskMillError
+
+_NEGLIGIBLE = 0.01  # of an even share
+_LISTED = 5  # classes named in the alarm, of each kind
+_VANISHED = 0.1  # of its former share
+_NOTABLE = 1.2  # times the former share, or the other way round
+
+
+def relative_change(p: Tensor, q: Tensor) -> float:
+    """How much the shares of classes differ between two histograms, all classes counting alike.
+
+    The Canberra distance (Lance and Williams, 1967), divided by the number of classes: the mean over the
+    classes of ``|p - q| / (p + q)``. A class that vanished counts 1 whatever its size, as it does in the mean
+    IoU; measures that go by pixels, such as the Jensen-Shannon divergence, hardly see a rare class go. Those
+    that are next to nothing in both histograms, under a hundredth of an even share, count for less and less.
+
+    Args:
+        p: (C,), not negative, with a positive sum; normalised here.
+        q: the same.
+
+    Returns:
+        0 for equal histograms to 1 for those without a common class.
+    """
+    p, q = p.double() / p.double().sum(), q.double() / q.double().sum()
+    both = p + q + 2 * _NEGLIGIBLE / len(p)
+    return float(((p - q).abs() / both).sum() / ((p + q) / both).sum())
+
+
+class DriftAlarm:
+    """Compares histograms of predicted classes with a reference, and raises when they stay far from it.
+
+    Args:
+        names: of the C classes.
+        bound: the largest ``relative_change`` (0 to 1) that is no cause for alarm.
+        patience: how many steps in a row it must be beyond.
+    """
+
+    def __init__(self, names: Sequence[str], *, bound: float, patience: int) -> None:
+        self.drift = 0.0
+        self._names = tuple(names)
+        self._bound = bound
+        self._patience = patience
+        self._reference: Tensor | None = None
+        self._reference_step = 0
+        self._beyond = 0
+
+    def set_reference(self, step: int, histogram: Tensor) -> None:
+        """Take the histogram (C,) after this step as what later ones are compared with."""
+        if histogram.sum() > 0:
+            self._reference = histogram.to("cpu", torch.float64, copy=True)
+            self._reference_step = step
+
+    def check(self, step: int, histogram: Tensor) -> float:
+        """Compare the histogram (C,) after a step with the reference.
+
+        Every worker must call it with the same, joint histogram: then all of them raise, or none.
+
+        Returns:
+            The change, kept in ``drift`` as well; 0 as long as there is no reference.
+
+        Raises:
+            MaskMillError: ``self_training_collapsed``, after ``patience`` steps in a row beyond the bound.
+        """
+        if self._reference is None or not histogram.sum() > 0:
+            return self.drift
+        histogram = histogram.double().cpu()
+        self.drift = relative_change(self._reference, histogram)
+        self._beyond = self._beyond + 1 if self.drift > self._bound else 0
+        if self._beyond >= self._patience:
+            raise self._collapsed(step, self._reference, histogram)
+        return self.drift
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``load_state_dict`` needs to go on: plain tensors and numbers."""
+        state: dict[str, Any] = {
+            "drift": self.drift,
+            "beyond": self._beyond,
+            "reference_step": self._reference_step,
+        }
+        if self._reference is not None:
+            state["reference"] = self._reference
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what ``state_dict`` gave."""
+        reference = state.get("reference")
+        self.drift = float(state["drift"])
+        self._beyond = int(state["beyond"])
+        self._reference_step = int(state["reference_step"])
+        self._reference = None if reference is None else reference.to("cpu", torch.float64, copy=True)
+
+    def _collapsed(self, step: int, before: Tensor, now: Tensor) -> MaskMillError:
+        before, now = before / before.sum(), now / now.sum()
+        parts: dict[str, list[tuple[float, str]]] = {"Vanished": [], "Shrunk": [], "Grown": []}
+        for name, old, new in zip(self._names, before.tolist(), now.tolist(), strict=True):
+            if not old / _NOTABLE <= new <= old * _NOTABLE:
+                kind = "Grown" if new > old else "Vanished" if new < _VANISHED * old else "Shrunk"
+                parts[kind].append((abs(new - old), f"{name} {old:.1%} to {new:.1%}"))
+        listed = " ".join(
+            f"{kind}: {', '.join(text for _, text in sorted(changes, reverse=True)[:_LISTED])}"
+            f"{' and others' if len(changes) > _LISTED else ''}."
+            for kind, changes in parts.items()
+            if changes
+        )
+        return MaskMillError(
+            "self_training_collapsed",
+            f"Self-training was stopped at step {step}: the shares of the classes that the student predicts "
+            f"have changed by {self.drift:.0%} on average since step {self._reference_step}, the end of the "
+            f"guided phase, and by more than {self._bound:.0%} for {self._beyond} steps. {listed}",
+            f"The checkpoint of step {self._reference_step} is kept, and its student is sound. To train on "
+            "from there, hold the student by its teacher (anchor=1), let it learn from its running average "
+            "(ema_decay=0.98), leave self_class_power at 0, or lower the learning rate. Raise drift_bound "
+            "only if such a change is expected.",
+        )

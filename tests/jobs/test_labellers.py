@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from jobs import label
+from jobs.labellers import prepare_labeller, student_recipe
+from jobs.recipes import RECIPES, LabelRecipe, change_recipe
+from models.errors import MaskMillError
+from pipeline.maskclip_labeller import MaskClipLabeller
+from pipeline.ontology import Ontology, load_ontology, parse_classes
+from pipeline.student import read_student_record
+from pipeline.student_labeller import StudentLabeller
+from pipeline.toyworld import generate
+from tests.pipeline.test_student import toy_student
+
+TOYWORLD = load_ontology("toyworld")
+OTHERS = parse_classes("zebra, striped animal, sky", background=None, templates="toyworld")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("student") / "run"
+    toy_student(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MASKMILL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def edited(folder: Path, target: Path, **changes: Any) -> str:
+    """A copy of a student with other entries in sections of its record."""
+    shutil.copytree(folder, target)
+    data = json.loads((target / "student.json").read_text())
+    for section, values in changes.items():
+        data[section] |= values
+    (target / "student.json").write_text(json.dumps(data))
+    return str(target)
+
+
+def test_the_recipe_of_a_student_names_it_and_its_sizes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    recipe, ontology = student_recipe("run", ["min_confidence=0.25", "precision=fp32"])
+    assert ontology == TOYWORLD
+    assert recipe == LabelRecipe(
+        name="run",
+        model=str(folder),
+        pretrained=None,
+        scale=(512, 96),
+        max_pixels=100_000,
+        min_confidence=0.25,
+        precision="fp32",
+    )
+    with pytest.raises(MaskMillError) as caught:
+        student_recipe("run", ["scales=3"])
+    assert caught.value.code == "recipe_invalid"
+
+
+def test_a_student_with_its_own_words_needs_no_clip(folder: Path, tmp_path: Path) -> None:
+    # The CLIP that it was trained with cannot be had here.
+    away = edited(folder, tmp_path / "run", text={"pretrained": "/nowhere/clip.safetensors"})
+    recipe, own = student_recipe(away, ["min_confidence=0.1"])
+    # Another name, another colour and a threshold make another ontology of the same words.
+    fields = own.to_dict() | {"name": "mine"}
+    fields["classes"][0] |= {"color": "#123456", "threshold": 0.9}
+    seen: list[str] = []
+    prepared = prepare_labeller(recipe, Ontology.from_dict(fields), check_weights=seen.append)
+    assert seen == [read_student_record(folder).fingerprint]
+    assert prepared.weights == {
+        "model": f"student:{away}",
+        "pretrained": None,
+        "fingerprint": seen[0],
+        "text": {
+            "model": "toyclip",
+            "pretrained": "/nowhere/clip.safetensors",
+            "fingerprint": read_student_record(folder).text["fingerprint"],
+        },
+    }
+    # In another process and working directory.
+    labeller = pickle.loads(pickle.dumps(prepared.make))(precision="fp32", threads=1)
+    assert isinstance(labeller, StudentLabeller)
+    image = generate(3, 1, 64).images[0]
+    direct = StudentLabeller(
+        uri=str(folder),
+        thresholds=[0.9, *[0.1] * 13],
+        precision="fp32",
+        batch_size=0,
+        ignore_index=255,
+    )
+    ((got,), (wanted,)) = (each.label([image], [(64, 64)]) for each in (labeller, direct))
+    assert (got.labels == wanted.labels).all() and 0 < (got.labels == 255).sum() < got.labels.size
+
+
+def test_other_words_go_through_the_clip_of_the_record(folder: Path, own_cache: Path) -> None:
+    recipe, _ = student_recipe(str(folder))
+    made = [prepare_labeller(recipe, OTHERS).make(precision="fp32") for _ in range(2)]
+    assert len(list(own_cache.glob("text-*"))) == 1
+    image = generate(3, 1, 64).images[0]
+    first, second = (labeller.label([image], [(64, 64)])[0] for labeller in made)
+    assert (first.labels == second.labels).all()
+    assert set(np.unique(first.labels)) <= {0, 1, 2} and len(np.unique(first.labels)) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "said"),
+    [
+        ({"text": {"fingerprint": "0" * 64}}, "text_weights_differ", "000000000000"),
+        ({"text": {"pretrained": "/nowhere/x.safetensors"}}, "weights_missing", "Other classes than"),
+        ({"config": {"learned_background": True}}, "vocabulary_fixed", "has learned what background is"),
+    ],
+)
+def test_words_that_a_student_cannot_take(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], code: str, said: str
+) -> None:
+    recipe, own = student_recipe(edited(folder, tmp_path / "run", **changes))
+    with pytest.raises(MaskMillError) as caught:
+        prepare_labeller(recipe, OTHERS)
+    assert caught.value.code == code and said in caught.value.message
+    assert "its own classes: grass, water" in caught.value.remedy
+    prepare_labeller(recipe, own)  # with its own there is no trouble
+
+
+def test_a_learned_background_labels_with_its_own_classes(tmp_path: Path) -> None:
+    own = parse_classes("grass, zebra, sky", background=["thing", "texture"], templates="toyworld")
+    toy_student(tmp_path / "run", ontology=own, learned_background=True)
+    recipe, ontology = student_recipe(str(tmp_path / "run"))
+    labeller = prepare_labeller(recipe, ontology).make(precision="fp32")
+    (prediction,) = labeller.label([generate(3, 1, 64).images[0]], [(64, 64)])
+    assert set(np.unique(prediction.labels)) <= set(range(4))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"head": "value"}, {"pd_threshold": 0.5, "temperature": 40.0}, {"pretrained": "bundled"}],
+)
+def test_settings_of_maskclip_mean_nothing_to_a_student(folder: Path, change: dict[str, Any]) -> None:
+    recipe, own = student_recipe(str(folder))
+    with pytest.raises(MaskMillError) as caught:
+        prepare_labeller(change_recipe(recipe, change), own)
+    assert caught.value.code == "recipe_invalid"
+    named = caught.value.message.partition(" of recipe")[0]
+    assert set(named.split(", ")) == set(change)
+
+
+def test_a_damaged_student_shows_before_work_starts(folder: Path, tmp_path: Path) -> None:
+    broken = edited(folder, tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").write_bytes(b"0" * 100)
+    recipe, own = student_recipe(broken)
+    with pytest.raises(MaskMillError) as caught:
+        prepare_labeller(recipe, own)
+    assert caught.value.code == "student_damaged"
+
+
+def test_a_folder_without_a_student_is_not_taken_for_the_name_of_a_clip(tmp_path: Path) -> None:
+    for model in (str(tmp_path), "memory://nothing/here"):
+        with pytest.raises(MaskMillError) as caught:
+            prepare_labeller(LabelRecipe(name="x", model=model, pretrained=None), TOYWORLD)
+        assert caught.value.code == "student_missing"
+
+
+def test_names_of_clips_still_make_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toyclip").mkdir()  # an --output of this name must not get in the way
+    prepared = prepare_labeller(RECIPES["toy"], OTHERS, precision="fp32")
+    assert isinstance(prepared.make(precision="fp32"), MaskClipLabeller)
+    assert prepared.weights["model"] == "toyclip" and "text" not in prepared.weights
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_the_label_job_runs_a_student(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+    images = tmp_path / "images"
+    images.mkdir()
+    scenes = generate(7, 4, 96).images
+    for index, scene in enumerate(scenes):
+        Image.fromarray(scene).save(images / f"{index}.png")
+    (images / "bad.png").write_bytes(b"no image")
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted(images.iterdir())))
+    recipe, _ = student_recipe(str(folder), ["precision=fp32"])
+    output = tmp_path / "table"
+    status = label.run(
+        label.LabelJob(
+            source=str(tmp_path / "list.txt"),
+            ontology=OTHERS,  # the longer way: the words travel to the workers
+            recipe=recipe,
+            output=str(output),
+            max_failure_rate=0.5,
+        )
+    )
+    assert status == 0
+    record = json.loads((output / "dataset.json").read_text())
+    assert record["weights"]["model"] == f"student:{folder}"
+    assert record["recipe"]["model"] == str(folder)
+    labeller = prepare_labeller(recipe, OTHERS).make(precision="fp32", threads=1)
+    table = pa.concat_tables(pq.read_table(path) for path in (output / "labels").glob("*.parquet"))
+    rows = {Path(row["uri"]).name: row for row in table.to_pylist()}
+    assert len(rows) == 5 and rows["bad.png"]["status"] == "not_an_image"
+    for index, scene in enumerate(scenes):
+        mask = np.asarray(Image.open(io.BytesIO(rows[f"{index}.png"]["mask"]["bytes"])))
+        (wanted,) = labeller.label([scene], [(96, 96)])
+        assert (mask == wanted.labels).all() and len(np.unique(mask)) > 1
