@@ -470,6 +470,50 @@ def segment(
     )
 
 
+def serve(
+    *,
+    model: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="[NAME=]SPEC")] = (),
+    clip: str | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    allow_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    per_minute: int = 120,
+    upload_mb: int = 32,
+    verbose: tyro.conf.FlagCreatePairsOff[bool] = False,
+) -> int:
+    """Serve a page on this machine that shows what models find in an image.
+
+    Args:
+        model: a recipe, a student's folder, or CLIPSeg weights (.pth, .safetensors, folder,
+            clipseg:HUB-NAME); NAME= is what the page calls it; repeat it. Default: toy, which works offline.
+        clip: MODEL:PRETRAINED beneath CLIPSeg decoder files; default: what the file says, or the paper's.
+        host: address to listen on; 0.0.0.0 opens it to the network, where nobody is asked for a password.
+        port: default: 7860, or any free one if that is taken; 0: any free one.
+        allow_host: a further name under which browsers may reach it; may be repeated.
+        per_minute: images that one client may send; 0: no limit.
+        upload_mb: largest request in MiB.
+        verbose: log every request.
+    """
+    from jobs.serve import ServeJob, run
+    from pipeline.serving.limits import Limits
+
+    if per_minute < 0 or upload_mb < 1:
+        raise MaskMillError(
+            "wrong_use", "--per-minute and --upload-mb are positive.", "See maskmill serve --help."
+        )
+    return run(
+        ServeJob(
+            models=model,
+            clip=clip,
+            host=host,
+            port=port,
+            allow_hosts=allow_host,
+            verbose=verbose,
+            limits=Limits(per_minute=per_minute, upload_bytes=upload_mb * 2**20),
+        )
+    )
+
+
 def export(
     student: Annotated[str, tyro.conf.Positional],
     /,
@@ -592,6 +636,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "train": train,
     "export": export,
     "segment": segment,
+    "serve": serve,
     "evaluate": evaluate,
     "benchmark": benchmark,
     "report": report,

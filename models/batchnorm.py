@@ -8,10 +8,27 @@ Shapes: B batch, C channels, H W size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of all processes' tensors, in each of them; so is the gradient."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
 
 
 class CrossReplicaBatchNorm2d(nn.BatchNorm2d):
@@ -34,14 +51,14 @@ class CrossReplicaBatchNorm2d(nn.BatchNorm2d):
         # Half precision overflows in sums; torch's own keeps its statistics in fp32 as well.
         x = input if input.dtype == torch.float64 else input.float()
         sums = torch.cat([x.sum((0, 2, 3)), x.new_tensor([x.numel() // x.shape[1]])])
-        sums = all_reduce(sums)
+        sums = _SumOverProcesses.apply(sums)
         count = sums[-1].detach()
         if count <= 1:
             raise ValueError("Batch norm needs more than one value per channel in training.")
         mean = sums[:-1] / count
         centred = x - mean[:, None, None]
         # Around the joint mean, and not as the difference of two large sums, which cancels.
-        variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
         self._track(mean.detach(), variance.detach() * count / (count - 1))
         scale = (variance + self.eps).rsqrt()
         if self.affine:

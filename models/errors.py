@@ -27,6 +27,17 @@ class MaskMillError(Exception):
 
 
 FAILED_WORK = frozenset(
-    {"labelling_failed", "cluster_unreachable", "table_damaged", "output_in_use", "tracking_unreachable"}
+    {
+        "labelling_failed",
+        "cluster_unreachable",
+        "table_damaged",
+        "output_in_use",
+        "tracking_unreachable",
+        "training_failed",
+        "training_data_failing",
+        "loss_not_finite",
+        "gpu_memory",
+        "self_training_collapsed",
+    }
 )
-"""Codes of errors that are no mistake in a command: the same command may succeed later."""
+"""Codes of errors that are no mistake in how a command was written: the work itself failed."""

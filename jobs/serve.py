@@ -1,0 +1,318 @@
+"""``maskmill serve``: a page on this machine that shows what models find in an image."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from jobs.labellers import MASKCLIP_OPTIONS
+from jobs.recipes import LabelRecipe, load_recipe
+from models.errors import MaskMillError
+from pipeline.ontology import default_background, load_ontology
+from pipeline.serving.limits import Limits, is_loopback
+from pipeline.serving.models import Entry, ModelInfo, ModelRegistry
+
+if TYPE_CHECKING:
+    from pipeline.serving.models import ServedModel
+
+PORT = 7860
+DEFAULT_MODELS = ("toy",)
+_PAPER_CLIP = ("ViT-B-16-quickgelu", "openai")
+_TOY_NOTICE = (
+    "Toy weights: {name} knows the procedural toy world and nothing else. It runs without a download; its "
+    "masks of real photographs mean nothing."
+)
+_RANDOM_NOTICE = "Random weights: {name} has learned nothing, its masks mean nothing."
+_GRACE_S = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeJob:
+    """What to serve, and to whom.
+
+    Attributes:
+        models: ``SPEC`` or ``NAME=SPEC``; a spec is a recipe (name or YAML file), a student's folder or
+            URI, or CLIPSeg weights (``.pth``, ``.safetensors``, a folder in Hugging Face's layout, or
+            ``clipseg:HUB-NAME``). The first is the page's default.
+        clip: ``MODEL:PRETRAINED``, the CLIP beneath CLIPSeg decoder files; None takes the file's word, or the
+            paper's CLIP.
+        host: address to listen on.
+        port: None takes 7860 or, if that is taken, any free one; 0 any free one.
+        allow_hosts: names besides ``localhost`` and addresses under which clients may reach it.
+        limits: what clients may ask for.
+        verbose: log every request.
+    """
+
+    models: Sequence[str] = DEFAULT_MODELS
+    clip: str | None = None
+    host: str = "127.0.0.1"
+    port: int | None = None
+    allow_hosts: Sequence[str] = ()
+    limits: Limits = field(default_factory=Limits)
+    verbose: bool = False
+
+
+def run(job: ServeJob, console: Console | None = None) -> int:
+    """Serve until Ctrl-C.
+
+    Args:
+        job: what to serve.
+        console: where to say where the page is.
+
+    Raises:
+        MaskMillError: as ``entry``; ``models_repeated``; ``port_taken`` and ``address_unusable``.
+    """
+    import uvicorn
+
+    from pipeline.serving.app import create_app
+
+    console = console or Console()
+    registry = ModelRegistry([entry(spec, clip=job.clip) for spec in job.models or DEFAULT_MODELS])
+    loopback = is_loopback(job.host)
+    app = create_app(registry, job.limits, loopback=loopback, names=job.allow_hosts)
+    listener = _listen(job.host, job.port)
+    logging.basicConfig(format="%(levelname)s %(message)s")
+    config = uvicorn.Config(
+        app,
+        log_level="info" if job.verbose else "warning",
+        access_log=job.verbose,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=_GRACE_S,
+        ws="none",
+    )
+    port = listener.getsockname()[1]
+    with listener:
+        _announce(console, registry, job, port, loopback=loopback)
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended by then, and passes the signal on
+            uvicorn.Server(config).run(sockets=[listener])
+    console.print("Stopped.")
+    return 0
+
+
+def entry(spec: str, *, clip: str | None = None) -> Entry:
+    """A model of the registry from ``SPEC`` or ``NAME=SPEC``.
+
+    Nothing is loaded, but mistakes that can be seen without loading are found here.
+
+    Args:
+        spec: see ``ServeJob.models``.
+        clip: see ``ServeJob.clip``.
+
+    Raises:
+        MaskMillError: ``model_spec_unknown``, ``weights_missing``; as ``jobs.recipes.load_recipe`` and
+            ``pipeline.student.read_student_record``.
+    """
+    name, separator, source = spec.partition("=")
+    if not separator:
+        name, source = "", spec
+    name, source = name.strip(), source.strip()
+    path = Path(source).expanduser()
+    if source.startswith("clipseg:"):
+        return _clipseg(name or source.rpartition("/")[2], source.removeprefix("clipseg:"), clip)
+    if "://" in source or (path / "student.json").is_file():
+        return _student(name, source if "://" in source else str(path))
+    if path.suffix in (".pth", ".safetensors") or (path / "config.json").is_file():
+        if not path.exists():
+            raise MaskMillError(
+                "weights_missing", f"There is no file {source}.", "Name the weights of a CLIPSeg decoder."
+            )
+        return _clipseg(name or path.stem, str(path), clip)
+    if path.is_dir():
+        raise MaskMillError(
+            "model_spec_unknown",
+            f"{source} is a folder without student.json or config.json.",
+            "Name the output of maskmill train, or a CLIPSeg folder in Hugging Face's layout.",
+        )
+    return _teacher(name, load_recipe(source))
+
+
+def _teacher(name: str, recipe: LabelRecipe) -> Entry:
+    toy = recipe.model == "toyclip"
+    name = name or recipe.name
+    ontology = load_ontology("toyworld") if toy else None
+    context = ontology.names if ontology is not None else tuple(default_background())
+    info = ModelInfo(
+        name=name,
+        kind="teacher",
+        title=f"MaskCLIP, no training: {recipe.model}",
+        notice=_notice(name, recipe.model, recipe.pretrained),
+        suggestions=ontology.names if ontology is not None else (),
+        context=context,
+    )
+
+    def load() -> ServedModel:
+        from models.precision import best_device, native_precision
+        from pipeline.serving.served import Teacher
+        from pipeline.stages import ImageSettings
+
+        precision = recipe.precision if recipe.precision != "auto" else native_precision(best_device())
+        return Teacher(
+            model=recipe.model,
+            pretrained=recipe.pretrained,
+            options={option: getattr(recipe, option) for option in MASKCLIP_OPTIONS},
+            templates=ontology.templates if ontology is not None else "openai85",
+            sizes=ImageSettings(
+                scale=recipe.scale,
+                keep_ratio=recipe.keep_ratio,
+                resize=recipe.resize,
+                max_pixels=recipe.max_pixels,
+            ),
+            precision=precision,
+            warm=context,
+        )
+
+    return Entry(info, load)
+
+
+def _student(name: str, source: str) -> Entry:
+    from pipeline.student import read_student_record
+
+    record = read_student_record(source)
+    name = name or record.name
+    names = record.ontology.names
+    info = ModelInfo(
+        name=name,
+        kind="student",
+        title=f"Student of MaskCLIP+ with {len(names)} classes",
+        notice=_notice(name, str(record.text.get("model")), record.text.get("pretrained")),
+        vocabulary=names,
+        suggestions=names,
+        context=names,
+    )
+
+    def load() -> ServedModel:
+        from models.precision import best_device, native_precision
+        from pipeline.serving.served import Student
+
+        return Student(record, precision=native_precision(best_device()))
+
+    return Entry(info, load)
+
+
+def _clipseg(name: str, weights: str, clip: str | None) -> Entry:
+    path = Path(weights).expanduser()
+    model, pretrained = _clip_beneath(path, clip) if path.is_file() else (None, None)
+    toy = model == "toyclip"
+    info = ModelInfo(
+        name=name,
+        kind="clipseg",
+        title=f"CLIPSeg over {model}" if model else "CLIPSeg",
+        notice=_notice(name, model or "", pretrained),
+        image=True,
+        suggestions=load_ontology("toyworld").names if toy else (),
+        threshold=0.5,
+    )
+
+    def load() -> ServedModel:
+        from pipeline.serving.served import PromptModel
+
+        return PromptModel(weights, model=model, pretrained=pretrained)
+
+    return Entry(info, load)
+
+
+def _clip_beneath(path: Path, clip: str | None) -> tuple[str, str | None]:
+    """The CLIP of a decoder file: as told, as the file says, or the paper's."""
+    if clip is not None:
+        if clip.startswith(("hf-hub:", "local-dir:")):
+            return clip, None
+        model, _, pretrained = clip.partition(":")
+        return model, pretrained or None
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                told = json.loads((file.metadata() or {}).get("clipseg", "{}")).get("clip")
+        except (SafetensorError, ValueError):
+            told = None  # loading says what is wrong with it
+        if told == "toyclip":
+            return "toyclip", "bundled"
+    return _PAPER_CLIP
+
+
+def _notice(name: str, model: str, pretrained: str | None) -> str:
+    if (pretrained or "").startswith("random:"):
+        return _RANDOM_NOTICE.format(name=name)
+    return _TOY_NOTICE.format(name=name) if model == "toyclip" else ""
+
+
+def _listen(host: str, port: int | None) -> socket.socket:
+    """A bound socket; see ``ServeJob.port``."""
+    if port is not None and not 0 <= port <= 65_535:
+        raise MaskMillError("address_unusable", f"{port} is no port.", "Choose one from 1024 to 65535, or 0.")
+    for attempt in [PORT, 0] if port is None else [port]:
+        try:
+            return _bind(host, attempt)
+        except PermissionError as error:
+            raise MaskMillError(
+                "address_unusable",
+                f"Port {attempt} needs rights that this user has not.",
+                "Choose a port above 1023.",
+            ) from error
+        except OSError as error:
+            taken = getattr(error, "errno", None) == errno.EADDRINUSE
+            if taken and port is None:
+                continue
+            if taken:
+                raise MaskMillError(
+                    "port_taken", f"Port {port} is in use.", "Choose another --port, or leave it out."
+                ) from error
+            raise MaskMillError(
+                "address_unusable",
+                f"Cannot listen on {host}, port {attempt}: {error}.",
+                "Use an address of this machine: 127.0.0.1 for this machine only, 0.0.0.0 for all.",
+            ) from error
+    raise AssertionError("some port is always free")
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        # Without it a port rests for a minute after each run.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        # Here rather than later: two sockets can be bound to a port with that option, one can listen.
+        listener.listen(128)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _announce(console: Console, registry: ModelRegistry, job: ServeJob, port: int, *, loopback: bool) -> None:
+    def say(text: str, **style: Any) -> None:
+        console.print(text, soft_wrap=True, highlight=False, markup=False, **style)
+
+    for info in registry.infos():
+        say(f"{info.name}: {info.title}")
+        if info.notice:
+            say(f"  {info.notice}")
+    shown = job.host if loopback else (socket.gethostname() if _everywhere(job.host) else job.host)
+    if _everywhere(job.host) or not loopback:
+        say(
+            "Warning: this server is open to the network and asks nobody who they are. Whoever reaches it "
+            "can use its models.",
+            style="yellow",
+        )
+    if job.port is None and port != PORT:
+        say(f"Port {PORT} is in use; this is another one.")
+    bracketed = f"[{shown}]" if ":" in shown else shown
+    say(f"Open in a browser: http://{bracketed}:{port}/    (Ctrl-C ends it)")
+
+
+def _everywhere(host: str) -> bool:
+    return host in ("0.0.0.0", "::", "[::]", "")

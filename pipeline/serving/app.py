@@ -1,0 +1,597 @@
+"""The server: a page, and the small API that it uses.
+
+FastAPI, and not Gradio: Gradio is a large dependency that loads fonts and scripts from elsewhere and calls
+home unless told not to, and its page cannot change a threshold or an opacity without a new request. Here the
+maps come once and the browser does the rest; the page is five files of this folder, and nothing is loaded
+from any other place. FastAPI's own pages of documentation load from a CDN; there is ``/openapi.json`` only.
+
+Nothing is written to disk; uploads stay in memory as long as their request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import logging
+import math
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import cache
+from importlib.resources import files
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import Field, ValidationError
+from starlette.datastructures import FormData, Headers, MutableHeaders, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from models.errors import MaskMillError
+from pipeline import images, toyworld
+from pipeline.images import ImageError
+from pipeline.palette import palette
+from pipeline.serving.limits import Gate, Limits, RateLimiter, Refused, bounded, check_host, check_origin
+from pipeline.serving.models import (
+    Answer,
+    HeatAnswer,
+    ImagePrompt,
+    LabelAnswer,
+    ModelInfo,
+    ModelRegistry,
+    Prompt,
+    ServedModel,
+    TextPrompt,
+)
+from pipeline.serving.schemas import (
+    PREVIEW_FORM,
+    SEGMENT_FORM,
+    ErrorReply,
+    LegendReply,
+    ModelReply,
+    ModelsReply,
+    PromptRequest,
+    SegmentReply,
+    SegmentRequest,
+)
+
+log = logging.getLogger("maskmill.serve")
+
+SAMPLE_SEED, SAMPLE_SIZE = 2026, 256
+SAMPLES = (0, 1, 10, 43, 40, 51)
+"""Toy scenes offered on the page: every class occurs, and none was among the toy CLIP's training scenes."""
+
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "Cache-Control": "no-store",
+}
+
+
+class _InMemoryParser(MultiPartParser):
+    """Starlette's parser, which writes files above 1 MB to disk, told not to."""
+
+    spool_max_size = 0  # no bound of its own: the body as a whole has one
+
+
+class Guard:
+    """Wraps the app: checks host and origin first, adds the security headers to every answer, and keeps what
+    went wrong inside to the log.
+
+    Args:
+        app: what it protects.
+        loopback: whether the server is open to this machine only.
+        names: host names besides ``localhost`` and address literals.
+    """
+
+    def __init__(self, app: ASGIApp, *, loopback: bool, names: Collection[str]) -> None:
+        self._app = app
+        self._loopback = loopback
+        self._names = names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        started = False
+
+        async def send_guarded(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        headers = Headers(scope=scope)
+        host = headers.get("host")
+        try:
+            check_host(host, loopback=self._loopback, names=self._names)
+            check_origin(
+                scope["method"],
+                host=host,
+                origin=headers.get("origin"),
+                site=headers.get("sec-fetch-site"),
+            )
+        except Refused as refused:
+            await _error_response(refused, refused.status)(scope, receive, send_guarded)
+            return
+        try:
+            await self._app(scope, receive, send_guarded)
+        except Exception:
+            log.exception("%s %s failed", scope["method"], scope["path"])
+            if started:
+                raise
+            error = MaskMillError(
+                "internal",
+                "Something went wrong in the server.",
+                "The reason is in its log. Another image or model may work.",
+            )
+            await _error_response(error, 500)(scope, receive, send_guarded)
+
+
+class _Server:
+    """The state behind the routes."""
+
+    def __init__(self, registry: ModelRegistry, limits: Limits, loopback: bool) -> None:
+        self.registry = registry
+        self.limits = limits
+        self.loopback = loopback
+        self.rate = RateLimiter(limits.per_minute, limits.burst)
+        self.gate = Gate(limits.waiting + 1)
+        # One: models are not asked two things at a time, and two would only share the cores.
+        self.worker = ThreadPoolExecutor(1, thread_name_prefix="segment")
+
+    async def form(self, request: Request) -> FormData:
+        """The multipart form of a request, within the limits."""
+        limits = self.limits
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            raise Refused(
+                415,
+                "form_missing",
+                "The request is no multipart form.",
+                "Send the image as the part 'image'.",
+            )
+        stream = bounded(
+            request.stream(), limits.upload_bytes, declared=request.headers.get("content-length")
+        )
+        parser = _InMemoryParser(
+            request.headers,
+            stream,  # type: ignore[arg-type]  # a generator is asked for, an iterator is enough
+            max_files=1 + 2 * limits.examples,
+            max_fields=4,
+            max_part_size=2**20,
+        )
+        try:
+            return await asyncio.wait_for(parser.parse(), limits.upload_seconds)
+        except asyncio.TimeoutError:
+            raise Refused(
+                408,
+                "upload_too_slow",
+                f"The upload took longer than {limits.upload_seconds:g} s.",
+                "Send a smaller image.",
+            ) from None
+        except MultiPartException as error:
+            raise Refused(
+                400, "form_invalid", f"The form cannot be read: {error.message}", "Send a multipart form."
+            ) from None
+
+    async def run(self, request: Request, work: Callable[[], Any]) -> Any:
+        """Do work in the worker thread, unless the client has gone by then."""
+        future = self.worker.submit(work)
+        waiting = asyncio.wrap_future(future)
+        while not (await asyncio.wait({waiting}, timeout=0.25))[0]:
+            if await request.is_disconnected() and future.cancel():
+                raise Refused(499, "client_gone", "The client did not wait.", "Send the request again.")
+        return waiting.result()
+
+    async def model(self, name: str) -> ServedModel:
+        """A loaded model; it is loaded if need be."""
+        future = self.registry.load(name)
+        # Wrapped anew for every request, and never cancelled: others may be waiting for it as well.
+        await asyncio.wait({asyncio.wrap_future(future)}, timeout=self.limits.load_seconds)
+        if not future.done():
+            raise Refused(
+                503,
+                "model_loading",
+                f"The model {name} is still being loaded.",
+                "Try again in a few seconds.",
+                retry_after=2,
+            )
+        error = future.exception()
+        if error is not None:
+            raise self.load_failure(name, error)
+        return future.result()
+
+    def load_failure(self, name: str, error: BaseException) -> Refused:
+        """What a client is told about a model that could not be loaded."""
+        if isinstance(error, MaskMillError) and self.loopback:
+            return Refused(500, error.code, error.message, error.remedy)
+        # Paths and settings of this machine are no business of the network.
+        return Refused(
+            500,
+            "model_failed",
+            f"The model {name} could not be loaded.",
+            "The reason is in the log of the server.",
+        )
+
+    def parse(self, form: FormData) -> SegmentRequest:
+        """The ``request`` part, checked against the limits."""
+        text = form.get("request", "{}")
+        if not isinstance(text, str):
+            raise _invalid("the part 'request' is a file; send it as text")
+        try:
+            asked = SegmentRequest.model_validate_json(text or "{}")
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise _invalid(f"{place + ': ' if place else ''}{first['msg']}") from None
+        limits = self.limits
+        words = [prompt.text for prompt in asked.prompts if prompt.text is not None]
+        for count, most, what in (
+            (len(asked.prompts), limits.prompts, "prompts"),
+            (len(asked.prompts) - len(words), limits.examples, "example images"),
+            (len(asked.context or ()), limits.context_words, "context words"),
+        ):
+            if count > most:
+                raise MaskMillError(
+                    "too_many_prompts",
+                    f"The request has {count} {what}; at most {most} are taken.",
+                    "Leave some out.",
+                )
+        named = [prompt.name for prompt in asked.prompts if prompt.name is not None]
+        for word in (*words, *named, *(asked.context or ())):
+            if not word.strip():
+                raise MaskMillError("prompt_empty", "A prompt is empty.", "Write what to look for.")
+            if len(word) > limits.prompt_length:
+                raise MaskMillError(
+                    "prompt_too_long",
+                    f"A prompt has {len(word)} characters; at most {limits.prompt_length} are taken.",
+                    "Shorten it.",
+                )
+        if len({_clean(word) for word in words}) != len(words):
+            raise MaskMillError("prompts_repeated", "A prompt is there twice.", "Leave one out.")
+        return asked
+
+    def check(self, info: ModelInfo, asked: SegmentRequest) -> None:
+        """Refuse kinds of prompts that the model does not take."""
+        if not asked.prompts and not info.vocabulary:
+            raise MaskMillError("prompts_missing", "There is no prompt.", "Write what to look for.")
+        if any(prompt.image is not None for prompt in asked.prompts) and not info.image:
+            raise MaskMillError(
+                "prompt_kind_unsupported",
+                f"{info.name} takes words, and no example images.",
+                "Write what to look for, or choose a CLIPSeg model.",
+            )
+
+    def segment(
+        self, info: ModelInfo, model: ServedModel, asked: SegmentRequest, parts: dict[str, bytes]
+    ) -> SegmentReply:
+        """Decode, predict, encode; runs in the worker."""
+        image = self.decode(parts, "image")
+        prompts = [self.prompt(prompt, parts) for prompt in asked.prompts]
+        context = info.context if asked.context is None else [_clean(word) for word in asked.context]
+        height, width = image.shape[:2]
+        shrink = min(1.0, math.sqrt(self.limits.result_pixels / (height * width)))
+        size = (max(1, round(height * shrink)), max(1, round(width * shrink)))
+        answer = model.predict(image, prompts, context, size)
+        maps, legend = _encoded(answer)
+        return SegmentReply(
+            model=info.name,
+            kind="heat" if isinstance(answer, HeatAnswer) else "labels",
+            width=size[1],
+            height=size[0],
+            image_width=width,
+            image_height=height,
+            legend=legend,
+            maps=maps,
+        )
+
+    def prompt(self, asked: PromptRequest, parts: dict[str, bytes]) -> Prompt:
+        """A prompt with its images decoded."""
+        if asked.text is not None:
+            return TextPrompt(_clean(asked.text))
+        assert asked.image is not None, "checked with the request"
+        example = self.decode(parts, asked.image)
+        mask = None
+        if asked.mask is not None:
+            mask = self.decode(parts, asked.mask).max(axis=2) > 0
+            if mask.shape != example.shape[:2]:
+                raise MaskMillError(
+                    "mask_does_not_fit",
+                    f"The mask has {mask.shape[1]} x {mask.shape[0]} pixels, its example "
+                    f"{example.shape[1]} x {example.shape[0]}.",
+                    "Send a mask of the example's size.",
+                )
+            if not mask.any():
+                raise MaskMillError(
+                    "mask_empty", "The mask of an example is empty.", "Mark the object, or send no mask."
+                )
+        return ImagePrompt(_clean(asked.name or "example"), example, mask)
+
+    def decode(self, parts: dict[str, bytes], name: str) -> NDArray[np.uint8]:
+        """An image of the form."""
+        if name not in parts:
+            raise MaskMillError(
+                "image_missing", f"The form has no file {name[:100]!r}.", "Send the image as that part."
+            )
+        try:
+            return images.decode(parts[name], max_pixels=self.limits.image_pixels)
+        except ImageError as error:
+            which = "" if name == "image" else f"{name}: "
+            remedy = {
+                "too_large": "Scale it down.",
+                "unsupported_format": "Convert it to JPEG or PNG.",
+                "truncated": "Fetch or save the file again: its end is missing.",
+            }.get(error.code, "Send a JPEG, PNG, WebP, AVIF, GIF, TIFF or BMP file.")
+            raise MaskMillError(
+                error.code, f"{which}{images.ERROR_CODES[error.code]} ({error.message}).", remedy
+            ) from None
+
+
+def create_app(
+    registry: ModelRegistry,
+    limits: Limits | None = None,
+    *,
+    loopback: bool = True,
+    names: Collection[str] = (),
+) -> FastAPI:
+    """The ASGI application.
+
+    Args:
+        registry: the models.
+        limits: what clients may ask for.
+        loopback: whether it will listen on the loopback interface only; decides which ``Host`` headers are
+            right, and how much a client is told about a model that cannot be loaded.
+        names: host names besides ``localhost`` and address literals that the server goes by.
+    """
+    limits = limits or Limits()
+    server = _Server(registry, limits, loopback)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        server.worker.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(
+        title="MaskMill",
+        description="Masks from words and example images.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.add_middleware(Guard, loopback=loopback, names=names)
+    _add_page(app)
+    _add_samples(app)
+    errors: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorReply} for status in (400, 403, 408, 413, 415, 421, 429, 500, 503)
+    }
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        """Whether the server answers, and which models are loaded."""
+        return {
+            "status": "ok",
+            "models": {info.name: registry.state(info.name)[0] for info in registry.infos()},
+        }
+
+    @app.get("/api/models")
+    async def models() -> ModelsReply:
+        """The models, their state, and the limits."""
+        bounds = ("upload_bytes", "image_pixels", "prompts", "examples", "context_words", "prompt_length")
+        return ModelsReply(
+            models=[_described(server, info) for info in registry.infos()],
+            palette=_colors(limits.prompts),
+            limits={name: getattr(limits, name) for name in bounds},
+        )
+
+    @app.post("/api/models/{name}/load", status_code=202, responses=errors)
+    async def load(name: str, request: Request) -> ModelReply:
+        """Start loading a model, so that the first image does not wait for it."""
+        server.rate.take(request.client.host if request.client else None)
+        registry.load(name)
+        return _described(server, registry.info(name))
+
+    @app.post(
+        "/api/preview",
+        responses={200: {"content": {"image/png": {}}}, **errors},
+        response_class=Response,
+        openapi_extra=PREVIEW_FORM,
+    )
+    async def preview(request: Request) -> Response:
+        """An image that a browser cannot show (TIFF), as PNG; or what is wrong with it."""
+        server.rate.take(request.client.host if request.client else None)
+        with server.gate.enter():
+            parts = await _read_parts(await server.form(request))
+            # Not behind the model: it only decodes.
+            data = await asyncio.to_thread(lambda: _png(server.decode(parts, "image")))
+        return Response(data, media_type="image/png")
+
+    @app.post("/api/segment", responses=errors, openapi_extra=SEGMENT_FORM)
+    async def segment(request: Request) -> SegmentReply:
+        """Find prompts in an image."""
+        server.rate.take(request.client.host if request.client else None)
+        with server.gate.enter():
+            form = await server.form(request)
+            asked = server.parse(form)
+            parts = await _read_parts(form)
+            info = registry.info(asked.model if asked.model is not None else registry.infos()[0].name)
+            server.check(info, asked)
+            model = await server.model(info.name)
+            reply = await server.run(request, lambda: server.segment(info, model, asked, parts))
+        return reply
+
+    _add_errors(app)
+    _document(app)
+    return app
+
+
+def _add_page(app: FastAPI) -> None:
+    folder = files("pipeline.serving")
+
+    def add(path: str, kind: str, *sources: Any) -> None:
+        body = "\n".join(source.read_text(encoding="utf-8") for source in sources).encode()
+
+        async def serve() -> Response:
+            return Response(body, media_type=kind)
+
+        app.get(path, include_in_schema=False)(serve)
+
+    add("/", "text/html", folder / "page.html")
+    add("/page.css", "text/css", files("pipeline.report") / "base.css", folder / "page.css")
+    for script in ("page.js", "masks.js", "example.js"):
+        add(f"/{script}", "text/javascript", folder / script)
+
+
+def _add_samples(app: FastAPI) -> None:
+    @cache
+    def scene(number: int) -> toyworld.Scene:
+        return toyworld.scene(SAMPLE_SEED, SAMPLES[number], SAMPLE_SIZE)
+
+    @app.get("/api/samples")
+    def samples() -> list[dict[str, Any]]:
+        """Scenes of the toy world to try: where they are, and the classes that are in them."""
+        listed = []
+        for number in range(len(SAMPLES)):
+            ids, areas = np.unique(scene(number).labels, return_counts=True)
+            order = sorted(zip(ids, areas, strict=True), key=lambda pair: -pair[1])
+            seen = [
+                toyworld.CLASSES[i] for i, area in order if area > toyworld.VISIBLE_SHARE * SAMPLE_SIZE**2
+            ]
+            listed.append({"url": f"/api/samples/{number}.png", "classes": seen})
+        return listed
+
+    @app.get("/api/samples/{number}.png", response_class=Response)
+    def sample(number: Annotated[int, Field(ge=0, lt=len(SAMPLES))]) -> Response:
+        """One of them."""
+        return Response(_png(scene(number).image), media_type="image/png")
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(MaskMillError)
+    async def known(_request: Request, error: MaskMillError) -> Response:
+        status = error.status if isinstance(error, Refused) else 404 if error.code == "model_unknown" else 400
+        return _error_response(error, status)
+
+    @app.exception_handler(HTTPException)
+    async def http(_request: Request, error: HTTPException) -> Response:
+        return _error_response(
+            MaskMillError("http_error", f"{error.detail}.", "See /openapi.json for what there is."),
+            error.status_code,
+        )
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, error: RequestValidationError) -> Response:
+        return _error_response(_invalid(str(error.errors()[0]["msg"])), 400)
+
+
+def _document(app: FastAPI) -> None:
+    """Put the one schema that no route declares into OpenAPI."""
+    plain = app.openapi
+
+    def complete() -> dict[str, Any]:
+        schema = plain()
+        own = SegmentRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas = schema.setdefault("components", {}).setdefault("schemas", {})
+        schemas.update(own.pop("$defs", {}))
+        schemas["SegmentRequest"] = own
+        return schema
+
+    app.openapi = complete  # type: ignore[method-assign]
+
+
+def _described(server: _Server, info: ModelInfo) -> ModelReply:
+    state, error = server.registry.state(info.name)
+    told = None
+    if error is not None:
+        refused = server.load_failure(info.name, error)
+        told = ErrorReply(code=refused.code, message=refused.message, remedy=refused.remedy)
+    return ModelReply(
+        name=info.name,
+        kind=info.kind,
+        title=info.title,
+        notice=info.notice,
+        text=info.text,
+        image=info.image,
+        vocabulary=list(info.vocabulary),
+        suggestions=list(info.suggestions),
+        context=list(info.context),
+        threshold=info.threshold,
+        state=state,
+        error=told,
+    )
+
+
+def _encoded(answer: Answer) -> tuple[list[str], list[LegendReply]]:
+    colors: Sequence[str] = _colors(len(answer.names))
+    maps: list[NDArray[Any]]
+    other = None
+    if isinstance(answer, LabelAnswer):
+        # Browsers read 8 bits only.
+        maps = [answer.confidence, (answer.labels & 255).astype(np.uint8)]
+        if len(answer.names) > 256:
+            maps.append((answer.labels >> 8).astype(np.uint8))
+        other = answer.other
+        colors = answer.colors or colors
+    else:
+        maps = list(answer.heat)
+    legend = [
+        LegendReply(name=name, color=color, other=index == other)
+        for index, (name, color) in enumerate(zip(answer.names, colors, strict=True))
+    ]
+    return [base64.b64encode(_png(one)).decode() for one in maps], legend
+
+
+def _png(array: NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    # Fast rather than small: it goes over the loopback interface, and is smooth anyway.
+    Image.fromarray(array).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _colors(count: int) -> list[str]:
+    return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in palette([None] * count)]
+
+
+def _clean(text: str) -> str:
+    return " ".join(text.split())
+
+
+async def _read_parts(form: FormData) -> dict[str, bytes]:
+    """The files of a form by the names of their parts."""
+    parts = {name: await part.read() for name, part in form.multi_items() if isinstance(part, UploadFile)}
+    await form.close()
+    return parts
+
+
+def _invalid(reason: str) -> MaskMillError:
+    return MaskMillError(
+        "request_invalid",
+        f"The request cannot be read: {reason[:300]}.",
+        "See /openapi.json, SegmentRequest.",
+    )
+
+
+def _error_response(error: MaskMillError, status: int) -> JSONResponse:
+    headers = {}
+    if isinstance(error, Refused) and error.retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    if status in (408, 413):
+        headers["Connection"] = "close"  # or the rest of the upload would still be read
+    return JSONResponse(
+        {"code": error.code, "message": error.message, "remedy": error.remedy}, status, headers=headers
+    )

@@ -1,0 +1,291 @@
+"""What a client may ask for: sizes, rates, how many at once, and from which pages.
+
+The page listens on the loopback interface by default, and still has enemies there: any web site that the user
+has open can send requests to it. A site cannot read the answers (no CORS headers are sent), unless it makes
+its own name resolve to this machine (DNS rebinding), which the ``Host`` header gives away; and what it can
+send blindly is refused by ``Origin``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from models.errors import MaskMillError
+
+_LINGER_S = 5.0
+_LINGER_FACTOR = 4
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of one request and of all together.
+
+    Attributes:
+        upload_bytes: of a request's body, all images of it together.
+        upload_seconds: that a body may take to arrive.
+        image_pixels: of an image, checked before it is decoded.
+        result_pixels: of a mask; larger images are labelled at this size.
+        prompts: of a request, text and image together.
+        examples: image prompts of a request.
+        context_words: of a request.
+        prompt_length: characters.
+        waiting: requests that may wait for the model while one is served.
+        load_seconds: that a request waits for a model to load before it is told to come again.
+        per_minute: uploads of one client in the long run; 0 is no limit.
+        burst: uploads that a client may send at once.
+    """
+
+    upload_bytes: int = 32 * 2**20
+    upload_seconds: float = 60.0
+    image_pixels: int = 50_000_000
+    result_pixels: int = 2_000_000
+    prompts: int = 24
+    examples: int = 8
+    context_words: int = 200
+    prompt_length: int = 200
+    waiting: int = 8
+    load_seconds: float = 20.0
+    per_minute: int = 120
+    burst: int = 30
+
+
+class Refused(MaskMillError):
+    """A request that is turned away before a model sees it.
+
+    Args:
+        status: of the HTTP answer.
+        code, message, remedy: as ``MaskMillError``.
+        retry_after: seconds after which the same request may be taken, if waiting helps.
+    """
+
+    def __init__(
+        self, status: int, code: str, message: str, remedy: str, *, retry_after: float | None = None
+    ) -> None:
+        super().__init__(code, message, remedy)
+        self.status = status
+        self.retry_after = retry_after
+
+
+class RateLimiter:
+    """A token bucket per client.
+
+    Args:
+        per_minute: tokens that come back in a minute; 0 is no limit.
+        burst: tokens that a bucket holds.
+        clock: seconds.
+        clients: buckets that are remembered; of more clients the longest unheard one is forgotten.
+    """
+
+    def __init__(
+        self,
+        per_minute: int,
+        burst: int,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        clients: int = 4096,
+    ) -> None:
+        self._rate = per_minute / 60
+        self._burst = max(1, burst)
+        self._clock = clock
+        self._clients = clients
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def take(self, address: str | None) -> None:
+        """Take a token.
+
+        Args:
+            address: of the client. An IPv6 client is its /64 network, which is what a household is given.
+
+        Raises:
+            Refused: 429 ``too_many_requests``.
+        """
+        if not self._rate:
+            return
+        client, now = _client(address), self._clock()
+        tokens, then = self._buckets.pop(client, (float(self._burst), now))
+        tokens = min(float(self._burst), tokens + (now - then) * self._rate)
+        refused = tokens < 1
+        self._buckets[client] = (tokens if refused else tokens - 1, now)
+        while len(self._buckets) > self._clients:
+            self._buckets.popitem(last=False)
+        if refused:
+            wait = (1 - tokens) / self._rate
+            raise Refused(
+                429,
+                "too_many_requests",
+                "You are sending requests faster than this server allows.",
+                f"Wait {max(1, round(wait))} s and try again.",
+                retry_after=wait,
+            )
+
+
+def _client(address: str | None) -> str:
+    try:
+        ip = ipaddress.ip_address(address or "")
+    except ValueError:
+        return address or "unknown"
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            return str(ip.ipv4_mapped)
+        return str(ipaddress.ip_network((ip, 64), strict=False))
+    return str(ip)
+
+
+class Gate:
+    """Bounds how many requests are held in memory at a time, the one being served included.
+
+    Used from one event loop only.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """Hold a place.
+
+        Raises:
+            Refused: 503 ``busy``.
+        """
+        if self._free < 1:
+            raise Refused(
+                503,
+                "busy",
+                "Too many requests are waiting for the model.",
+                "Try again in a few seconds.",
+                retry_after=2,
+            )
+        self._free -= 1
+        try:
+            yield
+        finally:
+            self._free += 1
+
+
+async def bounded(
+    stream: AsyncIterator[bytes], limit: int, *, declared: str | None = None
+) -> AsyncIterator[bytes]:
+    """The chunks of a body, as long as they are within the limit together.
+
+    Args:
+        stream: the body as it arrives.
+        limit: bytes.
+        declared: the ``Content-Length`` header; a greater one is refused before anything is kept.
+
+    Raises:
+        Refused: 413 ``upload_too_large``. What still arrives is thrown away for a while before: a client that
+            is cut off while it sends never reads the answer.
+    """
+    announced = int(declared) if declared is not None and declared.isdecimal() else 0
+    received = 0
+    if announced <= limit:
+        async for chunk in stream:
+            received += len(chunk)
+            if received > limit:
+                break
+            yield chunk
+        else:
+            return
+    await _discard(stream, _LINGER_FACTOR * limit)
+    size = f"{announced / 2**20:,.1f} MiB" if announced > limit else f"more than {limit / 2**20:g} MiB"
+    raise Refused(
+        413,
+        "upload_too_large",
+        f"The request has {size}; the limit is {limit / 2**20:g} MiB.",
+        "Send a smaller image: scale it down, or save it as JPEG.",
+    )
+
+
+async def _discard(stream: AsyncIterator[bytes], most: int) -> None:
+    async def read() -> None:
+        left = most
+        async for chunk in stream:
+            left -= len(chunk)
+            if left < 0:
+                return
+
+    try:
+        await asyncio.wait_for(read(), _LINGER_S)
+    except Exception:  # the client has gone, or is too slow: that ends it as well
+        return
+
+
+def check_host(host: str | None, *, loopback: bool, names: Collection[str] = ()) -> None:
+    """Refuse a request that was meant for another name (DNS rebinding).
+
+    A page that rebinds its name sends that name. An address literal cannot be rebound, so where the server is
+    open to the network every literal is right.
+
+    Args:
+        host: the ``Host`` header.
+        loopback: whether the server is open to this machine only.
+        names: further names that this server goes by.
+
+    Raises:
+        Refused: 421 ``host_not_allowed``.
+    """
+    name = _host_name(host or "")
+    if name == "localhost" or name in {allowed.casefold() for allowed in names}:
+        return
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        pass
+    else:
+        if address.is_loopback or not loopback:
+            return
+    raise Refused(
+        421,
+        "host_not_allowed",
+        f"This server is not called {name[:100]!r}.",
+        "Open it under the address that it printed, or start it with --allow-host NAME.",
+    )
+
+
+def check_origin(method: str, *, host: str | None, origin: str | None, site: str | None) -> None:
+    """Refuse what another web site sends (cross-site request forgery).
+
+    Args:
+        method: of the request; only those that ask for work are checked.
+        host: the ``Host`` header.
+        origin: the ``Origin`` header; programs that are no browser send none.
+        site: the ``Sec-Fetch-Site`` header.
+
+    Raises:
+        Refused: 403 ``origin_not_allowed``.
+    """
+    if method in ("GET", "HEAD"):
+        return
+    foreign_site = site is not None and site not in ("same-origin", "none")
+    foreign_origin = origin is not None and origin.partition("://")[2].casefold() != (host or "").casefold()
+    if foreign_site or foreign_origin:
+        raise Refused(
+            403,
+            "origin_not_allowed",
+            "The request comes from another web site.",
+            "Use the page of this server, or send the request from a program.",
+        )
+
+
+def _host_name(host: str) -> str:
+    """The name in a ``Host`` header, without port and brackets."""
+    host = host.strip().casefold()
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0] if host.count(":") == 1 else host
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on can be reached from this machine only."""
+    if host.casefold() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

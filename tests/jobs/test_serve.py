@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from jobs import serve
+from jobs.serve import PORT, ServeJob, entry, run
+from models.errors import MaskMillError
+from tests.pipeline.test_student import toy_student
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of things that can be served, and of some that cannot."""
+    folder = tmp_path_factory.mktemp("serve")
+    toy_student(folder / "run")
+    (folder / "mine.yaml").write_text("base: toy\npd_threshold: 0.5\n")
+    (folder / "rd64.pth").write_bytes(b"")
+    (folder / "hub").mkdir()
+    (folder / "hub" / "config.json").write_text("{}")
+    (folder / "photos").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "kind", "toy", "image"),
+    [
+        ("toy", "toy", "teacher", True, False),
+        ("maskclip", "maskclip", "teacher", False, False),
+        ("big = maskclip", "big", "teacher", False, False),
+        ("{}/mine.yaml", "mine", "teacher", True, False),
+        ("{}/run", "run", "student", True, False),
+        ("s={}/run", "s", "student", True, False),
+        ("file://{}/run", "run", "student", True, False),
+        ("{}/rd64.pth", "rd64", "clipseg", False, True),
+        ("{}/hub", "hub", "clipseg", False, True),
+        ("clipseg:CIDAS/clipseg-rd64-refined", "clipseg-rd64-refined", "clipseg", False, True),
+    ],
+)
+def test_specs(places: Path, spec: str, name: str, kind: str, toy: bool, image: bool) -> None:
+    info = entry(spec.format(places)).info
+    assert (info.name, info.kind, bool(info.notice), info.image) == (name, kind, toy, image)
+    assert info.text and (info.vocabulary != ()) == (kind == "student")
+    assert (info.context == ()) == (kind == "clipseg")  # its prompts do not compete
+
+
+@pytest.mark.parametrize(
+    ("spec", "code"),
+    [
+        ("tpy", "recipe_unknown"),
+        ("{}/photos", "model_spec_unknown"),
+        ("{}/none.pth", "weights_missing"),
+        ("{}/none.yaml", "recipe_invalid"),
+        ("file://{}/photos", "student_missing"),
+    ],
+)
+def test_wrong_specs(places: Path, spec: str, code: str) -> None:
+    with pytest.raises(MaskMillError) as caught:
+        entry(spec.format(places))
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("clip", "expected"),
+    [
+        (None, ("ViT-B-16-quickgelu", "openai")),
+        ("ViT-B-16:laion2b_s34b_b88k", ("ViT-B-16", "laion2b_s34b_b88k")),
+        ("ViT-B-16:random:0", ("ViT-B-16", "random:0")),
+        ("hf-hub:org/name", ("hf-hub:org/name", None)),
+        ("toyclip:bundled", ("toyclip", "bundled")),
+    ],
+)
+def test_the_clip_beneath_a_decoder(places: Path, clip: str | None, expected: tuple[str, str | None]) -> None:
+    assert serve._clip_beneath(places / "rd64.pth", clip) == expected
+    info = entry(str(places / "rd64.pth"), clip=clip).info
+    notice = {"random:0": "Random weights", "bundled": "Toy weights"}.get(expected[1] or "", "")
+    assert info.notice.startswith(notice) and bool(info.notice) == bool(notice)
+
+
+def test_two_models_of_one_name_and_ports() -> None:
+    with pytest.raises(MaskMillError) as caught:
+        run(ServeJob(models=("toy", "toy")), Console(file=io.StringIO()))
+    assert caught.value.code == "models_repeated"
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(MaskMillError) as caught:
+            run(ServeJob(port=other.getsockname()[1]), Console(file=io.StringIO()))
+        assert caught.value.code == "port_taken"
+    for host, port in (("203.0.113.9", 0), ("no.such.host.invalid", 0), ("127.0.0.1", 70_000)):
+        with pytest.raises(MaskMillError) as caught:
+            run(ServeJob(host=host, port=port), Console(file=io.StringIO()))
+        assert caught.value.code == "address_unusable"
+
+
+def test_another_port_where_the_usual_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        monkeypatch.setattr(serve, "PORT", other.getsockname()[1])
+        with serve._listen("127.0.0.1", None) as listener:
+            assert listener.getsockname()[1] not in (0, PORT, other.getsockname()[1])
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_it_says_where_it_is_serves_and_ends_when_asked(stop: signal.Signals) -> None:
+    public = stop == signal.SIGTERM
+    code = (
+        "import signal, sys\nfrom jobs.cli import _interrupt\nfrom jobs.serve import ServeJob, run\n"
+        "signal.signal(signal.SIGTERM, _interrupt)\n"
+        f"sys.exit(run(ServeJob(host={'0.0.0.0' if public else '127.0.0.1'!r}, port=0)))"
+    )
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "80"}
+    server = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert server.stdout is not None
+        said = ""
+        while "Open in a browser" not in said:
+            line = server.stdout.readline()
+            assert line, server.stderr.read() if server.stderr else ""
+            said += line
+        assert "Toy weights" in said and ("nobody who they are" in said) == public
+        port = said.partition("http://")[2].partition("/")[0].rpartition(":")[2]
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
+                    assert b'"toy":"idle"' in answer.read()
+                break
+            except ConnectionError:
+                assert time.monotonic() < deadline
+        server.send_signal(stop)
+        out, err = server.communicate(timeout=30)
+        assert server.returncode == 0 and "Stopped." in out and "Traceback" not in err
+    finally:
+        server.kill()
+        server.communicate()

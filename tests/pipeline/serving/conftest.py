@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from jobs.serve import entry
+from pipeline.serving.limits import Limits
+from tests.pipeline.serving.harness import CHROMIUM, Page, Server, running
+
+
+@pytest.fixture(scope="session")
+def start() -> Iterator[Callable[..., Server]]:
+    """Start a server: ``start(entries, limits)``; it ends with the session."""
+    with ExitStack() as stack:
+        yield lambda entries, limits=None, **options: stack.enter_context(
+            running(entries, limits or Limits(per_minute=0), **options)
+        )
+
+
+@pytest.fixture(scope="session")
+def toy_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIPSeg decoder over the toy CLIP; untrained, since only its path matters here."""
+    from models.clip import load_clip
+    from models.clipseg import ClipSegConfig, build_clipseg
+    from models.clipseg_weights import save_decoder
+
+    path = tmp_path_factory.mktemp("decoder") / "rd8.safetensors"
+    config = ClipSegConfig(reduce_dim=8, heads=2, feedforward=16, extract_layers=(0, 1, 2))
+    save_decoder(build_clipseg(load_clip("toyclip", "bundled"), config), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def toy(start: Callable[..., Server], toy_decoder: Path) -> Server:
+    """The default, and a CLIPSeg beside it."""
+    return start([entry("toy"), entry(f"prompts={toy_decoder}")])
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine (Debian: apt install chromium)")
+    page = Page(tmp_path_factory.mktemp("chromium"))
+    yield page
+    page.close()
