@@ -16,7 +16,8 @@ import timm
 from torch import Tensor, nn
 
 from models.errors import MaskMillError
-from models.weights import _hub_cache_folder, _in_hub_cache, _reachable, read_state
+from models.hub import HUB, hub_cache_folder, in_hub_cache, reachable
+from models.weights import read_state
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,6 @@ LIGHT = "light"
 BACKBONES = (*PRETRAINED, LIGHT)
 
 _HUB_FILE = "model.safetensors"
-_HUB_HOST = "huggingface.co"
 
 
 def conv_bn(
@@ -180,23 +180,23 @@ def _imagenet_file(name: str) -> Path:
             f"Write none to train it from scratch, or use one of {', '.join(PRETRAINED)}.",
         )
     known = PRETRAINED[name]
-    cached = _in_hub_cache(known.repository, _HUB_FILE, None)
+    cached = in_hub_cache(known.repository, _HUB_FILE)
     if cached is not None:
         return cached
     reason = "the network cannot be reached"
-    if _reachable(_HUB_HOST):
+    if reachable(HUB):
         from huggingface_hub import hf_hub_download
 
         try:
             return Path(hf_hub_download(known.repository, _HUB_FILE))
         except Exception as error:  # the HTTP libraries beneath have their own exceptions
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    files = " or ".join((f"https://{_HUB_HOST}/{known.repository} ({_HUB_FILE})", *known.files))
+    files = " or ".join((f"https://{HUB}/{known.repository} ({_HUB_FILE})", *known.files))
     raise MaskMillError(
         "weights_missing",
         f"The ImageNet weights of {name} are not on this machine and could not be fetched: {reason}.",
         f"Get {files} on another machine and name the file in place of imagenet; or copy that machine's "
-        f"{_hub_cache_folder()} to the same place here. To start from random weights, write none.",
+        f"{hub_cache_folder()} to the same place here. To start from random weights, write none.",
     )
 
 

@@ -26,16 +26,9 @@ from models.clip import Clip, load_source
 from models.clipseg import IMAGE_SIZE, ClipSeg, ClipSegConfig, ClipSegDecoder, tower_shape
 from models.clipseg_baselines import ClipDeconvConfig, ViTSegConfig, build_clip_deconv, build_vitseg
 from models.errors import MaskMillError
+from models.hub import download, hub_cache_folder, in_hub_cache
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
-from models.weights import (
-    OPENAI_MEAN,
-    OPENAI_STD,
-    WeightSource,
-    _download,
-    _hub_cache_folder,
-    _in_hub_cache,
-    read_state,
-)
+from models.weights import OPENAI_MEAN, OPENAI_STD, WeightSource, read_state
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -460,10 +453,10 @@ def _from_hub(repository: str, name: str, cache: str | None) -> Path:
     def fetch() -> str:
         return str(download_pretrained_from_hf(repository, filename=name, cache_dir=cache))
 
-    return _in_hub_cache(repository, name, cache) or _download(
+    return in_hub_cache(repository, name, cache) or download(
         fetch,
         f"https://huggingface.co/{repository} ({name})",
-        cache or _hub_cache_folder(),
+        cache or hub_cache_folder(),
         repository,
         f"put {CONFIG_FILE} and {WEIGHTS_FILE} into one folder and name that folder",
     )

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 
 from models.backbones import BACKBONES, LIGHT, build_backbone, conv_bn, load_weights
 from models.errors import MaskMillError
-from models.maskclip import _row_table
-from models.text import TextClassifier
+from models.text import TextClassifier, row_table
 
 Decoder = Literal["deeplabv2", "deeplabv3plus", "light"]
 
@@ -174,7 +173,7 @@ class DeepLab(nn.Module):
         # Copies: what the caller does with his tensors must not reach the model.
         self.text_rows = text.embeddings.detach().to(device, torch.float32, copy=True)
         self.text_class_ids = text.class_ids.to(device, copy=True)
-        self._row_table = _row_table(text).to(device)
+        self._row_table = row_table(text).to(device)
 
     def features(self, images: Tensor) -> Tensor:
         """Images to features on the grid.
@@ -332,7 +331,7 @@ def _build_decoder(config: StudentConfig, channels: tuple[int, int]) -> nn.Modul
 
 def _index_rows(model: DeepLab, _: object) -> None:
     """After ``load_state_dict``: the rows may have come with other classes."""
-    model._row_table = _row_table(model.text).to(model.text_rows.device)
+    model._row_table = row_table(model.text).to(model.text_rows.device)
 
 
 def _whole(value: object) -> bool:

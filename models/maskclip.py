@@ -19,7 +19,7 @@ from torch import Tensor
 from models.clip import Clip
 from models.dense import Dense, KeySource, Profile, dense_encoder
 from models.errors import MaskMillError
-from models.text import TextClassifier
+from models.text import TextClassifier, row_table
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -124,7 +124,7 @@ class MaskClip:
         self._mean = 255 * torch.tensor(mean, dtype=exact, device=clip.device)[:, None, None]
         self._std = 255 * torch.tensor(std, dtype=exact, device=clip.device)[:, None, None]
         self._rows = text.embeddings.to(clip.device, exact)
-        self._row_table = _row_table(text).to(clip.device)
+        self._row_table = row_table(text).to(clip.device)
 
     @property
     def confidence_temperature(self) -> float | None:
@@ -260,14 +260,6 @@ def key_smoothing(
     unsure = probabilities.amax(2, keepdim=True) < threshold
     result = torch.where(unsure, smoothed, probabilities)
     return result.transpose(1, 2).unflatten(2, scores.shape[-2:])
-
-
-def _row_table(text: TextClassifier) -> Tensor:
-    """(C, R) row indices of each class, R the most rows of a class; shorter lists repeat their last row."""
-    counts = torch.bincount(text.class_ids, minlength=text.num_classes)
-    first = counts.cumsum(0) - counts
-    offsets = torch.minimum(torch.arange(int(counts.max()))[None], counts[:, None] - 1)
-    return first[:, None] + offsets
 
 
 def _spans(length: int, window: int, step: int) -> tuple[list[int], int]:

@@ -57,6 +57,14 @@ class TextClassifier:
         assert bool((self.class_ids.diff() >= 0).all()), "class ids ascend"
 
 
+def row_table(text: TextClassifier) -> Tensor:
+    """(C, R) row indices of each class, R the most rows of a class; shorter lists repeat their last row."""
+    counts = torch.bincount(text.class_ids, minlength=text.num_classes)
+    first = counts.cumsum(0) - counts
+    offsets = torch.minimum(torch.arange(int(counts.max()))[None], counts[:, None] - 1)
+    return first[:, None] + offsets
+
+
 def build_text_classifier(
     clip: Clip,
     class_prompts: Sequence[Sequence[str]],

@@ -14,15 +14,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import logging
 import os
 import pickle
-import socket
-import urllib.parse
-import urllib.request
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +30,7 @@ from open_clip.pretrained import download_pretrained_from_hf
 from torch import Tensor
 
 from models.errors import MaskMillError
+from models.hub import download, hub_cache_folder, in_hub_cache
 
 SUPPORTED = (
     "open_clip's ViTs with a class token (ViT-B-16, ViT-L-14, ..., their -quickgelu twins, the CLIPA ones, "
@@ -42,6 +38,7 @@ SUPPORTED = (
 )
 OPENAI_MEAN: tuple[float, float, float] = open_clip.constants.OPENAI_DATASET_MEAN
 OPENAI_STD: tuple[float, float, float] = open_clip.constants.OPENAI_DATASET_STD
+_NO_DOWNLOAD = "Without any download: model toyclip, pretrained bundled."
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
 
@@ -289,43 +286,45 @@ def _tag_of_file(name: str, path: Path) -> dict[str, Any]:
 def _fetch_tag(name: str, pretrained: str, tag: dict[str, Any], cache: str | None) -> Path:
     if tag.get("hf_hub"):
         repository, file = os.path.split(tag["hf_hub"])
-        cached = _in_hub_cache(repository, file or HF_WEIGHTS_NAME, cache)
+        cached = in_hub_cache(repository, file or HF_WEIGHTS_NAME, cache)
         if cached:
             return cached
         place = (
             f"https://huggingface.co/{repository} ({file or f'{HF_SAFE_WEIGHTS_NAME} or {HF_WEIGHTS_NAME}'})"
         )
-        store = cache or _hub_cache_folder()
+        store = cache or hub_cache_folder()
     else:
         place, store = tag["url"], cache or os.path.expanduser("~/.cache/clip")
         kept = Path(store) / os.path.basename(tag["url"])
         if kept.is_file() and kept.stat().st_size:
             # open_clip would hash the whole file at every start; ours is hashed once, for the fingerprint.
             return kept
-    return _download(
+    return download(
         lambda: open_clip.download_pretrained(tag, cache_dir=cache),
         place,
         store,
         f"{name} {pretrained}",
         "pass the file's path as pretrained",
+        otherwise=_NO_DOWNLOAD,
     )
 
 
 def _from_hub(model: str, repository: str, pretrained: str | None, cache: str | None) -> WeightSource:
     seed = _schema_seed(model, pretrained)
-    page, store = f"https://huggingface.co/{repository}", cache or _hub_cache_folder()
+    page, store = f"https://huggingface.co/{repository}", cache or hub_cache_folder()
     use = f"put it into a folder, with {HF_CONFIG_NAME} beside the weights, and name it as local-dir:FOLDER"
-    settings_path = _in_hub_cache(repository, HF_CONFIG_NAME, cache) or _download(
+    settings_path = in_hub_cache(repository, HF_CONFIG_NAME, cache) or download(
         lambda: download_pretrained_from_hf(repository, filename=HF_CONFIG_NAME, cache_dir=cache),
-        f"{page} ({HF_CONFIG_NAME})", store, model, use,
+        f"{page} ({HF_CONFIG_NAME})", store, model, use, otherwise=_NO_DOWNLOAD,
     )  # fmt: skip
     settings = _settings(settings_path)
     check_supported(model, settings["model_cfg"])
     path = None
     if seed is None:
-        path = _in_hub_cache(repository, HF_WEIGHTS_NAME, cache) or _download(
+        path = in_hub_cache(repository, HF_WEIGHTS_NAME, cache) or download(
             lambda: download_pretrained_from_hf(repository, cache_dir=cache),
             f"{page} ({HF_SAFE_WEIGHTS_NAME} or {HF_WEIGHTS_NAME})", store, model, use,
+            otherwise=_NO_DOWNLOAD,
         )  # fmt: skip
     return _from_settings(model, pretrained, settings, path, seed)
 
@@ -397,67 +396,6 @@ def _from_settings(
     statistics = settings.get("preprocess_cfg", {})
     mean, std = tuple(statistics.get("mean", OPENAI_MEAN)), tuple(statistics.get("std", OPENAI_STD))
     return WeightSource(model, pretrained, settings["model_cfg"], path, seed, mean, std)
-
-
-def _in_hub_cache(repository: str, file: str, cache: str | None) -> Path | None:
-    """A file in the Hugging Face cache, asked for without a network round trip."""
-    try:
-        from huggingface_hub import try_to_load_from_cache
-    except ImportError:
-        return None
-    names = [file]
-    if file == HF_WEIGHTS_NAME:
-        names = [HF_SAFE_WEIGHTS_NAME, file]
-    elif file.endswith((".bin", ".pth")):
-        names = [f"{file[:-4]}.safetensors", file]
-    for name in names:
-        cached = try_to_load_from_cache(repository, name, cache_dir=cache)
-        if isinstance(cached, str):
-            return Path(cached)
-    return None
-
-
-def _hub_cache_folder() -> str:
-    try:
-        from huggingface_hub.constants import HF_HUB_CACHE
-    except ImportError:
-        return "~/.cache/huggingface/hub"
-    return str(HF_HUB_CACHE)
-
-
-def _download(fetch: Callable[[], str], place: str, store: str, what: str, use: str) -> Path:
-    host = (
-        "huggingface.co"
-        if place.startswith("https://huggingface.co")
-        else urllib.parse.urlparse(place).hostname
-    )
-    reason = "the network cannot be reached"
-    if _reachable(host or ""):
-        try:
-            logging.getLogger(__name__).info("fetching the weights of %s from %s", what, place)
-            return Path(fetch())
-        except Exception as error:  # every HTTP library on the way has its own exceptions
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise MaskMillError(
-        "weights_missing",
-        f"The weights of {what} are not on this machine and could not be fetched: {reason}.",
-        f"Get {place} on another machine and {use}; or copy that machine's {store} to the same place here. "
-        "Without any download: model toyclip, pretrained bundled.",
-    )
-
-
-def _reachable(host: str) -> bool:
-    """Whether asking makes sense: without a network the hub client retries for three quarters of a minute."""
-    endpoint = os.environ.get("HF_ENDPOINT")
-    if host == "huggingface.co" and endpoint:
-        host = urllib.parse.urlparse(endpoint).hostname or host
-    if urllib.request.getproxies():
-        return True  # names are then resolved by the proxy
-    try:
-        with socket.create_connection((host, 443), timeout=5):
-            return True
-    except OSError:
-        return bool(endpoint)  # an own endpoint may sit on another port: let the client try
 
 
 def _near(word: str, words: list[str]) -> str:

@@ -135,7 +135,8 @@ def _tiles(record: Mapping[str, Any], scores: Sequence[Score]) -> list[tuple[str
         tiles.append(("time of training", f"{training['seconds'] / 60:.1f} min"))
     if training.get("samples_per_second"):
         tiles.append(("crops/s", f"{training['samples_per_second']:.1f}"))
-    tiles.append(("student", f"{record['config']['decoder']}, {record['config']['backbone']}"))
+    parts = dict.fromkeys((record["config"]["decoder"], record["config"]["backbone"]))
+    tiles.append(("student", ", ".join(parts)))
     return tiles
 
 

@@ -11,21 +11,27 @@ from PIL import Image
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
-def test_demo_labels_measures_and_shows(
+def test_demo_labels_trains_evaluates_and_shows(
     maskmill: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     output = tmp_path / "demo"
-    done = maskmill("demo", "--output", output, "--images", 16)
+    small = ("--images", 16, "--test", 8, "--steps", 20)
+    done = maskmill("demo", "--output", output, *small)
     assert done.returncode == 0, done.stderr
-    found = re.search(r"mIoU\W+(0\.\d+)", done.stdout)
-    assert found and float(found[1]) > 0.45, done.stdout  # chance is below 0.05
-    assert (output / "gallery.html").as_uri() in done.stdout
-    assert len(list((output / "table" / "labels").glob("*.parquet"))) > 0
-    with Image.open(output / "overview.png") as sheet:
+    found = re.search(r"mIoU\W+(0\.\d+)\W+(0\.\d+)", done.stdout)
+    assert found and float(found[1]) > 0.45, done.stdout  # the teacher; chance is below 0.05
+    page = output / "student" / "report.html"
+    assert page.as_uri() in done.stdout and (output / "gallery.html").as_uri() in done.stdout
+    text = page.read_text()
+    # Image, truth, teacher and student of every scene with truth; and what each class gained.
+    assert text.count("<figcaption>truth</figcaption>") == text.count("<figcaption>student</figcaption>") == 8
+    assert "IoU of every class" in text
+    with Image.open(output / "student" / "preview.png") as sheet:
         assert sheet.width > 1000
     # It makes its own folder anew, and no other one.
-    assert maskmill("demo", "--output", output, "--images", 4).returncode == 0
-    assert len(list((output / "images").iterdir())) == 4
+    (output / "old.txt").write_text("from before")
+    assert maskmill("demo", "--output", output, "--images", 4, "--test", 2, "--steps", 2).returncode == 0
+    assert len(list((output / "images").iterdir())) == 4 and not (output / "old.txt").exists()
 
 
 def test_demo_leaves_other_folders_alone(

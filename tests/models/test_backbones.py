@@ -206,8 +206,8 @@ def test_none_leaves_the_random_weights() -> None:
 
 @pytest.mark.parametrize("source", ["imagenet", "gone.pth"])
 def test_there_are_no_weights(source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(backbones, "_reachable", lambda host: False)
-    monkeypatch.setattr(backbones, "_in_hub_cache", lambda *_: None)
+    monkeypatch.setattr(backbones, "reachable", lambda host: False)
+    monkeypatch.setattr(backbones, "in_hub_cache", lambda *_: None)
     for name in BACKBONES:
         with pytest.raises(MaskMillError) as caught:
             load_weights(nn.Identity(), name, source if source == "imagenet" else tmp_path / source)
@@ -231,7 +231,7 @@ def test_a_cached_file_is_used_without_a_network(
     save_file(with_head(resnet50c.state_dict()), folder / "snapshots" / "abc" / "model.safetensors")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
-    monkeypatch.setattr(backbones, "_reachable", lambda host: pytest.fail("asked for the network"))
+    monkeypatch.setattr(backbones, "reachable", lambda host: pytest.fail("asked for the network"))
     net = build("resnet50c", seed=1)
     load_weights(net, "resnet50c", "imagenet")
     assert torch.equal(net.layer4[2].conv3.weight, resnet50c.layer4[2].conv3.weight)

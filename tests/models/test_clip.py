@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models import weights
+from models import hub
 from models.clip import Clip, load_clip, load_source
 from models.errors import MaskMillError
 from models.weights import OPENAI_MEAN, OPENAI_STD, WeightSource, find_weights, is_torchscript, read_state
@@ -88,7 +88,7 @@ def test_every_kind_of_file(small: open_clip.CLIP, tmp_path: Path, kind: str) ->
     assert not clip.model.training
     assert not any(parameter.requires_grad for parameter in clip.model.parameters())
     assert len(clip.fingerprint) == 64
-    assert clip.fingerprint == weights.find_weights(f"local-dir:{folder}", None).fingerprint
+    assert clip.fingerprint == find_weights(f"local-dir:{folder}", None).fingerprint
 
 
 def test_archive_has_what_torchscript_has(small: open_clip.CLIP, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_archive_needs_the_quickgelu_model(small: open_clip.CLIP, tmp_path: Path
 @pytest.mark.parametrize("model", ["ViT-B-16-quickgelu", "hf-hub:some/repo", "ViT-B-16-plus-240"])
 def test_no_network_and_no_weights(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine without a network, wherever the test runs: only the answer of the probe is set."""
-    monkeypatch.setattr(weights, "_reachable", lambda host: False)
+    monkeypatch.setattr(hub, "reachable", lambda host: False)
     tag = {"ViT-B-16-quickgelu": "openai", "ViT-B-16-plus-240": "laion400m_e32"}.get(model)
     with pytest.raises(MaskMillError) as caught:
         load_clip(model, tag, cache_dir=str(tmp_path))

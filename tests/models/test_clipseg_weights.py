@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models import weights
+from models import hub
 from models.clip import Clip, load_clip, load_source
 from models.clipseg import ClipSeg, ClipSegConfig, build_clipseg, mix, normalize
 from models.clipseg_weights import (
@@ -212,7 +212,7 @@ def test_hub_names(clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     refs.mkdir()
     (refs / "main").write_text("abc")
     assert same_decoder(load_clipseg("ORG/clipseg", cache_dir=str(tmp_path)), model)
-    monkeypatch.setattr(weights, "_reachable", lambda host: False)
+    monkeypatch.setattr(hub, "reachable", lambda host: False)
     missing = error(lambda: load_clipseg("ORG/other", cache_dir=str(tmp_path)))
     assert missing.code == "weights_missing"
     assert "huggingface.co/ORG/other" in missing.remedy
