@@ -206,9 +206,16 @@ def _toyworld(
             bench.close()
     if toy_students.SECTION in wanted:
         # Their own progress is shown, and a benchmark that is run again goes on with what is trained.
-        made, found = toy_students.students(
-            seeds[: toy_students.MOST_SEEDS], job.scenes, folder / ROWS / toy_students.SECTION, console
-        )
+        try:
+            made, found = toy_students.students(
+                seeds[: toy_students.MOST_SEEDS],
+                job.scenes,
+                folder / ROWS / toy_students.SECTION,
+                console,
+            )
+        except MaskMillError as error:
+            # Hours of other rows must not be lost to a student that failed.
+            made, found = [toy_students.missing(str(error))], []
         sections += made
         claims += found
     return sections, claims

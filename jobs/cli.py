@@ -728,8 +728,7 @@ def _truth(
         )
     if classes is None:
         assert labels is not None
-        known = read_table_record(labels)["ontology"]
-        classes = Ontology.from_dict({k: v for k, v in known.items() if k not in ("hash", "names")})
+        classes = Ontology.from_record(read_table_record(labels)["ontology"])
     return open_dataset("pairs", images=images, masks=truth, ontology=classes)
 
 

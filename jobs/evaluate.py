@@ -22,6 +22,7 @@ from pipeline.datasets.protocols import PROTOCOLS, Protocol, get_protocol
 from pipeline.datasets.registry import DATASETS
 from pipeline.datasets.zeroshot import zero_shot_split
 from pipeline.evaluation import Evaluation, ImageScore, class_lookup, evaluate_table, read_labels
+from pipeline.labels import DATASET_FILE
 from pipeline.ontology import Ontology
 from pipeline.published import lookup as published_figures
 from pipeline.report.panels import panel
@@ -213,11 +214,11 @@ def read_table_record(table: str) -> dict[str, Any]:
         MaskMillError: ``table_unreadable`` if there is none.
     """
     storage = open_storage(table)
-    record: dict[str, Any] | None = storage.read_json("dataset.json", None)
+    record: dict[str, Any] | None = storage.read_json(DATASET_FILE, None)
     if record is None:
         raise MaskMillError(
             "table_unreadable",
-            f"There is no dataset.json in {storage.uri}, so what its ids mean is unknown.",
+            f"There is no {DATASET_FILE} in {storage.uri}, so what its ids mean is unknown.",
             "Give the --output of maskmill label.",
         )
     return record

@@ -28,6 +28,7 @@ from jobs.labellers import prepare_labeller
 from jobs.recipes import LabelRecipe
 from models.errors import MaskMillError
 from pipeline.checkpoint import CHECKPOINT_DIR, LABELS_DIR, done_ids, recover
+from pipeline.labels import DATASET_FILE
 from pipeline.lease import Lease
 from pipeline.manifest import build_manifest
 from pipeline.ontology import Ontology
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from pipeline.progress import Progress
 
 SCHEMA_VERSION = 1
-DATASET_FILE = "dataset.json"
 OWN_ENTRIES = (DATASET_FILE, LABELS_DIR, CHECKPOINT_DIR, "manifest")
 """What a labelling run makes in its output, and what ``overwrite`` may delete."""
 PACKAGES = (

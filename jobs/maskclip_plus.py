@@ -15,8 +15,10 @@ from rich.console import Console
 
 from jobs.evaluate import read_table_record
 from jobs.labellers import embed_names
+from jobs.recipes import LabelRecipe
 from jobs.train import Finished, Prepared, TrainOptions, run_training, versions
 from jobs.train_recipes import MaskClipPlusRecipe
+from jobs.training_page import PAGE, SHEET, write_pages
 from models.deeplab import DeepLab, StudentConfig, load_backbone_weights
 from models.errors import MaskMillError
 from models.text import TextClassifier
@@ -25,21 +27,20 @@ from pipeline.datasets.zeroshot import SPLITS
 from pipeline.ontology import Ontology
 from pipeline.stages import ImageSettings
 from pipeline.student import RECORD_FILE, WEIGHTS_FILE, write_student_folder
+from pipeline.tracking.names import flatten
 from pipeline.tracking.tracker import TrackedDataset
 from pipeline.training.samples_table import TableSamples, open_table_samples
 from pipeline.training.selftrain import MaskClipPlus, SelfTrainSettings, guessable_classifier
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from models.maskclip import MaskClip
+    from models.weights import WeightSource
     from pipeline.training.checkpoints import Checkpoint
 
 COLLAPSED = "self_training_collapsed"
-OWN_ENTRIES = (
-    "checkpoints", "metrics.jsonl", RECORD_FILE, WEIGHTS_FILE, "preview.png", "report.html",
-)  # fmt: skip
+OWN_ENTRIES = ("checkpoints", "metrics.jsonl", RECORD_FILE, WEIGHTS_FILE, SHEET, PAGE)
 """What a run makes in its output, and what ``overwrite`` may delete."""
 
 
@@ -75,11 +76,9 @@ def run(job: MaskClipPlusJob, console: Console | None = None) -> int:
 
 
 def _prepare(job: MaskClipPlusJob) -> Prepared:
-    from models.weights import find_weights
-
     recipe = job.recipe
     table = read_table_record(job.labels)
-    ontology = job.ontology or _recorded_ontology(table)
+    ontology = job.ontology or Ontology.from_record(table["ontology"])
     unseen = unseen_ids(recipe.unseen, ontology)
     needs_truth = recipe.form != "annotation-free" or recipe.void_from_truth
     if needs_truth and job.truth is None:
@@ -94,15 +93,7 @@ def _prepare(job: MaskClipPlusJob) -> Prepared:
             f"Recipe {recipe.name} is annotation-free: it has no use for the truth of {job.truth.name}.",
             "Leave it out, or name the classes whose truth to withhold: --unseen 'cow, motorbike'.",
         )
-    text_weights = table["weights"].get("text", table["weights"])
-    source = find_weights(text_weights["model"], text_weights["pretrained"])
-    if source.fingerprint != text_weights["fingerprint"]:
-        raise MaskMillError(
-            "text_weights_differ",
-            f"{job.labels} was labelled with other weights of {text_weights['model']} "
-            f"({text_weights['fingerprint'][:12]}, here {source.fingerprint[:12]}).",
-            "Put the same weights in place: the student's last layer is this CLIP's text tower.",
-        )
+    source, text_weights = _text_source(recipe, table, job.labels)
     text = embed_names(source, ontology, "fp32")
     if recipe.student.learned_background:
         text = _without_background(text, ontology)
@@ -131,8 +122,8 @@ def _prepare(job: MaskClipPlusJob) -> Prepared:
     make_teacher = None
     if settings.teacher == "online":
         make_teacher = functools.partial(
-            build_teacher, table["recipe"], text.embeddings.numpy(), text.class_ids.numpy(),
-            text.num_classes, _text_ids(settings, ontology, recipe.student),
+            build_teacher, _teacher_recipe(table, job.labels), text.embeddings.numpy(),
+            text.class_ids.numpy(), text.num_classes, _text_ids(settings, ontology, recipe.student),
         )  # fmt: skip
     make_task = functools.partial(
         MaskClipPlus,
@@ -150,8 +141,7 @@ def _prepare(job: MaskClipPlusJob) -> Prepared:
             "labels": job.labels,
             "counts": table["counts"],
         },
-        "text": {name: text_weights[name] for name in ("model", "pretrained", "fingerprint")}
-        | {"precision": "fp32"},
+        "text": text_weights | {"precision": "fp32"},
         "recipe": recipe.to_dict() | {"hash": recipe.hash},
     }
     table_hash = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
@@ -159,19 +149,20 @@ def _prepare(job: MaskClipPlusJob) -> Prepared:
     count = ontology.num_classes
     guessed = f"all {count}" if guessable is None else f"{len(guessable)} of {count}"
     toy = " (a toy)" if config.backbone == "light" else ""
+    left_out = "".join(f", {number:,} left out ({why})" for why, number in samples.left_out.items() if number)
     return Prepared(
         make_task=make_task,
         samples=samples,
         settings=recipe.loop,
-        identity={
-            "recipe": recipe.hash,
+        identity=_identity(recipe)
+        | {
             "classes": ontology.hash,
-            "labels": table_hash,
+            "labels (what is in the table)": table_hash,
             "truth": None if job.truth is None else job.truth.fingerprint(),
         },
         announcement=(
             f"Training {config.decoder} ({config.backbone} backbone){toy}, {recipe.loop.iterations:,} steps "
-            f"of {recipe.loop.batch_size} crops from {samples.num_images:,} labelled images; "
+            f"of {recipe.loop.batch_size} crops from {samples.num_images:,} labelled images{left_out}; "
             f"{guessed} classes are guessed{truth} → {job.options.output}"
         ),
         params={"recipe": record["recipe"], "teacher": {"weights": table["weights"]}, "labels": job.labels},
@@ -186,6 +177,54 @@ def _prepare(job: MaskClipPlusJob) -> Prepared:
         log_model=functools.partial(_log_model, job.options),
         fallback=COLLAPSED,
     )
+
+
+def _text_source(
+    recipe: MaskClipPlusRecipe, table: Mapping[str, Any], labels: str
+) -> tuple[WeightSource, dict[str, Any]]:
+    """The CLIP whose text tower becomes the last layer: the one of the recipe, else the teacher's own."""
+    from models.weights import find_weights
+
+    if recipe.text:
+        model, _, pretrained = recipe.text.partition(":")
+        source = find_weights(model, pretrained or None)
+        return source, {"model": model, "pretrained": pretrained or None, "fingerprint": source.fingerprint}
+    recorded = table["weights"].get("text", table["weights"])
+    if recorded["model"] == "clipseg":
+        raise MaskMillError(
+            "recipe_invalid",
+            f"{labels} was labelled by CLIPSeg, and the student needs a CLIP to classify by its words.",
+            "Name one, such as the one beneath CLIPSeg: --set text=ViT-B-16-quickgelu:openai.",
+        )
+    source = find_weights(recorded["model"], recorded["pretrained"])
+    if source.fingerprint != recorded["fingerprint"]:
+        raise MaskMillError(
+            "text_weights_differ",
+            f"{labels} was labelled with other weights of {recorded['model']} "
+            f"({recorded['fingerprint'][:12]}, here {source.fingerprint[:12]}).",
+            "Put the same weights in place: the student's last layer is this CLIP's text tower.",
+        )
+    return source, {name: recorded[name] for name in ("model", "pretrained", "fingerprint")}
+
+
+def _teacher_recipe(table: Mapping[str, Any], labels: str) -> dict[str, Any]:
+    """How an online teacher reads its CLIP: as the table says."""
+    if "text" in table["weights"] or table["weights"]["model"] == "clipseg":
+        raise MaskMillError(
+            "recipe_invalid",
+            f"{labels} was labelled by {table['weights']['model']}, and only a CLIP can teach online.",
+            "Take the guesses from the table: --set teacher=table.",
+        )
+    # A field younger than the table has its default there.
+    return LabelRecipe(name="").to_dict() | table["recipe"]
+
+
+def _identity(recipe: MaskClipPlusRecipe) -> dict[str, Any]:
+    """The recipe by dotted names, but for the loop, which knows itself which of its settings may change."""
+    fields = recipe.to_dict()
+    for name in ("name", "loop"):
+        del fields[name]
+    return flatten(fields)
 
 
 def unseen_ids(unseen: Sequence[str], ontology: Ontology) -> tuple[int, ...]:
@@ -268,12 +307,6 @@ def _text_ids(settings: SelfTrainSettings, ontology: Ontology, student: StudentC
     ids = settings.guessable_ids(ontology.num_classes)
     if not student.learned_background:
         return ids
-    if 0 in ids:
-        raise MaskMillError(
-            "recipe_invalid",
-            "A learned background has no words that CLIP could guess it by.",
-            "Train with truth for it (zero-shot form), or set learned_background=false.",
-        )
     return tuple(class_id - 1 for class_id in ids)
 
 
@@ -288,11 +321,6 @@ def _without_background(text: TextClassifier, ontology: Ontology) -> TextClassif
     return TextClassifier(text.embeddings[kept], text.class_ids[kept] - 1, text.num_classes - 1)
 
 
-def _recorded_ontology(table: Mapping[str, Any]) -> Ontology:
-    fields = {key: value for key, value in table["ontology"].items() if key not in ("hash", "names")}
-    return Ontology.from_dict(fields)
-
-
 def _finish(
     job: MaskClipPlusJob,
     ontology: Ontology,
@@ -305,11 +333,9 @@ def _finish(
     console: Console,
 ) -> Finished:
     """Write the student's folder and its page."""
-    from jobs.training_page import write_pages
-
-    student: nn.Module = make_student()
+    # Trained weights take the place of all others: nothing is fetched for them.
+    student = functools.partial(make_student.func, *make_student.args[:-1], "none")()
     student.load_state_dict(student_state(checkpoint, keep_average=job.recipe.keep_average))
-    assert isinstance(student, DeepLab)
     last = checkpoint.lines[-1] if checkpoint.lines else {}
     metrics = {key: value for key, value in last.items() if isinstance(value, float) and key != "seconds"}
     teacher = record["teacher"]["recipe"]
@@ -329,16 +355,20 @@ def _finish(
         metrics=metrics,
         training=dict(facts) | {"unseen": [ontology.names[index] for index in unseen]},
         versions=versions(),
-        overwrite=job.options.overwrite,
+        overwrite=True,
     )
-    artifacts = write_pages(written, checkpoint.lines, labels=job.labels, truth=job.truth)
+    try:
+        artifacts = write_pages(written, checkpoint.lines, labels=job.labels, truth=job.truth)
+    except MaskMillError as error:
+        console.print(f"There is no page: {error.message}", soft_wrap=True, highlight=False)
+        artifacts = []
     lines = [
         f"  student        {written.uri}/{WEIGHTS_FILE}, {RECORD_FILE}",
         *(f"  {'picture' if path.endswith('.png') else 'page':14} {path}" for path in artifacts),
         f"Label with it: maskmill label --model {job.options.output} --images DIR --output OUT",
         f"Measure it:    maskmill evaluate --model {job.options.output} --dataset NAME --root DIR",
     ]
-    return Finished(lines, {}, artifacts)
+    return Finished(lines, metrics, artifacts)
 
 
 def student_state(checkpoint: Checkpoint, *, keep_average: bool) -> Mapping[str, torch.Tensor]:

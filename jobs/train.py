@@ -21,9 +21,10 @@ from rich.console import Console
 
 from jobs.console import TrainDisplay, duration, stderr_console
 from models.errors import MaskMillError
-from pipeline.lease import Lease
+from pipeline.lease import RUN_ID_VARIABLE, Lease, end_orphans
 from pipeline.storage import Storage, open_storage
-from pipeline.tracking.tracker import OFF, TrackedDataset, Tracker, open_tracker
+from pipeline.tracking.tracker import OFF, MlflowTracker, TrackedDataset, Tracker, open_tracker
+from pipeline.training.checkpoints import CHECKPOINTS_DIR, SETTINGS_FILE, CheckpointStore, Damaged
 
 if TYPE_CHECKING:
     from pipeline.training.checkpoints import Checkpoint
@@ -82,7 +83,7 @@ class Prepared:
         params: for MLflow.
         dataset: for MLflow.
         finish: given the checkpoint to make the result of, and facts about the training, writes the result
-            into the output; returns the summary's lines. Runs without Ray.
+            into the output, over what is there, ``result_file`` last. Runs without Ray.
         log_model: puts the result into MLflow under (run id, registry name or None); None where it cannot.
         fallback: error code after which the result is made of the newest milestone nevertheless.
     """
@@ -129,7 +130,7 @@ def run_training(
         kind: of training, for the name of the run.
         options: see there.
         prepare: finds weights and data, so that mistakes show before work starts; runs beside Ray's start.
-        result_file: what a finished run has in its output.
+        result_file: what a finished run has in its output, last of all.
         own_entries: what a run makes there, and ``overwrite`` may delete.
         console: where to print.
 
@@ -140,32 +141,90 @@ def run_training(
         MaskMillError: for everything that the user can mend.
     """
     console = console or stderr_console()
-    began = time.monotonic()
     tracker = open_tracker(options.tracking, system_metrics=options.system_metrics)
+    if options.register_as and not isinstance(tracker, MlflowTracker):
+        raise MaskMillError(
+            "wrong_use",
+            f"A model cannot be registered as {options.register_as} where tracking is off.",
+            "Leave --register out, or name an MLflow server: --tracking URI.",
+        )
     storage = open_storage(options.output)
     on_cluster = bool(options.address or os.environ.get("RAY_ADDRESS"))
     with Lease.acquire(storage, on_lost=_abandon, cluster=on_cluster) as lease:
+        _refuse_foreign(storage, result_file, own_entries)
         if storage.exists(result_file) and not options.overwrite:
-            console.print(
-                f"Nothing to do: the training in {storage.uri} is finished ({result_file}). "
-                "Name another --output, or train anew with --overwrite.",
-                soft_wrap=True,
-                highlight=False,
-            )
-            return 0
+            return _again(kind, options, prepare(), result_file, storage, tracker, console)
+        return _run(kind, options, prepare, storage, lease, own_entries, tracker, console)
+
+
+def _refuse_foreign(storage: Storage, result_file: str, own_entries: Sequence[str]) -> None:
+    """A folder with entries of our names that no run of ours has made is not to be written into."""
+    ours = (result_file, f"{CHECKPOINTS_DIR}/{SETTINGS_FILE}")
+    if any(storage.exists(entry) for entry in ours):
+        return
+    foreign = [entry for entry in own_entries if storage.exists(entry) or storage.list(entry)]
+    if foreign:
+        raise MaskMillError(
+            "output_not_ours",
+            f"{storage.uri} has {', '.join(foreign)}, which no training of maskmill has made.",
+            "Name another --output.",
+        )
+
+
+def _again(
+    kind: str,
+    options: TrainOptions,
+    prepared: Prepared,
+    result_file: str,
+    storage: Storage,
+    tracker: Tracker,
+    console: Console,
+) -> int:
+    """A run that is finished already: the same is asked for, or it is told what differs."""
+    CheckpointStore(storage).claim(_settings(prepared))
+    stopped = storage.read_json(result_file, {}).get("training", {}).get("stopped")
+    if stopped:
+        raise MaskMillError(
+            str(stopped).partition(":")[0],
+            f"The training in {storage.uri} was stopped ({stopped}); its result is of the last good step.",
+            "Train anew with other settings: name another --output, or add --overwrite.",
+        )
+    lines = [f"Nothing to do: the training in {storage.uri} is finished ({result_file})."]
+    if options.register_as and prepared.log_model is not None:
         with tracker:
-            prepared, outcome, error = _train(
-                kind, options, prepare, storage, lease, own_entries, tracker, console
+            _begin_tracking(tracker, kind, options, prepared, storage, workers=None)
+            lines += _log_model(prepared.log_model, tracker, options.register_as)
+    else:
+        lines.append("Name another --output for another run, or train anew with --overwrite.")
+    console.print("\n".join(lines), soft_wrap=True, highlight=False)
+    return 0
+
+
+def _run(
+    kind: str,
+    options: TrainOptions,
+    prepare: Callable[[], Prepared],
+    storage: Storage,
+    lease: Lease,
+    own_entries: Sequence[str],
+    tracker: Tracker,
+    console: Console,
+) -> int:
+    began = time.monotonic()
+    with tracker:
+        prepared, outcome, error = _train(
+            kind, options, prepare, storage, lease, own_entries, tracker, console
+        )
+        if outcome is not None and not outcome.finished:
+            tracker.close("KILLED")
+            console.print(
+                f"{outcome.message[:1].upper()}{outcome.message[1:]}.", soft_wrap=True, highlight=False
             )
-            if outcome is not None and not outcome.finished:
-                console.print(
-                    f"{outcome.message[:1].upper()}{outcome.message[1:]}.", soft_wrap=True, highlight=False
-                )
-                return INTERRUPTED
-            lines = _finish(prepared, outcome, error, options, storage, tracker, console)
-    if error is not None:
-        console.print("\n".join(lines), highlight=False, soft_wrap=True)
-        raise error
+            return INTERRUPTED
+        lines = _finish(prepared, outcome, error, options, storage, tracker, console)
+        if error is not None:
+            console.print("\n".join(lines), highlight=False, soft_wrap=True)
+            raise error
     assert outcome is not None
     speed = f" ({outcome.samples_per_second:.1f} samples/s)" if outcome.samples_per_second else ""
     summary = [f"Trained {outcome.step:,} steps in {duration(time.monotonic() - began)}{speed}"]
@@ -177,6 +236,28 @@ def run_training(
         summary.append(f"  {outcome.failed_samples:,} samples could not be loaded and were left out")
     console.print("\n".join([*summary, *lines]), highlight=False, soft_wrap=True)
     return 0
+
+
+def _settings(prepared: Prepared) -> dict[str, Any]:
+    """What must be the same when a run goes on, by the names that an error will list."""
+    return prepared.settings.training() | dict(prepared.identity)
+
+
+def _begin_tracking(
+    tracker: Tracker,
+    kind: str,
+    options: TrainOptions,
+    prepared: Prepared,
+    storage: Storage,
+    *,
+    workers: int | None,
+) -> None:
+    tracker.start(
+        "train",
+        f"{kind}: {storage.uri.rstrip('/').rpartition('/')[2]}",
+        params={**prepared.params, "workers": workers, "output": options.output},
+        dataset=prepared.dataset,
+    )
 
 
 def _train(
@@ -208,11 +289,7 @@ def _train(
                 # Only now, when weights, labels and Ray are known to be there.
                 for entry in own_entries:
                     storage.delete(entry)
-            tracker.start(
-                "train", f"{kind}: {storage.uri.rstrip('/').rpartition('/')[2]}",
-                params={**prepared.params, "workers": compute.workers, "output": options.output},
-                dataset=prepared.dataset,
-            )  # fmt: skip
+            _begin_tracking(tracker, kind, options, prepared, storage, workers=compute.workers)
             display.say(prepared.announcement)
             display.begin(prepared.settings.iterations, "starting the workers")
 
@@ -249,11 +326,12 @@ def _finish(
     tracker: Tracker,
     console: Console,
 ) -> Sequence[str]:
-    from pipeline.training.checkpoints import CheckpointStore
-
+    """Make the result of the last checkpoint, or, after ``error``, of the last milestone."""
     store = CheckpointStore(storage)
+    facts: dict[str, Any]
     if outcome is not None:
-        facts: dict[str, Any] = {
+        checkpoint = _read(store, outcome.step)
+        facts = {
             "iterations": outcome.step,
             "seconds": round(outcome.seconds, 1),
             "samples_per_second": outcome.samples_per_second,
@@ -261,22 +339,35 @@ def _finish(
             "failed_samples": outcome.failed_samples,
             "stopped": None,
         }
-        checkpoint = store.read(outcome.step)
     else:
         assert error is not None
         milestones = [step for step in prepared.make_task().milestones() if step in store.steps()]
         if not milestones:
             raise error
-        checkpoint = store.read(max(milestones))
+        try:
+            checkpoint = store.read(max(milestones))
+        except Damaged:
+            raise error from None
         facts = {"iterations": checkpoint.step, "stopped": f"{error.code}: {error.message}"}
     finished = prepared.finish(checkpoint, facts, console)
-    tracker.log_metrics(dict(finished.metrics), step=checkpoint.step)
+    tracker.log_metrics({f"final/{key}": value for key, value in finished.metrics.items()}, checkpoint.step)
     for path in finished.artifacts:
         tracker.log_artifact(path)
     lines = list(finished.lines)
-    if prepared.log_model is not None and (options.register_as or options.tracking != OFF):
+    if prepared.log_model is not None and isinstance(tracker, MlflowTracker):
         lines += _log_model(prepared.log_model, tracker, options.register_as)
     return lines
+
+
+def _read(store: CheckpointStore, step: int) -> Checkpoint:
+    try:
+        return store.read(step)
+    except Damaged as damage:
+        raise MaskMillError(
+            "checkpoints_damaged",
+            f"The last checkpoint, {store.uri_of(step)}, cannot be used: {damage}",
+            "Delete its folder and run the same command again: training goes on from the one before it.",
+        ) from damage
 
 
 def _log_model(
@@ -284,18 +375,18 @@ def _log_model(
 ) -> list[str]:
     """Into MLflow, if it answers: a server that is away must not cost the user a trained model."""
     deadline = time.monotonic() + 30
-    while tracker.run_id is None and time.monotonic() < deadline and type(tracker).__name__ != "_NullTracker":
+    while tracker.run_id is None and time.monotonic() < deadline:
         time.sleep(0.2)
+    again = f"; once it is there: the same command with --register {register_as}" if register_as else ""
     if tracker.run_id is None:
-        if register_as:
-            return [f"  not registered as {register_as}: there is no MLflow run"]
-        return []
+        return [f"  not in MLflow  the server does not answer{again}"]
     try:
         return [f"  MLflow model   {log_model(tracker.run_id, register_as)}"]
     except MaskMillError as error:
-        return [f"  not in MLflow: {error.message}"]
+        return [f"  not in MLflow  {error.message}{again}"]
     except Exception as error:  # whatever MLflow's many stores raise
-        return [f"  not in MLflow: {type(error).__name__}: {str(error).splitlines()[0][:200]}"]
+        text = str(error).splitlines()[0][:200] if str(error) else ""
+        return [f"  not in MLflow  {type(error).__name__}: {text}{again}"]
 
 
 def versions() -> dict[str, str | None]:
@@ -311,8 +402,9 @@ def _version(package: str) -> str | None:
 
 
 def _abandon() -> None:
-    """Another run owns the output now: stop before one more byte is written."""
-    import signal
-
+    """Another run owns the output now: end before one more checkpoint is written, or one of its deleted."""
     print("The lease of this output was taken over by another run; stopping.", file=sys.stderr, flush=True)
-    os.kill(os.getpid(), signal.SIGINT)
+    # A signal would be taken as the wish for a checkpoint. Ray's processes here end with us, or are ended by
+    # whoever took over; workers on a cluster end with their driver.
+    end_orphans(os.environ.get(RUN_ID_VARIABLE, ""))
+    os._exit(1)

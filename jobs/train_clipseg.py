@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
+from jobs.clipseg_data import open_source
 from jobs.clipseg_recipes import ClipSegRecipe
 from jobs.train import Finished, Prepared, TrainOptions, run_training, versions
 from pipeline.clipseg_folder import (
@@ -18,9 +19,12 @@ from pipeline.clipseg_folder import (
     RECORD_FILE,
     write_clipseg_folder,
 )
+from pipeline.datasets.base import Dataset
+from pipeline.ontology import Ontology
 from pipeline.storage import open_storage
 from pipeline.tracking.tracker import TrackedDataset
-from pipeline.training.clipseg import ClipSegTask, phrase_of
+from pipeline.training.clipseg import ClipSegTask
+from pipeline.training.triplets import OBJECT, TripletSamples, decode_phrase
 
 if TYPE_CHECKING:
     import torch
@@ -37,39 +41,22 @@ OWN_ENTRIES = ("checkpoints", "metrics.jsonl", RECORD_FILE, DECODER_FILE, *HUGGI
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingData:
-    """What a decoder learns from.
-
-    Attributes:
-        samples: with the columns that ``pipeline.training.clipseg.ClipSegTask`` reads.
-        description: in a few words.
-        fingerprint: the same for the same images, phrases and masks.
-        count: of samples.
-        facts: for the record, JSON-able.
-        source: path or URI, if it has one place.
-    """
-
-    samples: Samples
-    description: str
-    fingerprint: str
-    count: int
-    facts: Mapping[str, Any]
-    source: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainClipSegJob:
     """Everything that a training of CLIPSeg is asked for.
 
     Attributes:
         recipe: how to train.
-        open_data: opens what to train on, by the recipe's settings; called once, beside Ray's start.
         options: where to, and on what.
+        labels: a label table to learn from, without annotation.
+        ontology: what its classes are called; None takes the table's own.
+        dataset: instead of a table, images with truth or PhraseCut.
     """
 
     recipe: ClipSegRecipe
-    open_data: Callable[[ClipSegRecipe], TrainingData]
     options: TrainOptions
+    labels: str | None = None
+    ontology: Ontology | None = None
+    dataset: Dataset | None = None
 
 
 def run(job: TrainClipSegJob, console: Console | None = None) -> int:
@@ -90,37 +77,40 @@ def _prepare(job: TrainClipSegJob) -> Prepared:
     recipe = job.recipe
     make_model = functools.partial(recipe.model.build, seed=recipe.loop.seed)
     model = make_model(torch.device("cpu"))  # what is wrong with it shows here
-    data = job.open_data(recipe)
+    source = open_source(recipe.source, labels=job.labels, ontology=job.ontology, dataset=job.dataset)
+    samples = TripletSamples(source, recipe.triplets)
+    data = samples.record()
     record = recipe.to_dict() | {"hash": recipe.hash}
     trained = sum(p.numel() for p in model.decoder.parameters() if p.requires_grad)
     toy = " (a toy)" if model.clip.name == "toyclip" else ""
     start = f"from {recipe.model.start}, " if recipe.model.start else ""
     return Prepared(
         make_task=functools.partial(ClipSegTask, make_model),
-        samples=data.samples,
+        samples=samples,
         settings=recipe.loop,
-        identity={"recipe": recipe.hash, "clip": model.clip.fingerprint, "data": data.fingerprint},
+        identity={"recipe": recipe.hash, "clip": model.clip.fingerprint, "data": source.fingerprint},
         announcement=(
             f"Training {recipe.model.kind} over {model.clip.name}{toy}, {start}{trained:,} parameters, "
-            f"{recipe.loop.iterations:,} steps of {recipe.loop.batch_size}, {data.description} "
+            f"{recipe.loop.iterations:,} steps of {recipe.loop.batch_size}; {source.name}: "
+            f"{data['triplets']:,} pairs of {data['images']:,} images and {data['phrases']:,} phrases "
             f"→ {job.options.output}"
         ),
-        params={"recipe": record, "data": data.facts},
+        params={"recipe": record, "data": data},
         dataset=TrackedDataset(
-            data.description,
-            data.fingerprint,
-            source=data.source,
-            profile={"samples": data.count},
+            source.name,
+            source.fingerprint,
+            source=job.labels,
+            profile={name: data[name] for name in ("images", "phrases", "triplets")},
             context="training",
         ),
-        finish=functools.partial(_finish, job, make_model, data),
+        finish=functools.partial(_finish, job, make_model, samples),
     )
 
 
 def _finish(
     job: TrainClipSegJob,
     make_model: Callable[[torch.device], ClipSeg],
-    data: TrainingData,
+    samples: TripletSamples,
     checkpoint: Checkpoint,
     facts: Mapping[str, Any],
     console: Console,
@@ -140,7 +130,7 @@ def _finish(
         kind=settings.kind,
         tower_weights=settings.tower_weights if settings.kind == "vitseg" else None,
         recipe=job.recipe.to_dict() | {"hash": job.recipe.hash},
-        data=data.facts,
+        data=samples.record(),
         metrics=metrics,
         training=facts,
         versions=versions(),
@@ -155,11 +145,11 @@ def _finish(
     artifacts = []
     if storage.is_local:
         sheet = storage.path(SHEET)
-        preview(model, data.samples, seed=job.recipe.loop.seed).save(sheet)
+        preview(model, samples, seed=job.recipe.loop.seed).save(sheet)
         lines.append(f"  picture        {sheet}")
         artifacts = [sheet, storage.path(RECORD_FILE), storage.path(DECODER_FILE)]
     if record.hugging_face:
-        lines.append(f'Use it: maskmill segment IMAGE --prompt "..." --weights {job.options.output} --output OUT')
+        lines.append(f'Use it: maskmill segment IMAGE --prompt "..." --weights {storage.uri} --output OUT')
     return Finished(lines, {}, artifacts)
 
 
@@ -186,7 +176,7 @@ def preview(model: ClipSeg, samples: Samples, *, seed: int, count: int = SHOWN) 
             break
         try:
             sample = samples.load(index, np.random.default_rng((seed, index)))
-            phrase, share = phrase_of(torch.from_numpy(sample["phrase"])), float(sample["text_weight"])
+            phrase, share = decode_phrase(sample["phrase"]), float(sample["text_weight"])
             image, support = (
                 torch.from_numpy(sample[name])[None].to(device) for name in ("image", "support")
             )
@@ -198,7 +188,7 @@ def preview(model: ClipSeg, samples: Samples, *, seed: int, count: int = SHOWN) 
                 p = model(normalize(image), conditional)[0, 0].sigmoid().cpu().numpy()
         except MaskMillError:
             continue
-        there = sample["mask"] == 1
+        there = sample["mask"] == OBJECT
         union = int((there | (p > 0.5)).sum())
         iou = f"IoU {(there & (p > 0.5)).sum() / union:.2f}" if union else "rightly nothing"
         asked = f"text {share:.0%}" if share < 1 else "text"

@@ -12,6 +12,11 @@ Where the reference's code slips, its way is a setting and the sane one the defa
 * ``student.backbone``: its ViT configs named r101 build a ResNet-50: ``--set backbone=resnet50c``.
 
 A resumed run of it repeats the guided phase; ours never does.
+
+Where labels come from a table (``selftrain.teacher: table``), a pixel has the best of all classes that the
+table knows. The reference's zero-shot form takes the best of the unseen ones: its recipes here run the frozen
+CLIP on every crop as it does (``online``). A table that was labelled with the unseen names alone gives the
+same, and cheaper.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ class MaskClipPlusRecipe(Recipe):
 
     Attributes:
         student: the network; ``student.embed_dim`` is taken from the teacher's CLIP whatever it says.
+        text: CLIP whose text tower classifies, ``NAME:PRETRAINED``; empty is the teacher's own.
         backbone_weights: what the backbone starts from: ``imagenet``, a file, or ``none``.
         augment: how crops are made.
         selftrain: what is learned from, when; ``selftrain.guessable`` follows from the unseen classes.
@@ -51,6 +57,7 @@ class MaskClipPlusRecipe(Recipe):
     """
 
     student: StudentConfig = field(default_factory=StudentConfig)
+    text: str = ""
     backbone_weights: str = "imagenet"
     augment: AugmentSettings = field(default_factory=AugmentSettings)
     selftrain: SelfTrainSettings = field(default_factory=SelfTrainSettings)
@@ -85,6 +92,18 @@ def _check(recipe: MaskClipPlusRecipe, where: str) -> None:
             f"{where}: keep_average needs a running average, and ema_decay is 0.",
             "Add --set ema_decay=0.98, or --set keep_average=false.",
         )
+    if recipe.student.learned_background and recipe.form == "annotation-free":
+        raise MaskMillError(
+            "recipe_invalid",
+            f"{where}: a learned background has no words that it could be guessed by.",
+            "Train with truth for it (the other forms), or set learned_background=false.",
+        )
+    if selftrain.loss_over == "valid" and loop.accumulation > 1:
+        raise MaskMillError(
+            "recipe_invalid",
+            f"{where}: loss_over=valid would weigh the {loop.accumulation} micro-batches of a step unevenly.",
+            "Set accumulation=1, or loss_over=all.",
+        )
     if recipe.void_from_truth and recipe.form != "annotation-free":
         raise MaskMillError(
             "recipe_invalid",
@@ -100,7 +119,7 @@ def _check(recipe: MaskClipPlusRecipe, where: str) -> None:
 
 
 def _guided_then_self(guided: int) -> SelfTrainSettings:
-    return SelfTrainSettings(guided=(1, guided), self_train=(guided + 1, -1))
+    return SelfTrainSettings(guided=(1, guided), self_train=(guided + 1, -1), teacher="online")
 
 
 _VOC = MaskClipPlusRecipe(

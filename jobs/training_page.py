@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jobs.evaluate import read_table_record
 from models.precision import best_device, native_precision
 from pipeline import images
 from pipeline.datasets.base import Dataset
@@ -19,6 +20,7 @@ from pipeline.report.training_page import Example, Score, preview_sheet, write_t
 from pipeline.storage import is_remote
 from pipeline.student import StudentRecord
 from pipeline.student_labeller import StudentLabeller
+from pipeline.training.samples_table import class_ids
 
 PAGE, SHEET = "report.html", "preview.png"
 EXAMPLES = 12
@@ -83,7 +85,10 @@ def find_examples(record: StudentRecord, *, labels: str, truth: Dataset | None, 
             break
     rows.sort(key=lambda row: hashlib.sha256(PurePosixPath(row["uri"]).name.encode()).digest())
     true_rows: Plan | None = plan(labels, truth.samples) if truth is not None else None
-    lookup = _to_student(labels, record.ontology)
+    teacher = _teacher_ids(labels, record.ontology)
+    true = None
+    if truth is not None:
+        true = class_ids(truth.class_names, record.ontology, truth.ignore_index)
     labeller = StudentLabeller(
         uri=record.uri,
         thresholds=[0.0] * record.ontology.num_classes,
@@ -113,21 +118,22 @@ def find_examples(record: StudentRecord, *, labels: str, truth: Dataset | None, 
             Example(
                 PurePosixPath(row["uri"]).name,
                 image,
-                lookup[decode_mask(row["mask"]["bytes"])],
+                _shown(teacher[decode_mask(row["mask"]["bytes"])]),
                 labeller.label([seen], [(height, width)])[0].labels,
-                truth.truth(sample) if truth is not None and sample is not None else None,
+                _shown(true[truth.truth(sample)])
+                if truth is not None and true is not None and sample is not None
+                else None,
             )
         )
     return found
 
 
-def _to_student(labels: str, ontology: Ontology) -> np.ndarray:
-    """Ids of the table → ids of the student, by name; what the student does not know becomes 65535."""
-    from jobs.evaluate import read_table_record
+def _teacher_ids(labels: str, ontology: Ontology) -> np.ndarray:
+    """Ids of the table → ids of the student, as in training; what the student does not know is negative."""
+    known = Ontology.from_record(read_table_record(labels)["ontology"])
+    return class_ids(known.names, ontology, known.ignore_index, words=known.prompts())
 
-    table = read_table_record(labels)["ontology"]
-    lookup = np.full(65536, 65535, np.uint16)
-    for index, name in enumerate(table["names"]):
-        if name in ontology.names:
-            lookup[index] = ontology.names.index(name)
-    return lookup
+
+def _shown(ids: np.ndarray) -> np.ndarray:
+    """Ids for a picture: what is no class becomes 65535, which has no colour."""
+    return np.where(ids < 0, 65535, ids).astype(np.uint16)

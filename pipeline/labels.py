@@ -47,6 +47,8 @@ LABEL_SCHEMA: Final = pa.schema(
         ("quality", pa.float32()),
     ]
 )
+#: What the table is, beside it: classes, recipe, weights, versions, counts.
+DATASET_FILE: Final = "dataset.json"
 #: ``status`` of a labelled image; any other is an error code.
 OK: Final = "ok"
 

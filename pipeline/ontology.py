@@ -390,6 +390,16 @@ class Ontology(BaseModel):
         return self.model_dump(mode="json")
 
     @classmethod
+    def from_record(cls, recorded: Mapping[str, Any], *, origin: str = "the record") -> Ontology:
+        """The ontology that a label table or a student recorded: ``to_dict`` with hash and names added.
+
+        Raises:
+            MaskMillError: as ``from_dict``.
+        """
+        fields = {key: value for key, value in recorded.items() if key not in ("hash", "names")}
+        return cls.from_dict(fields, origin=origin)
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, origin: str = "ontology") -> Ontology:
         """Build from plain values.
 

@@ -124,6 +124,18 @@ def students(
     return [free, zero_shot], claims
 
 
+def missing(reason: str) -> dict[str, Any]:
+    """The section of students that could not be trained."""
+    return {
+        "name": "maskclip-plus",
+        "title": "MaskCLIP+: students against their teacher",
+        "note": "",
+        "chart": None,
+        "metrics": ["miou"],
+        "rows": [row("students", {}, missing=reason)],
+    }
+
+
 def _measure_seed(
     seed: int,
     scenes: int,
@@ -135,7 +147,7 @@ def _measure_seed(
 ) -> list[tuple[str, Mapping[str, float]]]:
     ontology = load_ontology("toyworld")
     images, masks, table = folder / "images", folder / "masks", folder / "table"
-    _draw(images, masks, seed + TRAINING_SEED, unlabelled)
+    draw_scenes(images, masks, seed + TRAINING_SEED, unlabelled)
     label.run(
         label.LabelJob(source=str(images), ontology=ontology, recipe=RECIPES["toy"], output=str(table)),
         console,
@@ -144,11 +156,11 @@ def _measure_seed(
     precision = native_precision(best_device())
     teacher = prepare_labeller(RECIPES["toy"], ontology, precision=precision).make(precision=precision)
     unseen = maskclip_plus.unseen_ids(MASKCLIP_PLUS_RECIPES.recipes[FORMS["zero-shot"]].unseen, ontology)
-    figures = [("teacher", _figures(_maps(teacher, seed, scenes), seed, scenes, unseen))]
+    figures = [("teacher", measured(_maps(teacher, seed, scenes), seed, scenes, unseen))]
     for form, name in forms.items():
         output = folder / form
         recipe = MASKCLIP_PLUS_RECIPES.load(name, [f"loop.seed={seed}", *settings])
-        maskclip_plus.run(
+        status = maskclip_plus.run(
             maskclip_plus.MaskClipPlusJob(
                 labels=str(table),
                 recipe=recipe,
@@ -157,6 +169,8 @@ def _measure_seed(
             ),
             console,
         )
+        if status:
+            raise KeyboardInterrupt  # it was asked to stop
         done = recipe.loop.iterations
         steps = {
             "annotation-free": [
@@ -168,11 +182,12 @@ def _measure_seed(
         }[form]
         for title, step in steps:
             maps = _student_maps(str(output), step, seed, scenes, keep_average=recipe.keep_average)
-            figures.append((title, _figures(maps, seed, scenes, unseen)))
+            figures.append((title, measured(maps, seed, scenes, unseen)))
     return figures
 
 
-def _draw(images: Path, masks: Path, seed: int, count: int) -> None:
+def draw_scenes(images: Path, masks: Path, seed: int, count: int) -> None:
+    """Scenes as PNG files, and their true maps under the same names; not again if they are there."""
     if images.exists() and len(list(images.iterdir())) == count:
         return
     images.mkdir(parents=True, exist_ok=True)
@@ -204,9 +219,10 @@ def _student_maps(output: str, step: int, seed: int, scenes: int, *, keep_averag
         ]
 
 
-def _figures(
+def measured(
     maps: Sequence[np.ndarray], seed: int, scenes: int, unseen: Sequence[int]
 ) -> Mapping[str, float]:
+    """MIoU over all, unseen and seen classes, and pixel accuracy, of label maps of a scene set."""
     ontology = load_ontology("toyworld")
     total = SegmentationStatistics.zero(ontology.num_classes)
     for truth, labels in zip(scene_set(seed, scenes, 128).labels, maps, strict=True):

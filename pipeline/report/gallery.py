@@ -94,7 +94,7 @@ def write_gallery(
             "Give the --output of a finished maskmill label, or run that first.",
         )
     summary = labels.summarise(storage)
-    record = storage.read_json("dataset.json", None) or {}
+    record = storage.read_json(labels.DATASET_FILE, None) or {}
     legend = _legend(record, summary)
     cards = [_card(row, legend, thumbnail) for row in _chosen_rows(storage, limit, order)]
     page = render(

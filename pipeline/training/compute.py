@@ -7,9 +7,6 @@ from dataclasses import dataclass
 
 from models.errors import MaskMillError
 
-LOAD_CPUS = 0.25
-"""Logical CPUs of one loading task: small, so that loading can always go on beside the workers."""
-
 
 @dataclass(frozen=True)
 class TrainingCompute:
@@ -20,7 +17,7 @@ class TrainingCompute:
         gpu: whether each of them has a GPU of its own.
         worker_cpus: logical CPUs of each worker.
         threads: CPU threads of each worker; 0 leaves torch's choice.
-        loaders: loading tasks at a time, for each worker.
+        loaders: processes that load samples, for each worker; they ask for no logical CPUs.
     """
 
     workers: int
@@ -46,6 +43,12 @@ def plan_training(
     """
     cpus, gpus = sum(node[0] for node in nodes), int(sum(node[1] for node in nodes))
     gpu = gpus > 0
+    if workers == 0 and cores is None:
+        raise MaskMillError(
+            "wrong_use",
+            "--workers 0 trains in this process, which on a cluster is one of the head.",
+            "Ask for 1 worker or more, or leave --workers out.",
+        )
     if workers is None:
         workers = gpus if gpus > 1 else (0 if cores is not None else 1)
     if gpu and workers > gpus:
@@ -57,11 +60,11 @@ def plan_training(
     share = max(1, workers)
     if not gpu:
         whole = sum(int(node[0]) for node in nodes)
-        if workers > whole or cpus < workers + 2 * LOAD_CPUS:
+        if workers > whole or not cpus:
             raise MaskMillError(
                 "cluster_too_small",
-                f"{workers} workers need {workers + 2 * LOAD_CPUS:g} CPUs with their loading; the cluster "
-                f"has {cpus:g} on {len(nodes)} node(s).",
+                f"{max(1, workers)} workers need a CPU each; the cluster has {cpus:g} on {len(nodes)} "
+                "node(s).",
                 "Ask for fewer --workers, or add CPUs.",
             )
     real = float(cores if cores is not None else cpus)

@@ -124,8 +124,8 @@ class DriftAlarm:
             f"Self-training was stopped at step {step}: the shares of the classes that the student predicts "
             f"have changed by {self.drift:.0%} on average since step {self._reference_step}, the end of the "
             f"guided phase, and by more than {self._bound:.0%} for {self._beyond} steps. {listed}",
-            f"The checkpoint of step {self._reference_step} is kept, and its student is sound. To train on "
-            "from there, hold the student by its teacher (anchor=1), let it learn from its running average "
+            f"The student of step {self._reference_step} is sound, and is kept. To train another one, into "
+            "another --output: hold it by its teacher (anchor=1), let it learn from its running average "
             "(ema_decay=0.98), leave self_class_power at 0, or lower the learning rate. Raise drift_bound "
             "only if such a change is expected.",
         )

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from models.errors import MaskMillError
 from pipeline import evaluation, images
 from pipeline.datasets import base
-from pipeline.labels import OK, decode_confidence, decode_mask, table_files
+from pipeline.labels import DATASET_FILE, OK, decode_confidence, decode_mask, table_files
 from pipeline.ontology import Ontology
 from pipeline.storage import Storage, open_storage
 from pipeline.training.augment import MEAN_COLOUR, AugmentSettings, augment
@@ -37,7 +37,6 @@ from pipeline.training.protocols import GUESS, IGNORED, Sample
 WINDOW_BYTES = 96 << 20
 """Masks and confidences, as stored, among which rows are shuffled. A loader keeps twice as much."""
 
-_RECORD = "dataset.json"
 _MANIFESTS = "manifest"
 _READERS = 16
 
@@ -302,11 +301,8 @@ def open_table_samples(
     count = ontology.num_classes
     hidden, may_guess = _roles(count, truth is not None, unseen_ids, guessable, void_from_truth)
     root, storage, parts, record = _open(table)
-    known = Ontology.from_dict(
-        {key: value for key, value in record["ontology"].items() if key not in ("hash", "names")},
-        origin=root.uri_of(_RECORD),
-    )
-    teacher = _lookup(known.names, ontology, known.ignore_index, words=known.prompts())
+    known = Ontology.from_record(record["ontology"], origin=root.uri_of(DATASET_FILE))
+    teacher = class_ids(known.names, ontology, known.ignore_index, words=known.prompts())
     if may_guess.any() and not np.isin(teacher, np.flatnonzero(may_guess)).any():
         raise _strangers(f"the labels in {root.uri}", known.names, ontology, may_guess)
     pixels_of = teacher
@@ -328,9 +324,20 @@ def open_table_samples(
     samples = () if work is None else tuple(work.samples[row_id] for row_id in ids.tolist())
     true = None
     if truth is not None:
-        true = _lookup(truth.class_names, ontology, truth.ignore_index)
+        true = class_ids(truth.class_names, ontology, truth.ignore_index)
         if (true < 0).all():
             raise _strangers(f"the truth of {truth.name}", truth.class_names, ontology)
+        marked = set(true.tolist())
+        unmarked = [
+            name for number, name in enumerate(ontology.names) if hidden[number] and number not in marked
+        ]
+        if unseen_ids and unmarked:
+            raise MaskMillError(
+                "classes_differ",
+                f"The truth of {truth.name} has no class {', '.join(unmarked)}, so it does not say where to "
+                "guess it: nothing would be learned about it.",
+                "Mark these pixels in the masks with an id of their own, or train annotation-free.",
+            )
         true = np.where((true >= 0) & hidden[np.maximum(true, 0)], GUESS, true).astype(np.int32)
     repeats = None
     if repeat_threshold > 0:
@@ -414,9 +421,9 @@ def _open(table: str) -> tuple[Storage, Storage, list[str], dict[str, Any]]:
     """Root of a label table, the folder of its parts, their names, and its record."""
     root = open_storage(table)
     storage, parts = table_files(root)
-    record: dict[str, Any] | None = root.read_json(_RECORD, None)
+    record: dict[str, Any] | None = root.read_json(DATASET_FILE, None)
     if not parts or record is None:
-        lacking = "label table" if not parts else f"{_RECORD}, which says what the labels mean,"
+        lacking = "label table" if not parts else f"{DATASET_FILE}, which says what the labels mean,"
         raise MaskMillError(
             "table_unreadable",
             f"There is no {lacking} in {root.uri}.",
@@ -425,7 +432,7 @@ def _open(table: str) -> tuple[Storage, Storage, list[str], dict[str, Any]]:
     return root, storage, parts, record
 
 
-def _lookup(
+def class_ids(
     names: Sequence[str], ontology: Ontology, ignore_index: int, words: Sequence[Sequence[str]] = ()
 ) -> _Ids:
     """By id in a file: the id in ``ontology``, or ``IGNORED``.

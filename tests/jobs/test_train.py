@@ -12,10 +12,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from mlflow import MlflowClient
 from PIL import Image
 
-from jobs.benchmarks.toy_students import _draw as draw_scenes
+from jobs.benchmarks.toy_students import draw_scenes
+from pipeline.metrics.confusion import confusion_matrix, mean_iou
+from pipeline.student import load_student, read_student_record
+from pipeline.toyworld import CLASSES
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
@@ -94,6 +100,52 @@ def test_the_same_command_again_does_nothing(maskmill: Run, student: Path, table
     assert (student / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_finished_run_is_not_another_one(maskmill: Run, student: Path, table: Path) -> None:
+    done = maskmill(
+        "train", "maskclip-plus", "--labels", table, "--output", student, "--recipe", "toy", *_set("anchor=0")
+    )
+    assert done.returncode == 2
+    assert "selftrain.anchor: '1.0' there, '0.0' here" in done.stderr
+    # What does not change the result may change.
+    free = maskmill(
+        "train", "maskclip-plus", "--labels", table, "--output", student, "--recipe", "toy", *_set("keep=1")
+    )
+    assert free.returncode == 0 and "Nothing to do" in free.stderr
+
+
+def test_a_finished_student_can_be_registered_later(
+    maskmill: Run, student: Path, table: Path, tmp_path: Path
+) -> None:
+    store = f"sqlite:///{tmp_path / 'runs.db'}"
+    done = maskmill(
+        "train", "maskclip-plus", "--labels", table, "--output", student, "--recipe", "toy", *_set(),
+        "--register", "pets", "--tracking", store,
+    )  # fmt: skip
+    assert done.returncode == 0 and "pets version 1 (challenger)" in done.stderr, done.stderr
+    client = MlflowClient(tracking_uri=store, registry_uri=store)
+    version = client.get_model_version_by_alias("pets", "challenger")
+    assert version.version == "1" and client.get_run(version.run_id).info.status == "FINISHED"
+
+
+def test_files_of_others_are_left_alone(maskmill: Run, table: Path, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("mine")
+    for extra in ((), ("--overwrite",)):
+        done = maskmill(
+            "train",
+            "maskclip-plus",
+            "--labels",
+            table,
+            "--output",
+            tmp_path,
+            "--recipe",
+            "toy",
+            *_set(),
+            *extra,
+        )
+        assert done.returncode == 2 and "report.html" in done.stderr
+    assert (tmp_path / "report.html").read_text() == "mine"
+
+
 def test_a_student_labels_and_is_evaluated(
     maskmill: Run, student: Path, scenes: Path, tmp_path: Path
 ) -> None:
@@ -107,7 +159,17 @@ def test_a_student_labels_and_is_evaluated(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result" / "evaluation.json").read_text())
-    assert 0 < result["metrics"]["miou"] < 1 and result["images"]["evaluated"] == 16
+    assert result["images"]["evaluated"] == 16 and result["model"]["toy"]
+    # The network itself, on the same images.
+    network = load_student(read_student_record(student), device=torch.device("cpu"), dtype=torch.float32)
+    confusion = np.zeros((14, 15), np.int64)
+    for path in sorted((scenes / "images").iterdir()):
+        pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None]
+        with torch.inference_mode():
+            labels = network(pixels)[0].argmax(0).numpy().astype(np.uint8)
+        truth = np.asarray(Image.open(scenes / "masks" / path.name))
+        confusion += confusion_matrix(truth, labels, 14, ignore_index=255)
+    assert result["metrics"]["miou"] == pytest.approx(mean_iou(confusion), abs=0.02)  # bf16 against fp32
 
 
 def test_a_killed_driver_goes_on_and_gives_the_same_student(
@@ -139,18 +201,46 @@ def test_a_killed_driver_goes_on_and_gives_the_same_student(
     assert weights[output] == weights[student]
 
 
-def test_zero_shot_with_two_workers_never_sees_the_unseen(
+def test_zero_shot_training_never_sees_the_unseen(
     maskmill: Run, table: Path, scenes: Path, tmp_path: Path
 ) -> None:
-    done = maskmill(
+    """Two workers; and the same student, whatever the truth of the unseen classes says."""
+    swapped = tmp_path / "masks"
+    swapped.mkdir()
+    sand, zebra = CLASSES.index("sand"), CLASSES.index("zebra")
+    for path in (scenes / "masks").iterdir():
+        mask = np.asarray(Image.open(path))
+        other = np.where(mask == sand, zebra, np.where(mask == zebra, sand, mask)).astype(np.uint8)
+        Image.fromarray(other).save(swapped / path.name)
+    prints = []
+    for number, masks in enumerate((scenes / "masks", swapped)):
+        output = tmp_path / f"student-{number}"
+        done = maskmill(
+            "train", "maskclip-plus", "--labels", table, "--output", output, "--recipe", "toy",
+            "--unseen", "sand, zebra", "--images", scenes / "images", "--truth", masks,
+            "--workers", "2", *_set("batch_size=4", "iterations=8", "guided=[1, 5]", "self_train=[6, -1]"),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        record = json.loads((output / "student.json").read_text())
+        assert record["training"]["unseen"] == ["sand", "zebra"] and record["recipe"]["form"] == "zero-shot"
+        prints.append(record["weights"]["fingerprint"])
+    assert prints[0] == prints[1]
+
+
+def test_a_collapse_is_stopped_and_the_guided_student_kept(
+    maskmill: Run, table: Path, tmp_path: Path
+) -> None:
+    command = (
         "train", "maskclip-plus", "--labels", table, "--output", tmp_path / "student", "--recipe", "toy",
-        "--unseen", "sand, zebra", "--images", scenes / "images", "--truth", scenes / "masks",
-        "--workers", "2", *_set("batch_size=4"),
+        *_set("drift_bound=0.001", "drift_patience=1"),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = maskmill(*command)
+    assert done.returncode == 1 and "self_training_collapsed" in done.stderr, done.stderr
     record = json.loads((tmp_path / "student" / "student.json").read_text())
-    assert record["training"]["unseen"] == ["sand", "zebra"]
-    assert record["recipe"]["form"] == "zero-shot"
+    assert record["training"]["iterations"] == 12 and "collapsed" in record["training"]["stopped"]
+    assert "Stopped early" in (tmp_path / "student" / "report.html").read_text()
+    again = maskmill(*command)
+    assert again.returncode == 1 and "was stopped" in again.stderr
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def test_the_references_schedules(name: str, facts: dict[str, Any]) -> None:
     assert (recipe.augment.ratio_range, recipe.augment.flip) == ((0.5, 2.0), 0.5)
     # Its slips are choices, and off.
     assert not recipe.augment.guess_is_category and not recipe.selftrain.threshold_overwrites_seen
+    assert recipe.selftrain.teacher == ("online" if recipe.unseen else "table")
     assert not recipe.void_from_truth and recipe.selftrain.ema_decay == 0
 
 
@@ -81,6 +82,8 @@ def test_round_trip(name: str) -> None:
         ("toy", ["form=supervised"], "guesses nothing"),
         ("toy", ["guided=[2, 1000]"], "begin with step 1"),
         ("toy", ["ema_decay=0"], "keep_average"),
+        ("toy", ["learned_background=true"], "no words"),
+        ("toy", ["loss_over=valid", "accumulation=2"], "unevenly"),
         ("toy", ["student.decoder=unet"], "deeplabv2"),
         ("toy", ["loop.batch_size=0"], "batch_size"),
     ],

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jobs.benchmarks.toy_students import _figures, students
+from jobs.benchmarks.toy_students import measured, students
 from jobs.benchmarks.toyworld import scene_set
 from pipeline.toyworld import CLASSES
 
 
-def test_figures_tell_seen_from_unseen() -> None:
+def testmeasured_tell_seen_from_unseen() -> None:
     truth = list(scene_set(5, 4, 128).labels)
-    assert _figures(truth, 5, 4, [2]) == {
+    assert measured(truth, 5, 4, [2]) == {
         "miou": 1.0, "pixel_accuracy": 1.0, "miou_unseen": 1.0, "miou_seen": 1.0,
     }  # fmt: skip
     hidden = CLASSES.index("grass")
     without = [np.where(labels == hidden, CLASSES.index("water"), labels) for labels in truth]
-    figures = _figures(without, 5, 4, [hidden])
+    figures = measured(without, 5, 4, [hidden])
     assert figures["miou_unseen"] == 0 and 0 < figures["miou_seen"] <= 1
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from models.errors import MaskMillError
-from pipeline.training.compute import LOAD_CPUS, TrainingCompute, plan_training
+from pipeline.training.compute import TrainingCompute, plan_training
 
 
 @pytest.mark.parametrize(
@@ -24,18 +24,19 @@ def test_plans(
 ) -> None:
     plan = plan_training(nodes, cores=cores, workers=asked)
     assert plan == expected
-    assert plan.workers * plan.worker_cpus + LOAD_CPUS <= sum(cpus for cpus, _ in nodes)
+    assert plan.workers * plan.worker_cpus <= sum(cpus for cpus, _ in nodes)
 
 
 @pytest.mark.parametrize(
     ("nodes", "asked", "says"),
     [
         ([(16, 1)], 2, "--workers 1"),
-        ([(2, 0)], 2, "2.5 CPUs"),
+        ([(2, 0)], 3, "a CPU each"),
         ([(0, 0)], 1, "add CPUs"),
+        ([(8, 0)], 0, "the head"),
     ],
 )
 def test_too_small_is_said(nodes: list[tuple[float, float]], asked: int, says: str) -> None:
     with pytest.raises(MaskMillError, match=says) as caught:
         plan_training(nodes, cores=None, workers=asked)
-    assert caught.value.code == "cluster_too_small"
+    assert caught.value.code in ("cluster_too_small", "wrong_use")

@@ -1,0 +1,173 @@
+"""``maskmill train clipseg`` on toy scenes, from the lease to the folder, through real Ray Train."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from jobs.clipseg_recipes import CLIPSEG_RECIPES
+from jobs.train import INTERRUPTED, TrainOptions
+from jobs.train_clipseg import TrainClipSegJob, preview, run
+from models.clipseg import ClipSeg, normalize
+from models.clipseg_weights import load_clipseg
+from models.errors import MaskMillError
+from pipeline.clipseg_folder import DECODER_FILE, RECORD_FILE, load_trained, read_clipseg_record
+from pipeline.datasets.toy import open_toyworld
+from pipeline.training.triplet_toy import open_toy_source
+from pipeline.training.triplets import TripletSamples
+
+STEPS = 12
+QUICK = (
+    f"iterations={STEPS}", "batch_size=4", "warmup=1", "checkpoint_every=3", "log_every=2", "size=64",
+    "support_size=64", "reduce_dim=16", "feedforward=32",
+)  # fmt: skip
+
+
+def _train(output: Path, *settings: str, workers: int = 0, overwrite: bool = False) -> tuple[int, str]:
+    """Exit status, and what was printed."""
+    if ray.is_initialized():
+        ray.shutdown()
+    said = Console(file=io.StringIO(), width=200)
+    job = TrainClipSegJob(
+        recipe=CLIPSEG_RECIPES.load("toy", (*QUICK, *settings)),
+        dataset=open_toyworld(split="seed-7", count=12, size=64),
+        options=TrainOptions(output=str(output), workers=workers, overwrite=overwrite),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "")
+        status = run(job, said)
+    assert isinstance(said.file, io.StringIO)
+    return status, said.file.getvalue()
+
+
+def _lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clipseg") / "run"
+    status, said = _train(folder)
+    assert status == 0 and f"Trained {STEPS} steps" in said and "(a toy)" in said
+    return folder
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_run_leaves_a_model_that_loads(trained: Path) -> None:
+    record = json.loads((trained / RECORD_FILE).read_text())
+    assert record["kind"] == record["model"] == "clipseg" and record["clip"]["model"] == "toyclip"
+    assert record["config"]["reduce_dim"] == 16 and record["recipe"]["triplets"]["size"] == 64
+    assert record["data"]["source"] == "toyworld seed-7" and record["data"]["images"] == 12
+    assert record["training"]["iterations"] == STEPS and record["versions"]["torch"]
+    lines = _lines(trained)
+    assert [line["step"] for line in lines] == list(range(2, STEPS + 1, 2))
+    assert lines[-1]["loss"] < lines[0]["loss"] and 0 <= record["metrics"]["iou"] <= 1
+    with Image.open(trained / "preview.png") as sheet:
+        assert sheet.width > 900 and np.asarray(sheet).std() > 20
+    pixels = normalize(torch.from_numpy(open_toyworld(size=64).scene(open_toyworld().samples[0]).image.copy())
+                       .permute(2, 0, 1)[None])  # fmt: skip
+    folder, file = load_clipseg(trained), load_trained(trained)
+    state = load_file(trained / DECODER_FILE)
+    assert file.decoder.film_mul.weight.equal(state["film_mul.weight"])
+    with torch.no_grad():
+        logits = [model(pixels, model.encode_text(["sand"])) for model in (folder, file)]
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_to_the_same_model(trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    first = output / "checkpoints" / "step-0000003" / "manifest.json"
+
+    def stop() -> None:
+        deadline = time.monotonic() + 240
+        while not first.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop, daemon=True)
+    thread.start()
+    status, said = _train(output)
+    thread.join()
+    if status == 0:
+        pytest.skip("training ended before it could be stopped")
+    assert status == INTERRUPTED and "goes on" in said and not (output / RECORD_FILE).exists()
+    status, said = _train(output)
+    resumed = re.search(r"went on from step (\d+)", said)
+    assert status == 0 and resumed and 3 <= int(resumed[1]) < STEPS
+    for ours, theirs in zip(_lines(output), _lines(trained), strict=True):
+        assert ours["step"] == theirs["step"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+    ours, theirs = (load_file(folder / DECODER_FILE) for folder in (output, trained))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-3)
+    status, said = _train(output)
+    assert status == 0 and "Nothing to do" in said
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_two_workers_go_on_from_trained_weights(trained: Path, tmp_path: Path) -> None:
+    settings = (f"start={trained}", "clip=none", "iterations=2", "learning_rate=1e-4", "dropout=0")
+    status, said = _train(tmp_path / "run", *settings, workers=2)
+    assert status == 0 and f"from {trained}" in said
+    before, after = load_trained(trained), load_trained(tmp_path / "run")
+    moved = (after.decoder.film_mul.weight - before.decoder.film_mul.weight).abs().max()
+    assert 0 < moved < 1e-3
+    assert read_clipseg_record(tmp_path / "run").config["dropout"] == 0
+    assert after.encode_text(["sand"]).equal(before.encode_text(["sand"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        (("precision=fp16",), "precision_unsupported"),
+        (("extract_layers=[0, 5]",), "decoder_does_not_fit"),
+        (("start=no-such-folder",), "weights_missing"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 trains there")
+@pytest.mark.cluster
+def test_mistakes_leave_no_result(tmp_path: Path, settings: tuple[str, ...], code: str) -> None:
+    with pytest.raises(MaskMillError) as error:
+        _train(tmp_path / "run", *settings)
+    assert error.value.code == code and not (tmp_path / "run" / RECORD_FILE).exists()
+
+
+def test_what_is_trained_on_must_be_given() -> None:
+    with pytest.raises(MaskMillError) as error:
+        run(TrainClipSegJob(recipe=CLIPSEG_RECIPES.load("toy"), options=TrainOptions(output="unused")))
+    assert error.value.code == "wrong_use"
+
+
+def test_the_picture_shows_what_the_model_says() -> None:
+    """Two models, one certain of everything and one of nothing: the cells differ where they should."""
+    source = open_toy_source(open_toyworld(split="seed-7", count=2, size=64))
+    recipe = CLIPSEG_RECIPES.load("toy", QUICK)
+    samples = TripletSamples(source, recipe.triplets)
+    model: ClipSeg = recipe.model.build(torch.device("cpu"))
+    sheets = []
+    for bias in (-100.0, 100.0):
+        head = model.decoder.get_submodule("trans_conv")
+        torch.nn.init.constant_(head.get_parameter("bias"), bias)
+        sheets.append(np.asarray(preview(model, samples, seed=0, count=2)).astype(int))
+    assert sheets[0].shape == sheets[1].shape
+    changed = (sheets[0] != sheets[1]).any((0, 2))
+    cell = len(changed) // 2  # a panel: image, what is there, what is found
+    assert not changed[: cell * 2 // 3].any() and changed[cell * 2 // 3 : cell].any()
