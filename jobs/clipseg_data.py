@@ -73,14 +73,8 @@ def open_source(
         dataset: instead of a table, images with truth or PhraseCut.
 
     Raises:
-        MaskMillError: ``wrong_use`` unless one of the two is given; ``class_unknown``; and as the sources.
+        MaskMillError: ``class_unknown``; and as the sources.
     """
-    if (labels is None) == (dataset is None):
-        raise MaskMillError(
-            "wrong_use",
-            "Give what to train on: a label table, or images with truth.",
-            "Use --labels TABLE, --dataset NAME --root DIR, or --images DIR --truth DIR --ontology FILE.",
-        )
     if labels is not None:
         classes = ontology or recorded_ontology(labels)
         return open_table_source(
@@ -94,9 +88,9 @@ def open_source(
         )
     if isinstance(dataset, PhraseCutDataset):
         return open_phrase_source(dataset, drop=unseen_phrases(settings.unseen))
+    assert dataset is not None, "either a table or a data set is given"
     if isinstance(dataset, ToyDataset) and not settings.unseen:
         return open_toy_source(dataset, kinds=settings.toy_phrases)
-    assert dataset is not None
     class_ids = seen_ids(settings.unseen, dataset.class_names)
     if isinstance(dataset, CocoDataset):
         return open_instance_source(dataset, class_ids=class_ids, synonyms=settings.synonyms)

@@ -374,14 +374,12 @@ def _log_model(
     log_model: Callable[[str, str | None], str], tracker: Tracker, register_as: str | None
 ) -> list[str]:
     """Into MLflow, if it answers: a server that is away must not cost the user a trained model."""
-    deadline = time.monotonic() + 30
-    while tracker.run_id is None and time.monotonic() < deadline:
-        time.sleep(0.2)
+    run_id = tracker.wait_for_run(30)
     again = f"; once it is there: the same command with --register {register_as}" if register_as else ""
-    if tracker.run_id is None:
+    if run_id is None:
         return [f"  not in MLflow  the server does not answer{again}"]
     try:
-        return [f"  MLflow model   {log_model(tracker.run_id, register_as)}"]
+        return [f"  MLflow model   {log_model(run_id, register_as)}"]
     except MaskMillError as error:
         return [f"  not in MLflow  {error.message}{again}"]
     except Exception as error:  # whatever MLflow's many stores raise

@@ -13,6 +13,7 @@ from rich.console import Console
 from jobs.clipseg_data import open_source
 from jobs.clipseg_recipes import ClipSegRecipe
 from jobs.train import Finished, Prepared, TrainOptions, run_training, versions
+from models.errors import MaskMillError
 from pipeline.clipseg_folder import (
     DECODER_FILE,
     HUGGING_FACE_FILES,
@@ -60,7 +61,17 @@ class TrainClipSegJob:
 
 
 def run(job: TrainClipSegJob, console: Console | None = None) -> int:
-    """Train a decoder and write its folder. Returns the exit status; see ``jobs.train.run_training``."""
+    """Train a decoder and write its folder. Returns the exit status; see ``jobs.train.run_training``.
+
+    Raises:
+        MaskMillError: ``wrong_use`` unless either a table or a data set is given; and as ``run_training``.
+    """
+    if (job.labels is None) == (job.dataset is None):
+        raise MaskMillError(
+            "wrong_use",
+            "Give what to train on: a label table, or images with truth.",
+            "Use --labels TABLE, --dataset NAME --root DIR, or --images DIR --truth DIR --ontology FILE.",
+        )
     return run_training(
         "clipseg",
         job.options,
@@ -124,6 +135,12 @@ def _finish(
     last = checkpoint.lines[-1] if checkpoint.lines else {}
     metrics = {key: value for key, value in last.items() if isinstance(value, float) and key != "seconds"}
     settings = job.recipe.model
+    storage = open_storage(job.options.output)
+    artifacts = []
+    if storage.is_local:
+        artifacts = [storage.path(name) for name in (SHEET, RECORD_FILE, DECODER_FILE)]
+        preview(model, samples, seed=job.recipe.loop.seed).save(artifacts[0])
+    # Last of all: a folder with this record is a finished run.
     record, reason = write_clipseg_folder(
         job.options.output,
         model,
@@ -136,18 +153,12 @@ def _finish(
         versions=versions(),
         overwrite=job.options.overwrite,
     )
-    storage = open_storage(job.options.output)
     lines = [f"  decoder        {storage.uri_of(DECODER_FILE)}, {RECORD_FILE}"]
     if record.hugging_face:
         lines.append(f"  with its CLIP  {storage.uri}, in Hugging Face's layout (transformers reads it)")
     else:
         lines.append(f"  not in Hugging Face's layout: {reason}")
-    artifacts = []
-    if storage.is_local:
-        sheet = storage.path(SHEET)
-        preview(model, samples, seed=job.recipe.loop.seed).save(sheet)
-        lines.append(f"  picture        {sheet}")
-        artifacts = [sheet, storage.path(RECORD_FILE), storage.path(DECODER_FILE)]
+    lines += [f"  picture        {path}" for path in artifacts[:1]]
     if record.hugging_face:
         lines.append(f'Use it: maskmill segment IMAGE --prompt "..." --weights {storage.uri} --output OUT')
     return Finished(lines, {}, artifacts)
@@ -166,7 +177,6 @@ def preview(model: ClipSeg, samples: Samples, *, seed: int, count: int = SHOWN) 
     from PIL import Image
 
     from models.clipseg import mix, normalize
-    from models.errors import MaskMillError
     from pipeline.report.prompts import Found, overview
 
     device = model.clip.device

@@ -96,6 +96,9 @@ class Tracker(Protocol):
             dataset: see ``log_dataset``.
         """
 
+    def wait_for_run(self, timeout_s: float) -> str | None:
+        """MLflow's id of the run, as soon as a server has given it one; None if that takes too long."""
+
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Record settings; nested ones get dotted names. The first value of a name stays."""
 
@@ -232,6 +235,13 @@ class MlflowTracker:
             self.log_dataset(dataset)
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
+
+    def wait_for_run(self, timeout_s: float) -> str | None:
+        self._ready.set()
+        deadline = time.monotonic() + timeout_s
+        while self.run_id is None and self._thread is not None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return self.run_id
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         new = {key: value for key, value in flatten(params).items() if key not in self._params}
@@ -415,6 +425,8 @@ class _NullTracker:
     run_id: str | None = None
 
     def start(self, kind: Kind, name: str, **_: Any) -> None: ...
+
+    def wait_for_run(self, timeout_s: float) -> str | None: ...
 
     def log_params(self, params: Mapping[str, Any]) -> None: ...
 

@@ -324,12 +324,13 @@ class TripletSamples:
         settings, pairs = self.settings, self.source.pairs
         image, mask, weight = crop_example(self.source.read(index), settings.size, settings, rng)
         assert weight is not None
-        phrase = int(pairs.phrase[index])
+        own = int(pairs.phrase[index])
         other = self._other_phrase(index, rng) if rng.random() < settings.q_neg else None
-        contradicts = settings.negative_rule == "support" and other is not None
-        negative = other is not None and not contradicts
-        if other is not None and negative:
-            phrase = other
+        shown = own if other is None else other
+        contradicts = settings.negative_rule == "support" and shown != own
+        phrase = own if contradicts else shown
+        negative = phrase != own
+        if negative:
             mask = np.where(mask == OBJECT, OTHER, mask).astype(np.uint8)
         wordings, templates = pairs.phrases[phrase], PREFIXES[settings.prefix]
         text = wordings[int(rng.integers(len(wordings)))]
@@ -337,7 +338,6 @@ class TripletSamples:
         text_weight = 0.0 if settings.only_visual else float(rng.uniform(*settings.text_weight))
         support = None
         if settings.with_visual:
-            shown = other if contradicts and other is not None else phrase
             support = self._support(index, shown, rng, marked=not contradicts)
         return {
             "image": _planes(image),
