@@ -124,7 +124,7 @@ def test_a_finished_student_can_be_registered_later(
     assert done.returncode == 0 and "pets version 1 (challenger)" in done.stderr, done.stderr
     client = MlflowClient(tracking_uri=store, registry_uri=store)
     version = client.get_model_version_by_alias("pets", "challenger")
-    assert version.version == "1" and client.get_run(version.run_id).info.status == "FINISHED"
+    assert str(version.version) == "1" and client.get_run(version.run_id).info.status == "FINISHED"
 
 
 def test_files_of_others_are_left_alone(maskmill: Run, table: Path, tmp_path: Path) -> None:

@@ -199,7 +199,15 @@ def test_a_start_is_taken_up_whole(clip: Clip, tmp_path: Path, layout: str) -> N
     assert relayered.decoder.extract_layers == (1, 2)
 
 
-def test_a_baseline_has_no_start() -> None:
+@pytest.mark.parametrize(
+    ("settings", "code"),
+    [
+        (PromptModel(kind="vitseg", start="CIDAS/clipseg-rd64"), "start_unsupported"),
+        (PromptModel(start="no-such-folder/at-all/here"), "weights_missing"),
+        (PromptModel(clip=TOY), "decoder_does_not_fit"),  # the paper's layers, of a tower with three
+    ],
+)
+def test_mistakes_are_told(settings: PromptModel, code: str) -> None:
     with pytest.raises(MaskMillError) as error:
-        PromptModel(kind="vitseg", start="CIDAS/clipseg-rd64").build(CPU)
-    assert error.value.code == "start_unsupported"
+        settings.build(CPU)
+    assert error.value.code == code
