@@ -149,10 +149,15 @@ def recipes() -> int:
     """List the recipes with every field: those of label, and those of train."""
     import yaml
 
+    from jobs.clipseg_recipes import CLIPSEG_RECIPES
     from jobs.recipes import LABEL_RECIPES
     from jobs.train_recipes import MASKCLIP_PLUS_RECIPES
 
-    books: dict[str, Any] = {"label": LABEL_RECIPES, "train maskclip-plus": MASKCLIP_PLUS_RECIPES}
+    books: dict[str, Any] = {
+        "label": LABEL_RECIPES,
+        "train maskclip-plus": MASKCLIP_PLUS_RECIPES,
+        "train clipseg": CLIPSEG_RECIPES,
+    }
     for command, book in books.items():
         fields = {recipe.name: recipe.to_dict() for recipe in book.recipes.values()}
         print(yaml.safe_dump({command: fields}, sort_keys=False))
@@ -618,6 +623,118 @@ def train_maskclip_plus(
     )
 
 
+def train_clipseg(
+    *,
+    output: str,
+    recipe: str = "clipseg-phrasecut-plus",
+    settings: Settings = (),
+    labels: str | None = None,
+    ontology: str | None = None,
+    dataset: str | None = None,
+    root: str | None = None,
+    split: str | None = None,
+    scenes: int | None = None,
+    images: str | None = None,
+    truth: str | None = None,
+    unseen: str | None = None,
+    start: str | None = None,
+    workers: int | None = None,
+    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+    tracking: str | None = None,
+    system_metrics: tyro.conf.FlagCreatePairsOff[bool] = False,
+    address: str | None = None,
+    verbose: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(aliases=["-v"])] = False,
+) -> int:
+    """Train CLIPSeg to find what words and example pictures describe.
+
+    The same command again goes on after a crash, from the last checkpoint.
+
+    Args:
+        output: folder (or s3://… prefix) for the model, its checkpoints and a picture; on a cluster one that
+            all nodes reach.
+        recipe: named recipe or YAML file (maskmill recipes lists them).
+        settings: change one knob of the recipe: iterations=500, reduce_dim=16; may be repeated.
+        labels: a label table, the --output of maskmill label: training without annotation.
+        ontology: what the classes are called, YAML file or built-in name: of --truth, or of --labels if not
+            the table's own.
+        dataset: phrasecut, or any benchmark by name (maskmill datasets), instead of --labels.
+        root: its folder (a path, or s3://…).
+        split: the part of it to train on.
+        scenes: of toyworld: how many (default 2000).
+        images: your own images, with --truth, instead of --dataset.
+        truth: folder of masks (PNG, values are class ids, 255 is ignored) for --images.
+        unseen: classes that are left out: "cow, motorbike", a zero-shot split (pascal-unseen10), a fold
+            (pascal5i:0, coco20i:3), or affordances.
+        start: weights to go on from: a file (rd64-uni.pth), a folder, or a hub name; best with
+            --recipe finetune.
+        workers: training processes; default: one for each GPU, else this process alone.
+        overwrite: delete the run that is in --output and train anew.
+        tracking: MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db; off: none.
+        system_metrics: track the load of this machine as well.
+        address: of a Ray cluster; default: the one that RAY_ADDRESS names, else this machine alone.
+        verbose: show what Ray says.
+    """
+    from jobs.clipseg_recipes import CLIPSEG_RECIPES
+    from jobs.train import TrainOptions
+    from jobs.train_clipseg import TrainClipSegJob, run
+    from pipeline.datasets.registry import open_dataset
+    from pipeline.ontology import load_ontology
+
+    chosen = CLIPSEG_RECIPES.load(recipe, settings)
+    if unseen is not None:
+        names = tuple(dict.fromkeys(name.strip() for name in unseen.split(",") if name.strip()))
+        chosen = CLIPSEG_RECIPES.change(chosen, {"source": {"unseen": names}})
+    if start is not None:
+        chosen = CLIPSEG_RECIPES.change(chosen, {"model": {"start": start}})
+    if workers is not None and workers < 0:
+        raise MaskMillError("wrong_use", f"--workers {workers} is no number of processes.", "Give 0 or more.")
+    if sum(given is not None for given in (labels, dataset, images)) != 1:
+        raise MaskMillError(
+            "wrong_use",
+            "Give one thing to train on.",
+            "Use --labels TABLE, --dataset NAME --root DIR --split PART, or --images DIR --truth DIR "
+            "--ontology FILE.",
+        )
+    classes = load_ontology(ontology) if ontology is not None else None
+    opened: Any = None
+    if dataset is not None:
+        if split is None:
+            raise MaskMillError(
+                "wrong_use",
+                f"{dataset} has parts that are kept for tests.",
+                "Name the one to train on: --split train (toyworld: --split seed-3).",
+            )
+        options: dict[str, Any] = {} if classes is None else {"ontology": classes}
+        if dataset == "toyworld":
+            options["count"] = 2000 if scenes is None else scenes
+        opened = open_dataset(dataset, root=root, split=split, **options)
+    elif images is not None:
+        if truth is None or classes is None:
+            raise MaskMillError("wrong_use", "--images needs --truth and --ontology.", "Add them.")
+        opened = open_dataset("pairs", images=images, masks=truth, ontology=classes)
+    return run(
+        TrainClipSegJob(
+            recipe=chosen,
+            labels=labels,
+            ontology=classes if labels is not None else None,
+            dataset=opened,
+            options=TrainOptions(
+                output=output,
+                overwrite=overwrite,
+                workers=workers,
+                address=address,
+                tracking=tracking,
+                system_metrics=system_metrics,
+                verbose=verbose,
+            ),
+        )
+    )
+
+
+# TRAINERS = {"maskclip-plus": train_maskclip_plus, "clipseg": train_clipseg}
+# recipes(): books["train clipseg"] = CLIPSEG_RECIPES   (from jobs.clipseg_recipes)
+
+
 def train(arguments: Annotated[tuple[str, ...], tyro.conf.Positional] = (), /) -> int:
     """Train a model on labels; see maskmill train --help for what can be trained.
 
@@ -627,7 +744,10 @@ def train(arguments: Annotated[tuple[str, ...], tyro.conf.Positional] = (), /) -
     raise AssertionError("main gives these arguments to TRAINERS")
 
 
-TRAINERS: dict[str, Callable[..., int]] = {"maskclip-plus": train_maskclip_plus}
+TRAINERS: dict[str, Callable[..., int]] = {
+    "maskclip-plus": train_maskclip_plus,
+    "clipseg": train_clipseg,
+}
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -658,7 +778,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commands, prog, given = TRAINERS, "maskmill train", given[1:]
         description = "Train a model on labels, on this machine or a Ray cluster."
     try:
-        # One trainer alone would not be a choice to tyro.
         status: Any = tyro.extras.subcommand_cli_from_dict(
             commands, prog=prog, description=description, args=given
         )

@@ -99,7 +99,7 @@ def _prepare(job: TrainClipSegJob) -> Prepared:
         make_task=functools.partial(ClipSegTask, make_model),
         samples=samples,
         settings=recipe.loop,
-        identity={"recipe": recipe.hash, "clip": model.clip.fingerprint, "data": source.fingerprint},
+        identity={"recipe": recipe.hash, "model": model.fingerprint, "data": source.fingerprint},
         announcement=(
             f"Training {recipe.model.kind} over {model.clip.name}{toy}, {start}{trained:,} parameters, "
             f"{recipe.loop.iterations:,} steps of {recipe.loop.batch_size}; {source.name}: "

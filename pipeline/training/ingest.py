@@ -18,6 +18,7 @@ import functools
 import itertools
 import logging
 import pickle
+import threading
 import time
 import traceback
 from collections import deque
@@ -53,6 +54,8 @@ _LEG_BLOCKS = 1024
 this length; each is started a little before the one before it ends."""
 _LEG_LEAD = 64
 _NAP_S = 0.01
+_PATIENCE_S = 10.0
+_RAY_DATA_THREADS = ("iter_threaded", "Prefetcher", "StreamingExecutor")
 _POSITION, _INDEX, _FAILED, _ERROR = "position", "index", "failed", "error"
 
 
@@ -247,11 +250,21 @@ def _run(
             size=min(loaders, len(blocks)), max_tasks_in_flight_per_actor=_QUEUED
         ),
     )
+    others = set(threading.enumerate())
     found = iter(
         dataset.iter_torch_batches(batch_size=share, collate_fn=_Tensors(), device="cpu", prefetch_batches=1)
     )
-    with contextlib.closing(found):
-        yield from found
+    try:
+        with contextlib.closing(found):
+            yield from found
+    finally:
+        # Ray Data tells its threads to end and does not wait. Whichever of them touches Ray after its end
+        # takes the whole process with it, without a word.
+        del found
+        deadline = time.monotonic() + _PATIENCE_S
+        for thread in set(threading.enumerate()) - others:
+            if thread.name.startswith(_RAY_DATA_THREADS):
+                thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def _configure(context: ray.data.DataContext, memory: int) -> None:

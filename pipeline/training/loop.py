@@ -13,11 +13,14 @@ goes on from its newest whole checkpoint, whatever ended it before.
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import os
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -309,13 +312,31 @@ def _write_lines(storage: Storage, lines: Sequence[Mapping[str, Any]]) -> None:
     storage.write_bytes(METRICS_FILE, text.encode())
 
 
+def _let_go(error: BaseException) -> None:
+    """Empty the frames that an error was raised through.
+
+    In local mode they are those of the worker: its pipeline would outlive Ray with the error, and whatever
+    touches Ray after its end takes the whole process with it.
+    """
+    logging.getLogger(__name__).debug("training ended with an error", exc_info=error)
+    chain: list[BaseException | None] = [error]
+    while chain:
+        if (link := chain.pop()) is None:
+            continue
+        traceback.clear_frames(link.__traceback__)
+        link.__traceback__ = None
+        chain += [link.__cause__, link.__context__]
+        link.__cause__ = link.__context__ = None
+    gc.collect()
+
+
 def _explained(error: Exception) -> MaskMillError:
     """The mistake that ended the run, or what else did, in words."""
     causes: list[BaseException] = [error]
     while causes:
         cause = causes.pop(0)
         if isinstance(cause, MaskMillError):
-            return cause
+            return MaskMillError(cause.code, cause.message, cause.remedy)
         inner = [cause.__cause__, getattr(cause, "controller_failure", None)]
         inner += getattr(cause, "worker_failures", {}).values()
         causes += [other for other in inner if isinstance(other, BaseException)]
