@@ -66,8 +66,9 @@ class SelfTrainSettings:
             reference's code does.
         confidence_weight: guessed pixels weigh in the loss by the confidence of their guess.
         guided_class_power: a class weighs in the loss by its frequency to the power of minus this, scaled to
-            a mean of 1 over the pixels; 0 is off. Holds for the guided phase, for truth alone, and for
-            ``anchor``.
+            a mean of 1 over the pixels; 0 is off. Frequencies are those of the teacher's labels: with a
+            teacher that hardly ever names a class whose truth is known, leave it off. Holds for the guided
+            phase, for truth alone, and for ``anchor``.
         self_class_power: the same for the self-training phase. There it feeds back, rare classes growing at
             the expense of others: on the toy world 0.8 ends in collapse.
         anchor: adds so many times the guided phase's loss to that of self-training, which holds the student
