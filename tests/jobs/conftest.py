@@ -3,10 +3,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
+from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from pipeline import toyworld
@@ -55,3 +57,24 @@ def maskmill(maskmill_environment: dict[str, str]) -> Callable[..., subprocess.C
         )
 
     return run
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """An object store on loopback; the environment that reaches it."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "not-a-real-key",
+        "AWS_SECRET_ACCESS_KEY": "not-a-real-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    # fsspec keeps its clients, and with them the address of the server they were made for.
+    fsspec.filesystem("s3").clear_instance_cache()
+    yield environment
+    fsspec.filesystem("s3").clear_instance_cache()
+    server.stop()

@@ -3,38 +3,16 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import boto3
-import fsspec
 import pyarrow.dataset as ds
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipeline.storage import open_storage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "not-a-real-key",
-        "AWS_SECRET_ACCESS_KEY": "not-a-real-secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    # fsspec keeps its clients, and with them the address of the server they were made for.
-    fsspec.filesystem("s3").clear_instance_cache()
-    yield environment
-    fsspec.filesystem("s3").clear_instance_cache()
-    server.stop()
 
 
 def test_from_s3_to_s3(

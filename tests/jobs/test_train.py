@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from PIL import Image
 
 from jobs.benchmarks.toy_students import draw_scenes
 from pipeline.metrics.confusion import confusion_matrix, mean_iou
+from pipeline.storage import open_storage
 from pipeline.student import load_student, read_student_record
 from pipeline.toyworld import CLASSES
 
@@ -241,6 +243,24 @@ def test_a_collapse_is_stopped_and_the_guided_student_kept(
     assert "Stopped early" in (tmp_path / "student" / "report.html").read_text()
     again = maskmill(*command)
     assert again.returncode == 1 and "was stopped" in again.stderr
+
+
+def test_to_an_object_store(maskmill: Run, table: Path, s3: dict[str, str]) -> None:
+    boto3.client("s3").create_bucket(Bucket="results")
+    command = (
+        "train", "maskclip-plus", "--labels", table, "--output", "s3://results/student", "--recipe", "toy",
+        *_set("iterations=4", "guided=[1, 2]", "self_train=[3, -1]", "checkpoint_every=2"),
+    )  # fmt: skip
+    done = maskmill(*command, **s3)
+    assert done.returncode == 0, done.stderr
+    assert s3["AWS_SECRET_ACCESS_KEY"] not in done.stderr
+    record = read_student_record("s3://results/student")
+    student = load_student(record, device=torch.device("cpu"), dtype=torch.float32)
+    assert student.num_classes == 14 and record.training["iterations"] == 4
+    storage = open_storage("s3://results/student")
+    assert not storage.exists("lease.json") and len(storage.read_bytes("metrics.jsonl").splitlines()) == 2
+    again = maskmill(*command, **s3)
+    assert again.returncode == 0 and "Nothing to do" in again.stderr, again.stderr
 
 
 @pytest.mark.parametrize(
