@@ -246,18 +246,18 @@ def test_a_collapse_is_stopped_and_the_guided_student_kept(
 
 
 def test_to_an_object_store(maskmill: Run, table: Path, s3: dict[str, str]) -> None:
-    boto3.client("s3").create_bucket(Bucket="results")
+    boto3.client("s3").create_bucket(Bucket="students")
     command = (
-        "train", "maskclip-plus", "--labels", table, "--output", "s3://results/student", "--recipe", "toy",
+        "train", "maskclip-plus", "--labels", table, "--output", "s3://students/student", "--recipe", "toy",
         *_set("iterations=4", "guided=[1, 2]", "self_train=[3, -1]", "checkpoint_every=2"),
     )  # fmt: skip
     done = maskmill(*command, **s3)
     assert done.returncode == 0, done.stderr
     assert s3["AWS_SECRET_ACCESS_KEY"] not in done.stderr
-    record = read_student_record("s3://results/student")
+    record = read_student_record("s3://students/student")
     student = load_student(record, device=torch.device("cpu"), dtype=torch.float32)
     assert student.num_classes == 14 and record.training["iterations"] == 4
-    storage = open_storage("s3://results/student")
+    storage = open_storage("s3://students/student")
     assert not storage.exists("lease.json") and len(storage.read_bytes("metrics.jsonl").splitlines()) == 2
     again = maskmill(*command, **s3)
     assert again.returncode == 0 and "Nothing to do" in again.stderr, again.stderr

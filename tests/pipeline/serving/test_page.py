@@ -54,7 +54,10 @@ def test_a_sample_and_typed_prompts(toy: Server, browser: Page) -> None:
     browser.open(toy.url)
     assert "Toy weights" in browser.run("document.getElementById('notice').innerText")
     assert browser.run("getComputedStyle(document.getElementById('view')).display") == "none"
-    browser.wait("[...document.querySelectorAll('.samples img')].every(image => image.naturalWidth === 256)")
+    browser.wait(
+        "(all => all.length > 0 && all.every(image => image.naturalWidth === 256))"
+        "([...document.querySelectorAll('.samples img')])"
+    )
     browser.click(".samples li:first-child button")
     settled(browser, prompts=3)
     before = browser.run(PAINTED)

@@ -32,7 +32,7 @@ def s3() -> Iterator[None]:
     patch.setenv("AWS_ACCESS_KEY_ID", "test")
     patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    fsspec.filesystem("s3", use_listings_cache=False).mkdir("bucket")
+    fsspec.filesystem("s3", use_listings_cache=False).mkdir("checkpoint-bucket")
     yield
     fsspec.filesystem("s3").clear_instance_cache()
     patch.undo()
@@ -64,7 +64,9 @@ def write(store: CheckpointStore, step: int, **options: Any) -> str:
 def test_round_trip(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if place == "s3":
         request.getfixturevalue("s3")
-    store = CheckpointStore(open_storage(tmp_path / "run" if place == "local" else "s3://bucket/run"))
+    store = CheckpointStore(
+        open_storage(tmp_path / "run" if place == "local" else "s3://checkpoint-bucket/run")
+    )
     fingerprint = write(store, 3)
     write(store, 12)
     warnings: list[str] = []
