@@ -567,8 +567,8 @@ def train_maskclip_plus(
 
     Args:
         labels: the teacher's label table, the --output of maskmill label.
-        output: folder (or s3://… prefix) for the student, its checkpoints and its page; on a cluster one that
-            all nodes reach.
+        output: folder (or s3://… prefix, without a page) for the student, its checkpoints and its page; on a
+            cluster one that all nodes reach.
         recipe: named recipe or YAML file (maskmill recipes lists them).
         settings: change one knob of the recipe: iterations=500, loop.batch_size=8; may be repeated.
         ontology: classes to train, YAML file or built-in name; default: those of --labels.

@@ -365,6 +365,7 @@ def _finish(
     lines = [
         f"  student        {written.uri}/{WEIGHTS_FILE}, {RECORD_FILE}",
         *(f"  {'picture' if path.endswith('.png') else 'page':14} {path}" for path in artifacts),
+        *([] if artifacts else ["  no page        one is written beside a student in a local folder only"]),
         f"Label with it: maskmill label --model {job.options.output} --images DIR --output OUT",
         f"Measure it:    maskmill evaluate --model {job.options.output} --dataset NAME --root DIR",
     ]

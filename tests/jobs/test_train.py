@@ -254,6 +254,7 @@ def test_to_an_object_store(maskmill: Run, table: Path, s3: dict[str, str]) -> N
     done = maskmill(*command, **s3)
     assert done.returncode == 0, done.stderr
     assert s3["AWS_SECRET_ACCESS_KEY"] not in done.stderr
+    assert "no page" in done.stderr
     record = read_student_record("s3://students/student")
     student = load_student(record, device=torch.device("cpu"), dtype=torch.float32)
     assert student.num_classes == 14 and record.training["iterations"] == 4
