@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import platform
 import signal
 import sys
 import time
@@ -14,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +24,7 @@ from rich.console import Console
 from jobs.console import LabelDisplay, duration, stderr_console
 from jobs.labellers import prepare_labeller
 from jobs.recipes import LabelRecipe
+from jobs.versions import versions
 from models.errors import MaskMillError
 from pipeline.checkpoint import CHECKPOINT_DIR, LABELS_DIR, done_ids, recover
 from pipeline.labels import DATASET_FILE
@@ -341,17 +340,10 @@ def _prepare(
         "ontology": job.ontology.to_dict() | {"hash": job.ontology.hash, "names": list(job.ontology.names)},
         "recipe": job.recipe.to_dict() | {"hash": job.recipe.hash},
         "weights": prepared.weights,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": versions(PACKAGES),
         "counts": {},
     }
     return prepared.make, record
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _record_counts(storage: Storage) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from rich.console import Console
 from jobs.evaluate import read_table_record
 from jobs.labellers import embed_names
 from jobs.recipes import LabelRecipe
-from jobs.train import Finished, Prepared, TrainOptions, run_training, versions
+from jobs.train import PACKAGES, Finished, Prepared, TrainOptions, run_training
 from jobs.train_recipes import MaskClipPlusRecipe
 from jobs.training_page import PAGE, SHEET, write_pages
+from jobs.versions import versions
 from models.deeplab import DeepLab, StudentConfig, load_backbone_weights
 from models.errors import MaskMillError
 from models.text import TextClassifier
@@ -354,7 +355,7 @@ def _finish(
         text=record["text"],
         metrics=metrics,
         training=dict(facts) | {"unseen": [ontology.names[index] for index in unseen]},
-        versions=versions(),
+        versions=versions(PACKAGES),
         overwrite=True,
     )
     try:

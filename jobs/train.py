@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -385,18 +383,6 @@ def _log_model(
     except Exception as error:  # whatever MLflow's many stores raise
         text = str(error).splitlines()[0][:200] if str(error) else ""
         return [f"  not in MLflow  {type(error).__name__}: {text}{again}"]
-
-
-def versions() -> dict[str, str | None]:
-    """Of Python and the packages that decide what a training gives."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _abandon() -> None:

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from jobs.clipseg_data import open_source
 from jobs.clipseg_recipes import ClipSegRecipe
-from jobs.train import Finished, Prepared, TrainOptions, run_training, versions
+from jobs.train import PACKAGES, Finished, Prepared, TrainOptions, run_training
+from jobs.versions import versions
 from models.errors import MaskMillError
 from pipeline.clipseg_folder import (
     DECODER_FILE,
@@ -150,7 +151,7 @@ def _finish(
         data=samples.record(),
         metrics=metrics,
         training=facts,
-        versions=versions(),
+        versions=versions(PACKAGES),
         overwrite=job.options.overwrite,
     )
     lines = [f"  decoder        {storage.uri_of(DECODER_FILE)}, {RECORD_FILE}"]

@@ -11,7 +11,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,8 @@ class StudentRecord:
         teacher: recipe, weights, label table and counts that it learned from.
         text: the CLIP whose text tower made the classifier: ``model``, ``pretrained``, ``fingerprint`` and
             the ``precision`` it computed in.
-        metrics: figures by name, measured after training.
+        metrics: figures of the training's last line, by name; what a student is worth on true labels is for
+            ``maskmill evaluate`` to say.
         training: iterations, seconds, samples_per_second, workers, ….
         versions: of Python and the packages.
     """
@@ -175,7 +176,7 @@ def write_student_folder(
         labelling: see there.
         teacher: see there.
         text: see there; at least ``model``, ``pretrained``, ``fingerprint`` and ``precision``.
-        metrics: see there; ``record_metrics`` adds to them later.
+        metrics: see there.
         training: see there.
         versions: see there.
         overwrite: replace a student that is already there.
@@ -214,21 +215,6 @@ def write_student_folder(
     )
     storage.write_bytes(WEIGHTS_FILE, weights)
     storage.write_json(RECORD_FILE, record.to_dict())
-    return record
-
-
-def record_metrics(uri: str | Path, metrics: Mapping[str, Any]) -> StudentRecord:
-    """Add figures to a student's record, for instance of an evaluation that needed the written student.
-
-    Returns:
-        The record as it is now.
-
-    Raises:
-        MaskMillError: as ``read_student_record``.
-    """
-    record = read_student_record(uri)
-    record = replace(record, metrics={**record.metrics, **metrics})
-    open_storage(uri).write_json(RECORD_FILE, record.to_dict())
     return record
 
 

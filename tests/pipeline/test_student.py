@@ -24,7 +24,6 @@ from pipeline.student import (
     load_student,
     read_student_record,
     read_student_weights,
-    record_metrics,
     write_student_folder,
 )
 from pipeline.toyworld import generate
@@ -150,12 +149,6 @@ def test_a_student_is_replaced_only_on_request(copied: Path) -> None:
         copied, model, ontology=record.ontology, training={"again": 1}, versions={}, overwrite=True, **fields
     )
     assert read_student_record(copied).training == {"again": 1}
-
-
-def test_metrics_are_added_later(copied: Path) -> None:
-    record = record_metrics(copied, {"miou": 0.75, "hiou": 0.25})
-    assert record.metrics == {"miou": 0.75, "hiou": 0.25}
-    assert read_student_record(copied) == record
 
 
 def _edit(**changes: Any) -> Callable[[Path], None]:
