@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Tests wait a lot, for processes to start and to end: more at a time than a small machine has cores.
+WORKERS ?= 2
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -20,8 +22,9 @@ setup:  ## the environment with the pinned packages; does nothing when it is the
 demo: setup  ## label images of the toy world, train a student, measure both, offline
 	@"$(BIN)/maskmill" demo $(ARGS)
 
-test: setup  ## all tests
-	@OMP_WAIT_POLICY=PASSIVE "$(BIN)/python" -m pytest $(ARGS)
+test: setup  ## all tests, side by side in WORKERS processes; WORKERS=0 for a debugger
+	@OMP_WAIT_POLICY=PASSIVE "$(BIN)/python" -m pytest --numprocesses "$(WORKERS)" \
+	  --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup  ## style and types
 	@status=0; \

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from jobs.benchmarks import clipseg, maskclip
+from jobs.benchmarks import clipseg, maskclip, prompt_strategies
 from jobs.console import stderr_console
 from jobs.recipes import change_recipe, load_recipe
 from models.errors import MaskMillError
@@ -34,7 +34,7 @@ from pipeline.tracking.tracker import open_tracker
 
 TOYWORLD, CONCEPTS = "toyworld", "concepts"
 
-_TABLES = {**maskclip.TABLES, **clipseg.TABLES}
+_TABLES = {**maskclip.TABLES, **clipseg.TABLES, **prompt_strategies.TABLES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,7 @@ class BenchmarkJob:
         rows: only rows whose name holds one of these.
         datasets: only these.
         limit: images of each dataset at most; 0 is all.
+        image_sizes: CLIPSeg's tables: sides of the network's input besides the paper's.
         images: folder, glob or list for ``concepts``.
         concepts: name of a prompt list, or the prompts themselves.
         recipe: for ``concepts``.
@@ -68,6 +69,7 @@ class BenchmarkJob:
     rows: Sequence[str] = ()
     datasets: Sequence[str] = ()
     limit: int = 0
+    image_sizes: Sequence[int] = ()
     images: str | None = None
     concepts: str = "sports"
     recipe: str = "maskclip"
@@ -105,6 +107,12 @@ def run(job: BenchmarkJob, console: Console | None = None) -> int:
             "option_invalid",
             f"--limit {job.limit} --scenes {job.scenes}: there is no such number of images.",
             "Use --limit 0 for all, and --scenes 1 or more.",
+        )
+    if job.image_sizes and job.name not in clipseg.TABLES:
+        raise MaskMillError(
+            "option_invalid",
+            f"--image-size: {job.name} has one size, its protocol's.",
+            f"It belongs to {', '.join(clipseg.TABLES)}.",
         )
     asked = ("roots", "labels", "weights", "settings", "datasets", "limit")
     if job.name == TOYWORLD and any(getattr(job, name) for name in asked):
@@ -171,7 +179,7 @@ def _record(job: BenchmarkJob, folder: Path, console: Console) -> dict[str, Any]
 def _toyworld(
     job: BenchmarkJob, folder: Path, console: Console
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    from jobs.benchmarks import toy_students
+    from jobs.benchmarks import toy_prompts, toy_students
     from jobs.benchmarks.toyworld import SECTIONS, SEEDS, Bench
 
     if not 2 <= job.seeds <= len(SEEDS):
@@ -180,7 +188,11 @@ def _toyworld(
             f"--seeds {job.seeds} gives no confidence interval that means something.",
             f"Use 3 to {len(SEEDS)} (2 at least).",
         )
-    names = (*(section.__name__ for section in SECTIONS), toy_students.SECTION)
+    names = (
+        *(section.__name__ for section in SECTIONS),
+        toy_students.SECTION,
+        toy_prompts.SECTION,
+    )
     wanted = [name for name in names if not job.rows or any(row in name for row in job.rows)]
     if not wanted:
         raise MaskMillError(
@@ -204,18 +216,15 @@ def _toyworld(
                 bar.update(task, description=section["title"])
         finally:
             bench.close()
-    if toy_students.SECTION in wanted:
+    for part, train in ((toy_students, toy_students.students), (toy_prompts, toy_prompts.prompts)):
+        if part.SECTION not in wanted:
+            continue
         # Their own progress is shown, and a benchmark that is run again goes on with what is trained.
         try:
-            made, found = toy_students.students(
-                seeds[: toy_students.MOST_SEEDS],
-                job.scenes,
-                folder / ROWS / toy_students.SECTION,
-                console,
-            )
+            made, found = train(seeds[: part.MOST_SEEDS], job.scenes, folder / ROWS / part.SECTION, console)
         except MaskMillError as error:
-            # Hours of other rows must not be lost to a student that failed.
-            made, found = [toy_students.missing(str(error))], []
+            # Hours of other rows must not be lost to a training that failed.
+            made, found = [part.missing(str(error))], []
         sections += made
         claims += found
     return sections, claims
@@ -232,6 +241,7 @@ def _paper(job: BenchmarkJob, folder: Path, console: Console) -> list[dict[str, 
         rows=job.rows,
         datasets=job.datasets,
         limit=job.limit,
+        image_sizes=job.image_sizes,
     )
     return list(_TABLES[job.name][1](request))
 

@@ -16,7 +16,14 @@ from models.errors import FAILED_WORK, MaskMillError
 
 if TYPE_CHECKING:
     from jobs.recipes import LabelRecipe
+    from jobs.train import TrainOptions
     from pipeline.ontology import Ontology
+
+Flag = tyro.conf.FlagCreatePairsOff[bool]
+Verbose = Annotated[Flag, tyro.conf.arg(aliases=["-v"])]
+Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+Settings = Annotated[Repeated, tyro.conf.arg(name="set", metavar="KEY=VALUE")]
+UNNESTED = tyro.conf.arg(name="")  # a group of options that are written, and listed, like all others
 
 
 def label(
@@ -28,17 +35,15 @@ def label(
     ontology: str | None = None,
     recipe: str | None = None,
     model: str | None = None,
-    settings: Annotated[
-        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="set", metavar="KEY=VALUE")
-    ] = (),
-    background: tyro.conf.FlagCreatePairsOff[bool] = True,
+    settings: Settings = (),
+    background: Flag = True,
     min_confidence: float | None = None,
     max_failure_rate: float = 0.05,
-    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+    overwrite: Flag = False,
     tracking: str | None = None,
-    system_metrics: tyro.conf.FlagCreatePairsOff[bool] = False,
+    system_metrics: Flag = False,
     address: str | None = None,
-    verbose: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(aliases=["-v"])] = False,
+    verbose: Verbose = False,
 ) -> int:
     """Label images with class names: images in, a label table (Parquet) out.
 
@@ -164,11 +169,6 @@ def recipes() -> int:
     return 0
 
 
-Settings = Annotated[
-    tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="set", metavar="KEY=VALUE")
-]
-
-
 def evaluate(
     *,
     labels: str | None = None,
@@ -185,12 +185,12 @@ def evaluate(
     zero_shot: str | None = None,
     limit: int = 0,
     output: str | None = None,
-    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+    overwrite: Flag = False,
     workers: int | None = None,
-    boundary: tyro.conf.FlagCreatePairsOff[bool] = True,
+    boundary: Flag = True,
     tracking: str | None = None,
     address: str | None = None,
-    verbose: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(aliases=["-v"])] = False,
+    verbose: Verbose = False,
 ) -> int:
     """Measure labels against truth: a label table, or what a recipe makes of a benchmark's images.
 
@@ -262,20 +262,21 @@ def benchmark(
     name: Annotated[str, tyro.conf.Positional],
     /,
     *,
-    root: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="DATASET=DIR")] = (),
-    labels: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="ROW=TABLE")] = (),
-    weights: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="ROW=PATH")] = (),
+    root: Annotated[Repeated, tyro.conf.arg(metavar="DATASET=DIR")] = (),
+    labels: Annotated[Repeated, tyro.conf.arg(metavar="ROW=TABLE")] = (),
+    weights: Annotated[Repeated, tyro.conf.arg(metavar="ROW=PATH")] = (),
     settings: Settings = (),
-    row: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
-    dataset: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    row: Repeated = (),
+    dataset: Repeated = (),
     images: str | None = None,
     concepts: str = "sports",
     recipe: str = "maskclip",
     limit: int = 0,
+    image_size: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = (),
     seeds: int = 5,
     scenes: int = 60,
     output: str | None = None,
-    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+    overwrite: Flag = False,
     tracking: str | None = None,
 ) -> int:
     """Run the rows of a table and print them beside the published figures. "list" lists the tables.
@@ -289,6 +290,7 @@ def benchmark(
         row: only rows with this in their name, of toyworld sections (students, heads, …); may be repeated.
         dataset: only this dataset; may be repeated.
         limit: only the first so many images of each dataset, to try out.
+        image_size: clipseg-…: measure at this side of the network's input as well; may be repeated.
         images: concepts: folder, glob or list file of images.
         concepts: concepts: a list of the paper (batman, mario, sports, car-color, …) or "prompt, prompt, …".
         recipe: concepts: the recipe; --set changes it.
@@ -307,7 +309,7 @@ def benchmark(
         return 0
     return run(
         BenchmarkJob(
-            name=name,
+            name=name.replace("_", "-"),
             roots=_pairs("--root", root, last=False),
             labels=_pairs("--labels", labels),
             weights=_pairs("--weights", weights),
@@ -318,6 +320,7 @@ def benchmark(
             concepts=concepts,
             recipe=recipe,
             limit=limit,
+            image_sizes=image_size,
             seeds=seeds,
             scenes=scenes,
             output=output,
@@ -371,7 +374,7 @@ def runs(
     return run(tracking=tracking, experiment=experiment, limit=limit, compare=compare)
 
 
-def track(*, flush: tyro.conf.FlagCreatePairsOff[bool] = False, tracking: str | None = None) -> int:
+def track(*, flush: Flag = False, tracking: str | None = None) -> int:
     """List the runs that did not reach their tracking server; with --flush send them.
 
     Args:
@@ -388,9 +391,9 @@ def segment(
     /,
     *,
     output: str,
-    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
-    prompt_image: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
-    prompt_mask: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    prompt: Repeated = (),
+    prompt_image: Repeated = (),
+    prompt_mask: Repeated = (),
     text_weight: float | None = None,
     threshold: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = (),
     prefix: Literal["plain", "fixed", "shuffle", "shuffle+"] = "plain",
@@ -398,17 +401,17 @@ def segment(
     blur: float | None = None,
     background: float | None = None,
     context: float | None = None,
-    crop: tyro.conf.FlagCreatePairsOff[bool] = True,
+    crop: Flag = True,
     crop_size: int | None = None,
-    example_size: int = 352,
+    example_size: int | None = None,
     weights: str = "CIDAS/clipseg-rd64-refined",
-    model: str = "ViT-B-16-quickgelu:openai",
+    model: str | None = None,
     extract_layers: tuple[int, ...] | None = None,
-    size: int = 352,
-    keep_ratio: tyro.conf.FlagCreatePairsOff[bool] = False,
+    size: int | None = None,
+    keep_ratio: Flag = False,
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
     max_pixels: int = 100_000_000,
-    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+    overwrite: Flag = False,
 ) -> int:
     """Find what words or example pictures describe (CLIPSeg): masks, heat maps and overlays.
 
@@ -434,12 +437,14 @@ def segment(
         background: brightness of the background: 1 as it is, 0 grey.
         context: cut out the object with this share of its extent on each side.
         crop: with --no-crop nothing is cut.
-        crop_size: side that the cut is resized to.
-        example_size: side of the square that examples are squeezed to first.
-        weights: a decoder file (rd64-uni.pth), a folder in Hugging Face's layout, or a hub name.
-        model: NAME:PRETRAINED of the CLIP beneath a decoder file.
+        crop_size: side that the cut is resized to; default: --example-size.
+        example_size: side of the square that examples are squeezed to first; default: as in training, 352.
+        weights: a decoder file (rd64-uni.pth), the --output of maskmill train clipseg, a folder in Hugging
+            Face's layout, or a hub name.
+        model: NAME:PRETRAINED of the CLIP beneath a decoder file; default: what the file says, or
+            ViT-B-16-quickgelu:openai.
         extract_layers: blocks of CLIP that the decoder reads; default: as the weights say, else 3 6 9.
-        size: side of the square that images are squeezed to.
+        size: side of the square that images are squeezed to; default: as in training, 352.
         keep_ratio: keep their shape: the short side becomes --size.
         precision: number format; auto is the fastest that the processor computes natively.
         max_pixels: larger images are recorded as failed.
@@ -477,14 +482,14 @@ def segment(
 
 def serve(
     *,
-    model: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="[NAME=]SPEC")] = (),
+    model: Annotated[Repeated, tyro.conf.arg(metavar="[NAME=]SPEC")] = (),
     clip: str | None = None,
     host: str = "127.0.0.1",
     port: int | None = None,
-    allow_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = (),
+    allow_host: Repeated = (),
     per_minute: int = 120,
     upload_mb: int = 32,
-    verbose: tyro.conf.FlagCreatePairsOff[bool] = False,
+    verbose: Flag = False,
 ) -> int:
     """Serve a page on this machine that shows what models find in an image.
 
@@ -525,7 +530,7 @@ def export(
     *,
     format: Literal["onnx", "torch"],
     output: Path,
-    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
+    overwrite: Flag = False,
 ) -> int:
     """Write a student as a program for other runtimes, compared with it.
 
@@ -538,6 +543,48 @@ def export(
     from jobs.export import run
 
     return run(student, format=format, output=output, overwrite=overwrite)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainFlags:
+    """What every training is asked for besides its output; see ``jobs.train.TrainOptions``.
+
+    Attributes:
+        workers: training processes; default: one for each GPU, else this process alone.
+        overwrite: delete the run that is in --output and train anew.
+        register: put the model into MLflow's model registry under this name, as its challenger.
+        tracking: MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db; off: none.
+        system_metrics: track the load of this machine as well.
+        address: of a Ray cluster; default: the one that RAY_ADDRESS names, else this machine alone.
+        verbose: show what Ray says.
+    """
+
+    workers: int | None = None
+    overwrite: Flag = False
+    register: str | None = None
+    tracking: str | None = None
+    system_metrics: Flag = False
+    address: str | None = None
+    verbose: Verbose = False
+
+    def options(self, output: str) -> TrainOptions:
+        """The options of a run into ``output``."""
+        from jobs.train import TrainOptions
+
+        if self.workers is not None and self.workers < 0:
+            raise MaskMillError(
+                "wrong_use", f"--workers {self.workers} is no number of processes.", "Give 0 or more."
+            )
+        return TrainOptions(
+            output=output,
+            overwrite=self.overwrite,
+            workers=self.workers,
+            address=self.address,
+            tracking=self.tracking,
+            system_metrics=self.system_metrics,
+            register_as=self.register,
+            verbose=self.verbose,
+        )
 
 
 def train_maskclip_plus(
@@ -553,13 +600,7 @@ def train_maskclip_plus(
     split: str | None = None,
     images: str | None = None,
     truth: str | None = None,
-    workers: int | None = None,
-    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
-    register: str | None = None,
-    tracking: str | None = None,
-    system_metrics: tyro.conf.FlagCreatePairsOff[bool] = False,
-    address: str | None = None,
-    verbose: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(aliases=["-v"])] = False,
+    how: Annotated[TrainFlags, UNNESTED] = TrainFlags(),
 ) -> int:
     """Train a student on a label table: MaskCLIP+.
 
@@ -578,25 +619,16 @@ def train_maskclip_plus(
         split: part of it.
         images: your own images, with --truth, instead of --dataset.
         truth: folder of masks (PNG, values are class ids, 255 is ignored) for --images.
-        workers: training processes; default: one for each GPU, else this process alone.
-        overwrite: delete the run that is in --output and train anew.
-        register: put the student into MLflow's model registry under this name, as its challenger.
-        tracking: MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db; off: none.
-        system_metrics: track the load of this machine as well.
-        address: of a Ray cluster; default: the one that RAY_ADDRESS names, else this machine alone.
-        verbose: show what Ray says.
+        how: where it runs, and where it is tracked.
     """
     from jobs.maskclip_plus import MaskClipPlusJob, run
-    from jobs.train import TrainOptions
     from jobs.train_recipes import MASKCLIP_PLUS_RECIPES
     from pipeline.ontology import load_ontology
 
+    run_options = how.options(output)
     chosen = MASKCLIP_PLUS_RECIPES.load(recipe, settings)
     if unseen is not None:
-        names = tuple(dict.fromkeys(name.strip() for name in unseen.split(",") if name.strip()))
-        chosen = MASKCLIP_PLUS_RECIPES.change(chosen, {"form": "zero-shot", "unseen": names})
-    if workers is not None and workers < 0:
-        raise MaskMillError("wrong_use", f"--workers {workers} is no number of processes.", "Give 0 or more.")
+        chosen = MASKCLIP_PLUS_RECIPES.change(chosen, {"form": "zero-shot", "unseen": _names(unseen)})
     classes = load_ontology(ontology) if ontology is not None else None
     opened = None
     if dataset is not None or images is not None or truth is not None:
@@ -609,16 +641,7 @@ def train_maskclip_plus(
             recipe=chosen,
             ontology=classes,
             truth=opened,
-            options=TrainOptions(
-                output=output,
-                overwrite=overwrite,
-                workers=workers,
-                address=address,
-                tracking=tracking,
-                system_metrics=system_metrics,
-                register_as=register,
-                verbose=verbose,
-            ),
+            options=run_options,
         )
     )
 
@@ -638,20 +661,15 @@ def train_clipseg(
     truth: str | None = None,
     unseen: str | None = None,
     start: str | None = None,
-    workers: int | None = None,
-    overwrite: tyro.conf.FlagCreatePairsOff[bool] = False,
-    tracking: str | None = None,
-    system_metrics: tyro.conf.FlagCreatePairsOff[bool] = False,
-    address: str | None = None,
-    verbose: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(aliases=["-v"])] = False,
+    how: Annotated[TrainFlags, UNNESTED] = TrainFlags(),
 ) -> int:
     """Train CLIPSeg to find what words and example pictures describe.
 
     The same command again goes on after a crash, from the last checkpoint.
 
     Args:
-        output: folder (or s3://… prefix) for the model, its checkpoints and a picture; on a cluster one that
-            all nodes reach.
+        output: folder (or s3://… prefix, without a page) for the model, its checkpoints and its page; on a
+            cluster one that all nodes reach.
         recipe: named recipe or YAML file (maskmill recipes lists them).
         settings: change one knob of the recipe: iterations=500, reduce_dim=16; may be repeated.
         labels: a label table, the --output of maskmill label: training without annotation.
@@ -667,27 +685,19 @@ def train_clipseg(
             (pascal5i:0, coco20i:3), or affordances.
         start: weights to go on from: a file (rd64-uni.pth), a folder, or a hub name; best with
             --recipe finetune.
-        workers: training processes; default: one for each GPU, else this process alone.
-        overwrite: delete the run that is in --output and train anew.
-        tracking: MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db; off: none.
-        system_metrics: track the load of this machine as well.
-        address: of a Ray cluster; default: the one that RAY_ADDRESS names, else this machine alone.
-        verbose: show what Ray says.
+        how: where it runs, and where it is tracked.
     """
     from jobs.clipseg_recipes import CLIPSEG_RECIPES
-    from jobs.train import TrainOptions
     from jobs.train_clipseg import TrainClipSegJob, run
     from pipeline.datasets.registry import open_dataset
     from pipeline.ontology import load_ontology
 
+    run_options = how.options(output)
     chosen = CLIPSEG_RECIPES.load(recipe, settings)
     if unseen is not None:
-        names = tuple(dict.fromkeys(name.strip() for name in unseen.split(",") if name.strip()))
-        chosen = CLIPSEG_RECIPES.change(chosen, {"source": {"unseen": names}})
+        chosen = CLIPSEG_RECIPES.change(chosen, {"source": {"unseen": _names(unseen)}})
     if start is not None:
         chosen = CLIPSEG_RECIPES.change(chosen, {"model": {"start": start}})
-    if workers is not None and workers < 0:
-        raise MaskMillError("wrong_use", f"--workers {workers} is no number of processes.", "Give 0 or more.")
     if sum(given is not None for given in (labels, dataset, images)) != 1:
         raise MaskMillError(
             "wrong_use",
@@ -718,21 +728,9 @@ def train_clipseg(
             labels=labels,
             ontology=classes if labels is not None else None,
             dataset=opened,
-            options=TrainOptions(
-                output=output,
-                overwrite=overwrite,
-                workers=workers,
-                address=address,
-                tracking=tracking,
-                system_metrics=system_metrics,
-                verbose=verbose,
-            ),
+            options=run_options,
         )
     )
-
-
-# TRAINERS = {"maskclip-plus": train_maskclip_plus, "clipseg": train_clipseg}
-# recipes(): books["train clipseg"] = CLIPSEG_RECIPES   (from jobs.clipseg_recipes)
 
 
 def train(arguments: Annotated[tuple[str, ...], tyro.conf.Positional] = (), /) -> int:
@@ -849,6 +847,11 @@ def _truth(
         assert labels is not None
         classes = Ontology.from_record(read_table_record(labels)["ontology"])
     return open_dataset("pairs", images=images, masks=truth, ontology=classes)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Names between commas, each once."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _pairs(flag: str, given: Sequence[str], *, last: bool = True) -> dict[str, str]:

@@ -39,8 +39,8 @@ class SourceSettings:
             classes of a one-shot fold (``pascal5i:0``, ``coco20i:3``); ``affordances``, the paper's list of
             words. Of referring expressions those that name such a class are left out: for a class of PASCAL
             VOC whatever WordNet knows below it, for others the word itself in singular and plural.
-        toy_phrases: of the toy world: which kinds of phrases are asked; with ``unseen`` it is class names
-            alone. See ``pipeline.training.triplet_toy``.
+        toy_phrases: of the toy world: which kinds of phrases are asked; see
+            ``pipeline.training.triplet_toy``.
         synonyms: classes are called by their synonyms as well.
         min_area: of label maps: pixels of a class below which an image does not show it.
         min_quality: of a label table: least quality score of an image's labels.
@@ -89,9 +89,9 @@ def open_source(
     if isinstance(dataset, PhraseCutDataset):
         return open_phrase_source(dataset, drop=unseen_phrases(settings.unseen))
     assert dataset is not None, "either a table or a data set is given"
-    if isinstance(dataset, ToyDataset) and not settings.unseen:
-        return open_toy_source(dataset, kinds=settings.toy_phrases)
     class_ids = seen_ids(settings.unseen, dataset.class_names)
+    if isinstance(dataset, ToyDataset):
+        return open_toy_source(dataset, kinds=settings.toy_phrases, class_ids=class_ids)
     if isinstance(dataset, CocoDataset):
         return open_instance_source(dataset, class_ids=class_ids, synonyms=settings.synonyms)
     return open_class_source(

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from jobs.labellers import embed_names
 from jobs.recipes import LabelRecipe
 from jobs.train import PACKAGES, Finished, Prepared, TrainOptions, run_training
 from jobs.train_recipes import MaskClipPlusRecipe
-from jobs.training_page import PAGE, SHEET, write_pages
+from jobs.training_page import student_commands, write_pages
 from jobs.versions import versions
 from models.deeplab import DeepLab, StudentConfig, load_backbone_weights
 from models.errors import MaskMillError
@@ -26,8 +27,9 @@ from models.text import TextClassifier
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.zeroshot import SPLITS
 from pipeline.ontology import Ontology
+from pipeline.report.training_page import PAGE, SHEET
 from pipeline.stages import ImageSettings
-from pipeline.student import RECORD_FILE, WEIGHTS_FILE, write_student_folder
+from pipeline.student import RECORD_FILE, WEIGHTS_FILE, read_student_record, write_student_folder
 from pipeline.tracking.names import flatten
 from pipeline.tracking.tracker import TrackedDataset
 from pipeline.training.samples_table import TableSamples, open_table_samples
@@ -175,6 +177,8 @@ def _prepare(job: MaskClipPlusJob) -> Prepared:
             context="training",
         ),
         finish=functools.partial(_finish, job, ontology, make_student, samples, record, unseen),
+        write_pages=functools.partial(_write_pages, job),
+        commands=student_commands(job.options.output),
         log_model=functools.partial(_log_model, job.options),
         fallback=COLLAPSED,
     )
@@ -331,9 +335,8 @@ def _finish(
     unseen: Sequence[int],
     checkpoint: Checkpoint,
     facts: Mapping[str, Any],
-    console: Console,
 ) -> Finished:
-    """Write the student's folder and its page."""
+    """Write the student's folder."""
     # Trained weights take the place of all others: nothing is fetched for them.
     student = functools.partial(make_student.func, *make_student.args[:-1], "none")()
     student.load_state_dict(student_state(checkpoint, keep_average=job.recipe.keep_average))
@@ -358,19 +361,11 @@ def _finish(
         versions=versions(PACKAGES),
         overwrite=True,
     )
-    try:
-        artifacts = write_pages(written, checkpoint.lines, labels=job.labels, truth=job.truth)
-    except MaskMillError as error:
-        console.print(f"There is no page: {error.message}", soft_wrap=True, highlight=False)
-        artifacts = []
-    lines = [
-        f"  student        {written.uri}/{WEIGHTS_FILE}, {RECORD_FILE}",
-        *(f"  {'picture' if path.endswith('.png') else 'page':14} {path}" for path in artifacts),
-        *([] if artifacts else ["  no page        one is written beside a student in a local folder only"]),
-        f"Label with it: maskmill label --model {job.options.output} --images DIR --output OUT",
-        f"Measure it:    maskmill evaluate --model {job.options.output} --dataset NAME --root DIR",
-    ]
-    return Finished(lines, metrics, artifacts)
+    return Finished([f"  student        {written.uri}/{WEIGHTS_FILE}, {RECORD_FILE}"], metrics)
+
+
+def _write_pages(job: MaskClipPlusJob, folder: Path, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    return write_pages(read_student_record(folder), lines, labels=job.labels, truth=job.truth)
 
 
 def student_state(checkpoint: Checkpoint, *, keep_average: bool) -> Mapping[str, torch.Tensor]:
@@ -385,8 +380,5 @@ def _log_model(options: TrainOptions, run_id: str, register_as: str | None) -> s
     from pipeline.student_pyfunc import log_student
     from pipeline.tracking.destination import connect, resolve_uri
 
-    logged = log_student(
-        connect(resolve_uri(options.tracking)), options.output, run_id=run_id, register_as=register_as
-    )
-    registered = f", {register_as} version {logged.version} (challenger)" if logged.version else ""
-    return f"{logged.uri}{registered}"
+    client = connect(resolve_uri(options.tracking))
+    return str(log_student(client, options.output, run_id=run_id, register_as=register_as))

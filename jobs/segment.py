@@ -19,8 +19,9 @@ from rich.console import Console
 
 from jobs.console import LOG_EVERY_S, duration, stderr_console
 from models.errors import MaskMillError
-from pipeline.clipseg_options import CLIP, PREFIXES, RELEASED, Prefix
-from pipeline.images import MAX_PIXELS, ImageError, decode, fetch, resize, target_size
+from pipeline.clipseg_model import THRESHOLD, VISUAL_PROMPT, ClipSegWeights
+from pipeline.clipseg_options import PREFIXES, RELEASED, Prefix
+from pipeline.images import MAX_PIXELS, ImageError, decode, fetch
 from pipeline.manifest import build_manifest
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 RESULT_FILE = "results.json"
-THRESHOLD = 0.3
-"""The paper's, for text prompts on PhraseCut and Pascal (Tables 3, 5 and 7)."""
 NO_MASK = "-"
 
 
@@ -51,11 +50,13 @@ class SegmentJob:
             for each, texts before examples.
         prefix: templates around texts; their mean embedding is used.
         visual_prompt: as ``pipeline.clipseg.parse_style``, for examples with a mask.
-        example_size: side of the square that examples are squeezed to.
-        weights: decoder file, folder or hub name, as ``pipeline.clipseg.ClipSegWeights``.
-        clip: NAME:PRETRAINED of the CLIP beneath a decoder file.
+        example_size: side of the square that examples are squeezed to, and of what is cut out of them; None
+            takes what the model was trained on.
+        weights: decoder file, folder or hub name, as ``pipeline.clipseg_model.ClipSegWeights``, as for the
+            next two.
+        clip: NAME:PRETRAINED of the CLIP beneath a decoder file; None takes what the file says.
         extract_layers: None takes what the weights say.
-        size: side of the square that images are squeezed to.
+        size: side of the square that images are squeezed to; None takes what the model was trained on.
         keep_ratio: instead the short side becomes ``size``, the long one at most four times that.
         precision: ``auto`` is what the processor computes natively.
         max_pixels: larger images are not decoded but recorded as ``too_large``.
@@ -70,12 +71,12 @@ class SegmentJob:
     text_weight: float | None = None
     thresholds: tuple[float, ...] = ()
     prefix: Prefix = "plain"
-    visual_prompt: str = "crop_blur_highlight352"
-    example_size: int = 352
+    visual_prompt: str = VISUAL_PROMPT
+    example_size: int | None = None
     weights: str = RELEASED
-    clip: str = CLIP
+    clip: str | None = None
     extract_layers: tuple[int, ...] | None = None
-    size: int = 352
+    size: int | None = None
     keep_ratio: bool = False
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     max_pixels: int = MAX_PIXELS
@@ -116,23 +117,31 @@ def run(job: SegmentJob, console: Console | None = None) -> int:
     uris = list(
         dict.fromkeys(uri for source in job.images for uri in build_manifest(source)["uri"].to_pylist())
     )
-    prompts = _prompts(job)
+    weights = ClipSegWeights(job.weights, job.clip, job.extract_layers)
+    size, example_size = (
+        given or trained for given, trained in zip((job.size, job.example_size), weights.sizes(), strict=True)
+    )
+    prompts = _prompts(job, example_size)
     folder = Path(job.output)
     earlier = _earlier_files(folder, overwrite=job.overwrite)
 
     from models.precision import DTYPES, best_device, native_precision
-    from pipeline.clipseg import ClipSegWeights
+    from pipeline.clipseg import embed_prompts
 
     began = time.monotonic()
     device = best_device()
     precision = native_precision(device) if job.precision == "auto" else job.precision
-    toy = " (a toy: it knows the toy world only)" if job.clip.startswith("toyclip") else ""
+    beneath = weights.beneath()
+    toy = " (a toy: it knows the toy world only)" if beneath and beneath[0] == "toyclip" else ""
     _say(console, f"{_count(uris, 'image')}, {_count(prompts, 'prompt')}, {job.weights}{toy} → {folder}")
     with console.status("reading the weights"):
-        model = ClipSegWeights(job.weights, job.clip, job.extract_layers).load(
-            device=device, dtype=DTYPES[precision]
+        model = weights.load(device=device, dtype=DTYPES[precision])
+        conditionals = embed_prompts(
+            model,
+            [(one.text, one.shown) for one in prompts],
+            PREFIXES[job.prefix],
+            text_weight=job.text_weight or 0.0,
         )
-        conditionals = _embed(model, prompts, job)
     _remove(earlier, folder)  # only now, when weights and examples are known to be there
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -146,12 +155,12 @@ def run(job: SegmentJob, console: Console | None = None) -> int:
             "device": device.type,
         },
         "settings": {
-            "size": job.size,
+            "size": size,
             "keep_ratio": job.keep_ratio,
             "prefix": job.prefix,
             "text_weight": job.text_weight,
             "visual_prompt": job.visual_prompt,
-            "example_size": job.example_size,
+            "example_size": example_size,
         },
         "prompts": [
             {
@@ -169,7 +178,9 @@ def run(job: SegmentJob, console: Console | None = None) -> int:
     try:
         with _progress(console, len(uris)) as report:
             for done, uri in enumerate(uris, start=1):
-                record["images"].append(_segment(job, model, conditionals, prompts, uri, folder, names[uri]))
+                record["images"].append(
+                    _segment(job, size, model, conditionals, prompts, uri, folder, names[uri])
+                )
                 report(done)
     finally:  # what is there when a run is stopped is known, and can be overwritten
         status = Counter(entry["status"] for entry in record["images"])
@@ -213,22 +224,26 @@ def _check(job: SegmentJob) -> None:
             "A --threshold is not between 0 and 1.",
             f"It is a probability; the paper has 0.1 to {THRESHOLD}.",
         ),
-        (min(job.size, job.example_size, job.max_pixels) < 1, "A size is below 1.", "Give pixels: 352."),
+        (
+            any(size is not None and size < 1 for size in (job.size, job.example_size, job.max_pixels)),
+            "A size is below 1.",
+            "Give pixels: 352.",
+        ),
     ):
         if wrong:
             raise MaskMillError("wrong_use", message, remedy)
 
 
-def _prompts(job: SegmentJob) -> list[Prompt]:
+def _prompts(job: SegmentJob, example_size: int) -> list[Prompt]:
     """The questions, texts before examples; the examples are read here, before weights are waited for."""
     from pipeline.clipseg import parse_style, read_picture, visual_prompt_of
 
-    style = parse_style(job.visual_prompt)
+    style = parse_style(job.visual_prompt, example_size)
     masks = [None if mask == NO_MASK else mask for mask in job.prompt_masks] or [None] * len(
         job.prompt_images
     )
     shown = [
-        visual_prompt_of(read_picture(image, mask), style, job.example_size)
+        visual_prompt_of(read_picture(image, mask), style, example_size)
         for image, mask in zip(job.prompt_images, masks, strict=True)
     ]
     asked: list[tuple[str | None, int | None]]
@@ -256,31 +271,12 @@ def _prompts(job: SegmentJob) -> list[Prompt]:
     return prompts
 
 
-def _embed(model: ClipSeg, prompts: Sequence[Prompt], job: SegmentJob) -> Tensor:
-    """Conditionals (P, E)."""
-    import torch
-
-    from models.clipseg import mix
-    from pipeline.clipseg import embed_pictures, embed_words
-
-    texts = [one.text for one in prompts if one.text is not None]
-    pictures = [one.shown for one in prompts if one.shown is not None]
-    of_texts = embed_words(model, texts, PREFIXES[job.prefix]) if texts else None
-    of_pictures = embed_pictures(model, pictures) if pictures else None
-    if of_texts is None or of_pictures is None:
-        only = of_pictures if of_texts is None else of_texts
-        assert only is not None, "there are prompts"
-        return only
-    if job.text_weight is not None:
-        return mix(of_texts, of_pictures, job.text_weight)
-    return torch.cat([of_texts, of_pictures])
-
-
 # --- one image ----------------------------------------------------------------------------------------------
 
 
 def _segment(
     job: SegmentJob,
+    size: int,
     model: ClipSeg,
     conditionals: Tensor,
     prompts: Sequence[Prompt],
@@ -289,9 +285,7 @@ def _segment(
     name: str,
 ) -> dict[str, Any]:
     """Ask all prompts of an image, write its files, and say what was found."""
-    import torch
-
-    from pipeline.clipseg import check_finite, network_pixels, shown_pixels
+    from pipeline.clipseg import probability_maps, shown_pixels
     from pipeline.clipseg_labeller import stretched
     from pipeline.report.prompts import Found, heat_map, overlay_mask, overview
 
@@ -301,13 +295,7 @@ def _segment(
     except ImageError as error:
         return entry | {"status": error.code, "error": error.message}
     height, width = image.shape[:2]
-    scale = (4 * job.size, job.size) if job.keep_ratio else (job.size, job.size)
-    network = target_size(height, width, scale=scale, keep_ratio=job.keep_ratio)
-    small = torch.from_numpy(np.array(resize(image, network, method="antialias"))).permute(2, 0, 1)
-    with torch.inference_mode():
-        logits = model(network_pixels(small[None], model), conditionals)[0]
-        check_finite(logits)
-        probabilities = logits.float().sigmoid()
+    probabilities = probability_maps(model, image, conditionals, size=size, keep_ratio=job.keep_ratio)
     here = folder / name
     here.mkdir(parents=True, exist_ok=True)
     found, results = [], []
@@ -350,7 +338,7 @@ def _segment(
         "status": "ok",
         "height": height,
         "width": width,
-        "network_size": list(network),
+        "network_size": list(probabilities.shape[1:]),
         "overview": sheet,
         "prompts": results,
     }

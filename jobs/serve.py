@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import socket
 from collections.abc import Sequence
@@ -17,6 +16,8 @@ from rich.console import Console
 from jobs.labellers import MASKCLIP_OPTIONS
 from jobs.recipes import LabelRecipe, load_recipe
 from models.errors import MaskMillError
+from pipeline.clipseg_folder import is_trained
+from pipeline.clipseg_model import THRESHOLD, ClipSegWeights
 from pipeline.ontology import default_background, load_ontology
 from pipeline.serving.limits import Limits, is_loopback
 from pipeline.serving.models import Entry, ModelInfo, ModelRegistry
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 PORT = 7860
 DEFAULT_MODELS = ("toy",)
-_PAPER_CLIP = ("ViT-B-16-quickgelu", "openai")
 _TOY_NOTICE = (
     "Toy weights: {name} knows the procedural toy world and nothing else. It runs without a download; its "
     "masks of real photographs mean nothing."
@@ -40,9 +40,9 @@ class ServeJob:
     """What to serve, and to whom.
 
     Attributes:
-        models: ``SPEC`` or ``NAME=SPEC``; a spec is a recipe (name or YAML file), a student's folder or
-            URI, or CLIPSeg weights (``.pth``, ``.safetensors``, a folder in Hugging Face's layout, or
-            ``clipseg:HUB-NAME``). The first is the page's default.
+        models: ``SPEC`` or ``NAME=SPEC``; a spec is a recipe (name or YAML file), the folder or URI of a
+            student or of a trained CLIPSeg, or CLIPSeg weights (``.pth``, ``.safetensors``, a folder in
+            Hugging Face's layout, or ``clipseg:HUB-NAME``). The first is the page's default.
         clip: ``MODEL:PRETRAINED``, the CLIP beneath CLIPSeg decoder files; None takes the file's word, or the
             paper's CLIP.
         host: address to listen on.
@@ -110,8 +110,8 @@ def entry(spec: str, *, clip: str | None = None) -> Entry:
         clip: see ``ServeJob.clip``.
 
     Raises:
-        MaskMillError: ``model_spec_unknown``, ``weights_missing``; as ``jobs.recipes.load_recipe`` and
-            ``pipeline.student.read_student_record``.
+        MaskMillError: ``model_spec_unknown``, ``weights_missing``; as ``jobs.recipes.load_recipe``,
+            ``pipeline.student.read_student_record`` and ``pipeline.clipseg_folder.read_clipseg_record``.
     """
     name, separator, source = spec.partition("=")
     if not separator:
@@ -120,8 +120,11 @@ def entry(spec: str, *, clip: str | None = None) -> Entry:
     path = Path(source).expanduser()
     if source.startswith("clipseg:"):
         return _clipseg(name or source.rpartition("/")[2], source.removeprefix("clipseg:"), clip)
-    if "://" in source or (path / "student.json").is_file():
-        return _student(name, source if "://" in source else str(path))
+    remote = "://" in source
+    if (remote or path.is_dir()) and is_trained(source):
+        return _clipseg(name or source.rstrip("/").rpartition("/")[2], source, clip)
+    if remote or (path / "student.json").is_file():
+        return _student(name, source if remote else str(path))
     if path.suffix in (".pth", ".safetensors") or (path / "config.json").is_file():
         if not path.exists():
             raise MaskMillError(
@@ -131,7 +134,7 @@ def entry(spec: str, *, clip: str | None = None) -> Entry:
     if path.is_dir():
         raise MaskMillError(
             "model_spec_unknown",
-            f"{source} is a folder without student.json or config.json.",
+            f"{source} is a folder without student.json, clipseg.json or config.json.",
             "Name the output of maskmill train, or a CLIPSeg folder in Hugging Face's layout.",
         )
     return _teacher(name, load_recipe(source))
@@ -200,46 +203,26 @@ def _student(name: str, source: str) -> Entry:
     return Entry(info, load)
 
 
-def _clipseg(name: str, weights: str, clip: str | None) -> Entry:
-    path = Path(weights).expanduser()
-    model, pretrained = _clip_beneath(path, clip) if path.is_file() else (None, None)
-    toy = model == "toyclip"
+def _clipseg(name: str, source: str, clip: str | None) -> Entry:
+    weights = ClipSegWeights(source, clip)
+    model, pretrained = weights.beneath() or ("", None)
     info = ModelInfo(
         name=name,
         kind="clipseg",
         title=f"CLIPSeg over {model}" if model else "CLIPSeg",
-        notice=_notice(name, model or "", pretrained),
+        notice=_notice(name, model, pretrained),
         image=True,
-        suggestions=load_ontology("toyworld").names if toy else (),
-        threshold=0.5,
+        suggestions=load_ontology("toyworld").names if model == "toyclip" else (),
+        threshold=THRESHOLD,
     )
 
     def load() -> ServedModel:
+        from models.precision import best_device, native_precision
         from pipeline.serving.served import PromptModel
 
-        return PromptModel(weights, model=model, pretrained=pretrained)
+        return PromptModel(weights, precision=native_precision(best_device()))
 
     return Entry(info, load)
-
-
-def _clip_beneath(path: Path, clip: str | None) -> tuple[str, str | None]:
-    """The CLIP of a decoder file: as told, as the file says, or the paper's."""
-    if clip is not None:
-        if clip.startswith(("hf-hub:", "local-dir:")):
-            return clip, None
-        model, _, pretrained = clip.partition(":")
-        return model, pretrained or None
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="numpy") as file:
-                told = json.loads((file.metadata() or {}).get("clipseg", "{}")).get("clip")
-        except (SafetensorError, ValueError):
-            told = None  # loading says what is wrong with it
-        if told == "toyclip":
-            return "toyclip", "bundled"
-    return _PAPER_CLIP
 
 
 def _notice(name: str, model: str, pretrained: str | None) -> str:

@@ -7,12 +7,14 @@ What is trained (``prepare``) and what becomes of it (``Prepared.finish``) are t
 from __future__ import annotations
 
 import functools
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -20,6 +22,7 @@ from rich.console import Console
 from jobs.console import TrainDisplay, duration, stderr_console
 from models.errors import MaskMillError
 from pipeline.lease import RUN_ID_VARIABLE, Lease, end_orphans
+from pipeline.report.training_page import PAGE
 from pipeline.storage import Storage, open_storage
 from pipeline.tracking.tracker import OFF, MlflowTracker, TrackedDataset, Tracker, open_tracker
 from pipeline.training.checkpoints import CHECKPOINTS_DIR, SETTINGS_FILE, CheckpointStore, Damaged
@@ -82,6 +85,9 @@ class Prepared:
         dataset: for MLflow.
         finish: given the checkpoint to make the result of, and facts about the training, writes the result
             into the output, over what is there, ``result_file`` last. Runs without Ray.
+        write_pages: given the local folder of a finished run and the lines of its ``metrics.jsonl``, makes
+            ``PAGE`` and what belongs to it there, ``PAGE`` last, and returns the files.
+        commands: what to do with the result, by purpose.
         log_model: puts the result into MLflow under (run id, registry name or None); None where it cannot.
         fallback: error code after which the result is made of the newest milestone nevertheless.
     """
@@ -93,7 +99,9 @@ class Prepared:
     announcement: str
     params: Mapping[str, Any]
     dataset: TrackedDataset
-    finish: Callable[[Checkpoint, Mapping[str, Any], Console], Finished]
+    finish: Callable[[Checkpoint, Mapping[str, Any]], Finished]
+    write_pages: Callable[[Path, list[Mapping[str, Any]]], Sequence[str]]
+    commands: Mapping[str, str]
     log_model: Callable[[str, str | None], str] | None = None
     fallback: str = ""
 
@@ -103,7 +111,7 @@ class Finished:
     """What a finished run leaves.
 
     Attributes:
-        lines: of the summary.
+        lines: of the summary: what is where.
         metrics: for MLflow.
         artifacts: local files for MLflow.
     """
@@ -133,7 +141,8 @@ def run_training(
         console: where to print.
 
     Returns:
-        0, or 130 if it was asked to stop and can be gone on with.
+        0, or 130 if it was asked to stop and can be gone on with; 1 if all there was to do is the page of a
+        finished run, and it cannot be made.
 
     Raises:
         MaskMillError: for everything that the user can mend.
@@ -180,14 +189,20 @@ def _again(
 ) -> int:
     """A run that is finished already: the same is asked for, or it is told what differs."""
     CheckpointStore(storage).claim(_settings(prepared))
+    lines = [f"Nothing to do: the training in {storage.uri} is finished ({result_file})."]
+    status = 0
+    if storage.is_local and not storage.exists(PAGE):
+        pages, told = _write_pages(prepared, storage)
+        lines = [f"The training in {storage.uri} is finished ({result_file}); its page was missing.", *told]
+        status = 0 if pages else 1
     stopped = storage.read_json(result_file, {}).get("training", {}).get("stopped")
     if stopped:
+        console.print("\n".join(lines), soft_wrap=True, highlight=False)
         raise MaskMillError(
             str(stopped).partition(":")[0],
             f"The training in {storage.uri} was stopped ({stopped}); its result is of the last good step.",
             "Train anew with other settings: name another --output, or add --overwrite.",
         )
-    lines = [f"Nothing to do: the training in {storage.uri} is finished ({result_file})."]
     if options.register_as and prepared.log_model is not None:
         with tracker:
             _begin_tracking(tracker, kind, options, prepared, storage, workers=None)
@@ -195,7 +210,7 @@ def _again(
     else:
         lines.append("Name another --output for another run, or train anew with --overwrite.")
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
-    return 0
+    return status
 
 
 def _run(
@@ -219,7 +234,7 @@ def _run(
                 f"{outcome.message[:1].upper()}{outcome.message[1:]}.", soft_wrap=True, highlight=False
             )
             return INTERRUPTED
-        lines = _finish(prepared, outcome, error, options, storage, tracker, console)
+        lines = _finish(prepared, outcome, error, options, storage, tracker)
         if error is not None:
             console.print("\n".join(lines), highlight=False, soft_wrap=True)
             raise error
@@ -322,7 +337,6 @@ def _finish(
     options: TrainOptions,
     storage: Storage,
     tracker: Tracker,
-    console: Console,
 ) -> Sequence[str]:
     """Make the result of the last checkpoint, or, after ``error``, of the last milestone."""
     store = CheckpointStore(storage)
@@ -347,14 +361,34 @@ def _finish(
         except Damaged:
             raise error from None
         facts = {"iterations": checkpoint.step, "stopped": f"{error.code}: {error.message}"}
-    finished = prepared.finish(checkpoint, facts, console)
+    finished = prepared.finish(checkpoint, facts)
+    pages, told = _write_pages(prepared, storage)
     tracker.log_metrics({f"final/{key}": value for key, value in finished.metrics.items()}, checkpoint.step)
-    for path in finished.artifacts:
+    for path in (*pages, *finished.artifacts):
         tracker.log_artifact(path)
-    lines = list(finished.lines)
+    lines = [*finished.lines, *told]
     if prepared.log_model is not None and isinstance(tracker, MlflowTracker):
         lines += _log_model(prepared.log_model, tracker, options.register_as)
-    return lines
+    width = max(len(purpose) for purpose in prepared.commands) + 2
+    return [*lines, *(f"{purpose + ':':{width}}{command}" for purpose, command in prepared.commands.items())]
+
+
+def _write_pages(prepared: Prepared, storage: Storage) -> tuple[Sequence[str], list[str]]:
+    """The files, and what to say about them. That a page cannot be made must not cost the user a model."""
+    if not storage.is_local:
+        return [], ["  no page        one is written in a local folder only"]
+    from pipeline.training.loop import METRICS_FILE
+
+    try:
+        lines = [json.loads(line) for line in storage.read_bytes(METRICS_FILE).decode().splitlines()]
+        pages = prepared.write_pages(Path(storage.path()), lines)
+    except Exception as error:  # whatever images, tables and disks may raise by now
+        reason = error.message if isinstance(error, MaskMillError) else f"{type(error).__name__}: {error}"
+        return [], [
+            f"  no page        {reason}",
+            "                 The same command makes it, without training again.",
+        ]
+    return pages, [f"  {'picture' if path.endswith('.png') else 'page':14} {path}" for path in pages]
 
 
 def _read(store: CheckpointStore, step: int) -> Checkpoint:

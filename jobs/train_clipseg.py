@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 
 from jobs.clipseg_data import open_source
+from jobs.clipseg_page import write_pages
 from jobs.clipseg_recipes import ClipSegRecipe
 from jobs.train import PACKAGES, Finished, Prepared, TrainOptions, run_training
 from jobs.versions import versions
@@ -23,22 +23,19 @@ from pipeline.clipseg_folder import (
 )
 from pipeline.datasets.base import Dataset
 from pipeline.ontology import Ontology
+from pipeline.report.training_page import PAGE, SHEET
 from pipeline.storage import open_storage
 from pipeline.tracking.tracker import TrackedDataset
 from pipeline.training.clipseg import ClipSegTask
-from pipeline.training.triplets import OBJECT, TripletSamples, decode_phrase
+from pipeline.training.triplets import TripletSamples
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
     from models.clipseg import ClipSeg
     from pipeline.training.checkpoints import Checkpoint
-    from pipeline.training.protocols import Samples
 
-SHEET = "preview.png"
-SHOWN = 9
-OWN_ENTRIES = ("checkpoints", "metrics.jsonl", RECORD_FILE, DECODER_FILE, *HUGGING_FACE_FILES, SHEET)
+OWN_ENTRIES = ("checkpoints", "metrics.jsonl", RECORD_FILE, DECODER_FILE, *HUGGING_FACE_FILES, SHEET, PAGE)
 """What a run makes in its output, and what ``overwrite`` may delete."""
 
 
@@ -116,7 +113,23 @@ def _prepare(job: TrainClipSegJob) -> Prepared:
             context="training",
         ),
         finish=functools.partial(_finish, job, make_model, samples),
+        write_pages=functools.partial(
+            write_pages, samples=samples, seed=recipe.loop.seed, commands=_commands(job.options.output)
+        ),
+        commands=_commands(job.options.output),
+        log_model=functools.partial(_log_model, job.options),
     )
+
+
+def _commands(output: str) -> dict[str, str]:
+    """What to do with the model."""
+    recipe = f"--recipe clipseg --set pretrained={output}"
+    return {
+        "Ask it": f'maskmill segment IMAGE --prompt "..." --weights {output} --output OUT',
+        "See it": f"maskmill serve --model {output}",
+        "Label with it": f"maskmill label {recipe} --images DIR --ontology FILE --output OUT",
+        "Measure it": f"maskmill evaluate {recipe} --dataset NAME --root DIR",
+    }
 
 
 def _finish(
@@ -125,23 +138,16 @@ def _finish(
     samples: TripletSamples,
     checkpoint: Checkpoint,
     facts: Mapping[str, Any],
-    console: Console,
 ) -> Finished:
-    """Write the model's folder and its picture."""
-    from models.precision import best_device
+    """Write the model's folder."""
+    import torch
 
-    model = make_model(best_device())
+    model = make_model(torch.device("cpu"))
     model.decoder.load_state_dict(checkpoint.module)
-    model.decoder.eval()
     last = checkpoint.lines[-1] if checkpoint.lines else {}
     metrics = {key: value for key, value in last.items() if isinstance(value, float) and key != "seconds"}
     settings = job.recipe.model
     storage = open_storage(job.options.output)
-    artifacts = []
-    if storage.is_local:
-        artifacts = [storage.path(name) for name in (SHEET, RECORD_FILE, DECODER_FILE)]
-        preview(model, samples, seed=job.recipe.loop.seed).save(artifacts[0])
-    # Last of all: a folder with this record is a finished run.
     record, reason = write_clipseg_folder(
         job.options.output,
         model,
@@ -159,69 +165,14 @@ def _finish(
         lines.append(f"  with its CLIP  {storage.uri}, in Hugging Face's layout (transformers reads it)")
     else:
         lines.append(f"  not in Hugging Face's layout: {reason}")
-    lines += [f"  picture        {path}" for path in artifacts[:1]]
-    if record.hugging_face:
-        lines.append(f'Use it: maskmill segment IMAGE --prompt "..." --weights {storage.uri} --output OUT')
-    return Finished(lines, {}, artifacts)
+    artifacts = [storage.path(name) for name in (RECORD_FILE, DECODER_FILE)] if storage.is_local else []
+    return Finished(lines, metrics, artifacts)
 
 
-def preview(model: ClipSeg, samples: Samples, *, seed: int, count: int = SHOWN) -> Image.Image:
-    """Some of the samples that were trained on: image, what is asked, what is there, what is found.
+def _log_model(options: TrainOptions, run_id: str, register_as: str | None) -> str:
+    from pipeline.clipseg_pyfunc import log_clipseg
 
-    Args:
-        model: trained.
-        samples: see ``ClipSegTask``; those that cannot be read are passed over.
-        seed: of the choice and of the augmentation.
-        count: how many.
-    """
-    import torch
-    from PIL import Image
+    from pipeline.tracking.destination import connect, resolve_uri
 
-    from models.clipseg import mix, normalize
-    from pipeline.report.prompts import Found, overview
-
-    device = model.clip.device
-    panels: list[Image.Image] = []
-    for index in samples.order(0, seed)[: 4 * count].tolist():
-        if len(panels) == count:
-            break
-        try:
-            sample = samples.load(index, np.random.default_rng((seed, index)))
-            phrase, share = decode_phrase(sample["phrase"]), float(sample["text_weight"])
-            image, support = (
-                torch.from_numpy(sample[name])[None].to(device) for name in ("image", "support")
-            )
-            with torch.no_grad():
-                texts = model.encode_text([phrase]) if share > 0 else None
-                pictures = model.encode_prompt_images(normalize(support)) if share < 1 else texts
-                assert pictures is not None
-                conditional = pictures if texts is None else mix(texts, pictures, share)
-                p = model(normalize(image), conditional)[0, 0].sigmoid().cpu().numpy()
-        except MaskMillError:
-            continue
-        there = sample["mask"] == OBJECT
-        union = int((there | (p > 0.5)).sum())
-        iou = f"IoU {(there & (p > 0.5)).sum() / union:.2f}" if union else "rightly nothing"
-        asked = f"text {share:.0%}" if share < 1 else "text"
-        pixels = np.ascontiguousarray(sample["image"].transpose(1, 2, 0))
-        example = np.ascontiguousarray(sample["support"].transpose(1, 2, 0)) if share < 1 else None
-        panels.append(
-            overview(
-                "", pixels,
-                [
-                    Found("there", there.astype(np.uint8) * 255, there, f"{there.mean():.1%} of the pixels"),
-                    Found(
-                        phrase or "(picture alone)", np.rint(p * 255).astype(np.uint8), p > 0.5,
-                        f"{asked}, {iou}", example,
-                    ),
-                ],
-                side=160,
-            )
-        )  # fmt: skip
-    columns = min(3, len(panels)) or 1
-    width = max((panel.width for panel in panels), default=1)
-    height = max((panel.height for panel in panels), default=1)
-    sheet = Image.new("RGB", (columns * width, -(-len(panels) // columns) * height or 1), "white")
-    for position, panel in enumerate(panels):
-        sheet.paste(panel, (position % columns * width, position // columns * height))
-    return sheet
+    client = connect(resolve_uri(options.tracking))
+    return str(log_clipseg(client, options.output, run_id=run_id, register_as=register_as))

@@ -16,13 +16,13 @@ from pipeline.datasets.base import Dataset
 from pipeline.evaluation import Plan, plan
 from pipeline.labels import decode_mask, iter_rows
 from pipeline.ontology import Ontology
-from pipeline.report.training_page import Example, Score, preview_sheet, write_training_page
+from pipeline.report.student_page import Example, preview_sheet, student_page
+from pipeline.report.training_page import PAGE, SHEET, Score, write_training_page
 from pipeline.storage import is_remote
 from pipeline.student import StudentRecord
 from pipeline.student_labeller import StudentLabeller
 from pipeline.training.samples_table import class_ids
 
-PAGE, SHEET = "report.html", "preview.png"
 EXAMPLES = 12
 _LOOKED_AT = 400  # rows of a table that examples are chosen from: a table may hold millions
 
@@ -49,27 +49,31 @@ def write_pages(
         count: images to show.
 
     Returns:
-        The files; none where the student is not in a local folder.
+        The files, the page last; none where the student is not in a local folder.
     """
     if is_remote(record.uri):
         return []
-    names, palette = record.ontology.names, record.ontology.palette()
     examples = find_examples(record, labels=labels, truth=truth, count=count)
-    folder = Path(record.uri)
-    toy = record.teacher["weights"]["model"] == "toyclip"
-    page = write_training_page(
-        folder / PAGE, record=record.to_dict(), lines=lines, examples=examples, names=names, palette=palette,
-        scores=scores, note=note,
-    )  # fmt: skip
-    written = [str(page)]
+    folder, written = Path(record.uri), []
     if examples:
+        toy = record.teacher["weights"]["model"] == "toyclip"
         sheet = preview_sheet(
-            examples, names=names, palette=palette,
+            examples, names=record.ontology.names, palette=record.ontology.palette(),
             caption="toy world: a student trained on pseudo-labels of the bundled toy CLIP" if toy else "",
         )  # fmt: skip
         sheet.save(folder / SHEET)
         written.append(str(folder / SHEET))
-    return written
+    page = student_page(record, examples, scores=scores, note=note, commands=student_commands(record.uri))
+    return [*written, str(write_training_page(folder / PAGE, page, lines))]
+
+
+def student_commands(output: str) -> dict[str, str]:
+    """What to do with a student, by purpose."""
+    return {
+        "Label with it": f"maskmill label --model {output} --images DIR --output OUT",
+        "Measure it": f"maskmill evaluate --model {output} --dataset NAME --root DIR",
+        "See it": f"maskmill serve --model {output}",
+    }
 
 
 def find_examples(record: StudentRecord, *, labels: str, truth: Dataset | None, count: int) -> list[Example]:

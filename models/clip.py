@@ -141,7 +141,7 @@ class Clip:
             )
         whole = tower.whole_patches(images)
         grid = (whole.shape[-2] // tower.stride, whole.shape[-1] // tower.stride)
-        x = tower._tokens(whole, tower.position_table(grid))
+        x = tower.tokens(whole, tower.position_table(grid))
         taken = []
         for index, block in enumerate(self.visual.transformer.resblocks[: max(layers) + 1]):
             x = residual_block(block, x)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from models import toyvit
 from models.clip import Activations, Clip
 from models.clipseg import (
     ClipSeg,
@@ -225,6 +226,7 @@ def build_vitseg(
 
 
 def _timm_tower(name: str, weights: str) -> Any:
+    toyvit.register()
     if not timm.is_model(name):
         raise _unknown(name)
     kind, _, seed = weights.partition(":")

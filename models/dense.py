@@ -161,7 +161,7 @@ class VitDense(nn.Module):
         """The arithmetic alone, for ``torch.compile``: whole patches and their position table (1 + L, W_)."""
         h, w = images.shape[-2] // self.stride, images.shape[-1] // self.stride
         blocks = list(self.visual.transformer.resblocks)
-        x = self._tokens(images, positions)
+        x = self.tokens(images, positions)
         for block in blocks[:-1]:
             x = residual_block(block, x)
         patches, keys = self._head.vit(blocks[-1], x, self._keys)
@@ -174,9 +174,13 @@ class VitDense(nn.Module):
         At the size the weights were trained at this is open_clip's ``encode_image``.
         """
         x = self.whole_patches(images)
-        x = self._tokens(x, self.position_table((x.shape[-2] // self.stride, x.shape[-1] // self.stride)))
+        x = self.tokens(x, self.position_table((x.shape[-2] // self.stride, x.shape[-1] // self.stride)))
         for block in self.visual.transformer.resblocks:
             x = residual_block(block, x)
+        return self.pooled(x)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """CLIP's embedding (B, D) from the tokens (B, N, W_) behind the last block."""
         norm, pool = self.visual.ln_post, self.visual.pool_type
         if not self.visual.final_ln_after_pool:
             x = norm(x)
@@ -211,7 +215,8 @@ class VitDense(nn.Module):
                 self._tables.popitem(last=False)
         return table
 
-    def _tokens(self, images: Tensor, positions: Tensor) -> Tensor:
+    def tokens(self, images: Tensor, positions: Tensor) -> Tensor:
+        """Input (B, N, W_) of the first block, the class token first."""
         x = self.visual.conv1(images).flatten(2).transpose(1, 2)
         first = self.visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         return self.visual.ln_pre(torch.cat([first, x], dim=1) + positions)

@@ -1,4 +1,4 @@
-"""CLIPSeg in use: from names to a model, and from words and pictures to what it is asked with.
+"""CLIPSeg in use: from words and pictures to what it is asked with, and from an image to probabilities.
 
 Shapes: B images, P prompts, E joint embedding, H W pixels, S side of a visual prompt.
 """
@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.clip import Towers, load_clip
-from models.clipseg import ClipSeg, ClipSegConfig, build_clipseg, normalize
-from models.clipseg_weights import load_clipseg
+from models.clipseg import ClipSeg, mix, normalize
 from models.errors import MaskMillError
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
 from models.templates import fill
 from models.visual_prompts import STYLES, VisualPrompt, visual_prompt
-from pipeline.clipseg_options import CLIP
-from pipeline.images import ImageError, decode, fetch
+from pipeline.clipseg_model import ClipSegWeights as ClipSegWeights  # for those who use it
+from pipeline.clipseg_model import split_clip as split_clip
+from pipeline.images import ImageError, decode, fetch, resize, target_size
 
 Style = Callable[[Tensor, Tensor], Tensor]
 """Normalised images (B, 3, H, W) and masks (B, H, W) to visual prompts (B, 3, S, S)."""
@@ -34,64 +32,6 @@ Style = Callable[[Tensor, Tensor], Tensor]
 _SIMPLE_STYLES = ("highlight", "highlight2", "overlay", "image_only")
 STYLE_NAMES = (*STYLES, *_SIMPLE_STYLES)
 _KNOBS = tuple(field.name for field in dataclasses.fields(VisualPrompt))
-_SCHEMES = ("hf-hub:", "local-dir:")
-
-
-# --- the model ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ClipSegWeights:
-    """Which CLIPSeg; picklable, so that every worker can load it.
-
-    Attributes:
-        weights: a decoder file, a folder in Hugging Face's layout, a hub name, or ``random:SEED`` for a
-            decoder that proves the path and nothing else.
-        clip: NAME:PRETRAINED of the CLIP beneath a decoder alone; a folder or hub name brings its own.
-        extract_layers: None takes what the weights say.
-    """
-
-    weights: str
-    clip: str = CLIP
-    extract_layers: tuple[int, ...] | None = None
-
-    def load(
-        self,
-        *,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        towers: Towers = "both",
-    ) -> ClipSeg:
-        """The model in evaluation mode.
-
-        Args:
-            device: where it goes.
-            dtype: of CLIP and decoder.
-            towers: ``visual`` where no text will be embedded.
-
-        Raises:
-            MaskMillError: as ``load_clipseg`` and ``load_clip``.
-        """
-        seed = self.weights.removeprefix("random:")
-        is_random = seed != self.weights and seed.isdecimal()
-        if not is_random and not Path(self.weights).expanduser().is_file():
-            return load_clipseg(self.weights, extract_layers=self.extract_layers, device=device, dtype=dtype)
-        name, pretrained = split_clip(self.clip)
-        clip = load_clip(name, pretrained, device=device, dtype=dtype, towers=towers)
-        if is_random:
-            config = ClipSegConfig(extract_layers=self.extract_layers or ClipSegConfig().extract_layers)
-            model = build_clipseg(clip, config, seed=int(seed))
-            model.decoder.to(dtype)
-            return model
-        return load_clipseg(self.weights, clip=clip, extract_layers=self.extract_layers, dtype=dtype)
-
-
-def split_clip(text: str) -> tuple[str, str | None]:
-    """``NAME:PRETRAINED`` as ``load_clip`` wants it; names of the hub and of folders bring their weights."""
-    if text.startswith(_SCHEMES):
-        return text, None
-    name, _, pretrained = text.partition(":")
-    return name, pretrained or None
 
 
 # --- prompts ------------------------------------------------------------------------------------------------
@@ -118,43 +58,73 @@ def read_picture(image: str, mask: str | None = None) -> Picture:
         mask: of an image of the same size; what is not black is the object.
 
     Raises:
+        MaskMillError: as ``decode_picture``.
+    """
+    return decode_picture(
+        _fetched(image), None if mask is None else _fetched(mask), names=(image, mask or "")
+    )
+
+
+def decode_picture(
+    image: bytes, mask: bytes | None = None, *, names: tuple[str, str] = ("given", "given")
+) -> Picture:
+    """An example from the bytes of its files.
+
+    Args:
+        image: of a picture.
+        mask: of one of the same size; what is not black is the object.
+        names: what to call the two where something is wrong with them.
+
+    Raises:
         MaskMillError: ``example_unreadable``; ``mask_does_not_fit`` if the sizes differ; ``mask_empty``.
     """
-    pixels = _read(image)
+    pixels = _decoded(image, names[0])
     if mask is None:
         return Picture(pixels)
-    inside = np.asarray(_read(mask).any(axis=2), np.bool_)
+    inside = np.asarray(_decoded(mask, names[1]).any(axis=2), np.bool_)
     if inside.shape != pixels.shape[:2]:
         sizes = [f"{shape[1]} x {shape[0]}" for shape in (inside.shape, pixels.shape)]
         raise MaskMillError(
             "mask_does_not_fit",
-            f"The mask {mask} has {sizes[0]} pixels, and its image {image} has {sizes[1]}.",
+            f"The mask {names[1]} has {sizes[0]} pixels, and its image {names[0]} has {sizes[1]}.",
             "Give the mask in the image's size.",
         )
     if not inside.any():
         raise MaskMillError(
-            "mask_empty", f"The mask {mask} is black everywhere.", "Paint the object in any other colour."
+            "mask_empty", f"The mask {names[1]} is black everywhere.", "Paint the object in any other colour."
         )
     return Picture(pixels, inside)
 
 
-def _read(path: str) -> NDArray[np.uint8]:
+def _fetched(path: str) -> bytes:
     try:
-        return decode(fetch(path))
+        return fetch(path)
     except ImageError as error:
-        raise MaskMillError(
-            "example_unreadable",
-            f"The example {path} cannot be read: {error.message} ({error.code}).",
-            "Give a picture such as a JPEG or PNG.",
-        ) from error
+        raise _unreadable(path, error) from error
 
 
-def parse_style(text: str) -> Style:
+def _decoded(data: bytes, name: str) -> NDArray[np.uint8]:
+    try:
+        return decode(data)
+    except ImageError as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: ImageError) -> MaskMillError:
+    return MaskMillError(
+        "example_unreadable",
+        f"The example {name} cannot be read: {error.message} ({error.code}).",
+        "Give a picture such as a JPEG or PNG.",
+    )
+
+
+def parse_style(text: str, size: int | None = None) -> Style:
     """A way to make visual prompts, by name and changes to it.
 
     Args:
         text: one of ``STYLE_NAMES``, optionally followed by values for fields of ``VisualPrompt``:
             ``crop_blur_highlight352,blur=5,context=0.5``; ``context=none`` does not crop.
+        size: S of a style that crops, unless ``text`` sets it; None is the style's own.
 
     Raises:
         MaskMillError: ``visual_prompt_unknown``; ``setting_invalid`` for a field or value.
@@ -174,7 +144,8 @@ def parse_style(text: str) -> Style:
             f"There is no visual prompt {name!r}.",
             f"Use one of {', '.join(STYLE_NAMES)}.",
         )
-    return dataclasses.replace(STYLES[name], **dict(_knob(change) for change in changes))
+    own = {} if size is None else {"size": size}
+    return dataclasses.replace(STYLES[name], **own | dict(_knob(change) for change in changes))
 
 
 def _knob(change: str) -> tuple[str, Any]:
@@ -246,6 +217,38 @@ def embed_pictures(model: ClipSeg, prompts: Sequence[Tensor]) -> Tensor:
     )
 
 
+@torch.no_grad()
+def embed_prompts(
+    model: ClipSeg,
+    prompts: Sequence[tuple[str | None, Tensor | None]],
+    templates: Sequence[str] = ("{}",),
+    *,
+    text_weight: float = 0.5,
+) -> Tensor:
+    """Conditionals fp32 (P, E) of prompts of every kind, in their order.
+
+    Args:
+        model: see there.
+        prompts: of each its words, its visual prompt (3, S, S), or both, which are mixed.
+        templates: put around words; their mean embedding is used.
+        text_weight: share of the words where there are both.
+
+    Raises:
+        MaskMillError: ``prompt_too_long``.
+    """
+    words = [text for text, _ in prompts if text is not None]
+    pictures = [picture for _, picture in prompts if picture is not None]
+    of_words = iter(embed_words(model, words, templates) if words else ())
+    of_pictures = iter(embed_pictures(model, pictures) if pictures else ())
+    rows = []
+    for text, picture in prompts:
+        if text is not None and picture is not None:
+            rows.append(mix(next(of_words), next(of_pictures), text_weight))
+        else:
+            rows.append(next(of_words if picture is None else of_pictures))
+    return torch.stack(rows)
+
+
 # --- images -------------------------------------------------------------------------------------------------
 
 
@@ -266,3 +269,29 @@ def check_finite(logits: Tensor) -> None:
             "The logits hold NaN or infinite values.",
             "float16 overflows with some weights: use bfloat16 or float32. Else the weights are damaged.",
         )
+
+
+@torch.inference_mode()
+def probability_maps(
+    model: ClipSeg, image: NDArray[np.uint8], conditionals: Tensor, *, size: int, keep_ratio: bool = False
+) -> Tensor:
+    """What is where in an image, fp32 (P, h, w) in [0, 1] at network size.
+
+    ``pipeline.clipseg_labeller.stretched`` brings it to the image's size.
+
+    Args:
+        model: see there.
+        image: uint8 (H, W, 3) RGB.
+        conditionals: (P, E), what is asked.
+        size: side of the square that the image is squeezed to.
+        keep_ratio: instead its short side becomes ``size``, the long one at most four times that.
+
+    Raises:
+        MaskMillError: ``scores_not_finite``.
+    """
+    scale = (4 * size, size) if keep_ratio else (size, size)
+    network = target_size(image.shape[0], image.shape[1], scale=scale, keep_ratio=keep_ratio)
+    small = torch.from_numpy(np.array(resize(image, network, method="antialias"))).permute(2, 0, 1)
+    logits = model(network_pixels(small[None], model), conditionals)[0]
+    check_finite(logits)
+    return logits.float().sigmoid()

@@ -65,6 +65,23 @@ class ClipSegRecord:
     training: Mapping[str, Any]
     versions: Mapping[str, Any]
 
+    @property
+    def sizes(self) -> tuple[int, int] | None:
+        """Sides in pixels of the images and of the examples that it was trained on, if the recipe says."""
+        settings = self.recipe.get("triplets", {})
+        if "size" not in settings:
+            return None
+        return int(settings["size"]), int(settings.get("support_size", settings["size"]))
+
+
+def is_trained(uri: str | Path) -> bool:
+    """Whether a path or URI is the folder of a trained CLIPSeg: one look for one file, without reading it.
+
+    Raises:
+        MaskMillError: the place cannot be reached (``storage_unsupported``, ``storage_denied``, …).
+    """
+    return open_storage(uri).exists(RECORD_FILE)
+
 
 def write_clipseg_folder(
     output: str | Path,
@@ -99,6 +116,7 @@ def write_clipseg_folder(
     Raises:
         MaskMillError: ``output_exists``, or the storage cannot be written.
     """
+    from models import toyclip
     from models.clipseg_weights import save_clipseg, save_decoder
 
     storage = open_storage(output)
@@ -122,9 +140,10 @@ def write_clipseg_folder(
         for name in files:
             storage.write_bytes(name, (folder / name).read_bytes())
         fingerprint = hashlib.sha256((folder / DECODER_FILE).read_bytes()).hexdigest()
+    bundled = model.clip.pretrained == str(toyclip.weights_path())  # that path is this machine's own
     clip = {
         "model": model.clip.name,
-        "pretrained": model.clip.pretrained,
+        "pretrained": toyclip.PRETRAINED if bundled else model.clip.pretrained,
         "fingerprint": model.clip.fingerprint,
     }
     record = ClipSegRecord(
@@ -180,18 +199,24 @@ def read_clipseg_record(uri: str | Path) -> ClipSegRecord:
 
 
 def load_trained(
-    uri: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    uri: str | Path,
+    *,
+    extract_layers: tuple[int, ...] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
 ) -> ClipSeg:
     """The model in a folder of ``write_clipseg_folder``, of any kind, in evaluation mode.
 
     Args:
         uri: the folder, here or in an object store.
+        extract_layers: read these blocks; None takes those it was trained with. A baseline takes no others.
         device: where to.
         dtype: of CLIP and decoder; None is fp32.
 
     Raises:
         MaskMillError: as ``read_clipseg_record``; ``clipseg_damaged`` if the decoder is not the recorded one;
-            as ``models.clip.load_clip`` if the CLIP beneath is not to be had.
+            ``setting_invalid`` for layers that it cannot read; as ``models.clip.load_clip`` if the CLIP
+            beneath is not to be had.
     """
     import torch
 
@@ -215,10 +240,16 @@ def load_trained(
         if hashlib.sha256(file.read_bytes()).hexdigest() != record.fingerprint:
             raise _damaged(f"{storage.uri}/{DECODER_FILE} is not the file that its {RECORD_FILE} names.")
         if record.hugging_face:
-            return load_clipseg(folder, device=device, dtype=dtype)
+            return load_clipseg(folder, extract_layers=extract_layers, device=device, dtype=dtype)
         clip = load_clip(record.clip["model"], record.clip["pretrained"], device=device, dtype=dtype)
         if record.model == "clipseg":
-            return load_clipseg(file, clip=clip, dtype=dtype)
+            return load_clipseg(file, clip=clip, extract_layers=extract_layers, dtype=dtype)
+        if extract_layers is not None:
+            raise MaskMillError(
+                "setting_invalid",
+                f"{storage.uri} holds a {record.model}, which reads the layers it was trained with.",
+                "Leave extract_layers out.",
+            )
         model = load_baseline(file, clip, tower=record.clip.get("tower_weights") or "pretrained")
         model.decoder.to(dtype)
         return model

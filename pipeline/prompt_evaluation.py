@@ -1,8 +1,12 @@
 """CLIPSeg's protocols (arXiv 2112.10003, §5): what a model is shown on each benchmark, and what is counted.
 
 A benchmark is a list of functions that each read one ``Query``: an image, its prompts, and the true mask of
-every prompt. ``score`` runs a model over them. Which resizing is used where follows the code that made the
-published numbers, its oddities included; each is told where it is done.
+every prompt. ``answers`` runs a model over them and counts each prompt; ``score`` sums. Which resizing is
+used where follows the code that made the published numbers, its oddities included; each is told where it is
+done.
+
+The image may be given to the network at another size than S (``side``). Example images and the masks that
+count stay as they are, so that figures at different sizes are about the same pixels.
 
 Shapes: P prompts of an image, S = 352, H W pixels of an image's own size.
 """
@@ -14,7 +18,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
@@ -24,13 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.clipseg import IMAGE_SIZE, ClipSeg, normalize
-from models.visual_prompts import visual_prompt
+from models.clipseg import IMAGE_SIZE, ClipSeg
 from pipeline.datasets.base import Dataset, Labels, Sample
 from pipeline.datasets.oneshot import Episode
 from pipeline.datasets.phrasecut import PhraseCutDataset, PhraseSample
+from pipeline.metrics.breakdown import CLASS, OBJECT_SIZE, PROMPT, Groups, phrase_groups, size_group
 from pipeline.metrics.confusion import confusion_matrix, harmonic_iou, mean_iou
 from pipeline.metrics.foreground import ForegroundStatistics
+from pipeline.prompt_pixels import example_prompt, mask_on_black, on_black, pixels, squeezed_labels
 
 VISUAL_PROMPT = "crop_blur_highlight352"
 """How the paper makes an image prompt of an example and its mask (``models.visual_prompts``)."""
@@ -53,37 +58,61 @@ _READERS, _READ_AHEAD = 4, 8
 _Item = TypeVar("_Item")
 
 
+Prompts = Sequence[str | Tensor]
+"""P texts as the text tower gets them, or example images, fp32 (3, S, S)."""
+
+
 @dataclass(frozen=True, eq=False)
 class Query:
     """An image and everything that it is asked for.
 
     Attributes:
-        image: fp32 (3, S, S), ImageNet-normalised.
-        prompts: P texts as the text tower gets them, or example images fp32 (P, 3, S, S).
+        image: fp32 (3, side, side), ImageNet-normalised.
+        prompts: P texts or example images.
         truths: P label maps, bool (S, S) or (H, W). To the latter the prediction is brought by stretching it
             to a square of side max(H, W) and cutting off what is beyond.
         class_ids: P, see ``ForegroundStatistics``.
         known: bool, like each of ``truths``: pixels that count; None for all.
+        groups: P, what each prompt belongs to (``pipeline.metrics.breakdown``), the size of the object aside,
+            which is taken from the truth; empty for none.
+        beside: how many prompts at the end are asked for comparison only, and are in no total.
     """
 
     image: Tensor
-    prompts: Sequence[str] | Tensor
+    prompts: Prompts
     truths: Sequence[npt.NDArray[np.bool_]]
     class_ids: Sequence[int]
     known: npt.NDArray[np.bool_] | None = None
+    groups: Sequence[Groups] = ()
+    beside: int = 0
 
 
 Read = Callable[[], Query]
 
 
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What came of one prompt.
+
+    Attributes:
+        statistics: of this prompt alone.
+        groups: what it belongs to.
+        beside: as ``Query.beside``.
+    """
+
+    statistics: ForegroundStatistics
+    groups: Groups = field(default_factory=dict)
+    beside: bool = False
+
+
 @torch.inference_mode()
-def score(
+def answers(
     model: ClipSeg,
     queries: Sequence[Read],
     *,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> ForegroundStatistics:
-    """Run a model over a benchmark and count.
+) -> list[Answer]:
+    """Run a model over a benchmark and count each prompt apart.
 
     The vision tower runs once per query, and all prompts of it go through the decoder together. Queries are
     read a few ahead by threads; no more than that is in memory.
@@ -96,22 +125,43 @@ def score(
     Raises:
         MaskMillError: from reading the data, and ``prompt_too_long``.
     """
-    parts = []
+    found = []
     texts: dict[str, Tensor] = {}
     for done, query in enumerate(_read_ahead(queries), start=1):
         conditionals = _conditionals(model, query.prompts, texts)
         logits = model(_placed(query.image[None], model), conditionals)[0]
-        for probability, truth, class_id in zip(logits.sigmoid(), query.truths, query.class_ids, strict=True):
+        groups = query.groups or [{}] * len(logits)
+        first_beside = len(logits) - query.beside
+        prompts = zip(logits.sigmoid(), query.truths, query.class_ids, groups, strict=True)
+        for number, (probability, truth, class_id, known_groups) in enumerate(prompts):
             fitted = _stretched(probability, truth.shape).cpu().numpy()
-            parts.append(ForegroundStatistics.of(fitted, truth, class_id, known=query.known))
+            statistics = ForegroundStatistics.of(fitted, truth, class_id, known=query.known)
+            beside = number >= first_beside
+            size = {} if beside else {OBJECT_SIZE: size_group(truth)}
+            found.append(Answer(statistics, {**size, **known_groups}, beside))
         progress(done, len(queries))
-    return ForegroundStatistics.merge(parts)
+    return found
+
+
+def total(found: Sequence[Answer]) -> ForegroundStatistics:
+    """Sum of all answers but those asked for beside."""
+    return ForegroundStatistics.merge(answer.statistics for answer in found if not answer.beside)
+
+
+def score(
+    model: ClipSeg,
+    queries: Sequence[Read],
+    *,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> ForegroundStatistics:
+    """``total`` of ``answers``."""
+    return total(answers(model, queries, progress=progress))
 
 
 # --- PhraseCut ----------------------------------------------------------------------------------------------
 
 
-def phrase_queries(dataset: PhraseCutDataset, *, limit: int = 0) -> list[Read]:
+def phrase_queries(dataset: PhraseCutDataset, *, limit: int = 0, side: int = IMAGE_SIZE) -> list[Read]:
     """PhraseCut by text: the phrase as written, image and mask squeezed to S x S, no negatives.
 
     Class ids are positions in the dataset, so that mIoU is the mean IoU of the samples.
@@ -119,14 +169,21 @@ def phrase_queries(dataset: PhraseCutDataset, *, limit: int = 0) -> list[Read]:
     Args:
         dataset: its samples, those of an image next to each other.
         limit: images at most; 0 is all.
+        side: of the network's input.
     """
     return [
-        partial(_phrase_query, dataset, first, group) for first, group in _by_image(dataset, limit or None)
+        partial(_phrase_query, dataset, first, group, side)
+        for first, group in _by_image(dataset, limit or None)
     ]
 
 
 def phrase_image_queries(
-    dataset: PhraseCutDataset, *, style: str = VISUAL_PROMPT, limit: int = 0, seed: int = 0
+    dataset: PhraseCutDataset,
+    *,
+    style: str = VISUAL_PROMPT,
+    limit: int = 0,
+    seed: int = 0,
+    side: int = IMAGE_SIZE,
 ) -> list[Read]:
     """PhraseCut by example image: each phrase is shown by one of the split's samples of the same phrase.
 
@@ -138,6 +195,7 @@ def phrase_image_queries(
         style: of the visual prompt.
         limit: as ``phrase_queries``; examples come from the whole split all the same.
         seed: names the draw, which is of each sample alone.
+        side: of the network's input.
     """
     samples = _phrase_samples(dataset)
     same: dict[str, list[PhraseSample]] = {}
@@ -151,17 +209,24 @@ def phrase_image_queries(
         return rng.choice(choices) if len(choices) > 1 else None
 
     return [
-        partial(_phrase_image_query, dataset, first, group, [example(sample) for sample in group], style)
+        partial(
+            _phrase_image_query, dataset, first, group, [example(sample) for sample in group], style, side
+        )
         for first, group in _by_image(dataset, limit or None)
     ]
 
 
-def _phrase_query(dataset: PhraseCutDataset, first: int, group: Sequence[PhraseSample]) -> Query:
+def _phrase_query(dataset: PhraseCutDataset, first: int, group: Sequence[PhraseSample], side: int) -> Query:
     return Query(
-        image=_phrase_pixels(dataset, group[0]),
+        image=_phrase_pixels(dataset, group[0], side),
         prompts=[sample.phrase for sample in group],
-        truths=[_squeezed_labels(dataset.truth(sample)) == 1 for sample in group],
+        truths=[squeezed_labels(dataset.truth(sample)) == 1 for sample in group],
         class_ids=range(first, first + len(group)),
+        groups=[
+            {PROMPT: "text"}
+            | phrase_groups(sample.phrase, attribute=sample.attribute, relation=sample.relation)
+            for sample in group
+        ],
     )
 
 
@@ -171,19 +236,22 @@ def _phrase_image_query(
     group: Sequence[PhraseSample],
     examples: Sequence[PhraseSample | None],
     style: str,
+    side: int,
 ) -> Query:
-    query = _phrase_query(dataset, first, group)
+    query = _phrase_query(dataset, first, group, side)
     prompts = [
         torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
         if example is None
-        else _prompt(_phrase_pixels(dataset, example), _squeezed_labels(dataset.truth(example)) == 1, style)
+        else example_prompt(
+            _phrase_pixels(dataset, example, IMAGE_SIZE), squeezed_labels(dataset.truth(example)) == 1, style
+        )
         for example in examples
     ]
-    return Query(query.image, torch.stack(prompts), query.truths, query.class_ids)
+    return replace(query, prompts=prompts, groups=[{PROMPT: "image"}] * len(group))
 
 
-def _phrase_pixels(dataset: PhraseCutDataset, sample: PhraseSample) -> Tensor:
-    return _pixels(dataset.image(sample), (IMAGE_SIZE, IMAGE_SIZE), align_corners=True)
+def _phrase_pixels(dataset: PhraseCutDataset, sample: PhraseSample, side: int) -> Tensor:
+    return pixels(dataset.image(sample), (side, side), align_corners=True)
 
 
 def _by_image(dataset: PhraseCutDataset, limit: int | None) -> Iterator[tuple[int, list[PhraseSample]]]:
@@ -203,90 +271,120 @@ def _phrase_samples(dataset: PhraseCutDataset) -> list[PhraseSample]:
 
 
 def pascal_queries(
-    dataset: Dataset, episodes: Sequence[Episode], *, style: str | None = VISUAL_PROMPT
+    dataset: Dataset,
+    episodes: Sequence[Episode],
+    *,
+    style: str | None = VISUAL_PROMPT,
+    beside: bool = False,
+    side: int = IMAGE_SIZE,
 ) -> list[Read]:
-    """Pascal-5i in PFENet's geometry, which CLIPSeg measures in.
+    """Pascal-5i in PFENet's geometry (``pipeline.prompt_pixels.on_black``), which CLIPSeg measures in.
 
-    An image whose longer side exceeds S is scaled down to it, the sides rounded down to multiples of 8, and
-    put on black at the top left. The prediction for that square is stretched to the square of the original
-    image's longer side, which is a little off where sides were rounded, and more for images smaller than S.
+    The prediction for the square is stretched to the square of the original image's longer side, which is a
+    little off where sides were rounded, and more for images smaller than S.
 
     Args:
         dataset: ``voc21``; ``ignore_index`` pixels do not count.
         episodes: of one fold; the first support image is used.
         style: of the visual prompt; None asks with the text "a photo of a CLASS.".
+        beside: where there is a style, ask by text as well, beside the total.
+        side: of the network's input.
     """
     samples = {sample.name: sample for sample in dataset.samples}
-    return [partial(_pascal_query, dataset, samples, episode, style) for episode in episodes]
+    return [partial(_pascal_query, dataset, samples, episode, style, beside, side) for episode in episodes]
 
 
-def coco_queries(dataset: Dataset, episodes: Sequence[Episode], *, style: str = VISUAL_PROMPT) -> list[Read]:
+def coco_queries(
+    dataset: Dataset,
+    episodes: Sequence[Episode],
+    *,
+    style: str = VISUAL_PROMPT,
+    beside: bool = False,
+    side: int = IMAGE_SIZE,
+) -> list[Read]:
     """COCO-20i as CLIPSeg measures it: images and masks of query and support squeezed to S x S.
 
     Args:
         dataset: ``cocoobject81``.
         episodes: of one fold; the first support image is used.
         style: of the visual prompt.
+        beside: ask by text as well, the name of the class, beside the total.
+        side: of the network's input.
     """
     samples = {sample.name: sample for sample in dataset.samples}
-    return [partial(_coco_query, dataset, samples, episode, style) for episode in episodes]
+    return [partial(_coco_query, dataset, samples, episode, style, beside, side) for episode in episodes]
 
 
 def _pascal_query(
-    dataset: Dataset, samples: Mapping[str, Sample], episode: Episode, style: str | None
+    dataset: Dataset,
+    samples: Mapping[str, Sample],
+    episode: Episode,
+    style: str | None,
+    beside: bool,
+    side: int,
 ) -> Query:
     image, truth = dataset.image_and_truth(samples[episode.query])
-    prompts: Sequence[str] | Tensor
-    if style is None:
-        prompts = [f"a photo of a {VOC_NAMES[episode.class_id - 1]}."]
-    else:
+    text = f"a photo of a {VOC_NAMES[episode.class_id - 1]}."
+    example = None
+    if style is not None:
         shown, labels = dataset.image_and_truth(samples[episode.support[0]])
-        prompts = _prompt(_on_black(shown), _mask_on_black(labels == episode.class_id), style)[None]
-    return Query(
-        image=_on_black(image),
-        prompts=prompts,
-        truths=[truth == episode.class_id],
-        class_ids=[episode.class_id],
+        example = example_prompt(on_black(shown), mask_on_black(labels == episode.class_id), style)
+    return _episode_query(
+        on_black(image, side),
+        truth == episode.class_id,
+        episode.class_id,
+        VOC_NAMES[episode.class_id - 1],
+        example,
+        text if example is None or beside else None,
         known=truth != dataset.ignore_index,
     )
 
 
-def _coco_query(dataset: Dataset, samples: Mapping[str, Sample], episode: Episode, style: str) -> Query:
-    pixels, masks = [], []
-    for name in (episode.query, episode.support[0]):
-        image, truth = dataset.image_and_truth(samples[name])
-        pixels.append(_pixels(image, (IMAGE_SIZE, IMAGE_SIZE), antialias=True))  # Pillow's, in the reference
-        masks.append(_squeezed_labels(truth) == episode.class_id)
-    return Query(
-        image=pixels[0],
-        prompts=_prompt(pixels[1], masks[1], style)[None],
-        truths=[masks[0]],
-        class_ids=[episode.class_id],
+def _coco_query(
+    dataset: Dataset, samples: Mapping[str, Sample], episode: Episode, style: str, beside: bool, side: int
+) -> Query:
+    image, truth = dataset.image_and_truth(samples[episode.query])
+    shown, labels = dataset.image_and_truth(samples[episode.support[0]])
+    name = dataset.class_names[episode.class_id]
+    square = (IMAGE_SIZE, IMAGE_SIZE)
+    return _episode_query(
+        pixels(image, (side, side), antialias=True),  # Pillow's resizing, in the reference
+        squeezed_labels(truth) == episode.class_id,
+        episode.class_id,
+        name,
+        example_prompt(
+            pixels(shown, square, antialias=True), squeezed_labels(labels) == episode.class_id, style
+        ),
+        name if beside else None,
     )
 
 
-def _on_black(image: npt.NDArray[np.uint8]) -> Tensor:
-    height, width = _fitting(image.shape[0], image.shape[1])
-    black = np.zeros((1, 1, 3), np.uint8)
-    square = _pixels(black, (1, 1)).expand(3, IMAGE_SIZE, IMAGE_SIZE).clone()
-    square[:, :height, :width] = _pixels(image, (height, width))
-    return square
-
-
-def _mask_on_black(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    height, width = _fitting(mask.shape[0], mask.shape[1])
-    square = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.bool_)
-    square[:height, :width] = _nearest(mask, (height, width)) == 1
-    return square
-
-
-def _fitting(height: int, width: int) -> tuple[int, int]:
-    longer = max(height, width)
-    if longer <= IMAGE_SIZE:
-        return height, width
-    ratio = IMAGE_SIZE / longer
-    new = (IMAGE_SIZE, int(width * ratio)) if height >= width else (int(height * ratio), IMAGE_SIZE)
-    return max(8, new[0] // 8 * 8), max(8, new[1] // 8 * 8)
+def _episode_query(
+    image: Tensor,
+    truth: npt.NDArray[np.bool_],
+    class_id: int,
+    name: str,
+    example: Tensor | None,
+    text: str | None,
+    *,
+    known: npt.NDArray[np.bool_] | None = None,
+) -> Query:
+    """One class asked for with an example, a text, or both; then the text is beside."""
+    prompts: dict[str, str | Tensor] = {}
+    if example is not None:
+        prompts["image"] = example
+    if text is not None:
+        prompts["text"] = text
+    count = len(prompts)
+    return Query(
+        image=image,
+        prompts=list(prompts.values()),
+        truths=[truth] * count,
+        class_ids=[class_id] * count,
+        known=known,
+        groups=[{PROMPT: kind} | ({CLASS: name} if i == 0 else {}) for i, kind in enumerate(prompts)],
+        beside=count - 1,
+    )
 
 
 # --- generalised zero-shot ----------------------------------------------------------------------------------
@@ -298,6 +396,7 @@ def zero_shot_confusion(
     dataset: Dataset,
     *,
     limit: int = 0,
+    side: int = IMAGE_SIZE,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> npt.NDArray[np.int64]:
     """Confusion of all 21 classes of PASCAL VOC, each asked for by name.
@@ -309,7 +408,8 @@ def zero_shot_confusion(
         model: CLIPSeg or a baseline.
         dataset: ``voc21``.
         limit: images at most; 0 is all.
-        progress: as ``score``.
+        side: of the network's input; probabilities from another than S are brought to S.
+        progress: as ``answers``.
 
     Returns:
         int64 (21, 22), as ``pipeline.metrics.confusion``.
@@ -319,11 +419,11 @@ def zero_shot_confusion(
     factors[0] = BACKGROUND_FACTOR
     conditionals = model.encode_text(ZERO_SHOT_NAMES)
     samples = dataset.samples[: limit or None]
-    reads = [partial(_zero_shot_pair, dataset, sample) for sample in samples]
+    reads = [partial(_zero_shot_pair, dataset, sample, side) for sample in samples]
     confusion = np.zeros((count, count + 1), np.int64)
-    for done, (pixels, truth) in enumerate(_read_ahead(reads), start=1):
-        logits = model(_placed(pixels[None], model), conditionals)[0]
-        predicted = (logits.sigmoid() * factors).argmax(0).cpu().numpy()
+    for done, (image, truth) in enumerate(_read_ahead(reads), start=1):
+        probabilities = model(_placed(image[None], model), conditionals)[0].sigmoid()
+        predicted = (_stretched(probabilities, truth.shape) * factors).argmax(0).cpu().numpy()
         confusion += confusion_matrix(truth, predicted, count, ignore_index=dataset.ignore_index)
         progress(done, len(reads))
     return confusion
@@ -349,55 +449,30 @@ def zero_shot_metrics(confusion: npt.NDArray[np.int64], unseen: Collection[int])
     }
 
 
-def _zero_shot_pair(dataset: Dataset, sample: Sample) -> tuple[Tensor, Labels]:
+def _zero_shot_pair(dataset: Dataset, sample: Sample, side: int) -> tuple[Tensor, Labels]:
     image, truth = dataset.image_and_truth(sample)
-    return _pixels(image, (IMAGE_SIZE, IMAGE_SIZE)), _squeezed_labels(truth)
+    return pixels(image, (side, side)), squeezed_labels(truth)
 
 
 # --- common parts -------------------------------------------------------------------------------------------
 
 
-def _pixels(
-    image: npt.NDArray[np.uint8],
-    size: tuple[int, int],
-    *,
-    align_corners: bool = False,
-    antialias: bool = False,
-) -> Tensor:
-    """Bilinear resize and ImageNet statistics: uint8 RGB (H, W, 3) to fp32 (3, *size)."""
-    x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    # PyTorch does not take both options; antialiasing has no aligned corners.
-    x = F.interpolate(x, size, mode="bilinear", align_corners=align_corners, antialias=antialias)
-    return normalize(x)[0]
-
-
-def _nearest(labels: npt.NDArray[np.generic], size: tuple[int, int]) -> npt.NDArray[np.float32]:
-    """Nearest neighbour as PyTorch takes it, which OpenCV's is as well; ids up to 2**24 are exact."""
-    x = torch.from_numpy(labels.astype(np.float32))[None, None]
-    return F.interpolate(x, size, mode="nearest")[0, 0].numpy()
-
-
-def _squeezed_labels(labels: Labels) -> Labels:
-    return _nearest(labels, (IMAGE_SIZE, IMAGE_SIZE)).astype(labels.dtype)
-
-
-def _prompt(pixels: Tensor, mask: npt.NDArray[np.bool_], style: str) -> Tensor:
-    return visual_prompt(pixels[None], torch.from_numpy(mask)[None], style)[0]
-
-
-def _conditionals(model: ClipSeg, prompts: Sequence[str] | Tensor, texts: dict[str, Tensor]) -> Tensor:
+def _conditionals(model: ClipSeg, prompts: Prompts, texts: dict[str, Tensor]) -> Tensor:
     """(P, E); texts that were embedded before are kept in ``texts``."""
-    if isinstance(prompts, Tensor):
-        return torch.cat(
-            [
-                model.encode_prompt_images(_placed(part, model))
-                for part in prompts.split(_PROMPT_IMAGES_AT_ONCE)
-            ]
-        )
-    new = [text for text in dict.fromkeys(prompts) if text not in texts]
+    images = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
+    shown = iter(
+        [
+            row
+            for start in range(0, len(images), _PROMPT_IMAGES_AT_ONCE)
+            for row in model.encode_prompt_images(
+                _placed(torch.stack(images[start : start + _PROMPT_IMAGES_AT_ONCE]), model)
+            )
+        ]
+    )
+    new = [text for text in dict.fromkeys(prompts) if isinstance(text, str) and text not in texts]
     if new:
         texts.update(zip(new, model.encode_text(new), strict=True))
-    return torch.stack([texts[text] for text in prompts])
+    return torch.stack([texts[prompt] if isinstance(prompt, str) else next(shown) for prompt in prompts])
 
 
 def _placed(pixels: Tensor, model: ClipSeg) -> Tensor:
@@ -405,13 +480,13 @@ def _placed(pixels: Tensor, model: ClipSeg) -> Tensor:
 
 
 def _stretched(probability: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(S, S) to ``shape``; see ``Query.truths``."""
+    """(..., S, S) to (..., *shape); see ``Query.truths``."""
     side = max(shape)
-    if side != len(probability):
-        probability = F.interpolate(
-            probability[None, None], (side, side), mode="bilinear", align_corners=True
-        )[0, 0]
-    return probability[: shape[0], : shape[1]]
+    if side != probability.shape[-1]:
+        flat = probability.reshape(-1, 1, *probability.shape[-2:])
+        flat = F.interpolate(flat, (side, side), mode="bilinear", align_corners=True)
+        probability = flat.reshape(*probability.shape[:-2], side, side)
+    return probability[..., : shape[0], : shape[1]]
 
 
 def _read_ahead(reads: Sequence[Callable[[], _Item]]) -> Iterator[_Item]:

@@ -54,6 +54,7 @@ class Request:
         rows: only rows whose name holds one of these; all if empty.
         datasets: only these; all of the table if empty.
         limit: images of each dataset at most; 0 is all.
+        image_sizes: of CLIPSeg's tables: sides of the network's input to measure at besides the paper's.
         folder: for the result; each row's own result lies below it.
         console: for progress.
     """
@@ -67,6 +68,7 @@ class Request:
     rows: Sequence[str] = ()
     datasets: Sequence[str] = ()
     limit: int = 0
+    image_sizes: Sequence[int] = ()
 
 
 def annotation_free(request: Request) -> Iterator[dict[str, Any]]:

@@ -4,18 +4,23 @@ The rule: crowd regions first, then instances from large to small, later ones ov
 on a table is a cup. ``iscrowd`` regions count as their class, as they do in COCO-Stuff's maps, but lie
 beneath every single instance, since their outlines are coarse. Pixels of no instance, or of a category that
 the ontology does not name, are background if the ontology has one, and ignored otherwise.
+
+LVIS is COCO JSON as well; its images have no ``file_name``, but an address that ends with the COCO split they
+belong to and their name, so they are looked for as ``train2017/000000391895.jpg`` below the folder of images.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from models.errors import MaskMillError
 from pipeline.datasets.base import Dataset, Labels, Sample, Source, shown
@@ -56,12 +61,28 @@ class CocoDataset(Dataset):
         labels: Labels = np.full(sample.size, blank, self.classes.mask_dtype)
         return draw_instances(labels, json.loads(sample.instances), where=sample.name)
 
+    def class_ids_of(self, sample: Sample) -> set[int]:
+        """Classes that have an instance in an image, those hidden beneath others in ``truth`` included."""
+        assert isinstance(sample, CocoSample)
+        return {int(class_id) for class_id, *_ in json.loads(sample.instances)}
+
+    def union(self, sample: Sample, class_ids: Collection[int]) -> npt.NDArray[np.bool_]:
+        """Everything that an instance of one of the classes covers, bool (H, W), whatever lies over it.
+
+        Raises:
+            MaskMillError: ``dataset_invalid`` for a malformed segmentation.
+        """
+        assert isinstance(sample, CocoSample)
+        wanted = [[1, *rest] for class_id, *rest in json.loads(sample.instances) if class_id in class_ids]
+        blank: Labels = np.zeros(sample.size, np.uint8)
+        return draw_instances(blank, wanted, where=sample.name) == 1
+
 
 def open_coco_json(
     annotations: str,
     images: str,
     *,
-    ontology: Ontology | str,
+    ontology: Ontology | str | None,
     name: str = "coco-json",
     split: str | None = None,
 ) -> CocoDataset:
@@ -70,7 +91,8 @@ def open_coco_json(
     Args:
         annotations: path or URI of the JSON file.
         images: folder of its images; ``file_name`` is relative to it.
-        ontology: classes are matched with categories by name or synonym, whatever the case.
+        ontology: classes are matched with categories by name or synonym, whatever the case. None makes a
+            class of every category (``category_ontology``).
         name: of the dataset.
         split: what to call the part; the JSON's file name by default.
 
@@ -79,7 +101,6 @@ def open_coco_json(
             ``dataset_invalid`` for a file that is not COCO JSON, an annotation without segmentation, or a
             class that no category is called like.
     """
-    classes = ontology if isinstance(ontology, Ontology) else load_ontology(ontology)
     path = PurePosixPath(annotations)
     storage = open_storage(annotations.removesuffix(path.name).rstrip("/") or ".")
     try:
@@ -89,7 +110,13 @@ def open_coco_json(
     where = storage.uri_of(path.name)
     try:
         content = json.loads(data)
-        class_of = _classes_by_category(content["categories"], classes, where)
+        categories = content["categories"]
+        if ontology is None:
+            classes = category_ontology(categories)
+            class_of = {category["id"]: place for place, category in enumerate(_by_id(categories))}
+        else:
+            classes = ontology if isinstance(ontology, Ontology) else load_ontology(ontology)
+            class_of = _classes_by_category(categories, classes, where)
         by_image: dict[int, list[Any]] = {image["id"]: [] for image in content["images"]}
         for annotation in content["annotations"]:
             if annotation["category_id"] not in class_of:
@@ -104,13 +131,14 @@ def open_coco_json(
             ]
             by_image[annotation["image_id"]].append(entry)
         found = [
-            (str(image["file_name"]), (int(image["height"]), int(image["width"])), by_image[image["id"]])
+            (_file_name(image), (int(image["height"]), int(image["width"])), by_image[image["id"]])
             for image in content["images"]
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise _invalid(where, f"it is not COCO JSON ({type(error).__name__}: {error})") from error
     place = open_storage(images)
-    present = set(place.list("", recursive=any("/" in file for file, _, _ in found)))
+    folders = {file.rpartition("/")[0] for file, _, _ in found}
+    present = {file for folder in folders for file in place.list(folder)}
     absent = [file for file, _, _ in found if file not in present]
     if absent:
         raise MaskMillError(
@@ -140,7 +168,7 @@ def open_coco_root(
     root: str | None,
     *,
     split: str = "val2017",
-    ontology: Ontology | str,
+    ontology: Ontology | str | None,
     annotations: str | None = None,
     images: str | None = None,
 ) -> CocoDataset:
@@ -152,6 +180,34 @@ def open_coco_root(
         place = SOURCE.open(root, [f"images/{split}", split])
         images = place.uri_of(f"images/{split}" if place.exists(f"images/{split}") else split)
     return open_coco_json(annotations, images, ontology=ontology, split=split)
+
+
+def category_ontology(categories: Sequence[Mapping[str, Any]]) -> Ontology:
+    """A class of every category, by id, without background.
+
+    Names lose LVIS' underlines, and a remark in brackets where the name is unique without it: "bus_(vehicle)"
+    becomes "bus", but "bow_(weapon)" stays apart from "bow_(decorative_ribbons)".
+
+    Args:
+        categories: ``id`` and ``name`` each.
+
+    Raises:
+        MaskMillError: ``ontology_invalid`` if two categories have one name.
+    """
+    names = [spoken_names(str(category["name"])) for category in _by_id(categories)]
+    short = Counter(name.casefold() for _, name in names)
+    return Ontology.from_dict(
+        {
+            "name": "categories",
+            "classes": [brief if short[brief.casefold()] == 1 else full for full, brief in names],
+        }
+    )
+
+
+def spoken_names(category: str) -> tuple[str, str]:
+    """A category's name in words, with the remark in brackets that LVIS may add, and without it."""
+    full = " ".join(category.replace("_", " ").split())
+    return full, full.partition(" (")[0]
 
 
 def draw_instances(labels: Labels, instances: list[Any], *, where: str) -> Labels:
@@ -196,6 +252,16 @@ def draw_instances(labels: Labels, instances: list[Any], *, where: str) -> Label
     for *_, class_id, rle in sorted(regions, key=lambda region: region[:3]):
         labels[coco.decode(rle).astype(bool)] = class_id
     return labels
+
+
+def _by_id(categories: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return sorted(categories, key=lambda category: int(category["id"]))
+
+
+def _file_name(image: Mapping[str, Any]) -> str:
+    if "file_name" in image:
+        return str(image["file_name"])
+    return "/".join(str(image["coco_url"]).split("/")[-2:])
 
 
 def _classes_by_category(categories: list[dict[str, Any]], classes: Ontology, where: str) -> dict[int, int]:

@@ -47,6 +47,8 @@ class PhraseSample(Sample):
     Attributes:
         phrase: the referring expression, as written.
         image_id: of Visual Genome; several samples share an image.
+        attribute: whether the phrase says what the thing is like ("red").
+        relation: whether it says how the thing relates to another ("on the table").
         size: (H, W) of the annotation.
         polygons: float64 x, y pairs of one polygon each, as bytes.
     """
@@ -55,6 +57,8 @@ class PhraseSample(Sample):
     image_id: int = 0
     size: tuple[int, int] = (0, 0)
     polygons: tuple[bytes, ...] = ()
+    attribute: bool = False
+    relation: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,8 @@ def open_phrasecut(root: str | None, *, split: str = "test") -> PhraseCutDataset
                     for instance in task["Polygons"]
                     for polygon in instance
                 ),
+                attribute=_has(task, "attributes"),
+                relation=_has(task, "relation_descriptions"),
             )
             for task in tasks
         ]
@@ -136,6 +142,12 @@ def _is_used(task: dict[str, Any]) -> bool:
     return (
         int(task["image_id"]) not in EXCLUDED_IMAGES and area > 0 and bool(task.get("phrase_structure", True))
     )
+
+
+def _has(task: dict[str, Any], part: str) -> bool:
+    """Whether the phrase has a part; ``phrase_structure`` lists name, attributes and relations."""
+    structure = task.get("phrase_structure")
+    return isinstance(structure, dict) and bool(structure.get(part))
 
 
 def _read_sizes(place: Storage) -> dict[int, tuple[int, int]]:

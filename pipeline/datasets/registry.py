@@ -17,6 +17,7 @@ from pipeline.datasets import (
     cocoobject,
     cocostuff,
     context,
+    lvis,
     pairs,
     phrasecut,
     toy,
@@ -76,6 +77,10 @@ DATASETS: Mapping[str, DatasetInfo] = {
     "cocoobject81": DatasetInfo(
         "COCO-Object, 80 things and background", "val2017", cocoobject.SOURCE,
         cocoobject.open_coco_object, {"train2017": 118_287, "val2017": 5000},
+    ),
+    lvis.NAME: DatasetInfo(
+        "LVIS v1, 1203 things, unlabelled pixels ignored", "val", lvis.SOURCE,
+        lvis.open_lvis, {"train": 100_170, "val": 19_809},
     ),
     "cityscapes19": DatasetInfo(
         "Cityscapes, 19 classes of street scenes", "val", cityscapes.SOURCE,

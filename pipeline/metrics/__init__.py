@@ -5,5 +5,6 @@
 * ``boundary``: IoU of the pixels near the contours.
 * ``calibration``: how far the confidence can be believed.
 * ``foreground``: one prompt, one probability map: IoU at thresholds, average precision, as CLIPSeg has them.
+* ``breakdown``: the same for groups of prompts, such as objects of one size.
 * ``pixels``, ``ratios``: the counting and the division that the others share.
 """

@@ -107,7 +107,7 @@ def curve(
         top: upper end of the y axis.
         bottom: lower end of the y axis.
     """
-    left, right, above, height, width = 34, 10, 8, 110, 196
+    left, right, above, height, width = 44, 10, 8, 110, 186
     base = above + height
     first, span = xs[0], (xs[-1] - xs[0]) or 1.0
 

@@ -50,6 +50,8 @@ METRICS = {
     "iou_fg": "foreground IoU",
     "iou_bin": "binary IoU",
     "ap": "average precision",
+    "delta_probability": "change of P(object)",
+    "probability": "P(object)",
     "map": "mean average precision",
     "auc": "ROC AUC",
 }
@@ -123,6 +125,8 @@ def _check_replaceable(path: Path) -> None:
 
 def metric_name(metric: str) -> str:
     """A metric as people call it."""
+    if metric.endswith("_standard"):
+        return f"{metric_name(metric.removesuffix('_standard'))}, standard"
     return METRICS.get(metric, metric.replace("_", " "))
 
 
@@ -445,21 +449,51 @@ def _section(section: Section) -> dict[str, Any]:
         "sources": list(dict.fromkeys(row.source for row in section.rows if row.source)),
         "intervals": any(v.low is not None for row in section.rows for v in row.values.values()),
         "curves": _curves(section, metric, low, top) if section.chart == "lines" else None,
+        "panels": _panels(section) if section.chart == "bars" else [],
     }
 
 
+def _panels(section: Section) -> list[dict[str, Any]]:
+    """Bars by group, a panel for each series and metric, all on one axis; none if the rows have no series."""
+    series: dict[str, list[Row]] = {}
+    for row in section.rows:
+        if row.series is None or row.x is None:
+            return []
+        series.setdefault(row.series, []).append(row)
+    low, top = _range(section, *section.metrics)
+    panels = []
+    for name, rows in series.items():
+        for metric in section.metrics:
+            bars = []
+            for row in sorted(rows, key=lambda row: row.x or 0):
+                value = row.values.get(metric)
+                mean = None if value is None else value.mean
+                ends = None if mean is None else sorted(((mean - low) / (top - low), -low / (top - low)))
+                bars.append(
+                    {
+                        "label": row.name.removeprefix(f"{name}, "),
+                        "value": mean,
+                        "left": ends and _percent(ends[0]),
+                        "width": ends and _percent(ends[1] - ends[0]),
+                    }
+                )
+            panels.append({"series": name, "metric": metric, "bars": bars, "top": top})
+    return panels
+
+
 def _row_label(row: Row) -> str:
-    """Name of a row; a point of a curve is named by the curve and its place, unless its own name says so."""
+    """Name of a row; a point of a series is named by it and its place, unless its own name says so."""
     if row.series is None or row.x is None or row.series in row.name:
         return row.name
     return f"{row.series} {row.x:g}"
 
 
-def _range(section: Section, metric: str) -> tuple[float, float]:
+def _range(section: Section, *metrics: str) -> tuple[float, float]:
     """Ends of the axis that all bars or curves of a section share; 0 is on it."""
-    values = [row.values[metric] for row in section.rows if metric in row.values]
+    pairs = [(row, metric) for row in section.rows for metric in metrics]
+    values = [row.values[metric] for row, metric in pairs if metric in row.values]
     points = [x for v in values for x in (v.mean, v.low, v.high) if x is not None]
-    points += [p for row in section.rows if (p := row.published.get(metric)) is not None]
+    points += [p for row, metric in pairs if (p := row.published.get(metric)) is not None]
     top, bottom = max(points, default=1.0), min(points, default=0.0)
     return (-plots.nice_top(-bottom) if bottom < 0 else 0.0), plots.nice_top(top)
 

@@ -1,4 +1,7 @@
-"""One page about a training run: how it went, and the student's labels beside its teacher's."""
+"""The page that every training leaves: how it went, pictures of what came of it, and what to do with it.
+
+What is trained says what is on it: ``pipeline.report.student_page``, ``pipeline.report.clipseg_page``.
+"""
 
 from __future__ import annotations
 
@@ -9,43 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from pipeline.report import plots
 from pipeline.report.page import put_in_place, render
-from pipeline.report.sheet import colorize, contact_sheet, overlay
+from pipeline.tracking.names import flatten
 
-SHOWN = 6
-"""Examples on the sheet; the page shows all of them."""
+PAGE, SHEET = "report.html", "preview.png"
+"""Names of the page and of the picture beside it."""
 _THUMBNAIL = 320
-# Figures of metrics.jsonl that get a curve, in this order; others stay in the file.
-_CURVES = {
-    "loss": "loss",
-    "agreement": "agreement with the teacher",
-    "guessed": "share of pixels with a label",
-    "guess_confidence": "mean confidence of the guesses",
-    "drift": "drift of the predicted classes",
-    "gradient_norm": "gradient norm",
-}
 
 
 @dataclass(frozen=True)
-class Example:
-    """One image and what is made of it.
+class Card:
+    """Pictures of one image, side by side.
 
     Attributes:
-        name: of the image.
-        image: uint8 (H, W, 3).
-        teacher: integer (H, W) class ids; ids without a colour are grey.
-        student: integer (H, W).
-        truth: integer (H, W), None where it is not known.
+        name: beneath them.
+        pictures: captions and uint8 (H, W, 3); a card with fewer than others leaves its last columns empty.
     """
 
     name: str
-    image: np.ndarray
-    teacher: np.ndarray
-    student: np.ndarray
-    truth: np.ndarray | None = None
+    pictures: Sequence[tuple[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -63,111 +50,123 @@ class Score:
     ious: Sequence[float | None]
 
 
-def write_training_page(
-    path: Path,
-    *,
-    record: Mapping[str, Any],
-    lines: Sequence[Mapping[str, Any]],
-    examples: Sequence[Example],
-    names: Sequence[str],
-    palette: np.ndarray,
-    scores: Sequence[Score] = (),
-    note: str = "",
-) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class TrainingPage:
+    """What is on the page.
+
+    Attributes:
+        title: of the page.
+        toy: whether it is about the toy world.
+        training: of the record: ``iterations``, ``seconds``, ``samples_per_second``, ``data_wait``,
+            ``failed_samples``, ``stopped``; all but the first may be missing.
+        samples: what one of them is called, in the plural.
+        tiles: figures at the top, by name.
+        cards: pictures.
+        note: a sentence about them.
+        classes: their colours, "#rrggbb" by name.
+        scores: where truth is known, of the first model that is compared to the last.
+        names: of the classes in ``scores``.
+        curves: titles of the figures of ``metrics.jsonl`` that are drawn, by key.
+        curves_note: a sentence about them.
+        marks: steps at which they have a dashed line.
+        data: what was trained on, by name.
+        files: what is where, by name.
+        commands: what to run next, by purpose.
+        settings: every setting, nested.
+    """
+
+    title: str
+    toy: bool
+    training: Mapping[str, Any]
+    samples: str
+    tiles: Sequence[tuple[str, str]]
+    cards: Sequence[Card]
+    note: str = ""
+    classes: Sequence[tuple[str, str]] = ()
+    scores: Sequence[Score] = ()
+    names: Sequence[str] = ()
+    curves: Mapping[str, str]
+    curves_note: str
+    marks: Sequence[float] = ()
+    data: Sequence[tuple[str, str]]
+    files: Sequence[tuple[str, str]]
+    commands: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+
+def write_training_page(path: Path, page: TrainingPage, lines: Sequence[Mapping[str, Any]]) -> Path:
     """Write the page; an older one is replaced once the new one is whole.
 
     Args:
         path: of the HTML file.
-        record: content of ``student.json``.
+        page: what is on it.
         lines: of ``metrics.jsonl``.
-        examples: images to show.
-        names: of the C classes.
-        palette: uint8 (C, 3).
-        scores: of the teacher first, then of the student, where truth is known.
-        note: a sentence about the examples and scores.
     """
-    training = record["training"]
-    page = render(
+    text = render(
         "training.html",
-        title=f"Student of {record['teacher']['weights']['model']}",
-        toy=record["teacher"]["weights"]["model"] == "toyclip",
-        stopped=training.get("stopped"),
-        tiles=_tiles(record, scores),
-        examples=[_card(example, palette) for example in examples],
-        columns=[
-            "image",
-            *(["truth"] if any(e.truth is not None for e in examples) else []),
-            "teacher",
-            "student",
+        page=page,
+        tiles=_tiles(page),
+        columns=max((len(card.pictures) for card in page.cards), default=1),
+        cards=[{"name": card.name, "pictures": _pictures(card)} for card in page.cards],
+        gains=_gains(page.scores, page.names),
+        curves=_curves(page, lines),
+        facts=[
+            (title, rows)
+            for title, rows in (("Data", page.data), ("Time", _time(page)), ("Where things are", page.files))
+            if rows
         ],
-        classes=[
-            {"name": name, "color": "#{:02x}{:02x}{:02x}".format(*color)}
-            for name, color in zip(names, palette.tolist(), strict=True)
-        ],
-        scores=scores,
-        gains=_gains(scores, names),
-        curves=_curves(lines, record["recipe"]),
-        note=note,
-        settings=_settings(record),
+        settings=sorted(flatten(dict(page.settings)).items()),
     )
-    put_in_place(path, page)
+    put_in_place(path, text)
     return path
 
 
-def preview_sheet(
-    examples: Sequence[Example], *, names: Sequence[str], palette: np.ndarray, caption: str
-) -> Image.Image:
-    """Images, truth if known, teacher and student in rows."""
-    shown = examples[:SHOWN]
-    rows = [("images", [example.image for example in shown])]
-    if shown and all(example.truth is not None for example in shown):
-        rows.append(("truth", [colorize(np.asarray(example.truth), palette) for example in shown]))
-    rows.append(("teacher (pseudo-labels)", [colorize(example.teacher, palette) for example in shown]))
-    rows.append(("student", [colorize(example.student, palette) for example in shown]))
-    return contact_sheet(rows, names=names, palette=palette, caption=caption)
+def thousands(count: Any) -> str:
+    """A number for people; anything else as it is."""
+    return f"{count:,}" if isinstance(count, int) else str(count)
 
 
-def _tiles(record: Mapping[str, Any], scores: Sequence[Score]) -> list[tuple[str, str]]:
-    training = record["training"]
-    tiles = [(f"mIoU of the {score.name}", f"{100 * score.miou:.1f}") for score in scores]
+def _tiles(page: TrainingPage) -> list[tuple[str, str]]:
+    training, tiles = page.training, [*page.tiles]
     tiles.append(("steps", f"{training['iterations']:,}"))
     if training.get("seconds"):
-        tiles.append(("time of training", f"{training['seconds'] / 60:.1f} min"))
+        tiles.append(("time of training", _duration(training["seconds"])))
     if training.get("samples_per_second"):
-        tiles.append(("crops/s", f"{training['samples_per_second']:.1f}"))
-    parts = dict.fromkeys((record["config"]["decoder"], record["config"]["backbone"]))
-    tiles.append(("student", ", ".join(parts)))
+        tiles.append((f"{page.samples}/s", f"{training['samples_per_second']:.1f}"))
     return tiles
 
 
-def _card(example: Example, palette: np.ndarray) -> dict[str, Any]:
-    maps = [example.truth] if example.truth is not None else []
-    pictures = [example.image] + [
-        _over(example.image, labels, palette) for labels in [*maps, example.teacher, example.student]
+def _time(page: TrainingPage) -> list[tuple[str, str]]:
+    training = page.training
+    rows = [("steps", f"{training['iterations']:,}")]
+    if training.get("seconds"):
+        rows.append(("training", _duration(training["seconds"])))
+        rows.append(("a step", f"{training['seconds'] / max(1, training['iterations']):.3g} s"))
+    if training.get("samples_per_second"):
+        rows.append((f"{page.samples} a second", f"{training['samples_per_second']:.1f}"))
+    if training.get("data_wait") is not None:
+        rows.append((f"waiting for {page.samples}", f"{training['data_wait']:.0%} of the time"))
+    if training.get("failed_samples"):
+        rows.append((f"{page.samples} that could not be loaded", f"{training['failed_samples']:,}"))
+    return rows
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:,.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
+
+
+def _pictures(card: Card) -> list[dict[str, Any]]:
+    return [
+        {"caption": caption, "uri": uri, "width": width, "height": height}
+        for caption, picture in card.pictures
+        for uri, width, height in [plots.picture_uri(_large(picture), longest=_THUMBNAIL)]
     ]
-    captions = ["image", *(["truth"] if maps else []), "teacher", "student"]
-    return {
-        "name": example.name,
-        "pictures": [
-            {"caption": caption, "uri": uri, "width": width, "height": height}
-            for caption, picture in zip(captions, pictures, strict=True)
-            for uri, width, height in [plots.picture_uri(_large(picture), longest=_THUMBNAIL)]
-        ],
-    }
 
 
 def _large(picture: np.ndarray) -> np.ndarray:
     """Small pictures enlarged by a whole factor, so that browsers do not blur them."""
     factor = _THUMBNAIL // max(picture.shape[:2])
     return picture.repeat(factor, 0).repeat(factor, 1) if factor > 1 else picture
-
-
-def _over(image: np.ndarray, labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    known = (labels < len(palette))[..., None]
-    grey = np.repeat(image.mean(2, keepdims=True), 3, axis=2)
-    return np.where(known, overlay(grey, labels, palette, opacity=0.75), colorize(labels, palette)).astype(
-        np.uint8
-    )
 
 
 def _gains(scores: Sequence[Score], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -183,26 +182,14 @@ def _gains(scores: Sequence[Score], names: Sequence[str]) -> list[dict[str, Any]
     return rows
 
 
-def _curves(lines: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
-    ends = [span[1] for key, span in recipe.get("selftrain", {}).items() if key == "guided" and span[1] > 0]
+def _curves(page: TrainingPage, lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     curves = []
-    for key, title in _CURVES.items():
+    for key, title in page.curves.items():
         points = [
             plots.Point(float(line["step"]), float(line[key]))
             for line in lines
             if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])
         ]
         if len(points) > 1:
-            curves.append({"title": title, "chart": plots.trace(points, label=title, marks=ends)})
+            curves.append({"title": title, "chart": plots.trace(points, label=title, marks=page.marks)})
     return curves
-
-
-def _settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    from pipeline.tracking.names import flatten
-
-    shown = {
-        "recipe": record["recipe"],
-        "teacher": record["teacher"]["weights"],
-        "versions": record["versions"],
-    }
-    return sorted(flatten(shown).items())

@@ -9,24 +9,22 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from models.clip import Clip, load_clip
-from models.clipseg import IMAGE_SIZE, ClipSeg, normalize
-from models.clipseg_weights import load_clipseg
 from models.errors import MaskMillError
 from models.labelmap import label_map
 from models.maskclip import MaskClip, MaskClipConfig
 from models.precision import DTYPES, best_device
 from models.text import TextClassifier, build_text_classifier
-from models.visual_prompts import STYLES
+from pipeline.clipseg import Picture, embed_prompts, parse_style, probability_maps, visual_prompt_of
+from pipeline.clipseg_labeller import stretched
+from pipeline.clipseg_model import VISUAL_PROMPT, ClipSegWeights
 from pipeline.images import resize, target_size
 from pipeline.serving.models import (
     HeatAnswer,
@@ -41,8 +39,6 @@ from pipeline.student import StudentRecord, load_student
 
 OTHER = "something else"
 _WORDS_KEPT = 4096
-_VISUAL_PROMPT = STYLES["crop_blur_highlight352"]
-"""What CLIPSeg was trained with: background darkened and blurred, cropped to the object."""
 
 
 class Words:
@@ -196,20 +192,17 @@ class Student:
 
 
 class PromptModel:
-    """CLIPSeg: a probability map for each prompt, text or example, by itself.
+    """CLIPSeg: a probability map for each prompt, text or example, as ``maskmill segment`` makes them.
 
     Args:
-        weights: as ``models.clipseg_weights.load_clipseg``.
-        model, pretrained: the CLIP beneath a decoder file; None where the weights bring it.
+        weights: which one.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
     """
 
-    def __init__(self, weights: str, *, model: str | None, pretrained: str | None) -> None:
-        device = best_device()
-        clip = load_clip(model, pretrained, device=device) if model is not None else None
-        self._model: ClipSeg = load_clipseg(weights, clip=clip, device=device)
-        # The sizes that CLIPSeg is trained with, and the toy CLIP's own.
-        self._size = 128 if self._model.clip.name == "toyclip" else IMAGE_SIZE
-        self._prompt = replace(_VISUAL_PROMPT, size=self._size)
+    def __init__(self, weights: ClipSegWeights, *, precision: str = "fp32") -> None:
+        self._model = weights.load(device=best_device(), dtype=DTYPES[precision])
+        self._size, self._example_size = weights.sizes()
+        self._style = parse_style(VISUAL_PROMPT, self._example_size)
 
     @torch.inference_mode()
     def predict(
@@ -220,34 +213,17 @@ class PromptModel:
         size: tuple[int, int],
     ) -> HeatAnswer:
         """See ``pipeline.serving.models.ServedModel``."""
-        conditionals: list[Tensor] = [torch.empty(0)] * len(prompts)
-        texts = [i for i, prompt in enumerate(prompts) if isinstance(prompt, TextPrompt)]
-        if texts:
-            embedded = self._model.encode_text(_texts([prompts[i] for i in texts]))
-            for index, row in zip(texts, embedded, strict=True):
-                conditionals[index] = row
-        for index, prompt in enumerate(prompts):
-            if isinstance(prompt, ImagePrompt):
-                conditionals[index] = self._example(prompt)
-        pixels = self._pixels(image)
-        logits = self._model(pixels, torch.stack(conditionals))
-        heat = F.interpolate(logits.sigmoid(), size, mode="bilinear", align_corners=False, antialias=True)[0]
+        asked = [
+            (prompt.text, None) if isinstance(prompt, TextPrompt) else (None, self._shown(prompt))
+            for prompt in prompts
+        ]
+        found = probability_maps(self._model, image, embed_prompts(self._model, asked), size=self._size)
+        heat = stretched(found, size).clamp(0, 1).mul(255).round().to(torch.uint8)
         names = tuple(p.text if isinstance(p, TextPrompt) else p.name for p in prompts)
-        return HeatAnswer(names, heat.clamp(0, 1).mul(255).round().to(torch.uint8).cpu().numpy())
+        return HeatAnswer(names, heat.cpu().numpy())
 
-    def _example(self, prompt: ImagePrompt) -> Tensor:
-        pixels = self._pixels(prompt.image)
-        if prompt.mask is not None:
-            mask = torch.from_numpy(prompt.mask.astype(np.float32))[None, None]
-            # The greatest, so that a thin stroke is still there.
-            inside = F.adaptive_max_pool2d(mask, self._size)[0] > 0
-            pixels = self._prompt(pixels, inside.to(pixels.device))
-        return self._model.encode_prompt_images(pixels)[0]
-
-    def _pixels(self, image: NDArray[np.uint8]) -> Tensor:
-        """(1, 3, S, S), squeezed to the training size and normalised."""
-        clip = self._model.clip
-        return normalize(_batch(image).to(clip.device), self._size).to(clip.dtype)
+    def _shown(self, prompt: ImagePrompt) -> Tensor:
+        return visual_prompt_of(Picture(prompt.image, prompt.mask), self._style, self._example_size)
 
 
 def fit(image: NDArray[np.uint8], sizes: ImageSettings) -> NDArray[np.uint8]:

@@ -131,11 +131,14 @@ class ClipSegTask:
         than CLIP reads, which do not weigh in the loss.
         """
         conditionals, read = self._conditionals(batch)
-        pixels = normalize(batch["image"])
+        # The phrases of an image come one after the other if the recipe groups them: one run of the tower.
+        images, which = torch.unique_consecutive(batch["image"], return_inverse=True, dim=0)
+        activations = self.model.encode_image(normalize(images))
+        activations = activations._replace(layers=tuple(layer[which] for layer in activations.layers))
         # The model with the wrapped decoder: gradients are exchanged where that is called.
         model = copy.copy(self.model)
         model.decoder = cast("PromptDecoder", module)
-        logits = model.decode(self.model.encode_image(pixels), conditionals[:, None])[:, 0]
+        logits = model.decode(activations, conditionals[:, None])[:, 0]
         mask = batch["mask"]
         target = mask == OBJECT
         weight = batch["weight"] * (mask != IGNORED) * read[:, None, None]

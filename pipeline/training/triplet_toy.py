@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -49,12 +50,16 @@ class ToySource(TripletSource):
 
     def read(self, pair: int) -> Example:
         """See ``TripletSource.read``."""
-        scene = self._dataset.scene(self._samples[int(self.pairs.image[pair])])
+        scene = _scene(
+            self._dataset.seed, self._samples[int(self.pairs.image[pair])].index, self._dataset.size
+        )
         mask = np.where(self._meant[pair][scene.labels], OBJECT, OTHER)
         return Example(scene.image, mask.astype(np.uint8))
 
 
-def open_toy_source(dataset: ToyDataset, *, kinds: Sequence[Kind] = KINDS) -> ToySource:
+def open_toy_source(
+    dataset: ToyDataset, *, kinds: Sequence[Kind] = KINDS, class_ids: Sequence[int] | None = None
+) -> ToySource:
     """Pairs of toy scenes and phrases. Draws every scene once, at 64 pixels.
 
     A class with less than ``pipeline.toyworld.VISIBLE_SHARE`` of the picture is neither asked for nor a
@@ -65,6 +70,8 @@ def open_toy_source(dataset: ToyDataset, *, kinds: Sequence[Kind] = KINDS) -> To
         kinds: of phrases: ``names`` ("ladybug"); ``coloured``, for classes of several looks ("red ladybug");
             ``colours`` ("something red": all classes that are red in this scene); ``patterns`` ("something
             striped"); ``counts`` ("two things": all things of a scene that has two).
+        class_ids: classes that are trained with; None is all. A phrase that means one of the others in a
+            scene is not asked for there, nor is it a negative; so no name of such a class is ever heard.
 
     Raises:
         MaskMillError: ``option_invalid`` for an unknown kind; ``training_data_empty``.
@@ -77,6 +84,8 @@ def open_toy_source(dataset: ToyDataset, *, kinds: Sequence[Kind] = KINDS) -> To
             f"Use some of {', '.join(KINDS)}.",
         )
     samples = tuple(sample for sample in dataset.samples if isinstance(sample, ToySample))
+    everything = range(len(CLASSES)) if class_ids is None else class_ids
+    unseen = ~np.isin(np.arange(len(CLASSES)), list(everything))
     texts: dict[str, int] = {}
     images: list[int] = []
     phrases: list[int] = []
@@ -88,7 +97,7 @@ def open_toy_source(dataset: ToyDataset, *, kinds: Sequence[Kind] = KINDS) -> To
         visible = area >= VISIBLE_SHARE
         for text, classes, sure in _phrases(scene, visible, area > 0, kinds):
             number = texts.setdefault(text, len(texts))
-            if sure and (classes & visible).any():
+            if sure and (classes & visible).any() and not (classes & unseen).any():
                 images.append(image)
                 phrases.append(number)
                 meant.append(classes)
@@ -96,7 +105,7 @@ def open_toy_source(dataset: ToyDataset, *, kinds: Sequence[Kind] = KINDS) -> To
                 unsure.append((image, number))
     return ToySource(
         name=f"{dataset.name} {dataset.split}",
-        fingerprint=fingerprint(dataset.fingerprint(), sorted(kinds)),
+        fingerprint=fingerprint(dataset.fingerprint(), [sorted(kinds), sorted(everything)]),
         pairs=Pairs.of([(text,) for text in texts], images, phrases, unsure=unsure),
         _dataset=dataset.reader(),
         _samples=samples,
@@ -134,6 +143,23 @@ def _phrases(
         clear = sum(names[name] for name in things)
         for count in range(max(clear, 1), len(things) + 1):
             yield _COUNTS[count - 1], _marked(*things), clear == len(things)
+
+
+def kind_of(phrase: str) -> Kind:
+    """Which kind a phrase of ``open_toy_source`` is."""
+    if phrase in CLASSES:
+        return "names"
+    if phrase in _COUNTS:
+        return "counts"
+    if phrase in PATTERN_WORDS:
+        return "patterns"
+    return "colours" if phrase.startswith("something ") else "coloured"
+
+
+@lru_cache(maxsize=64)
+def _scene(seed: int, index: int, size: int) -> toyworld.Scene:
+    """A scene, kept for its other phrases, which come next where images are grouped. Not to be changed."""
+    return toyworld.scene(seed, index, size)
 
 
 def _look(scene: toyworld.Scene, name: str) -> str:

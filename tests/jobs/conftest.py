@@ -42,7 +42,7 @@ def maskmill(maskmill_environment: dict[str, str]) -> Callable[..., subprocess.C
     """Run the command as a user does, in a process of its own."""
 
     def run(
-        *arguments: object, timeout: float = 300, cores: int | None = None, **environment: str
+        *arguments: object, timeout: float = 900, cores: int | None = None, **environment: str
     ) -> subprocess.CompletedProcess[str]:
         kept = sorted(os.sched_getaffinity(0))[:cores] if cores else None
         return subprocess.run(

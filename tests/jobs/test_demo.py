@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from jobs import demo
+
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
@@ -28,10 +30,10 @@ def test_demo_labels_trains_evaluates_and_shows(
     assert "IoU of every class" in text
     with Image.open(output / "student" / "preview.png") as sheet:
         assert sheet.width > 1000
-    # It makes its own folder anew, and no other one.
+    # Its own folder, and no other one, is made anew.
     (output / "old.txt").write_text("from before")
-    assert maskmill("demo", "--output", output, "--images", 4, "--test", 2, "--steps", 2).returncode == 0
-    assert len(list((output / "images").iterdir())) == 4 and not (output / "old.txt").exists()
+    demo._fresh(output)
+    assert [path.name for path in output.iterdir()] == [demo.MARKER]
 
 
 def test_demo_leaves_other_folders_alone(

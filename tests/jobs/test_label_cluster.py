@@ -8,11 +8,12 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -67,7 +68,7 @@ class Cluster:
             )
 
     def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             try:
                 urllib.request.urlopen(f"{self.dashboard}/api/version", timeout=2)
@@ -78,30 +79,31 @@ class Cluster:
                 time.sleep(0.5)
         raise AssertionError((self._scratch / "node0.log").read_text()[-3000:])
 
-    def submit(self, *command: object) -> subprocess.CompletedProcess[str]:
-        deadline = time.monotonic() + 90
+    def submit(
+        self, *command: object, on_line: Callable[[str], None] = lambda _line: None
+    ) -> tuple[int, str]:
+        """Exit status and output of a job; ``on_line`` is told each line as it comes."""
+        deadline = time.monotonic() + 300
         while True:
-            done = subprocess.run(
-                [
-                    RAY,
-                    "job",
-                    "submit",
-                    "--address",
-                    self.dashboard,
-                    "--working-dir",
-                    ROOT,
-                    "--",
-                    *map(str, command),
-                ],
-                env=self.environment,
-                capture_output=True,
+            with subprocess.Popen(
+                [RAY, "job", "submit", "--address", self.dashboard, "--working-dir", ROOT,
+                 "--", *map(str, command)],
+                env=self.environment | {"PYTHONUNBUFFERED": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
                 text=True,
-                timeout=400,
-                check=False,
-            )
+            ) as job:  # fmt: skip
+                assert job.stdout is not None
+                patience = threading.Timer(900, job.kill)
+                patience.start()
+                said = ""
+                for line in job.stdout:
+                    said += line
+                    on_line(line)
+                patience.cancel()
             # The dashboard answers some seconds before the head's agent, which starts jobs, has joined it.
-            if "No available agent" not in done.stderr or time.monotonic() > deadline:
-                return done
+            if "No available agent" not in said or time.monotonic() > deadline:
+                return job.returncode, said
             time.sleep(1)
 
     def close(self) -> None:
@@ -114,32 +116,33 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(
-    tmp_path_factory: pytest.TempPathFactory, maskmill_environment: dict[str, str]
-) -> Iterator[Cluster]:
+def cluster(maskmill_environment: dict[str, str]) -> Iterator[Cluster]:
     # Sockets live below the session directory, and their paths may not be long.
-    scratch = Path(tmp_path_factory.mktemp("c"))
-    running = Cluster(scratch, {**os.environ, **maskmill_environment})
-    try:
-        yield running
-    finally:
-        running.close()
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as scratch:
+        running = Cluster(Path(scratch), {**os.environ, **maskmill_environment})
+        try:
+            yield running
+        finally:
+            running.close()
 
 
 def test_the_job_runs_unchanged_on_a_cluster(cluster: Cluster, toy_images: Path, tmp_path: Path) -> None:
     output = tmp_path / "table"
     command = [
         sys.executable, "-m", "jobs.cli", "label", "--images", toy_images, "--ontology", "toyworld",
-        "--output", output,        "--recipe", "toy",
+        "--output", output, "--recipe", "toy",
     ]  # fmt: skip
-    # The worker joins after the job has begun, as machines do that an autoscaler must boot first.
-    joining = threading.Timer(25, cluster.add_worker)
-    joining.start()
-    done = cluster.submit(*command)
-    joining.join()
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "waiting for the cluster's worker nodes" in done.stdout + done.stderr
-    assert "succeeded" in done.stdout + done.stderr
+    joined: list[str] = []
+
+    def join(line: str) -> None:
+        # After the job has begun, as machines do that an autoscaler must boot first.
+        if "waiting for the cluster's worker nodes" in line and not joined:
+            joined.append(line)
+            cluster.add_worker()
+
+    status, said = cluster.submit(*command, on_line=join)
+    assert joined and status == 0, said
+    assert "succeeded" in said
     uris = [
         uri
         for part in (output / "labels").glob("*.parquet")
@@ -147,5 +150,5 @@ def test_the_job_runs_unchanged_on_a_cluster(cluster: Cluster, toy_images: Path,
     ]
     assert sorted(uris) == sorted(map(str, toy_images.iterdir()))
 
-    again = cluster.submit(*command)
-    assert again.returncode == 0 and "Nothing new" in again.stdout + again.stderr
+    status, said = cluster.submit(*command)
+    assert status == 0 and "Nothing new" in said, said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_files_hold_what_the_model_says(model: ClipSeg, data: Path, tmp_path: Pa
 
     example = normalize(torch.from_numpy(pixels(data / "example.png").copy()).permute(2, 0, 1)[None], 64)
     mask = F.interpolate(torch.from_numpy(pixels(data / "mask.png").copy())[None, None].float(), (64, 64))[0]
-    shown = STYLES["crop_blur_highlight352"](example, mask)
+    shown = replace(STYLES["crop_blur_highlight352"], size=64)(example, mask)
     conditionals = [*model.encode_text(["a zebra", "fish/and: chips?"]), model.encode_prompt_images(shown)[0]]
     seen = set()
     for entry in record["images"][:3]:

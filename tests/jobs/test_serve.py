@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import socket
@@ -19,6 +20,11 @@ from models.errors import MaskMillError
 from tests.pipeline.test_student import toy_student
 
 ROOT = Path(__file__).resolve().parents[2]
+FINDER = {
+    "schema_version": 1, "kind": "clipseg", "created": "", "model": "clipseg", "config": {},
+    "clip": {"model": "toyclip", "pretrained": "bundled"}, "fingerprint": "", "hugging_face": False,
+    "recipe": {}, "data": {}, "metrics": {}, "training": {}, "versions": {},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +37,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "hub").mkdir()
     (folder / "hub" / "config.json").write_text("{}")
     (folder / "photos").mkdir()
+    (folder / "finder").mkdir()
+    (folder / "finder" / "clipseg.json").write_text(json.dumps(FINDER))
     return folder
 
 
@@ -46,6 +54,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("file://{}/run", "run", "student", True, False),
         ("{}/rd64.pth", "rd64", "clipseg", False, True),
         ("{}/hub", "hub", "clipseg", False, True),
+        ("{}/finder", "finder", "clipseg", True, True),
+        ("file://{}/finder/", "finder", "clipseg", True, True),
         ("clipseg:CIDAS/clipseg-rd64-refined", "clipseg-rd64-refined", "clipseg", False, True),
     ],
 )
@@ -82,9 +92,11 @@ def test_wrong_specs(places: Path, spec: str, code: str) -> None:
         ("toyclip:bundled", ("toyclip", "bundled")),
     ],
 )
-def test_the_clip_beneath_a_decoder(places: Path, clip: str | None, expected: tuple[str, str | None]) -> None:
-    assert serve._clip_beneath(places / "rd64.pth", clip) == expected
+def test_the_clip_beneath_a_decoder_is_named(
+    places: Path, clip: str | None, expected: tuple[str, str | None]
+) -> None:
     info = entry(str(places / "rd64.pth"), clip=clip).info
+    assert info.title == f"CLIPSeg over {expected[0]}" and info.threshold == 0.3
     notice = {"random:0": "Random weights", "bundled": "Toy weights"}.get(expected[1] or "", "")
     assert info.notice.startswith(notice) and bool(info.notice) == bool(notice)
 

@@ -102,6 +102,22 @@ def test_the_same_command_again_does_nothing(maskmill: Run, student: Path, table
     assert (student / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_page_that_is_missing_is_made_without_training(maskmill: Run, student: Path, table: Path) -> None:
+    page, sheet = student / "report.html", student / "preview.png"
+    before, text = (student / "model.safetensors").stat().st_mtime_ns, page.read_text()
+    page.unlink()
+    sheet.unlink()
+    sheet.mkdir()  # in the way: there can be no page
+    again = ("train", "maskclip-plus", "--labels", table, "--output", student, "--recipe", "toy", *_set())
+    done = maskmill(*again)
+    assert done.returncode == 1 and "no page" in done.stderr and "Traceback" not in done.stderr
+    sheet.rmdir()
+    done = maskmill(*again)
+    assert done.returncode == 0 and "its page was missing" in done.stderr, done.stderr
+    assert page.read_text() == text and sheet.is_file()
+    assert (student / "model.safetensors").stat().st_mtime_ns == before
+
+
 def test_a_finished_run_is_not_another_one(maskmill: Run, student: Path, table: Path) -> None:
     done = maskmill(
         "train", "maskclip-plus", "--labels", table, "--output", student, "--recipe", "toy", *_set("anchor=0")
@@ -181,7 +197,7 @@ def test_a_killed_driver_goes_on_and_gives_the_same_student(
     arguments = ["train", "maskclip-plus", "--labels", table, "--output", output, "--recipe", "toy", *_set()]
     command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
     driver = subprocess.Popen(command, cwd=ROOT, env=maskmill_environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     # Beyond the end of the guided phase: what goes on must not replay it.
     while not (output / "checkpoints" / "step-0000018" / "manifest.json").exists():
         assert driver.poll() is None and time.monotonic() < deadline

@@ -10,7 +10,9 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
 import ray
@@ -19,25 +21,27 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
+from jobs.clipseg_page import find_answers
 from jobs.clipseg_recipes import CLIPSEG_RECIPES
 from jobs.train import INTERRUPTED, TrainOptions
-from jobs.train_clipseg import TrainClipSegJob, preview, run
+from jobs.train_clipseg import TrainClipSegJob, run
 from models.clipseg import ClipSeg, normalize
 from models.clipseg_weights import load_clipseg
 from models.errors import MaskMillError
 from pipeline.clipseg_folder import DECODER_FILE, RECORD_FILE, load_trained, read_clipseg_record
 from pipeline.datasets.toy import open_toyworld
+from pipeline.report.clipseg_page import preview_sheet
 from pipeline.training.triplet_toy import open_toy_source
 from pipeline.training.triplets import TripletSamples
 
 STEPS = 12
 QUICK = (
     f"iterations={STEPS}", "batch_size=4", "warmup=1", "checkpoint_every=3", "log_every=2", "size=64",
-    "support_size=64", "reduce_dim=16", "feedforward=32", "dropout=0.1",
+    "support_size=64", "reduce_dim=16", "refined=false", "feedforward=32", "dropout=0.1",
 )  # fmt: skip
 
 
-def _train(output: Path, *settings: str, workers: int = 0, overwrite: bool = False) -> tuple[int, str]:
+def _train(output: Path, *settings: str, workers: int = 0, **options: Any) -> tuple[int, str]:
     """Exit status, and what was printed."""
     if ray.is_initialized():
         ray.shutdown()
@@ -45,7 +49,7 @@ def _train(output: Path, *settings: str, workers: int = 0, overwrite: bool = Fal
     job = TrainClipSegJob(
         recipe=CLIPSEG_RECIPES.load("toy", (*QUICK, *settings)),
         dataset=open_toyworld(split="seed-7", count=12, size=64),
-        options=TrainOptions(output=str(output), workers=workers, overwrite=overwrite),
+        options=TrainOptions(output=str(output), workers=workers, **options),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", "")
@@ -91,12 +95,67 @@ def test_a_run_leaves_a_model_that_loads(trained: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.slow
+def test_a_page_that_is_missing_is_made_without_training(trained: Path) -> None:
+    page, sheet = trained / "report.html", trained / "preview.png"
+    text = page.read_text()
+    for part in (
+        "CLIPSeg over toyclip",
+        "learning rate",
+        "IoU at 0.5",
+        "toyworld seed-7",
+        "maskmill segment",
+    ):
+        assert part in text
+    assert text.count("<svg") == 5 and text.count('alt="probability of ') == 12 and 'src="http' not in text
+    kept = {
+        name: (trained / name).stat().st_mtime_ns for name in (DECODER_FILE, RECORD_FILE, "metrics.jsonl")
+    }
+    page.unlink()
+    sheet.unlink()
+    sheet.mkdir()  # in the way: there can be no page
+    status, said = _train(trained)
+    assert status == 1 and "no page" in said and "Traceback" not in said and not page.exists()
+    sheet.rmdir()
+    status, said = _train(trained)
+    assert status == 0 and "its page was missing" in said and str(page) in said
+    assert page.read_text() == text and sheet.is_file()  # the same samples, the same answers
+    assert {name: (trained / name).stat().st_mtime_ns for name in kept} == kept
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_trained_model_is_registered_and_needs_its_folder_no_more(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = f"sqlite:///{tmp_path}/runs.db"
+    status, said = _train(trained, tracking=store, register_as="finder")
+    assert status == 0 and "finder version 1 (challenger)" in said, said
+    scene = open_toyworld(size=64).scene(open_toyworld(size=64).samples[0]).image
+    Image.fromarray(scene).save("scene.png")
+    model = load_trained(trained)
+    pixels = normalize(torch.from_numpy(scene.copy()).permute(2, 0, 1)[None])
+    with torch.no_grad():
+        p = model(pixels, model.encode_text(["sand"]))[0, 0].sigmoid().numpy()
+    aside = trained.rename(trained.with_name("aside"))
+    mlflow.set_tracking_uri(store)
+    try:
+        loaded = mlflow.pyfunc.load_model("models:/finder@challenger", model_config={"precision": "fp32"})
+    finally:
+        mlflow.set_tracking_uri(None)
+        aside.rename(trained)
+    out = loaded.predict([{"image": "scene.png", "text": "sand"}])
+    assert out["error"].isna().all() and out["max_probability"][0] == pytest.approx(p.max(), abs=1e-3)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_model(trained: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     first = output / "checkpoints" / "step-0000003" / "manifest.json"
 
     def stop() -> None:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while not first.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -150,7 +209,9 @@ def test_the_picture_shows_what_the_model_says() -> None:
     for bias in (-100.0, 100.0):
         head = model.decoder.get_submodule("trans_conv")
         torch.nn.init.constant_(head.get_parameter("bias"), bias)
-        sheets.append(np.asarray(preview(model, samples, seed=0, count=2)).astype(int))
+        answers = find_answers(model, samples, seed=0, count=2)
+        assert {answer.found.all() for answer in answers} == {bias > 0}
+        sheets.append(np.asarray(preview_sheet(answers)).astype(int))
     assert sheets[0].shape == sheets[1].shape
     changed = (sheets[0] != sheets[1]).any((0, 2))
     cell = len(changed) // 2  # a panel: image, what is there, what is found

@@ -459,7 +459,10 @@ def bucket() -> Any:
         client = boto3.client("s3")
         client.create_bucket(Bucket="photos")
         client.put_object(Bucket="photos", Key="a/b.png", Body=b"0123456789")
+        # fsspec keeps its clients, and with them the address of the server they were made for.
+        fsspec.filesystem("s3").clear_instance_cache()
         yield "s3://photos"
+        fsspec.filesystem("s3").clear_instance_cache()
     server.stop()
 
 

@@ -25,15 +25,18 @@ from models.weights import OPENAI_MEAN, OPENAI_STD, WeightSource
 from pipeline.datasets.oneshot import Episode
 from pipeline.datasets.phrasecut import PhraseCutDataset, PhraseSample, open_phrasecut
 from pipeline.datasets.voc import open_voc
+from pipeline.metrics.breakdown import OBJECT_SIZE, PHRASE, PROMPT, WORDS, break_down, size_group
 from pipeline.metrics.foreground import THRESHOLDS, ForegroundStatistics
 from pipeline.prompt_evaluation import (
     ZERO_SHOT_NAMES,
     Query,
+    answers,
     coco_queries,
     pascal_queries,
     phrase_image_queries,
     phrase_queries,
     score,
+    total,
     zero_shot_confusion,
     zero_shot_metrics,
 )
@@ -102,7 +105,8 @@ def write_phrasecut(root: Path) -> Path:
              (9, "old car", box(40, 10, 20, 45))]  # fmt: skip
     tasks = [
         {"task_id": f"{image}__{number}", "image_id": image, "phrase": phrase,
-         "phrase_structure": {"name": "x"}, "instance_boxes": [[0, 0, 9, 9]], "Polygons": [[polygon]]}
+         "phrase_structure": {"name": "x", "attributes": ["y"] if "dog" in phrase else []},
+         "instance_boxes": [[0, 0, 9, 9]], "Polygons": [[polygon]]}
         for number, (image, phrase, polygon) in enumerate(shown)
     ]  # fmt: skip
     return write(
@@ -204,6 +208,31 @@ def test_phrases_are_scored_at_352_squeezed(model: ClipSeg, phrasecut: PhraseCut
         image, truth = squeezed(phrasecut, sample)
         expected.append(counts(probability(model, image, sample.phrase), truth))
     assert_counts(found, expected, range(5))
+
+
+def test_another_image_size_is_measured_on_the_same_masks(
+    model: ClipSeg, phrasecut: PhraseCutDataset
+) -> None:
+    found = score(model, phrase_queries(phrasecut, side=96))
+    expected = []
+    for sample in phrasecut.samples:
+        assert isinstance(sample, PhraseSample)
+        p = probability(model, normalised(bilinear(phrasecut.image(sample), 96, 96)), sample.phrase)
+        expected.append(counts(bilinear(p, S, S).astype(np.float32), squeezed(phrasecut, sample)[1]))
+    assert_counts(found, expected, range(5))
+
+
+def test_groups_of_phrases(model: ClipSeg, phrasecut: PhraseCutDataset) -> None:
+    found = answers(model, phrase_queries(phrasecut))
+    samples = [sample for sample in phrasecut.samples if isinstance(sample, PhraseSample)]
+    for answer, sample in zip(found, samples, strict=True):
+        assert answer.groups == {
+            OBJECT_SIZE: size_group(phrasecut.truth(sample) == 1),
+            PROMPT: "text",
+            WORDS: "2 words",
+            PHRASE: "with attribute" if sample.phrase == "red dog" else "name alone",
+        }
+    assert len({answer.groups[OBJECT_SIZE] for answer in found}) > 1
 
 
 @pytest.mark.parametrize("style", ["crop_blur_highlight352", "blur_highlight"])
@@ -308,6 +337,24 @@ def on_black(image: np.ndarray, interpolation: int, fill: float) -> np.ndarray:
     return square
 
 
+def test_a_text_beside_an_image_prompt_is_in_no_total(model: ClipSeg, voc: Any) -> None:
+    for queries, class_names in ((pascal_queries, ["bird", "chair"]), (coco_queries, ["bird", "chair"])):
+        found = answers(model, queries(voc, EPISODES, beside=True))
+        assert [answer.beside for answer in found] == [False, True] * 3
+        alone = answers(model, queries(voc, EPISODES))
+        for one, other in zip(found[::2], alone, strict=True):
+            assert one.groups == other.groups
+            # Two prompts in one matrix product round differently: a few pixels cross a threshold.
+            assert np.abs(one.statistics.counts - other.statistics.counts).max() <= 40
+        assert (total(found).counts.sum() == total(alone).counts.sum()).all()
+        parts = break_down((answer.statistics, answer.groups) for answer in found)
+        assert {name: group.prompts for name, group in parts[PROMPT].items()} == {"text": 3, "image": 3}
+        assert list(parts["class"]) == class_names
+        if queries is pascal_queries:
+            by_text = score(model, pascal_queries(voc, EPISODES, style=None)).counts.sum(0)
+            assert np.abs(parts[PROMPT]["text"].statistics.counts[0] - by_text).max() <= 120
+
+
 EPISODES = [Episode("large", ("small",), 3), Episode("small", ("wide",), 9), Episode("wide", ("large",), 3)]
 
 
@@ -347,8 +394,9 @@ def test_coco_squeezes_query_and_support(model: ClipSeg, voc: Any) -> None:
         assert (query.image - pixels[0]).abs().max() < 1.6 / 255 / STD.min()
         np.testing.assert_array_equal(query.truths[0], masks[0])
         like = STYLES["crop_blur_highlight352"](pixels[1][None], torch.from_numpy(masks[1])[None])
-        assert isinstance(query.prompts, Tensor)
-        assert (query.prompts - like).abs().max() < 1.6 / 255 / STD.min()
+        (prompt,) = query.prompts
+        assert isinstance(prompt, Tensor)
+        assert (prompt - like[0]).abs().max() < 1.6 / 255 / STD.min()
     found = score(model, coco_queries(voc, EPISODES))
     assert found.counts[:, 0].sum() == 3 * S * S
 

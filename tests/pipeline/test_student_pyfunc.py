@@ -24,9 +24,10 @@ from models.errors import MaskMillError
 from models.precision import best_device, native_precision
 from pipeline.images import resize, target_size
 from pipeline.labels import decode_confidence, decode_mask
+from pipeline.pyfunc import REQUIREMENTS
 from pipeline.student import read_student_record
 from pipeline.student_labeller import StudentLabeller
-from pipeline.student_pyfunc import REQUIREMENTS, log_student, save_student_model
+from pipeline.student_pyfunc import log_student, save_student_model
 from pipeline.toyworld import generate
 from tests.pipeline.test_student import toy_student
 

@@ -35,9 +35,16 @@ def task(image: int, number: int, phrase: str, **changes: Any) -> dict[str, Any]
 
 EXCLUDED = min(EXCLUDED_IMAGES)
 TASKS = [
-    task(30, 0, "wide tree"),
+    task(30, 0, "wide tree", phrase_structure={"name": "tree", "attributes": ["wide"]}),
     task(4, 1, "second phrase of 4"),
-    task(4, 0, "two things", instance_boxes=[[1, 1, 3, 2], [4, 0, 2, 2]], Polygons=[[SQUARE], [CORNER]]),
+    task(
+        4,
+        0,
+        "two things",
+        phrase_structure={"name": "x", "attributes": [], "relation_descriptions": [["beside", "y"]]},
+        instance_boxes=[[1, 1, 3, 2], [4, 0, 2, 2]],
+        Polygons=[[SQUARE], [CORNER]],
+    ),
     task(4, 2, "no area", instance_boxes=[[1, 1, 0, 2], [2, 2, 5, 0]]),
     task(4, 3, "no structure", phrase_structure=None),
     task(EXCLUDED, 0, "wrong size"),
@@ -57,6 +64,8 @@ def test_samples_and_masks(tmp_path: Path, write: Write) -> None:
     dataset = pickle.loads(pickle.dumps(open_phrasecut(str(tmp_path))))
     # By image number, not by its letters; phrases as in the file.
     assert [sample.name for sample in dataset.samples] == ["4__1", "4__0", "30__0"]
+    parts = [(sample.attribute, sample.relation) for sample in dataset.samples]  # type: ignore[attr-defined]
+    assert parts == [(False, False), (False, True), (True, False)]
     assert dataset.phrases == ("second phrase of 4", "two things", "wide tree")
     one, two = np.zeros((4, 6), np.uint8), np.zeros((4, 6), np.uint8)
     one[1:3, 1:4] = 1

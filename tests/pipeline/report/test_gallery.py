@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+import tempfile
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -270,7 +271,7 @@ def test_large_images_become_thumbnails() -> None:
 # --- in a browser ---
 
 
-def chromium(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def chromium(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
     assert CHROMIUM is not None
     flags = [
         "--headless",
@@ -279,9 +280,15 @@ def chromium(*arguments: str, timeout: float = 60) -> subprocess.CompletedProces
         "--disable-dev-shm-usage",
         "--virtual-time-budget=3000",
     ]
-    return subprocess.run(
-        [CHROMIUM, *flags, *arguments], capture_output=True, text=True, timeout=timeout, check=False
-    )
+    # A profile of its own: beside another Chromium with the same one it would only open a tab there.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        return subprocess.run(
+            [CHROMIUM, *flags, f"--user-data-dir={profile}", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
 
 
 @pytest.mark.browser

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+import tempfile
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -460,6 +461,38 @@ def test_published_figures_of_another_protocol_stand_apart(tmp_path: Path) -> No
     assert "ours" not in apart.partition("Trident, Table 1")[0]
 
 
+def test_groups_are_bars_in_a_panel_for_each_series_and_metric(tmp_path: Path) -> None:
+    figures = {("A", "small"): (0.1, 0.2), ("A", "large"): (0.8, 0.4), ("B", "small"): (0.3, None)}
+    rows = [
+        {
+            "name": f"{series}, {group}",
+            "series": series,
+            "x": float(group == "large"),
+            "values": {"iou_fg": {"mean": values[0]}, "ap": {"mean": values[1]}},
+        }
+        for (series, group), values in figures.items()
+    ]
+    section = {
+        "name": "x-size", "title": "By size", "chart": "bars", "metrics": ["iou_fg", "ap"], "rows": rows[::-1]
+    }  # fmt: skip
+    record = make_benchmark() | {"sections": [section]}
+    text = write_report([save(tmp_path / "run", record)], tmp_path / "report.html").read_text()
+    panels = re.findall(r"<figure><figcaption>(.)<small>(.*?)</small></figcaption><ol>(.*?)</ol>", text, re.S)
+    assert [(series, metric) for series, metric, _ in panels] == [
+        (series, metric) for series in "BA" for metric in ("foreground IoU", "average precision")
+    ]
+    for series, metric, bars in panels:
+        place = metric == "average precision"
+        items = re.findall(r"<li><span>(.*?)</span><span class=\"num\">(.*?)</span>(.*?)</li>", bars, re.S)
+        assert [name for name, *_ in items] == [group for own, group in figures if own == series]
+        for group, number_, bar in items:
+            value = figures[series, group][place]
+            assert number_ == ("–" if value is None else f"{value:.3f}")
+            widths = [float(width) for width in re.findall(r"width:([\d.]+)%", bar)]
+            assert widths == ([] if value is None else [pytest.approx(100 * value / 0.8, abs=0.006)])
+    assert "bars from 0 to 0.8" in text
+
+
 @pytest.mark.parametrize(
     ("changes", "phrase"),
     [
@@ -627,7 +660,7 @@ def test_curves_go_through_their_points(tmp_path: Path) -> None:
     assert "clean 0.620 (0.608 to 0.632)" in squeeze(outline.words)
     drawing = str(plots.curve([plots.Point(1, 0.0), plots.Point(3, 1.0)], label="x", xs=[1, 2, 3], top=1.0))
     found = re.search(r'class="main" points="([^"]+)"', drawing)
-    assert found and found.group(1) == "34,118 230,8"
+    assert found and found.group(1) == "44,118 230,8"
 
 
 def test_a_curve_without_a_name_and_lines_without_a_place(tmp_path: Path) -> None:
@@ -904,7 +937,7 @@ addEventListener("load", () => {
 </script>"""
 
 
-def chromium(*arguments: str, timeout: float = 90) -> subprocess.CompletedProcess[str]:
+def chromium(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
     assert CHROMIUM is not None
     flags = [
         "--headless",
@@ -914,9 +947,15 @@ def chromium(*arguments: str, timeout: float = 90) -> subprocess.CompletedProces
         "--hide-scrollbars",
         "--virtual-time-budget=3000",
     ]
-    return subprocess.run(
-        [CHROMIUM, *flags, *arguments], capture_output=True, text=True, timeout=timeout, check=False
-    )
+    # A profile of its own: beside another Chromium with the same one it would only open a tab there.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        return subprocess.run(
+            [CHROMIUM, *flags, f"--user-data-dir={profile}", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
 
 
 def probe(page: Path, width: int, tmp_path: Path) -> Record:

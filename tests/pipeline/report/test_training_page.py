@@ -1,3 +1,5 @@
+"""The page of a training: what it is given is on it, as text, and nothing is fetched."""
+
 from __future__ import annotations
 
 import re
@@ -8,61 +10,61 @@ import numpy as np
 import pytest
 
 from pipeline.report import plots
-from pipeline.report.training_page import Example, Score, preview_sheet, write_training_page
-
-NAMES = ("grass", "<b>sky</b>")
-PALETTE = np.array([[0, 128, 0], [0, 0, 255]], np.uint8)
-RECORD: dict[str, Any] = {
-    "config": {"decoder": "deeplabv2", "backbone": "resnet101c"},
-    "recipe": {"name": "r", "selftrain": {"guided": [1, 40], "self_train": [41, -1]}, "note": "<script>"},
-    "teacher": {"weights": {"model": "ViT-B-16", "pretrained": "openai"}},
-    "training": {"iterations": 100, "seconds": 90.0, "samples_per_second": 12.0, "stopped": None},
-    "versions": {"python": "3"},
-}
+from pipeline.report.training_page import Card, Score, TrainingPage, write_training_page
 
 
-def _example(truth: bool) -> Example:
+def made(**fields: Any) -> TrainingPage:
     image = np.full((20, 30, 3), 90, np.uint8)
-    labels = np.zeros((20, 30), np.uint8)
-    labels[:, 15:] = 1
-    return Example("a.png", image, labels, labels, labels if truth else None)
+    given: dict[str, Any] = {
+        "title": "A <model>",
+        "toy": False,
+        "training": {"iterations": 1200, "seconds": 90.0, "samples_per_second": 12.0, "data_wait": 0.25},
+        "samples": "crops",
+        "tiles": [("kind", "deep")],
+        "cards": [Card("a.png", [("image", image), ("found", image)])] * 3,
+        "curves": {"loss": "loss", "iou": "IoU", "absent": "not logged"},
+        "curves_note": "By step.",
+        "data": [("images", "1,234")],
+        "files": [("folder", "runs/a")],
+        "commands": {"Use it": "maskmill segment --weights <runs/a>"},
+        "settings": {"recipe": {"name": "r", "note": "<script>"}},
+    }
+    return TrainingPage(**(given | fields))
 
 
-def _lines() -> list[dict[str, float]]:
-    return [
-        {"step": step, "loss": 3.0 / step, "agreement": step / 100, "drift": 0.0}
-        for step in range(10, 101, 10)
-    ]
+LINES = [{"step": step, "loss": 3.0 / step, "iou": None if step < 50 else 0.5} for step in range(10, 101, 10)]
 
 
-@pytest.mark.parametrize("truth", [False, True])
-def test_the_page_shows_pictures_curves_and_scores(tmp_path: Path, truth: bool) -> None:
-    scores = [Score("teacher", 0.5, [0.4, 0.6]), Score("student", 0.65, [0.7, None])] if truth else []
-    page = write_training_page(
-        tmp_path / "sub" / "report.html", record=RECORD, lines=_lines(), examples=[_example(truth)] * 3,
-        names=NAMES, palette=PALETTE, scores=scores, note="a note",
-    ).read_text()  # fmt: skip
-    assert page.count('alt="student of a.png"') == 3 and page.count("data:image/") == 3 * (4 if truth else 3)
-    assert ("IoU of every class" in page) is truth and ("+30.0" in page) is truth
-    assert page.count("<svg") == 3 and page.count('class="reference"') == 3  # where self-training began
+def test_all_that_is_given_is_there(tmp_path: Path) -> None:
+    page = write_training_page(tmp_path / "sub" / "report.html", made(marks=[40]), LINES).read_text()
+    for part in (
+        "A &lt;model&gt;", "1,200", "1.5 min", "25% of the time", "0.075 s", "1,234", "runs/a", "By step.",
+        "maskmill segment --weights &lt;runs/a&gt;", "recipe.note",
+    ):  # fmt: skip
+        assert part in page, part
+    assert page.count('alt="found of a.png"') == 3 and page.count("data:image/") == 6
+    assert page.count("<svg") == 2 and page.count('class="reference"') == 1  # the mark is before IoU's points
+    assert "not logged" not in page and "IoU of every class" not in page and "a toy" not in page
     # Names of users are text, and nothing is fetched from elsewhere.
-    assert "<b>sky</b>" not in page and "<script" not in page and not re.search(r"https?://", page)
+    assert "<script" not in page and not re.search(r"https?://", page)
 
 
-def test_a_run_that_was_stopped_says_so(tmp_path: Path) -> None:
-    record = RECORD | {"training": RECORD["training"] | {"stopped": "self_training_collapsed: fish vanished"}}
+def test_a_run_that_was_stopped_says_so_and_a_toy_is_called_one(tmp_path: Path) -> None:
+    training = {"iterations": 3, "stopped": "self_training_collapsed: fish vanished"}
     page = write_training_page(
-        tmp_path / "report.html", record=record, lines=[], examples=[], names=NAMES, palette=PALETTE
+        tmp_path / "report.html", made(training=training, toy=True, cards=[]), []
     ).read_text()
-    assert "fish vanished" in page and "<svg" not in page
+    assert "fish vanished" in page and "a toy" in page
+    assert "<svg" not in page and "Side by side" not in page and "time of training" not in page
 
 
-def test_the_sheet_has_a_row_for_each_kind() -> None:
-    without, with_truth = (
-        preview_sheet([_example(truth)] * 2, names=NAMES, palette=PALETTE, caption="c")
-        for truth in (False, True)
-    )
-    assert with_truth.height > without.height and with_truth.width == without.width
+@pytest.mark.parametrize(("ious", "gain"), [([0.7, None], "+30.0"), ([0.3, None], "-10.0")])
+def test_gains_of_classes(tmp_path: Path, ious: list[float | None], gain: str) -> None:
+    scores = [Score("teacher", 0.5, [0.4, 0.6]), Score("student", 0.65, ious)]
+    page = write_training_page(
+        tmp_path / "report.html", made(scores=scores, names=("grass", "<b>sky</b>")), LINES
+    ).read_text()
+    assert "IoU of every class" in page and gain in page and "+15.0" in page and "<b>sky</b>" not in page
 
 
 def test_a_trace_spans_its_points_and_marks() -> None:

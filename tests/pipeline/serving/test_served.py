@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
 
+from jobs import segment
 from jobs.labellers import prepare_labeller, student_recipe
 from jobs.recipes import load_recipe
 from jobs.serve import entry
-from models.clip import load_clip
-from models.clipseg import normalize
-from models.clipseg_weights import load_clipseg
 from models.errors import MaskMillError
-from models.visual_prompts import VisualPrompt
 from pipeline import toyworld
 from pipeline.images import resize, target_size
 from pipeline.ontology import load_ontology, parse_classes
@@ -117,38 +115,43 @@ def test_a_student_with_a_learned_background_takes_no_other_words(tmp_path: Path
     assert caught.value.code == "vocabulary_fixed"
 
 
-def test_clipseg_with_words_examples_and_marked_examples(toy_decoder: Path) -> None:
+def test_clipseg_answers_as_segment_does(toy_decoder: Path, tmp_path: Path) -> None:
+    """The same weights, words and examples: the page's maps are the heat maps of ``maskmill segment``."""
     example = toyworld.scene(2026, 1, 96)
     mask = example.labels == toyworld.CLASSES.index("ladybug")
+    Image.fromarray(SCENE.image).save(tmp_path / "scene.png")
+    Image.fromarray(example.image).save(tmp_path / "example.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    status = segment.run(
+        segment.SegmentJob(
+            images=(str(tmp_path / "scene.png"),),
+            output=str(tmp_path / "out"),
+            prompts=("a red ladybug",),
+            prompt_images=(str(tmp_path / "example.png"),) * 2,
+            prompt_masks=("-", str(tmp_path / "mask.png")),
+            weights=str(toy_decoder),
+        ),
+        Console(quiet=True),
+    )
+    assert status == 0
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["settings"]["size"] == record["settings"]["example_size"] == 128  # the toy CLIP's own
+    heat = [
+        np.asarray(Image.open(tmp_path / "out" / one["files"]["heat"]))
+        for one in record["images"][0]["prompts"]
+    ]
     prompts = [
         ImagePrompt("whole", example.image),
         TextPrompt("a red ladybug"),
         ImagePrompt("marked", example.image, mask),
     ]
-    size = (100, 130)
-    answer = entry(str(toy_decoder)).load().predict(SCENE.image, prompts, ("ignored",), size)
-    assert isinstance(answer, HeatAnswer)
-    assert answer.names == ("whole", "a red ladybug", "marked") and answer.heat.shape == (3, *size)
-
-    model = load_clipseg(toy_decoder, clip=load_clip("toyclip", "bundled"))
-    scene, shown = (
-        normalize(torch.from_numpy(image).permute(2, 0, 1)[None], 128)
-        for image in (SCENE.image, example.image)
-    )
-    inside = F.adaptive_max_pool2d(torch.from_numpy(mask)[None].float(), 128)
-    marked = VisualPrompt(blur=3, background=0.1, context=0.1, size=128)(shown, inside)
-    conditionals = torch.cat(
-        [
-            model.encode_prompt_images(shown),
-            model.encode_text(["a red ladybug"]),
-            model.encode_prompt_images(marked),
-        ]
-    )
-    with torch.inference_mode():
-        p = model(scene, conditionals).sigmoid()
-        p = F.interpolate(p, size, mode="bilinear", align_corners=False, antialias=True)[0]
-    assert np.abs(answer.heat - 255 * p.numpy()).max() < 1
-    assert np.abs(answer.heat[0].astype(int) - answer.heat[2]).max() > 0
+    served = entry(str(toy_decoder))
+    assert {one["threshold"] for one in record["prompts"]} == {served.info.threshold} == {0.3}
+    answer = served.load().predict(SCENE.image, prompts, ("ignored",), SIZE)
+    assert isinstance(answer, HeatAnswer) and answer.names == ("whole", "a red ladybug", "marked")
+    for ours, theirs in zip(answer.heat, (heat[1], heat[0], heat[2]), strict=True):
+        assert np.abs(ours.astype(int) - theirs).max() <= 1  # batches of other sizes round otherwise
+    assert (answer.heat[0] != answer.heat[2]).any()
 
 
 def test_a_thin_stroke_is_still_a_mark(toy_decoder: Path) -> None:

@@ -92,6 +92,25 @@ def test_loss_of_a_batch_is_the_mean_of_its_parts(task: ClipSegTask) -> None:
     assert whole.item() == pytest.approx(torch.stack(parts).mean().item(), rel=1e-5)
 
 
+def test_phrases_of_one_image_share_a_run_of_the_tower(
+    task: ClipSegTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = _batch(TEXTS, SHARES)
+    batch["image"] = batch["image"][[0, 0, 1, 0]]  # the last is the first again, but not next to it
+    alone = [
+        task.loss(task.model.decoder, {name: column[row : row + 1] for name, column in batch.items()}, 1)[0]
+        for row in range(4)
+    ]
+    read: list[int] = []
+    encode = ClipSeg.encode_image
+    monkeypatch.setattr(
+        ClipSeg, "encode_image", lambda model, pixels: read.append(len(pixels)) or encode(model, pixels)
+    )
+    together, _ = task.loss(task.model.decoder, batch, 1)
+    assert read == [3]
+    assert together.item() == pytest.approx(torch.stack(alone).mean().item(), rel=1e-5)
+
+
 def test_ignored_pixels_and_blank_samples_give_no_gradient(task: ClipSegTask) -> None:
     batch = _batch(TEXTS, SHARES)
     before, _ = task.loss(task.model.decoder, batch, 1)

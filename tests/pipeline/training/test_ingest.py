@@ -225,8 +225,10 @@ def test_a_slow_consumer_is_not_overrun(
     found = ingest.batches(samples, seed=0, start_step=0, stop_step=1000, batch_size=2, loaders=2)
     for _ in range(3):
         next(found)
-    time.sleep(2)
-    loaded = len(os.listdir(tmp_path))
+    loaded = -1
+    while len(os.listdir(tmp_path)) != loaded:  # loaders take their time where others are busy
+        loaded = len(os.listdir(tmp_path))
+        time.sleep(2)
     busy = time.process_time()
     time.sleep(1.5)
     busy = time.process_time() - busy

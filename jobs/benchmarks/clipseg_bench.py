@@ -1,0 +1,311 @@
+"""What the rows of a table of CLIPSeg share: opened datasets, models, results of earlier runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jobs.benchmarks.breakdowns import Parts, parts_of
+from jobs.benchmarks.clipseg_models import RowModels, clip_settings, random_weights, row_title
+from jobs.benchmarks.kept import Progress, kept, shown_progress
+from jobs.benchmarks.maskclip import Request
+from models.errors import MaskMillError
+from pipeline.datasets.base import shown
+from pipeline.datasets.cocojson import open_coco_root
+from pipeline.datasets.generalised import MatchedPrompt, generalised_prompts, match_prompts
+from pipeline.datasets.oneshot import BENCHMARKS, class_areas
+from pipeline.datasets.registry import DATASETS, open_dataset
+from pipeline.metrics.breakdown import (
+    Breakdowns,
+    break_down,
+    breakdowns_from_json,
+    breakdowns_to_json,
+    merge_breakdowns,
+)
+from pipeline.published import PublishedTable, Row
+
+if TYPE_CHECKING:
+    from models.clipseg import ClipSeg
+    from pipeline.prompt_evaluation import Read
+
+SIDE = 352
+"""Of the network's input in the paper (``models.clipseg.IMAGE_SIZE``)."""
+METHODS = ("CLIPSeg", "CLIP-Deconv", "ViTSeg")
+"""Methods that can be measured here; of the others the published figures stand beside."""
+NOT_RUN = ("CLIPSeg (PC+), independent re-run",)
+STANDARD = "standard"
+"""Suffix of metrics under the standard convention."""
+COCO_JSON = "coco-json"
+
+_ROOTS: Mapping[str, tuple[str, ...]] = {
+    "phrasecut": ("phrasecut",),
+    "pascal5i": ("voc21",),
+    "coco20i": ("cocoobject81",),
+    "voc21": ("voc21",),
+    "lvis": ("lvis", COCO_JSON),
+}
+_MASKS_AT_ONCE = 32
+
+Values = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a row says.
+
+    Attributes:
+        values: by metric.
+        parts: the same apart.
+    """
+
+    values: Values = field(default_factory=dict)
+    parts: Parts = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """Figures of one run of a model.
+
+    Attributes:
+        values: by metric of ``pipeline.metrics.foreground.summarise`` and, with a suffix, of the standard
+            convention.
+        breakdowns: counts of groups.
+        threshold: at which the foreground IoU was taken.
+    """
+
+    values: Values
+    breakdowns: Breakdowns
+    threshold: float
+
+
+class Bench:
+    """Opens what a table's rows need, and measures.
+
+    Raises:
+        MaskMillError: ``option_invalid`` for weights of a row that the table does not have, a setting that
+            these tables do not, or an image size that no network takes.
+    """
+
+    def __init__(self, request: Request, table: PublishedTable) -> None:
+        self.request = request
+        self.table = table
+        known = [row_title(line) for line in table.rows if can_run(line)]
+        unknown = [name for name in request.weights if name not in known]
+        if unknown:
+            raise MaskMillError(
+                "option_invalid",
+                f"--weights: the table has no row {unknown[0]!r} that is measured here.",
+                f"Its rows: {'; '.join(known)}.",
+            )
+        wrong = [side for side in request.image_sizes if not 32 <= side <= 2048]
+        if wrong:
+            raise MaskMillError(
+                "option_invalid",
+                f"--image-size {wrong[0]}: that is no side of an image for the network.",
+                "Use 32 to 2048 pixels; the paper's is 352.",
+            )
+        self.settings = clip_settings(request.settings)
+        self._models = RowModels(request.weights, self.settings)
+        self._datasets: dict[str, Any] = {}
+        self._areas: dict[str, np.ndarray] = {}
+
+    def lacking(self, setting: str, line: Row) -> str | None:
+        """What must be given before a row can be measured."""
+        title, names = row_title(line), root_names(setting)
+        parts = []
+        if not any(name in self.request.roots for name in names):
+            parts.append(f"{DATASETS[names[0]].source.title}: --root {names[0]}=DIR{_split_hint(setting)}")
+        if title not in self.request.weights:
+            parts.append(f"its weights: --weights '{title}=PATH'{_weights_hint(setting, line)}")
+        return f"needs {'; and '.join(parts)}" if parts else None
+
+    def dataset(self, setting: str) -> Any:
+        """The opened dataset of a setting."""
+        name = setting.partition("/")[0]
+        if name not in self._datasets:
+            given = next(root for root in root_names(setting) if root in self.request.roots)
+            root, _, split = self.request.roots[given].partition("#")
+            if given == COCO_JSON:
+                # Every category is a class: prompts choose among them, not an ontology.
+                where = {"split": split} if split else {}
+                self._datasets[name] = open_coco_root(root, ontology=None, **where)
+            else:
+                usual = BENCHMARKS[name].split if name in BENCHMARKS else None
+                self._datasets[name] = open_dataset(given, root=root, split=split or usual)
+        return self._datasets[name]
+
+    def areas(self, setting: str) -> np.ndarray:
+        """Pixels of each class in each image, from which episodes are drawn."""
+        name = setting.partition("/")[0]
+        if name not in self._areas:
+            dataset = self.dataset(setting)
+            parts = []
+            with shown_progress(self.request.console, f"{name}: what each image shows", "masks") as progress:
+                for start in range(0, len(dataset.samples), _MASKS_AT_ONCE):
+                    some = dataset.samples[start : start + _MASKS_AT_ONCE]
+                    parts.append(class_areas(dataclasses.replace(dataset, samples=some)))
+                    progress(start + len(some), len(dataset.samples))
+            self._areas[name] = np.concatenate(parts)
+        return self._areas[name]
+
+    def generalised(self, setting: str) -> tuple[MatchedPrompt, ...]:
+        """The prompts of a kind over the classes of the data."""
+        kind = setting.partition("/")[2]
+        asked = [prompt for prompt in generalised_prompts() if prompt.kind == kind]
+        return match_prompts(asked, self.dataset(setting).class_names)
+
+    def model(self, line: Row, **numbers: str) -> ClipSeg:
+        """See ``RowModels.load``."""
+        return self._models.load(line, **numbers)
+
+    def foreground(
+        self,
+        setting: str,
+        line: Row,
+        queries: Sequence[Read],
+        unit: str,
+        *,
+        fold: int | None = None,
+        side: int = SIDE,
+    ) -> Counted:
+        """Figures of a model over queries, under CLIPSeg's convention and the standard one."""
+        from pipeline.metrics.foreground import CLIPSEG, summarise
+        from pipeline.metrics.foreground import STANDARD as STANDARD_CONVENTION
+        from pipeline.prompt_evaluation import answers, total
+
+        model = self.model(line, **({} if fold is None else {"fold": str(fold)}))
+        threshold = line.threshold if isinstance(line.threshold, float) else None
+
+        def run(progress: Progress) -> dict[str, Any]:
+            found = answers(model, queries, progress=progress)
+            statistics = total(found)
+            ours = summarise(statistics, CLIPSEG, threshold=threshold)
+            standard = summarise(statistics, STANDARD_CONVENTION, threshold=threshold)
+            parts = break_down((answer.statistics, answer.groups) for answer in found)
+            return (
+                ours
+                | {f"{metric}_{STANDARD}": value for metric, value in standard.items()}
+                | {"breakdowns": breakdowns_to_json(parts)}
+            )
+
+        name = f"{setting} {row_title(line)}" + ("" if fold is None else f" fold {fold}")
+        found = self.measured(
+            name, [self.dataset(setting).fingerprint(), model.fingerprint, threshold], unit, run, side=side
+        )
+        breakdowns = breakdowns_from_json(found.pop("breakdowns", {}))
+        return Counted(found, breakdowns, found["iou_fg_threshold"])
+
+    def figures(
+        self, setting: str, runs: Sequence[Counted], *, meant: Mapping[str, str] | None = None
+    ) -> Figures:
+        """A row from the runs of its folds: the mean of each metric, and groups over all folds.
+
+        Args:
+            setting: whose metrics are wanted.
+            runs: at least one, all at one threshold.
+            meant: the metric that stands in a column, where the table calls it something else.
+        """
+        values = {}
+        for column in self.columns(setting):
+            metric = (meant or {}).get(column, column)
+            for suffix in ("", f"_{STANDARD}"):
+                values[column + suffix] = float(np.mean([run.values[metric + suffix] for run in runs]))
+        parts = merge_breakdowns(run.breakdowns for run in runs)
+        return Figures(values, parts_of(parts, runs[0].threshold))
+
+    def columns(self, setting: str) -> list[str]:
+        """Metrics of the table for a setting."""
+        return [column.metric for column in self.table.columns if column.dataset == setting]
+
+    def measured(
+        self,
+        name: str,
+        identity: Sequence[Any],
+        unit: str,
+        run: Callable[[Progress], dict[str, Any]],
+        *,
+        side: int = SIDE,
+    ) -> dict[str, Any]:
+        """See ``kept``; the limit, the precision and the image size are part of what a result depends on."""
+        key = [*identity, self.request.limit, str(self.settings["precision"])]
+        if side != SIDE:
+            name = f"{name} at {side} pixels"
+        return kept(self.request.folder, self.request.console, name, key, unit, run)
+
+    def note(self, setting: str) -> str:
+        """What to know about a section before comparing."""
+        name = setting.partition("/")[0]
+        parts = []
+        dataset = self._datasets.get(name)
+        if dataset is not None:
+            parts += self._of_the_data(name, dataset)
+            if self.request.limit:
+                unit = "episodes of each fold" if name in BENCHMARKS else "images"
+                parts.append(f"Only {self.request.limit:,} {unit}: not comparable with published figures.")
+            if random_weights(self.settings):
+                parts.append("The CLIP has random weights: this proves the path and says nothing else.")
+            placeholder = _placeholder(setting)
+            shared = [title for title, path in self.request.weights.items() if placeholder not in path]
+            if placeholder and shared:
+                parts.append(
+                    f"Measured with one model throughout, whose training may have seen the classes asked "
+                    f"for: {'; '.join(shared)}."
+                )
+            if name == "lvis":
+                parts += [
+                    f"The data have no class for {match.prompt.text!r} of: {shown(match.lacking)}."
+                    for match in self.generalised(setting)
+                    if match.lacking
+                ]
+        return " ".join([*parts, *self.table.notes])
+
+    def _of_the_data(self, name: str, dataset: Any) -> list[str]:
+        """Where the data are not those of the benchmark."""
+        if dataset.name == COCO_JSON:
+            return [f"On {dataset.split} with {len(dataset.class_names):,} classes, not on LVIS."]
+        whole = DATASETS[dataset.name].official.get(dataset.split)
+        proper = BENCHMARKS[name].split if name in BENCHMARKS else dataset.split
+        if dataset.split != proper:
+            return [f"On {dataset.split}, not on {proper}: not comparable with the benchmark."]
+        if whole is not None and whole != len(dataset.samples):
+            return [f"{len(dataset.samples):,} of the benchmark's {whole:,} images: not comparable with it."]
+        return []
+
+
+def can_run(line: Row) -> bool:
+    """Whether a row is one that can be measured here."""
+    return line.method.startswith(METHODS) and line.method not in NOT_RUN
+
+
+def root_names(setting: str) -> tuple[str, ...]:
+    """Datasets that a setting can be measured on, the benchmark's own first."""
+    return _ROOTS[setting.partition("/")[0]]
+
+
+def _placeholder(setting: str) -> str:
+    """What in a path of weights tells the models of a setting apart; empty if there is one."""
+    return "{unseen}" if setting.startswith("voc21/") else "{fold}" if _folds(setting) else ""
+
+
+def _folds(setting: str) -> bool:
+    return setting.partition("/")[0] in BENCHMARKS
+
+
+def _split_hint(setting: str) -> str:
+    if setting == "coco20i":
+        return f" (split {BENCHMARKS['coco20i'].split}; another as DIR#SPLIT)"
+    return f", or any COCO instances file: --root {COCO_JSON}=DIR" if setting.startswith("lvis/") else ""
+
+
+def _weights_hint(setting: str, line: Row) -> str:
+    if _folds(setting):
+        return ", with {fold} in PATH for the model of each fold"
+    if setting.startswith("voc21/"):
+        return ", with {unseen} in PATH for the models trained without 10 and without 4 classes"
+    if line.method.endswith("no CLIP pre-training"):
+        return ", and its CLIP: --set pretrained=random:SEED"
+    return ""

@@ -1,0 +1,200 @@
+"""The models of CLIPSeg's tables: weights by row, over the CLIP of the settings.
+
+Weights are a decoder (the authors' ``.pth`` or a file of this project), or a folder in Hugging Face's layout,
+which brings its CLIP. ``PATH#3,7,9`` says which blocks the decoder reads, where the file does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.errors import MaskMillError
+from pipeline.published import Row
+
+if TYPE_CHECKING:
+    from models.clip import Clip
+    from models.clipseg import ClipSeg
+
+SETTINGS = {"model": "ViT-B-16-quickgelu", "pretrained": "openai", "precision": "fp32"}
+"""Settings of the tables and their defaults, which are the paper's."""
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def clip_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were given over their defaults.
+
+    Raises:
+        MaskMillError: ``option_invalid`` for a setting that these tables do not have.
+    """
+    wrong = [name for name in given if name not in SETTINGS]
+    if wrong:
+        raise MaskMillError(
+            "option_invalid",
+            f"The tables of CLIPSeg have no setting {wrong[0]!r}; their protocol is fixed.",
+            f"Settings: {', '.join(SETTINGS)}.",
+        )
+    settings = SETTINGS | dict(given)
+    if settings["precision"] not in PRECISIONS:
+        raise MaskMillError(
+            "option_invalid",
+            f"precision cannot be {settings['precision']!r}.",
+            f"Use one of {', '.join(PRECISIONS)}.",
+        )
+    return settings
+
+
+def random_weights(settings: Mapping[str, Any]) -> bool:
+    """Whether the CLIP has random weights."""
+    return str(settings["pretrained"]).startswith("random:")
+
+
+def settings_clip(settings: Mapping[str, Any]) -> Clip:
+    """The CLIP that the settings name, on the best device.
+
+    Raises:
+        MaskMillError: as ``models.clip.load_clip``.
+    """
+    from models.clip import load_clip
+    from models.precision import DTYPES, best_device
+
+    return load_clip(
+        str(settings["model"]),
+        settings["pretrained"],
+        device=best_device(),
+        dtype=DTYPES[str(settings["precision"])],
+    )
+
+
+class RowModels:
+    """Loads the models of rows, one in memory at a time, over one CLIP.
+
+    Args:
+        weights: ``PATH`` or ``PATH#BLOCKS`` by row.
+        settings: of ``clip_settings``.
+    """
+
+    def __init__(self, weights: Mapping[str, str], settings: Mapping[str, Any]) -> None:
+        self._weights = weights
+        self._settings = settings
+        self._loaded: tuple[Any, ClipSeg] | None = None
+
+    def load(self, line: Row, **numbers: str) -> ClipSeg:
+        """The model of a row, in evaluation mode.
+
+        Args:
+            line: the row.
+            **numbers: what placeholders in the path of its weights stand for.
+
+        Raises:
+            MaskMillError: as ``models.clipseg_weights.load_clipseg``; ``clip_missing``.
+        """
+        path, _, blocks = self._weights[row_title(line)].partition("#")
+        for name, number in numbers.items():
+            path = path.replace(f"{{{name}}}", number)
+        key = (line.method, path, _layers(blocks))
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None  # two models need not be in memory at once
+            self._loaded = (key, self._load(*key))
+        return self._loaded[1]
+
+    def _load(self, method: str, path: str, layers: tuple[int, ...] | None) -> ClipSeg:
+        from models.clipseg_weights import load_clipseg
+        from models.precision import DTYPES, best_device
+
+        if method.startswith("CLIP-Deconv"):
+            return _clip_deconv(self._clip, Path(path), layers)
+        if method.startswith("ViTSeg"):
+            return _vitseg(self._clip, Path(path), layers, str(self._settings["pretrained"]))
+        decoder_only = Path(path).expanduser().is_file()
+        random = random_weights(self._settings)
+        if method.endswith("no CLIP pre-training") and decoder_only and not random:
+            raise MaskMillError(
+                "clip_missing",
+                f"{path} holds a decoder without its CLIP, whose weights are random in this row: give "
+                "--row 'no CLIP' --set pretrained=random:SEED, or a folder with decoder and CLIP.",
+                "Name the CLIP that the decoder was trained on.",
+            )
+        if layers is None and method.endswith("only layer 3"):
+            layers = (3,)
+        return load_clipseg(
+            path,
+            clip=self._clip if decoder_only else None,
+            extract_layers=layers,
+            device=best_device(),
+            dtype=DTYPES[str(self._settings["precision"])],
+        )
+
+    @cached_property
+    def _clip(self) -> Clip:
+        return settings_clip(self._settings)
+
+
+def row_title(line: Row) -> str:
+    """A row's name: the method, and in brackets the weights where the table tells them apart."""
+    return f"{line.method} ({line.model})" if line.model else line.method
+
+
+def _clip_deconv(clip: Clip, path: Path, layers: tuple[int, ...] | None) -> ClipSeg:
+    from models.clipseg_baselines import ClipDeconvConfig, build_clip_deconv
+
+    state = _baseline_state(path, ("film_mul.weight", "reduce2.0.weight"))
+    config = ClipDeconvConfig(
+        reduce_dim=len(state["film_mul.weight"]),
+        reduce2_dim=len(state["reduce2.0.weight"]),
+        extract_layer=layers[0] if layers else ClipDeconvConfig().extract_layer,
+    )
+    return _filled(build_clip_deconv(clip, config), state, path)
+
+
+def _vitseg(clip: Clip, path: Path, layers: tuple[int, ...] | None, pretrained: str) -> ClipSeg:
+    from models.clipseg_baselines import ViTSegConfig, build_vitseg
+
+    state = _baseline_state(path, ("film_mul.weight",))
+    config = ViTSegConfig(
+        reduce_dim=len(state["film_mul.weight"]),
+        extract_layers=layers or ViTSegConfig().extract_layers,
+    )
+    # A trial with a random CLIP has no use for a download of the other tower.
+    tower = pretrained if pretrained.startswith("random:") else "pretrained"
+    return _filled(build_vitseg(clip, config, weights=tower), state, path)
+
+
+def _baseline_state(path: Path, needed: Sequence[str]) -> dict[str, Any]:
+    from models.weights import read_state
+
+    path = path.expanduser()
+    if not path.is_file():
+        raise MaskMillError("weights_missing", f"There is no file {path}.", "Check the path.")
+    state = read_state(path)
+    absent = [name for name in needed if name not in state]
+    if absent:
+        raise MaskMillError(
+            "weights_do_not_fit", f"{path} has no {', '.join(absent)}.", "Give the decoder of this baseline."
+        )
+    return state
+
+
+def _filled(model: ClipSeg, state: Mapping[str, Any], path: Path) -> ClipSeg:
+    try:
+        model.decoder.load_state_dict(state)
+    except RuntimeError as error:
+        raise MaskMillError(
+            "weights_do_not_fit",
+            f"The tensors of {path} are not those of this baseline: {' '.join(str(error).split())[:400]}",
+            "Give the decoder's state_dict, and the CLIP it was trained on as --set model=....",
+        ) from error
+    return model
+
+
+def _layers(blocks: str) -> tuple[int, ...] | None:
+    if not blocks:
+        return None
+    try:
+        return tuple(int(block) for block in blocks.split(","))
+    except ValueError as error:
+        raise MaskMillError(
+            "option_invalid", f"#{blocks} is no list of blocks.", "Write them as in rd64-uni.pth#3,7,9."
+        ) from error

@@ -1,0 +1,185 @@
+"""CLIPSeg's Table 2: what visual prompts do to CLIP's probability of the object that is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jobs.benchmarks.clipseg_models import clip_settings, random_weights, settings_clip
+from jobs.benchmarks.kept import Progress, kept
+from jobs.benchmarks.maskclip import Request
+from jobs.benchmarks.rows import interval, row
+from models.errors import MaskMillError
+from pipeline.datasets.registry import DATASETS, open_dataset
+from pipeline.published import PublishedTable, load_published
+
+if TYPE_CHECKING:
+    from models.clip import Clip
+
+SEED = 0
+"""Of the order in which images are taken."""
+UNFIT = ("phrasecut", "pairs", "coco-json")
+"""Data that are not taken: masks of phrases, and data that need an ontology of their own."""
+_METRICS = ("delta_probability", "probability")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Probability of each object by strategy, what is missing if there is none, and what to know of it."""
+
+    probabilities: Mapping[str, Sequence[float]]
+    missing: str | None
+    note: str
+
+
+def prompt_strategies(request: Request) -> Iterator[dict[str, Any]]:
+    """Table 2 on each dataset that is given; beside LVIS, which the paper took, if there is none."""
+    settings = clip_settings(request.settings)
+    _check(request)
+    table = load_published("clipseg_visual_prompts")
+    loaded: list[Clip] = []
+
+    def clip() -> Clip:
+        if not loaded:
+            loaded.append(settings_clip(settings))
+        return loaded[0]
+
+    for name in dict.fromkeys([*request.datasets, *request.roots]) or ["lvis"]:
+        found = _measure(name, request, settings, table, clip)
+        yield {
+            "name": f"{name}-visual-prompts",
+            "title": f"{DATASETS[name].description}: what visual prompts change in CLIP's probability of the "
+            "object",
+            "note": " ".join(filter(None, [found.note, *table.notes])),
+            "chart": "bars",
+            "metrics": list(_METRICS),
+            "rows": _rows(found, table),
+        }
+
+
+def _rows(found: _Found, table: PublishedTable) -> list[dict[str, Any]]:
+    from pipeline.prompt_strategies import UNMODIFIED
+
+    base = np.array(found.probabilities.get(UNMODIFIED, ()))
+    rows = [_row(UNMODIFIED, {"probability": base})] if len(base) else []
+    for line in table.rows:
+        probability = np.array(found.probabilities.get(line.method, ()))
+        measured = len(probability) > 0
+        (value,) = line.values
+        rows.append(
+            _row(
+                line.method,
+                {"delta_probability": probability - base, "probability": probability} if measured else {},
+                published={"delta_probability": round(value / 100, 6)} if value is not None else {},
+                source=str(table.source_of(line)),
+                missing=None if measured else found.missing or "not asked for",
+            )
+        )
+    return rows
+
+
+def _row(name: str, values: Mapping[str, np.ndarray], **told: Any) -> dict[str, Any]:
+    """A row whose interval is over the objects; their own figures are not kept in it."""
+    made = row(name, {}, **told)
+    for metric, figures in values.items():
+        over = interval(figures.tolist())
+        made["values"][metric] = over | {"runs": [over["mean"]]}
+    return made
+
+
+def _measure(
+    name: str,
+    request: Request,
+    settings: Mapping[str, Any],
+    table: PublishedTable,
+    clip: Callable[[], Clip],
+) -> _Found:
+    from pipeline.prompt_strategies import (
+        LEAST_NAMES,
+        LEAST_SHARE,
+        SAMPLES,
+        UNMODIFIED,
+        draw_objects,
+        object_probabilities,
+    )
+
+    methods = [line.method for line in table.rows]
+    wanted = [method for method in methods if not request.rows or any(row in method for row in request.rows)]
+    if not wanted:
+        return _Found({}, None, "")
+    count = min(request.limit or SAMPLES, SAMPLES)
+    try:
+        root, _, split = request.roots.get(name, "").partition("#")
+        dataset: Any = open_dataset(name, root=root or None, split=split or None)
+        model = clip()
+
+        def run(progress: Progress) -> dict[str, Any]:
+            objects = draw_objects(dataset, count, seed=SEED)
+            return {
+                **object_probabilities(model, objects, wanted, progress=lambda done: progress(done, count))
+            }
+
+        found = kept(
+            request.folder,
+            request.console,
+            f"{name} visual prompts",
+            [dataset.fingerprint(), model.fingerprint, settings["precision"], count, wanted],
+            "objects",
+            run,
+        )
+    except MaskMillError as error:
+        if error.code == "output_differs":
+            raise
+        if error.code == "dataset_missing" and name not in request.roots:
+            title = DATASETS[name].source.title
+            return _Found(
+                {}, f"needs {title}: --root {name}=DIR, or any dataset with masks of several things", ""
+            )
+        return _Found({}, f"{error.code}: {error.message}", "")
+    drawn = len(found[UNMODIFIED])
+    if not drawn:
+        return _Found(
+            {},
+            f"no image shows {LEAST_NAMES} things or more, one of them on {LEAST_SHARE:.0%} of it or more",
+            "",
+        )
+    notes = [f"Ours: {drawn:,} objects of {dataset.split}, with the 95 % interval over them."]
+    if name != "lvis" or drawn < SAMPLES:
+        notes.append("Other images than the paper's: not comparable with the published figures.")
+    if random_weights(settings):
+        notes.append("The CLIP has random weights: this proves the path and says nothing else.")
+    return _Found(found, None, " ".join(notes))
+
+
+def _check(request: Request) -> None:
+    """Refuse what this table does not have.
+
+    Raises:
+        MaskMillError: ``option_invalid``.
+    """
+    for flag, given in (("--weights", request.weights), ("--labels", request.labels)):
+        if given:
+            raise MaskMillError(
+                "option_invalid",
+                f"{flag}: visual prompts are shown to CLIP itself, which no row brings.",
+                "Choose the CLIP with --set model=NAME --set pretrained=TAG-OR-FILE.",
+            )
+    for name in (*request.datasets, *request.roots):
+        if name not in DATASETS or name in UNFIT:
+            known = ", ".join(known for known in DATASETS if known not in UNFIT)
+            raise MaskMillError(
+                "option_invalid",
+                f"{name!r} is no dataset with masks of classes.",
+                f"Use one of {known}.",
+            )
+
+
+TABLES: Mapping[str, tuple[str, Callable[[Request], Iterator[dict[str, Any]]]]] = {
+    "prompt-strategies": (
+        "CLIPSeg: what visual prompts do to CLIP's answer",
+        prompt_strategies,
+    ),
+}

@@ -1,0 +1,52 @@
+"""LVIS v1 (Gupta, Dollár and Girshick, CVPR 2019): 1203 classes of things on COCO's images.
+
+Each class is annotated in a part of the images only, so that pixels of no instance are unknown: ignored, not
+background. Where LVIS says that it has not marked all instances of a class in an image
+(``not_exhaustive_category_ids``), those that it has count.
+"""
+
+from __future__ import annotations
+
+from models.errors import MaskMillError
+from pipeline.datasets.base import Source
+from pipeline.datasets.cocojson import CocoDataset, open_coco_json
+
+NAME = "lvis"
+SOURCE = Source(
+    "LVIS v1",
+    "https://www.lvisdataset.org/dataset",
+    """\
+root/
+  annotations/lvis_v1_val.json  (or lvis_v1_val.json)
+  train2017/000000391895.jpg    (COCO 2017's images; val needs both folders; or images/train2017)
+  val2017/000000397133.jpg""",
+)
+
+
+def open_lvis(root: str | None, *, split: str = "val") -> CocoDataset:
+    """Every class of the file, as ``pipeline.datasets.cocojson.category_ontology`` names them.
+
+    Args:
+        root: the folder with annotations and images.
+        split: ``val`` or ``train``.
+
+    Raises:
+        MaskMillError: ``dataset_missing``, ``dataset_incomplete``, ``dataset_invalid``.
+    """
+    place = SOURCE.open(root, ["train2017", "val2017", "images"])
+    folder = "images" if place.exists("images") else ""
+    for file in (f"annotations/lvis_v1_{split}.json", f"lvis_v1_{split}.json"):
+        if place.exists(file):
+            try:
+                return open_coco_json(
+                    place.uri_of(file), place.uri_of(folder), ontology=None, name=NAME, split=split
+                )
+            except MaskMillError as error:
+                if error.code != "dataset_incomplete":
+                    raise
+                raise MaskMillError(
+                    error.code,
+                    error.message,
+                    f"Complete the folder. The layout is\n\n{SOURCE.layout}",
+                ) from error
+    raise SOURCE.missing(place.uri, f"there is no annotations/lvis_v1_{split}.json")

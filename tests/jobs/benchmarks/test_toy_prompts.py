@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from jobs.benchmarks import toy_prompts, toy_tower
+from jobs.benchmarks.toy_prompts import ask, prompts
+from models.clip import load_clip
+from models.clipseg import normalize
+from models.clipseg_baselines import ViTSegConfig, build_vitseg
+from pipeline.datasets.toy import open_toyworld
+from pipeline.metrics.foreground import STANDARD, THRESHOLDS, average_precision, foreground_iou
+from pipeline.training.triplet_toy import KINDS, ToySource, kind_of, open_toy_source
+from pipeline.training.triplets import OBJECT
+
+
+class Knowing:
+    """Answers from the truth: a text finds what it means but for the given phrases, a picture everything."""
+
+    def __init__(self, source: ToySource, silent: Sequence[str] = (), loud: bool = False) -> None:
+        self.silent, self.loud = silent, loud
+        self.truth: dict[bytes, dict[str, torch.Tensor]] = {}
+        for pair, phrase in enumerate(source.pairs.phrase.tolist()):
+            example = source.read(pair)
+            pixels = normalize(torch.from_numpy(example.image).permute(2, 0, 1)[None])
+            known = self.truth.setdefault(pixels.numpy().tobytes(), {})
+            known[source.pairs.phrases[phrase][0]] = torch.from_numpy(example.mask == OBJECT)
+
+    def encode_image(self, pixels: torch.Tensor) -> Any:
+        return SimpleNamespace(key=pixels.numpy().tobytes(), size=pixels.shape[-2:])
+
+    def encode_text(self, texts: Sequence[str]) -> Sequence[str]:
+        return texts
+
+    def encode_prompt_images(self, pixels: torch.Tensor) -> Sequence[str]:
+        return ["(picture)"] * len(pixels)
+
+    def decode(self, activations: Any, conditionals: Sequence[str]) -> torch.Tensor:
+        known, size = self.truth[activations.key], activations.size
+        nothing, everything = torch.zeros(size, dtype=torch.bool), torch.ones(size, dtype=torch.bool)
+        found = []
+        for text in conditionals:
+            if text == "(picture)":
+                found.append(everything)
+            elif text in self.silent:
+                found.append(nothing)
+            else:
+                found.append(known.get(text, everything if self.loud else nothing))
+        return torch.where(torch.stack(found), 10.0, -10.0)[None]
+
+
+@pytest.fixture(scope="module")
+def source() -> ToySource:
+    return open_toy_source(open_toyworld(split="seed-91", count=12))
+
+
+def test_answers_that_are_right(source: ToySource) -> None:
+    answers = ask(Knowing(source), source, seed=0)  # type: ignore[arg-type]
+    assert foreground_iou(answers.present["text"], STANDARD) == pytest.approx(np.ones(len(THRESHOLDS)))
+    assert average_precision(answers.present["text"], STANDARD) == pytest.approx(1)
+    assert (answers.empty("text") == 1).all() and (answers.empty("picture") == 0).all()
+    asked = [kind_of(source.pairs.phrases[phrase][0]) for phrase in source.pairs.phrase]
+    assert {KINDS[number] for number in answers.present["text"].class_ids} == set(asked) == set(KINDS)
+    pixels = answers.present["text"].counts[:, 0].sum(1)
+    assert pixels.tolist() == [128 * 128 * asked.count(kind) for kind in KINDS]
+    # A picture that finds everything is as precise as the world is full of what is asked for.
+    share = np.mean([(source.read(pair).mask == OBJECT).mean() for pair in range(len(source.pairs))])
+    assert foreground_iou(answers.present["picture"], STANDARD)[24] == pytest.approx(share)
+
+
+def test_a_phrase_that_finds_nothing_and_one_that_always_finds(source: ToySource) -> None:
+    answers = ask(Knowing(source, silent=["grass"]), source, seed=0)  # type: ignore[arg-type]
+    names = toy_prompts._only(answers.present["text"], KINDS.index("names"))
+    grass = [pair for pair, phrase in enumerate(source.pairs.phrase)
+             if source.pairs.phrases[phrase] == ("grass",)]  # fmt: skip
+    lost = sum(int((source.read(pair).mask == OBJECT).sum()) for pair in grass)
+    assert names.counts[0, 24, 2] == lost > 0  # false negatives, and those alone
+    assert names.counts[0, 24, 1] == 0
+    loud = ask(Knowing(source, loud=True), source, seed=0)  # type: ignore[arg-type]
+    assert (loud.empty("text") == 0).all()
+
+
+def test_thresholds(source: ToySource) -> None:
+    right = ask(Knowing(source), source, seed=0)  # type: ignore[arg-type]
+    shares = np.zeros((10, len(THRESHOLDS)))
+    shares[:, :30] = 0.5  # below the 31st threshold something is found
+    picky = toy_prompts.Answers(right.present, {"text": shares})
+    assert picky.strict_threshold("text") == 30
+    assert picky.best_threshold("text") == 0  # all are as good
+    never = toy_prompts.Answers(right.present, {"text": np.ones((10, len(THRESHOLDS)))})
+    assert never.strict_threshold("text") == len(THRESHOLDS) - 1
+
+
+@pytest.mark.slow
+def test_a_tower_learns_which_classes_are_there(tmp_path: Path) -> None:
+    console = Console(record=True, width=160)
+    path = tmp_path / "new" / "tower.safetensors"
+    toy_tower.train_tower(path, console, scenes=192, steps=30, held_out=60)
+    assert float(console.export_text().split("AUC of")[1].split()[0]) > 0.6
+    written = path.read_bytes()
+    toy_tower.train_tower(path, console, scenes=192, steps=30, held_out=60)
+    assert path.read_bytes() == written and not console.export_text()
+    config = ViTSegConfig(extract_layers=(2,), tower="toyvit", feedforward=32)
+    model = build_vitseg(load_clip("toyclip", "bundled"), config, weights=str(path))
+    logits = model(torch.zeros(1, 3, 128, 128), model.encode_text(["grass", "sky"]))
+    assert logits.shape == (1, 2, 128, 128)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_rows_and_claims(tmp_path: Path) -> None:
+    console = Console(record=True, width=160)
+    quick = [
+        "iterations=2", "batch_size=4", "checkpoint_every=100", "warmup=1", "reduce_dim=8", "feedforward=8",
+        "triplets.size=64",
+    ]  # fmt: skip
+
+    def tower(path: Path, console: Console) -> None:
+        toy_tower.train_tower(path, console, scenes=8, steps=1, held_out=8)
+
+    small: dict[str, Any] = {"training_scenes": 8, "settings": quick, "make_tower": tower}
+    sections, claims = prompts((11,), 3, tmp_path, console, **small)
+    assert [section["name"] for section in sections] == ["clipseg", "clipseg-phrases", "clipseg-zero-shot"]
+    for section in sections:
+        for line in section["rows"]:
+            for metric in section["metrics"]:
+                runs = line["values"][metric]["runs"]
+                assert len(runs) <= 1 and all(0 <= value <= 1 for value in runs)
+    rows = {line["name"]: line["values"] for line in sections[0]["rows"]}
+    assert len(rows) == 4 and all(len(values["text_ap"]["runs"]) == 1 for values in rows.values())
+    teacher = {line["name"]: line["values"] for line in sections[2]["rows"]}["MaskCLIP (the teacher)"]
+    assert teacher["miou_seen"]["mean"] > 0.3  # the bundled CLIP, which is not trained here
+    assert len(claims) == 11 and all(entry["shows"] is None for entry in claims)  # one seed tells nothing
