@@ -21,12 +21,12 @@ from PIL import Image
 from pipeline.toyworld import CLASSES, scene
 
 folder = Path(sys.argv[1])
-Image.fromarray(scene(2026, 11, 256).image).save(folder / "scene.png")
-example = scene(2026, 9, 256)
+Image.fromarray(scene(2026, 34, 128).image).save(folder / "scene.png")
+example = scene(2026, 31, 128)
 Image.fromarray(example.image).save(folder / "example.png")
-Image.fromarray(example.labels == CLASSES.index("fish")).convert("L").save(folder / "mask.png")
+Image.fromarray(example.labels == CLASSES.index("sunflower")).convert("L").save(folder / "mask.png")
 PYTHON
-python -m jobs.cli segment "$work/scene.png" --weights "$weights" --output "$work/found" --prefix shuffle+ \
-  --prompt "something red" --prompt "a zebra" \
+python -m jobs.cli segment "$work/scene.png" --weights "$weights" --output "$work/found" --threshold 0.6 \
+  --prompt "something red" --prompt "a photo of a zebra." \
   --prompt-image "$work/example.png" --prompt-mask "$work/mask.png"
 mv "$work/found/scene/overview.png" "$docs/segment.png"
