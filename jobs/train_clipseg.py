@@ -171,7 +171,6 @@ def _finish(
 
 def _log_model(options: TrainOptions, run_id: str, register_as: str | None) -> str:
     from pipeline.clipseg_pyfunc import log_clipseg
-
     from pipeline.tracking.destination import connect, resolve_uri
 
     client = connect(resolve_uri(options.tracking))
