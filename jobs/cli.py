@@ -289,7 +289,7 @@ def benchmark(
         settings: a recipe field for all rows, such as pretrained=random:0 to try the path; may be repeated.
         row: only rows with this in their name, of toyworld sections (students, heads, …); may be repeated.
         dataset: only this dataset; may be repeated.
-        limit: only the first so many images of each dataset, to try out.
+        limit: to try out: so many images of each dataset (one-shot: episodes; prompt-strategies: objects).
         image_size: clipseg-…: measure at this side of the network's input as well; may be repeated.
         images: concepts: folder, glob or list file of images.
         concepts: concepts: a list of the paper (batman, mario, sports, car-color, …) or "prompt, prompt, …".
@@ -552,7 +552,8 @@ class TrainFlags:
     Attributes:
         workers: training processes; default: one for each GPU, else this process alone.
         overwrite: delete the run that is in --output and train anew.
-        register: put the model into MLflow's model registry under this name, as its challenger.
+        register: put the model into MLflow's model registry under this name, as its challenger; a CLIPSeg,
+            which is large with its CLIP, is copied into MLflow only if this is given.
         tracking: MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db; off: none.
         system_metrics: track the load of this machine as well.
         address: of a Ray cluster; default: the one that RAY_ADDRESS names, else this machine alone.

@@ -47,8 +47,9 @@ def prepare_clipseg(
 
     from jobs.labellers import PreparedLabeller
     from models.precision import best_device
-    from pipeline.clipseg import ClipSegWeights, parse_style
+    from pipeline.clipseg import parse_style
     from pipeline.clipseg_labeller import ClipSegLabeller
+    from pipeline.clipseg_model import ClipSegWeights
 
     _refuse_settings(recipe)
     resolution = resolution_of(recipe, ontology, options)
@@ -137,7 +138,7 @@ def class_conditionals(model: ClipSeg, ontology: Ontology, class_id: int, option
     else:
         embedded = embed_words(model, ontology.prompts()[class_id], templates)
     if examples:
-        style = parse_style(options.visual_prompt)
+        style = parse_style(options.visual_prompt, options.example_size)
         pictures = embed_pictures(
             model,
             [

@@ -12,11 +12,11 @@ from models.errors import MaskMillError
 from pipeline.clipseg_folder import load_trained, read_clipseg_record
 from pipeline.report.clipseg_page import Answer, clipseg_page, preview_sheet
 from pipeline.report.training_page import PAGE, SHEET, write_training_page
-from pipeline.training.triplets import OBJECT, decode_phrase
+from pipeline.training.triplets import IGNORED, OBJECT, decode_phrase
 
 if TYPE_CHECKING:
     from models.clipseg import ClipSeg
-    from pipeline.training.protocols import Samples
+    from pipeline.training.triplets import TripletSamples
 
 SHOWN = 12
 
@@ -24,7 +24,7 @@ SHOWN = 12
 def write_pages(
     folder: Path,
     lines: list[Mapping[str, Any]],
-    samples: Samples,
+    samples: TripletSamples,
     *,
     seed: int,
     commands: Mapping[str, str],
@@ -55,12 +55,12 @@ def write_pages(
     return [*written, str(write_training_page(folder / PAGE, page, lines))]
 
 
-def find_answers(model: ClipSeg, samples: Samples, *, seed: int, count: int) -> list[Answer]:
-    """What a model says to some of its training samples, the same at every call.
+def find_answers(model: ClipSeg, samples: TripletSamples, *, seed: int, count: int) -> list[Answer]:
+    """What a model says to some of its training samples, the same at every call: of different images first.
 
     Args:
         model: trained.
-        samples: see ``pipeline.training.clipseg.ClipSegTask``; those that cannot be read are passed over.
+        samples: what it was trained on; those that cannot be read are passed over.
         seed: of the choice and of the augmentation.
         count: how many.
     """
@@ -70,8 +70,9 @@ def find_answers(model: ClipSeg, samples: Samples, *, seed: int, count: int) -> 
 
     device = model.clip.device
     answers: list[Answer] = []
-    # An epoch may have the phrases of an image one after the other; these are of different images.
     order = np.random.default_rng(seed).permutation(samples.order(0, seed))
+    _, first = np.unique(samples.source.pairs.image[order], return_index=True)
+    order = np.concatenate([order[np.sort(first)], np.delete(order, first)])
     for index in order[: 4 * count].tolist():
         if len(answers) == count:
             break
@@ -95,6 +96,7 @@ def find_answers(model: ClipSeg, samples: Samples, *, seed: int, count: int) -> 
                 text_share=share,
                 image=_pixels(sample["image"]),
                 there=sample["mask"] == OBJECT,
+                known=sample["mask"] != IGNORED,
                 probability=p,
                 example=_pixels(sample["support"]) if share < 1 else None,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -116,8 +117,8 @@ def entry(spec: str, *, clip: str | None = None) -> Entry:
     name, separator, source = spec.partition("=")
     if not separator:
         name, source = "", spec
-    name, source = name.strip(), source.strip()
-    path = Path(source).expanduser()
+    name, source = name.strip(), os.path.expanduser(source.strip())
+    path = Path(source)
     if source.startswith("clipseg:"):
         return _clipseg(name or source.rpartition("/")[2], source.removeprefix("clipseg:"), clip)
     remote = "://" in source

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from pipeline.training.settings import LoopSettings
 
 INTERRUPTED = 130
+_NEVER_LOGGED = "model_unsupported"
+"""Code of a model that MLflow cannot take, however often it is tried."""
 PACKAGES = (
     "maskmill",
     "torch",
@@ -57,7 +59,8 @@ class TrainOptions:
         address: of a Ray cluster; None joins the one around, or starts a local one.
         tracking: MLflow URI, None for the default, ``off`` for none.
         system_metrics: track the load of this machine as well.
-        register_as: name in MLflow's model registry; None registers nothing.
+        register_as: name in MLflow's model registry; None registers nothing. A CLIPSeg, which is large with
+            its CLIP, goes into MLflow only with a name.
         verbose: let Ray talk.
     """
 
@@ -88,7 +91,8 @@ class Prepared:
         write_pages: given the local folder of a finished run and the lines of its ``metrics.jsonl``, makes
             ``PAGE`` and what belongs to it there, ``PAGE`` last, and returns the files.
         commands: what to do with the result, by purpose.
-        log_model: puts the result into MLflow under (run id, registry name or None); None where it cannot.
+        log_model: puts the result into MLflow under (run id, registry name or None); None puts nothing
+            there.
         fallback: error code after which the result is made of the newest milestone nevertheless.
     """
 
@@ -192,9 +196,17 @@ def _again(
     lines = [f"Nothing to do: the training in {storage.uri} is finished ({result_file})."]
     status = 0
     if storage.is_local and not storage.exists(PAGE):
-        pages, told = _write_pages(prepared, storage)
-        lines = [f"The training in {storage.uri} is finished ({result_file}); its page was missing.", *told]
-        status = 0 if pages else 1
+        from pipeline.training.loop import METRICS_FILE
+
+        if storage.exists(METRICS_FILE):
+            pages, told = _write_pages(prepared, storage)
+            lines = [
+                f"The training in {storage.uri} is finished ({result_file}); its page was missing.",
+                *told,
+            ]
+            status = 0 if pages else 1
+        else:
+            lines.append(f"  no page        its curves are gone with {METRICS_FILE}; the model is whole")
     stopped = storage.read_json(result_file, {}).get("training", {}).get("stopped")
     if stopped:
         console.print("\n".join(lines), soft_wrap=True, highlight=False)
@@ -362,7 +374,7 @@ def _finish(
             raise error from None
         facts = {"iterations": checkpoint.step, "stopped": f"{error.code}: {error.message}"}
     finished = prepared.finish(checkpoint, facts)
-    pages, told = _write_pages(prepared, storage)
+    pages, told = _write_pages(prepared, storage, overwritten=options.overwrite)
     tracker.log_metrics({f"final/{key}": value for key, value in finished.metrics.items()}, checkpoint.step)
     for path in (*pages, *finished.artifacts):
         tracker.log_artifact(path)
@@ -373,7 +385,9 @@ def _finish(
     return [*lines, *(f"{purpose + ':':{width}}{command}" for purpose, command in prepared.commands.items())]
 
 
-def _write_pages(prepared: Prepared, storage: Storage) -> tuple[Sequence[str], list[str]]:
+def _write_pages(
+    prepared: Prepared, storage: Storage, *, overwritten: bool = False
+) -> tuple[Sequence[str], list[str]]:
     """The files, and what to say about them. That a page cannot be made must not cost the user a model."""
     if not storage.is_local:
         return [], ["  no page        one is written in a local folder only"]
@@ -384,10 +398,8 @@ def _write_pages(prepared: Prepared, storage: Storage) -> tuple[Sequence[str], l
         pages = prepared.write_pages(Path(storage.path()), lines)
     except Exception as error:  # whatever images, tables and disks may raise by now
         reason = error.message if isinstance(error, MaskMillError) else f"{type(error).__name__}: {error}"
-        return [], [
-            f"  no page        {reason}",
-            "                 The same command makes it, without training again.",
-        ]
+        same = "The same command without --overwrite" if overwritten else "The same command"
+        return [], [f"  no page        {reason}", f"                 {same} makes it, and trains nothing."]
     return pages, [f"  {'picture' if path.endswith('.png') else 'page':14} {path}" for path in pages]
 
 
@@ -413,7 +425,8 @@ def _log_model(
     try:
         return [f"  MLflow model   {log_model(run_id, register_as)}"]
     except MaskMillError as error:
-        return [f"  not in MLflow  {error.message}{again}"]
+        hint = f" {error.remedy}" if error.code == _NEVER_LOGGED else again
+        return [f"  not in MLflow  {error.message}{hint}"]
     except Exception as error:  # whatever MLflow's many stores raise
         text = str(error).splitlines()[0][:200] if str(error) else ""
         return [f"  not in MLflow  {type(error).__name__}: {text}{again}"]

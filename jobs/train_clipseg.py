@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from jobs.clipseg_data import open_source
 from jobs.clipseg_page import write_pages
 from jobs.clipseg_recipes import ClipSegRecipe
+from jobs.recipes import RECIPES
 from jobs.train import PACKAGES, Finished, Prepared, TrainOptions, run_training
 from jobs.versions import versions
 from models.errors import MaskMillError
@@ -21,13 +23,14 @@ from pipeline.clipseg_folder import (
     RECORD_FILE,
     write_clipseg_folder,
 )
+from pipeline.clipseg_options import ClipSegOptions
 from pipeline.datasets.base import Dataset
 from pipeline.ontology import Ontology
 from pipeline.report.training_page import PAGE, SHEET
 from pipeline.storage import open_storage
 from pipeline.tracking.tracker import TrackedDataset
 from pipeline.training.clipseg import ClipSegTask
-from pipeline.training.triplets import TripletSamples
+from pipeline.training.triplets import TripletSamples, TripletSettings
 
 if TYPE_CHECKING:
     import torch
@@ -93,6 +96,7 @@ def _prepare(job: TrainClipSegJob) -> Prepared:
     trained = sum(p.numel() for p in model.decoder.parameters() if p.requires_grad)
     toy = " (a toy)" if model.clip.name == "toyclip" else ""
     start = f"from {recipe.model.start}, " if recipe.model.start else ""
+    commands = commands_for(job.options.output, recipe.triplets)
     return Prepared(
         make_task=functools.partial(ClipSegTask, make_model),
         samples=samples,
@@ -113,20 +117,31 @@ def _prepare(job: TrainClipSegJob) -> Prepared:
             context="training",
         ),
         finish=functools.partial(_finish, job, make_model, samples),
-        write_pages=functools.partial(
-            write_pages, samples=samples, seed=recipe.loop.seed, commands=_commands(job.options.output)
-        ),
-        commands=_commands(job.options.output),
-        log_model=functools.partial(_log_model, job.options),
+        write_pages=functools.partial(write_pages, samples=samples, seed=recipe.loop.seed, commands=commands),
+        commands=commands,
+        # It is large, with its CLIP: who wants a copy in MLflow names it.
+        log_model=functools.partial(_log_model, job.options) if job.options.register_as else None,
     )
 
 
-def _commands(output: str) -> dict[str, str]:
-    """What to do with the model."""
-    recipe = f"--recipe clipseg --set pretrained={output}"
+def commands_for(output: str, trained: TripletSettings) -> dict[str, str]:
+    """What to do with the model, by purpose.
+
+    Args:
+        output: its folder.
+        trained: the sizes that it knows. Asking and serving take them from the folder, a recipe does not.
+    """
+    usual, labelling = ClipSegOptions().example_size, RECIPES["clipseg"].scale
+    settings = [f"pretrained={output}"]
+    if (trained.size, trained.size) != labelling:
+        settings.append(f"scale=[{trained.size},{trained.size}]")
+    if trained.support_size != usual:
+        settings.append(f"clipseg.example_size={trained.support_size}")
+    folder = shlex.quote(output)
+    recipe = " ".join(["--recipe clipseg", *(f"--set {shlex.quote(setting)}" for setting in settings)])
     return {
-        "Ask it": f'maskmill segment IMAGE --prompt "..." --weights {output} --output OUT',
-        "See it": f"maskmill serve --model {output}",
+        "Ask it": f'maskmill segment IMAGE --prompt "..." --weights {folder} --output OUT',
+        "See it": f"maskmill serve --model {folder}",
         "Label with it": f"maskmill label {recipe} --images DIR --ontology FILE --output OUT",
         "Measure it": f"maskmill evaluate {recipe} --dataset NAME --root DIR",
     }

@@ -22,8 +22,6 @@ from models.errors import MaskMillError
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
 from models.templates import fill
 from models.visual_prompts import STYLES, VisualPrompt, visual_prompt
-from pipeline.clipseg_model import ClipSegWeights as ClipSegWeights  # for those who use it
-from pipeline.clipseg_model import split_clip as split_clip
 from pipeline.images import ImageError, decode, fetch, resize, target_size
 
 Style = Callable[[Tensor, Tensor], Tensor]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from models.clip import Activations
 from models.precision import DTYPES, best_device
-from pipeline.clipseg import ClipSegWeights, check_finite, network_pixels
+from pipeline.clipseg import check_finite, network_pixels
+from pipeline.clipseg_model import ClipSegWeights
 from pipeline.labeller import Prediction
 
 _BAND_BYTES = {"cpu": 16_000_000, "cuda": 256_000_000}

@@ -6,6 +6,7 @@ Light: what weights are is known before anything of them is loaded, and torch co
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,7 @@ class ClipSegWeights:
     Attributes:
         weights: a decoder file, the folder of a training here or in an object store, a folder in Hugging
             Face's layout, a hub name, or ``random:SEED`` for a decoder that proves the path and nothing else.
+            ``~`` is expanded: a shell leaves it alone behind ``=``.
         clip: NAME:PRETRAINED of the CLIP beneath a decoder alone; a folder or hub name brings its own. None
             is the toy CLIP if the file says so, else ``CLIP``.
         extract_layers: None takes what the weights say.
@@ -43,6 +45,9 @@ class ClipSegWeights:
     weights: str
     clip: str | None = None
     extract_layers: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", os.path.expanduser(self.weights))
 
     def load(
         self,
@@ -115,12 +120,12 @@ class ClipSegWeights:
     @property
     def _is_folder(self) -> bool:
         """Whether the weights are more than a decoder: a folder, or the name of one on the hub."""
-        return self._seed is None and not Path(self.weights).expanduser().is_file()
+        return self._seed is None and not Path(self.weights).is_file()
 
     def _clip(self) -> str:
         if self.clip is not None or self._seed is not None:
             return self.clip or CLIP
-        return f"{_TOY}:bundled" if _recorded_clip(Path(self.weights).expanduser()) == _TOY else CLIP
+        return f"{_TOY}:bundled" if _recorded_clip(Path(self.weights)) == _TOY else CLIP
 
 
 def split_clip(text: str) -> tuple[str, str | None]:

@@ -39,7 +39,8 @@ class ClipSegOptions:
         text_weight: of a class with examples, the share of its words in its prompt, the rest being the
             picture's: 0 is pictures alone, 1 words alone. The released models were trained with 0 to 0.5.
         visual_prompt: what is done to an example with a mask: see ``pipeline.clipseg.parse_style``.
-        example_size: side in pixels of the square that examples are squeezed to.
+        example_size: side in pixels of the square that examples are squeezed to, and then what is cut out of
+            them, unless ``visual_prompt`` sets its size.
         background: class 0 is the ``rest``, where no class reaches its threshold, or is asked for by its
             ``words``. Without a class 0 the rest is ignored.
         background_factor: multiplies the background's probability before the highest is taken; the paper has

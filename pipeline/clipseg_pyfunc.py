@@ -17,7 +17,6 @@ process that serves: who may send paths and URIs to it may see the outlines of a
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -62,12 +61,22 @@ class ClipSegModel(PythonModel):
     _threads: int
 
     def load_context(self, context: Any) -> None:
-        """Load the model from the artifacts."""
+        """Load the model from the artifacts.
+
+        Raises:
+            MaskMillError: ``precision_invalid``; as ``ClipSegWeights.load``.
+        """
         from models.precision import DTYPES, best_device, native_precision
 
         config: dict[str, Any] = _CONFIG | dict(context.model_config or {})
         device = best_device()
         precision = native_precision(device) if config["precision"] == "auto" else config["precision"]
+        if precision not in DTYPES:
+            raise MaskMillError(
+                "precision_invalid",
+                f"model_config: there is no precision {precision!r}.",
+                f"Use auto, {', '.join(DTYPES)}.",
+            )
         weights = ClipSegWeights(context.artifacts[_ARTIFACT])
         self._model = weights.load(device=device, dtype=DTYPES[precision])
         self._size, self._example_size = weights.sizes()
@@ -81,8 +90,8 @@ class ClipSegModel(PythonModel):
         Args:
             context: MLflow's; not used.
             model_input: column ``image``, and ``text``, ``example`` and ``example_mask``, of which a row
-                needs ``text`` or ``example`` (None, NaN or "" is none). ``text``: words. The pictures are the
-                bytes of a file, or a string: a path or URI, or a ``data:`` URI in base64, as JSON clients
+                needs ``text`` or ``example`` (None, NaN, NA or "" is none). ``text``: words. The pictures are
+                the bytes of a file, or a string: a path or URI, or a ``data:`` URI in base64, as JSON clients
                 need it. ``example_mask`` is of its example's size, not black on the object; without one the
                 whole example shows it.
             params: ``threshold`` in [0, 1], least probability of the mask's pixels; ``text_weight`` in
@@ -126,6 +135,10 @@ class ClipSegModel(PythonModel):
         try:
             if _is_none(text) and _is_none(example):
                 raise MaskMillError("prompt_missing", "there is neither text nor example", "Give one.")
+            if _is_none(example) and not _is_none(mask):
+                raise MaskMillError(
+                    "example_missing", "there is an example_mask without its example", "Give both."
+                )
             shown = None
             if not _is_none(example):
                 picture = decode_picture(encoded(example), None if _is_none(mask) else encoded(mask))
@@ -240,7 +253,7 @@ def _key(cell: Any, index: int) -> Hashable:
 
 
 def _is_none(cell: Any) -> bool:
-    return cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell))
+    return bool(pd.isna(cell) or cell == "") if pd.api.types.is_scalar(cell) else False
 
 
 def _share(params: Mapping[str, Any] | None, name: str, default: float) -> float:

@@ -281,7 +281,7 @@ def pascal_queries(
     """Pascal-5i in PFENet's geometry (``pipeline.prompt_pixels.on_black``), which CLIPSeg measures in.
 
     The prediction for the square is stretched to the square of the original image's longer side, which is a
-    little off where sides were rounded, and more for images smaller than S.
+    little off where sides were rounded, and more for images smaller than S; at every ``side`` alike.
 
     Args:
         dataset: ``voc21``; ``ignore_index`` pixels do not count.

@@ -1,8 +1,9 @@
 """CLIPSeg asked for what things afford, are and have (Table 8), on any data with instances.
 
 An image is asked for a prompt if it shows an instance of one of the classes that the prompt means; the true
-mask is the union of all such instances. (The paper's reader asks image by image for one class at a time, on a
-crop around it; a chair beside the sofa that is meant then counts as wrong.) Image and mask are squeezed to
+mask is the union of all such instances. Images in which one of these classes is known to be marked in part
+only are left out for that prompt. (The paper's reader asks image by image for one class at a time, on a crop
+around it; a chair beside the sofa that is meant then counts as wrong.) Image and mask are squeezed to
 S x S as on PhraseCut.
 
 Shapes: S = 352.
@@ -39,8 +40,12 @@ def generalised_queries(
     for sample in dataset.samples:
         if limit and len(queries) == limit:
             break
-        shown = dataset.class_ids_of(sample)
-        meant = [place for place, prompt in enumerate(prompts) if not shown.isdisjoint(prompt.class_ids)]
+        shown, in_part = dataset.class_ids_of(sample), dataset.not_exhaustive_ids_of(sample)
+        meant = [
+            place
+            for place, prompt in enumerate(prompts)
+            if not shown.isdisjoint(prompt.class_ids) and in_part.isdisjoint(prompt.class_ids)
+        ]
         if meant:
             queries.append(partial(_query, dataset, sample, prompts, meant, side))
     return queries

@@ -54,10 +54,11 @@ def example_prompt(image: Tensor, mask: npt.NDArray[np.bool_], style: str) -> Te
 def on_black(image: npt.NDArray[np.uint8], side: int = IMAGE_SIZE) -> Tensor:
     """PFENet's geometry: (H, W, 3) to (3, side, side).
 
-    An image whose longer side exceeds ``side`` is scaled down to it, the sides rounded down to multiples of
-    8, and put on black at the top left.
+    The image is put on black at the top left. Where the side is S, it keeps its size, or is scaled down if
+    its longer side exceeds S, the sides rounded down to multiples of 8. At any other side it covers the same
+    share of the square, hence what is predicted is brought back in the same way.
     """
-    height, width = _fitting(image.shape[0], image.shape[1], side)
+    height, width = (max(1, round(own * side / IMAGE_SIZE)) for own in _fitting(*image.shape[:2]))
     black = np.zeros((1, 1, 3), np.uint8)
     square = pixels(black, (1, 1)).expand(3, side, side).clone()
     square[:, :height, :width] = pixels(image, (height, width))
@@ -66,16 +67,17 @@ def on_black(image: npt.NDArray[np.uint8], side: int = IMAGE_SIZE) -> Tensor:
 
 def mask_on_black(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """The mask to ``on_black``: (H, W) to (S, S)."""
-    height, width = _fitting(mask.shape[0], mask.shape[1], IMAGE_SIZE)
+    height, width = _fitting(*mask.shape)
     square = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.bool_)
     square[:height, :width] = nearest(mask, (height, width)) == 1
     return square
 
 
-def _fitting(height: int, width: int, side: int) -> tuple[int, int]:
+def _fitting(height: int, width: int) -> tuple[int, int]:
+    """Of the image within (S, S)."""
     longer = max(height, width)
-    if longer <= side:
+    if longer <= IMAGE_SIZE:
         return height, width
-    ratio = side / longer
-    new = (side, int(width * ratio)) if height >= width else (int(height * ratio), side)
+    ratio = IMAGE_SIZE / longer
+    new = (IMAGE_SIZE, int(width * ratio)) if height >= width else (int(height * ratio), IMAGE_SIZE)
     return max(8, new[0] // 8 * 8), max(8, new[1] // 8 * 8)

@@ -46,20 +46,17 @@ def parts_of(breakdowns: Breakdowns, threshold: float | None) -> Parts:
     }
 
 
-def breakdown_sections(
-    name: str, title: str, found: Mapping[str, Parts], wanted: Sequence[str] = ()
-) -> Iterator[dict[str, Any]]:
+def breakdown_sections(name: str, title: str, found: Mapping[str, Parts]) -> Iterator[dict[str, Any]]:
     """A section for each breakdown with at least two groups: a chart for each row, a bar for each group.
 
     Args:
         name: of the section that they are parts of.
         title: of that section.
         found: parts by row of the table.
-        wanted: only these breakdowns; all if empty.
     """
     for breakdown in dict.fromkeys(key for parts in found.values() for key in parts):
         groups = list(dict.fromkeys(group for parts in found.values() for group in parts.get(breakdown, {})))
-        if len(groups) < 2 or (wanted and breakdown not in wanted):
+        if len(groups) < 2:
             continue
         places = {group: place for place, group in enumerate(groups)}
         figures = [

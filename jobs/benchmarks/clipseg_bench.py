@@ -17,6 +17,7 @@ from models.errors import MaskMillError
 from pipeline.datasets.base import shown
 from pipeline.datasets.cocojson import open_coco_root
 from pipeline.datasets.generalised import MatchedPrompt, generalised_prompts, match_prompts
+from pipeline.datasets.lvis import NAME as LVIS
 from pipeline.datasets.oneshot import BENCHMARKS, class_areas
 from pipeline.datasets.registry import DATASETS, open_dataset
 from pipeline.metrics.breakdown import (
@@ -49,6 +50,14 @@ _ROOTS: Mapping[str, tuple[str, ...]] = {
     "lvis": ("lvis", COCO_JSON),
 }
 _MASKS_AT_ONCE = 32
+_UNION = (
+    "The true mask of a prompt is the union of all its classes; the paper's reader asked for one class at a "
+    "time, on a crop around it."
+)
+_PARTLY_MARKED = (
+    "Images where LVIS says that it has not marked all of one of the prompt's classes are left out; other "
+    "objects that LVIS has not marked count as wrong."
+)
 
 Values = dict[str, float]
 
@@ -256,6 +265,9 @@ class Bench:
                     f"for: {'; '.join(shared)}."
                 )
             if name == "lvis":
+                parts.append(_UNION)
+                if dataset.name == LVIS:
+                    parts.append(_PARTLY_MARKED)
                 parts += [
                     f"The data have no class for {match.prompt.text!r} of: {shown(match.lacking)}."
                     for match in self.generalised(setting)

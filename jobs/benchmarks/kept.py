@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,24 +42,67 @@ def kept(
     Raises:
         MaskMillError: ``output_differs`` if the earlier run was of something else.
     """
-    file = folder / ROWS / f"{slug(name)}.json"
-    if file.exists():
-        earlier = json.loads(file.read_text())
-        if earlier["key"] != list(identity):
-            raise MaskMillError(
-                "output_differs",
-                f"{file} was measured on other data, with other weights or another --limit.",
-                "Name another --output.",
-            )
-        found = earlier["found"]
-    else:
+    found = kept_parts(
+        folder, console, name, [""], identity, unit, lambda progress, _absent: {"": run(progress)}
+    )
+    return found[""]
+
+
+def kept_parts(
+    folder: Path,
+    console: Console,
+    name: str,
+    parts: Sequence[str],
+    identity: Sequence[Any],
+    unit: str,
+    run: Callable[[Progress, Sequence[str]], Mapping[str, dict[str, Any]]],
+) -> dict[str, dict[str, Any]]:
+    """Like ``kept``, for parts that are measured together and kept apart: others may be asked for later.
+
+    Args:
+        folder: as ``kept``.
+        console: as ``kept``.
+        name: as ``kept``, of the whole.
+        parts: what is wanted of it.
+        identity: as ``kept``, of every part.
+        unit: as ``kept``.
+        run: finds the parts that it is given; those that no earlier run found.
+
+    Returns:
+        What ``run`` found, by part.
+
+    Raises:
+        MaskMillError: as ``kept``.
+    """
+    files = {part: folder / ROWS / f"{slug(f'{name} {part}')}.json" for part in parts}
+    found = {part: _earlier(file, identity) for part, file in files.items() if file.exists()}
+    absent = [part for part in parts if part not in found]
+    if absent:
         with shown_progress(console, name, unit) as progress:
-            found = {metric: _or_none(value) for metric, value in run(progress).items()}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        temporary.write_text(json.dumps({"key": list(identity), "found": found}) + "\n")
-        os.replace(temporary, file)
-    return {metric: math.nan if value is None else value for metric, value in found.items()}
+            measured = run(progress, absent)
+        for part in absent:
+            found[part] = {metric: _or_none(value) for metric, value in measured[part].items()}
+            file = files[part]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_name(f".{file.name}.{os.getpid()}")
+            temporary.write_text(json.dumps({"key": list(identity), "found": found[part]}) + "\n")
+            os.replace(temporary, file)
+    return {
+        part: {metric: math.nan if value is None else value for metric, value in found[part].items()}
+        for part in parts
+    }
+
+
+def _earlier(file: Path, identity: Sequence[Any]) -> dict[str, Any]:
+    earlier: dict[str, Any] = json.loads(file.read_text())
+    if earlier["key"] != list(identity):
+        raise MaskMillError(
+            "output_differs",
+            f"{file} was measured on other data, with other weights or another --limit.",
+            "Name another --output.",
+        )
+    found: dict[str, Any] = earlier["found"]
+    return found
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.benchmarks.clipseg_models import clip_settings, random_weights, settings_clip
-from jobs.benchmarks.kept import Progress, kept
+from jobs.benchmarks.kept import Progress, kept_parts
 from jobs.benchmarks.maskclip import Request
 from jobs.benchmarks.rows import interval, row
 from models.errors import MaskMillError
@@ -116,20 +116,24 @@ def _measure(
         dataset: Any = open_dataset(name, root=root or None, split=split or None)
         model = clip()
 
-        def run(progress: Progress) -> dict[str, Any]:
+        def run(progress: Progress, absent: Sequence[str]) -> dict[str, dict[str, Any]]:
             objects = draw_objects(dataset, count, seed=SEED)
-            return {
-                **object_probabilities(model, objects, wanted, progress=lambda done: progress(done, count))
-            }
+            strategies = [method for method in absent if method != UNMODIFIED]
+            probabilities = object_probabilities(
+                model, objects, strategies, progress=lambda done: progress(done, count)
+            )
+            return {method: {"probabilities": values} for method, values in probabilities.items()}
 
-        found = kept(
+        parts = kept_parts(
             request.folder,
             request.console,
             f"{name} visual prompts",
-            [dataset.fingerprint(), model.fingerprint, settings["precision"], count, wanted],
+            [UNMODIFIED, *wanted],
+            [dataset.fingerprint(), model.fingerprint, settings["precision"], count],
             "objects",
             run,
         )
+        found = {method: part["probabilities"] for method, part in parts.items()}
     except MaskMillError as error:
         if error.code == "output_differs":
             raise
@@ -147,6 +151,8 @@ def _measure(
             "",
         )
     notes = [f"Ours: {drawn:,} objects of {dataset.split}, with the 95 % interval over them."]
+    if request.limit:
+        notes.append(f"--limit {request.limit:,} counts objects here, not images.")
     if name != "lvis" or drawn < SAMPLES:
         notes.append("Other images than the paper's: not comparable with the published figures.")
     if random_weights(settings):

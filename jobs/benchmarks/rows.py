@@ -95,7 +95,7 @@ def claim(
         }
     if low > margin:
         verdict = ""
-    elif high < 0:
+    elif high < min(0.0, margin):
         verdict = "; the opposite shows"
     elif low > 0:
         verdict = f"; better, but not surely by {margin:g}"

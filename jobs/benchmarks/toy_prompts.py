@@ -25,7 +25,7 @@ from jobs.benchmarks.toyworld import scene_set
 from jobs.clipseg_recipes import CLIPSEG_RECIPES
 from jobs.labellers import prepare_labeller
 from jobs.recipes import RECIPES
-from jobs.train import TrainOptions
+from jobs.train import INTERRUPTED, TrainOptions
 from models import toyvit
 from models.clipseg import ClipSeg, normalize
 from models.precision import best_device, native_precision
@@ -39,6 +39,7 @@ from pipeline.metrics.foreground import (
     foreground_iou,
     mean_iou,
 )
+from pipeline.metrics.ratios import mean_of_defined, ratio
 from pipeline.ontology import load_ontology
 from pipeline.toyworld import CLASSES, VISIBLE_SHARE
 from pipeline.training.triplet_crops import crop_example, support_image
@@ -165,7 +166,9 @@ def _sections(found: Mapping[str, Runs], training_scenes: int) -> list[dict[str,
         f"calls visible, at the strict threshold, the lowest that leaves {WANTED_EMPTY:.0%} of them empty on "
         "other scenes; text_iou_strict is the IoU there. ViTSeg's tower learnt image labels for minutes, "
         "the toy CLIP captions for half an hour; but those labels are the very classes that are asked for, "
-        "which ImageNet's are not.",
+        "which ImageNet's are not. CLIPSeg and ViTSeg have the refined head here, CLIP-Deconv its plain one. "
+        "No decoder saw raw pictures in training. An example is taken from another scene; a phrase true of "
+        "one scene alone is not asked for by picture.",
         "chart": "bars",
         "metrics": [
             "text_iou",
@@ -218,7 +221,7 @@ def _claims(found: Mapping[str, Runs]) -> list[dict[str, Any]]:
             ("picture", "IoU", "picture_iou"), ("picture", "AP", "picture_ap"),
         )
     ]  # fmt: skip
-    full = [1.0] * len(ours["empty"])
+    aim = [0.9] * len(ours["empty"])
     return [
         *claims,
         claim(
@@ -226,8 +229,9 @@ def _claims(found: Mapping[str, Runs]) -> list[dict[str, Any]]:
             f"{PAPER}, Table 2", ours["picture_ap"], ours["raw_picture_ap"], unit="AP",
         ),
         claim(
-            "At the strict threshold a phrase true of nothing gives an empty mask in 90 % of the cases",
-            "MaskMill", ours["empty"], full, unit="share", margin=-0.1,
+            f"At the strict threshold, in 90 % of the cases a phrase true of nothing finds less than "
+            f"{VISIBLE_SHARE:.1%} of the picture",
+            "MaskMill", ours["empty"], aim, unit="share",
         ),
         claim(
             "Zero-shot, CLIPSeg beats the MaskCLIP teacher on the unseen classes", "MaskMill",
@@ -265,8 +269,8 @@ def _trained(
         ),
         console,
     )
-    if status:
-        raise KeyboardInterrupt  # it was asked to stop
+    if status == INTERRUPTED:
+        raise KeyboardInterrupt
     return load_trained(str(output))
 
 
@@ -324,27 +328,34 @@ def ask(model: ClipSeg, source: ToySource, *, seed: int) -> Answers:
         shown = [_example(source, phrase, image, rng) for phrase in phrases]
         for form, style in _SHOWN.items():
             if form == "text":
+                asked = list(range(len(phrases)))
                 conditionals = model.encode_text([pairs.phrases[phrase][0] for phrase in phrases])
             else:
-                pictures = [_picture(source, pair, style, triplets, rng) for pair in shown]
+                asked = [number for number, pair in enumerate(shown) if pair is not None]
+                pictures = [
+                    _picture(source, pair, style, triplets, rng) for pair in shown if pair is not None
+                ]
                 conditionals = model.encode_prompt_images(_pixels(pictures))
             found = model.decode(activations, conditionals)[0].sigmoid().numpy()
-            for number, example in enumerate(examples):
-                kind = KINDS.index(kind_of(pairs.phrases[phrases[number]][0]))
-                present[form].append(ForegroundStatistics.of(found[number], example.mask == OBJECT, kind))
-            for answer in found[len(examples) :]:
-                absent[form].append((answer[None] > limits[:, None, None]).mean((1, 2)))
+            for number, answer in zip(asked, found, strict=True):
+                if number < len(examples):
+                    kind = KINDS.index(kind_of(pairs.phrases[phrases[number]][0]))
+                    present[form].append(
+                        ForegroundStatistics.of(answer, examples[number].mask == OBJECT, kind)
+                    )
+                else:
+                    absent[form].append((answer[None] > limits[:, None, None]).mean((1, 2)))
     return Answers(
         {form: ForegroundStatistics.merge(parts) for form, parts in present.items()},
         {form: np.array(parts) for form, parts in absent.items()},
     )
 
 
-def _example(source: ToySource, phrase: int, image: int, rng: np.random.Generator) -> int:
-    """Another scene's pair with the phrase; the same scene's if there is no other."""
+def _example(source: ToySource, phrase: int, image: int, rng: np.random.Generator) -> int | None:
+    """Another scene's pair with the phrase; None if there is no other: its own would show the answer."""
     members = source.pairs.members(phrase)
     others = members[source.pairs.image[members] != image]
-    return int(rng.choice(others if len(others) else members))
+    return int(rng.choice(others)) if len(others) else None
 
 
 def _picture(
@@ -435,8 +446,8 @@ def _zero_shot(model: ClipSeg, seed: int, scenes: int) -> dict[str, dict[str, fl
             counts[name] += np.stack([part.sum((1, 2)) for part in pairs], 1)
     return {
         name: {
-            "miou_unseen": float(np.mean(counted[unseen, 0] / counted[unseen].sum(1))),
-            "miou_seen": float(np.mean(counted[seen, 0] / counted[seen].sum(1))),
+            "miou_unseen": mean_of_defined(ratio(counted[unseen, 0], counted[unseen].sum(1))),
+            "miou_seen": mean_of_defined(ratio(counted[seen, 0], counted[seen].sum(1))),
         }
         for name, counted in counts.items()
     }

@@ -20,7 +20,7 @@ from jobs.benchmarks.rows import claim, row
 from jobs.benchmarks.toyworld import scene_set
 from jobs.labellers import prepare_labeller
 from jobs.recipes import RECIPES
-from jobs.train import TrainOptions
+from jobs.train import INTERRUPTED, TrainOptions
 from jobs.train_recipes import MASKCLIP_PLUS_RECIPES
 from models.precision import best_device, native_precision
 from pipeline import toyworld
@@ -169,8 +169,8 @@ def _measure_seed(
             ),
             console,
         )
-        if status:
-            raise KeyboardInterrupt  # it was asked to stop
+        if status == INTERRUPTED:
+            raise KeyboardInterrupt
         done = recipe.loop.iterations
         steps = {
             "annotation-free": [

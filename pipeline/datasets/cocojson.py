@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import posixpath
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import numpy.typing as npt
 from models.errors import MaskMillError
 from pipeline.datasets.base import Dataset, Labels, Sample, Source, shown
 from pipeline.ontology import BACKGROUND, Ontology, load_ontology
-from pipeline.storage import open_storage
+from pipeline.storage import Storage, open_storage
 
 SOURCE = Source(
     "COCO JSON",
@@ -35,6 +36,7 @@ root/
   annotations/instances_val2017.json  (images, annotations, categories)
   images/val2017/ or val2017/         (the files that it names)""",
 )
+_FEW_FOLDERS = 8
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,12 @@ class CocoSample(Sample):
     Attributes:
         size: (H, W) of the annotation.
         instances: UTF-8 JSON, a list of [class id, whether crowd, annotation id, segmentation].
+        not_exhaustive: ids of classes of which LVIS says that instances are left unmarked here.
     """
 
     size: tuple[int, int] = (0, 0)
     instances: bytes = b"[]"
+    not_exhaustive: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,11 @@ class CocoDataset(Dataset):
         """Classes that have an instance in an image, those hidden beneath others in ``truth`` included."""
         assert isinstance(sample, CocoSample)
         return {int(class_id) for class_id, *_ in json.loads(sample.instances)}
+
+    def not_exhaustive_ids_of(self, sample: Sample) -> frozenset[int]:
+        """Classes of which an image may show more than is marked; see ``CocoSample``."""
+        assert isinstance(sample, CocoSample)
+        return sample.not_exhaustive
 
     def union(self, sample: Sample, class_ids: Collection[int]) -> npt.NDArray[np.bool_]:
         """Everything that an instance of one of the classes covers, bool (H, W), whatever lies over it.
@@ -90,7 +99,7 @@ def open_coco_json(
 
     Args:
         annotations: path or URI of the JSON file.
-        images: folder of its images; ``file_name`` is relative to it.
+        images: folder of its images; ``file_name`` is relative to it and may not lead out of it.
         ontology: classes are matched with categories by name or synonym, whatever the case. None makes a
             class of every category (``category_ontology``).
         name: of the dataset.
@@ -131,20 +140,27 @@ def open_coco_json(
             ]
             by_image[annotation["image_id"]].append(entry)
         found = [
-            (_file_name(image), (int(image["height"]), int(image["width"])), by_image[image["id"]])
+            (
+                _file_name(image),
+                (int(image["height"]), int(image["width"])),
+                by_image[image["id"]],
+                frozenset(
+                    class_of[category]
+                    for category in image.get("not_exhaustive_category_ids", ())
+                    if category in class_of
+                ),
+            )
             for image in content["images"]
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise _invalid(where, f"it is not COCO JSON ({type(error).__name__}: {error})") from error
     place = open_storage(images)
-    folders = {file.rpartition("/")[0] for file, _, _ in found}
-    present = {file for folder in folders for file in place.list(folder)}
-    absent = [file for file, _, _ in found if file not in present]
+    absent = _absent(place, [file for file, *_ in found])
     if absent:
         raise MaskMillError(
             "dataset_incomplete",
             f"{where}: {len(absent):,} of its {len(found):,} images are not in {place.uri}: {shown(absent)}.",
-            "Give the folder that holds the images that the JSON names.",
+            "Give the folder that holds the images that the JSON names; its file names are relative to it.",
         )
     samples = [
         CocoSample(
@@ -152,8 +168,9 @@ def open_coco_json(
             image=place.uri_of(file),
             size=size,
             instances=json.dumps(entries, separators=(",", ":")).encode(),
+            not_exhaustive=not_exhaustive,
         )
-        for file, size, entries in found
+        for file, size, entries, not_exhaustive in found
     ]
     return CocoDataset(
         name=name,
@@ -262,6 +279,20 @@ def _file_name(image: Mapping[str, Any]) -> str:
     if "file_name" in image:
         return str(image["file_name"])
     return "/".join(str(image["coco_url"]).split("/")[-2:])
+
+
+def _absent(place: Storage, files: Sequence[str]) -> list[str]:
+    """Those of the files that are not there, or would lie outside the place."""
+    paths = [PurePosixPath(file) for file in files]
+    folders = {
+        str(path).rpartition("/")[0] for path in paths if not path.is_absolute() and ".." not in path.parts
+    }
+    if len(folders) > _FEW_FOLDERS and not place.is_local:
+        # One listing with many files to a reply, in place of a request for each folder.
+        present = set(place.list(posixpath.commonpath(sorted(folders)), recursive=True))
+    else:
+        present = {file for folder in folders for file in place.list(folder)}
+    return [file for file, path in zip(files, paths, strict=True) if str(path) not in present]
 
 
 def _classes_by_category(categories: list[dict[str, Any]], classes: Ontology, where: str) -> dict[int, int]:

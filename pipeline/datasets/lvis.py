@@ -2,7 +2,7 @@
 
 Each class is annotated in a part of the images only, so that pixels of no instance are unknown: ignored, not
 background. Where LVIS says that it has not marked all instances of a class in an image
-(``not_exhaustive_category_ids``), those that it has count.
+(``not_exhaustive_category_ids``), those that it has count in ``truth``, and the sample says so.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ def open_lvis(root: str | None, *, split: str = "val") -> CocoDataset:
     Raises:
         MaskMillError: ``dataset_missing``, ``dataset_incomplete``, ``dataset_invalid``.
     """
-    place = SOURCE.open(root, ["train2017", "val2017", "images"])
-    folder = "images" if place.exists("images") else ""
+    parts = ("train2017", "val2017")
+    place = SOURCE.open(root, [*parts, *(f"images/{part}" for part in parts)])
+    # "images" may be there for another reason.
+    folder = max(("", "images/"), key=lambda folder: sum(place.exists(folder + part) for part in parts))
     for file in (f"annotations/lvis_v1_{split}.json", f"lvis_v1_{split}.json"):
         if place.exists(file):
             try:

@@ -36,6 +36,7 @@ class Answer:
         there: bool (S, S), the truth.
         probability: float (S, S) in [0, 1].
         example: uint8 (V, V, 3), what CLIP was shown of it; None without one.
+        known: bool (S, S), where the truth is known; the other pixels count neither way. None is everywhere.
     """
 
     phrase: str
@@ -44,6 +45,7 @@ class Answer:
     there: NDArray[np.bool_]
     probability: NDArray[np.float32]
     example: NDArray[np.uint8] | None = None
+    known: NDArray[np.bool_] | None = None
 
     @property
     def found(self) -> NDArray[np.bool_]:
@@ -59,10 +61,20 @@ class Answer:
     def caption(self) -> str:
         """How it was asked, and how well it was answered."""
         asked = "text" if self.text_share == 1 else f"text {self.text_share:.0%}, example"
-        union = int((self.there | self.found).sum())
-        if not self.there.any():
-            return f"{asked}; not there, and {'found all the same' if union else 'rightly nothing found'}"
-        return f"{asked}; IoU {(self.there & self.found).sum() / union:.2f}"
+        there, found = self._counted(self.there), self._counted(self.found)
+        if not there.any():
+            answered = "found all the same" if found.any() else "rightly nothing found"
+            return f"{asked}; not there, and {answered}"
+        return f"{asked}; IoU {(there & found).sum() / (there | found).sum():.2f}"
+
+    @property
+    def share(self) -> float:
+        """Share of the object in the pixels whose truth is known."""
+        there = self._counted(self.there)
+        return float(there.mean()) if there.size else 0.0
+
+    def _counted(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        return mask.ravel() if self.known is None else mask[self.known]
 
 
 def clipseg_page(
@@ -114,7 +126,7 @@ def preview_sheet(answers: Sequence[Answer], *, columns: int = 3) -> Image.Image
                     "there",
                     answer.there.astype(np.uint8) * 255,
                     answer.there,
-                    f"{answer.there.mean():.1%} of the pixels",
+                    f"{answer.share:.1%} of the pixels",
                 ),
                 Found(
                     answer.phrase or "(the example alone)",

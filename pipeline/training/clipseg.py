@@ -23,7 +23,7 @@ from models.clip import load_clip
 from models.clipseg import PAPER, ClipSeg, ClipSegConfig, PromptDecoder, build_clipseg, mix, normalize
 from models.clipseg_baselines import ClipDeconvConfig, ViTSegConfig, build_clip_deconv, build_vitseg
 from models.errors import MaskMillError
-from pipeline.clipseg import ClipSegWeights, split_clip
+from pipeline.clipseg_model import ClipSegWeights, split_clip
 from pipeline.clipseg_options import CLIP
 from pipeline.training.triplets import IGNORED, OBJECT, decode_phrase
 
@@ -132,8 +132,11 @@ class ClipSegTask:
         """
         conditionals, read = self._conditionals(batch)
         # The phrases of an image come one after the other if the recipe groups them: one run of the tower.
-        images, which = torch.unique_consecutive(batch["image"], return_inverse=True, dim=0)
-        activations = self.model.encode_image(normalize(images))
+        images = batch["image"]
+        new = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        new[1:] = (images[1:] != images[:-1]).flatten(1).any(1)
+        which = new.cumsum(0) - 1
+        activations = self.model.encode_image(normalize(images[new]))
         activations = activations._replace(layers=tuple(layer[which] for layer in activations.layers))
         # The model with the wrapped decoder: gradients are exchanged where that is called.
         model = copy.copy(self.model)

@@ -67,6 +67,23 @@ def test_specs(places: Path, spec: str, name: str, kind: str, toy: bool, image: 
 
 
 @pytest.mark.parametrize(
+    ("spec", "name", "kind"),
+    [
+        ("f=~/finder", "f", "clipseg"),
+        ("~/rd64.pth", "rd64", "clipseg"),
+        ("s = ~/run", "s", "student"),
+        ("m=~/mine.yaml", "m", "teacher"),
+    ],
+)
+def test_a_home_folder_in_a_spec(
+    places: Path, monkeypatch: pytest.MonkeyPatch, spec: str, name: str, kind: str
+) -> None:
+    monkeypatch.setenv("HOME", str(places))  # a shell expands no ~ behind =
+    info = entry(spec).info
+    assert (info.name, info.kind) == (name, kind)
+
+
+@pytest.mark.parametrize(
     ("spec", "code"),
     [
         ("tpy", "recipe_unknown"),

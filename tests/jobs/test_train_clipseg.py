@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import threading
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,9 @@ from safetensors.torch import load_file
 
 from jobs.clipseg_page import find_answers
 from jobs.clipseg_recipes import CLIPSEG_RECIPES
+from jobs.recipes import load_recipe
 from jobs.train import INTERRUPTED, TrainOptions
-from jobs.train_clipseg import TrainClipSegJob, run
+from jobs.train_clipseg import TrainClipSegJob, _prepare, commands_for, run
 from models.clipseg import ClipSeg, normalize
 from models.clipseg_weights import load_clipseg
 from models.errors import MaskMillError
@@ -32,7 +36,7 @@ from pipeline.clipseg_folder import DECODER_FILE, RECORD_FILE, load_trained, rea
 from pipeline.datasets.toy import open_toyworld
 from pipeline.report.clipseg_page import preview_sheet
 from pipeline.training.triplet_toy import open_toy_source
-from pipeline.training.triplets import TripletSamples
+from pipeline.training.triplets import IGNORED, Example, TripletSamples, TripletSettings, TripletSource
 
 STEPS = 12
 QUICK = (
@@ -216,3 +220,65 @@ def test_the_picture_shows_what_the_model_says() -> None:
     changed = (sheets[0] != sheets[1]).any((0, 2))
     cell = len(changed) // 2  # a panel: image, what is there, what is found
     assert not changed[: cell * 2 // 3].any() and changed[cell * 2 // 3 : cell].any()
+
+
+@dataclass(frozen=True, eq=False)
+class _HalfKnown(TripletSource):
+    """Another source, of which nobody knows the upper half of any image."""
+
+    inner: TripletSource
+
+    def read(self, pair: int) -> Example:
+        example = self.inner.read(pair)
+        mask = example.mask.copy()
+        mask[: len(mask) // 2] = IGNORED
+        return example._replace(mask=mask)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_the_page_shows_different_images(grouped: bool) -> None:
+    recipe = CLIPSEG_RECIPES.load("toy", QUICK)
+    source = open_toy_source(open_toyworld(split="seed-7", count=5, size=64))
+    half = _HalfKnown(source.name, source.fingerprint, source.pairs, source)
+    samples = TripletSamples(half, replace(recipe.triplets, grouped=grouped))
+    model: ClipSeg = recipe.model.build(torch.device("cpu"))
+    answers = find_answers(model, samples, seed=3, count=7)
+    shown = [answer.image.tobytes() for answer in answers]
+    assert len(shown) == 7 and len(set(shown[:5])) == 5
+    for answer in answers:
+        assert answer.known is not None and not answer.known[:32].any() and answer.known[32:].all()
+
+
+@pytest.mark.parametrize("output", ["finder", "s3://models/finder", "my models/a $1 'finder'"])
+@pytest.mark.parametrize(
+    ("size", "support_size", "settings"),
+    [
+        (352, 352, []),
+        (128, 64, ["scale=[128,128]", "clipseg.example_size=64"]),
+        (352, 64, ["clipseg.example_size=64"]),
+    ],
+)
+def test_the_commands_take_the_model_at_its_sizes(
+    output: str, size: int, support_size: int, settings: list[str]
+) -> None:
+    commands = commands_for(output, TripletSettings(size=size, support_size=support_size))
+    assert output in shlex.split(commands["Ask it"]) and shlex.split(commands["See it"])[-1] == output
+    for purpose in ("Label with it", "Measure it"):
+        words = shlex.split(commands[purpose])
+        given = [after for word, after in itertools.pairwise(words) if word == "--set"]
+        assert given == [f"pretrained={output}", *settings]
+        recipe = load_recipe(words[words.index("--recipe") + 1], given)
+        assert recipe.pretrained == output and recipe.scale == (size, size)
+        assert recipe.clipseg.example_size == support_size
+
+
+@pytest.mark.parametrize("name", [None, "finder"])
+def test_only_a_model_with_a_name_is_copied_into_mlflow(tmp_path: Path, name: str | None) -> None:
+    prepared = _prepare(
+        TrainClipSegJob(
+            recipe=CLIPSEG_RECIPES.load("toy", QUICK),
+            dataset=open_toyworld(split="seed-7", count=2, size=64),
+            options=TrainOptions(output=str(tmp_path), tracking=None, register_as=name),
+        )
+    )
+    assert (prepared.log_model is not None) == (name is not None)

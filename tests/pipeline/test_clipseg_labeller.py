@@ -22,16 +22,15 @@ from models.clipseg_weights import load_clipseg, save_decoder
 from models.errors import MaskMillError
 from models.visual_prompts import visual_prompt
 from pipeline.clipseg import (
-    ClipSegWeights,
     Picture,
     embed_words,
     parse_style,
     read_picture,
     shown_pixels,
-    split_clip,
     visual_prompt_of,
 )
 from pipeline.clipseg_labeller import Resolution, resolve, stretched
+from pipeline.clipseg_model import ClipSegWeights, split_clip
 from pipeline.clipseg_options import PREFIXES, ClipSegOptions
 from pipeline.ontology import Ontology, load_ontology
 from pipeline.toyworld import generate
@@ -284,6 +283,23 @@ def test_words_and_pictures_make_the_prompts_of_a_class(model: ClipSeg, pictures
     )
     options = ClipSegOptions(text_weight=0.0, example_size=64)
     torch.testing.assert_close(class_conditionals(model, mean, 1, options), shown.mean(0, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("style", "side"),
+    [("crop_blur_highlight352", 64), ("crop", 64), ("crop,size=96", 96), ("blur3_highlight", 64)],
+)
+def test_examples_are_cut_to_the_example_size(
+    model: ClipSeg, pictures: Path, monkeypatch: pytest.MonkeyPatch, style: str, side: int
+) -> None:
+    sides: list[int] = []
+    encode = model.encode_prompt_images
+    monkeypatch.setattr(
+        model, "encode_prompt_images", lambda pixels: sides.append(pixels.shape[-1]) or encode(pixels)
+    )
+    options = ClipSegOptions(text_weight=0.0, visual_prompt=style, example_size=64)
+    class_conditionals(model, load_ontology(pictures / "shown.yaml"), 2, options)
+    assert sides == [side, 64]  # the second example is shown whole
 
 
 @pytest.mark.parametrize("prefix", [*PREFIXES, "ontology"])

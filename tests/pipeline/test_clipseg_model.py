@@ -70,6 +70,15 @@ def test_what_is_known_before_it_is_loaded(
     assert weights.beneath() == beneath and weights.sizes() == sizes
 
 
+@pytest.mark.parametrize("place", ["toy.safetensors", "run"])
+def test_weights_in_the_home_folder(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setenv("HOME", str(places[place].parent))
+    weights = ClipSegWeights(f"~/{place}")
+    assert weights == ClipSegWeights(str(places[place])) and weights.beneath() == TOY
+
+
 @pytest.mark.parametrize("place", ["toy.safetensors", "run", "hub", "deconv"])
 def test_every_form_loads(places: dict[str, Path], place: str) -> None:
     model = ClipSegWeights(str(places[place])).load(device=torch.device("cpu"))

@@ -159,6 +159,9 @@ def test_the_threshold_is_the_usual_one_unless_given(
         ({"image": "/nowhere/at/all.png", "text": "a"}, "not_found"),
         ({"image": "{a}"}, "prompt_missing"),
         ({"image": "{a}", "text": ""}, "prompt_missing"),
+        ({"image": "{a}", "text": pd.NA, "example": float("nan")}, "prompt_missing"),
+        ({"image": pd.NA, "text": "a"}, "not_an_image"),
+        ({"image": "{a}", "text": "a", "example_mask": "{small}"}, "example_missing"),
         ({"image": "{a}", "text": "many words " * 40}, "prompt_too_long"),
         ({"image": "{a}", "example": "/nowhere/at/all.png"}, "not_found"),
         ({"image": "{a}", "example": b"no image"}, "example_unreadable"),
@@ -176,6 +179,13 @@ def test_a_bad_row_is_a_row_with_an_error(
     assert out["error"][0].startswith(f"{code}: "), out["error"][0]
     assert out.loc[0, list(OUTPUT_COLUMNS[:-1])].isna().all()
     assert out["error"].isna()[1] and decode_mask(out["mask"][1]).shape == (70, 90)
+
+
+@pytest.mark.parametrize("precision", ["x", "float32", 16])
+def test_an_unknown_precision(saved: Path, precision: Any) -> None:
+    with pytest.raises(MaskMillError) as caught:
+        mlflow.pyfunc.load_model(str(saved), model_config={"precision": precision})
+    assert caught.value.code == "precision_invalid" and "bf16" in caught.value.remedy
 
 
 def test_signature_example_and_what_is_in_the_folder(saved: Path, model: mlflow.pyfunc.PyFuncModel) -> None:

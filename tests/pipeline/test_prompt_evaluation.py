@@ -380,6 +380,18 @@ def test_pascal_in_pfenet_geometry(style: str | None, model: ClipSeg, voc: Any) 
     assert_counts(found, expected, [episode.class_id for episode in EPISODES])
 
 
+@pytest.mark.parametrize("side", [176, 416, 704])
+@pytest.mark.parametrize("name", SIZES)
+def test_at_another_size_an_image_covers_the_same_share_of_the_square(name: str, side: int, voc: Any) -> None:
+    (image,) = (voc.image(sample) for sample in voc.samples if sample.name == name)
+    usual = on_black(np.ones(image.shape[:2]), cv2.INTER_NEAREST, 0)
+    height, width = (round(usual.any(axis).sum() * side / S) for axis in (1, 0))
+    expected = np.zeros((side, side, 3))
+    expected[:height, :width] = cv2.resize(image.astype(np.float32), (width, height))
+    (read,) = pascal_queries(voc, [Episode(name, ("wide",), 3)], style=None, side=side)
+    torch.testing.assert_close(read().image, normalised(expected), atol=1e-3, rtol=0)
+
+
 def test_coco_squeezes_query_and_support(model: ClipSeg, voc: Any) -> None:
     # The reading of COCO's files is tested with the datasets; any set with masks has the geometry.
     by_name = {sample.name: sample for sample in voc.samples}

@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from jobs.benchmarks.clipseg import TABLES
+from jobs.benchmarks.clipseg_bench import Bench
 from jobs.benchmarks.maskclip import Request
 from models.clip import load_clip
 from models.clipseg import ClipSeg, ClipSegConfig, build_clipseg
@@ -340,6 +341,27 @@ def test_generalised_prompts(small: Any, decoders: Any, tmp_path: Path) -> None:
     assert [name.partition(", ")[2] for name in by_prompt] == ["drink from", "ride on", "sit on"]
     missing = rows_of(sections["lvis-attributes"])["CLIPSeg (PC+)"]["missing"]
     assert missing.startswith("dataset_invalid: No image of coco-json (val2017) shows what 'can fly'")
+
+
+@pytest.mark.parametrize(
+    ("data", "annotations", "marked_in_part"),
+    [("lvis", "lvis_v1_val", True), ("coco-json", "instances_val2017", False)],
+)
+def test_the_note_says_what_counts_as_wrong(
+    data: str, annotations: str, marked_in_part: bool, tmp_path: Path
+) -> None:
+    content: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": 1, "name": "bottle"}],
+    }
+    files = {f"annotations/{annotations}.json": content, "val2017/0.jpg": picture(60, 80, 0)}
+    wanted = request(tmp_path, roots={data: str(write(tmp_path / "data", files))})
+    bench = Bench(wanted, load_published("clipseg_generalised_prompts"))
+    bench.dataset("lvis/affordances")
+    note = bench.note("lvis/affordances")
+    assert "the union of all its classes" in note
+    assert ("objects that LVIS has not marked count as wrong" in note) == marked_in_part
 
 
 def test_a_row_is_measured_once_and_of_one_thing(

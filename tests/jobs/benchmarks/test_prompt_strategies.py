@@ -29,6 +29,7 @@ def run(folder: Path, **fields: Any) -> list[dict[str, Any]]:
 
 
 def test_rows_on_the_toy_world(tmp_path: Path) -> None:
+    run(tmp_path, datasets=["toyworld"], settings=TOY, limit=6, rows=["mask CLS"])  # others may follow
     (section,) = run(tmp_path, datasets=["toyworld"], settings=TOY, limit=6, rows=["crop", "mask CLS"])
     wanted = [
         "mask CLS, layer 11", "mask CLS, all layers", "crop large context", "crop", "crop & BG blur",
@@ -53,11 +54,13 @@ def test_rows_on_the_toy_world(tmp_path: Path) -> None:
     assert rows["crop"]["published"] == {"delta_probability": 0.136}
     assert rows["red outline"]["missing"] == "not asked for"
     assert "6 objects of seed-2" in section["note"] and "not comparable" in section["note"]
+    assert "--limit 6 counts objects" in section["note"]
 
     # Kept: an earlier result is taken, and refused for something else.
-    (file,) = (tmp_path / "rows").iterdir()
+    assert len(list((tmp_path / "rows").iterdir())) == 1 + len(wanted)
+    file = tmp_path / "rows" / "toyworld-visual-prompts-crop.json"
     kept = json.loads(file.read_text())
-    kept["found"]["crop"] = [1.0] * 6
+    kept["found"]["probabilities"] = [1.0] * 6
     file.write_text(json.dumps(kept))
     (again,) = run(tmp_path, datasets=["toyworld"], settings=TOY, limit=6, rows=["crop", "mask CLS"])
     (crop,) = (line for line in again["rows"] if line["name"] == "crop")

@@ -11,8 +11,15 @@ from pycocotools.coco import COCO
 
 from models.errors import MaskMillError
 from pipeline.datasets.cocojson import CocoDataset, category_ontology, open_coco_root
-from pipeline.datasets.generalised import GeneralisedPrompt, generalised_prompts, match_prompts
+from pipeline.datasets.generalised import (
+    GeneralisedPrompt,
+    MatchedPrompt,
+    generalised_prompts,
+    match_prompts,
+)
 from pipeline.datasets.registry import open_dataset
+from pipeline.prompt_generalised import generalised_queries
+from pipeline.prompt_pixels import squeezed_mask
 from tests.pipeline.datasets.conftest import Write, photo
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
@@ -46,10 +53,20 @@ def lvis_file() -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("images", ["", "images/"])
+@pytest.mark.parametrize(
+    ("images", "beside"),
+    [
+        ("", "notes.txt"),
+        ("", "images/logo.jpg"),
+        ("", "images/val2017/logo.jpg"),
+        ("images/", "notes.txt"),
+        ("images/", "train2017/labels.txt"),
+    ],
+)
 @pytest.mark.parametrize("annotations", ["", "annotations/"])
-def test_layouts(images: str, annotations: str, tmp_path: Path, write: Write) -> None:
+def test_layouts(images: str, beside: str, annotations: str, tmp_path: Path, write: Write) -> None:
     files = {
+        beside: b"of no use",
         f"{annotations}lvis_v1_val.json": lvis_file(),
         f"{images}val2017/000000000030.jpg": photo(10, 12),
         f"{images}train2017/000000000004.jpg": photo(8, 8),
@@ -73,6 +90,31 @@ def test_layouts(images: str, annotations: str, tmp_path: Path, write: Write) ->
     np.testing.assert_array_equal(dataset.union(sample, {0}), (expected == 0) | (expected == 2))
     np.testing.assert_array_equal(dataset.union(sample, {2, 3}), expected == 2)
     assert not dataset.union(sample, {1}).any()
+
+
+@pytest.mark.parametrize(
+    ("class_ids", "images"),
+    [
+        ((0,), ["val2017/000000000030"]),
+        ((2,), []),  # not all deck chairs are marked in the image that shows one
+        ((0, 2), []),
+        ((2, 3), ["train2017/000000000004"]),
+        ((0, 3), ["train2017/000000000004", "val2017/000000000030"]),
+    ],
+)
+def test_images_that_are_marked_in_part_are_not_asked(
+    class_ids: tuple[int, ...], images: list[str], tmp_path: Path, write: Write
+) -> None:
+    files = {"val2017/000000000030.jpg": photo(10, 12), "train2017/000000000004.jpg": photo(8, 8)}
+    write(str(tmp_path), {"lvis_v1_val.json": lvis_file(), **files})
+    dataset = open_dataset("lvis", root=str(tmp_path))
+    assert isinstance(dataset, CocoDataset)
+    prompt = MatchedPrompt(GeneralisedPrompt("x", "y", ()), class_ids, ())
+    found = [read().truths[0] for read in generalised_queries(dataset, [prompt])]
+    samples = [sample for sample in dataset.samples if sample.name in images]
+    assert len(found) == len(samples)
+    for truth, sample in zip(found, samples, strict=True):
+        np.testing.assert_array_equal(truth, squeezed_mask(dataset.union(sample, class_ids)))
 
 
 def test_what_is_missing_is_said(tmp_path: Path, write: Write) -> None:

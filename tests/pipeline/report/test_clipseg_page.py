@@ -10,7 +10,8 @@ from pipeline.clipseg_folder import ClipSegRecord
 from pipeline.report.clipseg_page import Answer, clipseg_page, preview_sheet
 from pipeline.report.training_page import write_training_page
 
-LEFT = np.arange(16)[None, :].repeat(12, 0) < 8
+COLUMNS = np.arange(16)[None, :].repeat(12, 0)
+LEFT = COLUMNS < 8
 NOWHERE = np.zeros((12, 16), bool)
 IMAGE = np.full((12, 16, 3), 90, np.uint8)
 
@@ -40,6 +41,21 @@ def _record(**fields: Any) -> ClipSegRecord:
 def test_captions(there: np.ndarray, probability: np.ndarray, share: float, caption: str) -> None:
     answer = Answer("a", share, IMAGE, there, probability.astype(np.float32))
     assert answer.caption == caption
+
+
+@pytest.mark.parametrize(
+    ("there", "p", "caption", "share"),
+    [
+        (LEFT, np.ones(LEFT.shape), "text; IoU 0.80", 0.8),
+        (LEFT, np.where(LEFT, 0.9, 0.1), "text; IoU 1.00", 0.8),
+        (NOWHERE, np.where(COLUMNS < 10, 0.1, 0.9), "text; not there, and rightly nothing found", 0.0),
+    ],
+)
+def test_what_nobody_knows_counts_neither_way(
+    there: np.ndarray, p: np.ndarray, caption: str, share: float
+) -> None:
+    answer = Answer("a", 1.0, IMAGE, there, p.astype(np.float32), known=COLUMNS < 10)
+    assert answer.caption == caption and answer.share == pytest.approx(share)
 
 
 def test_the_page_and_the_picture(tmp_path: Path) -> None:
