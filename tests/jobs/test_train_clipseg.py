@@ -41,7 +41,7 @@ from pipeline.training.triplets import IGNORED, Example, TripletSamples, Triplet
 STEPS = 12
 QUICK = (
     f"iterations={STEPS}", "batch_size=4", "warmup=1", "checkpoint_every=3", "log_every=2", "size=64",
-    "support_size=64", "reduce_dim=16", "refined=false", "feedforward=32", "dropout=0.1",
+    "support_size=64", "reduce_dim=16", "refined=false", "feedforward=32", "dropout=0.1", "grouped=false",
 )  # fmt: skip
 
 
