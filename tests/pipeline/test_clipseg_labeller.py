@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -20,7 +21,7 @@ from models.clip import load_clip
 from models.clipseg import ClipSeg, ClipSegConfig, build_clipseg, mix, normalize
 from models.clipseg_weights import load_clipseg, save_decoder
 from models.errors import MaskMillError
-from models.visual_prompts import visual_prompt
+from models.visual_prompts import STYLES, visual_prompt
 from pipeline.clipseg import (
     Picture,
     embed_words,
@@ -169,12 +170,12 @@ def test_labels_are_those_of_a_plain_loop_over_prompts(
     images, sizes = scenes(3), [(40, 52), (24, 32), (30, 17)]
     predictions = labeller.label(list(images), sizes)
 
-    example = visual_prompt(
+    crop = dataclasses.replace(STYLES["crop_blur_highlight352"], size=64)
+    example = crop(
         normalize(torch.from_numpy(np.array(Image.open(pictures / "0.png"))).permute(2, 0, 1)[None], 64),
         F.interpolate(
             torch.from_numpy(np.asarray(Image.open(pictures / "mask.png")) > 0)[None, None].float(), (64, 64)
         )[0],
-        "crop_blur_highlight352",
     )
     plain = normalize(torch.from_numpy(np.array(Image.open(pictures / "1.png"))).permute(2, 0, 1)[None], 64)
     ground, zebra, striped, that, fish, scaly = model.encode_text(
