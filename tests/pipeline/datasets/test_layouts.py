@@ -223,9 +223,9 @@ def without(files: dict[str, Any], *patterns: str) -> dict[str, Any]:
         ("pairs", without(PAIRS, "masks/cat"), "dataset_incomplete", r"cat\.v2 \(mask\)"),
         (
             "pairs",
-            FLAT | {"images/farm/zebra.jpg": JPG},
+            FLAT | {"images/meadow/zebra.jpg": JPG},
             "dataset_invalid",
-            "Image farm/zebra could belong to several",
+            "Image meadow/zebra could belong to several",
         ),
         ("pairs", PAIRS | {"images/cat.v2.jpg": JPG}, "dataset_invalid", "have the same name"),
     ],
