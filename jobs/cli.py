@@ -673,17 +673,18 @@ def train_clipseg(
             cluster one that all nodes reach.
         recipe: named recipe or YAML file (maskmill recipes lists them).
         settings: change one knob of the recipe: iterations=500, reduce_dim=16; may be repeated.
-        labels: a label table, the --output of maskmill label: training without annotation.
+        labels: a label table, the --output of maskmill label: training without annotation. With truth as
+            well, where the --unseen classes are learnt from.
         ontology: what the classes are called, YAML file or built-in name: of --truth, or of --labels if not
             the table's own.
-        dataset: phrasecut, or any benchmark by name (maskmill datasets), instead of --labels.
+        dataset: phrasecut, or any benchmark by name (maskmill datasets).
         root: its folder (a path, or s3://…).
         split: the part of it to train on.
         scenes: of toyworld: how many (default 2000).
         images: your own images, with --truth, instead of --dataset.
         truth: folder of masks (PNG, values are class ids, 255 is ignored) for --images.
-        unseen: classes that are left out: "cow, motorbike", a zero-shot split (pascal-unseen10), a fold
-            (pascal5i:0, coco20i:3), or affordances.
+        unseen: classes whose truth is left out: "cow, motorbike", a zero-shot split (pascal-unseen10), a
+            fold (pascal5i:0, coco20i:3), or affordances.
         start: weights to go on from: a file (rd64-uni.pth), a folder, or a hub name; best with
             --recipe finetune.
         how: where it runs, and where it is tracked.
@@ -699,12 +700,13 @@ def train_clipseg(
         chosen = CLIPSEG_RECIPES.change(chosen, {"source": {"unseen": _names(unseen)}})
     if start is not None:
         chosen = CLIPSEG_RECIPES.change(chosen, {"model": {"start": start}})
-    if sum(given is not None for given in (labels, dataset, images)) != 1:
+    truths = sum(given is not None for given in (dataset, images))
+    if truths > 1 or (truths == 0 and labels is None):
         raise MaskMillError(
             "wrong_use",
             "Give one thing to train on.",
             "Use --labels TABLE, --dataset NAME --root DIR --split PART, or --images DIR --truth DIR "
-            "--ontology FILE.",
+            "--ontology FILE. --labels beside truth are for the --unseen classes.",
         )
     classes = load_ontology(ontology) if ontology is not None else None
     opened: Any = None
@@ -727,7 +729,7 @@ def train_clipseg(
         TrainClipSegJob(
             recipe=chosen,
             labels=labels,
-            ontology=classes if labels is not None else None,
+            ontology=classes if opened is None else None,
             dataset=opened,
             options=run_options,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from pydantic import Field
@@ -17,6 +17,7 @@ from pipeline.datasets.phrasecut import PhraseCutDataset
 from pipeline.datasets.toy import ToyDataset
 from pipeline.datasets.zeroshot import SPLITS
 from pipeline.ontology import BACKGROUND, Ontology, load_ontology
+from pipeline.training.triplet_joined import join_sources
 from pipeline.training.triplet_sources import (
     open_class_source,
     open_instance_source,
@@ -35,10 +36,10 @@ class SourceSettings:
     """Which pairs of an image and a phrase there are.
 
     Attributes:
-        unseen: classes that are not trained with: names; a zero-shot split (``pascal-unseen10``); the test
-            classes of a one-shot fold (``pascal5i:0``, ``coco20i:3``); ``affordances``, the paper's list of
-            words. Of referring expressions those that name such a class are left out: for a class of PASCAL
-            VOC whatever WordNet knows below it, for others the word itself in singular and plural.
+        unseen: classes whose truth is not trained with: names; a zero-shot split (``pascal-unseen10``); the
+            test classes of a one-shot fold (``pascal5i:0``, ``coco20i:3``); ``affordances``, the paper's list
+            of words. Of referring expressions those that name such a class are left out: for a class of
+            PASCAL VOC whatever WordNet knows below it, for others the word itself in singular and plural.
         toy_phrases: of the toy world: which kinds of phrases are asked; see
             ``pipeline.training.triplet_toy``.
         synonyms: classes are called by their synonyms as well.
@@ -70,11 +71,15 @@ def open_source(
         settings: see there.
         labels: a label table: training without annotation.
         ontology: what its classes are called; None takes the table's own.
-        dataset: instead of a table, images with truth or PhraseCut.
+        dataset: images with truth or PhraseCut. With a table as well the truth is that of the seen classes,
+            and the unseen ones are learnt from the table.
 
     Raises:
-        MaskMillError: ``class_unknown``; and as the sources.
+        MaskMillError: ``class_unknown``; ``wrong_use`` if both are given and no class is unseen; and as the
+            sources.
     """
+    if labels is not None and dataset is not None:
+        return _join(settings, labels, dataset)
     if labels is not None:
         classes = ontology or recorded_ontology(labels)
         return open_table_source(
@@ -97,6 +102,19 @@ def open_source(
     return open_class_source(
         dataset, class_ids=class_ids, synonyms=settings.synonyms, min_area=settings.min_area
     )
+
+
+def _join(settings: SourceSettings, labels: str, dataset: Dataset) -> TripletSource:
+    classes = recorded_ontology(labels)
+    seen = seen_ids(settings.unseen, classes.names)
+    if seen is None:
+        raise MaskMillError(
+            "wrong_use",
+            "There are truth and labels, and nothing says which classes shall be learnt from the labels.",
+            "Name them with --unseen; or leave out the labels or the truth.",
+        )
+    guessed = replace(settings, unseen=tuple(classes.names[number] for number in seen))
+    return join_sources(open_source(settings, dataset=dataset), open_source(guessed, labels=labels))
 
 
 def recorded_ontology(labels: str) -> Ontology:

@@ -74,6 +74,7 @@ _TOY = ClipSegRecipe(
     model=PromptModel(
         clip="toyclip:bundled",
         decoder=ClipSegConfig(extract_layers=(2,), refined=True, feedforward=128, dropout=0.0),
+        whiten=512,
     ),
     triplets=TripletSettings(
         size=128, support_size=64, crop=False, resize="antialias", text_weight=(0.0, 1.0), grouped=True
@@ -82,8 +83,8 @@ _TOY = ClipSegRecipe(
         iterations=450,
         batch_size=32,
         optimizer="adamw",
-        learning_rate=1e-3,
-        min_learning_rate=1e-4,
+        learning_rate=3e-3,
+        min_learning_rate=3e-4,
         weight_decay=0.01,
         schedule="cosine",
         warmup=20,

@@ -51,7 +51,8 @@ class TrainClipSegJob:
         options: where to, and on what.
         labels: a label table to learn from, without annotation.
         ontology: what its classes are called; None takes the table's own.
-        dataset: instead of a table, images with truth or PhraseCut.
+        dataset: images with truth or PhraseCut, instead of a table; or beside one that guesses the unseen
+            classes of the recipe.
     """
 
     recipe: ClipSegRecipe
@@ -65,9 +66,9 @@ def run(job: TrainClipSegJob, console: Console | None = None) -> int:
     """Train a decoder and write its folder. Returns the exit status; see ``jobs.train.run_training``.
 
     Raises:
-        MaskMillError: ``wrong_use`` unless either a table or a data set is given; and as ``run_training``.
+        MaskMillError: ``wrong_use`` if neither a table nor a data set is given; and as ``run_training``.
     """
-    if (job.labels is None) == (job.dataset is None):
+    if job.labels is None and job.dataset is None:
         raise MaskMillError(
             "wrong_use",
             "Give what to train on: a label table, or images with truth.",
@@ -98,7 +99,9 @@ def _prepare(job: TrainClipSegJob) -> Prepared:
     start = f"from {recipe.model.start}, " if recipe.model.start else ""
     commands = commands_for(job.options.output, recipe.triplets)
     return Prepared(
-        make_task=functools.partial(ClipSegTask, make_model),
+        make_task=functools.partial(
+            ClipSegTask, make_model, ahead=samples, whiten=recipe.model.whiten, keep=bool(recipe.model.start)
+        ),
         samples=samples,
         settings=recipe.loop,
         identity={"recipe": recipe.hash, "model": model.fingerprint, "data": source.fingerprint},
@@ -157,8 +160,10 @@ def _finish(
     """Write the model's folder."""
     import torch
 
+    from models.whitening import fold
+
     model = make_model(torch.device("cpu"))
-    model.decoder.load_state_dict(checkpoint.module)
+    model.decoder.load_state_dict(fold(checkpoint.module))
     last = checkpoint.lines[-1] if checkpoint.lines else {}
     metrics = {key: value for key, value in last.items() if isinstance(value, float) and key != "seconds"}
     settings = job.recipe.model

@@ -1,7 +1,8 @@
-"""The tower of ViTSeg at toy scale: ``models.toyvit``, trained to tell which classes a scene shows.
+"""The tower of ViTSeg at toy scale: ``models.toyvit``, trained to tell which things a scene shows.
 
-The paper takes a ViT that has learnt ImageNet's labels. Here it learns the labels of toy scenes, as many of
-them as fit into a few minutes; the bundled CLIP, which learnt from captions, had ten times as long.
+The paper takes a ViT that has learnt ImageNet's labels, which name things: no grass, no sky, no colours.
+Here it learns which things toy scenes show, from as many of them as fit into a few minutes; the bundled CLIP,
+which learnt from captions, had ten times as long.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from models import toyvit
 from models.clipseg import normalize
 from pipeline import toyworld
 from pipeline.toyphrases import auc
-from pipeline.toyworld import CLASSES, VISIBLE_SHARE
+from pipeline.toyworld import CLASSES, THINGS, VISIBLE_SHARE
 
 SEED = 600
 SCENES = 6000
@@ -45,12 +46,12 @@ def train_tower(
     """
     if path.exists():
         return
-    console.print(f"Training the tower of ViTSeg on the classes of {scenes} scenes, {steps} steps")
+    console.print(f"Training the tower of ViTSeg on the things of {scenes} scenes, {steps} steps")
     toyvit.register()
     images, shown = _scenes(SEED, scenes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        tower = timm.create_model(toyvit.MODEL_NAME, num_classes=len(CLASSES), patch_drop_rate=_DROPPED)
+        tower = timm.create_model(toyvit.MODEL_NAME, num_classes=len(THINGS), patch_drop_rate=_DROPPED)
         optimizer = torch.optim.AdamW(tower.parameters(), lr=_RATE, weight_decay=0.05)
         tower.train()
         for step in range(steps):
@@ -70,8 +71,8 @@ def train_tower(
     with torch.inference_mode():
         images, shown = _scenes(SEED + 1, held_out)
         scores = torch.cat([tower(normalize(part)) for part in images.split(BATCH)]).numpy()
-    quality = np.nanmean([auc(scores[:, k], shown[:, k].numpy() > 0) for k in range(len(CLASSES))])
-    console.print(f"  it tells which classes a new scene shows with an AUC of {quality:.3f}")
+    quality = np.nanmean([auc(scores[:, k], shown[:, k].numpy() > 0) for k in range(len(THINGS))])
+    console.print(f"  it tells which things a new scene shows with an AUC of {quality:.3f}")
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value for name, value in tower.state_dict().items() if not name.startswith("head.")}
     partial = path.with_suffix(".part")
@@ -80,9 +81,9 @@ def train_tower(
 
 
 def _scenes(seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Scenes uint8 (N, 3, 128, 128), and which classes they show, fp32 (N, classes)."""
+    """Scenes uint8 (N, 3, 128, 128), and which things they show, fp32 (N, things)."""
     made = toyworld.generate(seed, count, 128)
     flat = made.labels.reshape(count, -1)
-    shares = np.stack([(flat == number).mean(1) for number in range(len(CLASSES))], 1)
+    shares = np.stack([(flat == CLASSES.index(name)).mean(1) for name in THINGS], 1)
     images = torch.from_numpy(made.images).permute(0, 3, 1, 2).contiguous()
     return images, torch.from_numpy((shares >= VISIBLE_SHARE).astype(np.float32))

@@ -10,10 +10,12 @@ Shapes: B images, E joint embedding, S side of the images, V side of the example
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -23,11 +25,15 @@ from models.clip import load_clip
 from models.clipseg import PAPER, ClipSeg, ClipSegConfig, PromptDecoder, build_clipseg, mix, normalize
 from models.clipseg_baselines import ClipDeconvConfig, ViTSegConfig, build_clip_deconv, build_vitseg
 from models.errors import MaskMillError
+from models.whitening import whiten
 from pipeline.clipseg_model import ClipSegWeights, split_clip
 from pipeline.clipseg_options import CLIP
+from pipeline.training.protocols import Samples
 from pipeline.training.triplets import IGNORED, OBJECT, decode_phrase
 
 _KNOWN_TEXTS = 65_536
+_READ_AHEAD = 32  # samples at a time
+_AHEAD_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +53,9 @@ class PromptModel:
             for the authors' files.
         tower: of ViTSeg; a timm ViT with a class token.
         tower_weights: of ViTSeg's tower: ``pretrained`` (timm's own), a file, or ``random:SEED``.
+        whiten: samples from which is learnt how to whiten what the decoder reads (``models.whitening``); 0
+            leaves it as it is, as the paper does. At least as many as a text embedding has entries are
+            needed for all its directions to count alike.
     """
 
     kind: Literal["clipseg", "clip-deconv", "vitseg"] = "clipseg"
@@ -56,6 +65,7 @@ class PromptModel:
     start_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     tower: str = "vit_base_patch16_384"
     tower_weights: str = "pretrained"
+    whiten: Annotated[int, Field(ge=0)] = 0
 
     def build(self, device: torch.device, *, seed: int = 0) -> ClipSeg:
         """The model as training begins, CLIP and decoder in fp32.
@@ -106,16 +116,71 @@ class ClipSegTask:
 
     Args:
         make_model: builds the model on a device, the same one in every worker.
+        ahead: what is trained on, if its first ``whiten`` samples shall show how to whiten what the decoder
+            reads (``models.whitening``).
+        whiten: see there.
+        keep: whether the decoder is trained already.
     """
 
-    def __init__(self, make_model: Callable[[torch.device], ClipSeg]) -> None:
+    def __init__(
+        self,
+        make_model: Callable[[torch.device], ClipSeg],
+        *,
+        ahead: Samples | None = None,
+        whiten: int = 0,
+        keep: bool = False,
+    ) -> None:
         self._make_model = make_model
+        self._ahead, self._whiten, self._keep = ahead, whiten, keep
 
     def build(self, device: torch.device) -> nn.Module:
-        """The decoder; CLIP stays here."""
+        """The decoder; CLIP stays here.
+
+        Raises:
+            Exception: if none of the samples can be read that are read ahead, the last one's.
+        """
         self.model = self._make_model(device)
         self._texts = _Texts(self.model)
+        if self._ahead is not None and self._whiten:
+            whiten(self.model.decoder, functools.partial(self._decode_ahead, self._ahead), keep=self._keep)
         return self.model.decoder.train()
+
+    def _decode_ahead(self, samples: Samples) -> None:
+        """Decode the first samples; those that cannot be read are counted when their turn comes."""
+        chosen = samples.order(0, 0)[: self._whiten].tolist()
+        failure: Exception | None = None
+        read = 0
+        for start in range(0, len(chosen), _READ_AHEAD):
+            loaded = []
+            for index in chosen[start : start + _READ_AHEAD]:
+                try:
+                    loaded.append(samples.load(index, np.random.default_rng((_AHEAD_SEED, index))))
+                except Exception as error:
+                    failure = error
+            read += len(loaded)
+            if loaded:
+                batch = {
+                    name: torch.from_numpy(np.stack([sample[name] for sample in loaded]))
+                    for name in loaded[0]
+                }
+                self._decode({name: column.to(self.model.clip.device) for name, column in batch.items()})
+        if failure is not None and not read:
+            raise failure
+
+    def _decode(self, batch: Mapping[str, Tensor], decoder: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Logits fp32 (B, S, S), and whether each prompt can be read, bool (B,)."""
+        conditionals, read = self._conditionals(batch)
+        # The phrases of an image come one after the other if the recipe groups them: one run of the tower.
+        images = batch["image"]
+        new = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        new[1:] = (images[1:] != images[:-1]).flatten(1).any(1)
+        which = new.cumsum(0) - 1
+        activations = self.model.encode_image(normalize(images[new]))
+        activations = activations._replace(layers=tuple(layer[which] for layer in activations.layers))
+        model = copy.copy(self.model)
+        if decoder is not None:
+            model.decoder = cast("PromptDecoder", decoder)
+        return model.decode(activations, conditionals[:, None])[:, 0], read
 
     def loss(
         self, module: nn.Module, batch: Mapping[str, Tensor], step: int
@@ -130,18 +195,8 @@ class ClipSegTask:
         the share of samples whose prompt is not the image's; ``unread``, the share whose phrase is longer
         than CLIP reads, which do not weigh in the loss.
         """
-        conditionals, read = self._conditionals(batch)
-        # The phrases of an image come one after the other if the recipe groups them: one run of the tower.
-        images = batch["image"]
-        new = torch.ones(len(images), dtype=torch.bool, device=images.device)
-        new[1:] = (images[1:] != images[:-1]).flatten(1).any(1)
-        which = new.cumsum(0) - 1
-        activations = self.model.encode_image(normalize(images[new]))
-        activations = activations._replace(layers=tuple(layer[which] for layer in activations.layers))
-        # The model with the wrapped decoder: gradients are exchanged where that is called.
-        model = copy.copy(self.model)
-        model.decoder = cast("PromptDecoder", module)
-        logits = model.decode(activations, conditionals[:, None])[:, 0]
+        # The wrapped decoder: gradients are exchanged where that is called.
+        logits, read = self._decode(batch, module)
         mask = batch["mask"]
         target = mask == OBJECT
         weight = batch["weight"] * (mask != IGNORED) * read[:, None, None]

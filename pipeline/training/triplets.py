@@ -141,6 +141,8 @@ class Pairs:
         phrase: int64 (N,): number of the phrase.
         block: int64 (N,): pairs of the same block are read together at no extra cost.
         unsure: int64 (n, 2): image and phrase that are no pair, and yet may be true.
+        seam: of pairs of two sources (``pipeline.training.triplet_joined``): the first image and the first
+            phrase of the second one.
     """
 
     phrases: tuple[tuple[str, ...], ...]
@@ -148,6 +150,7 @@ class Pairs:
     phrase: _Ids
     block: _Ids
     unsure: _Ids
+    seam: tuple[int, int] | None = None
 
     @classmethod
     def of(
@@ -191,8 +194,10 @@ class Pairs:
         """Whether a phrase is true of an image, or could be.
 
         It is if they are a pair; and if all of its words are in a phrase that is true: where there is a "red
-        car" there is a "car".
+        car" there is a "car". Of another source's phrases it is not known.
         """
+        if self.seam is not None and (image >= self.seam[0]) != (phrase >= self.seam[1]):
+            return True
         order, starts = self._by_image
         held = order[np.searchsorted(starts, image) : np.searchsorted(starts, image, "right")].tolist()
         if phrase in held:
