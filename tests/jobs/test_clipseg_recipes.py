@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,8 +14,11 @@ from pipeline.datasets.cocoobject import coco_object_ontology
 from pipeline.datasets.oneshot import BENCHMARKS
 from pipeline.datasets.toy import open_toyworld
 from pipeline.ontology import load_ontology
+from pipeline.toyworld import CLASSES
 from pipeline.training.schedule import learning_rate
 from pipeline.training.triplet_sources import training_classes
+from pipeline.training.triplets import OBJECT
+from tests.pipeline.training.test_samples_table import SEED, SIZE, make, teacher_of
 
 PAPER = [name for name in CLIPSEG_RECIPES.recipes if name.startswith("clipseg-")]
 
@@ -166,3 +170,34 @@ def test_unseen_toy_classes_are_never_asked() -> None:
     words = ("sand", "zebra", "striped")
     assert len(asked) > 20 and not {text for text in asked if any(word in text for word in words)}
     assert {"something spotted", "two things"} <= asked
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make(tmp_path_factory.mktemp("toy"), 20)
+
+
+def test_unseen_classes_are_learnt_from_labels_and_the_others_from_truth(table: str) -> None:
+    settings = SourceSettings(unseen=("sand", "zebra"))
+    truth = open_toyworld(split=f"seed-{SEED}", count=20, size=SIZE)
+    source = open_source(settings, labels=table, dataset=truth)
+    alone = open_source(settings, dataset=truth)
+    assert source.pairs.phrases[: len(alone.pairs.phrases)] == alone.pairs.phrases
+    guessed = [wordings[0] for wordings in source.pairs.phrases[len(alone.pairs.phrases) :]]
+    assert sorted(guessed) == ["sand", "zebra"]
+    for pair in range(len(source.pairs)):
+        example = source.read(pair)
+        image = int(source.pairs.image[pair])
+        if pair < len(alone.pairs):
+            assert example.weight is None and np.array_equal(example.mask, alone.read(pair).mask)
+            continue
+        name = guessed[int(source.pairs.phrase[pair]) - len(alone.pairs.phrases)]
+        labels, _ = teacher_of(image - (source.pairs.seam or (0, 0))[0])
+        assert np.array_equal(example.mask == OBJECT, labels == CLASSES.index(name))
+        assert example.weight is not None and example.weight.max() < 1
+
+
+def test_truth_and_labels_need_classes_to_be_learnt_from_labels(table: str) -> None:
+    with pytest.raises(MaskMillError) as error:
+        open_source(SourceSettings(), labels=table, dataset=open_toyworld(count=1))
+    assert error.value.code == "wrong_use" and "--unseen" in error.value.remedy

@@ -17,6 +17,7 @@ from models.clip import Clip, load_clip
 from models.clipseg import ClipSeg, ClipSegConfig, build_clipseg, mix, normalize
 from models.clipseg_weights import save_clipseg, save_decoder
 from models.errors import MaskMillError
+from models.whitening import WhitenedLinear, fold
 from pipeline.training.clipseg import ClipSegTask, PromptModel
 from pipeline.training.triplets import encode_phrase
 
@@ -216,6 +217,67 @@ def test_a_start_is_taken_up_whole(clip: Clip, tmp_path: Path, layout: str) -> N
     assert F.l1_loss(model(pixels, conditional), given(pixels, conditional)) > 0.01
     relayered = dataclasses.replace(settings, start_layers=(1, 2)).build(CPU)
     assert relayered.decoder.extract_layers == (1, 2)
+
+
+class Ahead:
+    """Samples of noise, some of which cannot be read."""
+
+    def __init__(self, count: int = 70, broken: range = range(0)) -> None:
+        self.count, self.broken = count, broken
+        self.read: list[int] = []
+
+    def order(self, epoch: int, seed: int) -> np.ndarray:
+        return np.arange(self.count)[::-1]
+
+    def load(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        self.read.append(index)
+        if index in self.broken:
+            raise MaskMillError("benchmark_unreadable", f"{index} is broken.", "Mend it.")
+        batch = _batch([TEXTS[index % 4]], [SHARES[index % 4]], seed=index)
+        return {name: column[0].numpy() for name, column in batch.items()}
+
+    def blank(self) -> dict[str, np.ndarray]:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_the_decoder_reads_is_whitened_by_the_first_samples(clip: Clip, keep: bool) -> None:
+    def make(_device: torch.device) -> ClipSeg:
+        return build_clipseg(clip, SMALL, seed=1)
+
+    samples = Ahead(broken=range(60, 63))
+    task = ClipSegTask(make, ahead=samples, whiten=40, keep=keep)
+    module = task.build(CPU)
+    assert samples.read == list(range(69, 29, -1))
+    again = ClipSegTask(make, ahead=Ahead(broken=range(60, 63)), whiten=40, keep=keep).build(CPU)
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), again.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(module.buffers(), again.buffers(), strict=True))
+
+    # The mean of a map is that of what it reads: of the conditionals, computed here one by one.
+    film = module.get_submodule("film_mul")
+    assert isinstance(film, WhitenedLinear)
+    readable = [index for index in samples.read if index not in samples.broken]
+    read = []
+    for index in readable:
+        batch = _batch([TEXTS[index % 4]], [SHARES[index % 4]], seed=index)
+        picture = task.model.encode_prompt_images(normalize(batch["support"]))
+        read.append(mix(task.model.encode_text([TEXTS[index % 4]]), picture, batch["text_weight"])[0])
+    torch.testing.assert_close(film.mean, torch.stack(read).mean(0), atol=1e-4, rtol=1e-4)
+
+    # A decoder that was trained before says what it said; a new one takes its weights for the whitened input.
+    plain = make(CPU)
+    folded = build_clipseg(clip, SMALL, seed=2)
+    folded.decoder.load_state_dict(fold(module.state_dict()))
+    pixels, conditional = torch.randn(1, 3, SIDE, SIDE), plain.encode_text(["grass"])
+    same = torch.allclose(folded(pixels, conditional), plain(pixels, conditional), atol=1e-3)
+    assert same is keep
+
+
+def test_nothing_that_can_be_read_ahead(clip: Clip) -> None:
+    task = ClipSegTask(lambda _device: build_clipseg(clip, SMALL), ahead=Ahead(broken=range(70)), whiten=3)
+    with pytest.raises(MaskMillError) as error:
+        task.build(CPU)
+    assert error.value.code == "benchmark_unreadable"
 
 
 @pytest.mark.parametrize(
