@@ -56,8 +56,8 @@ def label(
         classes: class names between commas: "cat, dog, grass". Everything else becomes "background".
         ontology: YAML file of classes, or a built-in name (voc21, context59, …), instead of --classes.
         recipe: named recipe or YAML file: every knob that changes the labels; default: maskclip.
-        model: a trained student (the --output of maskmill train maskclip-plus) instead of --recipe, which
-            without --classes and --ontology labels with its own classes; or clipseg.
+        model: what maskmill train has made (its --output), instead of --recipe; a student labels with its own
+            classes without --classes and --ontology. Or clipseg, the released one.
         settings: change one knob of the recipe; may be repeated.
         background: with --no-background every pixel gets one of the classes of --classes.
         min_confidence: pixels less sure than this (0 to 1) become "ignore" (255).
@@ -197,7 +197,7 @@ def evaluate(
     Args:
         labels: a label table, the --output of maskmill label.
         recipe: label the benchmark's images with this recipe first, instead of --labels.
-        model: label them with this student (the --output of maskmill train) first, instead of --labels.
+        model: label them with this model (the --output of maskmill train) first, instead of --labels.
         settings: change one knob of the recipe; may be repeated.
         dataset: a benchmark by name; see maskmill datasets.
         root: its folder (a path, or s3://…).
@@ -806,11 +806,12 @@ def _labelling_recipe(
         return LABEL_RECIPES.load(recipe or model or LABEL_RECIPES.default, settings), None
     if recipe is not None:
         raise MaskMillError(
-            "wrong_use", "--recipe says which CLIP labels, --model which student.", "Give one of them."
+            "wrong_use", "--recipe says which CLIP labels, --model which trained model.", "Give one of them."
         )
-    from jobs.labellers import student_recipe
+    from jobs.labellers import clipseg_recipe, student_recipe
+    from pipeline.clipseg_folder import is_trained
 
-    return student_recipe(model, settings)
+    return (clipseg_recipe(model, settings), None) if is_trained(model) else student_recipe(model, settings)
 
 
 def _truth(

@@ -8,12 +8,12 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.clipseg_labeller import refuse_examples
-from jobs.recipes import LabelRecipe, change_recipe, parse_settings
+from jobs.recipes import RECIPES, LabelRecipe, change_recipe, parse_settings
 from models.errors import MaskMillError
 from pipeline.ontology import Ontology
 
@@ -99,6 +99,26 @@ def student_recipe(uri: str, settings: Sequence[str] = ()) -> tuple[LabelRecipe,
     del sizes["corruption"]
     recipe = LabelRecipe(name=record.name, model=record.uri, pretrained=None, **sizes)
     return change_recipe(recipe, parse_settings(settings)), record.ontology
+
+
+def clipseg_recipe(uri: str, settings: Sequence[str] = ()) -> LabelRecipe:
+    """How a trained CLIPSeg labels: recipe ``clipseg`` with its weights and the sizes of its training.
+
+    Args:
+        uri: its folder.
+        settings: ``key=value`` changes, as of ``jobs.recipes.load_recipe``.
+
+    Raises:
+        MaskMillError: as ``pipeline.clipseg_folder.read_clipseg_record``; ``recipe_invalid``.
+    """
+    from pipeline.clipseg_folder import read_clipseg_record
+
+    recipe = replace(RECIPES["clipseg"], pretrained=uri)
+    sizes = read_clipseg_record(uri).sizes
+    if sizes is not None:
+        side, example = sizes
+        recipe = replace(recipe, scale=(side, side), clipseg=replace(recipe.clipseg, example_size=example))
+    return change_recipe(recipe, parse_settings(settings))
 
 
 def _names_student(model: str) -> bool:

@@ -13,7 +13,6 @@ from rich.console import Console
 from jobs.clipseg_data import open_source
 from jobs.clipseg_page import write_pages
 from jobs.clipseg_recipes import ClipSegRecipe
-from jobs.recipes import RECIPES
 from jobs.train import PACKAGES, Finished, Prepared, TrainOptions, run_training
 from jobs.versions import versions
 from models.errors import MaskMillError
@@ -23,14 +22,13 @@ from pipeline.clipseg_folder import (
     RECORD_FILE,
     write_clipseg_folder,
 )
-from pipeline.clipseg_options import ClipSegOptions
 from pipeline.datasets.base import Dataset
 from pipeline.ontology import Ontology
 from pipeline.report.training_page import PAGE, SHEET
 from pipeline.storage import open_storage
 from pipeline.tracking.tracker import TrackedDataset
 from pipeline.training.clipseg import ClipSegTask
-from pipeline.training.triplets import TripletSamples, TripletSettings
+from pipeline.training.triplets import TripletSamples
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +95,7 @@ def _prepare(job: TrainClipSegJob) -> Prepared:
     trained = sum(p.numel() for p in model.decoder.parameters() if p.requires_grad)
     toy = " (a toy)" if model.clip.name == "toyclip" else ""
     start = f"from {recipe.model.start}, " if recipe.model.start else ""
-    commands = commands_for(job.options.output, recipe.triplets)
+    commands = commands_for(job.options.output)
     return Prepared(
         make_task=functools.partial(
             ClipSegTask, make_model, ahead=samples, whiten=recipe.model.whiten, keep=bool(recipe.model.start)
@@ -127,26 +125,14 @@ def _prepare(job: TrainClipSegJob) -> Prepared:
     )
 
 
-def commands_for(output: str, trained: TripletSettings) -> dict[str, str]:
-    """What to do with the model, by purpose.
-
-    Args:
-        output: its folder.
-        trained: the sizes that it knows. Asking and serving take them from the folder, a recipe does not.
-    """
-    usual, labelling = ClipSegOptions().example_size, RECIPES["clipseg"].scale
-    settings = [f"pretrained={output}"]
-    if (trained.size, trained.size) != labelling:
-        settings.append(f"scale=[{trained.size},{trained.size}]")
-    if trained.support_size != usual:
-        settings.append(f"clipseg.example_size={trained.support_size}")
+def commands_for(output: str) -> dict[str, str]:
+    """What to do with the model in a folder, by purpose."""
     folder = shlex.quote(output)
-    recipe = " ".join(["--recipe clipseg", *(f"--set {shlex.quote(setting)}" for setting in settings)])
     return {
         "Ask it": f'maskmill segment IMAGE --prompt "..." --weights {folder} --output OUT',
         "See it": f"maskmill serve --model {folder}",
-        "Label with it": f"maskmill label {recipe} --images DIR --ontology FILE --output OUT",
-        "Measure it": f"maskmill evaluate {recipe} --dataset NAME --root DIR",
+        "Label with it": f"maskmill label --model {folder} --images DIR --ontology FILE --output OUT",
+        "Measure it": f"maskmill evaluate --model {folder} --dataset NAME --root DIR",
     }
 
 

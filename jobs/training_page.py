@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -69,10 +70,11 @@ def write_pages(
 
 def student_commands(output: str) -> dict[str, str]:
     """What to do with a student, by purpose."""
+    folder = shlex.quote(output)
     return {
-        "Label with it": f"maskmill label --model {output} --images DIR --output OUT",
-        "Measure it": f"maskmill evaluate --model {output} --dataset NAME --root DIR",
-        "See it": f"maskmill serve --model {output}",
+        "Label with it": f"maskmill label --model {folder} --images DIR --output OUT",
+        "Measure it": f"maskmill evaluate --model {folder} --dataset NAME --root DIR",
+        "See it": f"maskmill serve --model {folder}",
     }
 
 

@@ -32,7 +32,8 @@ Names = list[str]  # inside the class, "list" is a method
 def canonical_uri(uri: str | os.PathLike[str]) -> str:
     """One spelling for each place.
 
-    Local places become absolute POSIX paths without ``file://``; ``.`` and ``..`` are resolved as text.
+    Local places become absolute POSIX paths without ``file://``; ``.`` and ``..`` are resolved as text, and a
+    leading ``~`` is the home folder, which a shell leaves to the program in ``--output=~/table``.
     Symbolic links and Unicode normalisation forms are left alone, since the path must still open the same
     file. Remote places keep their key as it is, after a lower-case scheme with one name per service (``s3a``
     is ``s3``).
@@ -49,7 +50,7 @@ def canonical_uri(uri: str | os.PathLike[str]) -> str:
         return _absolute("/" + text)
     scheme, found, rest = text.partition("://")
     if not found or not scheme.replace("+", "").replace("-", "").replace(".", "").isalnum():
-        return _absolute(text)
+        return _absolute(os.path.expanduser(text))
     scheme = scheme.lower()
     if scheme == "memory":
         return f"memory://{rest.lstrip('/')}"

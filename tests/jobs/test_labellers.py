@@ -14,9 +14,12 @@ import pytest
 from PIL import Image
 
 from jobs import label
-from jobs.labellers import prepare_labeller, student_recipe
+from jobs.labellers import clipseg_recipe, prepare_labeller, student_recipe
 from jobs.recipes import RECIPES, LabelRecipe, change_recipe
+from models.clip import load_clip
+from models.clipseg import ClipSegConfig, build_clipseg
 from models.errors import MaskMillError
+from pipeline.clipseg_folder import write_clipseg_folder
 from pipeline.maskclip_labeller import MaskClipLabeller
 from pipeline.ontology import Ontology, load_ontology, parse_classes
 from pipeline.student import read_student_record
@@ -216,3 +219,25 @@ def test_the_label_job_runs_a_student(folder: Path, tmp_path: Path, monkeypatch:
         mask = np.asarray(Image.open(io.BytesIO(rows[f"{index}.png"]["mask"]["bytes"])))
         (wanted,) = labeller.label([scene], [(96, 96)])
         assert (mask == wanted.labels).all() and len(np.unique(mask)) > 1
+
+
+@pytest.mark.parametrize(
+    ("trained", "scale", "example"),
+    [
+        ({"triplets": {"size": 128, "support_size": 64}}, (128, 128), 64),
+        ({"triplets": {"size": 64}}, (64, 64), 64),
+        ({}, RECIPES["clipseg"].scale, RECIPES["clipseg"].clipseg.example_size),
+    ],
+)
+def test_a_trained_clipseg_labels_at_the_sizes_of_its_training(
+    tmp_path: Path, trained: dict[str, Any], scale: tuple[int, int], example: int
+) -> None:
+    model = build_clipseg(load_clip("toyclip", "bundled"), ClipSegConfig(16, (1,), feedforward=8))
+    facts: dict[str, Any] = {"data": {}, "metrics": {}, "training": {}, "versions": {}}
+    write_clipseg_folder(tmp_path, model, kind="clipseg", recipe=trained, **facts)
+    recipe = clipseg_recipe(str(tmp_path), ["batch_size=3"])
+    assert (recipe.model, recipe.pretrained, recipe.batch_size) == ("clipseg", str(tmp_path), 3)
+    assert recipe.scale == scale and recipe.clipseg.example_size == example
+    labeller = prepare_labeller(recipe, TOYWORLD, precision="fp32").make(precision="fp32")
+    labelled = labeller.label([np.zeros((*scale, 3), np.uint8)], [(40, 50)])
+    assert labelled[0].labels.shape == (40, 50)

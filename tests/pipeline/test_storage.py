@@ -82,6 +82,14 @@ def test_relative_paths_become_absolute(tmp_path, monkeypatch):
     assert canonical_uri(Path("x")) == str(tmp_path / "x")
 
 
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert canonical_uri("~/x/../y") == str(tmp_path / "y")
+    assert canonical_uri("s3://bucket/~/x") == "s3://bucket/~/x"
+    monkeypatch.chdir(tmp_path)
+    assert canonical_uri("a/~/x") == str(tmp_path / "a" / "~" / "x")
+
+
 def test_files(storage):
     assert not storage.exists()
     assert storage.list() == storage.list("none", recursive=True) == []
