@@ -683,8 +683,8 @@ def train_clipseg(
         scenes: of toyworld: how many (default 2000).
         images: your own images, with --truth, instead of --dataset.
         truth: folder of masks (PNG, values are class ids, 255 is ignored) for --images.
-        unseen: classes whose truth is left out: "cow, motorbike", a zero-shot split (pascal-unseen10), a
-            fold (pascal5i:0, coco20i:3), or affordances.
+        unseen: classes left out of the truth (of the labels, where there is no truth): "cow, motorbike", a
+            zero-shot split (pascal-unseen10), a fold (pascal5i:0, coco20i:3), or affordances.
         start: weights to go on from: a file (rd64-uni.pth), a folder, or a hub name; best with
             --recipe finetune.
         how: where it runs, and where it is tracked.
@@ -704,9 +704,9 @@ def train_clipseg(
     if truths > 1 or (truths == 0 and labels is None):
         raise MaskMillError(
             "wrong_use",
-            "Give one thing to train on.",
+            "Give truth, or labels, or both.",
             "Use --labels TABLE, --dataset NAME --root DIR --split PART, or --images DIR --truth DIR "
-            "--ontology FILE. --labels beside truth are for the --unseen classes.",
+            "--ontology FILE. Beside truth, labels are for the --unseen classes.",
         )
     classes = load_ontology(ontology) if ontology is not None else None
     opened: Any = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
@@ -36,10 +36,11 @@ class SourceSettings:
     """Which pairs of an image and a phrase there are.
 
     Attributes:
-        unseen: classes whose truth is not trained with: names; a zero-shot split (``pascal-unseen10``); the
-            test classes of a one-shot fold (``pascal5i:0``, ``coco20i:3``); ``affordances``, the paper's list
-            of words. Of referring expressions those that name such a class are left out: for a class of
-            PASCAL VOC whatever WordNet knows below it, for others the word itself in singular and plural.
+        unseen: classes that are left out of the truth, or of the table where there is no truth: names; a
+            zero-shot split (``pascal-unseen10``); the test classes of a one-shot fold (``pascal5i:0``,
+            ``coco20i:3``); ``affordances``, the paper's list of words. Of referring expressions those that
+            name such a class are left out: for a class of PASCAL VOC whatever WordNet knows below it, for
+            others the word itself in singular and plural.
         toy_phrases: of the toy world: which kinds of phrases are asked; see
             ``pipeline.training.triplet_toy``.
         synonyms: classes are called by their synonyms as well.
@@ -78,19 +79,22 @@ def open_source(
         MaskMillError: ``class_unknown``; ``wrong_use`` if both are given and no class is unseen; and as the
             sources.
     """
-    if labels is not None and dataset is not None:
-        return _join(settings, labels, dataset)
     if labels is not None:
         classes = ontology or recorded_ontology(labels)
-        return open_table_source(
-            labels,
-            ontology=classes,
-            class_ids=seen_ids(settings.unseen, classes.names),
-            synonyms=settings.synonyms,
-            min_quality=settings.min_quality,
-            min_share=settings.min_share,
-            min_confidence=settings.min_confidence,
+        seen = seen_ids(settings.unseen, classes.names)
+        if dataset is None:
+            return _table_source(settings, labels, classes, seen)
+        if seen is None:
+            raise MaskMillError(
+                "wrong_use",
+                "There are truth and labels, and nothing says which classes shall be learnt from the labels.",
+                "Name them with --unseen; or leave out the labels or the truth.",
+            )
+        unseen = tuple(
+            number for number, name in enumerate(classes.names) if number not in seen and name != BACKGROUND
         )
+        truth = open_source(settings, dataset=dataset)
+        return join_sources(truth, _table_source(settings, labels, classes, unseen))
     if isinstance(dataset, PhraseCutDataset):
         return open_phrase_source(dataset, drop=unseen_phrases(settings.unseen))
     assert dataset is not None, "either a table or a data set is given"
@@ -104,17 +108,18 @@ def open_source(
     )
 
 
-def _join(settings: SourceSettings, labels: str, dataset: Dataset) -> TripletSource:
-    classes = recorded_ontology(labels)
-    seen = seen_ids(settings.unseen, classes.names)
-    if seen is None:
-        raise MaskMillError(
-            "wrong_use",
-            "There are truth and labels, and nothing says which classes shall be learnt from the labels.",
-            "Name them with --unseen; or leave out the labels or the truth.",
-        )
-    guessed = replace(settings, unseen=tuple(classes.names[number] for number in seen))
-    return join_sources(open_source(settings, dataset=dataset), open_source(guessed, labels=labels))
+def _table_source(
+    settings: SourceSettings, labels: str, ontology: Ontology, class_ids: Sequence[int] | None
+) -> TripletSource:
+    return open_table_source(
+        labels,
+        ontology=ontology,
+        class_ids=class_ids,
+        synonyms=settings.synonyms,
+        min_quality=settings.min_quality,
+        min_share=settings.min_share,
+        min_confidence=settings.min_confidence,
+    )
 
 
 def recorded_ontology(labels: str) -> Ontology:

@@ -65,10 +65,10 @@ def _check(recipe: ClipSegRecipe, where: str) -> None:
 
 
 _PLUS = ClipSegRecipe(name="clipseg-phrasecut-plus")
-# Minutes on two cores. One block: with the plain head two and three blocks need 150 to 400 updates before
-# they tell prompts apart at all, and are behind one block still when it has ended. Phrases of an image in one
-# batch teach more than phrases of many, and share a run of the tower; an example's object fills its picture,
-# so 64 pixels do. Dropout would more than double the time of an update on a CPU.
+# Minutes on two cores. Phrases of an image in one batch teach more than phrases of many, and share a run of
+# the tower; an example's object fills its picture, so 64 pixels do. Dropout would more than double the time
+# of an update on a CPU. Whitening took the text IoU from 0.82 to 0.88 in 450 updates (one seed; of FiLM's
+# inputs alone: 0.87), and bears three times the learning rate: 0.89. A second block added 0.005.
 _TOY = ClipSegRecipe(
     name="toy",
     model=PromptModel(

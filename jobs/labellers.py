@@ -16,6 +16,7 @@ from jobs.clipseg_labeller import refuse_examples
 from jobs.recipes import RECIPES, LabelRecipe, change_recipe, parse_settings
 from models.errors import MaskMillError
 from pipeline.ontology import Ontology
+from pipeline.storage import canonical_uri
 
 if TYPE_CHECKING:
     from models.text import TextClassifier
@@ -113,7 +114,8 @@ def clipseg_recipe(uri: str, settings: Sequence[str] = ()) -> LabelRecipe:
     """
     from pipeline.clipseg_folder import read_clipseg_record
 
-    recipe = replace(RECIPES["clipseg"], pretrained=uri)
+    # One spelling for each place: it is part of what a table was labelled with.
+    recipe = replace(RECIPES["clipseg"], pretrained=canonical_uri(uri))
     sizes = read_clipseg_record(uri).sizes
     if sizes is not None:
         side, example = sizes

@@ -11,6 +11,7 @@ N = 1 + L tokens (class token first), H W pixels.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -29,6 +30,7 @@ from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
 
 IMAGE_SIZE = 352
 """Side of the square that training and evaluation squeeze images to: 22 x 22 tokens of 16 pixels."""
+_READERS = frozenset({"film_mul", "film_add", "reduce", "reduces"})
 PROMPTS_AT_ONCE = 64
 """Prompts in one decoder batch at inference; their activations then take less than 0.4 GB at 352 x 352."""
 
@@ -120,6 +122,33 @@ class PromptDecoder(nn.Module):
         scale, shift = (film(conditionals).unsqueeze(-2) for film in (self.film_mul, self.film_add))
         return scale * x[:, None] + shift
 
+    @property
+    def readers(self) -> dict[str, nn.Linear]:
+        """The maps that read CLIP's outputs, by name: FiLM's, and those that narrow the tokens."""
+        return {
+            name: module
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Linear) and name.split(".")[0] in _READERS
+        }
+
+    def cast(self, dtype: torch.dtype) -> PromptDecoder:
+        """Choose the number format, in place.
+
+        With a half type the maps that read CLIP's outputs stay in fp32. Most of what they read is common to
+        all inputs, and they take it away again; in half precision little would be left of the rest.
+        """
+        half = torch.finfo(dtype).bits < 32
+        exact = {name: copy.deepcopy(reader).float() for name, reader in self.readers.items()} if half else {}
+        self.to(dtype)
+        for name, reader in exact.items():
+            self.set_submodule(name, reader)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format behind the readers."""
+        return next(self.get_submodule("trans_conv").parameters()).dtype
+
 
 class ClipSegDecoder(PromptDecoder):
     """The decoder of the paper (§3); its state dict has the names of the authors' files.
@@ -151,15 +180,14 @@ class ClipSegDecoder(PromptDecoder):
         self.trans_conv = refined_head(dim, patch) if config.refined else plain_head(dim, patch)
 
     def forward(self, layers: Sequence[Tensor], conditionals: Tensor, grid: tuple[int, int]) -> Tensor:
-        dtype = self.film_mul.weight.dtype
         x: Tensor | None = None
         for index, (reduce, block) in enumerate(zip(self.reduces, self.blocks, strict=True)):
-            step = reduce(layers[-1 - index].to(dtype))
+            step = reduce(layers[-1 - index].to(self.film_mul.weight.dtype))
             if x is not None:
                 # Behind the conditioning there is a prompt axis that the tower's tokens do not have.
                 step = (step if x.ndim == 3 else step[:, None]) + x
             x = self.film(step, conditionals) if index == self.config.cond_layer else step
-            x = _post_norm_block(block, x)
+            x = _post_norm_block(block, x.to(self.dtype))
         assert x is not None, "a decoder has at least one block"
         return upsample(x, grid, self.trans_conv)
 

@@ -84,7 +84,8 @@ class ClipDeconvDecoder(PromptDecoder):
 
     def forward(self, layers: Sequence[Tensor], conditionals: Tensor, grid: tuple[int, int]) -> Tensor:
         x = self.reduce(layers[0].to(self.film_mul.weight.dtype))
-        return upsample(self.reduce2(self.film(x, conditionals)), grid, self.trans_conv)
+        x = self.film(x, conditionals).to(self.dtype)
+        return upsample(self.reduce2(x), grid, self.trans_conv)
 
 
 def build_clip_deconv(clip: Clip, config: ClipDeconvConfig | None = None, *, seed: int = 0) -> ClipSeg:

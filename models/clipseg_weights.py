@@ -99,7 +99,7 @@ def load_clipseg(
         decoder = _decoder_from_hugging_face(config, settings, tensors_path)
         if extract_layers is not None:
             decoder = _with_layers(decoder, extract_layers)
-    model = ClipSeg(clip, decoder.to(dtype).eval())
+    model = ClipSeg(clip, decoder.cast(dtype).eval())
     if path.is_file():
         _check_clip(path, clip)
     return model

@@ -4,7 +4,7 @@ What a frozen tower gives is far from white: single channels are large, embeddin
 alike, and what tells one prompt from another is small beside it. A linear map that reads such input learns
 slowly. Here each map that reads CLIP's outputs takes them whitened, so that it starts with equal regard to
 all directions and learns all of them at the same rate. A whitened linear map is a linear map: after training
-``fold`` gives the plain weights, and nobody who uses the decoder sees a difference.
+``fold`` gives the plain weights, and the decoder is one like any other.
 
 No paper of CLIPSeg does this; the recipes of the paper leave it off.
 """
@@ -21,7 +21,8 @@ from models.clipseg import PromptDecoder
 
 _SHRINKAGE = 0.03
 """Share of the mean variance that is added to all directions: those that hardly vary stay small."""
-_READERS = frozenset({"film_mul", "film_add", "reduce", "reduces"})
+_FLOOR = 1e-3
+"""What is added is at least this share of the mean square, should there be next to no variance at all."""
 _MEAN, _WHITENING = "mean", "whitening"
 
 
@@ -45,18 +46,17 @@ class WhitenedLinear(nn.Linear):
         self.register_buffer(_WHITENING, whitening.to(linear.weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The small product first. Whitening has large and small entries: not in half precision.
+        # Not in half precision, which would drown the small directions in the large ones.
         with torch.autocast(x.device.type, enabled=False):
-            weight = self.weight @ self.whitening
-            centred = x.to(self.mean.dtype) - self.mean
-        return F.linear(centred, weight, self.bias)
+            white = (x.to(self.mean.dtype) - self.mean) @ self.whitening
+        return F.linear(white, self.weight, self.bias)
 
 
 def whiten(decoder: PromptDecoder, run: Callable[[], object], *, keep: bool = False) -> None:
     """Whiten what a decoder's maps read that read CLIP's outputs: FiLM's, and those that narrow the tokens.
 
-    Mean and covariance are those of all vectors that the maps are given in ``run``; should they be fewer than
-    a vector has entries, directions without variance are scaled like small ones.
+    Mean and covariance are those of all vectors that the maps are given in ``run``. Directions that do not
+    vary in them are scaled like those that hardly do.
 
     Args:
         decoder: changed in place.
@@ -64,11 +64,7 @@ def whiten(decoder: PromptDecoder, run: Callable[[], object], *, keep: bool = Fa
         keep: what the decoder computes stays as it is, as for one that is trained already; else its weights
             are taken for those of whitened input, which is what a new decoder wants.
     """
-    readers = {
-        name: module
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.Linear) and name.split(".")[0] in _READERS
-    }
+    readers = decoder.readers
     moments = {name: _Moments(module) for name, module in readers.items()}
     hooks = [module.register_forward_pre_hook(moments[name]) for name, module in readers.items()]
     try:
@@ -130,5 +126,6 @@ class _Moments:
         mean = self._sum / self._count
         covariance = self._squares / self._count - torch.outer(mean, mean)
         values, vectors = torch.linalg.eigh(covariance)
-        values = values.clamp(min=0) + values.mean().clamp(min=1e-12) * _SHRINKAGE
+        square = self._squares.trace() / (self._count * len(mean))
+        values = values.clamp(min=0) + torch.maximum(_SHRINKAGE * values.mean(), _FLOOR * square)
         return mean, (vectors * values.rsqrt()) @ vectors.T, (vectors * values.sqrt()) @ vectors.T

@@ -251,7 +251,7 @@ def load_trained(
                 "Leave extract_layers out.",
             )
         model = load_baseline(file, clip, tower=record.clip.get("tower_weights") or "pretrained")
-        model.decoder.to(dtype)
+        model.decoder.cast(dtype)
         return model
 
 

@@ -82,7 +82,7 @@ class ClipSegWeights:
             return load_clipseg(self.weights, clip=clip, extract_layers=self.extract_layers, dtype=dtype)
         config = ClipSegConfig(extract_layers=self.extract_layers or ClipSegConfig().extract_layers)
         model = build_clipseg(clip, config, seed=self._seed)
-        model.decoder.to(dtype)
+        model.decoder.cast(dtype)
         return model
 
     def beneath(self) -> tuple[str, str | None] | None:

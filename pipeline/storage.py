@@ -50,7 +50,8 @@ def canonical_uri(uri: str | os.PathLike[str]) -> str:
         return _absolute("/" + text)
     scheme, found, rest = text.partition("://")
     if not found or not scheme.replace("+", "").replace("-", "").replace(".", "").isalnum():
-        return _absolute(os.path.expanduser(text))
+        # Not "~name", which is an ordinary name of a file far more often than somebody's home.
+        return _absolute(os.path.expanduser(text) if text == "~" or text.startswith("~/") else text)
     scheme = scheme.lower()
     if scheme == "memory":
         return f"memory://{rest.lstrip('/')}"

@@ -1,9 +1,9 @@
 """Rows of ``maskmill benchmark toyworld`` about CLIPSeg: what prompts find, with seeds.
 
-For every seed six decoders are trained as by ``maskmill train clipseg --recipe toy``: CLIPSeg on true masks,
-on the labels of the toy teacher alone, on true masks without any phrase for the unseen classes, and on those
-with the teacher's labels of the unseen classes; and the paper's two baselines. They are asked on scenes that
-no other row has trained on.
+For every seed seven decoders are trained as by ``maskmill train clipseg --recipe toy``: CLIPSeg on true
+masks, on the labels of the toy teacher alone, on true masks without any phrase for the unseen classes, and on
+those with the teacher's labels of the unseen classes; and the paper's two baselines, one of them with two
+towers. They are asked on scenes that no other row has trained on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pipeline.metrics.foreground import (
 )
 from pipeline.metrics.ratios import mean_of_defined, ratio
 from pipeline.ontology import load_ontology
-from pipeline.toyworld import CLASSES, VISIBLE_SHARE
+from pipeline.toyworld import CLASSES, THINGS, VISIBLE_SHARE
 from pipeline.training.triplet_crops import crop_example, support_image
 from pipeline.training.triplet_toy import KINDS, ToySource, kind_of, open_toy_source
 from pipeline.training.triplets import OBJECT, TripletSettings
@@ -50,7 +50,7 @@ from pipeline.training.triplets import OBJECT, TripletSettings
 SECTION = "prompts"
 """What ``--row`` calls them."""
 MOST_SEEDS = 3
-"""Each seed trains six decoders, which takes minutes."""
+"""Each seed trains seven decoders, which takes minutes."""
 PAPER = "Lüddecke & Ecker, CVPR 2022"
 TRAINING_SEED = 2000
 """Added to the seed of the measured scenes: the scenes that decoders learn from are others."""
@@ -64,6 +64,8 @@ WANTED_EMPTY = 0.92
 """Share of absent phrases whose mask the strict threshold leaves empty on the scenes that it is chosen on;
 0.9 is aimed at on those that are measured."""
 
+_UNSEEN = [CLASSES.index(name) for name in UNSEEN]
+_SEEN = [number for number in range(len(CLASSES)) if number not in _UNSEEN]
 _SIDE = 128
 _SHOWN = {"text": "", "picture": "crop_blur_highlight352", "raw picture": "image_only"}
 _ABSENT = 3  # phrases a scene that are not true of it
@@ -82,6 +84,7 @@ class Variant:
         settings: of the recipe ``toy``, changed.
         truth: it learns from true masks.
         guessed: it learns from the teacher's labels; if from truth as well, those of the unseen classes.
+        tower: of a ViTSeg: its file, and the classes that it learnt to tell.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Variant:
     settings: tuple[str, ...] = ()
     truth: bool = True
     guessed: bool = False
+    tower: tuple[str, Sequence[str]] | None = None
 
 
 CLIPSEG = Variant("clipseg", "CLIPSeg")
@@ -97,8 +101,12 @@ _WITHHELD = (f"unseen=[{','.join(UNSEEN)}]",)
 ZERO_SHOT = Variant("zero-shot", "CLIPSeg, never told of the unseen", _WITHHELD)
 GUESSED = Variant("guessed", "CLIPSeg, pseudo-labels of the unseen", _WITHHELD, guessed=True)
 DECONV = Variant("clip-deconv", "CLIP-Deconv", ("kind=clip-deconv",))
-VITSEG = Variant("vitseg", "ViTSeg", ("kind=vitseg", f"tower={toyvit.MODEL_NAME}"))
-_ASKED = (CLIPSEG, PSEUDO, DECONV, VITSEG)
+_VITSEG = ("kind=vitseg", f"tower={toyvit.MODEL_NAME}")
+VITSEG = Variant("vitseg", "ViTSeg", _VITSEG, tower=("tower.safetensors", THINGS))
+VITSEG_ALL = Variant(
+    "vitseg-all", "ViTSeg, tower told all classes", _VITSEG, tower=("tower-all.safetensors", CLASSES)
+)
+_ASKED = (CLIPSEG, PSEUDO, DECONV, VITSEG, VITSEG_ALL)
 _LABELLING = (ZERO_SHOT, GUESSED, PSEUDO, CLIPSEG)
 VARIANTS = (*_ASKED, ZERO_SHOT, GUESSED)
 
@@ -111,7 +119,7 @@ def prompts(
     *,
     training_scenes: int = SCENES,
     settings: Sequence[str] = (),
-    make_tower: Callable[[Path, Console], None] = train_tower,
+    make_tower: Callable[[Path, Console, Sequence[str]], None] = train_tower,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Train and measure; what is trained already in ``folder`` is not trained again.
 
@@ -122,20 +130,20 @@ def prompts(
         console: where to print.
         training_scenes: scenes to learn from.
         settings: changes to all recipes.
-        make_tower: writes the weights of ViTSeg's tower.
+        make_tower: writes the weights of a tower of ViTSeg.
 
     Returns:
         Sections and claims of ``benchmark.json``.
     """
-    tower = folder / "tower.safetensors"
-    make_tower(tower, console)
     found: dict[str, Runs] = {}
     for seed in seeds:
-        figures: dict[str, dict[str, float]] = {}
+        figures = {_TEACHER: _teacher(seed, scenes)}
         for variant in VARIANTS:
             changes = [*variant.settings, f"loop.seed={seed}", *settings]
-            if variant is VITSEG:
-                changes.append(f"tower_weights={tower.resolve()}")
+            if variant.tower is not None:
+                name, classes = variant.tower
+                make_tower(folder / name, console, classes)
+                changes.append(f"tower_weights={(folder / name).resolve()}")
             output = folder / f"seed-{seed}" / variant.name
             model = _trained(variant, changes, seed, training_scenes, output, console)
             console.print(f"Asking {variant.title} on {scenes} scenes", highlight=False)
@@ -171,10 +179,12 @@ def _sections(found: Mapping[str, Runs], training_scenes: int) -> list[dict[str,
         "them or raw. empty: share of phrases true of nothing in the scene that find less than the world "
         f"calls visible, at the strict threshold, the lowest that leaves {WANTED_EMPTY:.0%} of them empty on "
         "other scenes; text_iou_strict is the IoU there. ViTSeg's tower learnt for minutes which things a "
-        "scene shows, the toy CLIP captions for half an hour. What the decoders read is whitened for all of "
-        "them (models/whitening.py), and all have the same number of updates. CLIPSeg and ViTSeg have the "
-        "refined head here, CLIP-Deconv its plain one. No decoder saw raw pictures in training. An example "
-        "is taken from another scene; a phrase true of one scene alone is not asked for by picture.",
+        "scene shows, or which of all classes: the very ones that are asked for, which ImageNet's are not. "
+        "The toy CLIP learnt captions for half an hour. All decoders read whitened inputs "
+        "(models/whitening.py) and have the same updates at the same rate, which was chosen for CLIPSeg. "
+        "CLIPSeg and ViTSeg have the refined head here, CLIP-Deconv its plain one. No decoder saw raw "
+        "pictures in training. An example is taken from another scene; a phrase true of one scene alone is "
+        "not asked for by picture.",
         "chart": "bars",
         "metrics": [
             "text_iou",
@@ -429,11 +439,7 @@ def _only(statistics: ForegroundStatistics, number: int) -> ForegroundStatistics
 
 @torch.inference_mode()
 def _labelled(model: ClipSeg, title: str, seed: int, scenes: int) -> dict[str, dict[str, float]]:
-    """MIoU over unseen and seen classes of a decoder's labels and of the teacher's."""
-    ontology = load_ontology("toyworld")
-    precision = native_precision(best_device())
-    teacher = prepare_labeller(RECIPES["toy"], ontology, precision=precision).make(precision=precision)
-    unseen = [CLASSES.index(name) for name in UNSEEN]
+    """MIoU of a decoder's labels."""
     conditionals = model.encode_text(CLASSES)
 
     def probabilities(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -442,34 +448,46 @@ def _labelled(model: ClipSeg, title: str, seed: int, scenes: int) -> dict[str, d
 
     # Where no truth of unseen classes is known, the threshold is chosen with the seen ones.
     made = scene_set(seed + THRESHOLD_SEED, scenes, _SIDE)
-    seen = [number for number in range(len(CLASSES)) if number not in unseen]
     chosen_on = ForegroundStatistics.merge(
         ForegroundStatistics.of(found[number], truth == number, number)
         for image, truth in zip(made.images, made.labels, strict=True)
         for found in [probabilities(image)]
-        for number in seen
+        for number in _SEEN
     )
     limit = THRESHOLDS[int(np.nanargmax(mean_iou(chosen_on, STANDARD)))]
-
     made = scene_set(seed, scenes, _SIDE)
-    rows = (*_label_rows(title), _TEACHER)
-    counts = {name: np.zeros((len(CLASSES), 3), np.int64) for name in rows}
-    for image, truth in zip(made.images, made.labels, strict=True):
-        found = probabilities(image)
-        labels = teacher.label([image], [truth.shape])[0].labels
-        true = _one_hot(truth)
-        masks = (_one_hot(found.argmax(0)), found > limit, _one_hot(labels))
-        for name, mask in zip(rows, masks, strict=True):
-            pairs = ((mask & true), (mask & ~true), (~mask & true))
-            counts[name] += np.stack([part.sum((1, 2)) for part in pairs], 1)
+    found = [probabilities(image) for image in made.images]
+    highest, alone = _label_rows(title)
     return {
-        name: {
-            "miou_unseen": mean_of_defined(ratio(counted[unseen, 0], counted[unseen].sum(1))),
-            "miou_seen": mean_of_defined(ratio(counted[seen, 0], counted[seen].sum(1))),
-            "miou": mean_of_defined(ratio(counted[:, 0], counted.sum(1))),
-        }
-        for name, counted in counts.items()
+        highest: _mious([_one_hot(part.argmax(0)) for part in found], made.labels),
+        alone: _mious([part > limit for part in found], made.labels),
     }
+
+
+@torch.inference_mode()
+def _teacher(seed: int, scenes: int) -> dict[str, float]:
+    """MIoU of the teacher's labels."""
+    precision = native_precision(best_device())
+    ontology = load_ontology("toyworld")
+    teacher = prepare_labeller(RECIPES["toy"], ontology, precision=precision).make(precision=precision)
+    made = scene_set(seed, scenes, _SIDE)
+    found = [teacher.label([image], [image.shape[:2]])[0].labels for image in made.images]
+    return _mious([_one_hot(labels) for labels in found], made.labels)
+
+
+def _mious(masks: Sequence[npt.NDArray[np.bool_]], truths: npt.NDArray[Any]) -> dict[str, float]:
+    """Means over unseen, seen and all classes, of masks (C, H, W) and true labels (N, H, W)."""
+    counts = np.zeros((len(CLASSES), 3), np.int64)
+    for mask, truth in zip(masks, truths, strict=True):
+        true = _one_hot(truth)
+        pairs = ((mask & true), (mask & ~true), (~mask & true))
+        counts += np.stack([part.sum((1, 2)) for part in pairs], 1)
+    return {
+        name: mean_of_defined(ratio(counts[classes, 0], counts[classes].sum(1)))
+        for name, classes in (
+            ("miou_unseen", _UNSEEN), ("miou_seen", _SEEN), ("miou", [*range(len(CLASSES))]),
+        )
+    }  # fmt: skip
 
 
 def _one_hot(labels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

@@ -1,15 +1,17 @@
-"""The tower of ViTSeg at toy scale: ``models.toyvit``, trained to tell which things a scene shows.
+"""The tower of ViTSeg at toy scale: ``models.toyvit``, trained to tell which classes a scene shows.
 
-The paper takes a ViT that has learnt ImageNet's labels, which name things: no grass, no sky, no colours.
-Here it learns which things toy scenes show, from as many of them as fit into a few minutes; the bundled CLIP,
-which learnt from captions, had ten times as long.
+The paper takes a ViT that has learnt ImageNet's labels, which with few exceptions name things: no grass, no
+sky, no colours. Here it learns which things toy scenes show, or which classes whatever they are, from as many
+scenes as fit into a few minutes; the bundled CLIP, which learnt from captions, had ten times as long.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import timm
 import torch
 import torch.nn.functional as F
@@ -33,25 +35,35 @@ _DROPPED = 0.75  # of the patches, as in the training of the bundled CLIP: a qua
 
 
 def train_tower(
-    path: Path, console: Console, *, scenes: int = SCENES, steps: int = STEPS, held_out: int = HELD_OUT
+    path: Path,
+    console: Console,
+    classes: Sequence[str] = THINGS,
+    *,
+    scenes: int = SCENES,
+    steps: int = STEPS,
+    held_out: int = HELD_OUT,
 ) -> None:
-    """Train a tower and write its weights with timm's names; nothing if the file is there.
+    """Train a tower and write its weights with timm's names; nothing if the file has them already.
 
     Args:
-        path: safetensors file to write.
+        path: safetensors file to write; one of another training is replaced.
         console: where to print.
+        classes: what it learns to tell.
         scenes: how many to learn from.
         steps: updates.
         held_out: scenes to measure on.
     """
+    training = {"classes": ", ".join(classes), "scenes": str(scenes), "steps": str(steps), "seed": str(SEED)}
     if path.exists():
-        return
-    console.print(f"Training the tower of ViTSeg on the things of {scenes} scenes, {steps} steps")
+        with safetensors.safe_open(path, "pt") as file:
+            if file.metadata() == training:
+                return
+    console.print(f"Training a tower of ViTSeg on {len(classes)} labels of {scenes} scenes, {steps} steps")
     toyvit.register()
-    images, shown = _scenes(SEED, scenes)
+    images, shown = _scenes(SEED, scenes, classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        tower = timm.create_model(toyvit.MODEL_NAME, num_classes=len(THINGS), patch_drop_rate=_DROPPED)
+        tower = timm.create_model(toyvit.MODEL_NAME, num_classes=len(classes), patch_drop_rate=_DROPPED)
         optimizer = torch.optim.AdamW(tower.parameters(), lr=_RATE, weight_decay=0.05)
         tower.train()
         for step in range(steps):
@@ -69,21 +81,21 @@ def train_tower(
                 console.print(f"  step {step + 1}/{steps}, loss {loss.item():.3f}", highlight=False)
     tower.eval()
     with torch.inference_mode():
-        images, shown = _scenes(SEED + 1, held_out)
+        images, shown = _scenes(SEED + 1, held_out, classes)
         scores = torch.cat([tower(normalize(part)) for part in images.split(BATCH)]).numpy()
-    quality = np.nanmean([auc(scores[:, k], shown[:, k].numpy() > 0) for k in range(len(THINGS))])
-    console.print(f"  it tells which things a new scene shows with an AUC of {quality:.3f}")
+    quality = np.nanmean([auc(scores[:, k], shown[:, k].numpy() > 0) for k in range(len(classes))])
+    console.print(f"  it tells which of them a new scene shows with an AUC of {quality:.3f}")
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value for name, value in tower.state_dict().items() if not name.startswith("head.")}
     partial = path.with_suffix(".part")
-    save_file(state, partial)
+    save_file(state, partial, training)
     partial.replace(path)
 
 
-def _scenes(seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """Scenes uint8 (N, 3, 128, 128), and which things they show, fp32 (N, things)."""
+def _scenes(seed: int, count: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Scenes uint8 (N, 3, 128, 128), and which of the classes they show, fp32 (N, classes)."""
     made = toyworld.generate(seed, count, 128)
     flat = made.labels.reshape(count, -1)
-    shares = np.stack([(flat == CLASSES.index(name)).mean(1) for name in THINGS], 1)
+    shares = np.stack([(flat == CLASSES.index(name)).mean(1) for name in classes], 1)
     images = torch.from_numpy(made.images).permute(0, 3, 1, 2).contiguous()
     return images, torch.from_numpy((shares >= VISIBLE_SHARE).astype(np.float32))

@@ -53,9 +53,9 @@ class PromptModel:
             for the authors' files.
         tower: of ViTSeg; a timm ViT with a class token.
         tower_weights: of ViTSeg's tower: ``pretrained`` (timm's own), a file, or ``random:SEED``.
-        whiten: samples from which is learnt how to whiten what the decoder reads (``models.whitening``); 0
-            leaves it as it is, as the paper does. At least as many as a text embedding has entries are
-            needed for all its directions to count alike.
+        whiten: samples that show how to whiten what the decoder reads (``models.whitening``); 0 leaves it as
+            it is, as the paper does. What they do not show to vary counts little at first, so their phrases
+            and examples should be many and different.
     """
 
     kind: Literal["clipseg", "clip-deconv", "vitseg"] = "clipseg"
@@ -116,8 +116,8 @@ class ClipSegTask:
 
     Args:
         make_model: builds the model on a device, the same one in every worker.
-        ahead: what is trained on, if its first ``whiten`` samples shall show how to whiten what the decoder
-            reads (``models.whitening``).
+        ahead: what is trained on, if ``whiten`` samples of it shall show how to whiten what the decoder reads
+            (``models.whitening``): the first of an epoch, the same ones in every worker and run.
         whiten: see there.
         keep: whether the decoder is trained already.
     """
@@ -159,11 +159,9 @@ class ClipSegTask:
                     failure = error
             read += len(loaded)
             if loaded:
-                batch = {
-                    name: torch.from_numpy(np.stack([sample[name] for sample in loaded]))
-                    for name in loaded[0]
-                }
-                self._decode({name: column.to(self.model.clip.device) for name, column in batch.items()})
+                columns = {name: np.stack([sample[name] for sample in loaded]) for name in loaded[0]}
+                device = self.model.clip.device
+                self._decode({name: torch.from_numpy(rows).to(device) for name, rows in columns.items()})
         if failure is not None and not read:
             raise failure
 

@@ -46,7 +46,8 @@ class JoinedSource(TripletSource):
 def join_sources(first: TripletSource, second: TripletSource) -> JoinedSource:
     """One source with the pairs of two, those of ``first`` before those of ``second``.
 
-    Of what one source asks nothing is known in the images of the other, so it is no negative there.
+    Of what one source asks nothing is known in the images of the other, so it is no negative there. A source
+    that asks for one thing only is thus never asked for it in vain: the decoder hears it only where it is.
 
     Args:
         first: none that is joined itself, as ``second``.

@@ -377,8 +377,12 @@ class TripletSamples:
 
     def _other_phrase(self, index: int, rng: np.random.Generator) -> int | None:
         """The phrase of a negative, each that the rule allows being equally likely; None if there is none."""
-        pairs, count = self.source.pairs, len(self.source.pairs.phrases)
+        pairs = self.source.pairs
         own, image = int(pairs.phrase[index]), int(pairs.image[index])
+        # Of another source's phrases nothing is known here.
+        first, end = 0, len(pairs.phrases)
+        if pairs.seam is not None:
+            first, end = (pairs.seam[1], end) if image >= pairs.seam[0] else (0, pairs.seam[1])
 
         def allowed(phrase: int) -> bool:
             if self.settings.only_visual and len(pairs.members(phrase)) < 2:
@@ -389,10 +393,10 @@ class TripletSamples:
 
         # All allowed phrases are listed only where they are so few that drawing does not find one.
         for _ in range(_TRIES):
-            phrase = int(rng.integers(count))
+            phrase = int(rng.integers(first, end))
             if allowed(phrase):
                 return phrase
-        listed = [phrase for phrase in range(count) if allowed(phrase)]
+        listed = [phrase for phrase in range(first, end) if allowed(phrase)]
         return listed[int(rng.integers(len(listed)))] if listed else None
 
     def _support(

@@ -238,6 +238,7 @@ def test_a_trained_clipseg_labels_at_the_sizes_of_its_training(
     recipe = clipseg_recipe(str(tmp_path), ["batch_size=3"])
     assert (recipe.model, recipe.pretrained, recipe.batch_size) == ("clipseg", str(tmp_path), 3)
     assert recipe.scale == scale and recipe.clipseg.example_size == example
+    assert clipseg_recipe(f"{tmp_path.parent}/./{tmp_path.name}/", ["batch_size=3"]) == recipe
     labeller = prepare_labeller(recipe, TOYWORLD, precision="fp32").make(precision="fp32")
     labelled = labeller.label([np.zeros((*scale, 3), np.uint8)], [(40, 50)])
     assert labelled[0].labels.shape == (40, 50)

@@ -191,16 +191,16 @@ def test_with_another_clip_and_in_half_precision(clip: Clip, tmp_path: Path) -> 
     other = small_clip(seed=1)
     assert load_clipseg(tmp_path, clip=other).clip is other
     half = load_clipseg(tmp_path, dtype=torch.bfloat16)
-    assert half.clip.dtype == half.decoder.film_mul.weight.dtype == torch.bfloat16
+    assert half.clip.dtype == half.decoder.dtype == torch.bfloat16
+    assert {reader.weight.dtype for reader in half.decoder.readers.values()} == {torch.float32}
     images = pixels(1, 3, 64, 64)
     exact = logits(model, images, PROMPTS)
     rounded = logits(half, images, PROMPTS)
     assert rounded.dtype == torch.float32
     assert (rounded - exact).abs().mean() < 0.1 * exact.std()
     save_clipseg(half, tmp_path / "half")
-    assert (
-        load_file(tmp_path / "half" / "model.safetensors")["decoder.film_mul.weight"].dtype == torch.bfloat16
-    )
+    saved = load_file(tmp_path / "half" / "model.safetensors")
+    assert saved["decoder.layers.0.mlp.fc1.weight"].dtype == torch.bfloat16
 
 
 def test_hub_names(clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

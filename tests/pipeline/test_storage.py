@@ -87,6 +87,7 @@ def test_home_folder(tmp_path, monkeypatch):
     assert canonical_uri("~/x/../y") == str(tmp_path / "y")
     assert canonical_uri("s3://bucket/~/x") == "s3://bucket/~/x"
     monkeypatch.chdir(tmp_path)
+    assert canonical_uri("~root/x") == str(tmp_path / "~root" / "x")
     assert canonical_uri("a/~/x") == str(tmp_path / "a" / "~" / "x")
 
 

@@ -15,6 +15,7 @@ from jobs.benchmarks.toy_prompts import ask, prompts
 from models.clip import load_clip
 from models.clipseg import normalize
 from models.clipseg_baselines import ViTSegConfig, build_vitseg
+from pipeline.clipseg_folder import read_clipseg_record
 from pipeline.datasets.toy import open_toyworld
 from pipeline.metrics.foreground import STANDARD, THRESHOLDS, average_precision, foreground_iou
 from pipeline.training.triplet_toy import KINDS, ToySource, kind_of, open_toy_source
@@ -111,6 +112,8 @@ def test_a_tower_learns_which_things_are_there(tmp_path: Path) -> None:
     written = path.read_bytes()
     toy_tower.train_tower(path, console, scenes=192, steps=30, held_out=60)
     assert path.read_bytes() == written and not console.export_text()
+    toy_tower.train_tower(path, console, ["grass", "sky"], scenes=64, steps=1, held_out=60)
+    assert path.read_bytes() != written and "2 labels" in console.export_text()
     config = ViTSegConfig(extract_layers=(2,), tower="toyvit", feedforward=32)
     model = build_vitseg(load_clip("toyclip", "bundled"), config, weights=str(path))
     logits = model(torch.zeros(1, 3, 128, 128), model.encode_text(["grass", "sky"]))
@@ -126,8 +129,8 @@ def test_rows_and_claims(tmp_path: Path) -> None:
         "triplets.size=64",
     ]  # fmt: skip
 
-    def tower(path: Path, console: Console) -> None:
-        toy_tower.train_tower(path, console, scenes=8, steps=1, held_out=8)
+    def tower(path: Path, console: Console, classes: Sequence[str]) -> None:
+        toy_tower.train_tower(path, console, classes, scenes=8, steps=1, held_out=8)
 
     small: dict[str, Any] = {"training_scenes": 8, "settings": quick, "make_tower": tower}
     sections, claims = prompts((11,), 3, tmp_path, console, **small)
@@ -137,10 +140,18 @@ def test_rows_and_claims(tmp_path: Path) -> None:
             for metric in section["metrics"]:
                 runs = line["values"][metric]["runs"]
                 assert len(runs) <= 1 and all(0 <= value <= 1 for value in runs)
+                assert runs or section["name"] == "clipseg-phrases"  # three scenes have not all kinds
     rows = {line["name"]: line["values"] for line in sections[0]["rows"]}
     for values in rows.values():
         assert all(len(values[metric]["runs"]) == 1 for metric in sections[0]["metrics"])
-    assert len(rows) == 4 and rows["CLIPSeg"] != rows["CLIP-Deconv"]
+    assert len(rows) == 5 and rows["CLIPSeg"] != rows["CLIP-Deconv"]
     teacher = {line["name"]: line["values"] for line in sections[2]["rows"]}["MaskCLIP (the teacher)"]
     assert teacher["miou_seen"]["mean"] > 0.3  # the bundled CLIP, which is not trained here
+    sources = {
+        variant.name: read_clipseg_record(tmp_path / "seed-11" / variant.name).data["source"]
+        for variant in toy_prompts.VARIANTS
+    }
+    truth, labels = "toyworld seed-2011", "label table"
+    assert sources.pop("pseudo-labels") == labels and sources.pop("guessed") == f"{truth} and {labels}"
+    assert set(sources.values()) == {truth} and len(sources) == 5
     assert len(claims) == 13 and all(entry["shows"] is None for entry in claims)  # one seed tells nothing
