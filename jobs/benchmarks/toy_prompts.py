@@ -119,6 +119,7 @@ def prompts(
     *,
     training_scenes: int = SCENES,
     settings: Sequence[str] = (),
+    variants: Sequence[Variant] = VARIANTS,
     make_tower: Callable[[Path, Console, Sequence[str]], None] = train_tower,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Train and measure; what is trained already in ``folder`` is not trained again.
@@ -130,6 +131,7 @@ def prompts(
         console: where to print.
         training_scenes: scenes to learn from.
         settings: changes to all recipes.
+        variants: which decoders to train.
         make_tower: writes the weights of a tower of ViTSeg.
 
     Returns:
@@ -138,7 +140,7 @@ def prompts(
     found: dict[str, Runs] = {}
     for seed in seeds:
         figures = {_TEACHER: _teacher(seed, scenes)}
-        for variant in VARIANTS:
+        for variant in variants:
             changes = [*variant.settings, f"loop.seed={seed}", *settings]
             if variant.tower is not None:
                 name, classes = variant.tower
@@ -196,7 +198,7 @@ def _sections(found: Mapping[str, Runs], training_scenes: int) -> list[dict[str,
             "empty",
             "text_iou_strict",
         ],
-        "rows": [row(variant.title, found[variant.title]) for variant in _ASKED],
+        "rows": [row(variant.title, found[variant.title]) for variant in _ASKED if variant.title in found],
     }
     kinds = {
         "name": "clipseg-phrases",
@@ -208,6 +210,7 @@ def _sections(found: Mapping[str, Runs], training_scenes: int) -> list[dict[str,
         "rows": [
             row(f"{variant.title}: {kind}", found[f"{variant.title}: {kind}"])
             for variant in (CLIPSEG, PSEUDO, DECONV)
+            if variant.title in found
             for kind in KINDS
         ],
     }
@@ -222,6 +225,7 @@ def _sections(found: Mapping[str, Runs], training_scenes: int) -> list[dict[str,
         "rows": [
             row(name, found[name])
             for name in (_TEACHER, *(name for variant in _LABELLING for name in _label_rows(variant.title)))
+            if name in found
         ],
     }
     return [against, kinds, labelling]
@@ -235,6 +239,7 @@ def _claims(found: Mapping[str, Runs]) -> list[dict[str, Any]]:
             ours[metric], found[other.title][metric], unit=measure,
         )
         for other in (DECONV, VITSEG)
+        if other.title in found
         for what, measure, metric in (
             ("text", "IoU", "text_iou"), ("text", "AP", "text_ap"),
             ("picture", "IoU", "picture_iou"), ("picture", "AP", "picture_ap"),
@@ -262,6 +267,7 @@ def _claims(found: Mapping[str, Runs]) -> list[dict[str, Any]]:
                 ("Told of them by pseudo-labels", GUESSED, " on the unseen classes", "miou_unseen"),
                 ("From pseudo-labels alone", PSEUDO, "", "miou"),
             )
+            if _label_rows(variant.title)[0] in found
         ),
     ]  # fmt: skip
 
