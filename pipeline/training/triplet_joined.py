@@ -1,7 +1,7 @@
 """Triplets from two sources: truth of what somebody has annotated, labels of another model for the rest.
 
-That is zero-shot as MaskCLIP+ has it (ECCV 2022, §4.2): the unseen classes are known by name, and a teacher
-guesses where they are.
+That is zero-shot as MaskCLIP+ has it: the unseen classes are known by name, and a teacher guesses where they
+are.
 """
 
 from __future__ import annotations
