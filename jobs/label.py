@@ -8,10 +8,11 @@ import hashlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -205,50 +206,86 @@ def _label(
     display = LabelDisplay(todo.num_rows, console)
     with display.live(), ThreadPoolExecutor(1) as pool:
         display.stage("reading CLIP weights and class names, starting Ray")
-        prepared = pool.submit(_prepare, job, recorded)
-        with ray_session(
-            lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage
-        ) as compute:
-            from pipeline.labelling import run_labelling, start_board, write_run_manifest
+        only_words_left = threading.Event()
+        preparing = pool.submit(_prepare, job, recorded, only_words_left.set)
+        preparing.add_done_callback(lambda _: only_words_left.set())
+        with (
+            ray_session(
+                lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage
+            ) as compute,
+            ThreadPoolExecutor(1) as handing_over,
+        ):
+            from pipeline.labelling import labeller_to_come, run_labelling, start_board, write_run_manifest
             from pipeline.stages import ImageSettings
 
             board = start_board()
-            make_labeller, record = prepared.result()
+            only_words_left.wait()
+            if preparing.done() or replaced:
+                preparing.result()
             if replaced:
                 # Only now, when weights, words and Ray are known to be there.
                 for entry in OWN_ENTRIES:
                     storage.delete(entry)
-            if recorded is None:
-                precision = _precision(job.recipe, compute)
-                storage.write_json(DATASET_FILE, record | {"precision": precision})
-            else:
-                precision = recorded["precision"]
+            # Embedding class names takes seconds, in which the workers can start.
+            ahead = () if preparing.done() else ("pipeline.maskclip_labeller",)
+            handed_over = handing_over.submit(_hand_over, board, preparing, job, storage, recorded, compute)
             run_name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{lease.run_id[:8]}"
             manifest = write_run_manifest(storage, run_name, todo, compute.actors * compute.calls)
             at_once = f", {compute.calls} images at a time" if compute.calls > 1 else ""
             kind = "GPU" if compute.gpus else "CPU"
             display.stage(f"starting {compute.actors} CLIP worker(s) on {kind}{at_once}")
             before_flow = time.monotonic() - began
-            progress = run_labelling(
-                storage,
-                manifest,
-                make_labeller=functools.partial(make_labeller, precision=precision, threads=compute.threads),
-                image_settings=ImageSettings(
-                    scale=job.recipe.scale,
-                    keep_ratio=job.recipe.keep_ratio,
-                    resize=job.recipe.resize,
-                    max_pixels=job.recipe.max_pixels,
-                    corruption=job.recipe.corruption,
-                ),
-                num_classes=job.ontology.num_classes,
-                ignore_index=job.ontology.ignore_index,
-                compute=compute,
-                board=board,
-                report=_reporting(display, tracker),
-            )
+            try:
+                progress = run_labelling(
+                    storage,
+                    manifest,
+                    make_labeller=labeller_to_come(board, ahead),
+                    image_settings=ImageSettings(
+                        scale=job.recipe.scale,
+                        keep_ratio=job.recipe.keep_ratio,
+                        resize=job.recipe.resize,
+                        max_pixels=job.recipe.max_pixels,
+                        corruption=job.recipe.corruption,
+                    ),
+                    num_classes=job.ontology.num_classes,
+                    ignore_index=job.ontology.ignore_index,
+                    compute=compute,
+                    board=board,
+                    report=_reporting(display, tracker),
+                )
+            except MaskMillError:
+                handed_over.result()  # why it could not be prepared, if it was not, says more
+                raise
             flowing = (progress.last_s or 0.0) - (progress.first_s or 0.0)
             busy = progress.label_s / (compute.actors * compute.calls * flowing) if flowing > 1 else 0.0
     return progress, before_flow + (progress.first_s or 0.0), min(busy, 1.0)
+
+
+def _hand_over(
+    board: Any,
+    preparing: Future[tuple[Callable[..., Labeller], dict[str, Any]]],
+    job: LabelJob,
+    storage: Storage,
+    recorded: dict[str, Any] | None,
+    compute: Compute,
+) -> None:
+    """Name the Labeller to the workers, once it is prepared and the table has its record."""
+    from pipeline.labelling import hand_over
+
+    try:
+        make_labeller, record = preparing.result()
+        if recorded is None:
+            record["precision"] = _precision(job.recipe, compute)
+            storage.write_json(DATASET_FILE, record)
+        precision = (recorded or record)["precision"]
+    except BaseException as error:
+        hand_over(board, functools.partial(_not_prepared, str(error)))
+        raise
+    hand_over(board, functools.partial(make_labeller, precision=precision, threads=compute.threads))
+
+
+def _not_prepared(reason: str) -> Labeller:
+    raise MaskMillError("labelling_failed", reason, "Correct this, and run the same command again.")
 
 
 def _reporting(display: LabelDisplay, tracker: Tracker) -> Callable[[Progress], None]:
@@ -319,9 +356,9 @@ def _precision(recipe: LabelRecipe, compute: Compute) -> str:
 
 
 def _prepare(
-    job: LabelJob, recorded: dict[str, Any] | None
+    job: LabelJob, recorded: dict[str, Any] | None, only_words_left: Callable[[], None]
 ) -> tuple[Callable[..., Labeller], dict[str, Any]]:
-    """What builds the Labeller, and the record of the table."""
+    """What builds the Labeller, and the record of the table; says when only class names are left to embed."""
 
     def same_weights(fingerprint: str) -> None:
         if recorded is not None and recorded["weights"]["fingerprint"] != fingerprint:
@@ -332,8 +369,21 @@ def _prepare(
                 "Give the same weights, or name another --output.",
             )
 
+    def before_embedding() -> None:
+        import torch
+
+        only_words_left()
+        # Half of the processors are for the workers that start and import meanwhile.
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+
     precision = recorded["precision"] if recorded else job.recipe.precision
-    prepared = prepare_labeller(job.recipe, job.ontology, precision=precision, check_weights=same_weights)
+    prepared = prepare_labeller(
+        job.recipe,
+        job.ontology,
+        precision=precision,
+        check_weights=same_weights,
+        before_embedding=before_embedding,
+    )
     record = {
         "schema_version": SCHEMA_VERSION,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

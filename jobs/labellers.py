@@ -61,6 +61,7 @@ def prepare_labeller(
     *,
     precision: str = "auto",
     check_weights: CheckWeights = lambda _fingerprint: None,
+    before_embedding: Callable[[], None] = lambda: None,
 ) -> PreparedLabeller:
     """Find the weights, so that mistakes show before work starts, and embed the class names.
 
@@ -70,6 +71,8 @@ def prepare_labeller(
         ontology: the classes.
         precision: of the run that it is for; ``auto`` if that is yet to be decided.
         check_weights: is given the fingerprint before the class names are embedded; may raise.
+        before_embedding: called when all settings are known to be good, and only embedding the class names is
+            left, which takes seconds. Where they are known already, or need no CLIP, it is not called.
 
     Raises:
         MaskMillError: see ``models.weights.find_weights``, ``models.text.build_text_classifier`` and
@@ -79,8 +82,9 @@ def prepare_labeller(
     if recipe.model == "clipseg":
         return _clipseg(recipe, ontology, precision, check_weights)
     refuse_examples(ontology, recipe.model)
-    prepare = _student if _names_student(recipe.model) else _maskclip
-    return prepare(recipe, ontology, precision, check_weights)
+    if _names_student(recipe.model):
+        return _student(recipe, ontology, precision, check_weights)
+    return _maskclip(recipe, ontology, precision, check_weights, before_embedding)
 
 
 def student_recipe(uri: str, settings: Sequence[str] = ()) -> tuple[LabelRecipe, Ontology]:
@@ -131,7 +135,11 @@ def _names_student(model: str) -> bool:
 
 
 def _maskclip(
-    recipe: LabelRecipe, ontology: Ontology, precision: str, check_weights: CheckWeights
+    recipe: LabelRecipe,
+    ontology: Ontology,
+    precision: str,
+    check_weights: CheckWeights,
+    before_embedding: Callable[[], None],
 ) -> PreparedLabeller:
     """The training-free teacher: a CLIP by name."""
     from models.weights import find_weights
@@ -139,7 +147,7 @@ def _maskclip(
 
     source = find_weights(recipe.model, recipe.pretrained)
     check_weights(source.fingerprint)
-    text = embed_names(source, ontology, precision)
+    text = embed_names(source, ontology, precision, before_embedding=before_embedding)
     make = functools.partial(
         MaskClipLabeller,
         model=recipe.model,
@@ -243,11 +251,27 @@ def _other_words(record: StudentRecord, ontology: Ontology) -> TextClassifier:
     return embed_names(source, ontology, record.text["precision"])
 
 
-def embed_names(source: WeightSource, ontology: Ontology, precision: str) -> TextClassifier:
-    """The class names as a classifier, from the cache if they were embedded before."""
+def embed_names(
+    source: WeightSource,
+    ontology: Ontology,
+    precision: str,
+    *,
+    before_embedding: Callable[[], None] = lambda: None,
+) -> TextClassifier:
+    """The class names as a classifier, from the cache if they were embedded before.
+
+    Args:
+        source: the CLIP.
+        ontology: the classes.
+        precision: of the run that it is for; ``auto`` if that is yet to be decided.
+        before_embedding: called when weights and words are known to be good, unless they are in the cache.
+
+    Raises:
+        MaskMillError: see ``models.clip.load_source`` and ``models.text.build_text_classifier``.
+    """
     from models.clip import load_source
     from models.precision import DTYPES, best_device, native_precision
-    from models.text import build_text_classifier, cached_text_classifier
+    from models.text import build_text_classifier, cached_text_classifier, prompts_of
 
     device = best_device()
     # With the arithmetic that is asked for, unless this machine would have to emulate it.
@@ -258,9 +282,13 @@ def embed_names(source: WeightSource, ontology: Ontology, precision: str) -> Tex
         "merge": ontology.merges(),
         "cache_dir": cache_dir(),
     }
-    return cached_text_classifier(
-        source.fingerprint, ontology.prompts(), **words, dtype=dtype
-    ) or build_text_classifier(load_source(source, device=device, dtype=dtype), ontology.prompts(), **words)
+    text = cached_text_classifier(source.fingerprint, ontology.prompts(), **words, dtype=dtype)
+    if text is None:
+        clip = load_source(source, device=device, dtype=dtype, towers="text")
+        clip.tokenize(prompts_of(ontology.prompts(), ontology.templates))
+        before_embedding()
+        text = build_text_classifier(clip, ontology.prompts(), **words)
+    return text
 
 
 def _thresholds(recipe: LabelRecipe, ontology: Ontology) -> list[float]:

@@ -18,7 +18,7 @@ _CAPABILITIES = torch.cpu.get_capabilities()
 _BF16_WITHOUT_AMX = bool(_CAPABILITIES.get("avx512_bf16")) and not _CAPABILITIES.get("amx_bf16")
 
 
-def residual_block(block: Any, x: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+def residual_block(block: Any, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """A residual block as open_clip computes it, (B, N, W_) -> (B, N, W_).
 
     In evaluation ``nn.MultiheadAttention`` writes out the N x N attention, and copies its weights where the
@@ -28,20 +28,19 @@ def residual_block(block: Any, x: Tensor, *, causal: bool = False, mask: Tensor 
     Args:
         block: open_clip's ``ResidualAttentionBlock`` or ``CustomResidualAttentionBlock``.
         x: its input.
-        causal: whether a token sees only itself and what is before it, as in the text tower; for blocks with
+        mask: bool (B, 1, N, N), which token (row) may see which (column); for blocks with
             ``nn.MultiheadAttention``.
-        mask: bool (B, 1, N, N), which token (row) may see which (column); likewise, and not with ``causal``.
     """
     attention = block.attn
     if not isinstance(attention, nn.MultiheadAttention):
-        assert not causal and mask is None, "open_clip's own attention takes a mask"
+        assert mask is None, "open_clip's own attention takes a mask of another kind"
         return block(x)  # open_clip's own attention is fused already
     packed = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
     q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in packed.chunk(3, -1))
-    if mask is None and not causal and _slow_fused_product(x):
+    if mask is None and _slow_fused_product(x):
         mixed = _attention_by_heads(q, k, v)
     else:
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     mixed = mixed.transpose(1, 2).flatten(2)
     x = x + block.ls_1(attention.out_proj(mixed))
     return x + block.ls_2(block.mlp(block.ln_2(x)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -17,17 +17,18 @@ import torch
 import torch.nn.functional as F
 from open_clip.model import convert_to_custom_text_state_dict
 from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import VisionTransformer, text_global_pool
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.blocks import residual_block
 from models.dense import ResNetDense, VitDense, dense_encoder
 from models.errors import MaskMillError
+from models.prompt_tree import encode_tokens, shares_prefixes
 from models.weights import WeightSource, check_supported, find_weights, read_state
 
-Towers = Literal["both", "visual"]
+Towers = Literal["both", "visual", "text"]
 
-_TOKENS_PER_BATCH = 8192  # of the text tower: a few tens of MB of activations, and large enough matrices
+_TOKENS_PER_BATCH = 8192  # of a text tower that reads the full context
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids", "attn_mask", "logit_bias")
 
 
@@ -52,9 +53,9 @@ class Clip:
     Attributes:
         source: architecture and file.
         model: open_clip's ``CLIP`` or ``CustomTextCLIP``; with ``towers == "visual"`` only its ``visual`` is
-            there.
+            there, with ``text`` all but that.
         device, dtype: of both towers.
-        towers: ``both`` or ``visual``.
+        towers: ``both``, ``visual`` or ``text``.
     """
 
     source: WeightSource
@@ -157,8 +158,8 @@ class Clip:
     def encode_text(self, prompts: Sequence[str], *, normalize: bool = True) -> Tensor:
         """Embed prompts.
 
-        Prompts are run in batches of equal token count, cut after the last end-of-text token. Under the
-        causal mask that is what the full context gives, at about a seventh of the work for short prompts.
+        Under the causal mask, what prompts begin with in common is computed once (``models.prompt_tree``),
+        which gives what the full context gives. Other text towers read the full context.
 
         Args:
             prompts: P texts.
@@ -170,30 +171,36 @@ class Clip:
         Raises:
             MaskMillError: ``text_tower_missing`` with ``towers="visual"``; ``prompt_too_long``.
         """
-        if self.towers != "both":
+        if self.towers == "visual":
             raise MaskMillError(
                 "text_tower_missing",
                 f"{self.name} was loaded without its text tower, and prompts are to be embedded.",
                 "Load it with towers='both', or take the classifier from the cache.",
             )
+        if not prompts:
+            return torch.empty(0, self.embed_dim, device=self.device)
         unique = list(dict.fromkeys(prompts))
-        tokens = self.tokenizer(unique)
-        self._check_length(unique, tokens)
-        crop = _can_crop(self.model)
-        lengths = (tokens != 0).int().mul(torch.arange(1, tokens.shape[1] + 1)).amax(1) if crop else None
-        embeddings = torch.empty(len(unique), self.embed_dim, device=self.device)
-        for rows, length in _batches(lengths, len(unique), tokens.shape[1]):
-            batch = tokens[rows, :length].to(self.device)
-            encoded = _encode_cropped(self.model, batch) if crop else self.model.encode_text(batch)  # type: ignore[operator]
-            embeddings[rows] = F.normalize(encoded.float(), dim=-1) if normalize else encoded.float()
+        tokens = self.tokenize(unique)
+        if shares_prefixes(self.model):
+            embeddings = encode_tokens(self.model, tokens)
+        else:
+            batches = tokens.split(max(1, _TOKENS_PER_BATCH // tokens.shape[1]))
+            embeddings = torch.cat([self.model.encode_text(batch.to(self.device)) for batch in batches])  # type: ignore[operator]
+        embeddings = F.normalize(embeddings.float(), dim=-1) if normalize else embeddings.float()
         position = {prompt: row for row, prompt in enumerate(unique)}
         return embeddings[torch.tensor([position[prompt] for prompt in prompts], dtype=torch.long)]
 
-    def _check_length(self, prompts: list[str], tokens: Tensor) -> None:
-        # open_clip cuts long texts off in silence; a prompt without its end is another prompt.
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Tokens int64 (P, context) of prompts.
+
+        Raises:
+            MaskMillError: ``prompt_too_long``. open_clip cuts long texts off in silence, and a prompt without
+                its end is another prompt.
+        """
+        tokens = self.tokenizer(list(prompts))
         encode = getattr(self.tokenizer, "encode", None)
         if encode is None:
-            return
+            return tokens
         for row in (tokens[:, -1] != 0).nonzero().flatten().tolist():
             needed = len(encode(prompts[row])) + 2
             if needed > tokens.shape[1]:
@@ -202,6 +209,7 @@ class Clip:
                     f"The prompt {prompts[row]!r} has {needed} tokens; {self.name} reads {tokens.shape[1]}.",
                     "Shorten the class name or the template.",
                 )
+        return tokens
 
 
 def load_clip(
@@ -222,7 +230,7 @@ def load_clip(
             brings the weights.
         device: where the model goes.
         dtype: float32, bfloat16, float16 or float64. Weights are converted; there is no autocast.
-        towers: ``visual`` leaves the text tower out: it is not read from the file and takes no memory.
+        towers: ``visual`` leaves the text tower out, which takes no memory then; ``text`` the other.
         cache_dir: where open_clip keeps downloads.
 
     Raises:
@@ -245,14 +253,23 @@ def load_source(
     """``load_clip`` for weights that were found already, or read already: ``state`` in open_clip's names."""
     check_supported(source.name, source.config)
     skeleton = _build(source)
-    prefix = "visual." if towers == "visual" else ""
+    if towers == "visual":
+        _drop_text_tower(skeleton)
     if state is not None:
-        tensors = _fitting(skeleton, {name: t for name, t in state.items() if name.startswith(prefix)})
-    elif source.path is None:
-        assert source.seed is not None, "a source has a file or a seed"
-        tensors = _seeded_state(skeleton, source.seed, prefix)
+        tensors = _fitting(skeleton, state, towers)
+    elif source.path is not None:
+        prefix = "visual." if towers == "visual" else ""
+        tensors = _fitting(skeleton, read_state(source.path, prefix=prefix), towers)
     else:
-        tensors = _fitting(skeleton, read_state(source.path, prefix=prefix))
+        tensors = {}
+    if towers == "text":
+        if tensors:
+            _assign(skeleton, tensors, source)  # weights of another model may have the same text tower
+        del skeleton.visual
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.")}
+    if not tensors:
+        assert source.seed is not None, "a source has a file or a seed"
+        tensors = _seeded_state(skeleton, source.seed)
     device = torch.device(device)
     loaded: dict[str, Tensor] = {}
     for name in list(tensors):
@@ -264,10 +281,8 @@ def load_source(
             # The file may change or vanish under a mapping; own the memory.
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         loaded[name] = tensor.to(device)
-    _assign(skeleton, loaded, prefix, source)
-    if towers == "visual":
-        _drop_text_tower(skeleton)
-    else:
+    _assign(skeleton, loaded, source)
+    if towers != "visual":
         _restore_masks(skeleton, device, dtype)
     left = [name for name, t in (*skeleton.named_parameters(), *skeleton.named_buffers()) if t.is_meta]
     assert not left, f"never loaded: {left}"
@@ -302,8 +317,10 @@ def _build(source: WeightSource) -> nn.Module:
         ) from error
 
 
-def _fitting(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under this model's names; what is no weight is left out."""
+def _fitting(model: nn.Module, state: dict[str, Tensor], towers: Towers) -> dict[str, Tensor]:
+    """The tensors under this model's names; without what is no weight or of another tower."""
+    if towers == "visual":
+        state = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
     expected = model.state_dict()
     if any(name.startswith("text.") for name in expected) and "text_projection" in state:
         state = convert_to_custom_text_state_dict(state)
@@ -317,13 +334,9 @@ def _fitting(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _assign(model: nn.Module, state: dict[str, Tensor], prefix: str, source: WeightSource) -> None:
-    target = model.visual if prefix else model
-    assert isinstance(target, nn.Module)
+def _assign(model: nn.Module, state: dict[str, Tensor], source: WeightSource) -> None:
     try:
-        target.load_state_dict(
-            {name.removeprefix(prefix): t for name, t in state.items()}, strict=True, assign=True
-        )
+        model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         details = " ".join(str(error).split())[:400]
         raise MaskMillError(
@@ -351,47 +364,7 @@ def _drop_text_tower(model: nn.Module) -> None:
         delattr(model, name)
 
 
-def _can_crop(model: nn.Module) -> bool:
-    """Whether tokens after the end of the text cannot reach the output: causal mask, pooled at that end."""
-    return (
-        isinstance(model, open_clip.CLIP)
-        and isinstance(model.attn_mask, Tensor)
-        and model.text_pool_type in ("argmax", "eos")
-    )
-
-
-def _encode_cropped(model: nn.Module, tokens: Tensor) -> Tensor:
-    """``CLIP.encode_text`` for fewer tokens than the context, which it does not take itself."""
-    assert isinstance(model, open_clip.CLIP)
-    length = tokens.shape[1]
-    mask = model.attn_mask
-    assert isinstance(mask, Tensor)
-    x = model.token_embedding(tokens)
-    x = x + model.positional_embedding[:length]
-    blocks = list(model.transformer.resblocks)
-    if all(isinstance(block.attn, nn.MultiheadAttention) for block in blocks):
-        for block in blocks:
-            x = residual_block(block, x, causal=True)
-    else:
-        x = model.transformer(x, attn_mask=mask[:length, :length])
-    x = text_global_pool(model.ln_final(x), tokens, model.text_pool_type, eos_token_id=model.text_eos_id)
-    projection = model.text_projection
-    if projection is None:
-        return x
-    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
-
-
-def _batches(lengths: Tensor | None, count: int, context: int) -> Iterator[tuple[Tensor, int]]:
-    """Row indices and token count of each batch; all rows of a batch have one length, nothing is padded."""
-    if lengths is None:
-        lengths = torch.full((count,), context)
-    for length in lengths.unique().tolist():
-        rows = (lengths == length).nonzero().flatten()
-        for batch in rows.split(max(1, _TOKENS_PER_BATCH // length)):
-            yield batch, length
-
-
-def _seeded_state(model: nn.Module, seed: int, prefix: str) -> dict[str, Tensor]:
+def _seeded_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
     """Random weights for tests and benchmarks, each tensor from its own generator.
 
     They depend on the seed and the tensor's name only, not on the towers asked for. Nothing is left at zero
@@ -400,8 +373,6 @@ def _seeded_state(model: nn.Module, seed: int, prefix: str) -> dict[str, Tensor]
     """
     state: dict[str, Tensor] = {}
     for name, like in model.state_dict().items():
-        if not name.startswith(prefix):
-            continue
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         leaf = name.rsplit(".", 1)[-1]

@@ -100,7 +100,7 @@ def build_text_classifier(
     if cached is not None:
         return cached
     names = list(dict.fromkeys(name for group in class_prompts for name in group))
-    prompts = [prompt for name in names for prompt in fill(texts, name)]
+    prompts = prompts_of(class_prompts, texts)
     embedded = clip.encode_text(prompts).float().cpu().unflatten(0, (len(names), len(texts)))
     by_name = dict(zip(names, F.normalize(embedded.mean(1), dim=-1), strict=True))
     rows: list[Tensor] = []
@@ -117,6 +117,17 @@ def build_text_classifier(
             _cache_file(cache_dir, clip.fingerprint, class_prompts, texts, merges, clip.dtype), classifier
         )
     return classifier
+
+
+def prompts_of(class_prompts: Sequence[Sequence[str]], templates: str | Sequence[str]) -> list[str]:
+    """What ``build_text_classifier`` embeds: each name, taken once, in every template.
+
+    Raises:
+        MaskMillError: ``templates_unknown``, ``templates_invalid``.
+    """
+    texts = get_templates(templates)
+    names = dict.fromkeys(name for group in class_prompts for name in group)
+    return [prompt for name in names for prompt in fill(texts, name)]
 
 
 def cached_text_classifier(

@@ -8,19 +8,23 @@ and a pool of actors of its own for each resume.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from ray import cloudpickle
 from ray.data.block import BlockMetadata
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.checkpoint.checkpoint_filter import IdColumnCheckpointManager
 from ray.data.datasource import Datasource, ReadTask
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from models.errors import MaskMillError
 from pipeline.checkpoint import CHECKPOINT_DIR, LABELS_DIR
@@ -31,6 +35,7 @@ from pipeline.stages import Decode, Encode, ImageSettings, Label
 from pipeline.storage import Storage
 
 MANIFEST_DIR = "manifest"
+_WAITING = "waiting"
 FIRST_PART, USUAL_PART, LARGEST_PART = 1, 32, 256
 MANY_PARTS = 4000
 """Parts are of the usual size until there would be more of them than this. A small part costs little memory,
@@ -82,8 +87,38 @@ def write_run_manifest(storage: Storage, run_name: str, todo: pa.Table, workers:
 
 
 def start_board() -> Any:
-    """The actor that the stages report to."""
-    return ray.remote(num_cpus=0)(Board).remote()
+    """The actor that the stages report to, on this node: what it holds is lost with the driver only."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    board = ray.remote(num_cpus=0, concurrency_groups={_WAITING: 1}, scheduling_strategy=here)(Board)
+    return board.remote()
+
+
+def labeller_to_come(board: Any, ahead: Sequence[str]) -> Callable[[], Labeller]:
+    """Builds the Labeller that ``hand_over`` will name, once it has.
+
+    Meanwhile processes start and import: most of what a run waits for at its beginning.
+
+    Args:
+        board: of ``start_board``.
+        ahead: modules to import before waiting.
+
+    Returns:
+        ``make_labeller`` of ``run_labelling``.
+    """
+    coming = board.labeller.options(concurrency_group=_WAITING).remote()
+    return functools.partial(_make_when_known, coming, tuple(ahead))
+
+
+def hand_over(board: Any, make_labeller: Callable[[], Labeller]) -> None:
+    """Name the Labeller that ``labeller_to_come`` waits for; what it raises ends the run."""
+    ray.get(board.hand_over.remote(cloudpickle.dumps(make_labeller)))
+
+
+def _make_when_known(coming: ray.ObjectRef, ahead: Sequence[str]) -> Labeller:
+    for module in ahead:
+        importlib.import_module(module)
+    make_labeller: Callable[[], Labeller] = cloudpickle.loads(ray.get(coming))
+    return make_labeller()
 
 
 def run_labelling(

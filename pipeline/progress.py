@@ -1,7 +1,8 @@
-"""How far a labelling run has come, and the board that its stages report to."""
+"""How far a labelling run has come, and the board between the driver and its stages."""
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass, field
 
@@ -36,10 +37,24 @@ class Progress:
 
 
 class Board:
-    """Where the stages report to; a crash of it costs the display, never a row."""
+    """Where the stages report to, and hear what the driver was still preparing when they started.
+
+    A crash of it costs the display, never a row.
+    """
 
     def __init__(self) -> None:
+        self._handed_over = threading.Event()
         self.begin()
+
+    def hand_over(self, labeller: bytes) -> None:
+        """What builds the Labeller, pickled."""
+        self._labeller = labeller
+        self._handed_over.set()
+
+    def labeller(self) -> bytes:
+        """What was handed over; blocks until it is, so it needs a thread of its own."""
+        self._handed_over.wait()
+        return self._labeller
 
     def begin(self) -> None:
         self._progress = Progress()

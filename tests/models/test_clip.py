@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models import hub
-from models.clip import Clip, load_clip, load_source
+from models.clip import Clip, Towers, load_clip, load_source
 from models.errors import MaskMillError
 from models.weights import OPENAI_MEAN, OPENAI_STD, WeightSource, find_weights, is_torchscript, read_state
 
@@ -138,12 +139,27 @@ def test_damaged_files(small: open_clip.CLIP, tmp_path: Path, name: str) -> None
     assert caught.value.code == "weights_unreadable"
 
 
-def test_weights_of_another_model(small: open_clip.CLIP, tmp_path: Path) -> None:
+@pytest.mark.parametrize("towers", ["both", "visual", "text"])
+def test_weights_of_another_model(small: open_clip.CLIP, tmp_path: Path, towers: Towers) -> None:
     folder = write_folder(tmp_path, {**CONFIG, "vision_cfg": {**CONFIG["vision_cfg"], "layers": 3}})
     save_file(small.state_dict(), folder / "open_clip_model.safetensors")
     with pytest.raises(MaskMillError, match=r"resblocks\.2") as caught:
-        load_clip(f"local-dir:{folder}", None)
+        load_clip(f"local-dir:{folder}", None, towers=towers)
     assert caught.value.code == "weights_do_not_fit"
+
+
+def test_text_tower_alone(small: open_clip.CLIP, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    save_file(small.state_dict(), folder / "open_clip_model.safetensors")
+    name = f"local-dir:{folder}"
+    clip = load_clip(name, None, towers="text")
+    prompts = ["a cat", "a photo of a dog."]
+    assert torch.equal(clip.encode_text(prompts), load_clip(name, None).encode_text(prompts))
+    visual = sum(p.numel() for p in small.visual.parameters())
+    whole = sum(p.numel() for p in small.parameters())
+    assert sum(p.numel() for p in clip.model.parameters()) == whole - visual
+    tower, both = (load_source(random_source(1), towers=towers) for towers in ("text", "both"))
+    assert torch.equal(tower.encode_text(prompts), both.encode_text(prompts))
 
 
 def test_visual_tower_alone(small: open_clip.CLIP, tmp_path: Path) -> None:
@@ -173,12 +189,16 @@ def test_precision_is_that_of_the_weights(small: open_clip.CLIP, tmp_path: Path,
 # --- text -------------------------------------------------------------------------------------------
 
 
-def test_cropped_text_is_the_full_context() -> None:
-    clip = load_source(random_source(0))
+@pytest.mark.parametrize("text", [{}, {"no_causal_mask": True}], ids=["causal", "all"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_text_embeddings_are_those_of_the_full_context(text: dict[str, Any], normalize: bool) -> None:
+    config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], **text}}
+    clip = load_source(replace(random_source(0), config=config))
     prompts = ["a cat", "a photo of a large dog.", "a cat", "it " * 74 + "!", "itap of my horse.", ""]
     assert isinstance(clip.model, open_clip.CLIP)
-    full = clip.model.encode_text(clip.tokenizer(prompts), normalize=True)
-    assert (clip.encode_text(prompts) - full).abs().max() < 2e-6
+    full = clip.model.encode_text(clip.tokenizer(prompts), normalize=normalize)
+    assert (clip.encode_text(prompts, normalize=normalize) - full).abs().max() < 2e-6
+    assert clip.encode_text([]).shape == (0, 32)
 
 
 def test_prompt_that_does_not_fit(small: open_clip.CLIP, tmp_path: Path) -> None:

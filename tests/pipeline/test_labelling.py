@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
+from models.errors import MaskMillError
 from pipeline import labelling
-from pipeline.labelling import FIRST_PART, LARGEST_PART, USUAL_PART, part_sizes, write_run_manifest
+from pipeline.compute import ray_session
+from pipeline.labelling import (
+    FIRST_PART,
+    LARGEST_PART,
+    USUAL_PART,
+    hand_over,
+    labeller_to_come,
+    part_sizes,
+    start_board,
+    write_run_manifest,
+)
 from pipeline.storage import open_storage
 
 
@@ -44,3 +59,32 @@ def test_run_manifest_has_a_row_group_for_each_part(tmp_path: Path) -> None:
     source = labelling._RunManifest(open_storage(tmp_path), path)
     blocks = [block for task in source.get_read_tasks(1) for block in task()]
     assert pa.concat_tables(blocks).equals(todo)
+
+
+def _refuse(code: str) -> Any:
+    raise MaskMillError(code, "It could not be prepared.", "Mend it.")
+
+
+@pytest.mark.slow
+def test_workers_import_while_the_driver_prepares_the_labeller() -> None:
+    def build(make_labeller: Any, board: Any) -> Any:
+        board.add.remote(done=1)
+        try:
+            made = make_labeller()
+        except MaskMillError as error:
+            made = error.code
+        return made, "colorsys" in sys.modules
+
+    outcomes = []
+    with ray_session("test", address=None, verbose=False):
+        for prepared in (functools.partial(dict, batch_size=3), functools.partial(_refuse, "mine")):
+            board = start_board()
+            built = ray.remote(num_cpus=1)(build).remote(labeller_to_come(board, ["colorsys"]), board)
+            # The board goes on taking reports while the worker waits.
+            while ray.get(board.snapshot.remote(), timeout=60).done == 0:
+                assert not ray.wait([built], timeout=0.1)[0]
+            assert not ray.wait([built], timeout=0.5)[0]
+            hand_over(board, prepared)
+            outcomes.append(ray.get(built, timeout=60))
+
+    assert outcomes == [({"batch_size": 3}, True), ("mine", True)]
