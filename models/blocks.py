@@ -61,7 +61,7 @@ def _slow_fused_product(x: Tensor) -> bool:
 
 
 def _attention_by_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, (B, A, N, D) each, some heads at a time.
+    """softmax(q k^T / sqrt(D)) v, (B, A, N, D) each, some heads or a part of a head's queries at a time.
 
     The scores are rounded to bf16 before their softmax. They are therefore computed a second time, less the
     best of their row, so that those that count are near zero and lose nothing: as exact as with fp32 scores.
@@ -69,13 +69,17 @@ def _attention_by_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     images, heads, tokens, width = q.shape
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     scale = width**-0.5
-    step = max(1, _SCORES_AT_ONCE // tokens**2)
+    heads_at_once = max(1, _SCORES_AT_ONCE // tokens**2)
+    queries_at_once = min(tokens, max(1, _SCORES_AT_ONCE // tokens))
     mixed = v.new_empty(images, tokens, heads, width).transpose(1, 2)
     for image in range(images):
-        for first in range(0, heads, step):
-            some = (image, slice(first, first + step))
-            keys = k[some].transpose(1, 2)
-            best = scale * torch.bmm(q[some], keys).amax(2, keepdim=True)
-            scores = torch.baddbmm(best, q[some], keys, beta=-1, alpha=scale)
-            mixed[some] = torch.bmm(scores.softmax(2), v[some])
+        for head in range(0, heads, heads_at_once):
+            some = slice(head, head + heads_at_once)
+            keys, values = k[image, some].transpose(1, 2), v[image, some]
+            for first in range(0, tokens, queries_at_once):
+                rows = slice(first, first + queries_at_once)
+                queries = q[image, some, rows]
+                best = scale * torch.bmm(queries, keys).amax(2, keepdim=True)
+                scores = torch.baddbmm(best, queries, keys, beta=-1, alpha=scale)
+                mixed[image, some, rows] = torch.bmm(scores.softmax(2), values)
     return mixed
