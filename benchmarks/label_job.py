@@ -28,6 +28,8 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from pipeline.compute import WORKER_MALLOC
+
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = ROOT.parent / "shared" / "data" / "voc2012_subset" / "JPEGImages"
 CLASSES = (
@@ -145,6 +147,7 @@ def run_job_again(folder: Path, work: Path, model: str) -> dict[str, float]:
 def bare_loops(photos: list[Path], model: str, precision: str, passes: int) -> dict[str, float]:
     """Images per second of the forward alone, for each way of running it, on the same mix of sizes."""
     cores = len(os.sched_getaffinity(0))
+    os.environ |= WORKER_MALLOC  # as the job's workers have it
     context = multiprocessing.get_context("spawn")
     rates = {}
     ways = [(1, cores, batch) for batch in (1, 2, 4)] + ([(cores, 1, 1)] if cores > 1 else [])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from models.errors import FAILED_WORK, MaskMillError
+from pipeline.collector import collect_rarely
 
 if TYPE_CHECKING:
     from jobs.recipes import LabelRecipe
@@ -772,6 +773,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; ends the process with the exit status."""
     signal.signal(signal.SIGTERM, _interrupt)
+    collect_rarely()
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands, prog = COMMANDS, "maskmill"
     description = "Images and class names in; a segmentation dataset and a trained model out."

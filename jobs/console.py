@@ -68,10 +68,11 @@ class LabelDisplay:
             self._bar.update(
                 self._task,
                 completed=progress.done,
-                description="labelling" if progress.done else "starting",
                 rate=rate,
                 failed=f"{failed} failed" if failed else "",
             )
+            if progress.done:
+                self.stage("labelling")
         elif progress.done and time.monotonic() - self._last_line >= LOG_EVERY_S:
             self._last_line = time.monotonic()
             left = ""

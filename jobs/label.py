@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import os
 import signal
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -206,9 +207,11 @@ def _label(
     display = LabelDisplay(todo.num_rows, console)
     with display.live(), ThreadPoolExecutor(1) as pool:
         display.stage("reading CLIP weights and class names, starting Ray")
-        only_words_left = threading.Event()
-        preparing = pool.submit(_prepare, job, recorded, only_words_left.set)
-        preparing.add_done_callback(lambda _: only_words_left.set())
+        # Embedding class names takes seconds, in which the workers can start: what they import is known then.
+        ahead: Queue[tuple[str, ...]] = Queue()
+        announce = None if replaced else lambda module: ahead.put((module,))
+        preparing = pool.submit(_prepare, job, recorded, announce)
+        preparing.add_done_callback(lambda _: ahead.put(()))
         with (
             ray_session(
                 lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage
@@ -219,27 +222,30 @@ def _label(
             from pipeline.stages import ImageSettings
 
             board = start_board()
-            only_words_left.wait()
-            if preparing.done() or replaced:
+            imported_ahead = ahead.get()
+            if not imported_ahead:
                 preparing.result()
+            precision = recorded["precision"] if recorded else _precision(job.recipe, compute)
             if replaced:
                 # Only now, when weights, words and Ray are known to be there.
                 for entry in OWN_ENTRIES:
                     storage.delete(entry)
-            # Embedding class names takes seconds, in which the workers can start.
-            ahead = () if preparing.done() else ("pipeline.maskclip_labeller",)
-            handed_over = handing_over.submit(_hand_over, board, preparing, job, storage, recorded, compute)
+            stopped: Future[None] = Future()
+            handed_over = handing_over.submit(
+                _hand_over, board, preparing, stopped, storage, recorded, precision, compute.threads
+            )
             run_name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{lease.run_id[:8]}"
             manifest = write_run_manifest(storage, run_name, todo, compute.actors * compute.calls)
             at_once = f", {compute.calls} images at a time" if compute.calls > 1 else ""
             kind = "GPU" if compute.gpus else "CPU"
-            display.stage(f"starting {compute.actors} CLIP worker(s) on {kind}{at_once}")
+            embedding = "embedding class names, " if imported_ahead else ""
+            display.stage(f"{embedding}starting {compute.actors} CLIP worker(s) on {kind}{at_once}")
             before_flow = time.monotonic() - began
             try:
                 progress = run_labelling(
                     storage,
                     manifest,
-                    make_labeller=labeller_to_come(board, ahead),
+                    make_labeller=labeller_to_come(board, imported_ahead),
                     image_settings=ImageSettings(
                         scale=job.recipe.scale,
                         keep_ratio=job.recipe.keep_ratio,
@@ -256,6 +262,9 @@ def _label(
             except MaskMillError:
                 handed_over.result()  # why it could not be prepared, if it was not, says more
                 raise
+            except BaseException:
+                stopped.set_result(None)
+                raise
             flowing = (progress.last_s or 0.0) - (progress.first_s or 0.0)
             busy = progress.label_s / (compute.actors * compute.calls * flowing) if flowing > 1 else 0.0
     return progress, before_flow + (progress.first_s or 0.0), min(busy, 1.0)
@@ -264,28 +273,31 @@ def _label(
 def _hand_over(
     board: Any,
     preparing: Future[tuple[Callable[..., Labeller], dict[str, Any]]],
-    job: LabelJob,
+    stopped: Future[None],
     storage: Storage,
     recorded: dict[str, Any] | None,
-    compute: Compute,
+    precision: str,
+    threads: int,
 ) -> None:
     """Name the Labeller to the workers, once it is prepared and the table has its record."""
     from pipeline.labelling import hand_over
 
+    either: list[Future[Any]] = [preparing, stopped]
+    wait(either, return_when=FIRST_COMPLETED)
+    if stopped.done():
+        return
     try:
         make_labeller, record = preparing.result()
         if recorded is None:
-            record["precision"] = _precision(job.recipe, compute)
-            storage.write_json(DATASET_FILE, record)
-        precision = (recorded or record)["precision"]
-    except BaseException as error:
-        hand_over(board, functools.partial(_not_prepared, str(error)))
+            storage.write_json(DATASET_FILE, record | {"precision": precision})
+    except BaseException:
+        hand_over(board, _not_prepared)
         raise
-    hand_over(board, functools.partial(make_labeller, precision=precision, threads=compute.threads))
+    hand_over(board, functools.partial(make_labeller, precision=precision, threads=threads))
 
 
-def _not_prepared(reason: str) -> Labeller:
-    raise MaskMillError("labelling_failed", reason, "Correct this, and run the same command again.")
+def _not_prepared() -> Labeller:
+    raise MaskMillError("labelling_failed", "It could not be prepared.", "The driver tells why.")
 
 
 def _reporting(display: LabelDisplay, tracker: Tracker) -> Callable[[Progress], None]:
@@ -356,9 +368,12 @@ def _precision(recipe: LabelRecipe, compute: Compute) -> str:
 
 
 def _prepare(
-    job: LabelJob, recorded: dict[str, Any] | None, only_words_left: Callable[[], None]
+    job: LabelJob, recorded: dict[str, Any] | None, before_embedding: Callable[[str], None] | None
 ) -> tuple[Callable[..., Labeller], dict[str, Any]]:
-    """What builds the Labeller, and the record of the table; says when only class names are left to embed."""
+    """What builds the Labeller, and the record of the table.
+
+    ``before_embedding`` is told what the Labeller's module is when only the class names are left to embed.
+    """
 
     def same_weights(fingerprint: str) -> None:
         if recorded is not None and recorded["weights"]["fingerprint"] != fingerprint:
@@ -369,21 +384,20 @@ def _prepare(
                 "Give the same weights, or name another --output.",
             )
 
-    def before_embedding() -> None:
-        import torch
+    with contextlib.ExitStack() as while_embedding:
 
-        only_words_left()
-        # Half of the processors are for the workers that start and import meanwhile.
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+        def leave_room(module: str) -> None:
+            if before_embedding is not None:
+                before_embedding(module)
+                while_embedding.enter_context(_standing_back())
 
-    precision = recorded["precision"] if recorded else job.recipe.precision
-    prepared = prepare_labeller(
-        job.recipe,
-        job.ontology,
-        precision=precision,
-        check_weights=same_weights,
-        before_embedding=before_embedding,
-    )
+        prepared = prepare_labeller(
+            job.recipe,
+            job.ontology,
+            precision=recorded["precision"] if recorded else job.recipe.precision,
+            check_weights=same_weights,
+            before_embedding=leave_room,
+        )
     record = {
         "schema_version": SCHEMA_VERSION,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -394,6 +408,21 @@ def _prepare(
         "counts": {},
     }
     return prepared.make, record
+
+
+@contextlib.contextmanager
+def _standing_back() -> Iterator[None]:
+    """Let the workers that start meanwhile go first. For a thread that ends afterwards: it stays behind."""
+    import torch
+
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, 0, 19)  # there a thread has a priority of its own
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _record_counts(storage: Storage) -> dict[str, Any]:

@@ -39,6 +39,7 @@ MASKCLIP_OPTIONS = (
 """Fields of a recipe that only MaskCLIP has a use for."""
 
 CheckWeights = Callable[[str], None]
+BeforeEmbedding = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def prepare_labeller(
     *,
     precision: str = "auto",
     check_weights: CheckWeights = lambda _fingerprint: None,
-    before_embedding: Callable[[], None] = lambda: None,
+    before_embedding: BeforeEmbedding = lambda _module: None,
 ) -> PreparedLabeller:
     """Find the weights, so that mistakes show before work starts, and embed the class names.
 
@@ -72,7 +73,8 @@ def prepare_labeller(
         precision: of the run that it is for; ``auto`` if that is yet to be decided.
         check_weights: is given the fingerprint before the class names are embedded; may raise.
         before_embedding: called when all settings are known to be good, and only embedding the class names is
-            left, which takes seconds. Where they are known already, or need no CLIP, it is not called.
+            left, which takes seconds; is given the module of the Labeller. Where the names are in the cache,
+            and for students and CLIPSeg, it is not called.
 
     Raises:
         MaskMillError: see ``models.weights.find_weights``, ``models.text.build_text_classifier`` and
@@ -139,7 +141,7 @@ def _maskclip(
     ontology: Ontology,
     precision: str,
     check_weights: CheckWeights,
-    before_embedding: Callable[[], None],
+    before_embedding: BeforeEmbedding,
 ) -> PreparedLabeller:
     """The training-free teacher: a CLIP by name."""
     from models.weights import find_weights
@@ -147,7 +149,12 @@ def _maskclip(
 
     source = find_weights(recipe.model, recipe.pretrained)
     check_weights(source.fingerprint)
-    text = embed_names(source, ontology, precision, before_embedding=before_embedding)
+    text = embed_names(
+        source,
+        ontology,
+        precision,
+        before_embedding=lambda: before_embedding(MaskClipLabeller.__module__),
+    )
     make = functools.partial(
         MaskClipLabeller,
         model=recipe.model,

@@ -91,7 +91,17 @@ class Clip:
 
     @property
     def visual(self) -> VisionTransformer | ModifiedResNet:
-        """The visual tower, open_clip's module itself."""
+        """The visual tower, open_clip's module itself.
+
+        Raises:
+            MaskMillError: ``visual_tower_missing`` with ``towers="text"``.
+        """
+        if self.towers == "text":
+            raise MaskMillError(
+                "visual_tower_missing",
+                f"{self.name} was loaded without its visual tower, and images are to be read.",
+                "Load it with towers='both' or 'visual'.",
+            )
         return self.model.visual
 
     @property
@@ -175,7 +185,7 @@ class Clip:
             raise MaskMillError(
                 "text_tower_missing",
                 f"{self.name} was loaded without its text tower, and prompts are to be embedded.",
-                "Load it with towers='both', or take the classifier from the cache.",
+                "Load it with towers='both' or 'text', or take the classifier from the cache.",
             )
         if not prompts:
             return torch.empty(0, self.embed_dim, device=self.device)
@@ -250,26 +260,36 @@ def load_source(
     towers: Towers = "both",
     state: dict[str, Tensor] | None = None,
 ) -> Clip:
-    """``load_clip`` for weights that were found already, or read already: ``state`` in open_clip's names."""
+    """``load_clip`` for weights that were found already, or read already.
+
+    Args:
+        source: see ``models.weights.find_weights``.
+        device: see ``load_clip``, and so are the next two.
+        dtype: see there.
+        towers: see there.
+        state: the tensors in open_clip's names, of both towers unless only the visual one is wanted.
+    """
     check_supported(source.name, source.config)
     skeleton = _build(source)
     if towers == "visual":
         _drop_text_tower(skeleton)
-    if state is not None:
-        tensors = _fitting(skeleton, state, towers)
-    elif source.path is not None:
-        prefix = "visual." if towers == "visual" else ""
-        tensors = _fitting(skeleton, read_state(source.path, prefix=prefix), towers)
-    else:
-        tensors = {}
-    if towers == "text":
-        if tensors:
-            _assign(skeleton, tensors, source)  # weights of another model may have the same text tower
-        del skeleton.visual
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.")}
-    if not tensors:
+    if state is None and source.path is None:
         assert source.seed is not None, "a source has a file or a seed"
+        if towers == "text":
+            del skeleton.visual
         tensors = _seeded_state(skeleton, source.seed)
+    else:
+        if state is not None:
+            tensors = _fitting(skeleton, state, towers)
+        else:
+            assert source.path is not None
+            prefix = "visual." if towers == "visual" else ""
+            tensors = _fitting(skeleton, read_state(source.path, prefix=prefix), towers)
+        if towers == "text":
+            # Weights of another model may have the same text tower, so the shapes of all are looked at.
+            _assign(skeleton, {name: tensor.to("meta") for name, tensor in tensors.items()}, source)
+            del skeleton.visual
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.")}
     device = torch.device(device)
     loaded: dict[str, Tensor] = {}
     for name in list(tensors):

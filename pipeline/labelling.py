@@ -8,6 +8,7 @@ and a pool of actors of its own for each resume.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -28,6 +29,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from models.errors import MaskMillError
 from pipeline.checkpoint import CHECKPOINT_DIR, LABELS_DIR
+from pipeline.collector import collect_rarely
 from pipeline.compute import Compute
 from pipeline.labeller import Labeller
 from pipeline.progress import Board, Progress
@@ -87,7 +89,7 @@ def write_run_manifest(storage: Storage, run_name: str, todo: pa.Table, workers:
 
 
 def start_board() -> Any:
-    """The actor that the stages report to, on this node: what it holds is lost with the driver only."""
+    """The actor that the stages report to, on the driver's node: what it holds is lost with that only."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     board = ray.remote(num_cpus=0, concurrency_groups={_WAITING: 1}, scheduling_strategy=here)(Board)
     return board.remote()
@@ -110,11 +112,16 @@ def labeller_to_come(board: Any, ahead: Sequence[str]) -> Callable[[], Labeller]
 
 
 def hand_over(board: Any, make_labeller: Callable[[], Labeller]) -> None:
-    """Name the Labeller that ``labeller_to_come`` waits for; what it raises ends the run."""
-    ray.get(board.hand_over.remote(cloudpickle.dumps(make_labeller)))
+    """Name the Labeller that ``labeller_to_come`` waits for; what it raises ends the run.
+
+    So does a board that is gone, through the workers that wait for it.
+    """
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        ray.get(board.hand_over.remote(cloudpickle.dumps(make_labeller)))
 
 
 def _make_when_known(coming: ray.ObjectRef, ahead: Sequence[str]) -> Labeller:
+    collect_rarely()
     for module in ahead:
         importlib.import_module(module)
     make_labeller: Callable[[], Labeller] = cloudpickle.loads(ray.get(coming))

@@ -39,7 +39,7 @@ class Progress:
 class Board:
     """Where the stages report to, and hear what the driver was still preparing when they started.
 
-    A crash of it costs the display, never a row.
+    A crash of it costs the display; before the hand-over it ends the run. It never costs a row.
     """
 
     def __init__(self) -> None:

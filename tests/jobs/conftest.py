@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
+from jobs.cli import main
 from pipeline import toyworld
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,6 +63,41 @@ def maskmill(maskmill_environment: dict[str, str]) -> Callable[..., subprocess.C
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def maskmill_here(
+    maskmill_environment: dict[str, str],
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command in this process, which has imported already what takes seconds to import."""
+
+    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        given = [*map(str, arguments)]
+        out, err = io.StringIO(), io.StringIO()
+        on_terminate = signal.getsignal(signal.SIGTERM)
+        with (
+            mock.patch.dict(os.environ, maskmill_environment | environment),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            try:
+                main(given)
+            except SystemExit as end:
+                status = end.code
+            finally:
+                signal.signal(signal.SIGTERM, on_terminate)
+        assert isinstance(status, int)
+        return subprocess.CompletedProcess(given, status, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def maskmill_joined(
+    maskmill_here: Callable[..., subprocess.CompletedProcess[str]], shared_ray: str
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command in this process, on a cluster that is there already."""
+    return functools.partial(maskmill_here, RAY_ADDRESS=shared_ray)
 
 
 @pytest.fixture

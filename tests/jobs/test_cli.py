@@ -20,8 +20,8 @@ def test_help_names_every_command(maskmill: Run) -> None:
         assert command in done.stdout
 
 
-def test_label_help_explains_every_flag(maskmill: Run) -> None:
-    text = maskmill("label", "--help", COLUMNS="200").stdout
+def test_label_help_explains_every_flag(maskmill_here: Run) -> None:
+    text = maskmill_here("label", "--help", COLUMNS="200").stdout
     for flag in (
         "--images", "--manifest", "--output", "--classes", "--ontology", "--recipe", "--set",
         "--no-background",
@@ -30,8 +30,8 @@ def test_label_help_explains_every_flag(maskmill: Run) -> None:
         assert flag in text
 
 
-def test_recipes_are_printed_whole(maskmill: Run) -> None:
-    printed = yaml.safe_load(maskmill("recipes").stdout)
+def test_recipes_are_printed_whole(maskmill_here: Run) -> None:
+    printed = yaml.safe_load(maskmill_here("recipes").stdout)
     labelling = {name: recipe_from_dict(fields) for name, fields in printed["label"].items()}
     assert labelling == dict(RECIPES)
     training = printed["train maskclip-plus"]
@@ -40,9 +40,9 @@ def test_recipes_are_printed_whole(maskmill: Run) -> None:
     )
 
 
-def test_train_help_names_what_can_be_trained(maskmill: Run) -> None:
-    assert "maskclip-plus" in maskmill("train", "--help").stdout
-    text = maskmill("train", "maskclip-plus", "--help", COLUMNS="200").stdout
+def test_train_help_names_what_can_be_trained(maskmill_here: Run) -> None:
+    assert "maskclip-plus" in maskmill_here("train", "--help").stdout
+    text = maskmill_here("train", "maskclip-plus", "--help", COLUMNS="200").stdout
     for flag in (
         "--labels",
         "--output",
@@ -59,13 +59,13 @@ def test_train_help_names_what_can_be_trained(maskmill: Run) -> None:
 @pytest.mark.parametrize(
     "arguments", [["label"], ["label", "--output"], ["nonsense"], ["show"], ["label", "--outptu", "x"]]
 )
-def test_wrong_flags_exit_with_2(maskmill: Run, arguments: list[str]) -> None:
-    done = maskmill(*arguments)
+def test_wrong_flags_exit_with_2(maskmill_here: Run, arguments: list[str]) -> None:
+    done = maskmill_here(*arguments)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 
 
-def test_show_without_a_table_says_so(maskmill: Run, tmp_path: Path) -> None:
-    done = maskmill("show", tmp_path)
+def test_show_without_a_table_says_so(maskmill_here: Run, tmp_path: Path) -> None:
+    done = maskmill_here("show", tmp_path)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr and str(tmp_path) in done.stderr

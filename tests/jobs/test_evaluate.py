@@ -29,9 +29,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def table(scenes: Path, maskmill, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def table(scenes: Path, maskmill_joined, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("made") / "table"
-    done = maskmill(
+    done = maskmill_joined(
         "label", "--images", scenes / "images", "--ontology", "toyworld", "--recipe", "toy",
         "--output", output,
     )  # fmt: skip
@@ -40,9 +40,9 @@ def table(scenes: Path, maskmill, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def test_a_label_table_is_measured_against_masks_and_tracked(
-    table: Path, scenes: Path, maskmill, tmp_path: Path
+    table: Path, scenes: Path, maskmill_joined, tmp_path: Path
 ) -> None:
-    done = maskmill(
+    done = maskmill_joined(
         "evaluate", "--labels", table, "--images", scenes / "images", "--truth", scenes / "truth",
         "--output", tmp_path / "out", "--tracking", f"sqlite:///{tmp_path}/runs.db",
     )  # fmt: skip
@@ -71,21 +71,21 @@ def test_a_label_table_is_measured_against_masks_and_tracked(
 
     page = (tmp_path / "out/report.html").read_text()
     assert (tmp_path / "out/report.html").as_uri() in done.stderr.replace("\n", "")
-    report = maskmill("report", tmp_path / "out")  # ours: may be written over
+    report = maskmill_joined("report", tmp_path / "out")  # ours: may be written over
     assert report.returncode == 0, report.stderr
     assert "ladybug" in page and "toy" in page
 
 
 def test_a_recipe_labels_a_benchmark_first_and_the_same_command_does_not_overwrite(
-    maskmill, tmp_path: Path
+    maskmill_joined, tmp_path: Path
 ) -> None:
     command = ["evaluate", "--dataset", "toyworld", "--split", "seed-31", "--recipe", "toy", "--limit", "6"]
-    done = maskmill(*command, "--output", tmp_path / "out", "--no-boundary")
+    done = maskmill_joined(*command, "--output", tmp_path / "out", "--no-boundary")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert record["dataset"]["split"] == "seed-31" and record["images"]["evaluated"] == 6
     assert record["metrics"]["miou"] > 0.3 and record["metrics"]["boundary_miou"] is None
-    again = maskmill(*command, "--output", tmp_path / "out")
+    again = maskmill_joined(*command, "--output", tmp_path / "out")
     assert again.returncode == 2 and "output_exists" in again.stderr
 
 
@@ -105,14 +105,16 @@ def test_a_recipe_labels_a_benchmark_first_and_the_same_command_does_not_overwri
         (["--recipe", "toy", "--dataset", "toyworld", "--tracking", "/a/folder"], "tracking_uri"),
     ],
 )
-def test_wrong_use_is_told_before_work_starts(maskmill, tmp_path: Path, arguments, words: str) -> None:
-    done = maskmill("evaluate", *arguments, "--output", tmp_path / "out")
+def test_wrong_use_is_told_before_work_starts(maskmill_here, tmp_path: Path, arguments, words: str) -> None:
+    done = maskmill_here("evaluate", *arguments, "--output", tmp_path / "out")
     assert done.returncode == 2 and words in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_labels_of_another_protocol_are_not_called_by_its_name(table: Path, maskmill, tmp_path: Path) -> None:
-    done = maskmill(
+def test_labels_of_another_protocol_are_not_called_by_its_name(
+    table: Path, maskmill_here, tmp_path: Path
+) -> None:
+    done = maskmill_here(
         "evaluate", "--labels", table, "--dataset", "toyworld", "--protocol", "seed",
         "--output", tmp_path / "out",
     )  # fmt: skip

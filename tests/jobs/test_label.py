@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs.cli import main
+from jobs import labellers
+from models.errors import MaskMillError
 from pipeline.labels import LABEL_SCHEMA
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,13 +114,13 @@ def test_schema_record_and_masks(labelled: tuple[Path, Path, str]) -> None:
 
 
 def test_nothing_new_is_said_at_once_and_new_images_are_added(
-    maskmill: Run, labelled: tuple[Path, Path, str], tmp_path: Path
+    maskmill_joined: Run, labelled: tuple[Path, Path, str], tmp_path: Path
 ) -> None:
     listing, original, _ = labelled
     output = tmp_path / "table"
     shutil.copytree(original, output)
     before = {path.name: path.read_bytes() for path in (output / "labels").iterdir()}
-    again = maskmill(*toy(listing, output))
+    again = maskmill_joined(*toy(listing, output))
     assert again.returncode == 0 and "Nothing new" in again.stderr
     assert {path.name: path.read_bytes() for path in (output / "labels").iterdir()} == before
 
@@ -127,7 +130,7 @@ def test_nothing_new_is_said_at_once_and_new_images_are_added(
     )
     grown = tmp_path / "list.txt"
     grown.write_text(listing.read_text() + f"{new}\n")
-    added = maskmill(*toy(grown, output))
+    added = maskmill_joined(*toy(grown, output))
     assert added.returncode == 0, added.stderr
     assert f"1 new of {len(listing.read_text().split()) + 1}" in added.stderr
     assert sorted(read_table(output)["uri"].to_pylist()) == sorted(grown.read_text().split())
@@ -160,37 +163,39 @@ def test_labels_do_not_depend_on_workers_or_batches(
     ],
 )
 def test_a_table_is_never_mixed(
-    maskmill: Run, labelled: tuple[Path, Path, str], more: list[str], says: str
+    maskmill_here: Run, labelled: tuple[Path, Path, str], more: list[str], says: str
 ) -> None:
     listing, output, _ = labelled
     before = sorted(path.name for path in (output / "labels").iterdir())
-    done = maskmill(*toy(listing, output, *more))
+    done = maskmill_here(*toy(listing, output, *more))
     assert done.returncode == 2
     assert says in done.stderr and "--overwrite" in done.stderr
     assert sorted(path.name for path in (output / "labels").iterdir()) == before
 
 
 def test_overwriting_keeps_the_old_table_until_the_new_one_can_be_made(
-    maskmill: Run, labelled: tuple[Path, Path, str], tmp_path: Path
+    maskmill_joined: Run, labelled: tuple[Path, Path, str], tmp_path: Path
 ) -> None:
     listing, output, _ = labelled
     mine = tmp_path / "table"
     shutil.copytree(output, mine)
     before = sorted(path.name for path in (mine / "labels").iterdir())
-    wrong = maskmill(*toy(listing, mine, "--overwrite", "--set", "pretrained=wieghts.pt"))
+    wrong = maskmill_joined(*toy(listing, mine, "--overwrite", "--set", "pretrained=wieghts.pt"))
     assert wrong.returncode == 2 and "wieghts.pt" in wrong.stderr
     assert sorted(path.name for path in (mine / "labels").iterdir()) == before
-    done = maskmill(*toy(listing, mine, "--overwrite", "--set", "head=plain", "--max-failure-rate", "0.5"))
+    done = maskmill_joined(
+        *toy(listing, mine, "--overwrite", "--set", "head=plain", "--max-failure-rate", "0.5")
+    )
     assert done.returncode == 0, done.stderr
     assert not set(before) & {path.name for path in (mine / "labels").iterdir()}
     assert read_table(mine).num_rows == read_table(output).num_rows
 
 
-def test_foreign_folders_are_left_alone(maskmill: Run, toy_images: Path, tmp_path: Path) -> None:
+def test_foreign_folders_are_left_alone(maskmill_here: Run, toy_images: Path, tmp_path: Path) -> None:
     (tmp_path / "labels").mkdir()
     theirs = tmp_path / "labels" / "mine.parquet"
     pq.write_table(pa.table({"a": [1]}), theirs)
-    done = maskmill(*toy(toy_images, tmp_path))
+    done = maskmill_here(*toy(toy_images, tmp_path))
     assert done.returncode == 2 and "no dataset.json" in done.stderr
     assert theirs.exists()
 
@@ -207,20 +212,22 @@ def test_foreign_folders_are_left_alone(maskmill: Run, toy_images: Path, tmp_pat
     ],
 )
 def test_wrong_use_is_told_before_work_starts(
-    maskmill: Run, toy_images: Path, tmp_path: Path, arguments: list[str], says: str
+    maskmill_here: Run, toy_images: Path, tmp_path: Path, arguments: list[str], says: str
 ) -> None:
     given = [str(toy_images) if argument == "IMAGES" else argument for argument in arguments]
-    done = maskmill("label", "--output", tmp_path / "table", *given)
+    done = maskmill_here("label", "--output", tmp_path / "table", *given)
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "table").exists()
 
 
-def test_missing_weights_are_told_before_work_starts(maskmill: Run, toy_images: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_told_before_work_starts(
+    maskmill: Run, shared_ray: str, toy_images: Path, tmp_path: Path
+) -> None:
     done = maskmill(
         "label", "--images", toy_images, "--classes", "cat", "--output", tmp_path / "table",
-        HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"),
+        HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"), RAY_ADDRESS=shared_ray,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -228,9 +235,44 @@ def test_missing_weights_are_told_before_work_starts(maskmill: Run, toy_images: 
     assert not (tmp_path / "table" / "labels").exists()
 
 
+def test_what_turns_out_late_ends_the_waiting_workers(
+    maskmill_joined: Run, toy_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object, before_embedding: Callable[[], None]) -> None:
+        before_embedding()
+        raise MaskMillError("words_lost", "The words were lost.", "Find them.")
+
+    monkeypatch.setattr(labellers, "embed_names", fail)
+    done = maskmill_joined(*toy(toy_images, tmp_path / "table"))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-2:] == ["maskmill: The words were lost.", "Find them. [words_lost]"]
+    assert not (tmp_path / "table" / "dataset.json").exists()
+    assert not list((tmp_path / "table" / "labels").iterdir())
+
+
+def test_ctrl_c_while_names_are_embedded(
+    maskmill_joined: Run, toy_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed, ended = labellers.embed_names, []
+
+    def slowly(*arguments: Any, before_embedding: Callable[[], None]) -> Any:
+        before_embedding()
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        ended.append(time.monotonic())
+        return embed(*arguments)
+
+    monkeypatch.setattr(labellers, "embed_names", slowly)
+    done = maskmill_joined(*toy(toy_images, tmp_path / "table"))
+    assert done.returncode == 130
+    assert "Stopped." in done.stderr and ended
+    assert not (tmp_path / "table" / "dataset.json").exists(), "a run that was stopped writes no more"
+
+
 @pytest.fixture(scope="module")
 def unsure(
-    maskmill: Run, toy_images: Path, tmp_path_factory: pytest.TempPathFactory
+    maskmill_joined: Run, toy_images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A table without background of six scenes, unsure pixels left out, and of six broken files."""
     images = tmp_path_factory.mktemp("unsure") / "images"
@@ -239,7 +281,7 @@ def unsure(
         shutil.copy(path, images)
         (images / f"{path.stem}.jpg").write_text("no image")
     output = images.parent / "table"
-    return output, maskmill(*toy(images, output, "--no-background", "--min-confidence", "0.6"))
+    return output, maskmill_joined(*toy(images, output, "--no-background", "--min-confidence", "0.6"))
 
 
 def test_exit_status_tells_failed_work(unsure: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -287,24 +329,15 @@ def _wait_for_parts(output: Path, process: subprocess.Popen[str], count: int = 1
 
 
 def test_ctrl_c_stops_cleanly_and_the_lease_keeps_others_off(
-    maskmill: Run,
-    toy_images: Path,
-    maskmill_environment: dict[str, str],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    maskmill_here: Run, toy_images: Path, maskmill_environment: dict[str, str], tmp_path: Path
 ) -> None:
     output = tmp_path / "table"
     slow = ("--set", "scale=[1024, 512]")
     process = _start(toy_images, output, maskmill_environment, *slow)
     _wait_for_parts(output, process)
     # In this process: until another one has started, the first may have ended.
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "off")
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as refused:
-        main([str(word) for word in toy(toy_images, output, *slow)])
-    signal.signal(signal.SIGTERM, on_terminate)
-    assert refused.value.code == 1 and "Another run" in capsys.readouterr().err
+    refused = maskmill_here(*toy(toy_images, output, *slow))
+    assert refused.returncode == 1 and "Another run" in refused.stderr
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
@@ -312,7 +345,7 @@ def test_ctrl_c_stops_cleanly_and_the_lease_keeps_others_off(
     assert not (output / "lease.json").exists()
     some = read_table(output).num_rows
     assert 0 < some < 64
-    done = maskmill(*toy(toy_images, output, *slow))
+    done = maskmill_here(*toy(toy_images, output, *slow))
     assert done.returncode == 0, done.stderr
     counts = Counter(read_table(output)["uri"].to_pylist())
     assert sorted(counts) == sorted(map(str, toy_images.iterdir())) and set(counts.values()) == {1}

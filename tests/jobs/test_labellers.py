@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from jobs import label
@@ -72,6 +75,35 @@ def test_the_recipe_of_a_student_names_it_and_its_sizes(
     with pytest.raises(MaskMillError) as caught:
         student_recipe("run", ["scales=3"])
     assert caught.value.code == "recipe_invalid"
+
+
+def test_what_takes_time_is_announced_when_all_is_known_to_be_good() -> None:
+    recipe, modules = RECIPES["toy"], list[str]()
+    long = parse_classes("zebra, " + " ".join(["word"] * 60), background=None, templates="toyworld")
+    with pytest.raises(MaskMillError) as caught:
+        prepare_labeller(recipe, long, before_embedding=modules.append)
+    assert (caught.value.code, modules) == ("prompt_too_long", [])
+    prepare_labeller(recipe, OTHERS, before_embedding=modules.append)
+    assert modules == ["pipeline.maskclip_labeller"]
+    prepare_labeller(recipe, OTHERS, before_embedding=modules.append)
+    assert len(modules) == 1, "in the cache the names take no time"
+
+
+def test_the_driver_leaves_room_only_while_it_embeds(tmp_path: Path) -> None:
+    job = label.LabelJob(source="x", ontology=OTHERS, recipe=RECIPES["toy"], output=str(tmp_path))
+    before, seen = torch.get_num_threads(), list[int]()
+    torch.set_num_threads(4)
+    try:
+        # In a thread that ends, as in the job: it does not get its priority back.
+        with ThreadPoolExecutor(1) as pool:
+            make, _ = pool.submit(
+                label._prepare, job, None, lambda _module: seen.append(torch.get_num_threads())
+            ).result()
+        assert (seen, torch.get_num_threads()) == ([4], 4)
+        assert make(precision="fp32", threads=1).batch_size == 1
+    finally:
+        torch.set_num_threads(before)
+    assert os.getpriority(os.PRIO_PROCESS, 0) < 19
 
 
 def test_a_student_with_its_own_words_needs_no_clip(folder: Path, tmp_path: Path) -> None:
@@ -186,9 +218,7 @@ def test_names_of_clips_still_make_a_teacher(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_the_label_job_runs_a_student(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "")
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
+def test_the_label_job_runs_a_student(folder: Path, shared_ray: str, tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     scenes = generate(7, 4, 96).images
@@ -205,6 +235,7 @@ def test_the_label_job_runs_a_student(folder: Path, tmp_path: Path, monkeypatch:
             recipe=recipe,
             output=str(output),
             max_failure_rate=0.5,
+            address=shared_ray,
         )
     )
     assert status == 0

@@ -48,8 +48,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def table(maskmill: Run, scenes: Path) -> Path:
-    done = maskmill(
+def table(maskmill_joined: Run, scenes: Path) -> Path:
+    done = maskmill_joined(
         "label", "--images", scenes / "images", "--ontology", "toyworld", "--recipe", "toy",
         "--output", scenes / "table",
     )  # fmt: skip
@@ -94,48 +94,50 @@ def test_a_student_has_all_that_it_needs(student: Path, table: Path) -> None:
         assert sheet.width > 600
 
 
-def test_the_same_command_again_does_nothing(maskmill: Run, student: Path, table: Path) -> None:
+def test_the_same_command_again_does_nothing(maskmill_here: Run, student: Path, table: Path) -> None:
     before = (student / "model.safetensors").stat().st_mtime_ns
     again = ("train", "maskclip-plus", "--labels", table, "--output", student, "--recipe", "toy", *_set())
-    done = maskmill(*again)
+    done = maskmill_here(*again)
     assert done.returncode == 0 and "Nothing to do" in done.stderr
     assert (student / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_page_that_is_missing_is_made_without_training(maskmill: Run, student: Path, table: Path) -> None:
+def test_a_page_that_is_missing_is_made_without_training(
+    maskmill_here: Run, student: Path, table: Path
+) -> None:
     page, sheet = student / "report.html", student / "preview.png"
     before, text = (student / "model.safetensors").stat().st_mtime_ns, page.read_text()
     page.unlink()
     sheet.unlink()
     sheet.mkdir()  # in the way: there can be no page
     again = ("train", "maskclip-plus", "--labels", table, "--output", student, "--recipe", "toy", *_set())
-    done = maskmill(*again)
+    done = maskmill_here(*again)
     assert done.returncode == 1 and "no page" in done.stderr and "Traceback" not in done.stderr
     sheet.rmdir()
-    done = maskmill(*again)
+    done = maskmill_here(*again)
     assert done.returncode == 0 and "its page was missing" in done.stderr, done.stderr
     assert page.read_text() == text and sheet.is_file()
     assert (student / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_finished_run_is_not_another_one(maskmill: Run, student: Path, table: Path) -> None:
-    done = maskmill(
+def test_a_finished_run_is_not_another_one(maskmill_here: Run, student: Path, table: Path) -> None:
+    done = maskmill_here(
         "train", "maskclip-plus", "--labels", table, "--output", student, "--recipe", "toy", *_set("anchor=0")
     )
     assert done.returncode == 2
     assert "selftrain.anchor: '1.0' there, '0.0' here" in done.stderr
     # What does not change the result may change.
-    free = maskmill(
+    free = maskmill_here(
         "train", "maskclip-plus", "--labels", table, "--output", student, "--recipe", "toy", *_set("keep=1")
     )
     assert free.returncode == 0 and "Nothing to do" in free.stderr
 
 
 def test_a_finished_student_can_be_registered_later(
-    maskmill: Run, student: Path, table: Path, tmp_path: Path
+    maskmill_here: Run, student: Path, table: Path, tmp_path: Path
 ) -> None:
     store = f"sqlite:///{tmp_path / 'runs.db'}"
-    done = maskmill(
+    done = maskmill_here(
         "train", "maskclip-plus", "--labels", table, "--output", student, "--recipe", "toy", *_set(),
         "--register", "pets", "--tracking", store,
     )  # fmt: skip
@@ -145,10 +147,10 @@ def test_a_finished_student_can_be_registered_later(
     assert str(version.version) == "1" and client.get_run(version.run_id).info.status == "FINISHED"
 
 
-def test_files_of_others_are_left_alone(maskmill: Run, table: Path, tmp_path: Path) -> None:
+def test_files_of_others_are_left_alone(maskmill_here: Run, table: Path, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("mine")
     for extra in ((), ("--overwrite",)):
-        done = maskmill(
+        done = maskmill_here(
             "train",
             "maskclip-plus",
             "--labels",
@@ -165,13 +167,15 @@ def test_files_of_others_are_left_alone(maskmill: Run, table: Path, tmp_path: Pa
 
 
 def test_a_student_labels_and_is_evaluated(
-    maskmill: Run, student: Path, scenes: Path, tmp_path: Path
+    maskmill_joined: Run, student: Path, scenes: Path, tmp_path: Path
 ) -> None:
-    done = maskmill("label", "--model", student, "--images", scenes / "images", "--output", tmp_path / "own")
+    done = maskmill_joined(
+        "label", "--model", student, "--images", scenes / "images", "--output", tmp_path / "own"
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "own" / "dataset.json").read_text())
     assert record["counts"]["images"] == 16 and record["weights"]["model"].startswith("student:")
-    done = maskmill(
+    done = maskmill_joined(
         "evaluate", "--model", student, "--images", scenes / "images", "--truth", scenes / "masks",
         "--ontology", "toyworld", "--output", tmp_path / "result",
     )  # fmt: skip
@@ -220,7 +224,7 @@ def test_a_killed_driver_goes_on_and_gives_the_same_student(
 
 
 def test_zero_shot_training_never_sees_the_unseen(
-    maskmill: Run, table: Path, scenes: Path, tmp_path: Path
+    maskmill_joined: Run, table: Path, scenes: Path, tmp_path: Path
 ) -> None:
     """Two workers; and the same student, whatever the truth of the unseen classes says."""
     swapped = tmp_path / "masks"
@@ -233,7 +237,7 @@ def test_zero_shot_training_never_sees_the_unseen(
     prints = []
     for number, masks in enumerate((scenes / "masks", swapped)):
         output = tmp_path / f"student-{number}"
-        done = maskmill(
+        done = maskmill_joined(
             "train", "maskclip-plus", "--labels", table, "--output", output, "--recipe", "toy",
             "--unseen", "sand, zebra", "--images", scenes / "images", "--truth", masks,
             "--workers", "2", *_set("batch_size=4", "iterations=8", "guided=[1, 5]", "self_train=[6, -1]"),
@@ -246,22 +250,22 @@ def test_zero_shot_training_never_sees_the_unseen(
 
 
 def test_a_collapse_is_stopped_and_the_guided_student_kept(
-    maskmill: Run, table: Path, tmp_path: Path
+    maskmill_here: Run, table: Path, tmp_path: Path
 ) -> None:
     command = (
         "train", "maskclip-plus", "--labels", table, "--output", tmp_path / "student", "--recipe", "toy",
         *_set("drift_bound=0.001", "drift_patience=1"),
     )  # fmt: skip
-    done = maskmill(*command)
+    done = maskmill_here(*command)
     assert done.returncode == 1 and "self_training_collapsed" in done.stderr, done.stderr
     record = json.loads((tmp_path / "student" / "student.json").read_text())
     assert record["training"]["iterations"] == 12 and "collapsed" in record["training"]["stopped"]
     assert "Stopped early" in (tmp_path / "student" / "report.html").read_text()
-    again = maskmill(*command)
+    again = maskmill_here(*command)
     assert again.returncode == 1 and "was stopped" in again.stderr
 
 
-def test_to_an_object_store(maskmill: Run, table: Path, s3: dict[str, str]) -> None:
+def test_to_an_object_store(maskmill: Run, maskmill_here: Run, table: Path, s3: dict[str, str]) -> None:
     boto3.client("s3").create_bucket(Bucket="students")
     command = (
         "train", "maskclip-plus", "--labels", table, "--output", "s3://students/student", "--recipe", "toy",
@@ -276,7 +280,7 @@ def test_to_an_object_store(maskmill: Run, table: Path, s3: dict[str, str]) -> N
     assert student.num_classes == 14 and record.training["iterations"] == 4
     storage = open_storage("s3://students/student")
     assert not storage.exists("lease.json") and len(storage.read_bytes("metrics.jsonl").splitlines()) == 2
-    again = maskmill(*command, **s3)
+    again = maskmill_here(*command, **s3)
     assert again.returncode == 0 and "Nothing to do" in again.stderr, again.stderr
 
 
@@ -291,8 +295,8 @@ def test_to_an_object_store(maskmill: Run, table: Path, s3: dict[str, str]) -> N
     ],
 )
 def test_mistakes_are_told_before_work_starts(
-    maskmill: Run, table: Path, tmp_path: Path, extra: list[str], says: str
+    maskmill_joined: Run, table: Path, tmp_path: Path, extra: list[str], says: str
 ) -> None:
-    done = maskmill("train", "maskclip-plus", "--labels", table, "--output", tmp_path / "x", *extra)
+    done = maskmill_joined("train", "maskclip-plus", "--labels", table, "--output", tmp_path / "x", *extra)
     assert done.returncode == 2, done.stderr
     assert says.lower() in done.stderr.lower() and "Traceback" not in done.stderr

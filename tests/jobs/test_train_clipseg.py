@@ -43,7 +43,9 @@ QUICK = (
 )  # fmt: skip
 
 
-def _train(output: Path, *settings: str, workers: int = 0, **options: Any) -> tuple[int, str]:
+def _train(
+    output: Path, *settings: str, workers: int = 0, ray_address: str = "", **options: Any
+) -> tuple[int, str]:
     """Exit status, and what was printed."""
     if ray.is_initialized():
         ray.shutdown()
@@ -54,7 +56,7 @@ def _train(output: Path, *settings: str, workers: int = 0, **options: Any) -> tu
         options=TrainOptions(output=str(output), workers=workers, **options),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", "")
+        patch.setenv("RAY_ADDRESS", ray_address)
         status = run(job, said)
     assert isinstance(said.file, io.StringIO)
     return status, said.file.getvalue()
@@ -184,12 +186,12 @@ def test_a_stopped_run_goes_on_to_the_same_model(trained: Path, tmp_path: Path) 
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_two_workers_go_on_from_trained_weights(trained: Path, tmp_path: Path) -> None:
+def test_two_workers_go_on_from_trained_weights(trained: Path, shared_ray: str, tmp_path: Path) -> None:
     settings = (
         f"start={trained}", "clip=none", "iterations=2", "learning_rate=1e-4", "min_learning_rate=1e-5",
         "dropout=0",
     )  # fmt: skip
-    status, said = _train(tmp_path / "run", *settings, workers=2)
+    status, said = _train(tmp_path / "run", *settings, workers=2, ray_address=shared_ray)
     assert status == 0 and f"from {trained}" in said
     before, after = load_trained(trained), load_trained(tmp_path / "run")
     moved = (after.decoder.film_mul.weight - before.decoder.film_mul.weight).abs().max()

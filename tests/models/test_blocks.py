@@ -47,6 +47,22 @@ def test_attention_by_heads_is_as_exact_as_the_fused_product(
     assert relative_error(mixed, exact) < 0.004
 
 
+def test_one_compiled_graph_serves_many_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_BF16_WITHOUT_AMX", True)
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    block = ResidualAttentionBlock(64, 4).eval().bfloat16()
+    compiled = torch.compile(residual_block, fullgraph=True, backend=count)
+    with torch.no_grad():
+        for tokens in range(20, 32):
+            compiled(block, torch.randn(1, tokens, 64).bfloat16())
+    assert 1 <= len(graphs) <= 3
+
+
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("by_heads", [False, True])
 def test_a_block_in_bf16_is_open_clips(grad: bool, by_heads: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,6 +148,16 @@ def test_weights_of_another_model(small: open_clip.CLIP, tmp_path: Path, towers:
     assert caught.value.code == "weights_do_not_fit"
 
 
+@pytest.mark.parametrize("towers", ["both", "visual", "text"])
+def test_weights_with_foreign_names(small: open_clip.CLIP, tmp_path: Path, towers: Towers) -> None:
+    folder = write_folder(tmp_path)
+    theirs = {f"vision_model.{name}": tensor for name, tensor in small.state_dict().items()}
+    torch.save(theirs, folder / "weights.pt")
+    with pytest.raises(MaskMillError) as caught:
+        load_clip(f"local-dir:{folder}", None, towers=towers)
+    assert caught.value.code == "weights_do_not_fit"
+
+
 def test_text_tower_alone(small: open_clip.CLIP, tmp_path: Path) -> None:
     folder = write_folder(tmp_path)
     save_file(small.state_dict(), folder / "open_clip_model.safetensors")
@@ -158,6 +168,9 @@ def test_text_tower_alone(small: open_clip.CLIP, tmp_path: Path) -> None:
     visual = sum(p.numel() for p in small.visual.parameters())
     whole = sum(p.numel() for p in small.parameters())
     assert sum(p.numel() for p in clip.model.parameters()) == whole - visual
+    with pytest.raises(MaskMillError) as caught:
+        clip.encode_image(IMAGE)
+    assert caught.value.code == "visual_tower_missing"
     tower, both = (load_source(random_source(1), towers=towers) for towers in ("text", "both"))
     assert torch.equal(tower.encode_text(prompts), both.encode_text(prompts))
 

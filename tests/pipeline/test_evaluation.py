@@ -182,7 +182,10 @@ def test_label_maps_of_single_images(made: Made) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_mask_is_named_wherever_it_is_read(made: Made, workers: int) -> None:
+def test_a_damaged_mask_is_named_wherever_it_is_read(
+    made: Made, workers: int, shared_ray: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", shared_ray)
     (made.root / "masks/p4.png").write_bytes(b"no picture")
     with pytest.raises(MaskMillError, match=r"p4\.png") as caught:
         made.evaluate(workers=workers)
@@ -190,7 +193,10 @@ def test_a_damaged_mask_is_named_wherever_it_is_read(made: Made, workers: int) -
 
 
 @pytest.mark.slow
-def test_eight_workers_give_what_one_process_gives_bit_for_bit(made: Made) -> None:
+def test_eight_workers_give_what_one_process_gives_bit_for_bit(
+    made: Made, shared_ray: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", shared_ray)
     alone, together = made.evaluate(), made.evaluate(workers=8)
     for part in ("images", "confusion", "boundary", "calibration"):
         assert np.array_equal(getattr(alone.statistics, part), getattr(together.statistics, part)), part
