@@ -40,7 +40,7 @@ def residual_block(block: Any, x: Tensor, *, mask: Tensor | None = None) -> Tens
         return block(x)  # open_clip's own attention is fused already
     packed = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
     q, k, v = (part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in packed.chunk(3, -1))
-    if mask is None and _slow_fused_product(x):
+    if mask is None and _slow_fused_product(q):
         mixed = _attention_by_heads(q, k, v)
     else:
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -49,7 +49,7 @@ def residual_block(block: Any, x: Tensor, *, mask: Tensor | None = None) -> Tens
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
-def _slow_fused_product(x: Tensor) -> bool:
+def _slow_fused_product(q: Tensor) -> bool:
     """Whether torch's fused product is slower than matrix products: bf16 on a processor without AMX.
 
     There it computes in fp32 inside, at a fifth of what bf16 matrix products reach. In training it stays, as
@@ -58,9 +58,9 @@ def _slow_fused_product(x: Tensor) -> bool:
     """
     return (
         _BF16_WITHOUT_AMX
-        and x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
+        and q.dtype == torch.bfloat16
+        and q.device.type == "cpu"
+        and not q.requires_grad
         and not torch.compiler.is_compiling()
     )
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Merge = Literal["max", "mean"]
 
-_FORMAT = 1  # of the cached files; a change of meaning raises it
+_FORMAT = 2  # of the cached files; a change of meaning or of arithmetic raises it
 
 
 @dataclass(frozen=True, eq=False)
