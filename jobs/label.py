@@ -230,10 +230,6 @@ def _label(
                 # Only now, when weights, words and Ray are known to be there.
                 for entry in OWN_ENTRIES:
                     storage.delete(entry)
-            stopped: Future[None] = Future()
-            handed_over = handing_over.submit(
-                _hand_over, board, preparing, stopped, storage, recorded, precision, compute.threads
-            )
             run_name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{lease.run_id[:8]}"
             manifest = write_run_manifest(storage, run_name, todo, compute.actors * compute.calls)
             at_once = f", {compute.calls} images at a time" if compute.calls > 1 else ""
@@ -241,6 +237,10 @@ def _label(
             embedding = "embedding class names, " if imported_ahead else ""
             display.stage(f"{embedding}starting {compute.actors} CLIP worker(s) on {kind}{at_once}")
             before_flow = time.monotonic() - began
+            stopped: Future[None] = Future()
+            handed_over = handing_over.submit(
+                _hand_over, board, preparing, stopped, storage, recorded, precision, compute.threads
+            )
             try:
                 progress = run_labelling(
                     storage,
