@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
 import os
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +23,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from jobs.console import LabelDisplay, duration, stderr_console
-from jobs.labellers import prepare_labeller
+from jobs.labellers import labeller_module, prepare_labeller
 from jobs.recipes import LabelRecipe
 from jobs.versions import versions
 from models.errors import MaskMillError
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 OWN_ENTRIES = (DATASET_FILE, LABELS_DIR, CHECKPOINT_DIR, "manifest")
 """What a labelling run makes in its output, and what ``overwrite`` may delete."""
+_NICE = 10  # of the thread that prepares: a tenth of a busy core
 PACKAGES = (
     "maskmill",
     "torch",
@@ -205,28 +205,22 @@ def _label(
     from pipeline.compute import ray_session
 
     display = LabelDisplay(todo.num_rows, console)
-    with display.live(), ThreadPoolExecutor(1) as pool:
-        display.stage("reading CLIP weights and class names, starting Ray")
-        # Embedding class names takes seconds, in which the workers can start: what they import is known then.
-        ahead: Queue[tuple[str, ...]] = Queue()
-        announce = None if replaced else lambda module: ahead.put((module,))
-        preparing = pool.submit(_prepare, job, recorded, announce)
-        preparing.add_done_callback(lambda _: ahead.put(()))
-        with (
-            ray_session(
-                lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage
-            ) as compute,
-            ThreadPoolExecutor(1) as handing_over,
-        ):
+    with display.live(), ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as handing_over:
+        display.stage("starting Ray")
+        # Of Ray's start most is waiting; it leaves room for this, though not for torch.
+        importing = pool.submit(importlib.import_module, "pipeline.labelling")
+        with ray_session(
+            lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage
+        ) as compute:
+            importing.result()
             from pipeline.labelling import labeller_to_come, run_labelling, start_board, write_run_manifest
             from pipeline.stages import ImageSettings
 
             board = start_board()
-            imported_ahead = ahead.get()
-            if not imported_ahead:
-                preparing.result()
             precision = recorded["precision"] if recorded else _precision(job.recipe, compute)
+            preparing = pool.submit(_prepare, job, recorded, precision, board, compute.threads)
             if replaced:
+                preparing.result()
                 # Only now, when weights, words and Ray are known to be there.
                 for entry in OWN_ENTRIES:
                     storage.delete(entry)
@@ -234,18 +228,17 @@ def _label(
             manifest = write_run_manifest(storage, run_name, todo, compute.actors * compute.calls)
             at_once = f", {compute.calls} images at a time" if compute.calls > 1 else ""
             kind = "GPU" if compute.gpus else "CPU"
-            embedding = "embedding class names, " if imported_ahead else ""
-            display.stage(f"{embedding}starting {compute.actors} CLIP worker(s) on {kind}{at_once}")
+            display.stage(
+                f"reading weights and words, starting {compute.actors} CLIP worker(s) on {kind}{at_once}"
+            )
             before_flow = time.monotonic() - began
             stopped: Future[None] = Future()
-            handed_over = handing_over.submit(
-                _hand_over, board, preparing, stopped, storage, recorded, precision, compute.threads
-            )
             try:
+                handing_over.submit(_hand_over, board, preparing, stopped, storage, recorded)
                 progress = run_labelling(
                     storage,
                     manifest,
-                    make_labeller=labeller_to_come(board, imported_ahead),
+                    make_labeller=labeller_to_come(board, [labeller_module(job.recipe)]),
                     image_settings=ImageSettings(
                         scale=job.recipe.scale,
                         keep_ratio=job.recipe.keep_ratio,
@@ -259,45 +252,66 @@ def _label(
                     board=board,
                     report=_reporting(display, tracker),
                 )
-            except MaskMillError:
-                handed_over.result()  # why it could not be prepared, if it was not, says more
-                raise
             except BaseException:
                 stopped.set_result(None)
+                if preparing.done() and preparing.exception():
+                    _leave_nothing(storage, manifest)
+                    preparing.result()  # raises what ended the run
                 raise
             flowing = (progress.last_s or 0.0) - (progress.first_s or 0.0)
             busy = progress.label_s / (compute.actors * compute.calls * flowing) if flowing > 1 else 0.0
     return progress, before_flow + (progress.first_s or 0.0), min(busy, 1.0)
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What the driver makes while the workers start.
+
+    Attributes:
+        make: builds the Labeller.
+        words: what the Labeller waits for, if the workers have begun to build it already.
+        record: of the table.
+    """
+
+    make: Callable[[], Labeller]
+    words: Callable[[], Any] | None
+    record: dict[str, Any]
+
+
 def _hand_over(
     board: Any,
-    preparing: Future[tuple[Callable[..., Labeller], dict[str, Any]]],
+    preparing: Future[_Prepared],
     stopped: Future[None],
     storage: Storage,
     recorded: dict[str, Any] | None,
-    precision: str,
-    threads: int,
 ) -> None:
-    """Name the Labeller to the workers, once it is prepared and the table has its record."""
-    from pipeline.labelling import hand_over
+    """Give the workers what they wait for, once it is prepared and the table has its record."""
+    from pipeline.labelling import hand_over_labeller, hand_over_words
 
     either: list[Future[Any]] = [preparing, stopped]
     wait(either, return_when=FIRST_COMPLETED)
     if stopped.done():
         return
     try:
-        make_labeller, record = preparing.result()
+        prepared = preparing.result()
         if recorded is None:
-            storage.write_json(DATASET_FILE, record | {"precision": precision})
+            storage.write_json(DATASET_FILE, prepared.record)
     except BaseException:
-        hand_over(board, _not_prepared)
+        # The workers would wait for ever, and if they failed Ray would tell of it at length.
+        os.kill(os.getpid(), signal.SIGINT)
         raise
-    hand_over(board, functools.partial(make_labeller, precision=precision, threads=threads))
+    if prepared.words:
+        hand_over_words(board, prepared.words)
+    else:
+        hand_over_labeller(board, prepared.make)
 
 
-def _not_prepared() -> Labeller:
-    raise MaskMillError("labelling_failed", "It could not be prepared.", "The driver tells why.")
+def _leave_nothing(storage: Storage, manifest: str) -> None:
+    """Remove what a run that could not begin has put beside what was there."""
+    storage.delete(manifest)
+    for entry in OWN_ENTRIES:
+        if entry != DATASET_FILE and not storage.list(entry):
+            storage.delete(entry)
 
 
 def _reporting(display: LabelDisplay, tracker: Tracker) -> Callable[[Progress], None]:
@@ -358,22 +372,36 @@ def _end_tracking(
 
 
 def _precision(recipe: LabelRecipe, compute: Compute) -> str:
-    """What "auto" means is decided once for a table, and holds for all runs that add to it."""
-    from models.precision import best_device, native_precision
+    """What "auto" means is decided once for a table, and holds for all runs that add to it.
+
+    On a cluster by asking a machine that will do the work, while its GPUs are still free.
+    """
     from pipeline.compute import worker_precision
 
-    if recipe.precision != "auto":
-        return recipe.precision
-    return native_precision(best_device()) if compute.local else worker_precision(compute)
+    return worker_precision(compute) if recipe.precision == "auto" and not compute.local else recipe.precision
 
 
 def _prepare(
-    job: LabelJob, recorded: dict[str, Any] | None, before_embedding: Callable[[str], None] | None
-) -> tuple[Callable[..., Labeller], dict[str, Any]]:
-    """What builds the Labeller, and the record of the table.
+    job: LabelJob, recorded: dict[str, Any] | None, precision: str, board: Any, threads: int
+) -> _Prepared:
+    """Find weights and embed class names, in a thread of its own.
 
-    ``before_embedding`` is told what the Labeller's module is when only the class names are left to embed.
+    Workers need not wait for the class names to read their weights: they are told as soon as all settings are
+    known to be good. ``precision`` "auto" is that of this machine.
     """
+    _stand_back()
+    from models.precision import best_device, native_precision
+    from pipeline.labelling import hand_over_labeller
+
+    if precision == "auto":
+        precision = native_precision(best_device())
+    settings: dict[str, Any] = {"precision": precision, "threads": threads}
+    begun = False
+
+    def begin(make: Callable[..., Labeller]) -> None:
+        nonlocal begun
+        begun = True
+        hand_over_labeller(board, functools.partial(make, **settings), words_to_come=True)
 
     def same_weights(fingerprint: str) -> None:
         if recorded is not None and recorded["weights"]["fingerprint"] != fingerprint:
@@ -384,45 +412,27 @@ def _prepare(
                 "Give the same weights, or name another --output.",
             )
 
-    with contextlib.ExitStack() as while_embedding:
-
-        def leave_room(module: str) -> None:
-            if before_embedding is not None:
-                before_embedding(module)
-                while_embedding.enter_context(_standing_back())
-
-        prepared = prepare_labeller(
-            job.recipe,
-            job.ontology,
-            precision=recorded["precision"] if recorded else job.recipe.precision,
-            check_weights=same_weights,
-            before_embedding=leave_room,
-        )
+    prepared = prepare_labeller(
+        job.recipe, job.ontology, precision=precision, check_weights=same_weights, before_embedding=begin
+    )
     record = {
         "schema_version": SCHEMA_VERSION,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "ontology": job.ontology.to_dict() | {"hash": job.ontology.hash, "names": list(job.ontology.names)},
         "recipe": job.recipe.to_dict() | {"hash": job.recipe.hash},
         "weights": prepared.weights,
+        "precision": precision,
         "versions": versions(PACKAGES),
         "counts": {},
     }
-    return prepared.make, record
+    make = functools.partial(prepared.make, **settings)
+    return _Prepared(make, prepared.words if begun else None, record)
 
 
-@contextlib.contextmanager
-def _standing_back() -> Iterator[None]:
-    """Let the workers that start meanwhile go first. For a thread that ends afterwards: it stays behind."""
-    import torch
-
+def _stand_back() -> None:
+    """Let the workers that start meanwhile go first. For a thread that ends: it stays behind."""
     if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, 0, 19)  # there a thread has a priority of its own
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // 2))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+        os.setpriority(os.PRIO_PROCESS, 0, _NICE)  # there a thread has a priority of its own
 
 
 def _record_counts(storage: Storage) -> dict[str, Any]:

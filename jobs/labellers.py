@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from models.text import TextClassifier
     from models.weights import WeightSource
     from pipeline.labeller import Labeller
+    from pipeline.maskclip_labeller import Words
     from pipeline.student import StudentRecord
 
 MASKCLIP_OPTIONS = (
@@ -39,7 +40,7 @@ MASKCLIP_OPTIONS = (
 """Fields of a recipe that only MaskCLIP has a use for."""
 
 CheckWeights = Callable[[str], None]
-BeforeEmbedding = Callable[[str], None]
+BeforeEmbedding = Callable[["Callable[..., Labeller]"], None]
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,12 @@ class PreparedLabeller:
         make: builds it; picklable. Takes ``precision`` and, on a CPU, ``threads``.
         weights: model, the word that chose the weights, and their fingerprint; of a student also ``text``,
             the CLIP (with the same three) that its class names are embedded by.
+        words: gives the class names that ``make`` has in it, if it can be had without; picklable.
     """
 
     make: Callable[..., Labeller]
     weights: dict[str, Any]
+    words: Callable[[], Words] | None = None
 
 
 def prepare_labeller(
@@ -62,7 +65,7 @@ def prepare_labeller(
     *,
     precision: str = "auto",
     check_weights: CheckWeights = lambda _fingerprint: None,
-    before_embedding: BeforeEmbedding = lambda _module: None,
+    before_embedding: BeforeEmbedding = lambda _make: None,
 ) -> PreparedLabeller:
     """Find the weights, so that mistakes show before work starts, and embed the class names.
 
@@ -73,8 +76,9 @@ def prepare_labeller(
         precision: of the run that it is for; ``auto`` if that is yet to be decided.
         check_weights: is given the fingerprint before the class names are embedded; may raise.
         before_embedding: called when all settings are known to be good, and only embedding the class names is
-            left, which takes seconds; is given the module of the Labeller. Where the names are in the cache,
-            and for students and CLIPSeg, it is not called.
+            left, which takes seconds; is given a ``make`` that takes ``words`` too, which will be
+            ``PreparedLabeller.words``. Where the names are in the cache, and for students and CLIPSeg, it is
+            not called.
 
     Raises:
         MaskMillError: see ``models.weights.find_weights``, ``models.text.build_text_classifier`` and
@@ -87,6 +91,17 @@ def prepare_labeller(
     if _names_student(recipe.model):
         return _student(recipe, ontology, precision, check_weights)
     return _maskclip(recipe, ontology, precision, check_weights, before_embedding)
+
+
+def labeller_module(recipe: LabelRecipe) -> str:
+    """Where the Labeller of ``prepare_labeller`` is: what takes a process seconds to import.
+
+    Raises:
+        MaskMillError: as ``pipeline.student.is_student``.
+    """
+    if recipe.model == "clipseg":
+        return "pipeline.clipseg_labeller"
+    return "pipeline.student_labeller" if _names_student(recipe.model) else "pipeline.maskclip_labeller"
 
 
 def student_recipe(uri: str, settings: Sequence[str] = ()) -> tuple[LabelRecipe, Ontology]:
@@ -145,30 +160,24 @@ def _maskclip(
 ) -> PreparedLabeller:
     """The training-free teacher: a CLIP by name."""
     from models.weights import find_weights
-    from pipeline.maskclip_labeller import MaskClipLabeller
+    from pipeline.maskclip_labeller import MaskClipLabeller, Words
 
     source = find_weights(recipe.model, recipe.pretrained)
     check_weights(source.fingerprint)
-    text = embed_names(
-        source,
-        ontology,
-        precision,
-        before_embedding=lambda: before_embedding(MaskClipLabeller.__module__),
-    )
     make = functools.partial(
         MaskClipLabeller,
         model=recipe.model,
         pretrained=recipe.pretrained,
-        embeddings=text.embeddings.cpu().numpy(),
-        class_ids=text.class_ids.cpu().numpy(),
         num_classes=ontology.num_classes,
         thresholds=_thresholds(recipe, ontology),
         options={name: getattr(recipe, name) for name in MASKCLIP_OPTIONS},
         batch_size=recipe.batch_size,
         ignore_index=ontology.ignore_index,
     )
+    text = embed_names(source, ontology, precision, before_embedding=lambda: before_embedding(make))
+    words = functools.partial(Words, text.embeddings.cpu().numpy(), text.class_ids.cpu().numpy())
     weights = {"model": recipe.model, "pretrained": recipe.pretrained, "fingerprint": source.fingerprint}
-    return PreparedLabeller(make, weights)
+    return PreparedLabeller(functools.partial(make, words=words), weights, words)
 
 
 def _student(

@@ -12,17 +12,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.model import convert_to_custom_text_state_dict
-from open_clip.modified_resnet import ModifiedResNet
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.blocks import residual_block
 from models.dense import ResNetDense, VitDense, dense_encoder
 from models.errors import MaskMillError
+from models.openclip import ModifiedResNet, VisionTransformer, open_clip, with_transformers
 from models.prompt_tree import encode_tokens, shares_prefixes
 from models.weights import WeightSource, check_supported, find_weights, read_state
 
@@ -317,6 +314,7 @@ def _build(source: WeightSource) -> nn.Module:
     text = config["text_cfg"]
     foreign_text = "hf_model_name" in text
     if foreign_text:
+        with_transformers()
         config["text_cfg"] = {**text, "hf_model_pretrained": False}
     custom = source.config.get("custom_text", False) or foreign_text
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
@@ -343,7 +341,7 @@ def _fitting(model: nn.Module, state: dict[str, Tensor], towers: Towers) -> dict
         state = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
     expected = model.state_dict()
     if any(name.startswith("text.") for name in expected) and "text_projection" in state:
-        state = convert_to_custom_text_state_dict(state)
+        state = open_clip.model.convert_to_custom_text_state_dict(state)
     for name in ("logit_scale", "logit_bias"):
         if name in state and name in expected:
             state[name] = state[name].reshape(expected[name].shape)

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.clip import Activations, Clip
 from models.errors import MaskMillError
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
+from models.openclip import VisionTransformer
 
 IMAGE_SIZE = 352
 """Side of the square that training and evaluation squeeze images to: 22 x 22 tokens of 16 pixels."""

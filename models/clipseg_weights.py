@@ -16,9 +16,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.pretrained import download_pretrained_from_hf
 from torch import Tensor
 
 from models import toyclip
@@ -28,6 +26,7 @@ from models.clipseg_baselines import ClipDeconvConfig, ViTSegConfig, build_clip_
 from models.errors import MaskMillError
 from models.hub import download, hub_cache_folder, in_hub_cache
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
+from models.openclip import download_pretrained_from_hf, open_clip
 from models.weights import OPENAI_MEAN, OPENAI_STD, WeightSource, read_state
 
 CONFIG_FILE = "config.json"

@@ -21,12 +21,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
-from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
 from models.blocks import residual_block
 from models.errors import MaskMillError
+from models.openclip import AttentionPool2d, ModifiedResNet, QuickGELU, VisionTransformer
 
 KeySource = Literal["projected", "raw"]
 Profile = Literal["reference", "weights"]

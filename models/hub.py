@@ -10,9 +10,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-
 from models.errors import MaskMillError
+from models.openclip import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
 HUB = "huggingface.co"
 

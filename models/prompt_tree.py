@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple, TypeGuard
 
-import open_clip
 import torch
-from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from models.blocks import residual_block
+from models.openclip import open_clip
 
 # A group is run like one text whose tokens see only their own prefix. Larger groups repeat fewer first words,
 # smaller ones have less attention that is computed and masked out.
@@ -67,7 +66,9 @@ def encode_tokens(
         (P, D), in the model's dtype on its device, not normalised.
     """
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-    pooled = text_global_pool(positions, tokens, model.text_pool_type, eos_token_id=model.text_eos_id)
+    pooled = open_clip.transformer.text_global_pool(
+        positions, tokens, model.text_pool_type, eos_token_id=model.text_eos_id
+    )
     # What follows the pooled token cannot reach it. Sorted, prompts stand next to those they begin like.
     prompts, rows = tokens.where(positions <= pooled[:, None], -1).unique(dim=0, return_inverse=True)
     groups = _groups(prompts, group_nodes)

@@ -43,7 +43,7 @@ def vocabulary_path() -> Path:
 
 def register() -> None:
     """Make ``open_clip.create_model("toyclip")`` possible; a second call does nothing."""
-    import open_clip
+    from models.openclip import open_clip
 
     if MODEL_NAME not in open_clip.list_models():
         open_clip.add_model_config(config_path())
@@ -54,7 +54,7 @@ def tokenizer() -> SimpleTokenizer:
 
     Calling it with P strings gives int64 (P, context_length), as with any open_clip tokenizer.
     """
-    import open_clip
+    from models.openclip import open_clip
 
     register()
     return open_clip.get_tokenizer(MODEL_NAME, bpe_path=str(vocabulary_path()))
@@ -73,9 +73,9 @@ def used_merges(texts: Iterable[str], *, common: int = 0) -> list[tuple[str, str
         Pairs as in the merge table. Every merge of the full table makes a string that no other one makes,
         so the pieces of an encoded text tell which merges were taken.
     """
-    from open_clip import SimpleTokenizer
+    from models.openclip import open_clip
 
-    full = SimpleTokenizer()
+    full = open_clip.SimpleTokenizer()
     made_by = {first + second: (first, second) for first, second in full.bpe_ranks}
     used = {pair for pair, rank in full.bpe_ranks.items() if rank < common}
     pending = [full.decoder[token] for text in texts for token in full.encode(text)]

@@ -23,14 +23,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-from open_clip.pretrained import download_pretrained_from_hf
 from torch import Tensor
 
 from models.errors import MaskMillError
 from models.hub import download, hub_cache_folder, in_hub_cache
+from models.openclip import (
+    HF_CONFIG_NAME,
+    HF_SAFE_WEIGHTS_NAME,
+    HF_WEIGHTS_NAME,
+    download_pretrained_from_hf,
+    open_clip,
+)
 
 SUPPORTED = (
     "open_clip's ViTs with a class token (ViT-B-16, ViT-L-14, ..., their -quickgelu twins, the CLIPA ones, "

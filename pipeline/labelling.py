@@ -13,7 +13,7 @@ import functools
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -38,6 +38,7 @@ from pipeline.storage import Storage
 
 MANIFEST_DIR = "manifest"
 _WAITING = "waiting"
+_TO_COME = _LABELLER, _WORDS = "labeller", "words"
 FIRST_PART, USUAL_PART, LARGEST_PART = 1, 32, 256
 MANY_PARTS = 4000
 """Parts are of the usual size until there would be more of them than this. A small part costs little memory,
@@ -91,12 +92,14 @@ def write_run_manifest(storage: Storage, run_name: str, todo: pa.Table, workers:
 def start_board() -> Any:
     """The actor that the stages report to, on the driver's node: what it holds is lost with that only."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    board = ray.remote(num_cpus=0, concurrency_groups={_WAITING: 1}, scheduling_strategy=here)(Board)
+    board = ray.remote(num_cpus=0, concurrency_groups={_WAITING: len(_TO_COME)}, scheduling_strategy=here)(
+        Board
+    )
     return board.remote()
 
 
 def labeller_to_come(board: Any, ahead: Sequence[str]) -> Callable[[], Labeller]:
-    """Builds the Labeller that ``hand_over`` will name, once it has.
+    """Builds the Labeller that ``hand_over_labeller`` will name, once it has.
 
     Meanwhile processes start and import: most of what a run waits for at its beginning.
 
@@ -107,25 +110,47 @@ def labeller_to_come(board: Any, ahead: Sequence[str]) -> Callable[[], Labeller]
     Returns:
         ``make_labeller`` of ``run_labelling``.
     """
-    coming = board.labeller.options(concurrency_group=_WAITING).remote()
+    coming = {name: board.handed_over.options(concurrency_group=_WAITING).remote(name) for name in _TO_COME}
     return functools.partial(_make_when_known, coming, tuple(ahead))
 
 
-def hand_over(board: Any, make_labeller: Callable[[], Labeller]) -> None:
+def hand_over_labeller(
+    board: Any, make_labeller: Callable[..., Labeller], *, words_to_come: bool = False
+) -> None:
     """Name the Labeller that ``labeller_to_come`` waits for; what it raises ends the run.
 
     So does a board that is gone, through the workers that wait for it.
+
+    Args:
+        board: of ``start_board``.
+        make_labeller: builds it; picklable.
+        words_to_come: ``make_labeller`` takes ``words``, a function that it calls when it has done all that
+            needs no words. That blocks until ``hand_over_words``.
     """
+    _hand_over(board, _LABELLER, (make_labeller, words_to_come))
+
+
+def hand_over_words(board: Any, words: Callable[[], Any]) -> None:
+    """What the Labeller of ``hand_over_labeller`` gets as words: what this returns, or raises."""
+    _hand_over(board, _WORDS, words)
+
+
+def _hand_over(board: Any, name: str, value: Any) -> None:
     with contextlib.suppress(ray.exceptions.RayActorError):
-        ray.get(board.hand_over.remote(cloudpickle.dumps(make_labeller)))
+        ray.get(board.hand_over.remote(name, cloudpickle.dumps(value)))
 
 
-def _make_when_known(coming: ray.ObjectRef, ahead: Sequence[str]) -> Labeller:
+def _make_when_known(coming: Mapping[str, ray.ObjectRef], ahead: Sequence[str]) -> Labeller:
     collect_rarely()
     for module in ahead:
         importlib.import_module(module)
-    make_labeller: Callable[[], Labeller] = cloudpickle.loads(ray.get(coming))
-    return make_labeller()
+    make_labeller, words_to_come = cloudpickle.loads(ray.get(coming[_LABELLER]))
+    labeller: Labeller
+    if words_to_come:
+        labeller = make_labeller(words=lambda: cloudpickle.loads(ray.get(coming[_WORDS]))())
+    else:
+        labeller = make_labeller()
+    return labeller
 
 
 def run_labelling(

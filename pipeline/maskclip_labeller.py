@@ -5,8 +5,8 @@ Shapes: B batch, C classes, P prompts, D channels; H W the image's own size; Hn 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +19,24 @@ from models.text import TextClassifier
 from pipeline.labeller import Prediction
 
 
+class Words(NamedTuple):
+    """Class names as text embeddings.
+
+    Attributes:
+        embeddings: (P, D) float32, rows of length 1.
+        class_ids: (P,) int64, the class of each row.
+    """
+
+    embeddings: np.ndarray
+    class_ids: np.ndarray
+
+
 class MaskClipLabeller:
     """The training-free teacher (Zhou et al., ECCV 2022, section 3.2).
 
     Args:
         model, pretrained: as ``models.clip.load_clip``; only the visual tower is kept.
-        embeddings: (P, D) float32 text embeddings, and the class of each row: (P,) int64.
+        words: gives the class names, embedded; called last, so that it may wait for them.
         num_classes: C.
         thresholds: (C,) minimum confidence per class, in [0, 1]; 0 keeps every pixel.
         options: fields of ``models.maskclip.MaskClipConfig``.
@@ -40,8 +52,7 @@ class MaskClipLabeller:
         *,
         model: str,
         pretrained: str | None,
-        embeddings: np.ndarray,
-        class_ids: np.ndarray,
+        words: Callable[[], Words],
         num_classes: int,
         thresholds: Sequence[float],
         options: Mapping[str, Any],
@@ -57,6 +68,7 @@ class MaskClipLabeller:
         self._ignore_index = ignore_index
         self._thresholds = torch.tensor(list(thresholds), dtype=torch.float32, device=self.device)
         clip = load_clip(model, pretrained, device=self.device, dtype=DTYPES[precision], towers="visual")
+        embeddings, class_ids = words()
         text = TextClassifier(torch.tensor(embeddings), torch.tensor(class_ids), num_classes)
         self._maskclip = MaskClip(clip, text, MaskClipConfig(**options))
 

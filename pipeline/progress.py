@@ -43,18 +43,21 @@ class Board:
     """
 
     def __init__(self) -> None:
-        self._handed_over = threading.Event()
+        self._handed_over: dict[str, bytes] = {}
+        self._something_new = threading.Condition()
         self.begin()
 
-    def hand_over(self, labeller: bytes) -> None:
-        """What builds the Labeller, pickled."""
-        self._labeller = labeller
-        self._handed_over.set()
+    def hand_over(self, name: str, value: bytes) -> None:
+        """Something that was still to come."""
+        with self._something_new:
+            self._handed_over[name] = value
+            self._something_new.notify_all()
 
-    def labeller(self) -> bytes:
-        """What was handed over; blocks until it is, so it needs a thread of its own."""
-        self._handed_over.wait()
-        return self._labeller
+    def handed_over(self, name: str) -> bytes:
+        """What was handed over by that name; blocks until it is, so it needs a thread of its own."""
+        with self._something_new:
+            self._something_new.wait_for(lambda: name in self._handed_over)
+            return self._handed_over[name]
 
     def begin(self) -> None:
         self._progress = Progress()

@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
+from numpy.testing import assert_equal
 from PIL import Image
 
 from jobs import label
-from jobs.labellers import clipseg_recipe, prepare_labeller, student_recipe
+from jobs.labellers import clipseg_recipe, labeller_module, prepare_labeller, student_recipe
 from jobs.recipes import RECIPES, LabelRecipe, change_recipe
 from models.clip import load_clip
 from models.clipseg import ClipSegConfig, build_clipseg
 from models.errors import MaskMillError
 from pipeline.clipseg_folder import write_clipseg_folder
-from pipeline.maskclip_labeller import MaskClipLabeller
+from pipeline.labeller import Labeller
+from pipeline.maskclip_labeller import MaskClipLabeller, Words
 from pipeline.ontology import Ontology, load_ontology, parse_classes
 from pipeline.student import read_student_record
 from pipeline.student_labeller import StudentLabeller
@@ -78,32 +78,40 @@ def test_the_recipe_of_a_student_names_it_and_its_sizes(
 
 
 def test_what_takes_time_is_announced_when_all_is_known_to_be_good() -> None:
-    recipe, modules = RECIPES["toy"], list[str]()
+    recipe, begun = RECIPES["toy"], list[Callable[..., Labeller]]()
     long = parse_classes("zebra, " + " ".join(["word"] * 60), background=None, templates="toyworld")
     with pytest.raises(MaskMillError) as caught:
-        prepare_labeller(recipe, long, before_embedding=modules.append)
-    assert (caught.value.code, modules) == ("prompt_too_long", [])
-    prepare_labeller(recipe, OTHERS, before_embedding=modules.append)
-    assert modules == ["pipeline.maskclip_labeller"]
-    prepare_labeller(recipe, OTHERS, before_embedding=modules.append)
-    assert len(modules) == 1, "in the cache the names take no time"
+        prepare_labeller(recipe, long, before_embedding=begun.append)
+    assert (caught.value.code, begun) == ("prompt_too_long", [])
+    prepared = prepare_labeller(recipe, OTHERS, before_embedding=begun.append)
+    prepare_labeller(recipe, OTHERS, before_embedding=begun.append)
+    assert len(begun) == 1, "in the cache the names take no time"
+    # What was begun without words ends as what has them.
+    asked = []
+
+    def words() -> Words:
+        asked.append(True)
+        assert prepared.words is not None
+        return prepared.words()
+
+    early = pickle.loads(pickle.dumps(begun[0]))(precision="fp32", threads=1, words=words)
+    late = pickle.loads(pickle.dumps(prepared.make))(precision="fp32", threads=1)
+    scene, sizes = [generate(3, 1, 64)[0][0]], [(64, 64)]
+    assert asked == [True]
+    assert_equal(early.label(scene, sizes)[0].labels, late.label(scene, sizes)[0].labels)
 
 
-def test_the_driver_leaves_room_only_while_it_embeds(tmp_path: Path) -> None:
-    job = label.LabelJob(source="x", ontology=OTHERS, recipe=RECIPES["toy"], output=str(tmp_path))
-    before, seen = torch.get_num_threads(), list[int]()
-    torch.set_num_threads(4)
-    try:
-        # In a thread that ends, as in the job: it does not get its priority back.
-        with ThreadPoolExecutor(1) as pool:
-            make, _ = pool.submit(
-                label._prepare, job, None, lambda _module: seen.append(torch.get_num_threads())
-            ).result()
-        assert (seen, torch.get_num_threads()) == ([4], 4)
-        assert make(precision="fp32", threads=1).batch_size == 1
-    finally:
-        torch.set_num_threads(before)
-    assert os.getpriority(os.PRIO_PROCESS, 0) < 19
+@pytest.mark.parametrize("name", ["toy", "clipseg"])
+def test_workers_know_what_to_import_before_the_labeller_is_prepared(name: str) -> None:
+    assert (
+        labeller_module(RECIPES[name])
+        == {"toy": "pipeline.maskclip_labeller", "clipseg": "pipeline.clipseg_labeller"}[name]
+    )
+
+
+def test_workers_know_what_to_import_for_a_student(folder: Path) -> None:
+    recipe, _ = student_recipe(str(folder))
+    assert labeller_module(recipe) == StudentLabeller.__module__
 
 
 def test_a_student_with_its_own_words_needs_no_clip(folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from pipeline.labelling import (
     FIRST_PART,
     LARGEST_PART,
     USUAL_PART,
-    hand_over,
+    hand_over_labeller,
+    hand_over_words,
     labeller_to_come,
     part_sizes,
     start_board,
@@ -65,8 +67,16 @@ def _refuse(code: str) -> Any:
     raise MaskMillError(code, "It could not be prepared.", "Mend it.")
 
 
+def _begin(size: int, words: Callable[[], list[str]]) -> dict[str, Any]:
+    read = size * 2  # what needs no words
+    return {"size": read, "words": words()}
+
+
+WHOLE, BEGUN = functools.partial(dict, size=3), functools.partial(_begin, 3)
+
+
 @pytest.mark.slow
-def test_workers_import_while_the_driver_prepares_the_labeller() -> None:
+def test_workers_import_and_begin_while_the_driver_prepares_the_labeller() -> None:
     def build(make_labeller: Any, board: Any) -> Any:
         board.add.remote(done=1)
         try:
@@ -77,14 +87,26 @@ def test_workers_import_while_the_driver_prepares_the_labeller() -> None:
 
     outcomes = []
     with ray_session("test", address=None, verbose=False):
-        for prepared in (functools.partial(dict, batch_size=3), functools.partial(_refuse, "mine")):
+        for make, words in (
+            (WHOLE, None),
+            (BEGUN, functools.partial(list, "ab")),
+            (BEGUN, functools.partial(_refuse, "words")),
+            (functools.partial(_refuse, "mine"), None),
+        ):
             board = start_board()
             built = ray.remote(num_cpus=1)(build).remote(labeller_to_come(board, ["colorsys"]), board)
             # The board goes on taking reports while the worker waits.
             while ray.get(board.snapshot.remote(), timeout=60).done == 0:
                 assert not ray.wait([built], timeout=0.1)[0]
-            assert not ray.wait([built], timeout=0.5)[0]
-            hand_over(board, prepared)
+            hand_over_labeller(board, make, words_to_come=words is not None)
+            if words:
+                assert not ray.wait([built], timeout=0.5)[0]
+                hand_over_words(board, words)
             outcomes.append(ray.get(built, timeout=60))
 
-    assert outcomes == [({"batch_size": 3}, True), ("mine", True)]
+    assert outcomes == [
+        ({"size": 3}, True),
+        ({"size": 6, "words": ["a", "b"]}, True),
+        ("words", True),
+        ("mine", True),
+    ]
