@@ -153,28 +153,31 @@ def segments(labels: Labels, confidence: Confidence, *, ignore_index: int) -> li
         By ascending class id: ``class_id``, ``area`` in pixels, ``mean_confidence`` in [0, 1], ``bbox`` as in
         COCO: [x, y, width, height] in pixels, covering all pixels of the class.
     """
-    from scipy import ndimage
-
     assert labels.shape == confidence.shape
     areas, sums = _areas_and_sums(labels, confidence)
-    # Label 0 means nothing to find_objects, and it takes signed numbers only.
-    boxes = ndimage.find_objects(labels.astype(np.int32) + 1, max_label=len(areas))
-    found = []
-    for class_id in np.flatnonzero(areas).tolist():
-        if class_id == ignore_index:
-            continue
-        rows, columns = boxes[class_id]
-        found.append(
-            {
-                "class_id": class_id,
-                "area": int(areas[class_id]),
-                "mean_confidence": float(sums[class_id] / (255 * areas[class_id])),
-                "bbox": [
-                    columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start,
-                ],
-            }
-        )  # fmt: skip
-    return found
+    present = np.flatnonzero(areas)
+    rank: Labels = (np.cumsum(areas > 0) - 1).astype(labels.dtype)[labels]
+    tops, bottoms = _extents(rank, len(present))
+    lefts, rights = _extents(rank.T, len(present))
+    return [
+        {
+            "class_id": class_id,
+            "area": int(areas[class_id]),
+            "mean_confidence": float(sums[class_id] / (255 * areas[class_id])),
+            "bbox": [left, top, right - left, bottom - top],
+        }
+        for class_id, left, top, right, bottom in zip(
+            present.tolist(), lefts.tolist(), tops.tolist(), rights.tolist(), bottoms.tolist(), strict=True
+        )
+        if class_id != ignore_index
+    ]
+
+
+def _extents(rank: Labels, count: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+    """First row of each of ``count`` ranks, and the row behind its last."""
+    rows = np.zeros((len(rank), count), bool)
+    rows[np.arange(len(rank))[:, None], rank] = True
+    return rows.argmax(0), len(rank) - rows[::-1].argmax(0)
 
 
 def _areas_and_sums(labels: Labels, confidence: Confidence) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
