@@ -156,7 +156,7 @@ def segments(labels: Labels, confidence: Confidence, *, ignore_index: int) -> li
     assert labels.shape == confidence.shape
     areas, sums = _areas_and_sums(labels, confidence)
     present = np.flatnonzero(areas)
-    rank: Labels = (np.cumsum(areas > 0) - 1).astype(labels.dtype)[labels]
+    rank: npt.NDArray[Any] = (np.cumsum(areas > 0) - 1).astype(labels.dtype)[labels]
     tops, bottoms = _extents(rank, len(present))
     lefts, rights = _extents(rank.T, len(present))
     return [
@@ -173,7 +173,7 @@ def segments(labels: Labels, confidence: Confidence, *, ignore_index: int) -> li
     ]
 
 
-def _extents(rank: Labels, count: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def _extents(rank: npt.NDArray[Any], count: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
     """First row of each of ``count`` ranks, and the row behind its last."""
     rows = np.zeros((len(rank), count), bool)
     rows[np.arange(len(rank))[:, None], rank] = True
