@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib
 import os
-import signal
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from jobs.console import LabelDisplay, duration, stderr_console
+from jobs.interruption import Running, interrupt
 from jobs.labellers import labeller_module, prepare_labeller
 from jobs.recipes import LabelRecipe
 from jobs.versions import versions
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 OWN_ENTRIES = (DATASET_FILE, LABELS_DIR, CHECKPOINT_DIR, "manifest")
 """What a labelling run makes in its output, and what ``overwrite`` may delete."""
-_NICE = 10  # of the thread that prepares: a tenth of a busy core
+_NICE = 19  # of the thread that prepares; Ray's workers have 15
 PACKAGES = (
     "maskmill",
     "torch",
@@ -139,7 +140,7 @@ def _existing(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
     if recorded is not None and job.overwrite:
         return None
     if recorded is None:
-        if storage.list(LABELS_DIR):
+        if storage.list(LABELS_DIR, recursive=True):
             raise MaskMillError(
                 "output_not_ours",
                 f"{storage.uri} has files in {LABELS_DIR}/ but no {DATASET_FILE} that says what they are.",
@@ -209,16 +210,19 @@ def _label(
         display.stage("starting Ray")
         # Of Ray's start most is waiting; it leaves room for this, though not for torch.
         importing = pool.submit(importlib.import_module, "pipeline.labelling")
-        with ray_session(
-            lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage
-        ) as compute:
+        with (
+            ray_session(
+                lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage
+            ) as compute,
+            Running() as running,
+        ):
             importing.result()
             from pipeline.labelling import labeller_to_come, run_labelling, start_board, write_run_manifest
             from pipeline.stages import ImageSettings
 
             board = start_board()
             precision = recorded["precision"] if recorded else _precision(job.recipe, compute)
-            preparing = pool.submit(_prepare, job, recorded, precision, board, compute.threads)
+            preparing = pool.submit(_prepare, job, recorded, precision, board, compute.threads, running)
             if replaced:
                 preparing.result()
                 # Only now, when weights, words and Ray are known to be there.
@@ -232,9 +236,8 @@ def _label(
                 f"reading weights and words, starting {compute.actors} CLIP worker(s) on {kind}{at_once}"
             )
             before_flow = time.monotonic() - began
-            stopped: Future[None] = Future()
             try:
-                handing_over.submit(_hand_over, board, preparing, stopped, storage, recorded)
+                handing_over.submit(_hand_over, board, preparing, running, storage, recorded)
                 progress = run_labelling(
                     storage,
                     manifest,
@@ -253,10 +256,10 @@ def _label(
                     report=_reporting(display, tracker),
                 )
             except BaseException:
-                stopped.set_result(None)
-                if preparing.done() and preparing.exception():
+                running.end()
+                if running.failure is not None:
                     _leave_nothing(storage, manifest)
-                    preparing.result()  # raises what ended the run
+                    raise running.failure from None
                 raise
             flowing = (progress.last_s or 0.0) - (progress.first_s or 0.0)
             busy = progress.label_s / (compute.actors * compute.calls * flowing) if flowing > 1 else 0.0
@@ -281,37 +284,37 @@ class _Prepared:
 def _hand_over(
     board: Any,
     preparing: Future[_Prepared],
-    stopped: Future[None],
+    running: Running,
     storage: Storage,
     recorded: dict[str, Any] | None,
 ) -> None:
     """Give the workers what they wait for, once it is prepared and the table has its record."""
     from pipeline.labelling import hand_over_labeller, hand_over_words
 
-    either: list[Future[Any]] = [preparing, stopped]
-    wait(either, return_when=FIRST_COMPLETED)
-    if stopped.done():
-        return
-    try:
-        prepared = preparing.result()
+    def give(prepared: _Prepared) -> None:
         if recorded is None:
             storage.write_json(DATASET_FILE, prepared.record)
-    except BaseException:
-        # The workers would wait for ever, and if they failed Ray would tell of it at length.
-        os.kill(os.getpid(), signal.SIGINT)
-        raise
-    if prepared.words:
-        hand_over_words(board, prepared.words)
-    else:
-        hand_over_labeller(board, prepared.make)
+        if prepared.words:
+            hand_over_words(board, prepared.words)
+        else:
+            hand_over_labeller(board, prepared.make)
+
+    try:
+        prepared = preparing.result()
+        running.do(lambda: give(prepared))
+    except BaseException as failure:
+        # The workers would wait for ever; and if they failed, Ray would tell of it at length.
+        running.fail(failure)
 
 
 def _leave_nothing(storage: Storage, manifest: str) -> None:
-    """Remove what a run that could not begin has put beside what was there."""
-    storage.delete(manifest)
-    for entry in OWN_ENTRIES:
-        if entry != DATASET_FILE and not storage.list(entry):
-            storage.delete(entry)
+    """Remove what a run that could not begin has put beside what was there; never raises."""
+    with contextlib.suppress(MaskMillError, OSError):
+        storage.delete(manifest)
+    if storage.is_local:  # elsewhere there are no folders
+        for entry in OWN_ENTRIES:
+            with contextlib.suppress(OSError):
+                os.rmdir(storage.path(entry))  # only an empty folder
 
 
 def _reporting(display: LabelDisplay, tracker: Tracker) -> Callable[[Progress], None]:
@@ -374,7 +377,8 @@ def _end_tracking(
 def _precision(recipe: LabelRecipe, compute: Compute) -> str:
     """What "auto" means is decided once for a table, and holds for all runs that add to it.
 
-    On a cluster by asking a machine that will do the work, while its GPUs are still free.
+    On a cluster by a machine that will do the work, before the flow takes its GPUs; weights are looked for
+    after that. On this machine it stays "auto", for ``_prepare`` to decide.
     """
     from pipeline.compute import worker_precision
 
@@ -382,7 +386,12 @@ def _precision(recipe: LabelRecipe, compute: Compute) -> str:
 
 
 def _prepare(
-    job: LabelJob, recorded: dict[str, Any] | None, precision: str, board: Any, threads: int
+    job: LabelJob,
+    recorded: dict[str, Any] | None,
+    precision: str,
+    board: Any,
+    threads: int,
+    running: Running,
 ) -> _Prepared:
     """Find weights and embed class names, in a thread of its own.
 
@@ -401,7 +410,8 @@ def _prepare(
     def begin(make: Callable[..., Labeller]) -> None:
         nonlocal begun
         begun = True
-        hand_over_labeller(board, functools.partial(make, **settings), words_to_come=True)
+        early = functools.partial(make, **settings)
+        running.do(lambda: hand_over_labeller(board, early, words_to_come=True))
 
     def same_weights(fingerprint: str) -> None:
         if recorded is not None and recorded["weights"]["fingerprint"] != fingerprint:
@@ -483,7 +493,7 @@ def _summary(
 def _abandon() -> None:
     """Another run owns the output now: stop before one more byte is written."""
     print("The lease of this output was taken over by another run; stopping.", file=sys.stderr, flush=True)
-    os.kill(os.getpid(), signal.SIGINT)
+    interrupt()
 
 
 def with_min_confidence(recipe: LabelRecipe, min_confidence: float | None) -> LabelRecipe:

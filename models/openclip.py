@@ -15,6 +15,7 @@ _NAME = "transformers"
 if "open_clip" in sys.modules or _NAME in sys.modules:
     import open_clip
 else:
+    # For this second the whole process is told that it is not installed: nothing else of ours asks.
     sys.modules[_NAME] = None  # type: ignore[assignment]  # what Python takes for "not installed"
     try:
         import open_clip

@@ -8,7 +8,6 @@ and a pool of actors of its own for each resume.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import logging
@@ -38,7 +37,7 @@ from pipeline.storage import Storage
 
 MANIFEST_DIR = "manifest"
 _WAITING = "waiting"
-_TO_COME = _LABELLER, _WORDS = "labeller", "words"
+_LABELLER, _WORDS = "labeller", "words"
 FIRST_PART, USUAL_PART, LARGEST_PART = 1, 32, 256
 MANY_PARTS = 4000
 """Parts are of the usual size until there would be more of them than this. A small part costs little memory,
@@ -92,9 +91,7 @@ def write_run_manifest(storage: Storage, run_name: str, todo: pa.Table, workers:
 def start_board() -> Any:
     """The actor that the stages report to, on the driver's node: what it holds is lost with that only."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    board = ray.remote(num_cpus=0, concurrency_groups={_WAITING: len(_TO_COME)}, scheduling_strategy=here)(
-        Board
-    )
+    board = ray.remote(num_cpus=0, concurrency_groups={_WAITING: 2}, scheduling_strategy=here)(Board)
     return board.remote()
 
 
@@ -110,7 +107,10 @@ def labeller_to_come(board: Any, ahead: Sequence[str]) -> Callable[[], Labeller]
     Returns:
         ``make_labeller`` of ``run_labelling``.
     """
-    coming = {name: board.handed_over.options(concurrency_group=_WAITING).remote(name) for name in _TO_COME}
+    coming = {
+        name: board.handed_over.options(concurrency_group=_WAITING).remote(name)
+        for name in (_LABELLER, _WORDS)
+    }
     return functools.partial(_make_when_known, coming, tuple(ahead))
 
 
@@ -136,8 +136,7 @@ def hand_over_words(board: Any, words: Callable[[], Any]) -> None:
 
 
 def _hand_over(board: Any, name: str, value: Any) -> None:
-    with contextlib.suppress(ray.exceptions.RayActorError):
-        ray.get(board.hand_over.remote(name, cloudpickle.dumps(value)))
+    board.hand_over.remote(name, cloudpickle.dumps(value))
 
 
 def _make_when_known(coming: Mapping[str, ray.ObjectRef], ahead: Sequence[str]) -> Labeller:

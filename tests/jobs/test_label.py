@@ -25,6 +25,7 @@ from PIL import Image
 from jobs import labellers
 from models.errors import MaskMillError
 from pipeline.labels import LABEL_SCHEMA
+from pipeline.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -35,6 +36,10 @@ CLASSES = "grass, water, sand, brick, sky, wood, ladybug, zebra"
 
 def read_table(output: Path) -> pa.Table:
     return pa.concat_tables(pq.read_table(path) for path in sorted((output / "labels").glob("*.parquet")))
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def toy(images: Path, output: Path, *more: object) -> list[object]:
@@ -232,7 +237,72 @@ def test_missing_weights_are_told_before_work_starts(
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "ViT-B-16" in done.stderr
-    assert not (tmp_path / "table" / "labels").exists()
+    assert not list((tmp_path / "table").iterdir())
+
+
+def test_preparing_in_vain_leaves_all_that_was_there(
+    maskmill_joined: Run, toy_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a table, and of folders that only have the names of a table's."""
+    table = tmp_path / "table"
+    few = tmp_path / "few.txt"
+    few.write_text("".join(f"{path}\n" for path in sorted(toy_images.iterdir())[:2]))
+    assert maskmill_joined(*toy(few, table)).returncode == 0
+    for theirs in ("checkpoint/epoch1/weights.pt", "manifest/mine/list.txt"):
+        (tmp_path / "data" / theirs).parent.mkdir(parents=True)
+        (tmp_path / "data" / theirs).write_text("mine")
+    before = contents(tmp_path)
+
+    def fail(*_arguments: object, before_embedding: Callable[[], None]) -> None:
+        before_embedding()
+        raise MaskMillError("words_lost", "The words were lost.", "Find them.")
+
+    monkeypatch.setattr(labellers, "embed_names", fail)
+    for output in (table, tmp_path / "data"):
+        done = maskmill_joined(*toy(toy_images, output))
+        assert done.returncode == 2 and "The words were lost." in done.stderr
+    assert contents(tmp_path) == before
+
+
+def test_a_record_that_cannot_be_written_is_told(
+    maskmill_joined: Run, toy_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Storage.write_json
+
+    def refuse(storage: Storage, name: str, value: Any) -> None:
+        if name == "dataset.json":
+            raise MaskMillError("storage_denied", "The disk is full.", "Make room.")
+        write(storage, name, value)
+
+    monkeypatch.setattr(Storage, "write_json", refuse)
+    done = maskmill_joined(*toy(toy_images, tmp_path / "table"))
+    assert done.returncode == 2 and "The disk is full." in done.stderr
+    assert not list((tmp_path / "table").iterdir())
+
+
+def test_weights_that_are_missing_are_told_in_the_background_too(
+    maskmill_environment: dict[str, str], shared_ray: str, toy_images: Path, tmp_path: Path
+) -> None:
+    """A shell starts "command &" with Ctrl-C ignored."""
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "label", "--images", str(toy_images), "--classes", "cat",
+         "--output", str(tmp_path / "table"), "--set", "pretrained=wieghts.pt"],
+        cwd=ROOT, env=maskmill_environment | {"RAY_ADDRESS": shared_ray}, capture_output=True, text=True,
+        timeout=300, check=False, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "wieghts.pt" in done.stderr
+
+
+def test_labels_of_others_in_folders_are_left_alone(
+    maskmill_here: Run, toy_images: Path, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "labels" / "train" / "a.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("0 0.5 0.5 1 1")
+    done = maskmill_here(*toy(toy_images, tmp_path))
+    assert done.returncode == 2 and "no dataset.json" in done.stderr
+    assert theirs.exists()
 
 
 def test_what_turns_out_late_ends_the_waiting_workers(

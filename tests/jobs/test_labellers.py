@@ -22,6 +22,7 @@ from models.clip import load_clip
 from models.clipseg import ClipSegConfig, build_clipseg
 from models.errors import MaskMillError
 from pipeline.clipseg_folder import write_clipseg_folder
+from pipeline.clipseg_labeller import ClipSegLabeller
 from pipeline.labeller import Labeller
 from pipeline.maskclip_labeller import MaskClipLabeller, Words
 from pipeline.ontology import Ontology, load_ontology, parse_classes
@@ -101,17 +102,12 @@ def test_what_takes_time_is_announced_when_all_is_known_to_be_good() -> None:
     assert_equal(early.label(scene, sizes)[0].labels, late.label(scene, sizes)[0].labels)
 
 
-@pytest.mark.parametrize("name", ["toy", "clipseg"])
-def test_workers_know_what_to_import_before_the_labeller_is_prepared(name: str) -> None:
-    assert (
-        labeller_module(RECIPES[name])
-        == {"toy": "pipeline.maskclip_labeller", "clipseg": "pipeline.clipseg_labeller"}[name]
-    )
-
-
-def test_workers_know_what_to_import_for_a_student(folder: Path) -> None:
-    recipe, _ = student_recipe(str(folder))
+def test_workers_know_what_to_import_before_the_labeller_is_prepared(folder: Path) -> None:
+    recipe, own = student_recipe(str(folder))
     assert labeller_module(recipe) == StudentLabeller.__module__
+    assert type(prepare_labeller(recipe, own).make(precision="fp32")) is StudentLabeller
+    assert labeller_module(RECIPES["toy"]) == MaskClipLabeller.__module__
+    assert labeller_module(RECIPES["clipseg"]) == ClipSegLabeller.__module__
 
 
 def test_a_student_with_its_own_words_needs_no_clip(folder: Path, tmp_path: Path) -> None:
