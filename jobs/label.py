@@ -29,6 +29,7 @@ from jobs.recipes import LabelRecipe
 from jobs.versions import versions
 from models.errors import MaskMillError
 from pipeline.checkpoint import CHECKPOINT_DIR, LABELS_DIR, done_ids, recover
+from pipeline.collector import without_collection
 from pipeline.labels import DATASET_FILE
 from pipeline.lease import Lease
 from pipeline.manifest import build_manifest
@@ -399,6 +400,8 @@ def _prepare(
     known to be good. ``precision`` "auto" is that of this machine.
     """
     _stand_back()
+    with without_collection():
+        importlib.import_module(labeller_module(job.recipe))
     from models.precision import best_device, native_precision
     from pipeline.labelling import hand_over_labeller
 

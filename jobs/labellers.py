@@ -287,7 +287,7 @@ def embed_names(
     """
     from models.clip import load_source
     from models.precision import DTYPES, best_device, native_precision
-    from models.text import build_text_classifier, cached_text_classifier, prompts_of
+    from models.text import build_text_classifier, cached_text_classifier
 
     device = best_device()
     # With the arithmetic that is asked for, unless this machine would have to emulate it.
@@ -301,9 +301,7 @@ def embed_names(
     text = cached_text_classifier(source.fingerprint, ontology.prompts(), **words, dtype=dtype)
     if text is None:
         clip = load_source(source, device=device, dtype=dtype, towers="text")
-        clip.tokenize(prompts_of(ontology.prompts(), ontology.templates))
-        before_embedding()
-        text = build_text_classifier(clip, ontology.prompts(), **words)
+        text = build_text_classifier(clip, ontology.prompts(), **words, tokenized=before_embedding)
     return text
 
 

@@ -28,7 +28,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from models.errors import MaskMillError
 from pipeline.checkpoint import CHECKPOINT_DIR, LABELS_DIR
-from pipeline.collector import collect_rarely
+from pipeline.collector import collect_rarely, without_collection
 from pipeline.compute import Compute
 from pipeline.labeller import Labeller
 from pipeline.progress import Board, Progress
@@ -141,8 +141,9 @@ def _hand_over(board: Any, name: str, value: Any) -> None:
 
 def _make_when_known(coming: Mapping[str, ray.ObjectRef], ahead: Sequence[str]) -> Labeller:
     collect_rarely()
-    for module in ahead:
-        importlib.import_module(module)
+    with without_collection():
+        for module in ahead:
+            importlib.import_module(module)
     make_labeller, words_to_come = cloudpickle.loads(ray.get(coming[_LABELLER]))
     labeller: Labeller
     if words_to_come:
