@@ -444,6 +444,8 @@ def _prepare(
 
 def _stand_back() -> None:
     """Let the workers that start meanwhile go first. For a thread that ends: it stays behind."""
+    # Threads of torch's (not loaded yet) that wait for each other would keep busy the cores they wait for.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, 0, _NICE)  # there a thread has a priority of its own
 
