@@ -394,7 +394,9 @@ def _start(images: Path, output: Path, environment: dict[str, str], *more: objec
 def _wait_for_parts(output: Path, process: subprocess.Popen[str], count: int = 1) -> None:
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
-        if len(list((output / "checkpoint").glob("*.parquet"))) >= count:
+        # What is pending is discarded if the run is stopped now.
+        parts = [path for path in (output / "checkpoint").glob("*.parquet") if ".pending." not in path.name]
+        if len(parts) >= count:
             return
         time.sleep(0.05)
 
