@@ -5,6 +5,7 @@ Shapes: B batch, P prompts, D embedding channels, H W pixels, h w grid, N = 1 + 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from models.dense import ResNetDense, VitDense, dense_encoder
 from models.errors import MaskMillError
 from models.openclip import ModifiedResNet, VisionTransformer, open_clip, with_transformers
 from models.prompt_tree import encode_tokens, shares_prefixes
+from models.skeleton import shapes_only
 from models.weights import WeightSource, check_supported, find_weights, read_state
 
 Towers = Literal["both", "visual", "text"]
@@ -328,7 +330,7 @@ def _build(source: WeightSource) -> nn.Module:
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     try:
         # Hugging Face text towers compute buffers when they are built, so they need real memory.
-        with torch.device("cpu" if foreign_text else "meta"):
+        with contextlib.nullcontext() if foreign_text else shapes_only():
             return kind(**config)
     except Exception as error:
         remedy = "Check the configuration against open_clip's own model_configs."

@@ -27,6 +27,7 @@ from models.errors import MaskMillError
 from models.hub import download, hub_cache_folder, in_hub_cache
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
 from models.openclip import download_pretrained_from_hf, open_clip
+from models.skeleton import shapes_only
 from models.weights import OPENAI_MEAN, OPENAI_STD, WeightSource, read_state
 
 CONFIG_FILE = "config.json"
@@ -256,7 +257,7 @@ def _settings_of(config: type[ClipDeconvConfig | ViTSegConfig], told: dict[str, 
 def _decoder(
     config: ClipSegConfig, state: Mapping[str, Tensor], where: Path, *, width: int, embed_dim: int, patch: int
 ) -> ClipSegDecoder:
-    with torch.device("meta"):
+    with shapes_only():
         decoder = ClipSegDecoder(config, width=width, embed_dim=embed_dim, patch=patch)
     expected = decoder.state_dict()
     _check_names(where, expected, state)

@@ -1,26 +1,56 @@
 """open_clip, imported without what no supported image tower needs.
 
-Where transformers is installed, importing open_clip imports it as well, for text towers from Hugging Face:
-1.5 s of every process that only wants a CLIP. Import open_clip from here, and call ``with_transformers``
-before such a text tower is built.
+Importing open_clip imports transformers where it is installed (for text towers from Hugging Face), timm (for
+image towers that MaskMill cannot use), and through torchvision the compiler of torch: 3.5 s of every process
+that only wants a CLIP. Import open_clip from here, and call ``with_transformers`` before a text tower from
+Hugging Face is built.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
-_NAME = "transformers"
 
-if "open_clip" in sys.modules or _NAME in sys.modules:
+def _stand_in(module: str) -> ModuleType:
+    """For a module of functions: they import the real one when they are called."""
+
+    def function(name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    stand_in = ModuleType(module)
+    stand_in.__dict__["__getattr__"] = function
+    return stand_in
+
+
+@contextlib.contextmanager
+def _without_the_rest() -> Iterator[None]:
+    """For this second it holds for the whole process; nothing else of ours imports these meanwhile."""
+    # None is what Python takes for "not installed".
+    others: dict[str, Any] = {"transformers": None, "timm": None}
+    if "torch._dynamo" not in sys.modules:
+        # Of the compiler torchvision takes one function, for gradients of an operation of detectors.
+        others["torch._dynamo.utils"] = _stand_in("torch._dynamo.utils")
+    others = {name: instead for name, instead in others.items() if name not in sys.modules}
+    sys.modules.update(others)
+    try:
+        yield
+    finally:
+        for name in others:
+            del sys.modules[name]
+
+
+if "open_clip" in sys.modules:
     import open_clip
 else:
-    # For this second the whole process is told that it is not installed: nothing else of ours asks.
-    sys.modules[_NAME] = None  # type: ignore[assignment]  # what Python takes for "not installed"
-    try:
+    with _without_the_rest():
         import open_clip
-    finally:
-        del sys.modules[_NAME]
 
 from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME  # noqa: E402
 from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet  # noqa: E402

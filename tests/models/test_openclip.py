@@ -27,6 +27,32 @@ tower = open_clip.model.HFTextEncoder(
 import torch
 print(tuple(tower(torch.full((2, 4), 5)).shape))
 """
+LOADED = """
+import sys
+import torch
+from models.clip import load_clip
+for name in ("RN50", "toyclip"):
+    clip = load_clip(name, "random:0")
+    clip.encode_text(["a cat"])
+    clip.encode_image(torch.zeros(1, 3, 64, 64))
+print([name for name in ("torch._dynamo", "sympy", "timm", "transformers") if name in sys.modules])
+"""
+COMPILER = """
+import sys
+import models.clip
+import torch
+import torchvision
+assert "torch._dynamo" not in sys.modules
+torch.use_deterministic_algorithms(True)  # asks whether the compiler works here
+boxes = [torch.tensor([[0.0, 0.0, 4.0, 4.0]])]
+ours = torchvision.ops.roi_align(torch.arange(64.0).reshape(1, 1, 8, 8), boxes, 2)
+assert "torch._dynamo" in sys.modules
+from torch._dynamo.utils import is_compile_supported
+assert is_compile_supported.__module__ == "torch._dynamo.utils"
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1)) == 1
+import timm  # whoever wants it has it
+print(tuple(ours.shape), callable(timm.create_model))
+"""
 THEIRS_FIRST = """
 import sys
 import transformers
@@ -39,8 +65,16 @@ print("kept")
 """
 
 
-@pytest.mark.parametrize(("program", "says"), [(LIGHT, "(2, 8)"), (THEIRS_FIRST, "kept")])
-def test_transformers_is_imported_for_those_who_want_it_only(program: str, says: str) -> None:
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [
+        pytest.param(LIGHT, "(2, 8)", id="transformers"),
+        pytest.param(THEIRS_FIRST, "kept", id="transformers-theirs"),
+        pytest.param(LOADED, "[]", id="loaded"),
+        pytest.param(COMPILER, "(1, 1, 2, 2) True", id="compiler-and-timm"),
+    ],
+)
+def test_what_open_clip_need_not_import_is_there_for_those_who_want_it(program: str, says: str) -> None:
     pytest.importorskip("transformers")
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
