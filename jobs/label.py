@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import importlib
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -24,14 +23,14 @@ from rich.console import Console
 
 from jobs.console import LabelDisplay, duration, stderr_console
 from jobs.interruption import Running, interrupt
-from jobs.labellers import labeller_module, prepare_labeller
+from jobs.labellers import labeller_module
+from jobs.preparation import Request, Settled, preparing
 from jobs.recipes import LabelRecipe
 from jobs.versions import versions
 from models.errors import MaskMillError
 from pipeline.checkpoint import CHECKPOINT_DIR, LABELS_DIR, done_ids, recover
-from pipeline.collector import without_collection
 from pipeline.labels import DATASET_FILE
-from pipeline.lease import Lease
+from pipeline.lease import RUN_ID_VARIABLE, Lease
 from pipeline.manifest import build_manifest
 from pipeline.ontology import Ontology
 from pipeline.storage import Storage, open_storage
@@ -40,14 +39,11 @@ from pipeline.tracking.progress import ProgressLog
 from pipeline.tracking.tracker import OFF, TrackedDataset, Tracker, open_tracker
 
 if TYPE_CHECKING:
-    from pipeline.compute import Compute
-    from pipeline.labeller import Labeller
     from pipeline.progress import Progress
 
 SCHEMA_VERSION = 1
 OWN_ENTRIES = (DATASET_FILE, LABELS_DIR, CHECKPOINT_DIR, "manifest")
 """What a labelling run makes in its output, and what ``overwrite`` may delete."""
-_NICE = 19  # of the thread that prepares; Ray's workers have 15
 PACKAGES = (
     "maskmill",
     "torch",
@@ -121,7 +117,16 @@ def run(job: LabelJob, console: Console | None = None) -> int:
         with tracker:
             _begin_tracking(tracker, job, manifest, todo.num_rows)
             progress, startup_s, busy = _label(
-                job, storage, lease, todo, recorded, console, began, tracker, replaced=replaced
+                job,
+                storage,
+                lease,
+                todo,
+                recorded,
+                console,
+                began,
+                tracker,
+                on_cluster=on_cluster,
+                replaced=replaced,
             )
             outcome = _count_status(storage, sorted(set(storage.list(LABELS_DIR)) - before))
             record = _record_counts(storage)
@@ -201,111 +206,140 @@ def _label(
     began: float,
     tracker: Tracker,
     *,
+    on_cluster: bool,
     replaced: bool,
 ) -> tuple[Progress, float, float]:
     """Run the flow; returns its progress, the seconds until it flowed, and the busy share of the actors."""
-    from pipeline.compute import ray_session
+    from pipeline.compute import WORKER_MALLOC, ray_session
 
     display = LabelDisplay(todo.num_rows, console)
-    with display.live(), ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as handing_over:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(display.live())
+        handing_over = stack.enter_context(ThreadPoolExecutor(1))
+        importing = stack.enter_context(ThreadPoolExecutor(1))
+
+        def begin_preparing(precision: str) -> Iterator[Settled | bytes]:
+            fingerprint = recorded["weights"]["fingerprint"] if recorded else None
+            request = Request(job.recipe, job.ontology, job.output, precision, fingerprint)
+            environment = WORKER_MALLOC | {RUN_ID_VARIABLE: lease.run_id}
+            return stack.enter_context(preparing(request, environment))
+
+        precision = recorded["precision"] if recorded else job.recipe.precision
+        # On a cluster, "auto" is what a machine that will do the work makes of it.
+        asks_cluster = on_cluster and precision == "auto"
+        preparation = None if asks_cluster else begin_preparing(precision)
         display.stage("starting Ray")
-        # Of Ray's start most is waiting; it leaves room for this, though not for torch.
-        importing = pool.submit(importlib.import_module, "pipeline.labelling")
-        with (
-            ray_session(
-                lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage
-            ) as compute,
-            Running() as running,
-        ):
-            importing.result()
-            from pipeline.labelling import labeller_to_come, run_labelling, start_board, write_run_manifest
-            from pipeline.stages import ImageSettings
+        # Of Ray's start most is waiting.
+        imported = importing.submit(importlib.import_module, "pipeline.labelling")
+        compute = stack.enter_context(
+            ray_session(lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage)
+        )
+        imported.result()
+        from pipeline.compute import worker_precision
+        from pipeline.labelling import labeller_to_come, run_labelling, start_board, write_run_manifest
+        from pipeline.stages import ImageSettings
 
-            board = start_board()
-            precision = recorded["precision"] if recorded else _precision(job.recipe, compute)
-            preparing = pool.submit(_prepare, job, recorded, precision, board, compute.threads, running)
-            if replaced:
-                preparing.result()
-                # Only now, when weights, words and Ray are known to be there.
-                for entry in OWN_ENTRIES:
-                    storage.delete(entry)
-            run_name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{lease.run_id[:8]}"
-            manifest = write_run_manifest(storage, run_name, todo, compute.actors * compute.calls)
-            at_once = f", {compute.calls} images at a time" if compute.calls > 1 else ""
-            kind = "GPU" if compute.gpus else "CPU"
-            display.stage(
-                f"reading weights and words, starting {compute.actors} CLIP worker(s) on {kind}{at_once}"
+        board = start_board()
+        if preparation is None:
+            # Before the flow takes its GPUs.
+            preparation = begin_preparing(worker_precision(compute))
+        if replaced:
+            preparation = iter(list(preparation))
+            # Only now, when weights, words and Ray are known to be there.
+            for entry in OWN_ENTRIES:
+                storage.delete(entry)
+        run_name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{lease.run_id[:8]}"
+        manifest = write_run_manifest(storage, run_name, todo, compute.actors * compute.calls)
+        at_once = f", {compute.calls} images at a time" if compute.calls > 1 else ""
+        kind = "GPU" if compute.gpus else "CPU"
+        display.stage(
+            f"reading weights and words, starting {compute.actors} CLIP worker(s) on {kind}{at_once}"
+        )
+        running = stack.enter_context(Running())
+        before_flow = time.monotonic() - began
+        try:
+            handing_over.submit(_hand_over, board, preparation, running, job, storage, recorded)
+            progress = run_labelling(
+                storage,
+                manifest,
+                make_labeller=labeller_to_come(
+                    board, [labeller_module(job.recipe)], {"threads": compute.threads}
+                ),
+                image_settings=ImageSettings(
+                    scale=job.recipe.scale,
+                    keep_ratio=job.recipe.keep_ratio,
+                    resize=job.recipe.resize,
+                    max_pixels=job.recipe.max_pixels,
+                    corruption=job.recipe.corruption,
+                ),
+                num_classes=job.ontology.num_classes,
+                ignore_index=job.ontology.ignore_index,
+                compute=compute,
+                board=board,
+                report=_reporting(display, tracker),
             )
-            before_flow = time.monotonic() - began
-            try:
-                handing_over.submit(_hand_over, board, preparing, running, storage, recorded)
-                progress = run_labelling(
-                    storage,
-                    manifest,
-                    make_labeller=labeller_to_come(board, [labeller_module(job.recipe)]),
-                    image_settings=ImageSettings(
-                        scale=job.recipe.scale,
-                        keep_ratio=job.recipe.keep_ratio,
-                        resize=job.recipe.resize,
-                        max_pixels=job.recipe.max_pixels,
-                        corruption=job.recipe.corruption,
-                    ),
-                    num_classes=job.ontology.num_classes,
-                    ignore_index=job.ontology.ignore_index,
-                    compute=compute,
-                    board=board,
-                    report=_reporting(display, tracker),
-                )
-            except BaseException:
-                running.end()
-                if running.failure is not None:
-                    _leave_nothing(storage, manifest)
-                    raise running.failure from None
-                raise
-            flowing = (progress.last_s or 0.0) - (progress.first_s or 0.0)
-            busy = progress.label_s / (compute.actors * compute.calls * flowing) if flowing > 1 else 0.0
+        except BaseException:
+            running.end()
+            if running.failure is not None:
+                _leave_nothing(storage, manifest)
+                raise running.failure from None
+            raise
+        flowing = (progress.last_s or 0.0) - (progress.first_s or 0.0)
+        busy = progress.label_s / (compute.actors * compute.calls * flowing) if flowing > 1 else 0.0
     return progress, before_flow + (progress.first_s or 0.0), min(busy, 1.0)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What the driver makes while the workers start.
-
-    Attributes:
-        make: builds the Labeller.
-        words: what the Labeller waits for, if the workers have begun to build it already.
-        record: of the table.
-    """
-
-    make: Callable[[], Labeller]
-    words: Callable[[], Any] | None
-    record: dict[str, Any]
 
 
 def _hand_over(
     board: Any,
-    preparing: Future[_Prepared],
+    preparation: Iterator[Settled | bytes],
     running: Running,
+    job: LabelJob,
     storage: Storage,
     recorded: dict[str, Any] | None,
 ) -> None:
-    """Give the workers what they wait for, once it is prepared and the table has its record."""
+    """Give the workers what they wait for as it is prepared, the last of it when the table has its record.
+
+    So that they read their weights while the class names are embedded.
+    """
     from pipeline.labelling import hand_over_labeller, hand_over_words
 
-    def give(prepared: _Prepared) -> None:
+    def finish(labeller: bytes, words: bytes | None, record: dict[str, Any]) -> None:
         if recorded is None:
-            storage.write_json(DATASET_FILE, prepared.record)
-        if prepared.words:
-            hand_over_words(board, prepared.words)
+            storage.write_json(DATASET_FILE, record)
+        if words is None:
+            hand_over_labeller(board, labeller, words_to_come=False)
         else:
-            hand_over_labeller(board, prepared.make)
+            hand_over_words(board, words)
 
     try:
-        prepared = preparing.result()
-        running.do(lambda: give(prepared))
+        settled = next(preparation)
+        assert isinstance(settled, Settled), "what is settled comes first"
+        labeller = settled.labeller
+        words: bytes | None = None
+        if settled.words_to_come:
+            running.do(lambda: hand_over_labeller(board, labeller, words_to_come=True))
+            then = next(preparation)
+            assert isinstance(then, bytes), "then the words"
+            words = then
+        record = _record(job, settled)
+        running.do(lambda: finish(labeller, words, record))
     except BaseException as failure:
         # The workers would wait for ever; and if they failed, Ray would tell of it at length.
         running.fail(failure)
+
+
+def _record(job: LabelJob, settled: Settled) -> dict[str, Any]:
+    """What ``dataset.json`` says of a table that is yet to be made."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "ontology": job.ontology.to_dict() | {"hash": job.ontology.hash, "names": list(job.ontology.names)},
+        "recipe": job.recipe.to_dict() | {"hash": job.recipe.hash},
+        "weights": settled.weights,
+        "precision": settled.precision,
+        "versions": versions(PACKAGES),
+        "counts": {},
+    }
 
 
 def _leave_nothing(storage: Storage, manifest: str) -> None:
@@ -373,81 +407,6 @@ def _end_tracking(
         },
         step=progress.done,
     )
-
-
-def _precision(recipe: LabelRecipe, compute: Compute) -> str:
-    """What "auto" means is decided once for a table, and holds for all runs that add to it.
-
-    On a cluster by a machine that will do the work, before the flow takes its GPUs; weights are looked for
-    after that. On this machine it stays "auto", for ``_prepare`` to decide.
-    """
-    from pipeline.compute import worker_precision
-
-    return worker_precision(compute) if recipe.precision == "auto" and not compute.local else recipe.precision
-
-
-def _prepare(
-    job: LabelJob,
-    recorded: dict[str, Any] | None,
-    precision: str,
-    board: Any,
-    threads: int,
-    running: Running,
-) -> _Prepared:
-    """Find weights and embed class names, in a thread of its own.
-
-    Workers need not wait for the class names to read their weights: they are told as soon as all settings are
-    known to be good. ``precision`` "auto" is that of this machine.
-    """
-    _stand_back()
-    with without_collection():
-        importlib.import_module(labeller_module(job.recipe))
-    from models.precision import best_device, native_precision
-    from pipeline.labelling import hand_over_labeller
-
-    if precision == "auto":
-        precision = native_precision(best_device())
-    settings: dict[str, Any] = {"precision": precision, "threads": threads}
-    begun = False
-
-    def begin(make: Callable[..., Labeller]) -> None:
-        nonlocal begun
-        begun = True
-        early = functools.partial(make, **settings)
-        running.do(lambda: hand_over_labeller(board, early, words_to_come=True))
-
-    def same_weights(fingerprint: str) -> None:
-        if recorded is not None and recorded["weights"]["fingerprint"] != fingerprint:
-            raise MaskMillError(
-                "output_differs",
-                f"{job.output} was labelled with other weights of {job.recipe.model} "
-                f"({recorded['weights']['fingerprint'][:12]}, now {fingerprint[:12]}).",
-                "Give the same weights, or name another --output.",
-            )
-
-    prepared = prepare_labeller(
-        job.recipe, job.ontology, precision=precision, check_weights=same_weights, before_embedding=begin
-    )
-    record = {
-        "schema_version": SCHEMA_VERSION,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "ontology": job.ontology.to_dict() | {"hash": job.ontology.hash, "names": list(job.ontology.names)},
-        "recipe": job.recipe.to_dict() | {"hash": job.recipe.hash},
-        "weights": prepared.weights,
-        "precision": precision,
-        "versions": versions(PACKAGES),
-        "counts": {},
-    }
-    make = functools.partial(prepared.make, **settings)
-    return _Prepared(make, prepared.words if begun else None, record)
-
-
-def _stand_back() -> None:
-    """Let the workers that start meanwhile go first. For a thread that ends: it stays behind."""
-    # Threads of torch's (not loaded yet) that wait for each other would keep busy the cores they wait for.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, 0, _NICE)  # there a thread has a priority of its own
 
 
 def _record_counts(storage: Storage) -> dict[str, Any]:

@@ -40,7 +40,6 @@ MASKCLIP_OPTIONS = (
 """Fields of a recipe that only MaskCLIP has a use for."""
 
 CheckWeights = Callable[[str], None]
-BeforeEmbedding = Callable[["Callable[..., Labeller]"], None]
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,27 @@ class PreparedLabeller:
     """A Labeller that any process can build.
 
     Attributes:
-        make: builds it; picklable. Takes ``precision`` and, on a CPU, ``threads``.
+        make: builds it; picklable. Takes ``precision`` and, on a CPU, ``threads``; and ``words``, a function
+            that gives what ``embed`` does and may wait for it, unless that is None.
         weights: model, the word that chose the weights, and their fingerprint; of a student also ``text``,
             the CLIP (with the same three) that its class names are embedded by.
-        words: gives the class names that ``make`` has in it, if it can be had without; picklable.
+        embed: embeds the class names, which takes seconds unless they are in the cache.
     """
 
     make: Callable[..., Labeller]
     weights: dict[str, Any]
-    words: Callable[[], Words] | None = None
+    embed: Callable[[], Words] | None = None
+
+    def build(self, **settings: Any) -> Labeller:
+        """The Labeller, in this process.
+
+        Args:
+            settings: of ``make``, without ``words``.
+
+        Raises:
+            MaskMillError: see ``models.clip.load_source``, ``models.text.build_text_classifier``.
+        """
+        return self.make(**settings) if self.embed is None else self.make(**settings, words=self.embed)
 
 
 def prepare_labeller(
@@ -65,9 +76,8 @@ def prepare_labeller(
     *,
     precision: str = "auto",
     check_weights: CheckWeights = lambda _fingerprint: None,
-    before_embedding: BeforeEmbedding = lambda _make: None,
 ) -> PreparedLabeller:
-    """Find the weights, so that mistakes show before work starts, and embed the class names.
+    """Find and read the weights, so that mistakes show before work starts.
 
     Args:
         recipe: which model, and how its scores are read. The model is a student if it is a path or URI of a
@@ -75,10 +85,6 @@ def prepare_labeller(
         ontology: the classes.
         precision: of the run that it is for; ``auto`` if that is yet to be decided.
         check_weights: is given the fingerprint before the class names are embedded; may raise.
-        before_embedding: called when all settings are known to be good, and only embedding the class names is
-            left, which takes seconds; is given a ``make`` that takes ``words`` too, which will be
-            ``PreparedLabeller.words``. Where the names are in the cache, and for students and CLIPSeg, it is
-            not called.
 
     Raises:
         MaskMillError: see ``models.weights.find_weights``, ``models.text.build_text_classifier`` and
@@ -90,7 +96,7 @@ def prepare_labeller(
     refuse_examples(ontology, recipe.model)
     if _names_student(recipe.model):
         return _student(recipe, ontology, precision, check_weights)
-    return _maskclip(recipe, ontology, precision, check_weights, before_embedding)
+    return _maskclip(recipe, ontology, precision, check_weights)
 
 
 def labeller_module(recipe: LabelRecipe) -> str:
@@ -152,11 +158,7 @@ def _names_student(model: str) -> bool:
 
 
 def _maskclip(
-    recipe: LabelRecipe,
-    ontology: Ontology,
-    precision: str,
-    check_weights: CheckWeights,
-    before_embedding: BeforeEmbedding,
+    recipe: LabelRecipe, ontology: Ontology, precision: str, check_weights: CheckWeights
 ) -> PreparedLabeller:
     """The training-free teacher: a CLIP by name."""
     from models.weights import find_weights
@@ -164,6 +166,12 @@ def _maskclip(
 
     source = find_weights(recipe.model, recipe.pretrained)
     check_weights(source.fingerprint)
+    embed_text = _text_embedder(source, ontology, precision)
+
+    def embed() -> Words:
+        text = embed_text()
+        return Words(text.embeddings.cpu().numpy(), text.class_ids.cpu().numpy())
+
     make = functools.partial(
         MaskClipLabeller,
         model=recipe.model,
@@ -174,10 +182,8 @@ def _maskclip(
         batch_size=recipe.batch_size,
         ignore_index=ontology.ignore_index,
     )
-    text = embed_names(source, ontology, precision, before_embedding=lambda: before_embedding(make))
-    words = functools.partial(Words, text.embeddings.cpu().numpy(), text.class_ids.cpu().numpy())
     weights = {"model": recipe.model, "pretrained": recipe.pretrained, "fingerprint": source.fingerprint}
-    return PreparedLabeller(functools.partial(make, words=words), weights, words)
+    return PreparedLabeller(make, weights, embed)
 
 
 def _student(
@@ -267,24 +273,22 @@ def _other_words(record: StudentRecord, ontology: Ontology) -> TextClassifier:
     return embed_names(source, ontology, record.text["precision"])
 
 
-def embed_names(
-    source: WeightSource,
-    ontology: Ontology,
-    precision: str,
-    *,
-    before_embedding: Callable[[], None] = lambda: None,
-) -> TextClassifier:
+def embed_names(source: WeightSource, ontology: Ontology, precision: str) -> TextClassifier:
     """The class names as a classifier, from the cache if they were embedded before.
 
     Args:
         source: the CLIP.
         ontology: the classes.
         precision: of the run that it is for; ``auto`` if that is yet to be decided.
-        before_embedding: called when weights and words are known to be good, unless they are in the cache.
 
     Raises:
         MaskMillError: see ``models.clip.load_source`` and ``models.text.build_text_classifier``.
     """
+    return _text_embedder(source, ontology, precision)()
+
+
+def _text_embedder(source: WeightSource, ontology: Ontology, precision: str) -> Callable[[], TextClassifier]:
+    """``embed_names`` in two steps: the text tower is read now, unless the cache has the answer."""
     from models.clip import load_source
     from models.precision import DTYPES, best_device, native_precision
     from models.text import build_text_classifier, cached_text_classifier
@@ -299,10 +303,10 @@ def embed_names(
         "cache_dir": cache_dir(),
     }
     text = cached_text_classifier(source.fingerprint, ontology.prompts(), **words, dtype=dtype)
-    if text is None:
-        clip = load_source(source, device=device, dtype=dtype, towers="text")
-        text = build_text_classifier(clip, ontology.prompts(), **words, tokenized=before_embedding)
-    return text
+    if text is not None:
+        return lambda: text
+    clip = load_source(source, device=device, dtype=dtype, towers="text")
+    return lambda: build_text_classifier(clip, ontology.prompts(), **words)
 
 
 def _thresholds(recipe: LabelRecipe, ontology: Ontology) -> list[float]:

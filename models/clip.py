@@ -164,13 +164,7 @@ class Clip:
         return self._tower.image_embedding(images)
 
     @torch.inference_mode()
-    def encode_text(
-        self,
-        prompts: Sequence[str],
-        *,
-        normalize: bool = True,
-        tokenized: Callable[[], None] = lambda: None,
-    ) -> Tensor:
+    def encode_text(self, prompts: Sequence[str], *, normalize: bool = True) -> Tensor:
         """Embed prompts.
 
         Under the causal mask, what prompts begin with in common is computed once (``models.prompt_tree``),
@@ -179,7 +173,6 @@ class Clip:
         Args:
             prompts: P texts.
             normalize: scale every row to length 1.
-            tokenized: called when all prompts are known to be good, before the work begins.
 
         Returns:
             fp32 (P, D) on this CLIP's device.
@@ -197,7 +190,6 @@ class Clip:
             return torch.empty(0, self.embed_dim, device=self.device)
         unique = list(dict.fromkeys(prompts))
         tokens = self.tokenize(unique)
-        tokenized()
         if shares_prefixes(self.model):
             embeddings = encode_tokens(self.model, tokens)
         else:

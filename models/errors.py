@@ -29,6 +29,7 @@ class MaskMillError(Exception):
 FAILED_WORK = frozenset(
     {
         "labelling_failed",
+        "process_lost",
         "cluster_unreachable",
         "table_damaged",
         "output_in_use",

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -72,7 +72,6 @@ def build_text_classifier(
     templates: str | Sequence[str] = "openai85",
     merge: Merge | Sequence[Merge] = "max",
     cache_dir: Path | None = None,
-    tokenized: Callable[[], None] = lambda: None,
 ) -> TextClassifier:
     """Embed the names of all classes, or take them from the cache.
 
@@ -83,7 +82,6 @@ def build_text_classifier(
         templates: a set of ``models.templates`` or the templates themselves.
         merge: one rule for all classes, or one per class; see the module.
         cache_dir: where to keep the result; None keeps nothing.
-        tokenized: see ``Clip.encode_text``; not called if the cache has the answer.
 
     Raises:
         MaskMillError: ``class_without_names``, ``templates_unknown``, ``templates_invalid``,
@@ -103,9 +101,7 @@ def build_text_classifier(
         return cached
     names = list(dict.fromkeys(name for group in class_prompts for name in group))
     prompts = [prompt for name in names for prompt in fill(texts, name)]
-    embedded = (
-        clip.encode_text(prompts, tokenized=tokenized).float().cpu().unflatten(0, (len(names), len(texts)))
-    )
+    embedded = clip.encode_text(prompts).float().cpu().unflatten(0, (len(names), len(texts)))
     by_name = dict(zip(names, F.normalize(embedded.mean(1), dim=-1), strict=True))
     rows: list[Tensor] = []
     class_ids: list[int] = []

@@ -31,9 +31,9 @@ WORKER_MALLOC = {
         for name, value in (("hugetlb", 1), ("mmap_threshold", 1 << 30), ("trim_threshold", 2 << 30))
     )
 }
-"""For the workers of a local Ray. glibc would give large tensors back to the system at once and get them anew
-page by page for the next image: a fifth of a ViT-B/16's time on a CPU, and more with larger images. From 2.35
-on it asks for large pages (``hugetlb``), of which there are few to get. Tunables that are set stay."""
+"""For processes that compute on a CPU. glibc would give large tensors back to the system at once and get them
+anew page by page for the next image: a fifth of a ViT-B/16's time, and more with larger images. From 2.35 on
+it asks for large pages (``hugetlb``), of which there are few to get. Tunables that are set stay."""
 
 NODES_WAIT_S = 300.0
 """How long a run waits for a cluster's worker nodes to join: booting a cloud machine takes minutes."""

@@ -8,10 +8,13 @@ and a pool of actors of its own for each resume.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
+import pickle
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray import cloudpickle
 from ray.data.block import BlockMetadata
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.checkpoint.checkpoint_filter import IdColumnCheckpointManager
@@ -27,6 +29,7 @@ from ray.data.datasource import Datasource, ReadTask
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from models.errors import MaskMillError
+from pipeline.alone import alone
 from pipeline.checkpoint import CHECKPOINT_DIR, LABELS_DIR
 from pipeline.collector import collect_rarely, without_collection
 from pipeline.compute import Compute
@@ -95,7 +98,9 @@ def start_board() -> Any:
     return board.remote()
 
 
-def labeller_to_come(board: Any, ahead: Sequence[str]) -> Callable[[], Labeller]:
+def labeller_to_come(
+    board: Any, ahead: Sequence[str], settings: Mapping[str, Any] | None = None
+) -> Callable[[], Labeller]:
     """Builds the Labeller that ``hand_over_labeller`` will name, once it has.
 
     Meanwhile processes start and import: most of what a run waits for at its beginning.
@@ -103,6 +108,7 @@ def labeller_to_come(board: Any, ahead: Sequence[str]) -> Callable[[], Labeller]
     Args:
         board: of ``start_board``.
         ahead: modules to import before waiting.
+        settings: what is given to the function that builds it.
 
     Returns:
         ``make_labeller`` of ``run_labelling``.
@@ -111,45 +117,39 @@ def labeller_to_come(board: Any, ahead: Sequence[str]) -> Callable[[], Labeller]
         name: board.handed_over.options(concurrency_group=_WAITING).remote(name)
         for name in (_LABELLER, _WORDS)
     }
-    return functools.partial(_make_when_known, coming, tuple(ahead))
+    return functools.partial(_make_when_known, coming, tuple(ahead), dict(settings or {}))
 
 
-def hand_over_labeller(
-    board: Any, make_labeller: Callable[..., Labeller], *, words_to_come: bool = False
-) -> None:
+def hand_over_labeller(board: Any, make_labeller: bytes, *, words_to_come: bool) -> None:
     """Name the Labeller that ``labeller_to_come`` waits for; what it raises ends the run.
 
     So does a board that is gone, through the workers that wait for it.
 
     Args:
         board: of ``start_board``.
-        make_labeller: builds it; picklable.
-        words_to_come: ``make_labeller`` takes ``words``, a function that it calls when it has done all that
-            needs no words. That blocks until ``hand_over_words``.
+        make_labeller: pickle of what builds it.
+        words_to_come: it takes ``words``, a function that it calls when it has done all that needs no words.
+            That blocks until ``hand_over_words``.
     """
-    _hand_over(board, _LABELLER, (make_labeller, words_to_come))
+    board.hand_over.remote(_LABELLER, pickle.dumps((make_labeller, words_to_come)))
 
 
-def hand_over_words(board: Any, words: Callable[[], Any]) -> None:
-    """What the Labeller of ``hand_over_labeller`` gets as words: what this returns, or raises."""
-    _hand_over(board, _WORDS, words)
+def hand_over_words(board: Any, words: bytes) -> None:
+    """What the Labeller of ``hand_over_labeller`` gets as words: what this is a pickle of."""
+    board.hand_over.remote(_WORDS, words)
 
 
-def _hand_over(board: Any, name: str, value: Any) -> None:
-    board.hand_over.remote(name, cloudpickle.dumps(value))
-
-
-def _make_when_known(coming: Mapping[str, ray.ObjectRef], ahead: Sequence[str]) -> Labeller:
+def _make_when_known(
+    coming: Mapping[str, ray.ObjectRef], ahead: Sequence[str], settings: Mapping[str, Any]
+) -> Labeller:
     collect_rarely()
     with without_collection():
         for module in ahead:
             importlib.import_module(module)
-    make_labeller, words_to_come = cloudpickle.loads(ray.get(coming[_LABELLER]))
-    labeller: Labeller
+    make_labeller, words_to_come = pickle.loads(ray.get(coming[_LABELLER]))
     if words_to_come:
-        labeller = make_labeller(words=lambda: cloudpickle.loads(ray.get(coming[_WORDS]))())
-    else:
-        labeller = make_labeller()
+        settings = {**settings, "words": lambda: pickle.loads(ray.get(coming[_WORDS]))}
+    labeller: Labeller = pickle.loads(make_labeller)(**settings)
     return labeller
 
 
@@ -183,7 +183,7 @@ def run_labelling(
             be started again.
     """
     _configure(storage)
-    ray.get(board.begin.remote())
+    board.begin.remote(time.time())
     pool = ray.data.ActorPoolStrategy(
         size=compute.actors,
         max_concurrent_calls_per_actor=compute.calls,
@@ -225,12 +225,13 @@ def run_labelling(
     watcher = threading.Thread(target=_watch, args=(board, report, stop), name="progress", daemon=True)
     watcher.start()
     try:
-        dataset.write_parquet(
-            storage.path(LABELS_DIR),
-            filesystem=storage.arrow_filesystem(),
-            ray_remote_args={"num_cpus": compute.task_cpus},
-            concurrency=compute.writers,
-        )
+        with alone() if compute.local else contextlib.nullcontext():
+            dataset.write_parquet(
+                storage.path(LABELS_DIR),
+                filesystem=storage.arrow_filesystem(),
+                ray_remote_args={"num_cpus": compute.task_cpus},
+                concurrency=compute.writers,
+            )
         progress: Progress = ray.get(board.snapshot.remote())
     except ray.exceptions.RayError as error:
         raise _explained(error) from error

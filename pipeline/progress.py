@@ -45,7 +45,7 @@ class Board:
     def __init__(self) -> None:
         self._handed_over: dict[str, bytes] = {}
         self._something_new = threading.Condition()
-        self.begin()
+        self.begin(time.time())
 
     def hand_over(self, name: str, value: bytes) -> None:
         """Something that was still to come."""
@@ -59,9 +59,10 @@ class Board:
             self._something_new.wait_for(lambda: name in self._handed_over)
             return self._handed_over[name]
 
-    def begin(self) -> None:
+    def begin(self, origin: float) -> None:
+        """A flow begins, at ``origin`` (``time.time()`` of whoever begins it)."""
         self._progress = Progress()
-        self._origin = time.monotonic()
+        self._origin = origin
 
     def add(
         self,
@@ -76,7 +77,7 @@ class Board:
         merged = dict(old.failures)
         for code, count in (failures or {}).items():
             merged[code] = merged.get(code, 0) + count
-        now = time.monotonic() - self._origin
+        now = time.time() - self._origin
         first = done > 0 and old.first_s is None
         self._progress = Progress(
             done=old.done + done,

@@ -475,7 +475,7 @@ def _teacher(seed: int, scenes: int) -> dict[str, float]:
     """MIoU of the teacher's labels."""
     precision = native_precision(best_device())
     ontology = load_ontology("toyworld")
-    teacher = prepare_labeller(RECIPES["toy"], ontology, precision=precision).make(precision=precision)
+    teacher = prepare_labeller(RECIPES["toy"], ontology, precision=precision).build(precision=precision)
     made = scene_set(seed, scenes, _SIDE)
     found = [teacher.label([image], [image.shape[:2]])[0].labels for image in made.images]
     return _mious([_one_hot(labels) for labels in found], made.labels)

@@ -154,7 +154,7 @@ def _measure_seed(
     )
     truth = open_pairs(images=str(images), masks=str(masks), ontology=ontology)
     precision = native_precision(best_device())
-    teacher = prepare_labeller(RECIPES["toy"], ontology, precision=precision).make(precision=precision)
+    teacher = prepare_labeller(RECIPES["toy"], ontology, precision=precision).build(precision=precision)
     unseen = maskclip_plus.unseen_ids(MASKCLIP_PLUS_RECIPES.recipes[FORMS["zero-shot"]].unseen, ontology)
     figures = [("teacher", measured(_maps(teacher, seed, scenes), seed, scenes, unseen))]
     for form, name in forms.items():

@@ -133,7 +133,7 @@ def measure(condition: Condition, seeds: Sequence[int], scenes: int) -> dict[str
     recipe = dataclasses.replace(RECIPES["toy"], **condition.settings)
     ontology = condition.ontology or load_ontology("toyworld")
     precision = native_precision(best_device())
-    labeller = prepare_labeller(recipe, ontology, precision=precision).make(precision=precision)
+    labeller = prepare_labeller(recipe, ontology, precision=precision).build(precision=precision)
     found: dict[str, list[float]] = {"miou": [], "pixel_accuracy": []}
     for seed in seeds:
         made = scene_set(seed, scenes, condition.size)

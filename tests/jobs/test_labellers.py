@@ -105,7 +105,7 @@ def test_what_takes_time_is_announced_when_all_is_known_to_be_good() -> None:
 def test_workers_know_what_to_import_before_the_labeller_is_prepared(folder: Path) -> None:
     recipe, own = student_recipe(str(folder))
     assert labeller_module(recipe) == StudentLabeller.__module__
-    assert type(prepare_labeller(recipe, own).make(precision="fp32")) is StudentLabeller
+    assert type(prepare_labeller(recipe, own).build(precision="fp32")) is StudentLabeller
     assert labeller_module(RECIPES["toy"]) == MaskClipLabeller.__module__
     assert labeller_module(RECIPES["clipseg"]) == ClipSegLabeller.__module__
 
@@ -147,7 +147,7 @@ def test_a_student_with_its_own_words_needs_no_clip(folder: Path, tmp_path: Path
 
 def test_other_words_go_through_the_clip_of_the_record(folder: Path, own_cache: Path) -> None:
     recipe, _ = student_recipe(str(folder))
-    made = [prepare_labeller(recipe, OTHERS).make(precision="fp32") for _ in range(2)]
+    made = [prepare_labeller(recipe, OTHERS).build(precision="fp32") for _ in range(2)]
     assert len(list(own_cache.glob("text-*"))) == 1
     image = generate(3, 1, 64).images[0]
     first, second = (labeller.label([image], [(64, 64)])[0] for labeller in made)
@@ -178,7 +178,7 @@ def test_a_learned_background_labels_with_its_own_classes(tmp_path: Path) -> Non
     own = parse_classes("grass, zebra, sky", background=["thing", "texture"], templates="toyworld")
     toy_student(tmp_path / "run", ontology=own, learned_background=True)
     recipe, ontology = student_recipe(str(tmp_path / "run"))
-    labeller = prepare_labeller(recipe, ontology).make(precision="fp32")
+    labeller = prepare_labeller(recipe, ontology).build(precision="fp32")
     (prediction,) = labeller.label([generate(3, 1, 64).images[0]], [(64, 64)])
     assert set(np.unique(prediction.labels)) <= set(range(4))
 
@@ -246,7 +246,7 @@ def test_the_label_job_runs_a_student(folder: Path, shared_ray: str, tmp_path: P
     record = json.loads((output / "dataset.json").read_text())
     assert record["weights"]["model"] == f"student:{folder}"
     assert record["recipe"]["model"] == str(folder)
-    labeller = prepare_labeller(recipe, OTHERS).make(precision="fp32", threads=1)
+    labeller = prepare_labeller(recipe, OTHERS).build(precision="fp32", threads=1)
     table = pa.concat_tables(pq.read_table(path) for path in (output / "labels").glob("*.parquet"))
     rows = {Path(row["uri"]).name: row for row in table.to_pylist()}
     assert len(rows) == 5 and rows["bad.png"]["status"] == "not_an_image"
@@ -274,6 +274,6 @@ def test_a_trained_clipseg_labels_at_the_sizes_of_its_training(
     assert (recipe.model, recipe.pretrained, recipe.batch_size) == ("clipseg", str(tmp_path), 3)
     assert recipe.scale == scale and recipe.clipseg.example_size == example
     assert clipseg_recipe(f"{tmp_path.parent}/./{tmp_path.name}/", ["batch_size=3"]) == recipe
-    labeller = prepare_labeller(recipe, TOYWORLD, precision="fp32").make(precision="fp32")
+    labeller = prepare_labeller(recipe, TOYWORLD, precision="fp32").build(precision="fp32")
     labelled = labeller.label([np.zeros((*scale, 3), np.uint8)], [(40, 50)])
     assert labelled[0].labels.shape == (40, 50)

@@ -35,7 +35,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_toy_teacher_labels_as_its_labeller() -> None:
     recipe = load_recipe("toy")
-    labeller = prepare_labeller(recipe, load_ontology("toyworld"), precision="fp32").make(precision="fp32")
+    labeller = prepare_labeller(recipe, load_ontology("toyworld"), precision="fp32").build(precision="fp32")
     small = resize(SCENE.image, target_size(*SIZE, scale=recipe.scale))
     (expected,) = labeller.label([small], [SIZE])
     answer = entry("toy").load().predict(SCENE.image, EVERYTHING, (), SIZE)
@@ -79,7 +79,7 @@ def test_a_student_with_its_own_classes_and_with_others(student: Path) -> None:
     small = resize(SCENE.image, target_size(*SIZE, scale=recipe.scale))
 
     def labelled(ontology: object) -> np.ndarray:
-        labeller = prepare_labeller(recipe, ontology, precision="fp32").make(precision="fp32")  # type: ignore[arg-type]
+        labeller = prepare_labeller(recipe, ontology, precision="fp32").build(precision="fp32")  # type: ignore[arg-type]
         return labeller.label([small], [SIZE])[0].labels
 
     expected = labelled(own)

@@ -1,0 +1,113 @@
+"""What a labelling run needs before its first image: weights found, class names embedded.
+
+A generator, for a process of its own (``jobs.apart``): all that it yields is told without torch, so that the
+driver, which only waits, need never import it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import pickle
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.apart import POSSIBLE, Apart
+from jobs.labellers import labeller_module, prepare_labeller
+from jobs.recipes import LabelRecipe
+from models.errors import MaskMillError
+from pipeline.collector import without_collection
+from pipeline.ontology import Ontology
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be prepared.
+
+    Attributes:
+        recipe: how images are labelled.
+        ontology: the classes.
+        output: the table, for messages.
+        precision: of the run; "auto" is decided for this machine.
+        fingerprint: of the weights that the table was made with so far; None for a new table.
+    """
+
+    recipe: LabelRecipe
+    ontology: Ontology
+    output: str
+    precision: str
+    fingerprint: str | None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """All settings are known to be good.
+
+    Attributes:
+        labeller: pickle of what builds the Labeller; takes ``threads``, and ``words`` if they are to come.
+        words_to_come: whether ``prepare`` yields once more: a pickle of the words, which takes seconds.
+        weights: see ``jobs.labellers.PreparedLabeller``.
+        precision: of the run, never "auto".
+    """
+
+    labeller: bytes
+    words_to_come: bool
+    weights: dict[str, Any]
+    precision: str
+
+
+def prepare(request: Request) -> Iterator[Settled | bytes]:
+    """Find the weights, and embed the class names.
+
+    Yields:
+        What is settled, and then the words if they are to come.
+
+    Raises:
+        MaskMillError: see ``jobs.labellers.prepare_labeller``; ``output_differs`` for other weights than
+            the table's.
+    """
+    with without_collection():
+        importlib.import_module(labeller_module(request.recipe))
+    from models.precision import best_device, native_precision
+
+    precision = request.precision
+    if precision == "auto":
+        precision = native_precision(best_device())
+
+    def same_weights(fingerprint: str) -> None:
+        if request.fingerprint not in (None, fingerprint):
+            raise MaskMillError(
+                "output_differs",
+                f"{request.output} was labelled with other weights of {request.recipe.model} "
+                f"({request.fingerprint[:12]}, now {fingerprint[:12]}).",
+                "Give the same weights, or name another --output.",
+            )
+
+    prepared = prepare_labeller(
+        request.recipe, request.ontology, precision=precision, check_weights=same_weights
+    )
+    make = functools.partial(prepared.make, precision=precision)
+    yield Settled(pickle.dumps(make), prepared.embed is not None, prepared.weights, precision)
+    if prepared.embed is not None:
+        yield pickle.dumps(prepared.embed())
+
+
+@contextlib.contextmanager
+def preparing(request: Request, environment: Mapping[str, str]) -> Iterator[Iterator[Settled | bytes]]:
+    """``prepare``, from now on in a process of its own that ends with this context.
+
+    Where torch is imported already, that would import it again for nothing: the work is done in the thread
+    that asks for it then.
+
+    Args:
+        request: what is to be prepared.
+        environment: of the process, beside this one's.
+    """
+    if "torch" in sys.modules or not POSSIBLE:
+        yield prepare(request)
+    else:
+        with Apart(prepare, request, environment=environment) as apart:
+            yield iter(apart)
