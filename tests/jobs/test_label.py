@@ -14,9 +14,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -240,8 +241,22 @@ def test_missing_weights_are_told_before_work_starts(
     assert not list((tmp_path / "table").iterdir())
 
 
+@pytest.fixture
+def prepared_here() -> None:
+    """Where torch is imported, the class names are embedded in the same process."""
+    import torch  # noqa: F401
+
+
+def _lose_words() -> NoReturn:
+    raise MaskMillError("words_lost", "The words were lost.", "Find them.")
+
+
 def test_preparing_in_vain_leaves_all_that_was_there(
-    maskmill_joined: Run, toy_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    maskmill_joined: Run,
+    toy_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prepared_here: None,
 ) -> None:
     """Of a table, and of folders that only have the names of a table's."""
     table = tmp_path / "table"
@@ -253,11 +268,7 @@ def test_preparing_in_vain_leaves_all_that_was_there(
         (tmp_path / "data" / theirs).write_text("mine")
     before = contents(tmp_path)
 
-    def fail(*_arguments: object, before_embedding: Callable[[], None]) -> None:
-        before_embedding()
-        raise MaskMillError("words_lost", "The words were lost.", "Find them.")
-
-    monkeypatch.setattr(labellers, "embed_names", fail)
+    monkeypatch.setattr(labellers, "_text_embedder", lambda *_arguments: _lose_words)
     for output in (table, tmp_path / "data"):
         done = maskmill_joined(*toy(toy_images, output))
         assert done.returncode == 2 and "The words were lost." in done.stderr
@@ -306,14 +317,17 @@ def test_labels_of_others_in_folders_are_left_alone(
 
 
 def test_what_turns_out_late_ends_the_waiting_workers(
-    maskmill_joined: Run, toy_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    maskmill_joined: Run,
+    toy_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prepared_here: None,
 ) -> None:
-    def fail(*_arguments: object, before_embedding: Callable[[], None]) -> None:
-        before_embedding()
+    def fail() -> NoReturn:
         time.sleep(8)  # the workers have come by then
-        raise MaskMillError("words_lost", "The words were lost.", "Find them.")
+        _lose_words()
 
-    monkeypatch.setattr(labellers, "embed_names", fail)
+    monkeypatch.setattr(labellers, "_text_embedder", lambda *_arguments: fail)
     done = maskmill_joined(*toy(toy_images, tmp_path / "table"))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-2:] == ["maskmill: The words were lost.", "Find them. [words_lost]"]
@@ -321,24 +335,111 @@ def test_what_turns_out_late_ends_the_waiting_workers(
     assert not list((tmp_path / "table").iterdir()), "what could not begin leaves nothing"
 
 
-def test_ctrl_c_while_names_are_embedded(
-    maskmill_joined: Run, toy_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("torch_is_here", [False, True])
+def test_the_driver_needs_no_torch(
+    maskmill_environment: dict[str, str],
+    shared_ray: str,
+    toy_images: Path,
+    tmp_path: Path,
+    torch_is_here: bool,
 ) -> None:
-    embed, ended = labellers.embed_names, []
+    """Where a program of a user's has it already, its own thread prepares what else a process does."""
+    few = tmp_path / "few.txt"
+    few.write_text("".join(f"{path}\n" for path in sorted(toy_images.iterdir())[:2]))
+    program = """
+import sys
+from jobs.cli import main
+if sys.argv.pop(1) == "True":
+    import torch
+before = "torch" in sys.modules
+try:
+    main()
+finally:
+    print(before, "torch" in sys.modules)
+"""
+    arguments = [str(argument) for argument in toy(few, tmp_path / "table")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(torch_is_here), *arguments],
+        cwd=ROOT, env=maskmill_environment | {"RAY_ADDRESS": shared_ray}, capture_output=True, text=True,
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(torch_is_here)] * 2
+    assert set(read_table(tmp_path / "table")["status"].to_pylist()) == {"ok"}
 
-    def slowly(*arguments: Any, before_embedding: Callable[[], None]) -> Any:
-        before_embedding()
-        time.sleep(1)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
-        ended.append(time.monotonic())
-        return embed(*arguments)
 
-    monkeypatch.setattr(labellers, "embed_names", slowly)
+def test_ctrl_c_while_names_are_embedded(
+    maskmill_joined: Run,
+    toy_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prepared_here: None,
+) -> None:
+    embedder, ended = labellers._text_embedder, []
+
+    def slow_embedder(*arguments: Any) -> Callable[[], Any]:
+        embed = embedder(*arguments)
+
+        def slowly() -> Any:
+            time.sleep(1)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+            ended.append(time.monotonic())
+            return embed()
+
+        return slowly
+
+    monkeypatch.setattr(labellers, "_text_embedder", slow_embedder)
     done = maskmill_joined(*toy(toy_images, tmp_path / "table"))
     assert done.returncode == 130
     assert "Stopped." in done.stderr and ended
     assert not (tmp_path / "table" / "dataset.json").exists(), "a run that was stopped writes no more"
+
+
+@pytest.mark.parametrize(
+    ("whom", "how", "status", "says"),
+    [
+        ("driver", signal.SIGINT, 130, "Stopped."),
+        ("process that prepares", signal.SIGKILL, 1, "killed by signal 9"),
+    ],
+)
+def test_a_stop_while_names_are_embedded_elsewhere(
+    maskmill_environment: dict[str, str],
+    shared_ray: str,
+    toy_images: Path,
+    tmp_path: Path,
+    whom: str,
+    how: signal.Signals,
+    status: int,
+    says: str,
+) -> None:
+    run = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "label", "--images", str(toy_images), "--output",
+         str(tmp_path / "table"), "--classes", ", ".join(f"animal {index}" for index in range(60)),
+         "--set", "model=ViT-B-32", "--set", "pretrained=random:0"],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        env=maskmill_environment | {"RAY_ADDRESS": shared_ray, "MASKMILL_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    preparing = _wait_for_child(psutil.Process(run.pid), "jobs.apart")
+    while not list((tmp_path / "table" / "manifest").glob("*.parquet")):  # until the workers are asked for
+        assert run.poll() is None
+        time.sleep(0.05)
+    (psutil.Process(run.pid) if whom == "driver" else preparing).send_signal(how)
+    _, said = run.communicate(timeout=300)
+    assert run.returncode == status, said
+    assert says in said and "Traceback" not in said
+    assert not preparing.is_running()
+    assert not (tmp_path / "table" / "dataset.json").exists()
+    assert not list((tmp_path / "table").glob("labels/*.parquet"))
+
+
+def _wait_for_child(process: psutil.Process, program: str) -> psutil.Process:
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        for child in process.children():
+            if program in " ".join(child.cmdline()):
+                return child
+        time.sleep(0.02)
+    raise AssertionError(f"{program} was not started")
 
 
 @pytest.fixture(scope="module")

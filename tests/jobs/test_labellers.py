@@ -4,7 +4,6 @@ import io
 import json
 import pickle
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from PIL import Image
 from jobs import label
 from jobs.labellers import clipseg_recipe, labeller_module, prepare_labeller, student_recipe
 from jobs.recipes import RECIPES, LabelRecipe, change_recipe
+from models import clip
 from models.clip import load_clip
 from models.clipseg import ClipSegConfig, build_clipseg
 from models.errors import MaskMillError
 from pipeline.clipseg_folder import write_clipseg_folder
 from pipeline.clipseg_labeller import ClipSegLabeller
-from pipeline.labeller import Labeller
 from pipeline.maskclip_labeller import MaskClipLabeller, Words
 from pipeline.ontology import Ontology, load_ontology, parse_classes
 from pipeline.student import read_student_record
@@ -78,28 +77,38 @@ def test_the_recipe_of_a_student_names_it_and_its_sizes(
     assert caught.value.code == "recipe_invalid"
 
 
-def test_what_takes_time_is_announced_when_all_is_known_to_be_good() -> None:
-    recipe, begun = RECIPES["toy"], list[Callable[..., Labeller]]()
-    long = parse_classes("zebra, " + " ".join(["word"] * 60), background=None, templates="toyworld")
-    with pytest.raises(MaskMillError) as caught:
-        prepare_labeller(recipe, long, before_embedding=begun.append)
-    assert (caught.value.code, begun) == ("prompt_too_long", [])
-    prepared = prepare_labeller(recipe, OTHERS, before_embedding=begun.append)
-    prepare_labeller(recipe, OTHERS, before_embedding=begun.append)
-    assert len(begun) == 1, "in the cache the names take no time"
-    # What was begun without words ends as what has them.
+def test_the_names_may_be_embedded_when_all_else_is_done() -> None:
+    recipe = RECIPES["toy"]
+    prepared = prepare_labeller(recipe, OTHERS)
+    assert prepared.embed is not None
     asked = []
 
     def words() -> Words:
         asked.append(True)
-        assert prepared.words is not None
-        return prepared.words()
+        assert prepared.embed is not None
+        return prepared.embed()
 
-    early = pickle.loads(pickle.dumps(begun[0]))(precision="fp32", threads=1, words=words)
-    late = pickle.loads(pickle.dumps(prepared.make))(precision="fp32", threads=1)
+    early = pickle.loads(pickle.dumps(prepared.make))(precision="fp32", threads=1, words=words)
     scene, sizes = [generate(3, 1, 64)[0][0]], [(64, 64)]
     assert asked == [True]
+    late = prepared.build(precision="fp32", threads=1)
     assert_equal(early.label(scene, sizes)[0].labels, late.label(scene, sizes)[0].labels)
+    long = parse_classes("zebra, " + " ".join(["word"] * 60), background=None, templates="toyworld")
+    with pytest.raises(MaskMillError) as caught:
+        prepare_labeller(recipe, long).build(precision="fp32")
+    assert caught.value.code == "prompt_too_long"
+
+
+def test_cached_names_need_no_text_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKMILL_CACHE", str(tmp_path))
+    first = prepare_labeller(RECIPES["toy"], OTHERS).embed
+    assert first is not None
+    words = first()
+    monkeypatch.setattr(clip, "load_source", None)
+    again = prepare_labeller(RECIPES["toy"], OTHERS).embed
+    assert again is not None
+    assert_equal(again().embeddings, words.embeddings)
+    assert_equal(again().class_ids, words.class_ids)
 
 
 def test_workers_know_what_to_import_before_the_labeller_is_prepared(folder: Path) -> None:
@@ -216,7 +225,7 @@ def test_names_of_clips_still_make_a_teacher(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     (tmp_path / "toyclip").mkdir()  # an --output of this name must not get in the way
     prepared = prepare_labeller(RECIPES["toy"], OTHERS, precision="fp32")
-    assert isinstance(prepared.make(precision="fp32"), MaskClipLabeller)
+    assert isinstance(prepared.build(precision="fp32"), MaskClipLabeller)
     assert prepared.weights["model"] == "toyclip" and "text" not in prepared.weights
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -63,13 +64,13 @@ def test_run_manifest_has_a_row_group_for_each_part(tmp_path: Path) -> None:
     assert pa.concat_tables(blocks).equals(todo)
 
 
-def _refuse(code: str) -> Any:
+def _refuse(code: str, **_settings: Any) -> Any:
     raise MaskMillError(code, "It could not be prepared.", "Mend it.")
 
 
-def _begin(size: int, words: Callable[[], list[str]]) -> dict[str, Any]:
+def _begin(size: int, threads: int, words: Callable[[], list[str]]) -> dict[str, Any]:
     read = size * 2  # what needs no words
-    return {"size": read, "words": words()}
+    return {"size": read, "threads": threads, "words": words()}
 
 
 WHOLE, BEGUN = functools.partial(dict, size=3), functools.partial(_begin, 3)
@@ -89,24 +90,24 @@ def test_workers_import_and_begin_while_the_driver_prepares_the_labeller() -> No
     with ray_session("test", address=None, verbose=False):
         for make, words in (
             (WHOLE, None),
-            (BEGUN, functools.partial(list, "ab")),
-            (BEGUN, functools.partial(_refuse, "words")),
+            (BEGUN, ["a", "b"]),
             (functools.partial(_refuse, "mine"), None),
         ):
             board = start_board()
-            built = ray.remote(num_cpus=1)(build).remote(labeller_to_come(board, ["colorsys"]), board)
+            built = ray.remote(num_cpus=1)(build).remote(
+                labeller_to_come(board, ["colorsys"], {"threads": 2}), board
+            )
             # The board goes on taking reports while the worker waits.
             while ray.get(board.snapshot.remote(), timeout=60).done == 0:
                 assert not ray.wait([built], timeout=0.1)[0]
-            hand_over_labeller(board, make, words_to_come=words is not None)
+            hand_over_labeller(board, pickle.dumps(make), words_to_come=words is not None)
             if words:
                 assert not ray.wait([built], timeout=0.5)[0]
-                hand_over_words(board, words)
+                hand_over_words(board, pickle.dumps(words))
             outcomes.append(ray.get(built, timeout=60))
 
     assert outcomes == [
-        ({"size": 3}, True),
-        ({"size": 6, "words": ["a", "b"]}, True),
-        ("words", True),
+        ({"size": 3, "threads": 2}, True),
+        ({"size": 6, "threads": 2, "words": ["a", "b"]}, True),
         ("mine", True),
     ]

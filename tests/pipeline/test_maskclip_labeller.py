@@ -13,7 +13,7 @@ from pipeline.toyworld import generate
 
 def test_several_threads_may_label_at_a_time() -> None:
     prepared = prepare_labeller(RECIPES["toy"], load_ontology("toyworld"), precision="fp32")
-    labeller = prepared.make(precision="fp32", threads=1)
+    labeller = prepared.build(precision="fp32", threads=1)
     # More sizes than position tables are kept, so that threads throw out each other's.
     images = [generate(3, 1, 16 * side).images[0] for side in range(2, 22) for _ in range(2)]
 
