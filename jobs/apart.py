@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import traceback
@@ -17,16 +18,21 @@ from models.errors import MaskMillError
 
 T = TypeVar("T")
 
-_PROGRAM = "import sys; from jobs.apart import main; main(int(sys.argv[1]))"
+# Not what lies in the working directory, which "-c" would put before all else.
+_PROGRAM = (
+    "import sys; sys.path = [p for p in sys.path if p]; from jobs.apart import main; main(int(sys.argv[1]))"
+)
 _NICE = 19
+
 POSSIBLE = os.name == "posix"
+"""Whether this system has what ``Apart`` needs."""
 
 
 class Apart(Generic[T]):
-    """A generator function that runs in a process of its own, from now on; what it yields, to iterate once.
+    """A generator function in a process of its own, from when this context is entered.
 
-    The process stands back behind all others, hears no Ctrl-C, and ends when this context is left, or when it
-    has something to say and this process is gone.
+    Iterate, once, over what it yields. The process has the lowest priority, hears no Ctrl-C, and ends with
+    this context, or when it has something to say and this process is gone.
 
     Args:
         work: a module's generator function, called there. What it yields, or raises, comes here as a pickle.
@@ -41,8 +47,13 @@ class Apart(Generic[T]):
     def __init__(
         self, work: Callable[..., Iterator[T]], *args: Any, environment: Mapping[str, str] | None = None
     ) -> None:
+        self._order = (work, args)
+        self._environment = dict(environment or {})
+
+    def __enter__(self) -> Apart[T]:
+        self._left = False
         self._connection, theirs = Pipe()
-        search = os.pathsep.join(filter(None, sys.path))
+        search = os.pathsep.join(map(os.path.abspath, sys.path))
         with theirs:
             # Not multiprocessing's way, which would run the program of whoever calls this once more.
             self._process = subprocess.Popen(
@@ -50,12 +61,10 @@ class Apart(Generic[T]):
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env={**os.environ, **(environment or {}), "PYTHONPATH": search},
+                env={**os.environ, **self._environment, "PYTHONPATH": search},
             )
-        self._left = False
-        self._connection.send((work, args))
-
-    def __enter__(self) -> Apart[T]:
+        with contextlib.suppress(ConnectionError):  # then the iteration tells
+            self._connection.send(self._order)
         return self
 
     def __exit__(
@@ -64,35 +73,53 @@ class Apart(Generic[T]):
         _error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        # Who waits for the process, in another thread, hears that it has gone.
         self._left = True
-        self._process.kill()
-        self._process.wait()
+        if self._process.poll() is None:
+            # Who waits for it, in another thread, hears that it has gone.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     def __iter__(self) -> Iterator[T]:
-        while True:
-            try:
-                kind, value = self._connection.recv()
-            except (EOFError, ConnectionError):
-                if self._left:
-                    return
-                status = self._process.wait()
-                raise MaskMillError(
-                    "process_lost",
-                    "The process that prepares the work was "
-                    + (f"killed by signal {-status}." if status < 0 else f"gone, with status {status}."),
-                    "If this machine has run out of memory, close something. The same command begins anew.",
-                ) from None
-            if kind == "end":
+        with self._connection:
+            while True:
+                try:
+                    kind, value = self._connection.recv()
+                except (EOFError, ConnectionError):
+                    if self._left:
+                        return
+                    raise _lost(self._process.wait()) from None
+                if kind == "item":
+                    yield value
+                    continue
+                self._process.wait()
+                if kind == "error":
+                    error, told = value
+                    raise error from _Elsewhere(told)
                 return
-            if kind == "error":
-                error, told = value
-                raise error from _Elsewhere(told)
-            yield value
+
+
+def _lost(status: int) -> MaskMillError:
+    if status == -signal.SIGKILL:
+        how, remedy = "killed", "If this machine has run out of memory, close something."
+    else:
+        how, remedy = f"gone, with status {status}", "See what it printed, above."
+    return MaskMillError(
+        "process_lost",
+        f"The process that prepares the work was {how}.",
+        f"{remedy} The same command begins anew.",
+    )
 
 
 class _Elsewhere(Exception):
     """The traceback of an exception in the other process."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"
+
+
+class _NobodyListens(Exception):
+    """The process that asked is gone."""
 
 
 def main(descriptor: int) -> None:
@@ -101,19 +128,29 @@ def main(descriptor: int) -> None:
     Args:
         descriptor: of its end of the connection.
     """
+    os.set_inheritable(descriptor, False)  # or who is started here would keep the connection open
     os.setpriority(os.PRIO_PROCESS, 0, _NICE)
     # Threads of torch's that wait for each other would keep busy the cores that they wait for.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with Connection(descriptor) as connection, contextlib.suppress(ConnectionError):
+    connection = Connection(descriptor)
+
+    def say(kind: str, value: Any = None) -> None:
         try:
-            work, args = connection.recv()
+            connection.send((kind, value))
+        except ConnectionError as error:
+            raise _NobodyListens from error
+
+    with connection, contextlib.suppress(_NobodyListens, EOFError):
+        work, args = connection.recv()
+        try:
             for item in work(*args):
-                connection.send(("item", item))
-            connection.send(("end", None))
-        except ConnectionError:  # nobody listens any more
+                say("item", item)
+        except _NobodyListens:
             raise
         except Exception as error:
-            connection.send(("error", (_picklable(error), traceback.format_exc())))
+            say("error", (_picklable(error), traceback.format_exc()))
+        else:
+            say("end")
 
 
 def _picklable(error: Exception) -> Exception:

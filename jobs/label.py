@@ -29,6 +29,7 @@ from jobs.recipes import LabelRecipe
 from jobs.versions import versions
 from models.errors import MaskMillError
 from pipeline.checkpoint import CHECKPOINT_DIR, LABELS_DIR, done_ids, recover
+from pipeline.compute import WORKER_MALLOC, joins_cluster, ray_session, worker_precision
 from pipeline.labels import DATASET_FILE
 from pipeline.lease import RUN_ID_VARIABLE, Lease
 from pipeline.manifest import build_manifest
@@ -99,7 +100,7 @@ def run(job: LabelJob, console: Console | None = None) -> int:
     tracker = open_tracker(job.tracking, system_metrics=job.system_metrics)
     manifest = build_manifest(job.source)
     storage = open_storage(job.output)
-    on_cluster = bool(job.address or os.environ.get("RAY_ADDRESS"))
+    on_cluster = joins_cluster(job.address)
     with Lease.acquire(storage, on_lost=_abandon, cluster=on_cluster) as lease:
         recorded = _existing(storage, job)
         replaced = job.overwrite and storage.exists(DATASET_FILE)
@@ -210,8 +211,6 @@ def _label(
     replaced: bool,
 ) -> tuple[Progress, float, float]:
     """Run the flow; returns its progress, the seconds until it flowed, and the busy share of the actors."""
-    from pipeline.compute import WORKER_MALLOC, ray_session
-
     display = LabelDisplay(todo.num_rows, console)
     with contextlib.ExitStack() as stack:
         stack.enter_context(display.live())
@@ -221,7 +220,8 @@ def _label(
         def begin_preparing(precision: str) -> Iterator[Settled | bytes]:
             fingerprint = recorded["weights"]["fingerprint"] if recorded else None
             request = Request(job.recipe, job.ontology, job.output, precision, fingerprint)
-            environment = WORKER_MALLOC | {RUN_ID_VARIABLE: lease.run_id}
+            # Tunables that are set stay; another run of this process may have left its id.
+            environment = WORKER_MALLOC | os.environ | {RUN_ID_VARIABLE: lease.run_id}
             return stack.enter_context(preparing(request, environment))
 
         precision = recorded["precision"] if recorded else job.recipe.precision
@@ -235,7 +235,6 @@ def _label(
             ray_session(lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage)
         )
         imported.result()
-        from pipeline.compute import worker_precision
         from pipeline.labelling import labeller_to_come, run_labelling, start_board, write_run_manifest
         from pipeline.stages import ImageSettings
 
@@ -282,7 +281,7 @@ def _label(
             running.end()
             if running.failure is not None:
                 _leave_nothing(storage, manifest)
-                raise running.failure from None
+                raise running.failure from running.failure.__cause__
             raise
         flowing = (progress.last_s or 0.0) - (progress.first_s or 0.0)
         busy = progress.label_s / (compute.actors * compute.calls * flowing) if flowing > 1 else 0.0
@@ -321,6 +320,7 @@ def _hand_over(
             then = next(preparation)
             assert isinstance(then, bytes), "then the words"
             words = then
+        next(preparation, None)  # lets the other process end
         record = _record(job, settled)
         running.do(lambda: finish(labeller, words, record))
     except BaseException as failure:

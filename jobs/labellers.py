@@ -51,7 +51,8 @@ class PreparedLabeller:
             that gives what ``embed`` does and may wait for it, unless that is None.
         weights: model, the word that chose the weights, and their fingerprint; of a student also ``text``,
             the CLIP (with the same three) that its class names are embedded by.
-        embed: embeds the class names, which takes seconds unless they are in the cache.
+        embed: embeds the class names, which takes seconds unless they are in the cache; raises as
+            ``models.text.build_text_classifier``.
     """
 
     make: Callable[..., Labeller]
@@ -65,7 +66,7 @@ class PreparedLabeller:
             settings: of ``make``, without ``words``.
 
         Raises:
-            MaskMillError: see ``models.clip.load_source``, ``models.text.build_text_classifier``.
+            MaskMillError: as ``make`` and ``embed`` do.
         """
         return self.make(**settings) if self.embed is None else self.make(**settings, words=self.embed)
 
@@ -77,7 +78,7 @@ def prepare_labeller(
     precision: str = "auto",
     check_weights: CheckWeights = lambda _fingerprint: None,
 ) -> PreparedLabeller:
-    """Find and read the weights, so that mistakes show before work starts.
+    """Find the weights, and read those of them that are at hand here, so that mistakes show early.
 
     Args:
         recipe: which model, and how its scores are read. The model is a student if it is a path or URI of a
@@ -87,7 +88,7 @@ def prepare_labeller(
         check_weights: is given the fingerprint before the class names are embedded; may raise.
 
     Raises:
-        MaskMillError: see ``models.weights.find_weights``, ``models.text.build_text_classifier`` and
+        MaskMillError: see ``models.weights.find_weights``, ``models.clip.load_source`` and
             ``pipeline.student.read_student_record``; ``recipe_invalid`` for settings that the model has no
             use for, ``vocabulary_fixed`` for classes that it cannot take.
     """

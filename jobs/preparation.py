@@ -44,7 +44,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Settled:
-    """All settings are known to be good.
+    """Weights and settings are known to be good; of the prompts only their length is not.
 
     Attributes:
         labeller: pickle of what builds the Labeller; takes ``threads``, and ``words`` if they are to come.
@@ -100,7 +100,7 @@ def preparing(request: Request, environment: Mapping[str, str]) -> Iterator[Iter
     """``prepare``, from now on in a process of its own that ends with this context.
 
     Where torch is imported already, that would import it again for nothing: the work is done in the thread
-    that asks for it then.
+    that asks for it then, at the priority of this process.
 
     Args:
         request: what is to be prepared.

@@ -5,7 +5,6 @@ Shapes: B batch, P prompts, D embedding channels, H W pixels, h w grid, N = 1 + 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from models.blocks import residual_block
 from models.dense import ResNetDense, VitDense, dense_encoder
 from models.errors import MaskMillError
-from models.openclip import ModifiedResNet, VisionTransformer, open_clip, with_transformers
+from models.openclip import ModifiedResNet, VisionTransformer, open_clip, with_the_rest
 from models.prompt_tree import encode_tokens, shares_prefixes
 from models.skeleton import shapes_only
 from models.weights import WeightSource, check_supported, find_weights, read_state
@@ -316,13 +315,13 @@ def _build(source: WeightSource) -> nn.Module:
     text = config["text_cfg"]
     foreign_text = "hf_model_name" in text
     if foreign_text:
-        with_transformers()
+        with_the_rest()
         config["text_cfg"] = {**text, "hf_model_pretrained": False}
     custom = source.config.get("custom_text", False) or foreign_text
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     try:
         # Hugging Face text towers compute buffers when they are built, so they need real memory.
-        with contextlib.nullcontext() if foreign_text else shapes_only():
+        with torch.device("cpu") if foreign_text else shapes_only():
             return kind(**config)
     except Exception as error:
         remedy = "Check the configuration against open_clip's own model_configs."

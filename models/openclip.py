@@ -2,8 +2,7 @@
 
 Importing open_clip imports transformers where it is installed (for text towers from Hugging Face), timm (for
 image towers that MaskMill cannot use), and through torchvision the compiler of torch: 3.5 s of every process
-that only wants a CLIP. Import open_clip from here, and call ``with_transformers`` before a text tower from
-Hugging Face is built.
+that only wants a CLIP. Import open_clip from here, and call ``with_the_rest`` before such a tower is built.
 """
 
 from __future__ import annotations
@@ -11,39 +10,41 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+_COMPILER = "torch._dynamo.utils"
 
-def _stand_in(module: str) -> ModuleType:
-    """For a module of functions: they import the real one when they are called."""
 
-    def function(name: str) -> Callable[..., Any]:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *args, **kwargs: getattr(importlib.import_module(module), name)(*args, **kwargs)
+def _stand_in() -> ModuleType:
+    """For the one function of the compiler that torchvision imports, to ask it something much later."""
 
-    stand_in = ModuleType(module)
-    stand_in.__dict__["__getattr__"] = function
+    def is_compile_supported(device: Any) -> Any:
+        if sys.modules.get(_COMPILER) is stand_in:
+            del sys.modules[_COMPILER]
+        return importlib.import_module(_COMPILER).is_compile_supported(device)
+
+    stand_in = ModuleType(_COMPILER)
+    stand_in.__dict__["is_compile_supported"] = is_compile_supported
     return stand_in
 
 
 @contextlib.contextmanager
 def _without_the_rest() -> Iterator[None]:
-    """For this second it holds for the whole process; nothing else of ours imports these meanwhile."""
+    """For this second it holds for all threads of the process."""
     # None is what Python takes for "not installed".
     others: dict[str, Any] = {"transformers": None, "timm": None}
     if "torch._dynamo" not in sys.modules:
-        # Of the compiler torchvision takes one function, for gradients of an operation of detectors.
-        others["torch._dynamo.utils"] = _stand_in("torch._dynamo.utils")
+        others[_COMPILER] = _stand_in()
     others = {name: instead for name, instead in others.items() if name not in sys.modules}
     sys.modules.update(others)
     try:
         yield
     finally:
-        for name in others:
-            del sys.modules[name]
+        for name, instead in others.items():
+            if name in sys.modules and sys.modules[name] is instead:
+                del sys.modules[name]
 
 
 if "open_clip" in sys.modules:
@@ -67,12 +68,14 @@ __all__ = [
     "VisionTransformer",
     "download_pretrained_from_hf",
     "open_clip",
-    "with_transformers",
+    "with_the_rest",
 ]
 
 
-def with_transformers() -> None:
-    """Let open_clip build text towers from Hugging Face, if transformers is installed."""
+def with_the_rest() -> None:
+    """Let open_clip build what needs transformers or timm, as far as they are installed."""
+    # Functions and classes look names up in their module, which keeps its identity.
     if open_clip.hf_model.transformers is None:
-        # The module's functions look names up in the module, which keeps its identity.
         importlib.reload(open_clip.hf_model)
+    if open_clip.timm_model.timm is None:
+        importlib.reload(open_clip.timm_model)

@@ -49,7 +49,7 @@ class _NoStatistics:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Flows that run meanwhile have the whole Ray, and start nothing beside themselves."""
+    """Flows of this process that run meanwhile have the whole Ray, and start no such processes."""
     instead = {
         "create_cluster_autoscaler": lambda *_args, **_kwargs: FixedCluster(),
         "_StatsManager": _NoStatistics,

@@ -147,6 +147,11 @@ class Plan(Protocol[P]):
         ...
 
 
+def joins_cluster(address: str | None) -> bool:
+    """Whether ``ray_session`` joins a cluster, by its argument or the environment, and starts no Ray here."""
+    return (address or os.environ.get("RAY_ADDRESS")) not in (None, "", "local")
+
+
 @contextlib.contextmanager
 def ray_session(
     run_id: str,
@@ -183,7 +188,7 @@ def ray_session(
 
     address = address or os.environ.get("RAY_ADDRESS")
     level = logging.INFO if verbose else logging.ERROR
-    local = address in (None, "", "local")
+    local = not joins_cluster(address)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:

@@ -183,7 +183,7 @@ def run_labelling(
             be started again.
     """
     _configure(storage)
-    board.begin.remote(time.time())
+    board.begin.remote(time.monotonic())
     pool = ray.data.ActorPoolStrategy(
         size=compute.actors,
         max_concurrent_calls_per_actor=compute.calls,

@@ -45,7 +45,8 @@ class Board:
     def __init__(self) -> None:
         self._handed_over: dict[str, bytes] = {}
         self._something_new = threading.Condition()
-        self.begin(time.time())
+        self._progress = Progress()
+        self._origin = time.monotonic()
 
     def hand_over(self, name: str, value: bytes) -> None:
         """Something that was still to come."""
@@ -60,8 +61,7 @@ class Board:
             return self._handed_over[name]
 
     def begin(self, origin: float) -> None:
-        """A flow begins, at ``origin`` (``time.time()`` of whoever begins it)."""
-        self._progress = Progress()
+        """The flow began at ``origin``: ``time.monotonic()``, which all processes of a machine share."""
         self._origin = origin
 
     def add(
@@ -77,7 +77,7 @@ class Board:
         merged = dict(old.failures)
         for code, count in (failures or {}).items():
             merged[code] = merged.get(code, 0) + count
-        now = time.time() - self._origin
+        now = time.monotonic() - self._origin
         first = done > 0 and old.first_s is None
         self._progress = Progress(
             done=old.done + done,

@@ -400,9 +400,10 @@ def test_ctrl_c_while_names_are_embedded(
     ("whom", "how", "status", "says"),
     [
         ("driver", signal.SIGINT, 130, "Stopped."),
-        ("process that prepares", signal.SIGKILL, 1, "killed by signal 9"),
+        ("process that prepares", signal.SIGKILL, 1, "was killed"),
     ],
 )
+@pytest.mark.parametrize("precision", ["auto", "fp32"])  # begun when the cluster is joined, or before
 def test_a_stop_while_names_are_embedded_elsewhere(
     maskmill_environment: dict[str, str],
     shared_ray: str,
@@ -412,11 +413,12 @@ def test_a_stop_while_names_are_embedded_elsewhere(
     how: signal.Signals,
     status: int,
     says: str,
+    precision: str,
 ) -> None:
     run = subprocess.Popen(
         [sys.executable, "-m", "jobs.cli", "label", "--images", str(toy_images), "--output",
          str(tmp_path / "table"), "--classes", ", ".join(f"animal {index}" for index in range(60)),
-         "--set", "model=ViT-B-32", "--set", "pretrained=random:0"],
+         "--set", "model=ViT-B-32", "--set", "pretrained=random:0", "--set", f"precision={precision}"],
         cwd=ROOT, stderr=subprocess.PIPE, text=True,
         env=maskmill_environment | {"RAY_ADDRESS": shared_ray, "MASKMILL_CACHE": str(tmp_path / "cache")},
     )  # fmt: skip
@@ -431,6 +433,35 @@ def test_a_stop_while_names_are_embedded_elsewhere(
     assert not preparing.is_running()
     assert not (tmp_path / "table" / "dataset.json").exists()
     assert not list((tmp_path / "table").glob("labels/*.parquet"))
+
+
+def test_what_breaks_elsewhere_is_told_with_its_place(
+    maskmill: Run, shared_ray: str, toy_images: Path, tmp_path: Path
+) -> None:
+    """A bug, that is; and it leaves nothing."""
+    (tmp_path / "cache").write_text("no folder")
+    done = maskmill(
+        *toy(toy_images, tmp_path / "table"), RAY_ADDRESS=shared_ray, MASKMILL_CACHE=str(tmp_path / "cache")
+    )
+    assert done.returncode == 1
+    assert "in write_text_classifier" in done.stderr and "FileExistsError" in done.stderr
+    assert not list((tmp_path / "table").iterdir())
+
+
+@pytest.mark.parametrize("after_s", [0.5, 1.5, 2.5])
+def test_ctrl_c_while_ray_starts(
+    maskmill_environment: dict[str, str], toy_images: Path, tmp_path: Path, after_s: float
+) -> None:
+    run = _start(toy_images, tmp_path / "table", maskmill_environment)
+    preparing = _wait_for_child(psutil.Process(run.pid), "jobs.apart")
+    time.sleep(after_s)
+    started = psutil.Process(run.pid).children(recursive=True)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=300)
+    assert run.returncode == 130, said
+    assert "Stopped." in said and "Traceback" not in said
+    assert not preparing.is_running()
+    assert not psutil.wait_procs(started, timeout=60)[1], "left behind"
 
 
 def _wait_for_child(process: psutil.Process, program: str) -> psutil.Process:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -34,14 +33,15 @@ def labels_of(settled: object, words: object) -> np.ndarray:
     return prediction.labels
 
 
-def test_here_and_apart_the_same_is_prepared() -> None:
+def test_here_and_apart_the_same_is_prepared(tmp_path: Path) -> None:
     wanted = prepare_labeller(RECIPES["toy"], OTHERS, precision="fp32").build(precision="fp32", threads=1)
     expected = wanted.label([generate(3, 1, 64).images[0]], [(64, 64)])[0].labels
     with preparing(REQUEST, {}) as here:  # torch is imported
         assert not isinstance(here, Apart)
         assert_equal(labels_of(*here), expected)
-    with Apart(prepare, REQUEST, environment={"MASKMILL_CACHE": os.environ["MASKMILL_CACHE"]}) as apart:
+    with Apart(prepare, REQUEST, environment={"MASKMILL_CACHE": str(tmp_path / "theirs")}) as apart:
         assert_equal(labels_of(*apart), expected)
+    assert list((tmp_path / "theirs").iterdir()), "embedded there"
 
 
 def test_what_is_settled() -> None:
