@@ -84,7 +84,11 @@ def _family(pid: int) -> list[tuple[psutil.Process, str]]:
         driver = psutil.Process(pid)
         members = [(driver, "driver")]
         for child in driver.children(recursive=True):
-            title = child.cmdline()[0] if child.cmdline() else ""
+            command = child.cmdline()
+            title = command[0] if command else ""
+            if "jobs.apart" in " ".join(command):
+                members.append((child, "process that prepares (ends at the start)"))
+                continue
             for mark, role in (
                 ("MapWorker", "CLIP worker"),
                 ("Board", "progress actor"),
