@@ -320,7 +320,6 @@ def _hand_over(
             then = next(preparation)
             assert isinstance(then, bytes), "then the words"
             words = then
-        next(preparation, None)  # lets the other process end
         record = _record(job, settled)
         running.do(lambda: finish(labeller, words, record))
     except BaseException as failure:
