@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from models.errors import MaskMillError
-from pipeline.lease import RUN_ID_VARIABLE
+from pipeline.lease import RUN_ID_VARIABLE, end_orphans
 
 LOCAL_SLOTS = 8
 """Logical CPUs of a local Ray at least. They are scheduling slots, not cores: with as many as a small
@@ -195,13 +195,18 @@ def ray_session(
         with contextlib.nullcontext() if verbose else _quiet_stderr():
             if local:
                 slots = max(LOCAL_SLOTS, 2 * cores)
-                ray.init(
-                    "local",
-                    num_cpus=slots,
-                    include_dashboard=False,
-                    logging_level=level,
-                    log_to_driver=verbose,
-                )
+                try:
+                    ray.init(
+                        "local",
+                        num_cpus=slots,
+                        include_dashboard=False,
+                        logging_level=level,
+                        log_to_driver=verbose,
+                    )
+                except BaseException:
+                    # Ctrl-C meanwhile may leave some processes that Ray has yet to hear of.
+                    end_orphans(run_id)
+                    raise
             else:
                 ray.init(address, logging_level=level, log_to_driver=verbose)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:

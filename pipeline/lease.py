@@ -7,6 +7,7 @@ gone (same host: the process is dead; elsewhere: no heartbeat for ``LEASE_TTL_S`
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -173,7 +174,8 @@ def end_orphans(run_id: str, *, timeout_s: float = 20.0) -> int:
     """End the processes that a dead run left on this host, and wait until they are gone.
 
     Args:
-        run_id: of the dead run; its processes carry it in their environment.
+        run_id: of the dead run; its processes carry it in their environment, or are children of those (Ray's
+            agents write their titles over it).
         timeout_s: how long to wait for them.
 
     Returns:
@@ -185,8 +187,10 @@ def end_orphans(run_id: str, *, timeout_s: float = 20.0) -> int:
             continue
         try:
             if process.environ().get(RUN_ID_VARIABLE) == run_id:
-                process.kill()
-                orphans.append(process)
+                for member in (*process.children(recursive=True), process):
+                    orphans.append(member)
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        member.kill()
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue
     psutil.wait_procs(orphans, timeout=timeout_s)
