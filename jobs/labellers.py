@@ -78,7 +78,7 @@ def prepare_labeller(
     precision: str = "auto",
     check_weights: CheckWeights = lambda _fingerprint: None,
 ) -> PreparedLabeller:
-    """Find the weights, and read those of them that are at hand here, so that mistakes show early.
+    """Find the weights, and read those that preparing needs, so that mistakes show early.
 
     Args:
         recipe: which model, and how its scores are read. The model is a student if it is a path or URI of a

@@ -188,6 +188,8 @@ def end_orphans(run_id: str, *, timeout_s: float = 20.0) -> int:
         try:
             if process.environ().get(RUN_ID_VARIABLE) == run_id:
                 for member in (*process.children(recursive=True), process):
+                    if member.pid == os.getpid():
+                        continue
                     orphans.append(member)
                     with contextlib.suppress(psutil.NoSuchProcess):
                         member.kill()

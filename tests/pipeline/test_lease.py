@@ -122,3 +122,21 @@ def test_orphans_are_ended_and_nothing_else() -> None:
     finally:
         ours.kill()
         theirs.kill()
+
+
+def test_children_of_orphans_are_ended_with_them() -> None:
+    """Ray's agents write their titles over the environment that would tell whose they are."""
+    code = (
+        "import os, subprocess, sys, time\n"
+        f"del os.environ[{RUN_ID_VARIABLE!r}]\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {RUN_ID_VARIABLE: "dead-run"}, stdout=subprocess.PIPE
+    ) as marked:
+        assert marked.stdout is not None
+        child = psutil.Process(int(marked.stdout.readline()))
+        assert end_orphans("dead-run") == 2
+        assert not psutil.wait_procs([child], timeout=10)[1]
