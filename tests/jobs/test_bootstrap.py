@@ -96,12 +96,18 @@ def interpreter(path: Path, before: str) -> str:
     return str(path)
 
 
+@pytest.fixture
+def python(tmp_path: Path) -> str:
+    """Names this interpreter to ``make``, on a disk with room: these packages are small, whatever is free."""
+    roomy = "import shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=1e11)"
+    return f"PYTHON={interpreter(tmp_path / 'roomy', roomy)}"
+
+
 def test_it_parses_on_old_pythons() -> None:
     ast.parse((ROOT / "jobs" / "bootstrap.py").read_text(), feature_version=(3, 6))
 
 
-def test_first_call_installs_second_does_nothing_and_changes_are_taken_up(project: Path) -> None:
-    python = f"PYTHON={sys.executable}"
+def test_first_call_installs_second_does_nothing_and_changes_are_taken_up(project: Path, python: str) -> None:
     first = make(project, "setup", python)
     assert first.returncode == 0, first.stdout + first.stderr
     assert "Ready" in first.stdout
@@ -132,14 +138,14 @@ def test_first_call_installs_second_does_nothing_and_changes_are_taken_up(projec
     assert not (venv / "left-over").exists()
 
 
-def test_a_run_that_was_cut_short_goes_on(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_cut_short_goes_on(project: Path, python: str) -> None:
     requirements = project / "requirements.txt"
     requirements.write_text("pinned==1.0\nabsent==3.1\n")
-    failed = make(project, "setup", f"PYTHON={sys.executable}")
+    failed = make(project, "setup", python)
     assert failed.returncode != 0
     assert "has no absent==3.1 for Python" in failed.stderr
     requirements.write_text("pinned==1.0\n")
-    mended = make(project, "setup", f"PYTHON={sys.executable}")
+    mended = make(project, "setup", python)
     assert mended.returncode == 0
     assert "Making the environment" not in mended.stdout  # the environment of the first run was good
 
@@ -212,21 +218,21 @@ def test_space_is_looked_for_where_the_environment_goes(tmp_path: Path) -> None:
         bootstrap.check_space(str(tmp_path), lambda path: Usage(0, 0, 9e9 if path == str(tmp_path) else 1e9))
 
 
-def test_no_index(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_index(project: Path, python: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # the discard port: nobody listens
     monkeypatch.setenv("PIP_RETRIES", "1")
-    result = make(project, "setup", f"PYTHON={sys.executable}")
+    result = make(project, "setup", python)
     assert result.returncode != 0
     lines = [line for line in result.stderr.splitlines() if not line.startswith("make")]
     assert len(lines) == 1 and "cannot reach a package index" in lines[0]
 
 
-def test_files_of_others_are_left_alone(project: Path) -> None:
+def test_files_of_others_are_left_alone(project: Path, python: str) -> None:
     (project / "photos").mkdir()
     (project / "photos" / "one.jpg").touch()
-    result = make(project, "setup", f"PYTHON={sys.executable}", "VENV=photos")
+    result = make(project, "setup", python, "VENV=photos")
     assert result.returncode != 0 and "no virtual environment" in result.stderr
     assert (project / "photos" / "one.jpg").exists()
 
