@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from jobs.interruption import stop_on_signals
 from models.errors import FAILED_WORK, MaskMillError
 from pipeline.collector import collect_rarely
 
@@ -772,7 +771,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; ends the process with the exit status."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    stop_on_signals()
     collect_rarely()
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands, prog = COMMANDS, "maskmill"
@@ -791,11 +790,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("Stopped. What is finished is kept: the same command goes on from there.", file=sys.stderr)
         status = 130
     sys.exit(status)
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> None:
-    """A polite request to end is treated as Ctrl-C: the run stops cleanly and can be taken up."""
-    raise KeyboardInterrupt
 
 
 def _labelling_recipe(

@@ -1,11 +1,36 @@
-"""Ending the run of the main thread from another thread."""
+"""Ending the run of the main thread: on a signal, and from another thread."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
+from types import FrameType
+
+PATIENCE_S = 5.0
+
+
+def stop_on_signals() -> None:
+    """Let SIGTERM, a polite request to end, do what Ctrl-C does: the run stops cleanly and can be taken up.
+
+    That takes seconds. An impatient second Ctrl-C meanwhile would leave processes behind that no one ends,
+    so for ``PATIENCE_S`` none is heeded.
+    """
+    heeded: list[float] = []
+
+    def interrupted(_signal: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if heeded and now < heeded[-1] + PATIENCE_S:
+            return
+        heeded.append(now)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupted)
+    # A shell starts what it puts in the background with Ctrl-C ignored.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupted)
 
 
 def interrupt() -> None:

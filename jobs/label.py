@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import os
@@ -23,7 +24,6 @@ from rich.console import Console
 
 from jobs.console import LabelDisplay, duration, stderr_console
 from jobs.interruption import Running, interrupt
-from jobs.labellers import labeller_module
 from jobs.preparation import Request, Settled, preparing
 from jobs.recipes import LabelRecipe
 from jobs.versions import versions
@@ -235,35 +235,48 @@ def _label(
             ray_session(lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage)
         )
         imported.result()
-        from pipeline.labelling import labeller_to_come, run_labelling, start_board, write_run_manifest
+        from pipeline.labelling import (
+            build_labeller,
+            run_labelling,
+            start_board,
+            words_to_come,
+            write_run_manifest,
+        )
         from pipeline.stages import ImageSettings
 
         board = start_board()
         if preparation is None:
             # Before the flow takes its GPUs.
             preparation = begin_preparing(worker_precision(compute))
+        display.stage("reading weights")
+        settled = next(preparation)
+        assert isinstance(settled, Settled), "what is settled comes first"
         if replaced:
             preparation = iter(list(preparation))
             # Only now, when weights, words and Ray are known to be there.
             for entry in OWN_ENTRIES:
                 storage.delete(entry)
+        record = None if recorded else _record(job, settled)
+        if record is not None and not settled.words_to_come:
+            storage.write_json(DATASET_FILE, record)
         run_name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{lease.run_id[:8]}"
         manifest = write_run_manifest(storage, run_name, todo, compute.actors * compute.calls)
         at_once = f", {compute.calls} images at a time" if compute.calls > 1 else ""
         kind = "GPU" if compute.gpus else "CPU"
-        display.stage(
-            f"reading weights and words, starting {compute.actors} CLIP worker(s) on {kind}{at_once}"
-        )
+        embedding = "embedding class names, " if settled.words_to_come else ""
+        display.stage(f"{embedding}starting {compute.actors} CLIP worker(s) on {kind}{at_once}")
         running = stack.enter_context(Running())
         before_flow = time.monotonic() - began
         try:
-            handing_over.submit(_hand_over, board, preparation, running, job, storage, recorded)
+            settings: dict[str, Any] = {"threads": compute.threads}
+            if settled.words_to_come:
+                settings["words"] = words_to_come(board)
+                # The workers read their weights while the class names are embedded.
+                handing_over.submit(_hand_over_words, board, preparation, running, storage, record)
             progress = run_labelling(
                 storage,
                 manifest,
-                make_labeller=labeller_to_come(
-                    board, [labeller_module(job.recipe)], {"threads": compute.threads}
-                ),
+                make_labeller=functools.partial(build_labeller, settled.labeller, **settings),
                 image_settings=ImageSettings(
                     scale=job.recipe.scale,
                     keep_ratio=job.recipe.keep_ratio,
@@ -288,40 +301,25 @@ def _label(
     return progress, before_flow + (progress.first_s or 0.0), min(busy, 1.0)
 
 
-def _hand_over(
+def _hand_over_words(
     board: Any,
     preparation: Iterator[Settled | bytes],
     running: Running,
-    job: LabelJob,
     storage: Storage,
-    recorded: dict[str, Any] | None,
+    record: dict[str, Any] | None,
 ) -> None:
-    """Give the workers what they wait for as it is prepared, the last of it when the table has its record.
+    """Give the workers the words that they wait for, when a new table has its record: then it can begin."""
+    from pipeline.labelling import hand_over_words
 
-    So that they read their weights while the class names are embedded.
-    """
-    from pipeline.labelling import hand_over_labeller, hand_over_words
-
-    def finish(labeller: bytes, words: bytes | None, record: dict[str, Any]) -> None:
-        if recorded is None:
+    def hand_over(words: bytes) -> None:
+        if record is not None:
             storage.write_json(DATASET_FILE, record)
-        if words is None:
-            hand_over_labeller(board, labeller, words_to_come=False)
-        else:
-            hand_over_words(board, words)
+        hand_over_words(board, words)
 
     try:
-        settled = next(preparation)
-        assert isinstance(settled, Settled), "what is settled comes first"
-        labeller = settled.labeller
-        words: bytes | None = None
-        if settled.words_to_come:
-            running.do(lambda: hand_over_labeller(board, labeller, words_to_come=True))
-            then = next(preparation)
-            assert isinstance(then, bytes), "then the words"
-            words = then
-        record = _record(job, settled)
-        running.do(lambda: finish(labeller, words, record))
+        words = next(preparation)
+        assert isinstance(words, bytes), "after what is settled come the words"
+        running.do(lambda: hand_over(words))
     except BaseException as failure:
         # The workers would wait for ever; and if they failed, Ray would tell of it at length.
         running.fail(failure)

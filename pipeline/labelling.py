@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import logging
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyarrow as pa
@@ -40,7 +39,6 @@ from pipeline.storage import Storage
 
 MANIFEST_DIR = "manifest"
 _WAITING = "waiting"
-_LABELLER, _WORDS = "labeller", "words"
 FIRST_PART, USUAL_PART, LARGEST_PART = 1, 32, 256
 MANY_PARTS = 4000
 """Parts are of the usual size until there would be more of them than this. A small part costs little memory,
@@ -94,62 +92,45 @@ def write_run_manifest(storage: Storage, run_name: str, todo: pa.Table, workers:
 def start_board() -> Any:
     """The actor that the stages report to, on the driver's node: what it holds is lost with that only."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    board = ray.remote(num_cpus=0, concurrency_groups={_WAITING: 2}, scheduling_strategy=here)(Board)
+    board = ray.remote(num_cpus=0, concurrency_groups={_WAITING: 1}, scheduling_strategy=here)(Board)
     return board.remote()
 
 
-def labeller_to_come(
-    board: Any, ahead: Sequence[str], settings: Mapping[str, Any] | None = None
-) -> Callable[[], Labeller]:
-    """Builds the Labeller that ``hand_over_labeller`` will name, once it has.
-
-    Meanwhile processes start and import: most of what a run waits for at its beginning.
+def words_to_come(board: Any) -> Callable[[], Any]:
+    """A function for workers: it blocks until ``hand_over_words``, and gives the words.
 
     Args:
-        board: of ``start_board``.
-        ahead: modules to import before waiting.
-        settings: what is given to the function that builds it.
-
-    Returns:
-        ``make_labeller`` of ``run_labelling``.
+        board: of ``start_board``. One that is gone ends the run, through the workers that wait for it.
     """
-    coming = {
-        name: board.handed_over.options(concurrency_group=_WAITING).remote(name)
-        for name in (_LABELLER, _WORDS)
-    }
-    return functools.partial(_make_when_known, coming, tuple(ahead), dict(settings or {}))
+    coming = board.words.options(concurrency_group=_WAITING).remote()
+    return functools.partial(_arrived, coming)
 
 
-def hand_over_labeller(board: Any, make_labeller: bytes, *, words_to_come: bool) -> None:
-    """Name the Labeller that ``labeller_to_come`` waits for; what it raises ends the run.
-
-    So does a board that is gone, through the workers that wait for it.
-
-    Args:
-        board: of ``start_board``.
-        make_labeller: pickle of what builds it.
-        words_to_come: it takes ``words``, a function that it calls when it has done all that needs no words.
-            That blocks until ``hand_over_words``.
-    """
-    board.hand_over.remote(_LABELLER, pickle.dumps((make_labeller, words_to_come)))
+def _arrived(coming: ray.ObjectRef) -> Any:
+    return pickle.loads(ray.get(coming))
 
 
 def hand_over_words(board: Any, words: bytes) -> None:
-    """What the Labeller of ``hand_over_labeller`` gets as words: what this is a pickle of."""
-    board.hand_over.remote(_WORDS, words)
+    """Let the workers have what they wait for.
+
+    Args:
+        board: of ``start_board``.
+        words: pickle of them.
+    """
+    board.hand_over_words.remote(words)
 
 
-def _make_when_known(
-    coming: Mapping[str, ray.ObjectRef], ahead: Sequence[str], settings: Mapping[str, Any]
-) -> Labeller:
+def build_labeller(make_labeller: bytes, **settings: Any) -> Labeller:
+    """The Labeller that a pickle builds, in a process that has yet to import what that takes.
+
+    Args:
+        make_labeller: pickle of a function.
+        settings: its arguments.
+    """
     collect_rarely()
     with without_collection():
-        for module in ahead:
-            importlib.import_module(module)
-    make_labeller, words_to_come = pickle.loads(ray.get(coming[_LABELLER]))
-    if words_to_come:
-        settings = {**settings, "words": lambda: pickle.loads(ray.get(coming[_WORDS]))}
-    labeller: Labeller = pickle.loads(make_labeller)(**settings)
+        make = pickle.loads(make_labeller)
+    labeller: Labeller = make(**settings)
     return labeller
 
 
@@ -223,8 +204,8 @@ def run_labelling(
     )
     stop = threading.Event()
     watcher = threading.Thread(target=_watch, args=(board, report, stop), name="progress", daemon=True)
-    watcher.start()
     try:
+        watcher.start()
         with alone() if compute.local else contextlib.nullcontext():
             dataset.write_parquet(
                 storage.path(LABELS_DIR),
@@ -237,7 +218,8 @@ def run_labelling(
         raise _explained(error) from error
     finally:
         stop.set()
-        watcher.join()
+        if watcher.ident is not None:  # Ctrl-C may have come before it did
+            watcher.join()
     report(progress)
     return progress
 

@@ -37,28 +37,27 @@ class Progress:
 
 
 class Board:
-    """Where the stages report to, and hear what the driver was still preparing when they started.
+    """Where the stages report to, and where the words wait that are embedded while the stages start.
 
-    A crash of it costs the display; before the hand-over it ends the run. It never costs a row.
+    A crash of it costs the display; before the words have come it ends the run. It never costs a row.
     """
 
     def __init__(self) -> None:
-        self._handed_over: dict[str, bytes] = {}
-        self._something_new = threading.Condition()
+        self._words: bytes | None = None
+        self._words_have_come = threading.Event()
         self._progress = Progress()
         self._origin = time.monotonic()
 
-    def hand_over(self, name: str, value: bytes) -> None:
-        """Something that was still to come."""
-        with self._something_new:
-            self._handed_over[name] = value
-            self._something_new.notify_all()
+    def hand_over_words(self, words: bytes) -> None:
+        """The words, which were still to come."""
+        self._words = words
+        self._words_have_come.set()
 
-    def handed_over(self, name: str) -> bytes:
-        """What was handed over by that name; blocks until it is, so it needs a thread of its own."""
-        with self._something_new:
-            self._something_new.wait_for(lambda: name in self._handed_over)
-            return self._handed_over[name]
+    def words(self) -> bytes:
+        """The words; blocks until they are handed over, so it needs a thread of its own."""
+        self._words_have_come.wait()
+        assert self._words is not None
+        return self._words
 
     def begin(self, origin: float) -> None:
         """The flow began at ``origin``: ``time.monotonic()``, which all processes of a machine share."""

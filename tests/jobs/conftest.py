@@ -74,7 +74,7 @@ def maskmill_here(
     def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
         given = [*map(str, arguments)]
         out, err = io.StringIO(), io.StringIO()
-        on_terminate = signal.getsignal(signal.SIGTERM)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         with (
             mock.patch.dict(os.environ, maskmill_environment | environment),
             contextlib.redirect_stdout(out),
@@ -85,7 +85,8 @@ def maskmill_here(
             except SystemExit as end:
                 status = end.code
             finally:
-                signal.signal(signal.SIGTERM, on_terminate)
+                for number, handler in handlers.items():
+                    signal.signal(number, handler)
         assert isinstance(status, int)
         return subprocess.CompletedProcess(given, status, out.getvalue(), err.getvalue())
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from jobs.interruption import Running, interrupt
+from jobs import interruption
+from jobs.interruption import Running, interrupt, stop_on_signals
 
 
 def wait_for_the_end() -> None:
@@ -21,6 +24,43 @@ def in_another_thread(work: Any, *arguments: Any) -> None:
     thread = threading.Thread(target=work, args=arguments)
     thread.start()
     thread.join()
+
+
+@pytest.fixture
+def handlers_restored() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("again", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_does_not_cut_short_what_the_first_began(
+    first: signal.Signals, again: signal.Signals, monkeypatch: pytest.MonkeyPatch, handlers_restored: None
+) -> None:
+    monkeypatch.setattr(interruption, "PATIENCE_S", 0.5)
+    stop_on_signals()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), first)
+        wait_for_the_end()
+    for _ in range(3):
+        os.kill(os.getpid(), again)
+        time.sleep(0.01)
+    time.sleep(0.6)  # long: who presses it then finds that the clearing up hangs
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), again)
+        wait_for_the_end()
+
+
+def test_ctrl_c_stays_ignored_in_the_background(handlers_restored: None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop_on_signals()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.05)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_for_the_end()
 
 
 def test_a_failure_elsewhere_ends_the_run_once() -> None:
@@ -56,15 +96,9 @@ def test_work_for_a_run_ends_before_the_run() -> None:
     assert done == ["work", "end"]
 
 
-def test_where_ctrl_c_is_ignored_the_run_still_ends() -> None:
-    def as_ctrl_c(_signal: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, as_ctrl_c)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            in_another_thread(interrupt)
-            wait_for_the_end()
-    finally:
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
+def test_where_ctrl_c_is_ignored_the_run_still_ends(handlers_restored: None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop_on_signals()
+    with pytest.raises(KeyboardInterrupt):
+        in_another_thread(interrupt)
+        wait_for_the_end()

@@ -448,14 +448,17 @@ def test_what_breaks_elsewhere_is_told_with_its_place(
     assert not list((tmp_path / "table").iterdir())
 
 
-@pytest.mark.parametrize("after_s", [0.5, 1.5, 2.5])
-def test_ctrl_c_while_ray_starts(
-    maskmill_environment: dict[str, str], toy_images: Path, tmp_path: Path, after_s: float
+@pytest.mark.parametrize(("after_s", "again_s"), [(0.5, 0.3), (1.5, 0.05), (2.5, 0.001), (4, 0.001)])
+def test_ctrl_c_while_ray_and_the_flow_start(
+    maskmill_environment: dict[str, str], toy_images: Path, tmp_path: Path, after_s: float, again_s: float
 ) -> None:
+    """By someone impatient, who presses it twice."""
     run = _start(toy_images, tmp_path / "table", maskmill_environment)
     preparing = _wait_for_child(psutil.Process(run.pid), "jobs.apart")
     time.sleep(after_s)
     started = psutil.Process(run.pid).children(recursive=True)
+    run.send_signal(signal.SIGINT)
+    time.sleep(again_s)
     run.send_signal(signal.SIGINT)
     _, said = run.communicate(timeout=300)
     assert run.returncode == 130, said
