@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from jobs.interruption import stop_on_signals
 from models.errors import FAILED_WORK, MaskMillError
 from pipeline.collector import collect_rarely
+from pipeline.interruption import ignore_signals, stop_on_signals
 
 if TYPE_CHECKING:
     from jobs.recipes import LabelRecipe
@@ -787,6 +787,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"maskmill: {error}", file=sys.stderr)
         status = 1 if error.code in FAILED_WORK else 2
     except KeyboardInterrupt:
+        ignore_signals()
         print("Stopped. What is finished is kept: the same command goes on from there.", file=sys.stderr)
         status = 130
     sys.exit(status)

@@ -23,13 +23,13 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from jobs.console import LabelDisplay, duration, stderr_console
-from jobs.interruption import Running, interrupt
 from jobs.preparation import Request, Settled, preparing
 from jobs.recipes import LabelRecipe
 from jobs.versions import versions
 from models.errors import MaskMillError
 from pipeline.checkpoint import CHECKPOINT_DIR, LABELS_DIR, done_ids, recover
 from pipeline.compute import WORKER_MALLOC, joins_cluster, ray_session, worker_precision
+from pipeline.interruption import Running, interrupt
 from pipeline.labels import DATASET_FILE
 from pipeline.lease import RUN_ID_VARIABLE, Lease
 from pipeline.manifest import build_manifest

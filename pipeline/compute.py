@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from models.errors import MaskMillError
+from pipeline.interruption import signals_held
 from pipeline.lease import RUN_ID_VARIABLE, end_orphans
 
 LOCAL_SLOTS = 8
@@ -184,43 +185,48 @@ def ray_session(
         # Among what it prints below "fatal" is, in every run, a warning about the arguments of pool actors.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ[RUN_ID_VARIABLE] = run_id
-    import ray
-
     address = address or os.environ.get("RAY_ADDRESS")
-    level = logging.INFO if verbose else logging.ERROR
     local = not joins_cluster(address)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with signals_held():
+            _begin_ray(None if local else address, run_id, slots=max(LOCAL_SLOTS, 2 * cores), verbose=verbose)
+        yield plan(_nodes(), cores=cores) if local else _plan_when_joined(plan, notice)
+    finally:
+        with signals_held():
+            import ray
+
+            ray.shutdown()
+
+
+def _begin_ray(address: str | None, run_id: str, *, slots: int, verbose: bool) -> None:
+    """Join the cluster at an address, or start a Ray of this machine's own."""
+    import ray
+
+    talk: dict[str, Any] = {
+        "logging_level": logging.INFO if verbose else logging.ERROR,
+        "log_to_driver": verbose,
+    }
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         with contextlib.nullcontext() if verbose else _quiet_stderr():
-            if local:
-                slots = max(LOCAL_SLOTS, 2 * cores)
-                try:
-                    ray.init(
-                        "local",
-                        num_cpus=slots,
-                        include_dashboard=False,
-                        logging_level=level,
-                        log_to_driver=verbose,
-                    )
-                except BaseException:
-                    # Ctrl-C meanwhile may leave some processes that Ray has yet to hear of.
-                    end_orphans(run_id)
-                    raise
+            if address is None:
+                ray.init("local", num_cpus=slots, include_dashboard=False, **talk)
             else:
-                ray.init(address, logging_level=level, log_to_driver=verbose)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise MaskMillError(
-            "cluster_unreachable",
-            f"Ray could not be started or reached{'' if local else f' at {address}'}: {error}",
-            "Check --address (or RAY_ADDRESS), or leave it out to run on this machine alone.",
-        ) from error
+                ray.init(address, **talk)
+    except BaseException as error:
+        if address is None:
+            # It may leave some processes that Ray has yet to hear of.
+            end_orphans(run_id)
+        if isinstance(error, (ConnectionError, RuntimeError, ValueError, OSError)):
+            raise MaskMillError(
+                "cluster_unreachable",
+                f"Ray could not be started or reached{f' at {address}' if address else ''}: {error}",
+                "Check --address (or RAY_ADDRESS), or leave it out to run on this machine alone.",
+            ) from error
+        raise
     # Ray puts a handler of its own in place, which ends the process without a word.
     signal.signal(signal.SIGTERM, on_terminate)
-    try:
-        yield plan(_nodes(), cores=cores) if local else _plan_when_joined(plan, notice)
-    finally:
-        ray.shutdown()
 
 
 def _nodes() -> list[tuple[float, float]]:

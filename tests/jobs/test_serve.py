@@ -147,7 +147,8 @@ def test_another_port_where_the_usual_one_is_taken(monkeypatch: pytest.MonkeyPat
 def test_it_says_where_it_is_serves_and_ends_when_asked(stop: signal.Signals) -> None:
     public = stop == signal.SIGTERM
     code = (
-        "import sys\nfrom jobs.interruption import stop_on_signals\nfrom jobs.serve import ServeJob, run\n"
+        "import sys\nfrom jobs.serve import ServeJob, run\n"
+        "from pipeline.interruption import stop_on_signals\n"
         "stop_on_signals()\n"
         f"sys.exit(run(ServeJob(host={'0.0.0.0' if public else '127.0.0.1'!r}, port=0)))"
     )

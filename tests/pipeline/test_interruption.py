@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs import interruption
-from jobs.interruption import Running, interrupt, stop_on_signals
+from pipeline import interruption
+from pipeline.interruption import Running, interrupt, signals_held, stop_on_signals
 
 
 def wait_for_the_end() -> None:
@@ -51,6 +54,49 @@ def test_a_second_signal_does_not_cut_short_what_the_first_began(
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), again)
         wait_for_the_end()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_while_they_are_held(number: signal.Signals, handlers_restored: None) -> None:
+    stop_on_signals()
+    done: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        with signals_held():
+            with signals_held():
+                os.kill(os.getpid(), number)
+                time.sleep(0.05)
+            done.append("work")
+        done.append("more")
+    assert done == ["work"]
+    with signals_held():
+        time.sleep(0.05)  # the next hold knows nothing of it
+
+
+def test_signals_are_not_held_for_ever(monkeypatch: pytest.MonkeyPatch, handlers_restored: None) -> None:
+    monkeypatch.setattr(interruption, "LONGEST_HOLD_S", 0.3)
+    monkeypatch.setattr(interruption, "PATIENCE_S", 0.0)
+    stop_on_signals()
+    for _ in range(2):  # the next run is as patient
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt), signals_held():
+            while True:  # somebody presses it again and again
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+        assert time.monotonic() - began >= 0.3
+
+
+def test_signals_wait_while_python_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handlers_restored: None
+) -> None:
+    (tmp_path / "interrupted_module.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.2)\nwhole = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    stop_on_signals()
+    with pytest.raises(KeyboardInterrupt):
+        importlib.import_module("interrupted_module")
+        wait_for_the_end()
+    assert sys.modules.pop("interrupted_module").whole
 
 
 def test_ctrl_c_stays_ignored_in_the_background(handlers_restored: None) -> None:
