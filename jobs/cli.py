@@ -12,7 +12,7 @@ import tyro
 
 from models.errors import FAILED_WORK, MaskMillError
 from pipeline.collector import collect_rarely
-from pipeline.interruption import ignore_signals, stop_on_signals
+from pipeline.interruption import end_process, interrupt_on_signals
 
 if TYPE_CHECKING:
     from jobs.recipes import LabelRecipe
@@ -770,8 +770,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; ends the process with the exit status."""
-    stop_on_signals()
+    """Entry point; ends the process with the exit status, and takes Ctrl-C and SIGTERM for it."""
+    interrupt_on_signals()
     collect_rarely()
     given = list(sys.argv[1:] if arguments is None else arguments)
     commands, prog = COMMANDS, "maskmill"
@@ -787,10 +787,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"maskmill: {error}", file=sys.stderr)
         status = 1 if error.code in FAILED_WORK else 2
     except KeyboardInterrupt:
-        ignore_signals()
         print("Stopped. What is finished is kept: the same command goes on from there.", file=sys.stderr)
         status = 130
-    sys.exit(status)
+    end_process(status)
 
 
 def _labelling_recipe(

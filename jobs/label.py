@@ -252,6 +252,7 @@ def _label(
         settled = next(preparation)
         assert isinstance(settled, Settled), "what is settled comes first"
         if replaced:
+            display.stage("embedding class names")
             preparation = iter(list(preparation))
             # Only now, when weights, words and Ray are known to be there.
             for entry in OWN_ENTRIES:
@@ -263,7 +264,7 @@ def _label(
         manifest = write_run_manifest(storage, run_name, todo, compute.actors * compute.calls)
         at_once = f", {compute.calls} images at a time" if compute.calls > 1 else ""
         kind = "GPU" if compute.gpus else "CPU"
-        embedding = "embedding class names, " if settled.words_to_come else ""
+        embedding = "embedding class names, " if settled.words_to_come and not replaced else ""
         display.stage(f"{embedding}starting {compute.actors} CLIP worker(s) on {kind}{at_once}")
         running = stack.enter_context(Running())
         before_flow = time.monotonic() - began

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -188,15 +187,11 @@ def ray_session(
     address = address or os.environ.get("RAY_ADDRESS")
     local = not joins_cluster(address)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
+    with contextlib.ExitStack() as stack:
         with signals_held():
             _begin_ray(None if local else address, run_id, slots=max(LOCAL_SLOTS, 2 * cores), verbose=verbose)
+            stack.callback(_end_ray)
         yield plan(_nodes(), cores=cores) if local else _plan_when_joined(plan, notice)
-    finally:
-        with signals_held():
-            import ray
-
-            ray.shutdown()
 
 
 def _begin_ray(address: str | None, run_id: str, *, slots: int, verbose: bool) -> None:
@@ -207,26 +202,46 @@ def _begin_ray(address: str | None, run_id: str, *, slots: int, verbose: bool) -
         "logging_level": logging.INFO if verbose else logging.ERROR,
         "log_to_driver": verbose,
     }
-    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        with contextlib.nullcontext() if verbose else _quiet_stderr():
-            if address is None:
-                ray.init("local", num_cpus=slots, include_dashboard=False, **talk)
-            else:
+        with contextlib.nullcontext() if verbose else _quiet_stderr(), _own_signals():
+            if address is not None:
                 ray.init(address, **talk)
-    except BaseException as error:
-        if address is None:
-            # It may leave some processes that Ray has yet to hear of.
-            end_orphans(run_id)
-        if isinstance(error, (ConnectionError, RuntimeError, ValueError, OSError)):
-            raise MaskMillError(
-                "cluster_unreachable",
-                f"Ray could not be started or reached{f' at {address}' if address else ''}: {error}",
-                "Check --address (or RAY_ADDRESS), or leave it out to run on this machine alone.",
-            ) from error
-        raise
-    # Ray puts a handler of its own in place, which ends the process without a word.
-    signal.signal(signal.SIGTERM, on_terminate)
+                return
+            try:
+                ray.init("local", num_cpus=slots, include_dashboard=False, **talk)
+            except BaseException:
+                # There may be processes that Ray has yet to hear of.
+                end_orphans(run_id)
+                raise
+    except (RuntimeError, ValueError, OSError) as error:
+        raise MaskMillError(
+            "cluster_unreachable",
+            f"Ray could not be started or reached{f' at {address}' if address else ''}: {error}",
+            "Check --address (or RAY_ADDRESS), or leave it out to run on this machine alone.",
+        ) from error
+
+
+def _end_ray() -> None:
+    import ray
+
+    with signals_held():
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep Ray from taking SIGTERM: its handler ends the process wherever it is, without a word.
+
+    Ray has no setting for this, so a name of ``ray==2.60.0`` is replaced; a test tells when it has another.
+    """
+    from ray._private import utils
+
+    before = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda _handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = before
 
 
 def _nodes() -> list[tuple[float, float]]:

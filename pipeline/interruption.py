@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
 PATIENCE_S = 5.0
 LONGEST_HOLD_S = 10.0
 
+_AGAIN_S = 0.05
 _holds = 0
-_held: int | None = None
 
 
-def stop_on_signals() -> None:
+def interrupt_on_signals() -> None:
     """Let SIGTERM, a polite request to end, do what Ctrl-C does: the run stops cleanly and can be taken up.
 
     That takes seconds. An impatient second Ctrl-C meanwhile would leave processes behind that no one ends,
-    so for ``PATIENCE_S`` none is heeded. While ``signals_held``, or while Python imports, the first waits.
+    so for ``PATIENCE_S`` none is heeded. The first waits while ``signals_held``, and while Python imports,
+    but no longer than ``LONGEST_HOLD_S``.
     """
     asked: float | None = None
     heeded = -math.inf
 
     def interrupted(number: int, frame: FrameType | None) -> None:
         nonlocal asked, heeded
-        global _held
         now = time.monotonic()
         if now < heeded + PATIENCE_S:
+            os.write(2, b"Stopping: that takes some seconds.\n")
             return
-        asked = asked or now
-        if now < asked + LONGEST_HOLD_S:
-            if _holds:
-                _held = number
-                return
-            if _imports(frame):
-                threading.Timer(0.02, os.kill, (os.getpid(), number)).start()
-                return
-        asked, heeded, _held = None, now, None
+        asked = now if asked is None else asked
+        if now < asked + LONGEST_HOLD_S and (_holds or _imports(frame)):
+            threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number)).start()
+            return
+        asked, heeded = None, now
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupted)
@@ -52,7 +52,7 @@ def stop_on_signals() -> None:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Let signals wait until this is over, but no longer than ``LONGEST_HOLD_S``.
+    """Let the signals of ``interrupt_on_signals`` wait until this is over.
 
     For the main thread, while much begins at once. An interruption that is raised somewhere in it may be lost
     (in a callback, a destructor), or leave a lock behind that others wait for: of imports, of logging.
@@ -63,8 +63,6 @@ def signals_held() -> Iterator[None]:
         yield
     finally:
         _holds -= 1
-        if _held is not None and not _holds:
-            signal.raise_signal(_held)
 
 
 def _imports(frame: FrameType | None) -> bool:
@@ -75,10 +73,17 @@ def _imports(frame: FrameType | None) -> bool:
     return False
 
 
-def ignore_signals() -> None:
-    """For a process that is about to end with a status of its own: late signals would end it with theirs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def end_process(status: int) -> NoReturn:
+    """End this process with a status, whatever signals still come.
+
+    While threads are waited for, a signal ends it at once. Later none is heeded: it would put its own number
+    in place of the status, or break what libraries do at the end.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: os._exit(status))
+            atexit.register(signal.signal, number, signal.SIG_IGN)
+    sys.exit(status)
 
 
 def interrupt() -> None:

@@ -14,7 +14,7 @@ import logging
 import pickle
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -202,11 +202,8 @@ def run_labelling(
             compute=ray.data.TaskPoolStrategy(size=compute.writers),
         )
     )
-    stop = threading.Event()
-    watcher = threading.Thread(target=_watch, args=(board, report, stop), name="progress", daemon=True)
     try:
-        watcher.start()
-        with alone() if compute.local else contextlib.nullcontext():
+        with _watched(board, report), alone() if compute.local else contextlib.nullcontext():
             dataset.write_parquet(
                 storage.path(LABELS_DIR),
                 filesystem=storage.arrow_filesystem(),
@@ -216,10 +213,6 @@ def run_labelling(
         progress: Progress = ray.get(board.snapshot.remote())
     except ray.exceptions.RayError as error:
         raise _explained(error) from error
-    finally:
-        stop.set()
-        if watcher.ident is not None:  # Ctrl-C may have come before it did
-            watcher.join()
     report(progress)
     return progress
 
@@ -295,12 +288,24 @@ class _RunManifest(Datasource):
         ]
 
 
-def _watch(board: Any, report: Callable[[Progress], None], stop: threading.Event) -> None:
-    while not stop.wait(0.5):
-        try:
-            report(ray.get(board.snapshot.remote(), timeout=5))
-        except ray.exceptions.RayError:
-            continue
+@contextlib.contextmanager
+def _watched(board: Any, report: Callable[[Progress], None]) -> Iterator[None]:
+    """Report the progress meanwhile; not after, when Ray may be gone."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            with contextlib.suppress(ray.exceptions.RayError):
+                report(ray.get(board.snapshot.remote(), timeout=5))
+
+    watcher = threading.Thread(target=watch, name="progress", daemon=True)
+    try:
+        watcher.start()
+        yield
+    finally:
+        stop.set()
+        if watcher.is_alive():  # Ctrl-C may come before it is
+            watcher.join()
 
 
 def _explained(error: ray.exceptions.RayError) -> MaskMillError:

@@ -238,6 +238,7 @@ def test_missing_weights_are_told_before_work_starts(
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "ViT-B-16" in done.stderr
+    assert "CLIP worker" not in done.stderr
     assert not list((tmp_path / "table").iterdir())
 
 
@@ -448,18 +449,32 @@ def test_what_breaks_elsewhere_is_told_with_its_place(
     assert not list((tmp_path / "table").iterdir())
 
 
-@pytest.mark.parametrize(("after_s", "again_s"), [(0.5, 0.3), (1.5, 0.05), (2.5, 0.001), (4, 0.001)])
-def test_ctrl_c_while_ray_and_the_flow_start(
-    maskmill_environment: dict[str, str], toy_images: Path, tmp_path: Path, after_s: float, again_s: float
+@pytest.mark.parametrize(
+    ("number", "after_s", "again_s"),
+    [
+        (signal.SIGINT, 0.5, 0.3),
+        (signal.SIGTERM, 1.5, 0.05),
+        (signal.SIGINT, 2.5, 0.001),
+        (signal.SIGINT, 4, 0.001),
+    ],
+)
+def test_a_stop_while_ray_and_the_flow_start(
+    maskmill_environment: dict[str, str],
+    toy_images: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    after_s: float,
+    again_s: float,
 ) -> None:
     """By someone impatient, who presses it twice."""
-    run = _start(toy_images, tmp_path / "table", maskmill_environment)
+    large = ("--set", "scale=[1024, 512]")  # so that it takes some time
+    run = _start(toy_images, tmp_path / "table", maskmill_environment, *large)
     preparing = _wait_for_child(psutil.Process(run.pid), "jobs.apart")
     time.sleep(after_s)
     started = psutil.Process(run.pid).children(recursive=True)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     time.sleep(again_s)
-    run.send_signal(signal.SIGINT)
+    run.send_signal(number)
     _, said = run.communicate(timeout=300)
     assert run.returncode == 130, said
     assert "Stopped." in said and "Traceback" not in said

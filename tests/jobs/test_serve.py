@@ -148,8 +148,8 @@ def test_it_says_where_it_is_serves_and_ends_when_asked(stop: signal.Signals) ->
     public = stop == signal.SIGTERM
     code = (
         "import sys\nfrom jobs.serve import ServeJob, run\n"
-        "from pipeline.interruption import stop_on_signals\n"
-        "stop_on_signals()\n"
+        "from pipeline.interruption import interrupt_on_signals\n"
+        "interrupt_on_signals()\n"
         f"sys.exit(run(ServeJob(host={'0.0.0.0' if public else '127.0.0.1'!r}, port=0)))"
     )
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "80"}

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import signal
+
 import pytest
+import ray
 
 from models.errors import MaskMillError
-from pipeline.compute import LOCAL_SLOTS, plan_compute
+from pipeline.compute import LOCAL_SLOTS, plan_compute, ray_session
 
 
 @pytest.mark.parametrize("cores", [1, 2, 3, 4, 5, 6, 8, 16, 20, 24, 28, 64])
@@ -71,3 +74,18 @@ def test_a_cluster_that_would_wait_for_ever_is_refused(nodes: list[tuple[float, 
     with pytest.raises(MaskMillError, match="at once") as caught:
         plan_compute(nodes, cores=None)
     assert caught.value.code == "cluster_too_small"
+
+
+@pytest.mark.slow
+def test_a_session_leaves_signals_and_the_ray_of_others_alone() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with ray_session("mine", address=None, verbose=False):
+        assert {number: signal.getsignal(number) for number in before} == before
+        with (
+            pytest.raises(MaskMillError, match="twice") as refused,
+            ray_session("another", address=None, verbose=False),
+        ):
+            pass
+        assert refused.value.code == "cluster_unreachable"
+        assert ray.get(ray.put("still there")) == "still there"
+    assert not ray.is_initialized()

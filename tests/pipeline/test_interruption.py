@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline import interruption
-from pipeline.interruption import Running, interrupt, signals_held, stop_on_signals
+from pipeline.interruption import Running, interrupt, interrupt_on_signals, signals_held
 
 
 def wait_for_the_end() -> None:
@@ -40,17 +41,23 @@ def handlers_restored() -> Iterator[None]:
 @pytest.mark.parametrize("again", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_does_not_cut_short_what_the_first_began(
-    first: signal.Signals, again: signal.Signals, monkeypatch: pytest.MonkeyPatch, handlers_restored: None
+    first: signal.Signals,
+    again: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    handlers_restored: None,
 ) -> None:
-    monkeypatch.setattr(interruption, "PATIENCE_S", 0.5)
-    stop_on_signals()
+    monkeypatch.setattr(interruption, "PATIENCE_S", 1000.0)
+    interrupt_on_signals()
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), first)
         wait_for_the_end()
     for _ in range(3):
         os.kill(os.getpid(), again)
         time.sleep(0.01)
-    time.sleep(0.6)  # long: who presses it then finds that the clearing up hangs
+    assert capfd.readouterr().err.count("Stopping") == 3
+    # Much later: the clearing up hangs.
+    monkeypatch.setattr(interruption, "PATIENCE_S", 0.0)
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), again)
         wait_for_the_end()
@@ -58,30 +65,28 @@ def test_a_second_signal_does_not_cut_short_what_the_first_began(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_wait_while_they_are_held(number: signal.Signals, handlers_restored: None) -> None:
-    stop_on_signals()
+    interrupt_on_signals()
     done: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         with signals_held():
             with signals_held():
                 os.kill(os.getpid(), number)
-                time.sleep(0.05)
+                time.sleep(0.2)
+            time.sleep(0.2)
             done.append("work")
-        done.append("more")
+        wait_for_the_end()
     assert done == ["work"]
-    with signals_held():
-        time.sleep(0.05)  # the next hold knows nothing of it
 
 
-def test_signals_are_not_held_for_ever(monkeypatch: pytest.MonkeyPatch, handlers_restored: None) -> None:
+def test_one_signal_is_not_held_for_ever(monkeypatch: pytest.MonkeyPatch, handlers_restored: None) -> None:
     monkeypatch.setattr(interruption, "LONGEST_HOLD_S", 0.3)
     monkeypatch.setattr(interruption, "PATIENCE_S", 0.0)
-    stop_on_signals()
-    for _ in range(2):  # the next run is as patient
+    interrupt_on_signals()
+    for _ in range(2):  # the next is held as long
         began = time.monotonic()
         with pytest.raises(KeyboardInterrupt), signals_held():
-            while True:  # somebody presses it again and again
-                os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_for_the_end()
         assert time.monotonic() - began >= 0.3
 
 
@@ -92,7 +97,7 @@ def test_signals_wait_while_python_imports(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.2)\nwhole = True\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    stop_on_signals()
+    interrupt_on_signals()
     with pytest.raises(KeyboardInterrupt):
         importlib.import_module("interrupted_module")
         wait_for_the_end()
@@ -101,12 +106,35 @@ def test_signals_wait_while_python_imports(
 
 def test_ctrl_c_stays_ignored_in_the_background(handlers_restored: None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stop_on_signals()
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(0.05)
+    interrupt_on_signals()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
         wait_for_the_end()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("before", "late"),
+    [
+        # At exit what is registered last comes first.
+        ("atexit.register(time.sleep, 0.2); atexit.register(kill)", ""),
+        # A thread that does not end is no longer waited for.
+        ("threading.Thread(target=time.sleep, args=(60,)).start()", "threading.Timer(0.3, kill).start()"),
+    ],
+)
+def test_late_signals_do_not_change_the_status(number: signal.Signals, before: str, late: str) -> None:
+    code = f"""
+import atexit, os, signal, threading, time
+from pipeline.interruption import end_process, interrupt_on_signals
+kill = lambda: os.kill(os.getpid(), {int(number)})
+interrupt_on_signals()
+{before}
+{late}
+end_process(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (3, "")
 
 
 def test_a_failure_elsewhere_ends_the_run_once() -> None:
@@ -144,7 +172,7 @@ def test_work_for_a_run_ends_before_the_run() -> None:
 
 def test_where_ctrl_c_is_ignored_the_run_still_ends(handlers_restored: None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    stop_on_signals()
+    interrupt_on_signals()
     with pytest.raises(KeyboardInterrupt):
         in_another_thread(interrupt)
         wait_for_the_end()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import pickle
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +31,7 @@ from pipeline.labelling import (
     words_to_come,
     write_run_manifest,
 )
+from pipeline.progress import Progress
 from pipeline.storage import open_storage
 
 
@@ -85,3 +89,42 @@ def test_workers_begin_while_words_are_embedded() -> None:
         assert not ray.wait(built, timeout=0.5)[0]
         hand_over_words(board, pickle.dumps(["a", "b"]))
         assert ray.get(built, timeout=60) == [{"size": 6, "threads": 2, "words": ["a", "b"]}] * 2
+
+
+@pytest.mark.parametrize("when", ["before it", "while it", "after it"])
+def test_ctrl_c_around_its_start_ends_the_report_of_progress(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, reports = threading.Thread.start, []
+
+    def interrupted_start(thread: threading.Thread) -> None:
+        if when == "while it":
+            start(thread)
+        raise KeyboardInterrupt
+
+    if when != "after it":
+        monkeypatch.setattr(threading.Thread, "start", interrupted_start)
+    monkeypatch.setattr(ray, "get", lambda _reference, timeout: Progress())
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), labelling._watched(mock.MagicMock(), reports.append):
+        while not reports:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+    assert len(reports) <= 1 and threading.active_count() == before
+
+
+def test_a_board_that_does_not_answer_ends_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([ray.exceptions.GetTimeoutError(), Progress(done=3)])
+    reports: list[Progress] = []
+
+    def answer(_reference: Any, timeout: float) -> Progress:
+        given = next(answers, Progress(done=4))
+        if isinstance(given, Exception):
+            raise given
+        return given
+
+    monkeypatch.setattr(ray, "get", answer)
+    with labelling._watched(mock.MagicMock(), reports.append):
+        while not reports:
+            time.sleep(0.01)
+    assert reports[0].done == 3
