@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 from models.errors import MaskMillError
 from pipeline.interruption import signals_held
 from pipeline.lease import RUN_ID_VARIABLE, end_orphans
+from pipeline.local_ray import few_processes
 
 LOCAL_SLOTS = 8
 """Logical CPUs of a local Ray at least. They are scheduling slots, not cores: with as many as a small
@@ -208,7 +209,8 @@ def _begin_ray(address: str | None, run_id: str, *, slots: int, verbose: bool) -
                 ray.init(address, **talk)
                 return
             try:
-                ray.init("local", num_cpus=slots, include_dashboard=False, **talk)
+                with few_processes(logs=verbose):
+                    ray.init("local", num_cpus=slots, include_dashboard=False, **talk)
             except BaseException:
                 # There may be processes that Ray has yet to hear of.
                 end_orphans(run_id)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import signal
 
+import psutil
 import pytest
 import ray
+from ray._private import node, parameter, utils
 
 from models.errors import MaskMillError
 from pipeline.compute import LOCAL_SLOTS, plan_compute, ray_session
@@ -74,6 +77,31 @@ def test_a_cluster_that_would_wait_for_ever_is_refused(nodes: list[tuple[float, 
     with pytest.raises(MaskMillError, match="at once") as caught:
         plan_compute(nodes, cores=None)
     assert caught.value.code == "cluster_too_small"
+
+
+def _programs(process: psutil.Process) -> list[str]:
+    """What the processes that it has started run, each a line."""
+    lines = []
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            lines.append(" ".join(child.cmdline()))
+    return lines
+
+
+@pytest.mark.slow
+def test_a_ray_of_its_own_has_few_processes() -> None:
+    before = parameter.RayParams, node.Node.start_api_server, utils.get_dashboard_dependency_error
+    with ray_session("mine", address=None, verbose=False):
+        assert ray.get(ray.remote(lambda: 2 + 2).remote()) == 4
+        programs = _programs(psutil.Process())
+        for wanted in ("gcs_server", "raylet"):
+            assert any(wanted in line for line in programs)
+        for unwanted in ("monitor.py", "dashboard.py", "log_monitor"):
+            assert not any(unwanted in line for line in programs if "raylet" not in line), unwanted
+        (raylet,) = (line for line in programs if "/raylet " in line)
+        assert "agent.py" in raylet and "--minimal" in raylet
+    after = parameter.RayParams, node.Node.start_api_server, utils.get_dashboard_dependency_error
+    assert after == before
 
 
 @pytest.mark.slow
