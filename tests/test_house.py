@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.compute import WORKER_MALLOC
+
 ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = {"models": {"ray", "mlflow", "pipeline", "jobs"}, "pipeline": {"jobs"}}
 
@@ -43,3 +45,9 @@ def test_decoding_workers_do_not_load_torch() -> None:
     code = "import sys, pipeline.labelling; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_tests_keep_memory_as_the_job_does() -> None:
+    (tunables,) = WORKER_MALLOC.values()
+    makefile = (ROOT / "Makefile").read_text().splitlines()
+    assert f"MALLOC = {tunables}" in makefile
