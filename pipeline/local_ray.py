@@ -2,7 +2,7 @@
 
 Ray starts an autoscaler, a server for jobs and dashboard (for which its start waits), a process that collects
 logs, and on every node an agent that serves metrics. Nobody asks them anything in a run that has its Ray for
-itself, and on 2 cores they take 4 CPU seconds from it, at its very beginning.
+itself, and on 2 cores they take 3 CPU seconds from it, at its very beginning.
 
 Ray has no settings for this, so names of ``ray==2.60.0`` are replaced; a test tells when another has others.
 """
