@@ -79,21 +79,22 @@ def test_a_cluster_that_would_wait_for_ever_is_refused(nodes: list[tuple[float, 
     assert caught.value.code == "cluster_too_small"
 
 
-def _programs(process: psutil.Process) -> list[str]:
-    """What the processes that it has started run, each a line."""
+def _programs(processes: set[psutil.Process]) -> list[str]:
+    """What they run, each a line."""
     lines = []
-    for child in process.children(recursive=True):
+    for process in processes:
         with contextlib.suppress(psutil.Error):
-            lines.append(" ".join(child.cmdline()))
+            lines.append(" ".join(process.cmdline()))
     return lines
 
 
 @pytest.mark.slow
 def test_a_ray_of_its_own_has_few_processes() -> None:
+    others = set(psutil.Process().children(recursive=True))  # of other tests
     before = parameter.RayParams, node.Node.start_api_server, utils.get_dashboard_dependency_error
     with ray_session("mine", address=None, verbose=False):
         assert ray.get(ray.remote(lambda: 2 + 2).remote()) == 4
-        programs = _programs(psutil.Process())
+        programs = _programs(set(psutil.Process().children(recursive=True)) - others)
         for wanted in ("gcs_server", "raylet"):
             assert any(wanted in line for line in programs)
         for unwanted in ("monitor.py", "dashboard.py", "log_monitor"):
