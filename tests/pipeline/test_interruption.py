@@ -120,7 +120,7 @@ def test_ctrl_c_stays_ignored_in_the_background(handlers_restored: None) -> None
         # At exit what is registered last comes first.
         ("atexit.register(time.sleep, 0.2); atexit.register(kill)", ""),
         # A thread that does not end is no longer waited for.
-        ("threading.Thread(target=time.sleep, args=(60,)).start()", "threading.Timer(0.3, kill).start()"),
+        ("threading.Thread(target=time.sleep, args=(60,)).start()", "threading.Timer(1, kill).start()"),
     ],
 )
 def test_late_signals_do_not_change_the_status(number: signal.Signals, before: str, late: str) -> None:
