@@ -18,6 +18,8 @@ from ray.data._internal.cluster_autoscaler import ClusterAutoscaler
 from ray.data._internal.execution import streaming_executor
 from ray.data._internal.execution.interfaces import ExecutionResources
 
+from pipeline.replaced import replaced
+
 
 class FixedCluster(ClusterAutoscaler):
     """All that there is belongs to the one flow, and no more will come."""
@@ -50,15 +52,9 @@ class _NoStatistics:
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Flows of this process that run meanwhile have the whole Ray, and start no such processes."""
-    instead = {
-        "create_cluster_autoscaler": lambda *_args, **_kwargs: FixedCluster(),
-        "_StatsManager": _NoStatistics,
-    }
-    before = {name: getattr(streaming_executor, name) for name in instead}
-    try:
-        for name, value in instead.items():
-            setattr(streaming_executor, name, value)
+    with replaced(
+        streaming_executor,
+        create_cluster_autoscaler=lambda *_args, **_kwargs: FixedCluster(),
+        _StatsManager=_NoStatistics,
+    ):
         yield
-    finally:
-        for name, value in before.items():
-            setattr(streaming_executor, name, value)

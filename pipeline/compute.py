@@ -15,6 +15,7 @@ from models.errors import MaskMillError
 from pipeline.interruption import signals_held
 from pipeline.lease import RUN_ID_VARIABLE, end_orphans
 from pipeline.local_ray import few_processes
+from pipeline.replaced import replaced
 
 LOCAL_SLOTS = 8
 """Logical CPUs of a local Ray at least. They are scheduling slots, not cores: with as many as a small
@@ -238,12 +239,8 @@ def _own_signals() -> Iterator[None]:
     """
     from ray._private import utils
 
-    before = utils.set_sigterm_handler
-    utils.set_sigterm_handler = lambda _handler: None
-    try:
+    with replaced(utils, set_sigterm_handler=lambda _handler: None):
         yield
-    finally:
-        utils.set_sigterm_handler = before
 
 
 def _nodes() -> list[tuple[float, float]]:

@@ -14,6 +14,8 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.replaced import replaced
+
 
 @contextlib.contextmanager
 def few_processes(*, logs: bool) -> Iterator[None]:
@@ -24,24 +26,14 @@ def few_processes(*, logs: bool) -> Iterator[None]:
     """
     from ray._private import node, parameter, utils
 
-    instead: list[tuple[Any, str, Any]] = [
-        (
-            parameter,
-            "RayParams",
-            functools.partial(parameter.RayParams, no_monitor=True, include_log_monitor=logs),
-        ),
-        (node.Node, "start_api_server", _without_api_server),
+    parameters = functools.partial(parameter.RayParams, no_monitor=True, include_log_monitor=logs)
+    with (
+        replaced(parameter, RayParams=parameters),
+        replaced(node.Node, start_api_server=_without_api_server),
         # What the agent is told, and does without.
-        (utils, "get_dashboard_dependency_error", lambda: ImportError("there is no dashboard")),
-    ]
-    before = [getattr(holder, name) for holder, name, _ in instead]
-    try:
-        for holder, name, value in instead:
-            setattr(holder, name, value)
+        replaced(utils, get_dashboard_dependency_error=lambda: ImportError("there is no dashboard")),
+    ):
         yield
-    finally:
-        for (holder, name, _), value in zip(instead, before, strict=True):
-            setattr(holder, name, value)
 
 
 def _without_api_server(node: Any, **_options: Any) -> None:
