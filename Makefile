@@ -6,7 +6,7 @@ VENV ?= .venv
 ARGS ?=
 # Tests wait a lot, for processes to start and to end: more at a time than a small machine has cores.
 WORKERS ?= 2
-# As the job's own processes have it (pipeline.compute.WORKER_MALLOC): a twelfth of the time.
+# As the job's own processes have it (pipeline.cluster.session.WORKER_MALLOC): a twelfth of the time.
 MALLOC = glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=2147483648
 BIN = $(VENV)/bin
 

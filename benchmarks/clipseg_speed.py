@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.clip import load_clip
-from models.clipseg import IMAGE_SIZE, ClipSeg, ClipSegConfig, build_clipseg
-from models.clipseg_weights import hugging_face_config, hugging_face_state
-from models.precision import best_device
+from models.clip.loading import load_clip
+from models.clipseg.decoder import IMAGE_SIZE, ClipSeg, ClipSegConfig, build_clipseg
+from models.clipseg.weights import hugging_face_config, hugging_face_state
+from models.device import best_device
 
 MODEL, PRETRAINED = "ViT-B-16-quickgelu", "random:0"
 WITHIN = 1e-4

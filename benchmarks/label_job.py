@@ -28,7 +28,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from pipeline.compute import WORKER_MALLOC
+from pipeline.cluster.session import WORKER_MALLOC
 
 ROOT = Path(__file__).resolve().parents[1]
 PHOTOS = ROOT.parent / "shared" / "data" / "voc2012_subset" / "JPEGImages"
@@ -179,7 +179,7 @@ def _bare(
 ) -> None:
     import torch
 
-    from models.precision import best_device
+    from models.device import best_device
 
     torch.set_num_threads(threads)
     teacher = _teacher(model, precision)
@@ -214,12 +214,12 @@ def _bare(
 def _teacher(model: str, precision: str):
     import torch
 
-    from jobs.labellers import MASKCLIP_OPTIONS
-    from jobs.recipes import RECIPES
-    from models.clip import load_clip
+    from models.clip.loading import load_clip
+    from models.clip.text import TextClassifier
+    from models.device import DTYPES, best_device
     from models.maskclip import MaskClip, MaskClipConfig
-    from models.precision import DTYPES, best_device
-    from models.text import TextClassifier
+    from pipeline.labelling.prepare import MASKCLIP_OPTIONS
+    from pipeline.labelling.recipes import RECIPES
 
     clip = load_clip(model, PRETRAINED, device=best_device(), dtype=DTYPES[precision], towers="visual")
     rows = torch.nn.functional.normalize(
@@ -231,8 +231,8 @@ def _teacher(model: str, precision: str):
 
 
 def _network_pixels(photos: list[Path]):
-    from jobs.recipes import RECIPES
-    from pipeline import images
+    from pipeline.files import images
+    from pipeline.labelling.recipes import RECIPES
 
     recipe = RECIPES["maskclip"]
     for photo in photos:

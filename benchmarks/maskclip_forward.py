@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.clip import load_clip
+from models.clip.loading import load_clip
+from models.clip.text import TextClassifier, build_text_classifier
+from models.device import DTYPES, best_device, native_precision
 from models.labelmap import label_map
 from models.maskclip import MaskClip, MaskClipConfig
-from models.precision import DTYPES, best_device, native_precision
-from models.text import TextClassifier, build_text_classifier
 
 MODEL = "ViT-B-16-quickgelu"
 NETWORK, IMAGE = (512, 683), (375, 500)
@@ -113,7 +113,7 @@ def random_text(width: int, classes: int) -> TextClassifier:
 
 def agreements(folder: Path, device: torch.device, precisions: list[str]) -> list[tuple[str, int, float]]:
     """(name, images, share of pixels labelled as in fp32) for random weights and for the bundled toy CLIP."""
-    from pipeline.toyworld import CLASSES, generate
+    from pipeline.toyworld.scenes import CLASSES, generate
 
     rows = []
     photos = read_photos(folder, 8)

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline import labels
+from pipeline.table import labels
 
 Map = npt.NDArray[np.uint8]
 

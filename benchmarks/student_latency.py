@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.clip import load_clip
-from models.deeplab import DeepLab, StudentConfig
+from models.clip.loading import load_clip
+from models.clip.text import TextClassifier
+from models.device import DTYPES, best_device, native_precision
 from models.labelmap import label_map
 from models.maskclip import MaskClip, MaskClipConfig
-from models.precision import DTYPES, best_device, native_precision
-from models.text import TextClassifier
+from models.student.deeplab import DeepLab, StudentConfig
 
 Network = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> scores (B, C, h, w)
 

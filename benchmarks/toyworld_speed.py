@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from pipeline import toyworld
+from pipeline.toyworld import scenes as toyworld
 
 SIZES = (64, 96, 128, 192)
 

@@ -24,13 +24,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.label_job import processor, versions
-from pipeline import toyworld
-from pipeline.compute import ray_session
-from pipeline.labels import LABEL_SCHEMA, ok_row
-from pipeline.ontology import Ontology, load_ontology
-from pipeline.storage import open_storage
-from pipeline.training.augment import AugmentSettings
-from pipeline.training.samples_table import TableSamples, open_table_samples
+from pipeline.cluster.session import ray_session
+from pipeline.files.storage import open_storage
+from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.table.labels import LABEL_SCHEMA, ok_row
+from pipeline.toyworld import scenes as toyworld
+from pipeline.training.samples.augment import AugmentSettings
+from pipeline.training.samples.table import TableSamples, open_table_samples
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def main() -> None:
 
 def bare(samples: TableSamples, seconds: float) -> float:
     """Samples per second of ``TableSamples.load`` in a loop."""
-    from pipeline.images import use_one_thread
+    from pipeline.files.images import use_one_thread
 
     use_one_thread()
     began, count = time.perf_counter(), 0
@@ -85,7 +85,7 @@ def bare(samples: TableSamples, seconds: float) -> float:
 
 def measure(samples: TableSamples, batch: int, loaders: int, seconds: float) -> tuple[float, float]:
     """Samples per second of a consumer that does nothing, and seconds until it gets the first batch."""
-    from pipeline.training.ingest import batches
+    from pipeline.training.loop.ingest import batches
 
     began = time.perf_counter()
     found = batches(

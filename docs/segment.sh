@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipeline.toyworld import CLASSES, scene
+from pipeline.toyworld.scenes import CLASSES, scene
 
 folder = Path(sys.argv[1])
 Image.fromarray(scene(2026, 34, 128).image).save(folder / "scene.png")

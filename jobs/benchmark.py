@@ -15,10 +15,8 @@ from rich.table import Table
 
 from jobs.benchmarks import clipseg, maskclip, prompt_strategies
 from jobs.console import stderr_console
-from jobs.recipes import change_recipe, load_recipe
 from models.errors import MaskMillError
-from pipeline.report.results_page import write_report
-from pipeline.results import (
+from pipeline.evaluation.results import (
     REPORT_FILE,
     ROWS,
     SCHEMA_VERSION,
@@ -29,6 +27,8 @@ from pipeline.results import (
     now,
     write_result,
 )
+from pipeline.labelling.recipes import change_recipe, load_recipe
+from pipeline.report.results_page import write_report
 from pipeline.tracking.results import log_result
 from pipeline.tracking.tracker import open_tracker
 
@@ -250,8 +250,8 @@ def _concepts(
     job: BenchmarkJob, folder: Path, console: Console
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     from jobs.benchmarks.concepts import ConceptRequest, run_concepts
-    from pipeline.concepts import CONCEPTS as LISTS
-    from pipeline.concepts import ConceptList
+    from pipeline.ontology.concepts import CONCEPTS as LISTS
+    from pipeline.ontology.concepts import ConceptList
 
     if job.images is None:
         raise MaskMillError(

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from models.errors import FAILED_WORK, MaskMillError
-from pipeline.collector import collect_rarely
-from pipeline.interruption import end_process, interrupt_on_signals
+from pipeline.cluster.collector import collect_rarely
+from pipeline.cluster.signals import end_process, interrupt_on_signals
 
 if TYPE_CHECKING:
-    from jobs.recipes import LabelRecipe
-    from jobs.train import TrainOptions
-    from pipeline.ontology import Ontology
+    from jobs.train.run import TrainOptions
+    from pipeline.labelling.recipes import LabelRecipe
+    from pipeline.ontology.ontology import Ontology
 
 Flag = tyro.conf.FlagCreatePairsOff[bool]
 Verbose = Annotated[Flag, tyro.conf.arg(aliases=["-v"])]
@@ -69,7 +69,7 @@ def label(
         verbose: show what Ray says.
     """
     from jobs.label import LabelJob, run, with_min_confidence
-    from pipeline.ontology import Ontology, load_ontology, parse_classes
+    from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
 
     source = _exactly_one("--images", images, "--manifest", manifest)
     for flag, value in (("--min-confidence", min_confidence), ("--max-failure-rate", max_failure_rate)):
@@ -154,9 +154,9 @@ def recipes() -> int:
     """List the recipes with every field: those of label, and those of train."""
     import yaml
 
-    from jobs.clipseg_recipes import CLIPSEG_RECIPES
-    from jobs.recipes import LABEL_RECIPES
-    from jobs.train_recipes import MASKCLIP_PLUS_RECIPES
+    from pipeline.labelling.recipes import LABEL_RECIPES
+    from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES
+    from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
 
     books: dict[str, Any] = {
         "label": LABEL_RECIPES,
@@ -219,7 +219,7 @@ def evaluate(
         verbose: show what Ray says.
     """
     from jobs.evaluate import EvaluateJob, run
-    from pipeline.ontology import load_ontology
+    from pipeline.ontology.ontology import load_ontology
 
     _exactly_one("--labels", labels, "--recipe or --model", recipe or model, command="evaluate")
     _exactly_one("--dataset", dataset, "--images", images, command="evaluate")
@@ -301,7 +301,7 @@ def benchmark(
         tracking: MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db; off: none.
     """
     from jobs.benchmark import BenchmarkJob, benchmarks, run
-    from jobs.recipes import parse_settings
+    from pipeline.labelling.recipes import parse_settings
 
     if name == "list":
         for key, description in benchmarks().items():
@@ -547,7 +547,7 @@ def export(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainFlags:
-    """What every training is asked for besides its output; see ``jobs.train.TrainOptions``.
+    """What every training is asked for besides its output; see ``jobs.train.run.TrainOptions``.
 
     Attributes:
         workers: training processes; default: one for each GPU, else this process alone.
@@ -570,7 +570,7 @@ class TrainFlags:
 
     def options(self, output: str) -> TrainOptions:
         """The options of a run into ``output``."""
-        from jobs.train import TrainOptions
+        from jobs.train.run import TrainOptions
 
         if self.workers is not None and self.workers < 0:
             raise MaskMillError(
@@ -622,9 +622,9 @@ def train_maskclip_plus(
         truth: folder of masks (PNG, values are class ids, 255 is ignored) for --images.
         how: where it runs, and where it is tracked.
     """
-    from jobs.maskclip_plus import MaskClipPlusJob, run
-    from jobs.train_recipes import MASKCLIP_PLUS_RECIPES
-    from pipeline.ontology import load_ontology
+    from jobs.train.maskclip_plus import MaskClipPlusJob, run
+    from pipeline.ontology.ontology import load_ontology
+    from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
 
     run_options = how.options(output)
     chosen = MASKCLIP_PLUS_RECIPES.load(recipe, settings)
@@ -689,10 +689,10 @@ def train_clipseg(
             --recipe finetune.
         how: where it runs, and where it is tracked.
     """
-    from jobs.clipseg_recipes import CLIPSEG_RECIPES
-    from jobs.train_clipseg import TrainClipSegJob, run
+    from jobs.train.clipseg import TrainClipSegJob, run
     from pipeline.datasets.registry import open_dataset
-    from pipeline.ontology import load_ontology
+    from pipeline.ontology.ontology import load_ontology
+    from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES
 
     run_options = how.options(output)
     chosen = CLIPSEG_RECIPES.load(recipe, settings)
@@ -796,7 +796,7 @@ def _labelling_recipe(
     recipe: str | None, model: str | None, settings: Sequence[str]
 ) -> tuple[LabelRecipe, Ontology | None]:
     """How to label, and the classes that go with it, if it has some of its own."""
-    from jobs.recipes import LABEL_RECIPES
+    from pipeline.labelling.recipes import LABEL_RECIPES
 
     if model is None or (recipe is None and model == "clipseg"):
         return LABEL_RECIPES.load(recipe or model or LABEL_RECIPES.default, settings), None
@@ -804,8 +804,8 @@ def _labelling_recipe(
         raise MaskMillError(
             "wrong_use", "--recipe says which CLIP labels, --model which trained model.", "Give one of them."
         )
-    from jobs.labellers import clipseg_recipe, student_recipe
-    from pipeline.clipseg_folder import is_trained
+    from pipeline.labelling.prepare import clipseg_recipe, student_recipe
+    from pipeline.trained.clipseg import is_trained
 
     return (clipseg_recipe(model, settings), None) if is_trained(model) else student_recipe(model, settings)
 
@@ -820,9 +820,9 @@ def _truth(
     labels: str | None,
 ) -> Any:
     """Images with masks: a benchmark by name, or a folder of each."""
-    from jobs.evaluate import read_table_record
     from pipeline.datasets.registry import open_dataset
-    from pipeline.ontology import Ontology
+    from pipeline.ontology.ontology import Ontology
+    from pipeline.table.record import read_table_record
 
     if dataset in ("pairs", "coco-json"):
         options = {"ontology": classes} if classes is not None else {}

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 if TYPE_CHECKING:
-    from pipeline.progress import Progress
+    from pipeline.cluster.progress import Progress
 
 LOG_EVERY_S = 10.0
 

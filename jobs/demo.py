@@ -13,19 +13,20 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from jobs import evaluate, label, maskclip_plus, show
-from jobs.labellers import student_recipe
-from jobs.recipes import RECIPES
-from jobs.train import TrainOptions
-from jobs.train_recipes import MASKCLIP_PLUS_RECIPES
-from jobs.training_page import PAGE, SHEET, write_pages
+from jobs import evaluate, label, show
+from jobs.train import maskclip_plus
+from jobs.train.run import TrainOptions
+from jobs.train.student_page import PAGE, SHEET, write_pages
 from models.errors import MaskMillError
-from pipeline import toyworld
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.pairs import open_pairs
-from pipeline.ontology import load_ontology
+from pipeline.labelling.prepare import student_recipe
+from pipeline.labelling.recipes import RECIPES
+from pipeline.ontology.ontology import load_ontology
 from pipeline.report.training_page import Score
-from pipeline.student import read_student_record
+from pipeline.toyworld import scenes as toyworld
+from pipeline.trained.student import read_student_record
+from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
 
 MARKER = "made-by-maskmill-demo.txt"
 TRUTH_SEED = 1

@@ -15,19 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.console import stderr_console
-from jobs.recipes import LabelRecipe
 from models.errors import MaskMillError
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.datasets.protocols import PROTOCOLS, Protocol, get_protocol
 from pipeline.datasets.registry import DATASETS
 from pipeline.datasets.zeroshot import zero_shot_split
-from pipeline.evaluation import Evaluation, ImageScore, class_lookup, evaluate_table, read_labels
-from pipeline.labels import DATASET_FILE
-from pipeline.ontology import Ontology
-from pipeline.published import lookup as published_figures
-from pipeline.report.panels import panel
-from pipeline.report.results_page import write_report
-from pipeline.results import (
+from pipeline.evaluation.published import lookup as published_figures
+from pipeline.evaluation.results import (
     PICTURES,
     REPORT_FILE,
     SCENES,
@@ -37,7 +31,12 @@ from pipeline.results import (
     new_folder,
     write_result,
 )
-from pipeline.storage import open_storage
+from pipeline.evaluation.tables import Evaluation, ImageScore, class_lookup, evaluate_table, read_labels
+from pipeline.labelling.recipes import LabelRecipe
+from pipeline.ontology.ontology import Ontology
+from pipeline.report.panels import panel
+from pipeline.report.results_page import write_report
+from pipeline.table.record import read_table_record
 from pipeline.tracking.results import log_result
 from pipeline.tracking.tracker import TrackedDataset, open_tracker
 
@@ -205,23 +204,6 @@ def _is_the_benchmark(dataset: Dataset, weights: Mapping[str, Any]) -> bool:
         and not is_toy(weights)
         and not str(weights["pretrained"]).startswith("random")
     )
-
-
-def read_table_record(table: str) -> dict[str, Any]:
-    """What ``dataset.json`` says about a label table.
-
-    Raises:
-        MaskMillError: ``table_unreadable`` if there is none.
-    """
-    storage = open_storage(table)
-    record: dict[str, Any] | None = storage.read_json(DATASET_FILE, None)
-    if record is None:
-        raise MaskMillError(
-            "table_unreadable",
-            f"There is no {DATASET_FILE} in {storage.uri}, so what its ids mean is unknown.",
-            "Give the --output of maskmill label.",
-        )
-    return record
 
 
 def protocol_recipe(recipe: LabelRecipe, protocol: Protocol) -> LabelRecipe:

@@ -30,9 +30,9 @@ def run(
         console: for what it says.
 
     Raises:
-        MaskMillError: as ``pipeline.student_export``.
+        MaskMillError: as ``pipeline.trained.export``.
     """
-    from pipeline.student_export import OPSET, SMALLEST, to_onnx, to_torch_export
+    from pipeline.trained.export import OPSET, SMALLEST, to_onnx, to_torch_export
 
     console = console or stderr_console()
     with console.status("exporting, and comparing with the student"):

@@ -24,23 +24,23 @@ from rich.console import Console
 
 from jobs.console import LabelDisplay, duration, stderr_console
 from jobs.preparation import Request, Settled, preparing
-from jobs.recipes import LabelRecipe
-from jobs.versions import versions
 from models.errors import MaskMillError
-from pipeline.checkpoint import CHECKPOINT_DIR, LABELS_DIR, done_ids, recover
-from pipeline.compute import WORKER_MALLOC, joins_cluster, ray_session, worker_precision
-from pipeline.interruption import Running, interrupt
-from pipeline.labels import DATASET_FILE
-from pipeline.lease import RUN_ID_VARIABLE, Lease
-from pipeline.manifest import build_manifest
-from pipeline.ontology import Ontology
-from pipeline.storage import Storage, open_storage
+from pipeline.cluster.session import WORKER_MALLOC, joins_cluster, ray_session, worker_precision
+from pipeline.cluster.signals import Running, interrupt
+from pipeline.corpus.manifest import build_manifest
+from pipeline.files.storage import Storage, open_storage
+from pipeline.files.versions import versions
+from pipeline.labelling.recipes import LabelRecipe
+from pipeline.ontology.ontology import Ontology
+from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, done_ids, recover
+from pipeline.table.labels import DATASET_FILE
+from pipeline.table.lease import RUN_ID_VARIABLE, Lease
 from pipeline.tracking.names import record_params
 from pipeline.tracking.progress import ProgressLog
 from pipeline.tracking.tracker import OFF, TrackedDataset, Tracker, open_tracker
 
 if TYPE_CHECKING:
-    from pipeline.progress import Progress
+    from pipeline.cluster.progress import Progress
 
 SCHEMA_VERSION = 1
 OWN_ENTRIES = (DATASET_FILE, LABELS_DIR, CHECKPOINT_DIR, "manifest")
@@ -230,19 +230,19 @@ def _label(
         preparation = None if asks_cluster else begin_preparing(precision)
         display.stage("starting Ray")
         # Of Ray's start most is waiting.
-        imported = importing.submit(importlib.import_module, "pipeline.labelling")
+        imported = importing.submit(importlib.import_module, "pipeline.labelling.flow")
         compute = stack.enter_context(
             ray_session(lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage)
         )
         imported.result()
-        from pipeline.labelling import (
+        from pipeline.files.images import ImageSettings
+        from pipeline.labelling.flow import (
             build_labeller,
             run_labelling,
             start_board,
             words_to_come,
             write_run_manifest,
         )
-        from pipeline.stages import ImageSettings
 
         board = start_board()
         if preparation is None:
@@ -310,7 +310,7 @@ def _hand_over_words(
     record: dict[str, Any] | None,
 ) -> None:
     """Give the workers the words that they wait for, when a new table has its record: then it can begin."""
-    from pipeline.labelling import hand_over_words
+    from pipeline.labelling.flow import hand_over_words
 
     def hand_over(words: bytes) -> None:
         if record is not None:
@@ -408,7 +408,7 @@ def _end_tracking(
 
 
 def _record_counts(storage: Storage) -> dict[str, Any]:
-    from pipeline.labels import summarise
+    from pipeline.table.labels import summarise
 
     record: dict[str, Any] | None = storage.read_json(DATASET_FILE, None)
     assert record is not None

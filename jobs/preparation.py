@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.apart import POSSIBLE, Apart
-from jobs.labellers import labeller_module, prepare_labeller
-from jobs.recipes import LabelRecipe
 from models.errors import MaskMillError
-from pipeline.collector import without_collection
-from pipeline.ontology import Ontology
+from pipeline.cluster.collector import without_collection
+from pipeline.labelling.prepare import labeller_module, prepare_labeller
+from pipeline.labelling.recipes import LabelRecipe
+from pipeline.ontology.ontology import Ontology
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Settled:
     Attributes:
         labeller: pickle of what builds the Labeller; takes ``threads``, and ``words`` if they are to come.
         words_to_come: whether ``prepare`` yields once more: a pickle of the words, which takes seconds.
-        weights: see ``jobs.labellers.PreparedLabeller``.
+        weights: see ``pipeline.labelling.prepare.PreparedLabeller``.
         precision: of the run, never "auto".
     """
 
@@ -66,12 +66,13 @@ def prepare(request: Request) -> Iterator[Settled | bytes]:
         What is settled, and then the words if they are to come.
 
     Raises:
-        MaskMillError: see ``jobs.labellers.prepare_labeller``; ``output_differs`` for other weights than
+        MaskMillError: see ``pipeline.labelling.prepare.prepare_labeller``; ``output_differs`` for other
+        weights than
             the table's.
     """
     with without_collection():
         importlib.import_module(labeller_module(request.recipe))
-    from models.precision import best_device, native_precision
+    from models.device import best_device, native_precision
 
     precision = request.precision
     if precision == "auto":

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pipeline.files.storage import canonical_uri, is_remote
 from pipeline.report.results_page import write_report
-from pipeline.storage import canonical_uri, is_remote
 
 
 def run(folders: Sequence[str | Path], output: Path | None, *, console: Console | None = None) -> int:

@@ -19,15 +19,15 @@ from rich.console import Console
 
 from jobs.console import LOG_EVERY_S, duration, stderr_console
 from models.errors import MaskMillError
-from pipeline.clipseg_model import THRESHOLD, VISUAL_PROMPT, ClipSegWeights
-from pipeline.clipseg_options import PREFIXES, RELEASED, Prefix
-from pipeline.images import MAX_PIXELS, ImageError, decode, fetch
-from pipeline.manifest import build_manifest
+from pipeline.corpus.manifest import build_manifest
+from pipeline.files.images import MAX_PIXELS, ImageError, decode, fetch
+from pipeline.labelling.clipseg.model import THRESHOLD, VISUAL_PROMPT, ClipSegWeights
+from pipeline.labelling.clipseg.options import PREFIXES, RELEASED, Prefix
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from models.clipseg import ClipSeg
+    from models.clipseg.decoder import ClipSeg
 
 SCHEMA_VERSION = 1
 RESULT_FILE = "results.json"
@@ -49,10 +49,11 @@ class SegmentJob:
         thresholds: least probability of a mask's pixels: none for ``THRESHOLD``, one for all prompts, or one
             for each, texts before examples.
         prefix: templates around texts; their mean embedding is used.
-        visual_prompt: as ``pipeline.clipseg.parse_style``, for examples with a mask.
+        visual_prompt: as ``pipeline.labelling.clipseg.prompting.parse_style``, for examples with a mask.
         example_size: side of the square that examples are squeezed to, and of what is cut out of them; None
             takes what the model was trained on.
-        weights: decoder file, folder or hub name, as ``pipeline.clipseg_model.ClipSegWeights``, as for the
+        weights: decoder file, folder or hub name, as ``pipeline.labelling.clipseg.model.ClipSegWeights``,
+        as for the
             next two.
         clip: NAME:PRETRAINED of the CLIP beneath a decoder file; None takes what the file says.
         extract_layers: None takes what the weights say.
@@ -125,8 +126,8 @@ def run(job: SegmentJob, console: Console | None = None) -> int:
     folder = Path(job.output)
     earlier = _earlier_files(folder, overwrite=job.overwrite)
 
-    from models.precision import DTYPES, best_device, native_precision
-    from pipeline.clipseg import embed_prompts
+    from models.device import DTYPES, best_device, native_precision
+    from pipeline.labelling.clipseg.prompting import embed_prompts
 
     began = time.monotonic()
     device = best_device()
@@ -236,7 +237,7 @@ def _check(job: SegmentJob) -> None:
 
 def _prompts(job: SegmentJob, example_size: int) -> list[Prompt]:
     """The questions, texts before examples; the examples are read here, before weights are waited for."""
-    from pipeline.clipseg import parse_style, read_picture, visual_prompt_of
+    from pipeline.labelling.clipseg.prompting import parse_style, read_picture, visual_prompt_of
 
     style = parse_style(job.visual_prompt, example_size)
     masks = [None if mask == NO_MASK else mask for mask in job.prompt_masks] or [None] * len(
@@ -285,8 +286,8 @@ def _segment(
     name: str,
 ) -> dict[str, Any]:
     """Ask all prompts of an image, write its files, and say what was found."""
-    from pipeline.clipseg import probability_maps, shown_pixels
-    from pipeline.clipseg_labeller import stretched
+    from pipeline.labelling.clipseg.labeller import stretched
+    from pipeline.labelling.clipseg.prompting import probability_maps, shown_pixels
     from pipeline.report.prompts import Found, heat_map, overlay_mask, overview
 
     entry: dict[str, Any] = {"uri": uri}

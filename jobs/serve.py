@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from jobs.labellers import MASKCLIP_OPTIONS
-from jobs.recipes import LabelRecipe, load_recipe
 from models.errors import MaskMillError
-from pipeline.clipseg_folder import is_trained
-from pipeline.clipseg_model import THRESHOLD, ClipSegWeights
-from pipeline.ontology import default_background, load_ontology
+from pipeline.labelling.clipseg.model import THRESHOLD, ClipSegWeights
+from pipeline.labelling.prepare import MASKCLIP_OPTIONS
+from pipeline.labelling.recipes import LabelRecipe, load_recipe
+from pipeline.ontology.ontology import default_background, load_ontology
 from pipeline.serving.limits import Limits, is_loopback
 from pipeline.serving.models import Entry, ModelInfo, ModelRegistry
+from pipeline.trained.clipseg import is_trained
 
 if TYPE_CHECKING:
     from pipeline.serving.models import ServedModel
@@ -111,8 +111,10 @@ def entry(spec: str, *, clip: str | None = None) -> Entry:
         clip: see ``ServeJob.clip``.
 
     Raises:
-        MaskMillError: ``model_spec_unknown``, ``weights_missing``; as ``jobs.recipes.load_recipe``,
-            ``pipeline.student.read_student_record`` and ``pipeline.clipseg_folder.read_clipseg_record``.
+        MaskMillError: ``model_spec_unknown``, ``weights_missing``; as
+        ``pipeline.labelling.recipes.load_recipe``,
+            ``pipeline.trained.student.read_student_record`` and
+            ``pipeline.trained.clipseg.read_clipseg_record``.
     """
     name, separator, source = spec.partition("=")
     if not separator:
@@ -156,9 +158,9 @@ def _teacher(name: str, recipe: LabelRecipe) -> Entry:
     )
 
     def load() -> ServedModel:
-        from models.precision import best_device, native_precision
+        from models.device import best_device, native_precision
+        from pipeline.files.images import ImageSettings
         from pipeline.serving.served import Teacher
-        from pipeline.stages import ImageSettings
 
         precision = recipe.precision if recipe.precision != "auto" else native_precision(best_device())
         return Teacher(
@@ -180,7 +182,7 @@ def _teacher(name: str, recipe: LabelRecipe) -> Entry:
 
 
 def _student(name: str, source: str) -> Entry:
-    from pipeline.student import read_student_record
+    from pipeline.trained.student import read_student_record
 
     record = read_student_record(source)
     name = name or record.name
@@ -196,7 +198,7 @@ def _student(name: str, source: str) -> Entry:
     )
 
     def load() -> ServedModel:
-        from models.precision import best_device, native_precision
+        from models.device import best_device, native_precision
         from pipeline.serving.served import Student
 
         return Student(record, precision=native_precision(best_device()))
@@ -218,7 +220,7 @@ def _clipseg(name: str, source: str, clip: str | None) -> Entry:
     )
 
     def load() -> ServedModel:
-        from models.precision import best_device, native_precision
+        from models.device import best_device, native_precision
         from pipeline.serving.served import PromptModel
 
         return PromptModel(weights, precision=native_precision(best_device()))

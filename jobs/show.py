@@ -6,8 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pipeline.files.storage import canonical_uri, is_remote
 from pipeline.report.gallery import write_gallery
-from pipeline.storage import canonical_uri, is_remote
 
 
 def run(table: str, *, output: Path | None, limit: int, console: Console | None = None) -> int:

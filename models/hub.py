@@ -10,8 +10,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from models.clip.openclip import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 from models.errors import MaskMillError
-from models.openclip import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
 
 HUB = "huggingface.co"
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.clip import Clip
-from models.dense import Dense, KeySource, Profile, dense_encoder
+from models.clip.heads import Dense, KeySource, Profile, dense_encoder
+from models.clip.loading import Clip
+from models.clip.text import TextClassifier, row_table
 from models.errors import MaskMillError
-from models.text import TextClassifier, row_table
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -35,7 +35,7 @@ class MaskClipConfig:
     """Every knob of inference; the defaults are those of the reference's MaskCLIP rows.
 
     Attributes:
-        head: a name in ``models.dense.HEADS``.
+        head: a name in ``models.clip.heads.HEADS``.
         image_stats: ``imagenet`` as the reference normalises images, or ``clip`` as the weights were trained.
         profile: ``reference`` for erf-GELU and LayerNorm eps 1e-6 in a ViT, ``weights`` for what they were
             trained with.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.compute import WORKER_MALLOC
+from pipeline.cluster.session import WORKER_MALLOC
 
 ROOT = Path(__file__).resolve().parents[1]
 FORBIDDEN = {"models": {"ray", "mlflow", "pipeline", "jobs"}, "pipeline": {"jobs"}}
@@ -34,7 +34,8 @@ def test_imports_flow_one_way(path: Path) -> None:
 
 def test_a_run_with_nothing_to_do_loads_neither_torch_nor_ray() -> None:
     light = (
-        "jobs.cli, jobs.label, jobs.recipes, jobs.show, pipeline.manifest, pipeline.ontology, pipeline.labels"
+        "jobs.cli, jobs.label, jobs.show, pipeline.labelling.recipes, pipeline.corpus.manifest, "
+        "pipeline.ontology.ontology, pipeline.table.labels"
     )
     code = f"import sys, {light}; print(sorted({{'torch', 'ray', 'open_clip', 'mlflow'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -42,7 +43,7 @@ def test_a_run_with_nothing_to_do_loads_neither_torch_nor_ray() -> None:
 
 
 def test_decoding_workers_do_not_load_torch() -> None:
-    code = "import sys, pipeline.labelling; print('torch' in sys.modules)"
+    code = "import sys, pipeline.labelling.flow; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

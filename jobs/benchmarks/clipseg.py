@@ -22,8 +22,8 @@ from jobs.benchmarks.rows import row
 from models.errors import MaskMillError
 from pipeline.datasets.oneshot import BENCHMARKS, draw_episodes
 from pipeline.datasets.zeroshot import zero_shot_split
+from pipeline.evaluation.published import Row, load_published
 from pipeline.metrics.breakdown import CLASS, PROMPT
-from pipeline.published import Row, load_published
 
 if TYPE_CHECKING:
     from pipeline.datasets.phrasecut import PhraseCutDataset
@@ -84,7 +84,7 @@ def ablation(request: Request) -> Iterator[dict[str, Any]]:
 
 
 def _phrasecut(bench: Bench, setting: str, line: Row, side: int) -> Figures:
-    from pipeline.prompt_evaluation import VISUAL_PROMPT, phrase_image_queries, phrase_queries
+    from pipeline.evaluation.prompts.protocols import VISUAL_PROMPT, phrase_image_queries, phrase_queries
 
     dataset: PhraseCutDataset = bench.dataset(setting)
     limit = bench.request.limit
@@ -98,7 +98,7 @@ def _phrasecut(bench: Bench, setting: str, line: Row, side: int) -> Figures:
 
 
 def _one_shot(bench: Bench, setting: str, line: Row, side: int) -> Figures:
-    from pipeline.prompt_evaluation import coco_queries, pascal_queries
+    from pipeline.evaluation.prompts.protocols import coco_queries, pascal_queries
 
     dataset = bench.dataset(setting)
     name, _, task = setting.partition("/")
@@ -121,13 +121,13 @@ def _one_shot(bench: Bench, setting: str, line: Row, side: int) -> Figures:
 
 
 def _zero_shot(bench: Bench, setting: str, line: Row, side: int) -> Figures:
-    from pipeline.metrics.confusion import iou_per_class
-    from pipeline.prompt_evaluation import (
+    from pipeline.evaluation.prompts.protocols import (
         RELEASED_SCORER,
         ZERO_SHOT_NAMES,
         zero_shot_confusion,
         zero_shot_metrics,
     )
+    from pipeline.metrics.confusion import iou_per_class
 
     dataset = bench.dataset(setting)
     unseen = setting.partition("/unseen")[2]
@@ -160,7 +160,7 @@ def _zero_shot(bench: Bench, setting: str, line: Row, side: int) -> Figures:
 
 
 def _generalised(bench: Bench, setting: str, line: Row, side: int) -> Figures:
-    from pipeline.prompt_generalised import generalised_queries
+    from pipeline.evaluation.prompts.generalised import generalised_queries
 
     dataset, prompts = bench.dataset(setting), bench.generalised(setting)
     queries = generalised_queries(dataset, prompts, limit=bench.request.limit, side=side)

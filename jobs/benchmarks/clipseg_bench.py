@@ -20,6 +20,7 @@ from pipeline.datasets.generalised import MatchedPrompt, generalised_prompts, ma
 from pipeline.datasets.lvis import NAME as LVIS
 from pipeline.datasets.oneshot import BENCHMARKS, class_areas
 from pipeline.datasets.registry import DATASETS, open_dataset
+from pipeline.evaluation.published import PublishedTable, Row
 from pipeline.metrics.breakdown import (
     Breakdowns,
     break_down,
@@ -27,14 +28,13 @@ from pipeline.metrics.breakdown import (
     breakdowns_to_json,
     merge_breakdowns,
 )
-from pipeline.published import PublishedTable, Row
 
 if TYPE_CHECKING:
-    from models.clipseg import ClipSeg
-    from pipeline.prompt_evaluation import Read
+    from models.clipseg.decoder import ClipSeg
+    from pipeline.evaluation.prompts.protocols import Read
 
 SIDE = 352
-"""Of the network's input in the paper (``models.clipseg.IMAGE_SIZE``)."""
+"""Of the network's input in the paper (``models.clipseg.decoder.IMAGE_SIZE``)."""
 METHODS = ("CLIPSeg", "CLIP-Deconv", "ViTSeg")
 """Methods that can be measured here; of the others the published figures stand beside."""
 NOT_RUN = ("CLIPSeg (PC+), independent re-run",)
@@ -182,9 +182,9 @@ class Bench:
         side: int = SIDE,
     ) -> Counted:
         """Figures of a model over queries, under CLIPSeg's convention and the standard one."""
+        from pipeline.evaluation.prompts.protocols import answers, total
         from pipeline.metrics.foreground import CLIPSEG, summarise
         from pipeline.metrics.foreground import STANDARD as STANDARD_CONVENTION
-        from pipeline.prompt_evaluation import answers, total
 
         model = self.model(line, **({} if fold is None else {"fold": str(fold)}))
         threshold = line.threshold if isinstance(line.threshold, float) else None

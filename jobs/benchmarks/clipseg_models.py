@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import MaskMillError
-from pipeline.published import Row
+from pipeline.evaluation.published import Row
 
 if TYPE_CHECKING:
-    from models.clip import Clip
-    from models.clipseg import ClipSeg
+    from models.clip.loading import Clip
+    from models.clipseg.decoder import ClipSeg
 
 SETTINGS = {"model": "ViT-B-16-quickgelu", "pretrained": "openai", "precision": "fp32"}
 """Settings of the tables and their defaults, which are the paper's."""
@@ -55,10 +55,10 @@ def settings_clip(settings: Mapping[str, Any]) -> Clip:
     """The CLIP that the settings name, on the best device.
 
     Raises:
-        MaskMillError: as ``models.clip.load_clip``.
+        MaskMillError: as ``models.clip.loading.load_clip``.
     """
-    from models.clip import load_clip
-    from models.precision import DTYPES, best_device
+    from models.clip.loading import load_clip
+    from models.device import DTYPES, best_device
 
     return load_clip(
         str(settings["model"]),
@@ -89,7 +89,7 @@ class RowModels:
             **numbers: what placeholders in the path of its weights stand for.
 
         Raises:
-            MaskMillError: as ``models.clipseg_weights.load_clipseg``; ``clip_missing``.
+            MaskMillError: as ``models.clipseg.weights.load_clipseg``; ``clip_missing``.
         """
         path, _, blocks = self._weights[row_title(line)].partition("#")
         for name, number in numbers.items():
@@ -101,8 +101,8 @@ class RowModels:
         return self._loaded[1]
 
     def _load(self, method: str, path: str, layers: tuple[int, ...] | None) -> ClipSeg:
-        from models.clipseg_weights import load_clipseg
-        from models.precision import DTYPES, best_device
+        from models.clipseg.weights import load_clipseg
+        from models.device import DTYPES, best_device
 
         if method.startswith("CLIP-Deconv"):
             return _clip_deconv(self._clip, Path(path), layers)
@@ -138,7 +138,7 @@ def row_title(line: Row) -> str:
 
 
 def _clip_deconv(clip: Clip, path: Path, layers: tuple[int, ...] | None) -> ClipSeg:
-    from models.clipseg_baselines import ClipDeconvConfig, build_clip_deconv
+    from models.clipseg.baselines import ClipDeconvConfig, build_clip_deconv
 
     state = _baseline_state(path, ("film_mul.weight", "reduce2.0.weight"))
     config = ClipDeconvConfig(
@@ -150,7 +150,7 @@ def _clip_deconv(clip: Clip, path: Path, layers: tuple[int, ...] | None) -> Clip
 
 
 def _vitseg(clip: Clip, path: Path, layers: tuple[int, ...] | None, pretrained: str) -> ClipSeg:
-    from models.clipseg_baselines import ViTSegConfig, build_vitseg
+    from models.clipseg.baselines import ViTSegConfig, build_vitseg
 
     state = _baseline_state(path, ("film_mul.weight",))
     config = ViTSegConfig(
@@ -163,7 +163,7 @@ def _vitseg(clip: Clip, path: Path, layers: tuple[int, ...] | None, pretrained: 
 
 
 def _baseline_state(path: Path, needed: Sequence[str]) -> dict[str, Any]:
-    from models.weights import read_state
+    from models.clip.weights import read_state
 
     path = path.expanduser()
     if not path.is_file():

@@ -16,19 +16,19 @@ import torch
 from rich.console import Console
 
 from jobs.benchmarks.rows import row
-from jobs.labellers import MASKCLIP_OPTIONS, cache_dir
-from jobs.recipes import LabelRecipe
-from models.clip import load_clip
+from models.clip.loading import load_clip
+from models.clip.text import build_text_classifier
+from models.device import DTYPES, best_device, native_precision
 from models.labelmap import label_map
 from models.maskclip import MaskClip, MaskClipConfig
-from models.precision import DTYPES, best_device, native_precision
-from models.text import build_text_classifier
-from pipeline import images
-from pipeline.concepts import ConceptList
-from pipeline.manifest import build_manifest
-from pipeline.ontology import Ontology
+from pipeline.corpus.manifest import build_manifest
+from pipeline.evaluation.results import PICTURES
+from pipeline.files import images
+from pipeline.labelling.prepare import MASKCLIP_OPTIONS, cache_dir
+from pipeline.labelling.recipes import LabelRecipe
+from pipeline.ontology.concepts import ConceptList
+from pipeline.ontology.ontology import Ontology
 from pipeline.report.panels import prompt_panel
-from pipeline.results import PICTURES
 
 SHOWN = 10
 """Confidence maps of one image at most."""

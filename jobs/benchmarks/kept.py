@@ -15,7 +15,7 @@ from rich.console import Console
 
 from jobs.console import LOG_EVERY_S, duration
 from models.errors import MaskMillError
-from pipeline.results import ROWS
+from pipeline.evaluation.results import ROWS
 
 Progress = Callable[[int, int], None]
 """Is told how much is done, and of how much."""

@@ -14,14 +14,14 @@ from rich.console import Console
 
 from jobs.benchmarks.rows import row
 from jobs.evaluate import EvaluateJob, evaluate, protocol_recipe
-from jobs.recipes import RECIPES, LabelRecipe, change_recipe
 from models.errors import FAILED_WORK, MaskMillError
-from pipeline.corruptions import CORRUPTIONS, LEVELS
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.protocols import PROTOCOLS, get_protocol
 from pipeline.datasets.registry import DATASETS, open_dataset
-from pipeline.published import PublishedTable, load_published
-from pipeline.results import EVALUATION_FILE, ROWS
+from pipeline.evaluation.published import PublishedTable, load_published
+from pipeline.evaluation.results import EVALUATION_FILE, ROWS
+from pipeline.files.corruptions import CORRUPTIONS, LEVELS
+from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
 
 MODELS: Mapping[str, str] = {
     "ViT-B/16": "ViT-B-16-quickgelu",
@@ -309,7 +309,7 @@ def _earlier(
     folder: Path, dataset: Dataset, recipe: LabelRecipe | None, protocol: str | None
 ) -> dict[str, Any]:
     """The result of an earlier, interrupted run of the same benchmark."""
-    from models.weights import find_weights
+    from models.clip.weights import find_weights
 
     record: dict[str, Any] = json.loads((folder / EVALUATION_FILE).read_text())
     differs = ""

@@ -14,10 +14,10 @@ from jobs.benchmarks.maskclip import Request
 from jobs.benchmarks.rows import interval, row
 from models.errors import MaskMillError
 from pipeline.datasets.registry import DATASETS, open_dataset
-from pipeline.published import PublishedTable, load_published
+from pipeline.evaluation.published import PublishedTable, load_published
 
 if TYPE_CHECKING:
-    from models.clip import Clip
+    from models.clip.loading import Clip
 
 SEED = 0
 """Of the order in which images are taken."""
@@ -61,7 +61,7 @@ def prompt_strategies(request: Request) -> Iterator[dict[str, Any]]:
 
 
 def _rows(found: _Found, table: PublishedTable) -> list[dict[str, Any]]:
-    from pipeline.prompt_strategies import UNMODIFIED
+    from pipeline.evaluation.prompts.strategies import UNMODIFIED
 
     base = np.array(found.probabilities.get(UNMODIFIED, ()))
     rows = [_row(UNMODIFIED, {"probability": base})] if len(base) else []
@@ -97,7 +97,7 @@ def _measure(
     table: PublishedTable,
     clip: Callable[[], Clip],
 ) -> _Found:
-    from pipeline.prompt_strategies import (
+    from pipeline.evaluation.prompts.strategies import (
         LEAST_NAMES,
         LEAST_SHARE,
         SAMPLES,

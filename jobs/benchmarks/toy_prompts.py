@@ -18,20 +18,19 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 
-from jobs import label, train_clipseg
+from jobs import label
 from jobs.benchmarks.rows import claim, row
 from jobs.benchmarks.toy_students import draw_scenes
 from jobs.benchmarks.toy_tower import train_tower
 from jobs.benchmarks.toyworld import scene_set
-from jobs.clipseg_recipes import CLIPSEG_RECIPES
-from jobs.labellers import prepare_labeller
-from jobs.recipes import RECIPES
-from jobs.train import INTERRUPTED, TrainOptions
-from models import toyvit
-from models.clipseg import ClipSeg, normalize
-from models.precision import best_device, native_precision
-from pipeline.clipseg_folder import load_trained
+from jobs.train import clipseg as train_clipseg
+from jobs.train.run import INTERRUPTED, TrainOptions
+from models.clipseg import toyvit
+from models.clipseg.decoder import ClipSeg, normalize
+from models.device import best_device, native_precision
 from pipeline.datasets.toy import open_toyworld
+from pipeline.labelling.prepare import prepare_labeller
+from pipeline.labelling.recipes import RECIPES
 from pipeline.metrics.foreground import (
     STANDARD,
     THRESHOLDS,
@@ -41,11 +40,13 @@ from pipeline.metrics.foreground import (
     mean_iou,
 )
 from pipeline.metrics.ratios import mean_of_defined, ratio
-from pipeline.ontology import load_ontology
-from pipeline.toyworld import CLASSES, THINGS, VISIBLE_SHARE
-from pipeline.training.triplet_crops import crop_example, support_image
-from pipeline.training.triplet_toy import KINDS, ToySource, kind_of, open_toy_source
-from pipeline.training.triplets import OBJECT, TripletSettings
+from pipeline.ontology.ontology import load_ontology
+from pipeline.toyworld.scenes import CLASSES, THINGS, VISIBLE_SHARE
+from pipeline.trained.clipseg import load_trained
+from pipeline.training.clipseg.crops import crop_example, support_image
+from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES
+from pipeline.training.clipseg.sources.toy import KINDS, ToySource, kind_of, open_toy_source
+from pipeline.training.clipseg.triplets import OBJECT, TripletSettings
 
 SECTION = "prompts"
 """What ``--row`` calls them."""
@@ -183,7 +184,7 @@ def _sections(found: Mapping[str, Runs], training_scenes: int) -> list[dict[str,
         "other scenes; text_iou_strict is the IoU there. ViTSeg's tower learnt for minutes which things a "
         "scene shows, or which of all classes: the very ones that are asked for, which ImageNet's are not. "
         "The toy CLIP learnt captions for half an hour. All decoders read whitened inputs "
-        "(models/whitening.py) and have the same updates at the same rate, which was chosen for CLIPSeg. "
+        "(models/clipseg/whitening.py) and have the same updates at the same rate, chosen for CLIPSeg. "
         "CLIPSeg and ViTSeg have the refined head here, CLIP-Deconv its plain one. No decoder saw raw "
         "pictures in training. An example is taken from another scene; a phrase true of one scene alone is "
         "not asked for by picture.",

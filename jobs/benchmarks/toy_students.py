@@ -15,22 +15,23 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from jobs import label, maskclip_plus
+from jobs import label
 from jobs.benchmarks.rows import claim, row
 from jobs.benchmarks.toyworld import scene_set
-from jobs.labellers import prepare_labeller
-from jobs.recipes import RECIPES
-from jobs.train import INTERRUPTED, TrainOptions
-from jobs.train_recipes import MASKCLIP_PLUS_RECIPES
-from models.precision import best_device, native_precision
-from pipeline import toyworld
+from jobs.train import maskclip_plus
+from jobs.train.run import INTERRUPTED, TrainOptions
+from models.device import best_device, native_precision
 from pipeline.datasets.pairs import open_pairs
-from pipeline.labeller import Labeller
+from pipeline.files.storage import open_storage
+from pipeline.labelling.labeller import Labeller
+from pipeline.labelling.prepare import prepare_labeller
+from pipeline.labelling.recipes import RECIPES
 from pipeline.metrics.statistics import SegmentationStatistics, summarise
-from pipeline.ontology import load_ontology
-from pipeline.storage import open_storage
-from pipeline.student import load_student, read_student_record
-from pipeline.training.checkpoints import CheckpointStore
+from pipeline.ontology.ontology import load_ontology
+from pipeline.toyworld import scenes as toyworld
+from pipeline.trained.student import load_student, read_student_record
+from pipeline.training.loop.checkpoints import CheckpointStore
+from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
 
 SECTION = "students"
 """What ``--row`` calls them."""

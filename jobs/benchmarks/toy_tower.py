@@ -1,4 +1,4 @@
-"""The tower of ViTSeg at toy scale: ``models.toyvit``, trained to tell which classes a scene shows.
+"""The tower of ViTSeg at toy scale: ``models.clipseg.toyvit``, trained to tell which classes a scene shows.
 
 The paper takes a ViT that has learnt ImageNet's labels, which with few exceptions name things: no grass, no
 sky, no colours. Here it learns which things toy scenes show, or which classes whatever they are, from as many
@@ -19,11 +19,11 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models import toyvit
-from models.clipseg import normalize
-from pipeline import toyworld
-from pipeline.toyphrases import auc
-from pipeline.toyworld import CLASSES, THINGS, VISIBLE_SHARE
+from models.clipseg import toyvit
+from models.clipseg.decoder import normalize
+from pipeline.toyworld import scenes as toyworld
+from pipeline.toyworld.phrases import auc
+from pipeline.toyworld.scenes import CLASSES, THINGS, VISIBLE_SHARE
 
 SEED = 600
 SCENES = 6000

@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 
 from jobs.benchmarks.rows import claim, interval, row
-from jobs.labellers import prepare_labeller
-from jobs.recipes import RECIPES, LabelRecipe
-from models.precision import best_device, native_precision
-from pipeline import images, toyphrases
-from pipeline.corruptions import CORRUPTIONS, LEVELS, corrupt
+from models.device import best_device, native_precision
+from pipeline.files import images
+from pipeline.files.corruptions import CORRUPTIONS, LEVELS, corrupt
+from pipeline.labelling.prepare import prepare_labeller
+from pipeline.labelling.recipes import RECIPES, LabelRecipe
 from pipeline.metrics.statistics import SegmentationStatistics, summarise
-from pipeline.ontology import Ontology, load_ontology
-from pipeline.toyworld import ToySet, generate
+from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.toyworld import phrases as toyphrases
+from pipeline.toyworld.scenes import ToySet, generate
 
 SEEDS = (11, 12, 13, 14, 15)
 """Scene sets that neither the training (0) nor the model card (1) nor the demo (2026) has seen."""
@@ -355,9 +356,9 @@ def words(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def vocabulary(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Words without a class name: how well scores find the cells that they describe."""
-    from models.clip import load_clip
+    from models.clip.loading import load_clip
+    from models.clip.text import build_text_classifier
     from models.maskclip import MaskClip, MaskClipConfig
-    from models.text import build_text_classifier
 
     clip = load_clip("toyclip", "bundled")
     groups = {
@@ -431,7 +432,7 @@ def _with(ontology: Ontology, **changes: Any) -> Ontology:
 
 
 def _with_synonyms(ontology: Ontology, merge: str) -> Ontology:
-    from pipeline.toyworld import THINGS
+    from pipeline.toyworld.scenes import THINGS
 
     patterns = {name: phrase for phrase, name in toyphrases.PATTERN_WORDS.items()}
     classes = []

@@ -22,9 +22,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from models.errors import MaskMillError
-from pipeline.images import ImageError, decode, fetch
-from pipeline.ontology import Ontology, builtin_ontologies, load_ontology
-from pipeline.storage import Storage, open_storage
+from pipeline.files.images import ImageError, decode, fetch
+from pipeline.files.storage import Storage, open_storage
+from pipeline.ontology.ontology import Ontology, builtin_ontologies, load_ontology
 
 Labels = npt.NDArray[np.uint8 | np.uint16]
 

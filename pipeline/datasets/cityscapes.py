@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from pipeline.datasets.base import MaskDataset, Source, identity_ids, list_files
-from pipeline.ontology import load_ontology
+from pipeline.ontology.ontology import load_ontology
 
 #: The label ids that are evaluated, in the order of their train ids 0..18.
 LABEL_IDS: Final = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)

@@ -25,8 +25,8 @@ import numpy.typing as npt
 
 from models.errors import MaskMillError
 from pipeline.datasets.base import Dataset, Labels, Sample, Source, shown
-from pipeline.ontology import BACKGROUND, Ontology, load_ontology
-from pipeline.storage import Storage, open_storage
+from pipeline.files.storage import Storage, open_storage
+from pipeline.ontology.ontology import BACKGROUND, Ontology, load_ontology
 
 SOURCE = Source(
     "COCO JSON",

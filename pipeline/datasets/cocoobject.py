@@ -7,7 +7,7 @@ from typing import Literal
 from pipeline.datasets.base import Dataset, MaskDataset, Source, identity_ids
 from pipeline.datasets.cocojson import open_coco_json
 from pipeline.datasets.cocostuff import RAW_IDS, list_maps, open_coco_images
-from pipeline.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology, load_ontology
 
 NAME = "cocoobject81"
 THINGS = 80

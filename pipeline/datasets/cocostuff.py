@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Final
 
 from pipeline.datasets.base import MaskDataset, Source, identity_ids, list_files
-from pipeline.ontology import load_ontology
-from pipeline.storage import Storage
+from pipeline.files.storage import Storage
+from pipeline.ontology.ontology import load_ontology
 
 #: Category ids of COCO that no released annotation uses.
 _UNUSED: Final = frozenset({12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91})

@@ -16,8 +16,8 @@ from pipeline.datasets.base import (
     read_list,
     shown,
 )
-from pipeline.ontology import Ontology, load_ontology
-from pipeline.storage import Storage, open_storage
+from pipeline.files.storage import Storage, open_storage
+from pipeline.ontology.ontology import Ontology, load_ontology
 
 SOURCE = Source(
     "Image and mask pairs",

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from models.errors import MaskMillError
 from pipeline.datasets.base import Dataset, Labels, Sample, Source, list_files, shown
-from pipeline.ontology import Ontology
-from pipeline.storage import Storage
+from pipeline.files.storage import Storage
+from pipeline.ontology.ontology import Ontology
 
 #: Visual Genome ids of images that are not of the size that their annotation assumes.
 EXCLUDED_IMAGES: Final = frozenset(

@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import MaskMillError
-from pipeline import toyworld
 from pipeline.datasets.base import Dataset, Labels, Sample, Source
-from pipeline.ontology import load_ontology
+from pipeline.ontology.ontology import load_ontology
+from pipeline.toyworld import scenes as toyworld
 
 SOURCE = Source(
-    "The toy world", "this project (pipeline/toyworld.py)", "no files: scenes are drawn from a seed"
+    "The toy world", "this project (pipeline/toyworld/scenes.py)", "no files: scenes are drawn from a seed"
 )
 
 

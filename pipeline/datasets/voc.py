@@ -7,8 +7,8 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from pipeline.datasets.base import MaskDataset, Source, identity_ids, list_files, read_list
-from pipeline.ontology import load_ontology
-from pipeline.storage import Storage
+from pipeline.files.storage import Storage
+from pipeline.ontology.ontology import load_ontology
 
 SOURCE = Source(
     "PASCAL VOC 2012",

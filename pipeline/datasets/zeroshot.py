@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from models.errors import MaskMillError
-from pipeline.ontology import load_ontology
+from pipeline.ontology.ontology import load_ontology
 
 
 @dataclass(frozen=True)

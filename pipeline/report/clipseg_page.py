@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.clipseg_folder import DECODER_FILE, RECORD_FILE, ClipSegRecord
-from pipeline.clipseg_model import THRESHOLD
+from pipeline.labelling.clipseg.model import THRESHOLD
 from pipeline.report.prompts import Found, heat_map, overlay_mask, overview
 from pipeline.report.training_page import Card, TrainingPage, thousands
+from pipeline.trained.clipseg import DECODER_FILE, RECORD_FILE, ClipSegRecord
 
 _TITLES = {"clipseg": "CLIPSeg", "clip-deconv": "CLIP-Deconv", "vitseg": "ViTSeg"}
 _CURVES = {

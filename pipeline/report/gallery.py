@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.errors import MaskMillError
-from pipeline import labels
-from pipeline.images import ERROR_CODES, ImageError, decode, fetch
-from pipeline.ontology import Ontology
-from pipeline.palette import palette
+from pipeline.files.images import ERROR_CODES, ImageError, decode, fetch
+from pipeline.files.storage import Storage, open_storage
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.palette import palette
 from pipeline.report.page import put_in_place, render
-from pipeline.storage import Storage, open_storage
+from pipeline.table import labels
 
 #: Which rows are shown, and in which order: a sample by id, or the least or greatest label quality.
 Order = Literal["sample", "worst", "best"]

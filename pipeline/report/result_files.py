@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from models.errors import MaskMillError
-from pipeline.storage import Storage, open_storage
+from pipeline.files.storage import Storage, open_storage
 
 SCHEMA_VERSION = 1
 

@@ -17,7 +17,8 @@ import numpy as np
 from markupsafe import Markup
 
 from models.errors import MaskMillError
-from pipeline.images import ERROR_CODES, ImageError, decode
+from pipeline.files.images import ERROR_CODES, ImageError, decode
+from pipeline.files.storage import Storage
 from pipeline.report import comparison, plots
 from pipeline.report.page import put_in_place, render
 from pipeline.report.result_files import (
@@ -31,7 +32,6 @@ from pipeline.report.result_files import (
     Value,
     read_results,
 )
-from pipeline.storage import Storage
 
 #: What is written into every report and found again before one is replaced.
 MARK = '<meta name="generator" content="MaskMill report">'

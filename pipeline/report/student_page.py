@@ -10,7 +10,7 @@ from PIL import Image
 
 from pipeline.report.sheet import colorize, contact_sheet, overlay
 from pipeline.report.training_page import Card, Score, TrainingPage, thousands
-from pipeline.student import RECORD_FILE, WEIGHTS_FILE, StudentRecord
+from pipeline.trained.student import RECORD_FILE, WEIGHTS_FILE, StudentRecord
 
 SHOWN = 6
 """Examples on the sheet; the page shows all of them."""

@@ -35,9 +35,9 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.errors import MaskMillError
-from pipeline import images, toyworld
-from pipeline.images import ImageError
-from pipeline.palette import palette
+from pipeline.files import images
+from pipeline.files.images import ImageError
+from pipeline.ontology.palette import palette
 from pipeline.serving.limits import Gate, Limits, RateLimiter, Refused, bounded, check_host, check_origin
 from pipeline.serving.models import (
     Answer,
@@ -61,6 +61,7 @@ from pipeline.serving.schemas import (
     SegmentReply,
     SegmentRequest,
 )
+from pipeline.toyworld import scenes as toyworld
 
 log = logging.getLogger("maskmill.serve")
 

@@ -16,16 +16,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.clip import Clip, load_clip
+from models.clip.loading import Clip, load_clip
+from models.clip.text import TextClassifier, build_text_classifier
+from models.device import DTYPES, best_device
 from models.errors import MaskMillError
 from models.labelmap import label_map
 from models.maskclip import MaskClip, MaskClipConfig
-from models.precision import DTYPES, best_device
-from models.text import TextClassifier, build_text_classifier
-from pipeline.clipseg import Picture, embed_prompts, parse_style, probability_maps, visual_prompt_of
-from pipeline.clipseg_labeller import stretched
-from pipeline.clipseg_model import VISUAL_PROMPT, ClipSegWeights
-from pipeline.images import resize, target_size
+from pipeline.files.images import ImageSettings, resize, target_size
+from pipeline.labelling.clipseg.labeller import stretched
+from pipeline.labelling.clipseg.model import VISUAL_PROMPT, ClipSegWeights
+from pipeline.labelling.clipseg.prompting import (
+    Picture,
+    embed_prompts,
+    parse_style,
+    probability_maps,
+    visual_prompt_of,
+)
 from pipeline.serving.models import (
     HeatAnswer,
     ImagePrompt,
@@ -34,8 +40,7 @@ from pipeline.serving.models import (
     TextPrompt,
     unclaimed,
 )
-from pipeline.stages import ImageSettings
-from pipeline.student import StudentRecord, load_student
+from pipeline.trained.student import StudentRecord, load_student
 
 OTHER = "something else"
 _WORDS_KEPT = 4096
@@ -46,7 +51,7 @@ class Words:
 
     Args:
         clip: with its text tower.
-        templates: of ``models.templates``.
+        templates: of ``models.clip.templates``.
     """
 
     def __init__(self, clip: Clip, templates: str | Sequence[str]) -> None:
@@ -74,9 +79,9 @@ class Teacher:
     """MaskCLIP without training: the prompts and, as one more class, the context compete for every pixel.
 
     Args:
-        model, pretrained: as ``models.clip.load_clip``.
+        model, pretrained: as ``models.clip.loading.load_clip``.
         options: fields of ``models.maskclip.MaskClipConfig``.
-        templates: of ``models.templates``.
+        templates: of ``models.clip.templates``.
         sizes: how images are resized before the network sees them.
         precision: ``fp32``, ``bf16`` or ``fp16``.
         warm: words that will be asked for: embedded now, not with the first image.

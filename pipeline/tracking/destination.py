@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import MaskMillError
-from pipeline.tracking.redaction import MASK, redact
+from pipeline.files.redaction import MASK, redact
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from pipeline.progress import Progress
+from pipeline.cluster.progress import Progress
 from pipeline.tracking.names import key_part
 from pipeline.tracking.tracker import Tracker
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from models.errors import MaskMillError
-from pipeline.storage import Storage, open_storage
+from pipeline.files.storage import Storage, open_storage
 from pipeline.tracking.names import key_part, key_parts
 from pipeline.tracking.plots import plot_confusion
 from pipeline.tracking.tracker import TrackedDataset, Tracker

@@ -16,8 +16,8 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipeline.files.redaction import redact
 from pipeline.tracking.destination import artifact_location, connect
-from pipeline.tracking.redaction import redact
 from pipeline.tracking.spool import Event, Journal
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking.redaction import redact, redact_tree
+from pipeline.files.redaction import redact, redact_tree
 
 JOURNAL, FILES, SENT = "journal.jsonl", "files", "sent.json"
 ABANDONED_S = 3600.0

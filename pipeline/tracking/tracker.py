@@ -23,6 +23,7 @@ from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
+from pipeline.files.redaction import command_line, redact
 from pipeline.tracking.destination import (
     EXPERIMENT_PREFIX,
     LIVE_TIMEOUT_S,
@@ -33,7 +34,6 @@ from pipeline.tracking.destination import (
     sqlite_file,
 )
 from pipeline.tracking.names import flatten
-from pipeline.tracking.redaction import command_line, redact
 from pipeline.tracking.sender import Gone, Sender, reason
 from pipeline.tracking.spool import Event, Journal
 

@@ -17,7 +17,7 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from jobs.cli import main
-from pipeline import toyworld
+from pipeline.toyworld import scenes as toyworld
 
 ROOT = Path(__file__).resolve().parents[2]
 

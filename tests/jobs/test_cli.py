@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs.recipes import RECIPES, recipe_from_dict
-from jobs.train_recipes import MASKCLIP_PLUS_RECIPES
+from pipeline.labelling.recipes import RECIPES, recipe_from_dict
+from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import toyworld
-from pipeline.labels import decode_mask, iter_rows
 from pipeline.metrics.confusion import confusion_matrix, mean_iou
+from pipeline.table.labels import decode_mask, iter_rows
+from pipeline.toyworld import scenes as toyworld
 
 pytestmark = pytest.mark.slow
 

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from jobs import export
 from models.errors import MaskMillError
-from pipeline.student import read_student_record
-from pipeline.student_export import SMALLEST
-from pipeline.student_labeller import StudentLabeller
-from pipeline.toyworld import generate
-from tests.pipeline.test_student import toy_student
+from pipeline.labelling.student import StudentLabeller
+from pipeline.toyworld.scenes import generate
+from pipeline.trained.export import SMALLEST
+from pipeline.trained.student import read_student_record
+from tests.pipeline.trained.test_student import toy_student
 
 
 def test_a_program_of_torch_labels_as_the_labeller_does(tmp_path: Path) -> None:

@@ -23,10 +23,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs import labellers
 from models.errors import MaskMillError
-from pipeline.labels import LABEL_SCHEMA
-from pipeline.storage import Storage
+from pipeline.files.storage import Storage
+from pipeline.labelling import prepare as labellers
+from pipeline.table.labels import LABEL_SCHEMA
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]

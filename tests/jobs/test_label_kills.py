@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import toyworld
+from pipeline.toyworld import scenes as toyworld
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from jobs import label
-from jobs.recipes import RECIPES, LabelRecipe
 from models.errors import MaskMillError
-from pipeline.ontology import parse_classes
-from pipeline.storage import open_storage
+from pipeline.files.storage import open_storage
+from pipeline.labelling.recipes import RECIPES, LabelRecipe
+from pipeline.ontology.ontology import parse_classes
 
 CLASSES = parse_classes("cat, dog")
 

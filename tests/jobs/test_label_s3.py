@@ -10,7 +10,7 @@ import boto3
 import pyarrow.dataset as ds
 import pytest
 
-from pipeline.storage import open_storage
+from pipeline.files.storage import open_storage
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

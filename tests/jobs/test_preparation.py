@@ -9,13 +9,13 @@ import pytest
 from numpy.testing import assert_equal
 
 from jobs.apart import Apart
-from jobs.labellers import prepare_labeller
 from jobs.preparation import Request, Settled, prepare, preparing
-from jobs.recipes import RECIPES
+from models.device import best_device, native_precision
 from models.errors import MaskMillError
-from models.precision import best_device, native_precision
-from pipeline.ontology import parse_classes
-from pipeline.toyworld import generate
+from pipeline.labelling.prepare import prepare_labeller
+from pipeline.labelling.recipes import RECIPES
+from pipeline.ontology.ontology import parse_classes
+from pipeline.toyworld.scenes import generate
 
 OTHERS = parse_classes("zebra, striped animal, sky", background=None, templates="toyworld")
 REQUEST = Request(RECIPES["toy"], OTHERS, "out", "fp32", None)

@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 
-from jobs.clipseg_labeller import prepare_clipseg
-from jobs.recipes import LabelRecipe
 from jobs.segment import SegmentJob, run
-from models.clip import load_clip
-from models.clipseg import ClipSeg, ClipSegConfig, build_clipseg, mix, normalize
-from models.clipseg_weights import save_decoder
+from models.clip.loading import load_clip
+from models.clipseg.decoder import ClipSeg, ClipSegConfig, build_clipseg, mix, normalize
+from models.clipseg.visual_prompts import STYLES
+from models.clipseg.weights import save_decoder
 from models.errors import MaskMillError
-from models.visual_prompts import STYLES
-from pipeline.clipseg_options import ClipSegOptions
-from pipeline.ontology import Ontology
-from pipeline.toyworld import generate
+from pipeline.labelling.clipseg.options import ClipSegOptions
+from pipeline.labelling.clipseg.prepare import prepare_clipseg
+from pipeline.labelling.recipes import LabelRecipe
+from pipeline.ontology.ontology import Ontology
+from pipeline.toyworld.scenes import generate
 
 TOY = "toyclip:bundled"
 QUIET = Console(quiet=True)

@@ -17,7 +17,7 @@ from rich.console import Console
 from jobs import serve
 from jobs.serve import PORT, ServeJob, entry, run
 from models.errors import MaskMillError
-from tests.pipeline.test_student import toy_student
+from tests.pipeline.trained.test_student import toy_student
 
 ROOT = Path(__file__).resolve().parents[2]
 FINDER = {
@@ -148,7 +148,7 @@ def test_it_says_where_it_is_serves_and_ends_when_asked(stop: signal.Signals) ->
     public = stop == signal.SIGTERM
     code = (
         "import sys\nfrom jobs.serve import ServeJob, run\n"
-        "from pipeline.interruption import interrupt_on_signals\n"
+        "from pipeline.cluster.signals import interrupt_on_signals\n"
         "interrupt_on_signals()\n"
         f"sys.exit(run(ServeJob(host={'0.0.0.0' if public else '127.0.0.1'!r}, port=0)))"
     )

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.clip import Clip, load_clip
-from models.dense import Dense, dense_encoder
+from models.clip.heads import Dense, dense_encoder
+from models.clip.loading import Clip, load_clip
+from models.clip.text import TextClassifier
 from models.errors import MaskMillError
 from models.maskclip import DENIED, MaskClip, MaskClipConfig, key_smoothing, prompt_denoising
-from models.text import TextClassifier
 
 MEAN = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64)
 STD = torch.tensor([58.395, 57.12, 57.375], dtype=torch.float64)
@@ -281,8 +281,8 @@ SMALL = {
 
 
 def small_clip(dtype: torch.dtype = torch.float64) -> Clip:
-    from models.clip import load_source
-    from models.weights import OPENAI_MEAN, OPENAI_STD, WeightSource
+    from models.clip.loading import load_source
+    from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource
 
     source = WeightSource("small", "random:5", SMALL, None, 5, OPENAI_MEAN, OPENAI_STD)
     return load_source(source, dtype=dtype, towers="visual")

@@ -18,16 +18,24 @@ from rich.console import Console
 from jobs.benchmarks.clipseg import TABLES
 from jobs.benchmarks.clipseg_bench import Bench
 from jobs.benchmarks.maskclip import Request
-from models.clip import load_clip
-from models.clipseg import ClipSeg, ClipSegConfig, build_clipseg
-from models.clipseg_baselines import ClipDeconvConfig, build_clip_deconv, build_vitseg
-from models.clipseg_weights import save_clipseg, save_decoder
+from models.clip.loading import load_clip
+from models.clipseg.baselines import ClipDeconvConfig, build_clip_deconv, build_vitseg
+from models.clipseg.decoder import ClipSeg, ClipSegConfig, build_clipseg
+from models.clipseg.weights import save_clipseg, save_decoder
 from models.errors import MaskMillError
 from pipeline.datasets.cocoobject import coco_object_ontology
 from pipeline.datasets.oneshot import BENCHMARKS, class_areas, draw_episodes
 from pipeline.datasets.phrasecut import PhraseSample, open_phrasecut
 from pipeline.datasets.registry import open_dataset
 from pipeline.datasets.voc import open_voc
+from pipeline.evaluation.prompts.protocols import (
+    coco_queries,
+    pascal_queries,
+    phrase_image_queries,
+    phrase_queries,
+    score,
+)
+from pipeline.evaluation.published import load_published
 from pipeline.metrics.foreground import (
     CLIPSEG,
     STANDARD,
@@ -36,15 +44,7 @@ from pipeline.metrics.foreground import (
     average_precision,
     summarise,
 )
-from pipeline.prompt_evaluation import (
-    coco_queries,
-    pascal_queries,
-    phrase_image_queries,
-    phrase_queries,
-    score,
-)
-from pipeline.published import load_published
-from tests.pipeline.test_prompt_evaluation import (
+from tests.pipeline.evaluation.prompts.test_protocols import (
     SMALL,
     bilinear,
     box,

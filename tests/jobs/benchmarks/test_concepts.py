@@ -9,9 +9,9 @@ from rich.console import Console
 
 from jobs.benchmark import BenchmarkJob, run
 from models.errors import MaskMillError
-from pipeline.concepts import CONCEPTS
+from pipeline.ontology.concepts import CONCEPTS
 from pipeline.report.result_files import read_results
-from pipeline.toyworld import CLASSES, generate
+from pipeline.toyworld.scenes import CLASSES, generate
 
 
 @pytest.fixture

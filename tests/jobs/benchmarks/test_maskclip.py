@@ -13,7 +13,7 @@ from jobs.benchmarks import maskclip
 from jobs.benchmarks.maskclip import Request
 from models.errors import MaskMillError
 from pipeline.datasets.registry import open_dataset
-from pipeline.published import load_published
+from pipeline.evaluation.published import load_published
 
 SUBSET = Path(__file__).resolve().parents[4] / "shared" / "data" / "voc2012_subset"
 

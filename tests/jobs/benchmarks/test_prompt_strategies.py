@@ -13,11 +13,11 @@ from rich.console import Console
 
 from jobs.benchmarks.maskclip import Request
 from jobs.benchmarks.prompt_strategies import TABLES
-from models.clip import load_clip
+from models.clip.loading import load_clip
 from models.errors import MaskMillError
 from pipeline.datasets.registry import open_dataset
-from pipeline.prompt_strategies import UNMODIFIED, draw_objects, object_probabilities
-from pipeline.published import load_published
+from pipeline.evaluation.prompts.strategies import UNMODIFIED, draw_objects, object_probabilities
+from pipeline.evaluation.published import load_published
 
 TOY = {"model": "toyclip", "pretrained": "bundled"}
 

@@ -12,15 +12,15 @@ from rich.console import Console
 
 from jobs.benchmarks import toy_prompts, toy_tower
 from jobs.benchmarks.toy_prompts import ask, prompts
-from models.clip import load_clip
-from models.clipseg import normalize
-from models.clipseg_baselines import ViTSegConfig, build_vitseg
-from pipeline.clipseg_folder import read_clipseg_record
+from models.clip.loading import load_clip
+from models.clipseg.baselines import ViTSegConfig, build_vitseg
+from models.clipseg.decoder import normalize
 from pipeline.datasets.toy import open_toyworld
 from pipeline.metrics.foreground import STANDARD, THRESHOLDS, average_precision, foreground_iou
-from pipeline.toyworld import CLASSES
-from pipeline.training.triplet_toy import KINDS, ToySource, kind_of, open_toy_source
-from pipeline.training.triplets import OBJECT
+from pipeline.toyworld.scenes import CLASSES
+from pipeline.trained.clipseg import read_clipseg_record
+from pipeline.training.clipseg.sources.toy import KINDS, ToySource, kind_of, open_toy_source
+from pipeline.training.clipseg.triplets import OBJECT
 
 
 class Knowing:

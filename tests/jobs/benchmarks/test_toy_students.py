@@ -8,7 +8,7 @@ from rich.console import Console
 
 from jobs.benchmarks.toy_students import measured, students
 from jobs.benchmarks.toyworld import scene_set
-from pipeline.toyworld import CLASSES
+from pipeline.toyworld.scenes import CLASSES
 
 
 def testmeasured_tell_seen_from_unseen() -> None:

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from jobs.benchmarks.toyworld import Bench, Condition, measure, refinement, scene_set, vocabulary
-from models.clip import load_clip
+from models.clip.loading import load_clip
+from models.clip.text import build_text_classifier
+from models.device import DTYPES, best_device, native_precision
 from models.labelmap import label_map
 from models.maskclip import MaskClip, MaskClipConfig
-from models.precision import DTYPES, best_device, native_precision
-from models.text import build_text_classifier
-from pipeline.corruptions import corrupt
-from pipeline.ontology import load_ontology
-from pipeline.toyworld import CLASSES
+from pipeline.files.corruptions import corrupt
+from pipeline.ontology.ontology import load_ontology
+from pipeline.toyworld.scenes import CLASSES
 
 SEEDS, SCENES = (11, 12), 4
 

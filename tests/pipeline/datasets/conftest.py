@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.storage import open_storage
+from pipeline.files.storage import open_storage
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 Write = Callable[[str, Mapping[str, Any]], None]

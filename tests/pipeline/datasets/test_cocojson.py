@@ -16,7 +16,7 @@ from models.errors import MaskMillError
 from pipeline.datasets.cocojson import open_coco_json
 from pipeline.datasets.cocoobject import coco_object_ontology
 from pipeline.datasets.registry import open_dataset
-from pipeline.ontology import Ontology
+from pipeline.ontology.ontology import Ontology
 from tests.pipeline.datasets.conftest import Write, photo
 
 # pycocotools under NumPy 2.

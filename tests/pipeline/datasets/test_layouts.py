@@ -18,8 +18,8 @@ from pipeline.datasets.base import Sample
 from pipeline.datasets.cityscapes import LABEL_IDS
 from pipeline.datasets.cocostuff import RAW_IDS
 from pipeline.datasets.registry import DATASETS, open_dataset
-from pipeline.ontology import load_ontology
-from pipeline.storage import Storage
+from pipeline.files.storage import Storage
+from pipeline.ontology.ontology import load_ontology
 from tests.pipeline.datasets.conftest import Write, photo, png
 
 JPG = photo(2, 3)

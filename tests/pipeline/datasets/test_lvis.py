@@ -18,8 +18,8 @@ from pipeline.datasets.generalised import (
     match_prompts,
 )
 from pipeline.datasets.registry import open_dataset
-from pipeline.prompt_generalised import generalised_queries
-from pipeline.prompt_pixels import squeezed_mask
+from pipeline.evaluation.prompts.generalised import generalised_queries
+from pipeline.evaluation.prompts.pixels import squeezed_mask
 from tests.pipeline.datasets.conftest import Write, photo
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")

@@ -8,16 +8,16 @@ import pickle
 import numpy as np
 import pytest
 
-from jobs.recipes import RECIPES, LabelRecipe, recipe_from_dict
+from models.clip.templates import get_templates
 from models.errors import MaskMillError
-from models.templates import get_templates
-from pipeline import toyworld
 from pipeline.datasets.cocoobject import coco_object_ontology
 from pipeline.datasets.oneshot import BENCHMARKS, class_areas, draw_episodes
 from pipeline.datasets.protocols import PROTOCOLS, Protocol, check_comparable, get_protocol
 from pipeline.datasets.registry import DATASETS, open_dataset
 from pipeline.datasets.zeroshot import SPLITS, zero_shot_split
-from pipeline.ontology import load_ontology
+from pipeline.labelling.recipes import RECIPES, LabelRecipe, recipe_from_dict
+from pipeline.ontology.ontology import load_ontology
+from pipeline.toyworld import scenes as toyworld
 
 EVERY = [protocol for both in PROTOCOLS.values() for protocol in both.values()]
 
@@ -54,7 +54,7 @@ def test_background_handling_agrees_with_the_datasets() -> None:
     ],
 )
 def test_scales(dataset: str, name: str, scale: tuple[int, int], size: tuple[int, int]) -> None:
-    from pipeline.images import target_size
+    from pipeline.files.images import target_size
 
     protocol = get_protocol(dataset, name)
     assert protocol.scale == scale

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.clipseg_folder import ClipSegRecord
 from pipeline.report.clipseg_page import Answer, clipseg_page, preview_sheet
 from pipeline.report.training_page import write_training_page
+from pipeline.trained.clipseg import ClipSegRecord
 
 COLUMNS = np.arange(16)[None, :].repeat(12, 0)
 LEFT = COLUMNS < 8

@@ -21,10 +21,11 @@ import pytest
 from PIL import Image
 
 from models.errors import MaskMillError
-from pipeline import labels, toyworld
-from pipeline.ontology import Ontology
+from pipeline.ontology.ontology import Ontology
 from pipeline.report import gallery
 from pipeline.report.gallery import write_gallery
+from pipeline.table import labels
+from pipeline.toyworld import scenes as toyworld
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SIZE = 64

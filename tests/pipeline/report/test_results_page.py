@@ -21,11 +21,11 @@ import pytest
 from PIL import Image
 
 from models.errors import MaskMillError
-from pipeline import toyworld
-from pipeline.ontology import load_ontology
+from pipeline.ontology.ontology import load_ontology
 from pipeline.report import comparison, plots
 from pipeline.report.result_files import Evaluation, read_results
 from pipeline.report.results_page import MARK, difference, number, write_report
+from pipeline.toyworld import scenes as toyworld
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 Record = dict[str, Any]

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.ontology import parse_classes
+from pipeline.files.images import ImageSettings
+from pipeline.ontology.ontology import parse_classes
 from pipeline.report.student_page import Example, preview_sheet, student_page
 from pipeline.report.training_page import Score, write_training_page
-from pipeline.stages import ImageSettings
-from pipeline.student import StudentRecord
+from pipeline.trained.student import StudentRecord
 
 ONTOLOGY = parse_classes("grass, sky", background=None, templates="toyworld")
 

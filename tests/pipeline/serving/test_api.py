@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from models.errors import MaskMillError
-from pipeline import toyworld
 from pipeline.serving.limits import Limits
 from pipeline.serving.models import Entry, HeatAnswer, ModelInfo
+from pipeline.toyworld import scenes as toyworld
 from tests.pipeline.serving.harness import Reply, Server, maps, png
 
 SCENE = toyworld.scene(2026, 0, 128)

@@ -11,15 +11,15 @@ from PIL import Image
 from rich.console import Console
 
 from jobs import segment
-from jobs.labellers import prepare_labeller, student_recipe
-from jobs.recipes import load_recipe
 from jobs.serve import entry
 from models.errors import MaskMillError
-from pipeline import toyworld
-from pipeline.images import resize, target_size
-from pipeline.ontology import load_ontology, parse_classes
+from pipeline.files.images import resize, target_size
+from pipeline.labelling.prepare import prepare_labeller, student_recipe
+from pipeline.labelling.recipes import load_recipe
+from pipeline.ontology.ontology import load_ontology, parse_classes
 from pipeline.serving.models import HeatAnswer, ImagePrompt, LabelAnswer, TextPrompt, unclaimed
-from tests.pipeline.test_student import toy_student
+from pipeline.toyworld import scenes as toyworld
+from tests.pipeline.trained.test_student import toy_student
 
 SCENE = toyworld.scene(2026, 0, 160)
 SIZE = (160, 160)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.progress import Progress
+from pipeline.cluster.progress import Progress
 from pipeline.tracking import load
 from pipeline.tracking.flush import flush, spooled_runs
 from pipeline.tracking.progress import ProgressLog

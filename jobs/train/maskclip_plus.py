@@ -1,0 +1,384 @@
+"""``maskmill train maskclip-plus``: a label table → a student, better and faster than its teacher."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from rich.console import Console
+
+from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, run_training
+from jobs.train.student_page import student_commands, write_pages
+from models.clip.text import TextClassifier
+from models.errors import MaskMillError
+from models.student.deeplab import DeepLab, StudentConfig, load_backbone_weights
+from pipeline.datasets.base import Dataset
+from pipeline.datasets.zeroshot import SPLITS
+from pipeline.files.images import ImageSettings
+from pipeline.files.versions import versions
+from pipeline.labelling.prepare import embed_names
+from pipeline.labelling.recipes import LabelRecipe
+from pipeline.ontology.ontology import Ontology
+from pipeline.report.training_page import PAGE, SHEET
+from pipeline.table.record import read_table_record
+from pipeline.tracking.names import flatten
+from pipeline.tracking.tracker import TrackedDataset
+from pipeline.trained.student import RECORD_FILE, WEIGHTS_FILE, read_student_record, write_student_folder
+from pipeline.training.maskclip_plus.recipes import MaskClipPlusRecipe
+from pipeline.training.maskclip_plus.task import MaskClipPlus, SelfTrainSettings, guessable_classifier
+from pipeline.training.samples.table import TableSamples, open_table_samples
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.clip.weights import WeightSource
+    from models.maskclip import MaskClip
+    from pipeline.training.loop.checkpoints import Checkpoint
+
+COLLAPSED = "self_training_collapsed"
+OWN_ENTRIES = ("checkpoints", "metrics.jsonl", RECORD_FILE, WEIGHTS_FILE, SHEET, PAGE)
+"""What a run makes in its output, and what ``overwrite`` may delete."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskClipPlusJob:
+    """Everything that a training of MaskCLIP+ is asked for.
+
+    Attributes:
+        labels: the teacher's label table.
+        recipe: how to train.
+        options: where to, and on what.
+        ontology: the student's classes; None takes the table's.
+        truth: images and masks of the same images, for the zero-shot form; None is annotation-free.
+    """
+
+    labels: str
+    recipe: MaskClipPlusRecipe
+    options: TrainOptions
+    ontology: Ontology | None = None
+    truth: Dataset | None = None
+
+
+def run(job: MaskClipPlusJob, console: Console | None = None) -> int:
+    """Train a student and write its folder. Returns the exit status; see ``jobs.train.run.run_training``."""
+    return run_training(
+        "maskclip-plus",
+        job.options,
+        functools.partial(_prepare, job),
+        result_file=RECORD_FILE,
+        own_entries=OWN_ENTRIES,
+        console=console,
+    )
+
+
+def _prepare(job: MaskClipPlusJob) -> Prepared:
+    recipe = job.recipe
+    table = read_table_record(job.labels)
+    ontology = job.ontology or Ontology.from_record(table["ontology"])
+    unseen = unseen_ids(recipe.unseen, ontology)
+    needs_truth = recipe.form != "annotation-free" or recipe.void_from_truth
+    if needs_truth and job.truth is None:
+        raise MaskMillError(
+            "wrong_use",
+            f"Recipe {recipe.name} ({recipe.form}) trains with truth, and none is given.",
+            "Give --dataset NAME --root DIR (maskmill datasets lists them), or --images and --truth.",
+        )
+    if job.truth is not None and not needs_truth:
+        raise MaskMillError(
+            "wrong_use",
+            f"Recipe {recipe.name} is annotation-free: it has no use for the truth of {job.truth.name}.",
+            "Leave it out, or name the classes whose truth to withhold: --unseen 'cow, motorbike'.",
+        )
+    source, text_weights = _text_source(recipe, table, job.labels)
+    text = embed_names(source, ontology, "fp32")
+    if recipe.student.learned_background:
+        text = _without_background(text, ontology)
+    config = dataclasses.replace(recipe.student, embed_dim=text.embeddings.shape[1])
+    make_student = functools.partial(
+        build_student,
+        config,
+        text.embeddings.numpy(),
+        text.class_ids.numpy(),
+        text.num_classes,
+        recipe.backbone_weights,
+    )
+    make_student()  # what is wrong with it shows here
+    samples = open_table_samples(
+        job.labels,
+        ontology=ontology,
+        augment=recipe.augment,
+        truth=job.truth,
+        unseen_ids=unseen,
+        repeat_threshold=recipe.repeat_threshold,
+        min_quality=recipe.min_quality,
+        void_from_truth=recipe.void_from_truth,
+    )
+    guessable = {"annotation-free": None, "zero-shot": tuple(unseen), "supervised": ()}[recipe.form]
+    settings = dataclasses.replace(recipe.selftrain, guessable=guessable)
+    make_teacher = None
+    if settings.teacher == "online":
+        make_teacher = functools.partial(
+            build_teacher, _teacher_recipe(table, job.labels), text.embeddings.numpy(),
+            text.class_ids.numpy(), text.num_classes, _text_ids(settings, ontology, recipe.student),
+        )  # fmt: skip
+    make_task = functools.partial(
+        MaskClipPlus,
+        ontology.names,
+        settings,
+        make_student,
+        make_teacher=make_teacher,
+        class_frequencies=samples.class_frequencies().tolist(),
+    )
+    make_task()
+    record = {
+        "teacher": {
+            "recipe": table["recipe"],
+            "weights": table["weights"],
+            "labels": job.labels,
+            "counts": table["counts"],
+        },
+        "text": text_weights | {"precision": "fp32"},
+        "recipe": recipe.to_dict() | {"hash": recipe.hash},
+    }
+    table_hash = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+    truth = "" if job.truth is None else f", truth of {job.truth.name} for the others"
+    count = ontology.num_classes
+    guessed = f"all {count}" if guessable is None else f"{len(guessable)} of {count}"
+    toy = " (a toy)" if config.backbone == "light" else ""
+    left_out = "".join(f", {number:,} left out ({why})" for why, number in samples.left_out.items() if number)
+    return Prepared(
+        make_task=make_task,
+        samples=samples,
+        settings=recipe.loop,
+        identity=_identity(recipe)
+        | {
+            "classes": ontology.hash,
+            "labels (what is in the table)": table_hash,
+            "truth": None if job.truth is None else job.truth.fingerprint(),
+        },
+        announcement=(
+            f"Training {config.decoder} ({config.backbone} backbone){toy}, {recipe.loop.iterations:,} steps "
+            f"of {recipe.loop.batch_size} crops from {samples.num_images:,} labelled images{left_out}; "
+            f"{guessed} classes are guessed{truth} → {job.options.output}"
+        ),
+        params={"recipe": record["recipe"], "teacher": {"weights": table["weights"]}, "labels": job.labels},
+        dataset=TrackedDataset(
+            job.labels,
+            table_hash,
+            source=job.labels,
+            profile={"images": samples.num_images, "classes": ontology.num_classes},
+            context="training",
+        ),
+        finish=functools.partial(_finish, job, ontology, make_student, samples, record, unseen),
+        write_pages=functools.partial(_write_pages, job),
+        commands=student_commands(job.options.output),
+        log_model=functools.partial(_log_model, job.options),
+        fallback=COLLAPSED,
+    )
+
+
+def _text_source(
+    recipe: MaskClipPlusRecipe, table: Mapping[str, Any], labels: str
+) -> tuple[WeightSource, dict[str, Any]]:
+    """The CLIP whose text tower becomes the last layer: the one of the recipe, else the teacher's own."""
+    from models.clip.weights import find_weights
+
+    if recipe.text:
+        model, _, pretrained = recipe.text.partition(":")
+        source = find_weights(model, pretrained or None)
+        return source, {"model": model, "pretrained": pretrained or None, "fingerprint": source.fingerprint}
+    recorded = table["weights"].get("text", table["weights"])
+    if recorded["model"] == "clipseg":
+        raise MaskMillError(
+            "recipe_invalid",
+            f"{labels} was labelled by CLIPSeg, and the student needs a CLIP to classify by its words.",
+            "Name one, such as the one beneath CLIPSeg: --set text=ViT-B-16-quickgelu:openai.",
+        )
+    source = find_weights(recorded["model"], recorded["pretrained"])
+    if source.fingerprint != recorded["fingerprint"]:
+        raise MaskMillError(
+            "text_weights_differ",
+            f"{labels} was labelled with other weights of {recorded['model']} "
+            f"({recorded['fingerprint'][:12]}, here {source.fingerprint[:12]}).",
+            "Put the same weights in place: the student's last layer is this CLIP's text tower.",
+        )
+    return source, {name: recorded[name] for name in ("model", "pretrained", "fingerprint")}
+
+
+def _teacher_recipe(table: Mapping[str, Any], labels: str) -> dict[str, Any]:
+    """How an online teacher reads its CLIP: as the table says."""
+    if "text" in table["weights"] or table["weights"]["model"] == "clipseg":
+        raise MaskMillError(
+            "recipe_invalid",
+            f"{labels} was labelled by {table['weights']['model']}, and only a CLIP can teach online.",
+            "Take the guesses from the table: --set teacher=table.",
+        )
+    # A field younger than the table has its default there.
+    return LabelRecipe(name="").to_dict() | table["recipe"]
+
+
+def _identity(recipe: MaskClipPlusRecipe) -> dict[str, Any]:
+    """The recipe by dotted names, but for the loop, which knows itself which of its settings may change."""
+    fields = recipe.to_dict()
+    for name in ("name", "loop"):
+        del fields[name]
+    return flatten(fields)
+
+
+def unseen_ids(unseen: Sequence[str], ontology: Ontology) -> tuple[int, ...]:
+    """Ids of the classes whose truth is withheld.
+
+    Args:
+        unseen: class names, or the name of one zero-shot split.
+        ontology: the classes.
+
+    Raises:
+        MaskMillError: ``class_unknown``.
+    """
+    if len(unseen) == 1 and unseen[0] in SPLITS and unseen[0] not in ontology.names:
+        unseen = SPLITS[unseen[0]].unseen
+    absent = [name for name in unseen if name not in ontology.names]
+    if absent:
+        raise MaskMillError(
+            "class_unknown",
+            f"Of the unseen classes, {', '.join(absent)} are not among those to train with.",
+            f"Known: {', '.join(ontology.names[:30])}; or a zero-shot split: {', '.join(SPLITS)}.",
+        )
+    return tuple(sorted({ontology.names.index(name) for name in unseen}))
+
+
+def build_student(
+    config: StudentConfig,
+    embeddings: np.ndarray,
+    class_ids: np.ndarray,
+    num_classes: int,
+    backbone_weights: str,
+) -> DeepLab:
+    """A student as training begins, its random weights a function of torch's seed.
+
+    Args:
+        config: see ``models.student.deeplab``.
+        embeddings: (P, D) float32; see ``models.clip.text.TextClassifier``, as for the next two.
+        class_ids: (P,) int64.
+        num_classes: C.
+        backbone_weights: see ``models.student.backbones.load_weights``.
+    """
+    import torch
+
+    student = DeepLab(config, TextClassifier(torch.tensor(embeddings), torch.tensor(class_ids), num_classes))
+    load_backbone_weights(student, backbone_weights)
+    return student
+
+
+def build_teacher(
+    recipe: Mapping[str, Any],
+    embeddings: np.ndarray,
+    class_ids: np.ndarray,
+    num_classes: int,
+    guessable: Sequence[int],
+    device: torch.device,
+) -> MaskClip:
+    """The frozen CLIP that labels crops as they are trained on.
+
+    Args:
+        recipe: of the label table: which CLIP, and how it is read.
+        embeddings: (P, D) float32; see ``models.clip.text.TextClassifier``, as for the next two.
+        class_ids: (P,) int64.
+        num_classes: C.
+        guessable: ids of its classes that are to be told apart.
+        device: where to.
+    """
+    import torch
+
+    from models.clip.loading import load_clip
+    from models.maskclip import MaskClip, MaskClipConfig
+    from pipeline.labelling.prepare import MASKCLIP_OPTIONS
+
+    clip = load_clip(recipe["model"], recipe["pretrained"], device=device, towers="visual")
+    text = TextClassifier(torch.tensor(embeddings), torch.tensor(class_ids), num_classes)
+    options = {name: recipe[name] for name in MASKCLIP_OPTIONS}
+    return MaskClip(clip, guessable_classifier(text, guessable), MaskClipConfig(**options))
+
+
+def _text_ids(settings: SelfTrainSettings, ontology: Ontology, student: StudentConfig) -> tuple[int, ...]:
+    """Ids of the guessable classes in the text classifier, which a learned background is no part of."""
+    ids = settings.guessable_ids(ontology.num_classes)
+    if not student.learned_background:
+        return ids
+    return tuple(class_id - 1 for class_id in ids)
+
+
+def _without_background(text: TextClassifier, ontology: Ontology) -> TextClassifier:
+    if ontology.names[0] != "background":
+        raise MaskMillError(
+            "recipe_invalid",
+            f"learned_background: class 0 is {ontology.names[0]!r}, not the background.",
+            "Train with classes that begin with background, or set learned_background=false.",
+        )
+    kept = text.class_ids > 0
+    return TextClassifier(text.embeddings[kept], text.class_ids[kept] - 1, text.num_classes - 1)
+
+
+def _finish(
+    job: MaskClipPlusJob,
+    ontology: Ontology,
+    make_student: functools.partial[DeepLab],
+    samples: TableSamples,
+    record: Mapping[str, Any],
+    unseen: Sequence[int],
+    checkpoint: Checkpoint,
+    facts: Mapping[str, Any],
+) -> Finished:
+    """Write the student's folder."""
+    # Trained weights take the place of all others: nothing is fetched for them.
+    student = functools.partial(make_student.func, *make_student.args[:-1], "none")()
+    student.load_state_dict(student_state(checkpoint, keep_average=job.recipe.keep_average))
+    last = checkpoint.lines[-1] if checkpoint.lines else {}
+    metrics = {key: value for key, value in last.items() if isinstance(value, float) and key != "seconds"}
+    teacher = record["teacher"]["recipe"]
+    written = write_student_folder(
+        job.options.output,
+        student.eval(),
+        ontology=ontology,
+        recipe=record["recipe"],
+        labelling=ImageSettings(
+            scale=(teacher["scale"][0], teacher["scale"][1]),
+            keep_ratio=teacher["keep_ratio"],
+            resize=teacher["resize"],
+            max_pixels=teacher["max_pixels"],
+        ),
+        teacher=record["teacher"],
+        text=record["text"],
+        metrics=metrics,
+        training=dict(facts) | {"unseen": [ontology.names[index] for index in unseen]},
+        versions=versions(PACKAGES),
+        overwrite=True,
+    )
+    return Finished([f"  student        {written.uri}/{WEIGHTS_FILE}, {RECORD_FILE}"], metrics)
+
+
+def _write_pages(job: MaskClipPlusJob, folder: Path, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    return write_pages(read_student_record(folder), lines, labels=job.labels, truth=job.truth)
+
+
+def student_state(checkpoint: Checkpoint, *, keep_average: bool) -> Mapping[str, torch.Tensor]:
+    """The weights of the student as it was when a checkpoint was written."""
+    if keep_average:
+        averaged: Mapping[str, torch.Tensor] = checkpoint.training["task"]["averaged"]
+        return averaged
+    return checkpoint.module
+
+
+def _log_model(options: TrainOptions, run_id: str, register_as: str | None) -> str:
+    from pipeline.serving.flavours.student import log_student
+    from pipeline.tracking.destination import connect, resolve_uri
+
+    client = connect(resolve_uri(options.tracking))
+    return str(log_student(client, options.output, run_id=run_id, register_as=register_as))

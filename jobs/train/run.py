@@ -1,0 +1,441 @@
+"""What all ``maskmill train`` commands share: one run on Ray Train, from the lease to the summary.
+
+What is trained (``prepare``) and what becomes of it (``Prepared.finish``) are the trainer's own:
+``jobs.train.maskclip_plus``, ``jobs.train.clipseg``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from jobs.console import TrainDisplay, duration, stderr_console
+from models.errors import MaskMillError
+from pipeline.files.storage import Storage, open_storage
+from pipeline.report.training_page import PAGE
+from pipeline.table.lease import RUN_ID_VARIABLE, Lease, end_orphans
+from pipeline.tracking.tracker import OFF, MlflowTracker, TrackedDataset, Tracker, open_tracker
+from pipeline.training.loop.checkpoints import CHECKPOINTS_DIR, SETTINGS_FILE, CheckpointStore, Damaged
+
+if TYPE_CHECKING:
+    from pipeline.training.loop.checkpoints import Checkpoint
+    from pipeline.training.loop.driver import Outcome
+    from pipeline.training.loop.protocols import Samples, Task
+    from pipeline.training.loop.settings import LoopSettings
+
+INTERRUPTED = 130
+_NEVER_LOGGED = "model_unsupported"
+"""Code of a model that MLflow cannot take, however often it is tried."""
+PACKAGES = (
+    "maskmill",
+    "torch",
+    "torchvision",
+    "timm",
+    "open_clip_torch",
+    "ray",
+    "numpy",
+    "opencv-python-headless",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """What every training run is asked for, whatever it trains.
+
+    Attributes:
+        output: folder or object-store prefix of the run; on a cluster one that all nodes reach.
+        overwrite: delete the run that is there and start anew.
+        workers: training processes; 0 is this one, None chooses.
+        address: of a Ray cluster; None joins the one around, or starts a local one.
+        tracking: MLflow URI, None for the default, ``off`` for none.
+        system_metrics: track the load of this machine as well.
+        register_as: name in MLflow's model registry; None registers nothing. A CLIPSeg, which is large with
+            its CLIP, goes into MLflow only with a name.
+        verbose: let Ray talk.
+    """
+
+    output: str
+    overwrite: bool = False
+    workers: int | None = None
+    address: str | None = None
+    tracking: str | None = OFF
+    system_metrics: bool = False
+    register_as: str | None = None
+    verbose: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A training run that can begin.
+
+    Attributes:
+        make_task: picklable factory of the task.
+        samples: what is trained on.
+        settings: how.
+        identity: what else must be the same when the run goes on.
+        announcement: one line before it starts.
+        params: for MLflow.
+        dataset: for MLflow.
+        finish: given the checkpoint to make the result of, and facts about the training, writes the result
+            into the output, over what is there, ``result_file`` last. Runs without Ray.
+        write_pages: given the local folder of a finished run and the lines of its ``metrics.jsonl``, makes
+            ``PAGE`` and what belongs to it there, ``PAGE`` last, and returns the files.
+        commands: what to do with the result, by purpose.
+        log_model: puts the result into MLflow under (run id, registry name or None); None puts nothing
+            there.
+        fallback: error code after which the result is made of the newest milestone nevertheless.
+    """
+
+    make_task: Callable[[], Task]
+    samples: Samples
+    settings: LoopSettings
+    identity: Mapping[str, Any]
+    announcement: str
+    params: Mapping[str, Any]
+    dataset: TrackedDataset
+    finish: Callable[[Checkpoint, Mapping[str, Any]], Finished]
+    write_pages: Callable[[Path, list[Mapping[str, Any]]], Sequence[str]]
+    commands: Mapping[str, str]
+    log_model: Callable[[str, str | None], str] | None = None
+    fallback: str = ""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a finished run leaves.
+
+    Attributes:
+        lines: of the summary: what is where.
+        metrics: for MLflow.
+        artifacts: local files for MLflow.
+    """
+
+    lines: Sequence[str]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    artifacts: Sequence[str] = ()
+
+
+def run_training(
+    kind: str,
+    options: TrainOptions,
+    prepare: Callable[[], Prepared],
+    *,
+    result_file: str,
+    own_entries: Sequence[str],
+    console: Console | None = None,
+) -> int:
+    """Train, or go on training, and write the result. Prints a summary.
+
+    Args:
+        kind: of training, for the name of the run.
+        options: see there.
+        prepare: finds weights and data, so that mistakes show before work starts; runs beside Ray's start.
+        result_file: what a finished run has in its output, last of all.
+        own_entries: what a run makes there, and ``overwrite`` may delete.
+        console: where to print.
+
+    Returns:
+        0, or 130 if it was asked to stop and can be gone on with; 1 if all there was to do is the page of a
+        finished run, and it cannot be made.
+
+    Raises:
+        MaskMillError: for everything that the user can mend.
+    """
+    console = console or stderr_console()
+    tracker = open_tracker(options.tracking, system_metrics=options.system_metrics)
+    if options.register_as and not isinstance(tracker, MlflowTracker):
+        raise MaskMillError(
+            "wrong_use",
+            f"A model cannot be registered as {options.register_as} where tracking is off.",
+            "Leave --register out, or name an MLflow server: --tracking URI.",
+        )
+    storage = open_storage(options.output)
+    on_cluster = bool(options.address or os.environ.get("RAY_ADDRESS"))
+    with Lease.acquire(storage, on_lost=_abandon, cluster=on_cluster) as lease:
+        _refuse_foreign(storage, result_file, own_entries)
+        if storage.exists(result_file) and not options.overwrite:
+            return _again(kind, options, prepare(), result_file, storage, tracker, console)
+        return _run(kind, options, prepare, storage, lease, own_entries, tracker, console)
+
+
+def _refuse_foreign(storage: Storage, result_file: str, own_entries: Sequence[str]) -> None:
+    """A folder with entries of our names that no run of ours has made is not to be written into."""
+    ours = (result_file, f"{CHECKPOINTS_DIR}/{SETTINGS_FILE}")
+    if any(storage.exists(entry) for entry in ours):
+        return
+    foreign = [entry for entry in own_entries if storage.exists(entry) or storage.list(entry)]
+    if foreign:
+        raise MaskMillError(
+            "output_not_ours",
+            f"{storage.uri} has {', '.join(foreign)}, which no training of maskmill has made.",
+            "Name another --output.",
+        )
+
+
+def _again(
+    kind: str,
+    options: TrainOptions,
+    prepared: Prepared,
+    result_file: str,
+    storage: Storage,
+    tracker: Tracker,
+    console: Console,
+) -> int:
+    """A run that is finished already: the same is asked for, or it is told what differs."""
+    CheckpointStore(storage).claim(_settings(prepared))
+    lines = [f"Nothing to do: the training in {storage.uri} is finished ({result_file})."]
+    status = 0
+    if storage.is_local and not storage.exists(PAGE):
+        from pipeline.training.loop.driver import METRICS_FILE
+
+        if storage.exists(METRICS_FILE):
+            pages, told = _write_pages(prepared, storage)
+            lines = [
+                f"The training in {storage.uri} is finished ({result_file}); its page was missing.",
+                *told,
+            ]
+            status = 0 if pages else 1
+        else:
+            lines.append(f"  no page        its curves are gone with {METRICS_FILE}; the model is whole")
+    stopped = storage.read_json(result_file, {}).get("training", {}).get("stopped")
+    if stopped:
+        console.print("\n".join(lines), soft_wrap=True, highlight=False)
+        raise MaskMillError(
+            str(stopped).partition(":")[0],
+            f"The training in {storage.uri} was stopped ({stopped}); its result is of the last good step.",
+            "Train anew with other settings: name another --output, or add --overwrite.",
+        )
+    if options.register_as and prepared.log_model is not None:
+        with tracker:
+            _begin_tracking(tracker, kind, options, prepared, storage, workers=None)
+            lines += _log_model(prepared.log_model, tracker, options.register_as)
+    else:
+        lines.append("Name another --output for another run, or train anew with --overwrite.")
+    console.print("\n".join(lines), soft_wrap=True, highlight=False)
+    return status
+
+
+def _run(
+    kind: str,
+    options: TrainOptions,
+    prepare: Callable[[], Prepared],
+    storage: Storage,
+    lease: Lease,
+    own_entries: Sequence[str],
+    tracker: Tracker,
+    console: Console,
+) -> int:
+    began = time.monotonic()
+    with tracker:
+        prepared, outcome, error = _train(
+            kind, options, prepare, storage, lease, own_entries, tracker, console
+        )
+        if outcome is not None and not outcome.finished:
+            tracker.close("KILLED")
+            console.print(
+                f"{outcome.message[:1].upper()}{outcome.message[1:]}.", soft_wrap=True, highlight=False
+            )
+            return INTERRUPTED
+        lines = _finish(prepared, outcome, error, options, storage, tracker)
+        if error is not None:
+            console.print("\n".join(lines), highlight=False, soft_wrap=True)
+            raise error
+    assert outcome is not None
+    speed = f" ({outcome.samples_per_second:.1f} samples/s)" if outcome.samples_per_second else ""
+    summary = [f"Trained {outcome.step:,} steps in {duration(time.monotonic() - began)}{speed}"]
+    if outcome.resumed:
+        summary.append(f"  went on from step {outcome.resumed:,}")
+    if outcome.data_wait is not None and outcome.data_wait > 0.1:
+        summary.append(f"  waited for samples {outcome.data_wait:.0%} of the time: more CPUs would help")
+    if outcome.failed_samples:
+        summary.append(f"  {outcome.failed_samples:,} samples could not be loaded and were left out")
+    console.print("\n".join([*summary, *lines]), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _settings(prepared: Prepared) -> dict[str, Any]:
+    """What must be the same when a run goes on, by the names that an error will list."""
+    return prepared.settings.training() | dict(prepared.identity)
+
+
+def _begin_tracking(
+    tracker: Tracker,
+    kind: str,
+    options: TrainOptions,
+    prepared: Prepared,
+    storage: Storage,
+    *,
+    workers: int | None,
+) -> None:
+    tracker.start(
+        "train",
+        f"{kind}: {storage.uri.rstrip('/').rpartition('/')[2]}",
+        params={**prepared.params, "workers": workers, "output": options.output},
+        dataset=prepared.dataset,
+    )
+
+
+def _train(
+    kind: str,
+    options: TrainOptions,
+    prepare: Callable[[], Prepared],
+    storage: Storage,
+    lease: Lease,
+    own_entries: Sequence[str],
+    tracker: Tracker,
+    console: Console,
+) -> tuple[Prepared, Outcome | None, MaskMillError | None]:
+    """Run the loop; the third is an error after which there is a result all the same."""
+    from pipeline.cluster.session import ray_session
+    from pipeline.training.loop.resources import plan_training
+
+    display = TrainDisplay(console)
+    plan = functools.partial(plan_training, workers=options.workers)
+    with display.live(), ThreadPoolExecutor(1) as pool:
+        display.stage("reading weights and labels, starting Ray")
+        preparing = pool.submit(prepare)
+        with ray_session(
+            lease.run_id, address=options.address, verbose=options.verbose, notice=display.stage, plan=plan
+        ) as compute:
+            from pipeline.training.loop.driver import train
+
+            prepared = preparing.result()
+            if options.overwrite:
+                # Only now, when weights, labels and Ray are known to be there.
+                for entry in own_entries:
+                    storage.delete(entry)
+            _begin_tracking(tracker, kind, options, prepared, storage, workers=compute.workers)
+            display.say(prepared.announcement)
+            display.begin(prepared.settings.iterations, "starting the workers")
+
+            def report(line: dict[str, Any]) -> None:
+                display.update(line)
+                tracker.log_metrics(
+                    {key: value for key, value in line.items() if key != "step"}, step=line["step"]
+                )
+
+            try:
+                outcome = train(
+                    prepared.make_task,
+                    prepared.samples,
+                    prepared.settings,
+                    output=options.output,
+                    compute=compute,
+                    report=report,
+                    notice=display.say,
+                    identity=prepared.identity,
+                )
+            except MaskMillError as error:
+                if error.code != prepared.fallback:
+                    raise
+                return prepared, None, error
+    return prepared, outcome, None
+
+
+def _finish(
+    prepared: Prepared,
+    outcome: Outcome | None,
+    error: MaskMillError | None,
+    options: TrainOptions,
+    storage: Storage,
+    tracker: Tracker,
+) -> Sequence[str]:
+    """Make the result of the last checkpoint, or, after ``error``, of the last milestone."""
+    store = CheckpointStore(storage)
+    facts: dict[str, Any]
+    if outcome is not None:
+        checkpoint = _read(store, outcome.step)
+        facts = {
+            "iterations": outcome.step,
+            "seconds": round(outcome.seconds, 1),
+            "samples_per_second": outcome.samples_per_second,
+            "data_wait": outcome.data_wait,
+            "failed_samples": outcome.failed_samples,
+            "stopped": None,
+        }
+    else:
+        assert error is not None
+        milestones = [step for step in prepared.make_task().milestones() if step in store.steps()]
+        if not milestones:
+            raise error
+        try:
+            checkpoint = store.read(max(milestones))
+        except Damaged:
+            raise error from None
+        facts = {"iterations": checkpoint.step, "stopped": f"{error.code}: {error.message}"}
+    finished = prepared.finish(checkpoint, facts)
+    pages, told = _write_pages(prepared, storage, overwritten=options.overwrite)
+    tracker.log_metrics({f"final/{key}": value for key, value in finished.metrics.items()}, checkpoint.step)
+    for path in (*pages, *finished.artifacts):
+        tracker.log_artifact(path)
+    lines = [*finished.lines, *told]
+    if prepared.log_model is not None and isinstance(tracker, MlflowTracker):
+        lines += _log_model(prepared.log_model, tracker, options.register_as)
+    width = max(len(purpose) for purpose in prepared.commands) + 2
+    return [*lines, *(f"{purpose + ':':{width}}{command}" for purpose, command in prepared.commands.items())]
+
+
+def _write_pages(
+    prepared: Prepared, storage: Storage, *, overwritten: bool = False
+) -> tuple[Sequence[str], list[str]]:
+    """The files, and what to say about them. That a page cannot be made must not cost the user a model."""
+    if not storage.is_local:
+        return [], ["  no page        one is written in a local folder only"]
+    from pipeline.training.loop.driver import METRICS_FILE
+
+    try:
+        lines = [json.loads(line) for line in storage.read_bytes(METRICS_FILE).decode().splitlines()]
+        pages = prepared.write_pages(Path(storage.path()), lines)
+    except Exception as error:  # whatever images, tables and disks may raise by now
+        reason = error.message if isinstance(error, MaskMillError) else f"{type(error).__name__}: {error}"
+        same = "The same command without --overwrite" if overwritten else "The same command"
+        return [], [f"  no page        {reason}", f"                 {same} makes it, and trains nothing."]
+    return pages, [f"  {'picture' if path.endswith('.png') else 'page':14} {path}" for path in pages]
+
+
+def _read(store: CheckpointStore, step: int) -> Checkpoint:
+    try:
+        return store.read(step)
+    except Damaged as damage:
+        raise MaskMillError(
+            "checkpoints_damaged",
+            f"The last checkpoint, {store.uri_of(step)}, cannot be used: {damage}",
+            "Delete its folder and run the same command again: training goes on from the one before it.",
+        ) from damage
+
+
+def _log_model(
+    log_model: Callable[[str, str | None], str], tracker: Tracker, register_as: str | None
+) -> list[str]:
+    """Into MLflow, if it answers: a server that is away must not cost the user a trained model."""
+    run_id = tracker.wait_for_run(30)
+    again = f"; once it is there: the same command with --register {register_as}" if register_as else ""
+    if run_id is None:
+        return [f"  not in MLflow  the server does not answer{again}"]
+    try:
+        return [f"  MLflow model   {log_model(run_id, register_as)}"]
+    except MaskMillError as error:
+        hint = f" {error.remedy}" if error.code == _NEVER_LOGGED else again
+        return [f"  not in MLflow  {error.message}{hint}"]
+    except Exception as error:  # whatever MLflow's many stores raise
+        text = str(error).splitlines()[0][:200] if str(error) else ""
+        return [f"  not in MLflow  {type(error).__name__}: {text}{again}"]
+
+
+def _abandon() -> None:
+    """Another run owns the output now: end before one more checkpoint is written, or one of its deleted."""
+    print("The lease of this output was taken over by another run; stopping.", file=sys.stderr, flush=True)
+    # A signal would be taken as the wish for a checkpoint. Ray's processes here end with us, or are ended by
+    # whoever took over; workers on a cluster end with their driver.
+    end_orphans(os.environ.get(RUN_ID_VARIABLE, ""))
+    os._exit(1)

@@ -1,0 +1,355 @@
+"""Dense features from the last block of CLIP's visual tower, by the name of the head.
+
+``plain`` reads the patch tokens as CLIP computes them. ``maskclip`` (arXiv 2112.01071, §3.2) takes the mixing
+of tokens out of the last attention: each token keeps its own value vector, run through the output
+projection; the block's residual and its MLP stay, as in the reference code.
+
+open_clip's own modules do the work; nothing of them is copied, and no parameter is written to.
+
+Shapes: B batch, D embedding channels, H W pixels, h w grid, L = h*w, N = 1 + L tokens, W_ tower width, K key
+channels.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.clip.blocks import residual_block
+from models.clip.openclip import AttentionPool2d, ModifiedResNet, QuickGELU, VisionTransformer
+from models.errors import MaskMillError
+
+KeySource = Literal["projected", "raw"]
+Profile = Literal["reference", "weights"]
+
+_TABLES_KEPT = 16  # position tables, one per grid; 2 MB each for a ViT-B/16 at 512x683 in bf16
+_QUERY, _KEY, _VALUE = range(3)
+
+
+class Dense(NamedTuple):
+    """What a tower gives for a batch of images.
+
+    Attributes:
+        features: (B, D, h, w) in the joint embedding, not normalised, in the tower's dtype.
+        keys: (B, L, K) of the last attention, or None where they were not asked for.
+    """
+
+    features: Tensor
+    keys: Tensor | None
+
+
+@dataclass(frozen=True)
+class Head:
+    """One reading of the last block.
+
+    Attributes:
+        vit: (last block, its input (B, N, W_), key source or None) -> its output for the patches (B, L, W_),
+            keys.
+        resnet: (attention pool, layer4 (B, L, W_), key source or None) -> embedding (B, L, D), keys.
+        has_keys: whether the head can give keys at all.
+    """
+
+    vit: Callable[[Any, Tensor, KeySource | None], tuple[Tensor, Tensor | None]]
+    resnet: Callable[[AttentionPool2d, Tensor, KeySource | None], tuple[Tensor, Tensor | None]]
+    has_keys: bool
+
+
+def dense_encoder(
+    visual: nn.Module, *, head: str = "maskclip", profile: Profile = "weights", keys: KeySource | None = None
+) -> VitDense | ResNetDense:
+    """Wrap a visual tower of open_clip so that it gives dense features at any image size.
+
+    Args:
+        visual: ``VisionTransformer`` with a class token, or ``ModifiedResNet``; shared, never changed.
+        head: a name in ``HEADS``.
+        profile: ``weights`` computes what the weights were trained with. ``reference`` computes what the
+            MaskCLIP code does with a ViT: exact (erf) GELU and LayerNorm eps 1e-6, on a second view of the
+            modules that shares every parameter. A ResNet has neither, so there it changes nothing.
+        keys: also give the keys of the last attention for key smoothing: ``projected`` through the output
+            projection as the reference code does, or ``raw``. A ResNet has raw keys only, and gives those for
+            both.
+
+    Raises:
+        MaskMillError: ``head_unknown``, ``head_without_keys``, ``profile_unknown``, ``model_unsupported``.
+    """
+    if head not in HEADS:
+        raise MaskMillError(
+            "head_unknown", f"There is no dense head {head!r}.", f"Use one of {', '.join(HEADS)}."
+        )
+    if profile not in ("reference", "weights"):
+        raise MaskMillError(
+            "profile_unknown", f"There is no profile {profile!r}.", "Use reference or weights."
+        )
+    if keys is not None and not HEADS[head].has_keys:
+        raise MaskMillError(
+            "head_without_keys",
+            f"Key smoothing needs the keys of the last attention, which the head {head!r} does not give.",
+            "Use the head maskclip, or set the key smoothing threshold to 0.",
+        )
+    if isinstance(visual, ModifiedResNet):
+        return ResNetDense(visual, HEADS[head], keys)
+    if isinstance(visual, VisionTransformer) and visual.attn_pool is None:
+        return VitDense(reference_view(visual) if profile == "reference" else visual, HEADS[head], keys)
+    raise MaskMillError(
+        "model_unsupported",
+        f"A {type(visual).__name__} has no class token and patch tokens that MaskMill could read.",
+        "Use an open_clip ViT with a class token or a ModifiedResNet.",
+    )
+
+
+def reference_view(visual: VisionTransformer) -> VisionTransformer:
+    """The tower with erf-GELU and LayerNorm eps 1e-6, as the MaskCLIP code runs it.
+
+    The modules are new, the parameters and buffers are the very tensors of ``visual``, which stays as it is.
+    """
+    shared = {id(tensor): tensor for tensor in (*visual.parameters(), *visual.buffers())}
+    view = copy.deepcopy(visual, memo=dict(shared))
+    for module in view.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-6
+        for name, child in module.named_children():
+            if isinstance(child, QuickGELU | nn.GELU):
+                setattr(module, name, nn.GELU())
+    return view
+
+
+class VitDense(nn.Module):
+    """Dense features of an open_clip ViT.
+
+    Images are zero-padded to the right and below to whole patches after normalisation, so the pad is the mean
+    colour; h = ceil(H / patch), w = ceil(W / patch).
+    """
+
+    def __init__(self, visual: VisionTransformer, head: Head, keys: KeySource | None) -> None:
+        super().__init__()
+        self.visual = visual
+        self._head = head
+        self._keys = keys
+        self._tables: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self._tables_lock = threading.Lock()  # images may be labelled by several threads
+
+    @property
+    def stride(self) -> int:
+        """Pixels per grid cell."""
+        return int(self.visual.patch_size[0])
+
+    def forward(self, images: Tensor) -> Dense:
+        """Dense features of normalised images.
+
+        Args:
+            images: float (B, 3, H, W).
+        """
+        x = self.whole_patches(images)
+        grid = (x.shape[-2] // self.stride, x.shape[-1] // self.stride)
+        return self.encode(x, self.position_table(grid))
+
+    def whole_patches(self, images: Tensor) -> Tensor:
+        """Images in the tower's dtype, (B, 3, H', W') with H', W' multiples of the patch."""
+        right, below = -images.shape[-1] % self.stride, -images.shape[-2] % self.stride
+        return F.pad(images.to(self.visual.conv1.weight.dtype), (0, right, 0, below))
+
+    def encode(self, images: Tensor, positions: Tensor) -> Dense:
+        """The arithmetic alone, for ``torch.compile``: whole patches and their position table (1 + L, W_)."""
+        h, w = images.shape[-2] // self.stride, images.shape[-1] // self.stride
+        blocks = list(self.visual.transformer.resblocks)
+        x = self.tokens(images, positions)
+        for block in blocks[:-1]:
+            x = residual_block(block, x)
+        patches, keys = self._head.vit(blocks[-1], x, self._keys)
+        features = self._project(self.visual.ln_post(patches))
+        return Dense(features.transpose(1, 2).unflatten(2, (h, w)), keys)
+
+    def image_embedding(self, images: Tensor) -> Tensor:
+        """CLIP's own embedding (B, D) of whole images at any size, by the same path without the change.
+
+        At the size the weights were trained at this is open_clip's ``encode_image``.
+        """
+        x = self.whole_patches(images)
+        x = self.tokens(x, self.position_table((x.shape[-2] // self.stride, x.shape[-1] // self.stride)))
+        for block in self.visual.transformer.resblocks:
+            x = residual_block(block, x)
+        return self.pooled(x)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """CLIP's embedding (B, D) from the tokens (B, N, W_) behind the last block."""
+        norm, pool = self.visual.ln_post, self.visual.pool_type
+        if not self.visual.final_ln_after_pool:
+            x = norm(x)
+        x = x[:, 0] if pool == "tok" else x[:, 1:].mean(1)
+        if self.visual.final_ln_after_pool:
+            x = norm(x)
+        return self._project(x)
+
+    def position_table(self, grid: tuple[int, int]) -> Tensor:
+        """Position embeddings (1 + L, W_) of a grid, the class row as it is.
+
+        The grid part is resized bicubically, align_corners False, without antialias.
+
+        The reference leaves the table alone whenever the token *count* is the native one, so that it reads a
+        7x28 grid with the 14x14 table. That is a slip without a purpose: here the grid decides.
+        """
+        native = self.visual.positional_embedding
+        if grid == tuple(self.visual.grid_size):
+            return native
+        with self._tables_lock:
+            if grid in self._tables:
+                self._tables.move_to_end(grid)
+                return self._tables[grid]
+        exact = native.dtype if native.dtype == torch.float64 else torch.float32
+        with torch.no_grad():
+            square = native[1:].to(exact).unflatten(0, self.visual.grid_size).permute(2, 0, 1)[None]
+            square = F.interpolate(square, size=grid, mode="bicubic", align_corners=False, antialias=False)
+            table = torch.cat([native[:1], square[0].flatten(1).T.to(native.dtype)])
+        with self._tables_lock:
+            self._tables[grid] = table
+            if len(self._tables) > _TABLES_KEPT:
+                self._tables.popitem(last=False)
+        return table
+
+    def tokens(self, images: Tensor, positions: Tensor) -> Tensor:
+        """Input (B, N, W_) of the first block, the class token first."""
+        x = self.visual.conv1(images).flatten(2).transpose(1, 2)
+        first = self.visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
+        return self.visual.ln_pre(torch.cat([first, x], dim=1) + positions)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return x if self.visual.proj is None else x @ self.visual.proj
+
+
+class ResNetDense(nn.Module):
+    """Dense features of open_clip's ModifiedResNet.
+
+    The trunk takes any size of at least 32 pixels a side (smaller images are zero-padded) and its pools round
+    down: 333x500 gives a 10x15 grid. The position table of the attention pool is not used, as in the
+    reference.
+    """
+
+    stride = 32
+
+    def __init__(self, visual: ModifiedResNet, head: Head, keys: KeySource | None) -> None:
+        super().__init__()
+        self.visual = visual
+        self._head = head
+        self._keys = keys
+
+    def forward(self, images: Tensor) -> Dense:
+        """Dense features of normalised images.
+
+        Args:
+            images: float (B, 3, H, W).
+        """
+        x = self._trunk(images)
+        embedding, keys = self._head.resnet(self.visual.attnpool, x.flatten(2).transpose(1, 2), self._keys)
+        return Dense(embedding.transpose(1, 2).unflatten(2, x.shape[-2:]), keys)
+
+    def image_embedding(self, images: Tensor) -> Tensor:
+        """CLIP's own embedding (B, D) of whole images at any size; the pool's position table is resized."""
+        pool = self.visual.attnpool
+        x = self._trunk(images)
+        native = pool.positional_embedding
+        side = round((native.shape[0] - 1) ** 0.5)
+        if x.shape[-2:] != (side, side):
+            square = native[1:].unflatten(0, (side, side)).permute(2, 0, 1)[None]
+            square = F.interpolate(square, size=x.shape[-2:], mode="bicubic", align_corners=False)
+            native = torch.cat([native[:1], square[0].flatten(1).T])
+        return _attention_pool(pool, x.flatten(2).transpose(1, 2), native)[:, 0]
+
+    def _trunk(self, images: Tensor) -> Tensor:
+        visual = self.visual
+        right, below = max(0, self.stride - images.shape[-1]), max(0, self.stride - images.shape[-2])
+        x = visual.stem(F.pad(images.to(visual.conv1.weight.dtype), (0, right, 0, below)))
+        return visual.layer4(visual.layer3(visual.layer2(visual.layer1(x))))
+
+
+# --- heads --------------------------------------------------------------------------------------------------
+
+
+def _plain_vit(block: Any, x: Tensor, keys: KeySource | None) -> tuple[Tensor, Tensor | None]:
+    return residual_block(block, x)[:, 1:], None
+
+
+def _plain_resnet(pool: AttentionPool2d, x: Tensor, keys: KeySource | None) -> tuple[Tensor, Tensor | None]:
+    # The reference's baseline (attn_pooling) keeps the mean token in the attention and leaves the positions
+    # out.
+    return _attention_pool(pool, x, None)[:, 1:], None
+
+
+def _maskclip_vit(block: Any, x: Tensor, keys: KeySource | None) -> tuple[Tensor, Tensor | None]:
+    # No token sees another one from here on, so the class token can go.
+    x = x[:, 1:]
+    y = block.ln_1(x)
+    value = _after_mixing(block, _in_projection(block, y, _VALUE))
+    z = x + block.ls_1(value)
+    z = z + block.ls_2(block.mlp(block.ln_2(z)))
+    if keys is None:
+        return z, None
+    key = _in_projection(block, y, _KEY)
+    return z, _after_mixing(block, key) if keys == "projected" else key
+
+
+def _value_vit(block: Any, x: Tensor, keys: KeySource | None) -> tuple[Tensor, Tensor | None]:
+    x = x[:, 1:]
+    y = block.ln_1(x)
+    value = _after_mixing(block, _in_projection(block, y, _VALUE))
+    if keys is None:
+        return value, None
+    key = _in_projection(block, y, _KEY)
+    return value, _after_mixing(block, key) if keys == "projected" else key
+
+
+def _maskclip_resnet(
+    pool: AttentionPool2d, x: Tensor, keys: KeySource | None
+) -> tuple[Tensor, Tensor | None]:
+    return pool.c_proj(pool.v_proj(x)), None if keys is None else pool.k_proj(x)
+
+
+HEADS: dict[str, Head] = {
+    "maskclip": Head(_maskclip_vit, _maskclip_resnet, has_keys=True),
+    "value": Head(_value_vit, _maskclip_resnet, has_keys=True),
+    "plain": Head(_plain_vit, _plain_resnet, has_keys=False),
+}
+"""Dense heads by name. ``maskclip`` is the reference's code, which for a ViT keeps the last block's residual
+and MLP; ``value`` is value and last projection alone, as the paper's text and several later methods have it.
+On a ResNet the two are one. ``plain`` are the tokens of the unmodified CLIP."""
+
+
+def _in_projection(block: Any, y: Tensor, part: int) -> Tensor:
+    """Queries, keys or values (B, L, W_) of a block; the packed rows are in the order q, k, v."""
+    attention = block.attn
+    width = attention.in_proj_weight.shape[1]
+    rows = slice(part * width, (part + 1) * width)
+    bias = None if attention.in_proj_bias is None else attention.in_proj_bias[rows]
+    return F.linear(y, attention.in_proj_weight[rows], bias)
+
+
+def _after_mixing(block: Any, x: Tensor) -> Tensor:
+    """What a block does with the mixed values (B, L, W_): output projection, and what custom blocks add."""
+    attention = block.attn
+    head_scale = getattr(attention, "head_scale", None)
+    if head_scale is not None:
+        x = (x.unflatten(-1, (attention.num_heads, -1)) * head_scale.flatten()[:, None]).flatten(-2)
+    if hasattr(attention, "ln_inner"):
+        x = attention.ln_inner(x)
+    x = attention.out_proj(x)
+    return block.ln_attn(x) if hasattr(block, "ln_attn") else x
+
+
+def _attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor | None) -> Tensor:
+    """All outputs (B, 1 + L, D) of the attention pool on (B, L, W_), the first that of the mean token."""
+    x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
+    if positions is not None:
+        x = x + positions.to(x.dtype)
+    split = [
+        proj(x).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
+        for proj in (pool.q_proj, pool.k_proj, pool.v_proj)
+    ]
+    mixed = F.scaled_dot_product_attention(split[0], split[1], split[2])
+    return pool.c_proj(mixed.transpose(1, 2).flatten(-2))

@@ -1,0 +1,422 @@
+"""A CLIP from open_clip, ready for dense labelling.
+
+Shapes: B batch, P prompts, D embedding channels, H W pixels, h w grid, N = 1 + h*w tokens, W_ tower width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.clip.blocks import residual_block
+from models.clip.heads import ResNetDense, VitDense, dense_encoder
+from models.clip.openclip import ModifiedResNet, VisionTransformer, open_clip, with_the_rest
+from models.clip.prompt_tree import encode_tokens, shares_prefixes
+from models.clip.skeleton import shapes_only
+from models.clip.weights import WeightSource, check_supported, find_weights, read_state
+from models.errors import MaskMillError
+
+Towers = Literal["both", "visual", "text"]
+
+_TOKENS_PER_BATCH = 8192  # of a text tower that reads the full context
+_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids", "attn_mask", "logit_bias")
+
+
+class Activations(NamedTuple):
+    """What residual blocks of a ViT put out, before any final norm.
+
+    Attributes:
+        layers: one (B, N, W_) per block that was asked for, the class token first, in the tower's dtype.
+        grid: (h, w), row-major in the tokens.
+        size: (H, W) of the images before they were padded to whole patches.
+    """
+
+    layers: tuple[Tensor, ...]
+    grid: tuple[int, int]
+    size: tuple[int, int]
+
+
+@dataclass(eq=False)
+class Clip:
+    """An open_clip model in evaluation mode, without gradients.
+
+    Attributes:
+        source: architecture and file.
+        model: open_clip's ``CLIP`` or ``CustomTextCLIP``; with ``towers == "visual"`` only its ``visual`` is
+            there, with ``text`` all but that.
+        device, dtype: of both towers.
+        towers: ``both``, ``visual`` or ``text``.
+    """
+
+    source: WeightSource
+    model: nn.Module
+    device: torch.device
+    dtype: torch.dtype
+    towers: Towers
+
+    @property
+    def name(self) -> str:
+        """The model name."""
+        return self.source.name
+
+    @property
+    def pretrained(self) -> str | None:
+        """The word that chose the weights."""
+        return self.source.pretrained
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights file in hex, or ``random:SEED:NAME``; read on first use."""
+        return self.source.fingerprint
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """CLIP's own image mean, RGB in [0, 1]."""
+        return self.source.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """CLIP's own image standard deviation, RGB in [0, 1]."""
+        return self.source.std
+
+    @property
+    def visual(self) -> VisionTransformer | ModifiedResNet:
+        """The visual tower, open_clip's module itself.
+
+        Raises:
+            MaskMillError: ``visual_tower_missing`` with ``towers="text"``.
+        """
+        if self.towers == "text":
+            raise MaskMillError(
+                "visual_tower_missing",
+                f"{self.name} was loaded without its visual tower, and images are to be read.",
+                "Load it with towers='both' or 'visual'.",
+            )
+        return self.model.visual
+
+    @property
+    def embed_dim(self) -> int:
+        """D, the width of the joint embedding."""
+        return int(self.source.config["embed_dim"])
+
+    @property
+    def stride(self) -> int:
+        """Pixels per cell of the dense grid: the patch size, or 32 for a ResNet."""
+        return 32 if isinstance(self.visual, ModifiedResNet) else int(self.visual.patch_size[0])
+
+    @cached_property
+    def tokenizer(self) -> Callable[[list[str]], Tensor]:
+        """open_clip's tokenizer of this model: P strings to int64 (P, context)."""
+        if self.name == "toyclip":
+            from models.clip import toy as toyclip
+
+            return toyclip.tokenizer()
+        if ":" not in self.name and open_clip.get_model_config(self.name) is None:
+            # Weights that came with a configuration of their own, as CLIPSeg's do: OpenAI's vocabulary.
+            return open_clip.SimpleTokenizer(context_length=self.source.config["text_cfg"]["context_length"])
+        return open_clip.get_tokenizer(self.name)
+
+    @cached_property
+    def _tower(self) -> VitDense | ResNetDense:
+        return dense_encoder(self.visual, head="plain")
+
+    def activations(self, images: Tensor, layers: Sequence[int]) -> Activations:
+        """Outputs of residual blocks at any image size.
+
+        Images are padded and the position table is resized as for dense features (``models.clip.heads``).
+        Blocks behind the deepest one asked for are not run.
+
+        Args:
+            images: normalised, float (B, 3, H, W).
+            layers: 0-based block indices, increasing.
+
+        Raises:
+            MaskMillError: ``model_unsupported`` for a ResNet.
+        """
+        tower = self._tower
+        if not isinstance(tower, VitDense):
+            raise MaskMillError(
+                "model_unsupported",
+                f"{self.name} is a ResNet and has no blocks of tokens.",
+                "Use a ViT, such as ViT-B-16-quickgelu.",
+            )
+        whole = tower.whole_patches(images)
+        grid = (whole.shape[-2] // tower.stride, whole.shape[-1] // tower.stride)
+        x = tower.tokens(whole, tower.position_table(grid))
+        taken = []
+        for index, block in enumerate(self.visual.transformer.resblocks[: max(layers) + 1]):
+            x = residual_block(block, x)
+            if index in layers:
+                taken.append(x)
+        return Activations(tuple(taken), grid, (images.shape[-2], images.shape[-1]))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """CLIP's image embedding (B, D), not normalised, of normalised images (B, 3, H, W) of any size."""
+        return self._tower.image_embedding(images)
+
+    @torch.inference_mode()
+    def encode_text(self, prompts: Sequence[str], *, normalize: bool = True) -> Tensor:
+        """Embed prompts.
+
+        Under the causal mask, what prompts begin with in common is computed once
+        (``models.clip.prompt_tree``),
+        which gives what the full context gives. Other text towers read the full context.
+
+        Args:
+            prompts: P texts.
+            normalize: scale every row to length 1.
+
+        Returns:
+            fp32 (P, D) on this CLIP's device.
+
+        Raises:
+            MaskMillError: ``text_tower_missing`` with ``towers="visual"``; ``prompt_too_long``.
+        """
+        if self.towers == "visual":
+            raise MaskMillError(
+                "text_tower_missing",
+                f"{self.name} was loaded without its text tower, and prompts are to be embedded.",
+                "Load it with towers='both' or 'text', or take the classifier from the cache.",
+            )
+        if not prompts:
+            return torch.empty(0, self.embed_dim, device=self.device)
+        unique = list(dict.fromkeys(prompts))
+        tokens = self.tokenize(unique)
+        if shares_prefixes(self.model):
+            embeddings = encode_tokens(self.model, tokens)
+        else:
+            batches = tokens.split(max(1, _TOKENS_PER_BATCH // tokens.shape[1]))
+            embeddings = torch.cat([self.model.encode_text(batch.to(self.device)) for batch in batches])  # type: ignore[operator]
+        embeddings = F.normalize(embeddings.float(), dim=-1) if normalize else embeddings.float()
+        position = {prompt: row for row, prompt in enumerate(unique)}
+        return embeddings[torch.tensor([position[prompt] for prompt in prompts], dtype=torch.long)]
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Tokens int64 (P, context) of prompts.
+
+        Raises:
+            MaskMillError: ``prompt_too_long``. open_clip cuts long texts off in silence, and a prompt without
+                its end is another prompt.
+        """
+        tokens = self.tokenizer(list(prompts))
+        encode = getattr(self.tokenizer, "encode", None)
+        if encode is None:
+            return tokens
+        for row in (tokens[:, -1] != 0).nonzero().flatten().tolist():
+            needed = len(encode(prompts[row])) + 2
+            if needed > tokens.shape[1]:
+                raise MaskMillError(
+                    "prompt_too_long",
+                    f"The prompt {prompts[row]!r} has {needed} tokens; {self.name} reads {tokens.shape[1]}.",
+                    "Shorten the class name or the template.",
+                )
+        return tokens
+
+
+def load_clip(
+    model: str,
+    pretrained: str | None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    towers: Towers = "both",
+    cache_dir: str | None = None,
+) -> Clip:
+    """Load a CLIP whose visual tower has dense features.
+
+    Args:
+        model: an open_clip name, ``hf-hub:ORG/REPO``, ``local-dir:PATH``, or ``toyclip``.
+        pretrained: an open_clip tag, a file (OpenAI archive, ``.pt`` state dict, ``.safetensors``),
+            ``random:SEED`` for seeded random weights, ``bundled`` for ``toyclip``, or None where the name
+            brings the weights.
+        device: where the model goes.
+        dtype: float32, bfloat16, float16 or float64. Weights are converted; there is no autocast.
+        towers: ``visual`` leaves the text tower out, which takes no memory then; ``text`` the other.
+        cache_dir: where open_clip keeps downloads.
+
+    Raises:
+        MaskMillError: see ``models.clip.weights.find_weights`` and ``read_state``; ``weights_do_not_fit``
+        if the
+            tensors are not those of the model.
+    """
+    return load_source(
+        find_weights(model, pretrained, cache_dir=cache_dir), device=device, dtype=dtype, towers=towers
+    )
+
+
+def load_source(
+    source: WeightSource,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    towers: Towers = "both",
+    state: dict[str, Tensor] | None = None,
+) -> Clip:
+    """``load_clip`` for weights that were found already, or read already.
+
+    Args:
+        source: see ``models.clip.weights.find_weights``.
+        device: see ``load_clip``, and so are the next two.
+        dtype: see there.
+        towers: see there.
+        state: the tensors in open_clip's names, of both towers unless only the visual one is wanted.
+    """
+    check_supported(source.name, source.config)
+    skeleton = _build(source)
+    if towers == "visual":
+        _drop_text_tower(skeleton)
+    if state is None and source.path is None:
+        assert source.seed is not None, "a source has a file or a seed"
+        if towers == "text":
+            del skeleton.visual
+        tensors = _seeded_state(skeleton, source.seed)
+    else:
+        if state is not None:
+            tensors = _fitting(skeleton, state, towers)
+        else:
+            assert source.path is not None
+            prefix = "visual." if towers == "visual" else ""
+            tensors = _fitting(skeleton, read_state(source.path, prefix=prefix), towers)
+        if towers == "text":
+            # Weights of another model may have the same text tower, so the shapes of all are looked at.
+            _assign(skeleton, {name: tensor.to("meta") for name, tensor in tensors.items()}, source)
+            del skeleton.visual
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.")}
+    device = torch.device(device)
+    loaded: dict[str, Tensor] = {}
+    for name in list(tensors):
+        # One at a time: a mapped file and its copy are then never both whole in memory.
+        tensor = tensors.pop(name)
+        if tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        if source.path is not None:
+            # The file may change or vanish under a mapping; own the memory.
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        loaded[name] = tensor.to(device)
+    _assign(skeleton, loaded, source)
+    if towers != "visual":
+        _restore_masks(skeleton, device, dtype)
+    left = [name for name, t in (*skeleton.named_parameters(), *skeleton.named_buffers()) if t.is_meta]
+    assert not left, f"never loaded: {left}"
+    skeleton.to(device)
+    skeleton.eval().requires_grad_(False)
+    return Clip(source, skeleton, device, dtype, towers)
+
+
+def _build(source: WeightSource) -> nn.Module:
+    """The model without weights: on the meta device, which saves 2.5 s of random numbers for a ViT-B/16."""
+    config = {key: value for key, value in source.config.items() if key != "custom_text"}
+    text = config["text_cfg"]
+    foreign_text = "hf_model_name" in text
+    if foreign_text:
+        with_the_rest()
+        config["text_cfg"] = {**text, "hf_model_pretrained": False}
+    custom = source.config.get("custom_text", False) or foreign_text
+    kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    try:
+        # Hugging Face text towers compute buffers when they are built, so they need real memory.
+        with torch.device("cpu") if foreign_text else shapes_only():
+            return kind(**config)
+    except Exception as error:
+        remedy = "Check the configuration against open_clip's own model_configs."
+        if foreign_text:
+            remedy = (
+                "Its text tower comes from transformers: pip install it, and let it fetch the settings once."
+            )
+        raise MaskMillError(
+            "model_unsupported",
+            f"open_clip could not build {source.name}: {str(error).splitlines()[0]}.",
+            remedy,
+        ) from error
+
+
+def _fitting(model: nn.Module, state: dict[str, Tensor], towers: Towers) -> dict[str, Tensor]:
+    """The tensors under this model's names; without what is no weight or of another tower."""
+    if towers == "visual":
+        state = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
+    expected = model.state_dict()
+    if any(name.startswith("text.") for name in expected) and "text_projection" in state:
+        state = open_clip.model.convert_to_custom_text_state_dict(state)
+    for name in ("logit_scale", "logit_bias"):
+        if name in state and name in expected:
+            state[name] = state[name].reshape(expected[name].shape)
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if name in expected or name.rsplit(".", 1)[-1] not in _NOT_WEIGHTS
+    }
+
+
+def _assign(model: nn.Module, state: dict[str, Tensor], source: WeightSource) -> None:
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        details = " ".join(str(error).split())[:400]
+        raise MaskMillError(
+            "weights_do_not_fit",
+            f"The tensors of {source.path} are not those of {source.name}: {details}",
+            "Name the model the weights were made for; its image size may be part of it, as in ViT-L-14-336.",
+        ) from error
+
+
+def _restore_masks(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """The causal mask is a buffer that no file holds."""
+    for module in (model, getattr(model, "text", None)):
+        mask = getattr(module, "attn_mask", None)
+        if isinstance(mask, Tensor) and mask.is_meta:
+            assert module is not None
+            module.attn_mask = torch.full(mask.shape, -math.inf, dtype=dtype, device=device).triu_(1)
+
+
+def _drop_text_tower(model: nn.Module) -> None:
+    for name in [name for name, _ in model.named_children() if name != "visual"]:
+        delattr(model, name)
+    for name in [name for name, _ in model.named_parameters(recurse=False)]:
+        delattr(model, name)
+    for name in [name for name, _ in model.named_buffers(recurse=False)]:
+        delattr(model, name)
+
+
+def _seeded_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Random weights for tests and benchmarks, each tensor from its own generator.
+
+    They depend on the seed and the tensor's name only, not on the towers asked for. Nothing is left at zero
+    or one (open_clip zeroes the last batch-norm weight of every residual branch and all biases), so that a
+    mistake in any term shows.
+    """
+    state: dict[str, Tensor] = {}
+    for name, like in model.state_dict().items():
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        leaf = name.rsplit(".", 1)[-1]
+        if not like.is_floating_point():
+            state[name] = torch.zeros(like.shape, dtype=like.dtype)
+            continue
+        # Uniform with variance 1: several times faster than normal, and start-up is part of what is measured.
+        noise = torch.empty(like.shape).uniform_(-(3**0.5), 3**0.5, generator=generator)
+        if leaf == "logit_scale":
+            state[name] = torch.full(like.shape, math.log(100.0))
+        elif leaf == "running_var":
+            state[name] = 0.5 + torch.rand(like.shape, generator=generator)
+        elif leaf in ("running_mean", "logit_bias"):
+            state[name] = 0.1 * noise
+        elif leaf.endswith("bias"):
+            state[name] = 0.05 * noise
+        elif leaf in ("class_embedding", "positional_embedding", "cls_emb") or "token_embedding" in name:
+            state[name] = noise.mul_(like.shape[-1] ** -0.5)
+        elif like.ndim == 1:
+            state[name] = 1.0 + 0.1 * noise
+        elif like.ndim == 4:
+            state[name] = noise.mul_((2.0 / math.prod(like.shape[1:])) ** 0.5)
+        else:
+            fan_in = like.shape[0] if leaf in ("proj", "text_projection") else like.shape[1]
+            state[name] = noise.mul_(fan_in**-0.5)
+    return state

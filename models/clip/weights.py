@@ -1,0 +1,517 @@
+"""Where CLIP's weights come from, and how they are read without running anybody's code.
+
+Three steps, each usable alone: ``find_weights`` turns a model name and a ``pretrained`` word into a
+``WeightSource`` (architecture, file, image statistics) and downloads the file through open_clip where it
+must; ``WeightSource.fingerprint`` names the weights; ``read_state`` gives the tensors.
+
+Pickles are read with ``weights_only=True``. OpenAI's archives are TorchScript, which that mode refuses and
+``torch.jit.load`` would compile; they are read here as what they are, a zip of raw storages beside a pickle,
+with an unpickler that knows tensors and inert holders and nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.clip.openclip import (
+    HF_CONFIG_NAME,
+    HF_SAFE_WEIGHTS_NAME,
+    HF_WEIGHTS_NAME,
+    download_pretrained_from_hf,
+    open_clip,
+)
+from models.errors import MaskMillError
+from models.hub import download, hub_cache_folder, in_hub_cache
+
+SUPPORTED = (
+    "open_clip's ViTs with a class token (ViT-B-16, ViT-L-14, ..., their -quickgelu twins, the CLIPA ones, "
+    "those with a Hugging Face text tower) and its ModifiedResNets (RN50, RN101, RN50x4, RN50x16, RN50x64)"
+)
+OPENAI_MEAN: tuple[float, float, float] = open_clip.constants.OPENAI_DATASET_MEAN
+OPENAI_STD: tuple[float, float, float] = open_clip.constants.OPENAI_DATASET_STD
+_NO_DOWNLOAD = "Without any download: model toyclip, pretrained bundled."
+_FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """An architecture and where its weights are.
+
+    Attributes:
+        name: the model name as open_clip knows it (``ViT-B-16``, ``hf-hub:…``, ``local-dir:…``).
+        pretrained: the word that chose the weights, or None where the name does.
+        config: open_clip's model configuration (``embed_dim``, ``vision_cfg``, ``text_cfg``, …).
+        path: the weights file; None for seeded random weights.
+        seed: of seeded random weights; None otherwise.
+        mean, std: the image statistics the weights were trained with, RGB in [0, 1].
+    """
+
+    name: str
+    pretrained: str | None
+    config: dict[str, Any]
+    path: Path | None
+    seed: int | None
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights file in hex, or ``random:SEED:NAME``."""
+        if self.path is None:
+            return f"random:{self.seed}:{self.name}"
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        return digest.hexdigest()
+
+
+def find_weights(model: str, pretrained: str | None, *, cache_dir: str | Path | None = None) -> WeightSource:
+    """Find, and if need be fetch, the weights of a CLIP that MaskMill can use.
+
+    Args:
+        model: an open_clip name (``ViT-B-16-quickgelu``), ``hf-hub:ORG/REPO``, ``local-dir:PATH``, or
+            ``toyclip``.
+        pretrained: an open_clip tag (``openai``), a file, ``random:SEED``, ``bundled`` for ``toyclip``, or
+            None with ``hf-hub:`` and ``local-dir:``, whose weights come with the name.
+        cache_dir: where open_clip keeps downloads; None is its own choice.
+
+    Raises:
+        MaskMillError: ``model_unknown``, ``model_unsupported``, ``pretrained_unknown``,
+            ``quickgelu_mismatch``, ``weights_missing`` (with the file to get and the place to put it).
+    """
+    schema, identifier = _schema(model)
+    cache = None if cache_dir is None else str(cache_dir)
+    if schema == "local-dir":
+        found = _from_directory(model, Path(identifier), pretrained)
+    elif schema == "hf-hub":
+        found = _from_hub(model, identifier, pretrained, cache)
+    else:
+        found = _from_name(model.replace("/", "-"), pretrained, cache)
+    check_supported(found.name, found.config)
+    return found
+
+
+def read_state(path: Path, *, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a weights file on the CPU, in the types they are stored in.
+
+    Args:
+        path: ``.safetensors``, a pickled state dict or training checkpoint, or an OpenAI (TorchScript)
+            archive.
+        prefix: only names that start with it, the prefix kept (``visual.`` leaves the text tower on the
+            disk).
+
+    Raises:
+        MaskMillError: ``weights_unreadable`` if the file is damaged, no weights file, or holds more than
+            weights.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state = _read_safetensors(path, prefix)
+        elif is_torchscript(path):
+            state = _read_torchscript(path)
+        else:
+            state = _read_pickle(path)
+    except MaskMillError:
+        raise
+    except Exception as error:  # the readers raise a dozen unrelated types on damaged files
+        raise _unreadable(
+            path, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
+    if not state:
+        raise _unreadable(path, "it holds no tensors")
+    return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def check_supported(name: str, config: dict[str, Any]) -> None:
+    """Raise ``model_unsupported`` unless the tower is a ViT with a class token or a ModifiedResNet."""
+    vision = config.get("vision_cfg", {})
+    reason = None
+    if "timm_model_name" in vision:
+        reason = f"its image tower is timm's {vision['timm_model_name']}"
+    elif "multimodal_cfg" in config or vision.get("attentional_pool"):
+        reason = "it is a CoCa, which pools its tokens with a learned attention"
+    elif vision.get("pool_type", "tok") not in ("tok", "avg"):
+        reason = f"it pools its tokens by {vision['pool_type']!r}"
+    if reason:
+        raise MaskMillError(
+            "model_unsupported",
+            f"MaskMill cannot take dense features from {name}: {reason}.",
+            f"Use one of {SUPPORTED}.",
+        )
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is a TorchScript archive, the format of OpenAI's own weights."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.split("/", 1)[-1] == "constants.pkl" for name in archive.namelist())
+
+
+# --- where they are -----------------------------------------------------------------------------------------
+
+
+def _schema(model: str) -> tuple[str | None, str]:
+    for schema in ("hf-hub", "local-dir"):
+        if model.startswith(f"{schema}:"):
+            identifier = model.removeprefix(f"{schema}:")
+            if not identifier:
+                raise MaskMillError(
+                    "model_unknown",
+                    f"There is nothing after {schema}: in the model name.",
+                    f"Write {schema}:NAME.",
+                )
+            return schema, identifier
+    return None, model
+
+
+def _seed(pretrained: str | None) -> int | None:
+    if pretrained is None or not pretrained.startswith("random:"):
+        return None
+    try:
+        return int(pretrained.removeprefix("random:"))
+    except ValueError:
+        raise MaskMillError(
+            "pretrained_unknown",
+            f"The seed in pretrained={pretrained!r} is not a whole number.",
+            "Write random:SEED, as in random:0.",
+        ) from None
+
+
+def _from_name(name: str, pretrained: str | None, cache: str | None) -> WeightSource:
+    if name == "toyclip":
+        from models.clip import toy as toyclip
+
+        toyclip.register()
+        if pretrained in (None, toyclip.PRETRAINED):
+            pretrained = str(toyclip.weights_path())
+    config = open_clip.get_model_config(name)
+    if config is None:
+        raise MaskMillError(
+            "model_unknown",
+            f"open_clip has no model named {name!r}.",
+            _near(name, open_clip.list_models()) + f"MaskMill works with {SUPPORTED}.",
+        )
+    check_supported(name, config)
+    seed = _seed(pretrained)
+    if seed is not None:
+        return WeightSource(name, pretrained, config, None, seed, OPENAI_MEAN, OPENAI_STD)
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None:
+        raise MaskMillError(
+            "pretrained_unknown",
+            f"{name} needs weights, and none were named.",
+            f"Set pretrained to a tag ({', '.join(tags) or 'open_clip lists none'}), a file, or random:SEED.",
+        )
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    if tag:
+        _check_quick_gelu(name, config, bool(tag.get("quick_gelu", False)), f"the weights {pretrained!r}")
+        path = _fetch_tag(name, pretrained, tag, cache)
+        return WeightSource(name, pretrained, config, path, None, tuple(tag["mean"]), tuple(tag["std"]))
+    path = Path(pretrained).expanduser()
+    if path.is_file():
+        mean, std = OPENAI_MEAN, OPENAI_STD
+        known = _tag_of_file(name, path)
+        if is_torchscript(path):
+            _check_quick_gelu(name, config, True, f"the OpenAI archive {path.name}")
+        elif known:
+            _check_quick_gelu(
+                name, config, bool(known.get("quick_gelu", False)), f"the weights in {path.name}"
+            )
+            mean, std = tuple(known["mean"]), tuple(known["std"])
+        return WeightSource(name, pretrained, config, path, None, mean, std)
+    if path.suffix in _FILE_SUFFIXES or os.sep in pretrained:
+        raise MaskMillError(
+            "weights_missing",
+            f"There is no weights file {pretrained}.",
+            "Check the path, or name an open_clip tag.",
+        )
+    raise _unknown_tag(name, pretrained, tags)
+
+
+def _unknown_tag(name: str, pretrained: str, tags: list[str]) -> MaskMillError:
+    plain = name.removesuffix("-quickgelu")
+    if plain != name and open_clip.get_pretrained_cfg(plain, pretrained):
+        return MaskMillError(
+            "quickgelu_mismatch",
+            f"The weights {pretrained!r} were trained with the plain GELU, and {name} computes QuickGELU.",
+            f"Use the model {plain} with them.",
+        )
+    return MaskMillError(
+        "pretrained_unknown",
+        f"{pretrained!r} is neither weights of {name} that open_clip knows nor a file.",
+        _near(pretrained, tags) + f"open_clip lists for {name}: {', '.join(tags) or 'none'}.",
+    )
+
+
+def _check_quick_gelu(name: str, config: dict[str, Any], trained: bool, what: str) -> None:
+    if bool(config.get("quick_gelu", False)) == trained:
+        return
+    if trained:
+        right = f"{name}-quickgelu"
+        remedy = f"Use the model {right}."
+        if right not in open_clip.list_models():
+            remedy = f"open_clip has no {right}; add a config with quick_gelu: true as local-dir:."
+        message = f"{what} were trained with QuickGELU, and {name} computes the plain GELU"
+    else:
+        remedy = f"Use the model {name.removesuffix('-quickgelu')}."
+        message = f"{what} were trained with the plain GELU, and {name} computes QuickGELU"
+    raise MaskMillError(
+        "quickgelu_mismatch",
+        f"{message[0].upper()}{message[1:]}: every layer would be a little wrong.",
+        remedy,
+    )
+
+
+def _tag_of_file(name: str, path: Path) -> dict[str, Any]:
+    """The tag whose published file has this name; tensors alone cannot tell which activation they want."""
+    for model in (name, name.removesuffix("-quickgelu")):
+        for tag in open_clip.list_pretrained_tags_by_model(model):
+            config = open_clip.get_pretrained_cfg(model, tag)
+            if config.get("url") and os.path.basename(config["url"]) == path.name:
+                return config
+    return {}
+
+
+def _fetch_tag(name: str, pretrained: str, tag: dict[str, Any], cache: str | None) -> Path:
+    if tag.get("hf_hub"):
+        repository, file = os.path.split(tag["hf_hub"])
+        cached = in_hub_cache(repository, file or HF_WEIGHTS_NAME, cache)
+        if cached:
+            return cached
+        place = (
+            f"https://huggingface.co/{repository} ({file or f'{HF_SAFE_WEIGHTS_NAME} or {HF_WEIGHTS_NAME}'})"
+        )
+        store = cache or hub_cache_folder()
+    else:
+        place, store = tag["url"], cache or os.path.expanduser("~/.cache/clip")
+        kept = Path(store) / os.path.basename(tag["url"])
+        if kept.is_file() and kept.stat().st_size:
+            # open_clip would hash the whole file at every start; ours is hashed once, for the fingerprint.
+            return kept
+    return download(
+        lambda: open_clip.download_pretrained(tag, cache_dir=cache),
+        place,
+        store,
+        f"{name} {pretrained}",
+        "pass the file's path as pretrained",
+        otherwise=_NO_DOWNLOAD,
+    )
+
+
+def _from_hub(model: str, repository: str, pretrained: str | None, cache: str | None) -> WeightSource:
+    seed = _schema_seed(model, pretrained)
+    page, store = f"https://huggingface.co/{repository}", cache or hub_cache_folder()
+    use = f"put it into a folder, with {HF_CONFIG_NAME} beside the weights, and name it as local-dir:FOLDER"
+    settings_path = in_hub_cache(repository, HF_CONFIG_NAME, cache) or download(
+        lambda: download_pretrained_from_hf(repository, filename=HF_CONFIG_NAME, cache_dir=cache),
+        f"{page} ({HF_CONFIG_NAME})", store, model, use, otherwise=_NO_DOWNLOAD,
+    )  # fmt: skip
+    settings = _settings(settings_path)
+    check_supported(model, settings["model_cfg"])
+    path = None
+    if seed is None:
+        path = in_hub_cache(repository, HF_WEIGHTS_NAME, cache) or download(
+            lambda: download_pretrained_from_hf(repository, cache_dir=cache),
+            f"{page} ({HF_SAFE_WEIGHTS_NAME} or {HF_WEIGHTS_NAME})", store, model, use,
+            otherwise=_NO_DOWNLOAD,
+        )  # fmt: skip
+    return _from_settings(model, pretrained, settings, path, seed)
+
+
+def _from_directory(model: str, folder: Path, pretrained: str | None) -> WeightSource:
+    seed = _schema_seed(model, pretrained)
+    folder = folder.expanduser()
+    settings_path = folder / HF_CONFIG_NAME
+    if not settings_path.is_file():
+        raise MaskMillError(
+            "model_unknown",
+            f"There is no {HF_CONFIG_NAME} in {folder}.",
+            "Give a folder as open_clip's push_to_hf_hub writes it, the configuration beside the weights.",
+        )
+    settings = _settings(settings_path)
+    if seed is not None:
+        return _from_settings(model, pretrained, settings, None, seed)
+    preferred = [
+        folder / HF_SAFE_WEIGHTS_NAME,
+        folder / "open_clip_pytorch_model.safetensors",
+        folder / HF_WEIGHTS_NAME,
+    ]
+    files = [path for path in preferred if path.is_file()]
+    if not files:
+        files = sorted(path for path in folder.iterdir() if path.suffix in _FILE_SUFFIXES)
+        if len(files) > 1:
+            raise MaskMillError(
+                "pretrained_unknown",
+                f"{folder} holds several weights files: {', '.join(path.name for path in files)}.",
+                f"Keep one, or name the right one {HF_SAFE_WEIGHTS_NAME}.",
+            )
+    if not files:
+        raise MaskMillError(
+            "weights_missing",
+            f"There are no weights in {folder}.",
+            f"Put them there as {HF_SAFE_WEIGHTS_NAME}.",
+        )
+    return _from_settings(model, pretrained, settings, files[0], None)
+
+
+def _schema_seed(model: str, pretrained: str | None) -> int | None:
+    seed = _seed(pretrained)
+    if pretrained is not None and seed is None:
+        raise MaskMillError(
+            "pretrained_unknown",
+            f"{model} brings its own weights, and pretrained={pretrained!r} names others.",
+            "Leave pretrained out.",
+        )
+    return seed
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MaskMillError("model_unknown", f"{path} is not JSON: {error}.", "Write it again.") from error
+    if not isinstance(settings, dict) or "model_cfg" not in settings:
+        raise MaskMillError(
+            "model_unknown",
+            f"{path} has no model_cfg.",
+            "It must be an open_clip_config.json as open_clip's push_to_hf_hub writes it.",
+        )
+    return settings
+
+
+def _from_settings(
+    model: str, pretrained: str | None, settings: dict[str, Any], path: Path | None, seed: int | None
+) -> WeightSource:
+    statistics = settings.get("preprocess_cfg", {})
+    mean, std = tuple(statistics.get("mean", OPENAI_MEAN)), tuple(statistics.get("std", OPENAI_STD))
+    return WeightSource(model, pretrained, settings["model_cfg"], path, seed, mean, std)
+
+
+def _near(word: str, words: list[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(near)}? " if near else ""
+
+
+# --- what is in them ----------------------------------------------------------------------------------------
+
+
+def _unreadable(path: Path, reason: str) -> MaskMillError:
+    return MaskMillError(
+        "weights_unreadable",
+        f"{path} cannot be read as weights: {reason}.",
+        "It must be a .safetensors file, a state dict that torch.load reads with weights_only=True, or an "
+        "OpenAI archive. Fetch it again if it was cut off; convert it to .safetensors if it holds more.",
+    )
+
+
+def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    # Only the zip format can be mapped; mapping leaves the tower that nobody asks for on the disk.
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict):
+        raise _unreadable(path, f"it holds a {type(state).__name__}, not a state dict")
+    state = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state
+
+
+class _Holder:
+    """Stands for any class of a TorchScript archive: takes its state, does nothing."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def _rebuild_tensor(
+    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
+) -> Tensor:
+    return storage.as_strided(size, stride, offset)
+
+
+def _rebuild_list(values: list[Any]) -> list[Any]:
+    return values
+
+
+_STORAGE_TYPES = {
+    "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}  # fmt: skip
+
+
+class _ArchiveUnpickler(pickle.Unpickler):
+    """Reads ``data.pkl`` of a TorchScript archive; every name outside a short list is refused."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+        super().__init__(archive.open(f"{root}/data.pkl"))
+        self._archive = archive
+        self._root = root
+        self._storages: dict[str, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("__torch__"):
+            return _Holder
+        if module == "torch" and name in _STORAGE_TYPES:
+            return _STORAGE_TYPES[name]
+        allowed: dict[tuple[str, str], Any] = {
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch.jit._pickle", "build_intlist"): _rebuild_list,
+            ("torch.jit._pickle", "build_boollist"): _rebuild_list,
+            ("torch.jit._pickle", "build_doublelist"): _rebuild_list,
+            ("torch.jit._pickle", "build_tensorlist"): _rebuild_list,
+        }
+        if (module, name) not in allowed:
+            raise pickle.UnpicklingError(f"the archive asks for {module}.{name}, which weights do not need")
+        return allowed[module, name]
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        _, dtype, key, _device, _count = pid
+        if key not in self._storages:
+            data = bytearray(self._archive.read(f"{self._root}/data/{key}"))
+            self._storages[key] = torch.frombuffer(data, dtype=dtype)
+        return self._storages[key]
+
+
+def _read_torchscript(path: Path) -> dict[str, Tensor]:
+    with zipfile.ZipFile(path) as archive:
+        root = next(name for name in archive.namelist() if name.split("/", 1)[-1] == "constants.pkl").split(
+            "/"
+        )[0]
+        top = _ArchiveUnpickler(archive, root).load()
+    state: dict[str, Tensor] = {}
+
+    def walk(holder: _Holder, prefix: str) -> None:
+        for name, value in holder.state.items():
+            if isinstance(value, Tensor):
+                state[prefix + name] = value
+            elif isinstance(value, _Holder):
+                walk(value, f"{prefix}{name}.")
+
+    walk(top, "")
+    return state

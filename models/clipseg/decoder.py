@@ -1,0 +1,431 @@
+"""CLIPSeg (arXiv 2112.10003): a mask from a text or an example image.
+
+A frozen CLIP ViT reads the image; a small transformer decoder reads the outputs of a few of its blocks, the
+deepest first, and is told by an embedding of CLIP's joint space (FiLM) what to find. Images may have any size
+and shape. The vision tower runs once per image, and all prompts go through the decoder together; what comes
+before the conditioning is computed once for all of them.
+
+Shapes: B images, P prompts, E joint embedding, W_ tower width, D decoder width, h w grid, L = h*w,
+N = 1 + L tokens (class token first), H W pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.clip.loading import Activations, Clip
+from models.clip.openclip import VisionTransformer
+from models.errors import MaskMillError
+from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
+
+IMAGE_SIZE = 352
+"""Side of the square that training and evaluation squeeze images to: 22 x 22 tokens of 16 pixels."""
+_READERS = frozenset({"film_mul", "film_add", "reduce", "reduces"})
+PROMPTS_AT_ONCE = 64
+"""Prompts in one decoder batch at inference; their activations then take less than 0.4 GB at 352 x 352."""
+
+
+@dataclass(frozen=True)
+class ClipSegConfig:
+    """The decoder.
+
+    Attributes:
+        reduce_dim: D, the decoder's width; 64, 16 and 128 in the paper.
+        extract_layers: 0-based blocks of the tower whose outputs are read, increasing. The released weights
+            run with (3, 6, 9); the paper and its training settings have (3, 7, 9).
+        refined: the head of three convolutions instead of one linear map per token.
+        heads: of the attention.
+        feedforward: hidden width of the blocks' MLP.
+        cond_layer: which decoder block the prompt is brought in before, 0 the deepest.
+        dropout: in training; attention weights, after attention, inside and after the MLP.
+    """
+
+    reduce_dim: int = 64
+    extract_layers: tuple[int, ...] = (3, 6, 9)
+    refined: bool = False
+    heads: int = 4
+    feedforward: int = 2048
+    cond_layer: int = 0
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        layers = self.extract_layers
+        if not layers or layers[0] < 0 or list(layers) != sorted(set(layers)):
+            raise self._wrong("extract_layers", "Use increasing 0-based block indices, as in (3, 6, 9).")
+        if self.heads < 1 or self.reduce_dim < 2 or self.reduce_dim % self.heads:
+            raise self._wrong("reduce_dim", f"Use a multiple of the {self.heads} attention heads.")
+        if self.feedforward < 1:
+            raise self._wrong("feedforward", "Use at least 1.")
+        if not 0 <= self.cond_layer < len(layers):
+            raise self._wrong("cond_layer", f"There are {len(layers)} decoder blocks, counted from 0.")
+        if not 0 <= self.dropout < 1:
+            raise self._wrong("dropout", "It is a probability below 1.")
+
+    def _wrong(self, name: str, remedy: str) -> MaskMillError:
+        return MaskMillError("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
+
+
+PAPER = ClipSegConfig(extract_layers=(3, 7, 9))
+"""As trained in the paper."""
+ABLATIONS = {
+    "base": PAPER,
+    "d16": replace(PAPER, reduce_dim=16),
+    "d128": replace(PAPER, reduce_dim=128),
+    "layer3": replace(PAPER, extract_layers=(3,)),
+    "refined": replace(PAPER, refined=True),
+}
+"""Decoders of the paper's tables by name. Its row without CLIP pre-training is ``base`` over
+``load_clip(NAME, "random:SEED")``; the rows about negatives, visual prompts and highlighting are settings of
+the training data."""
+
+
+class PromptDecoder(nn.Module):
+    """Outputs of tower blocks and conditional embeddings in, logits out.
+
+    Attributes:
+        extract_layers: the blocks whose outputs ``forward`` takes.
+        width, embed_dim, patch: W_, E and the patch size it was built for.
+        config: a frozen dataclass with the settings.
+    """
+
+    config: Any
+    extract_layers: tuple[int, ...]
+    width: int
+    embed_dim: int
+    patch: int
+    film_mul: nn.Linear
+    film_add: nn.Linear
+
+    def forward(self, layers: Sequence[Tensor], conditionals: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Logits (B, P, h * patch, w * patch).
+
+        Args:
+            layers: (B, N, W_) per block of ``extract_layers``, in that order.
+            conditionals: (P, E) for all images, or (B, P, E) with prompts of each image's own.
+            grid: (h, w).
+        """
+        raise NotImplementedError
+
+    def film(self, x: Tensor, conditionals: Tensor) -> Tensor:
+        """Scale and shift all tokens: (B, N, D), (P, E) or (B, P, E) -> (B, P, N, D)."""
+        conditionals = conditionals.to(self.film_mul.weight.dtype)
+        scale, shift = (film(conditionals).unsqueeze(-2) for film in (self.film_mul, self.film_add))
+        return scale * x[:, None] + shift
+
+    @property
+    def readers(self) -> dict[str, nn.Linear]:
+        """The maps that read CLIP's outputs, by name: FiLM's, and those that narrow the tokens."""
+        return {
+            name: module
+            for name, module in self.named_modules()
+            if isinstance(module, nn.Linear) and name.split(".")[0] in _READERS
+        }
+
+    def cast(self, dtype: torch.dtype) -> PromptDecoder:
+        """Choose the number format, in place.
+
+        With a half type the maps that read CLIP's outputs stay in fp32. Most of what they read is common to
+        all inputs, and they take it away again; in half precision little would be left of the rest.
+        """
+        half = torch.finfo(dtype).bits < 32
+        exact = {name: copy.deepcopy(reader).float() for name, reader in self.readers.items()} if half else {}
+        self.to(dtype)
+        for name, reader in exact.items():
+            self.set_submodule(name, reader)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format behind the readers."""
+        return next(self.get_submodule("trans_conv").parameters()).dtype
+
+
+class ClipSegDecoder(PromptDecoder):
+    """The decoder of the paper (§3); its state dict has the names of the authors' files.
+
+    Args:
+        config: the settings.
+        width, embed_dim, patch: of the CLIP it shall read; the defaults are those of ViT-B/16.
+    """
+
+    config: ClipSegConfig
+
+    def __init__(
+        self, config: ClipSegConfig, *, width: int = 768, embed_dim: int = 512, patch: int = 16
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.extract_layers = config.extract_layers
+        self.width, self.embed_dim, self.patch = width, embed_dim, patch
+        dim, depth = config.reduce_dim, len(config.extract_layers)
+        self.film_mul = nn.Linear(embed_dim, dim)
+        self.film_add = nn.Linear(embed_dim, dim)
+        self.reduces = nn.ModuleList(nn.Linear(width, dim) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                dim, config.heads, config.feedforward, config.dropout, batch_first=True
+            )
+            for _ in range(depth)
+        )
+        self.trans_conv = refined_head(dim, patch) if config.refined else plain_head(dim, patch)
+
+    def forward(self, layers: Sequence[Tensor], conditionals: Tensor, grid: tuple[int, int]) -> Tensor:
+        x: Tensor | None = None
+        for index, (reduce, block) in enumerate(zip(self.reduces, self.blocks, strict=True)):
+            step = reduce(layers[-1 - index].to(self.film_mul.weight.dtype))
+            if x is not None:
+                # Behind the conditioning there is a prompt axis that the tower's tokens do not have.
+                step = (step if x.ndim == 3 else step[:, None]) + x
+            x = self.film(step, conditionals) if index == self.config.cond_layer else step
+            x = _post_norm_block(block, x.to(self.dtype))
+        assert x is not None, "a decoder has at least one block"
+        return upsample(x, grid, self.trans_conv)
+
+
+def plain_head(dim: int, patch: int) -> nn.Module:
+    """One linear map of a token to its patch x patch pixels."""
+    return nn.ConvTranspose2d(dim, 1, patch, stride=patch)
+
+
+def refined_head(dim: int, patch: int) -> nn.Module:
+    """The refined head: a 3 x 3 convolution and two upsamplings whose factors give the patch size.
+
+    The reference takes patch // 4 twice, which is right for 16 only; here it is the factor pair nearest to
+    the square root, the larger first: 4 * 4 for 16, 8 * 4 for 32, 7 * 2 for 14.
+    """
+    second = max(factor for factor in range(1, math.isqrt(patch) + 1) if patch % factor == 0)
+    first = patch // second
+    return nn.Sequential(
+        nn.Conv2d(dim, dim, kernel_size=3, padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(dim, dim // 2, first, stride=first),
+        nn.ReLU(),
+        nn.ConvTranspose2d(dim // 2, 1, second, stride=second),
+    )
+
+
+def upsample(x: Tensor, grid: tuple[int, int], head: nn.Module) -> Tensor:
+    """Tokens (B, P, N, D) through a head to logits (B, P, H, W); the class token is dropped."""
+    tokens = x[:, :, 1:].flatten(0, 1)
+    if isinstance(head, nn.ConvTranspose2d):
+        # Stride and kernel are equal, so it is one matrix product: a fifth of the time on a CPU.
+        assert head.bias is not None
+        tiles = F.linear(tokens, head.weight.flatten(1).T) + head.bias
+        tiles = tiles.unflatten(2, head.kernel_size).unflatten(1, grid)
+        logits = tiles.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    else:
+        logits = head(tokens.transpose(1, 2).unflatten(2, grid))[:, 0]
+    return logits.unflatten(0, x.shape[:2])
+
+
+def _post_norm_block(block: nn.Module, x: Tensor) -> Tensor:
+    """A ``TransformerEncoderLayer`` (post-norm, ReLU) on tokens (..., N, D).
+
+    Written out because torch's own fused path leaves open in which precision the norms are computed, and is
+    not taken in training. The fused attention keeps its softmax in fp32 for half types.
+    """
+    assert isinstance(block, nn.TransformerEncoderLayer)
+    attention = block.self_attn
+    packed = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+    q, k, v = (
+        part.unflatten(-1, (attention.num_heads, -1)).transpose(-3, -2).flatten(0, -4)
+        for part in packed.chunk(3, -1)
+    )
+    rate = attention.dropout if block.training else 0.0
+    mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)
+    mixed = mixed.transpose(1, 2).flatten(2).reshape(x.shape)
+    x = _norm(block.norm1, x + block.dropout1(attention.out_proj(mixed)))
+    hidden = block.dropout(F.relu(block.linear1(x), inplace=not torch.is_grad_enabled()))
+    return _norm(block.norm2, x + block.dropout2(block.linear2(hidden)))
+
+
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    exact = torch.promote_types(x.dtype, torch.float32)
+    weight, bias = norm.weight.to(exact), norm.bias.to(exact)
+    return F.layer_norm(x.to(exact), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)
+
+
+class ClipSeg:
+    """A frozen CLIP and a decoder.
+
+    Training uses ``encode_*`` as they are (no gradient goes into CLIP) and ``decoder`` as the module to
+    train.
+
+    Args:
+        clip: a ViT; its text tower is needed for text prompts only.
+        decoder: moved to the CLIP's device; its number format stays its own.
+
+    Raises:
+        MaskMillError: ``model_unsupported`` for a ResNet; ``decoder_does_not_fit`` if the decoder was made
+            for another tower.
+    """
+
+    def __init__(self, clip: Clip, decoder: PromptDecoder) -> None:
+        self.clip = clip
+        self.decoder = decoder.to(clip.device)
+        self._check()
+
+    def _check(self) -> None:
+        width, depth = tower_shape(self.clip)
+        decoder = self.decoder
+        made = (decoder.width, decoder.embed_dim, decoder.patch)
+        has = (width, self.clip.embed_dim, self.clip.stride)
+        if made != has:
+            raise MaskMillError(
+                "decoder_does_not_fit",
+                f"The decoder reads a tower of width {made[0]}, embedding {made[1]} and patch {made[2]}; "
+                f"{self.clip.name} has {has[0]}, {has[1]} and {has[2]}.",
+                "Load the CLIP it was trained on; for the released weights: ViT-B-16-quickgelu, openai.",
+            )
+        if max(decoder.extract_layers) >= depth:
+            raise MaskMillError(
+                "decoder_does_not_fit",
+                f"The decoder reads block {max(decoder.extract_layers)} (from 0); {self.clip.name} has "
+                f"{depth} blocks.",
+                "Set extract_layers to blocks of this tower.",
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 in hex over CLIP's fingerprint, the settings and the decoder's tensors."""
+        digest = hashlib.sha256()
+        settings = [type(self.decoder).__name__, self.clip.fingerprint, asdict(self.decoder.config)]
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        for module in self._fingerprinted():
+            for name, tensor in sorted(module.state_dict().items()):
+                digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _fingerprinted(self) -> tuple[nn.Module, ...]:
+        """Modules whose tensors no file's fingerprint stands for."""
+        return (self.decoder,)
+
+    @torch.no_grad()
+    def encode_image(self, pixels: Tensor) -> Activations:
+        """Run the vision tower once, as far as the decoder reads it.
+
+        Images whose sides are no multiples of the patch are zero-padded (the mean colour) to the right and
+        below, and ``decode`` cuts the logits back to H x W.
+
+        Args:
+            pixels: float (B, 3, H, W), ImageNet-normalised (``normalize``).
+        """
+        return self.clip.activations(pixels, self.decoder.extract_layers)
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Conditionals fp32 (P, E) of P texts, taken as they are given: no template, not normalised."""
+        # The clone leaves inference mode, so that a decoder can be trained on it.
+        return self.clip.encode_text(prompts, normalize=False).clone()
+
+    @torch.no_grad()
+    def encode_prompt_images(self, pixels: Tensor) -> Tensor:
+        """Conditionals fp32 (P, E) of example images (P, 3, H, W), not normalised.
+
+        The images are ImageNet-normalised; ``models.clipseg.visual_prompts`` brings the object forward in
+        them.
+        """
+        return self.clip.encode_image(pixels).float()
+
+    def decode(
+        self, activations: Activations, conditionals: Tensor, *, prompts_at_once: int = PROMPTS_AT_ONCE
+    ) -> Tensor:
+        """Logits fp32 (B, P, H, W) (fp64 from a fp64 decoder); a sigmoid makes them probabilities.
+
+        Args:
+            activations: from ``encode_image``.
+            conditionals: (P, E) for all images, or (B, P, E) with prompts of each image's own.
+            prompts_at_once: more are decoded in several rounds, to bound the memory.
+        """
+        height, width = activations.size
+        grid, layers = activations.grid, activations.layers
+        parts = [
+            self.decoder(layers, part.to(layers[0].device), grid)[..., :height, :width]
+            for part in conditionals.split(max(1, prompts_at_once), dim=-2)
+        ]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def __call__(self, pixels: Tensor, conditionals: Tensor) -> Tensor:
+        """``decode`` of ``encode_image``: images (B, 3, H, W) and conditionals to logits (B, P, H, W)."""
+        return self.decode(self.encode_image(pixels), conditionals)
+
+
+def build_clipseg(clip: Clip, config: ClipSegConfig = PAPER, *, seed: int = 0) -> ClipSeg:
+    """A CLIPSeg with a new decoder, initialised as torch initialises its layers.
+
+    Args:
+        clip: a ViT.
+        config: the decoder's settings.
+        seed: equal seeds give equal decoders; the global random state is left as it is.
+
+    Returns:
+        In evaluation mode, the decoder in fp32.
+
+    Raises:
+        MaskMillError: as ``ClipSeg``.
+    """
+    width, _ = tower_shape(clip)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = ClipSegDecoder(config, width=width, embed_dim=clip.embed_dim, patch=clip.stride)
+    return ClipSeg(clip, decoder.eval())
+
+
+def tower_shape(clip: Clip) -> tuple[int, int]:
+    """Width and number of blocks of the visual tower.
+
+    Raises:
+        MaskMillError: ``model_unsupported`` for a ResNet.
+    """
+    visual = clip.visual
+    if not isinstance(visual, VisionTransformer):
+        raise MaskMillError(
+            "model_unsupported",
+            f"CLIPSeg reads the tokens of a ViT, and {clip.name} is a ResNet.",
+            "Use ViT-B-16-quickgelu, the CLIP of the paper, or another ViT.",
+        )
+    return int(visual.conv1.out_channels), len(visual.transformer.resblocks)
+
+
+def mix(text: Tensor, image: Tensor, weight: float | Tensor) -> Tensor:
+    """Interpolate conditionals: weight * text + (1 - weight) * image, none of them normalised (§3.2).
+
+    Args:
+        text: (..., E).
+        image: (..., E).
+        weight: in [0, 1]; one number, or one per row (...).
+    """
+    if isinstance(weight, Tensor):
+        weight = weight.to(text)[..., None]
+    return weight * text + (1 - weight) * image
+
+
+def normalize(images: Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
+    """Pixels as CLIPSeg reads them: ImageNet's statistics, not CLIP's.
+
+    Args:
+        images: uint8 (B, 3, H, W) RGB.
+        size: (height, width) or the side of a square to squeeze the images to, bilinearly with antialiasing;
+            None leaves their size alone. The paper squeezes to ``IMAGE_SIZE``.
+
+    Returns:
+        fp32 (B, 3, height, width).
+    """
+    x = images.to(torch.float32) / 255
+    if size is not None:
+        target = (size, size) if isinstance(size, int) else size
+        if target != tuple(x.shape[-2:]):
+            x = F.interpolate(x, size=target, mode="bilinear", align_corners=False, antialias=True)
+    mean, std = (x.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (x - mean) / std

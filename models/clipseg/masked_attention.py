@@ -1,0 +1,78 @@
+"""CLIP's image embedding with the patches outside a mask hidden (CLIPSeg, arXiv 2112.10003, §3.3).
+
+It is the first of the paper's ways to tell CLIP which object is meant. A hidden patch takes no part in the
+softmax, and every image of a batch has its own mask. (The paper's code multiplies scores with 0 before the
+softmax, which leaves a weight of exp(0), and gives images of a batch each other's masks.)
+
+Shapes: B batch, D embedding channels, H W pixels, h w grid, N = 1 + h*w tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.clip.blocks import residual_block
+from models.clip.heads import VitDense, dense_encoder
+from models.clip.loading import Clip
+from models.errors import MaskMillError
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """Who does not see the patches outside.
+
+    Attributes:
+        tokens: ``cls``, the class token alone; ``patches``, all patch tokens (the class token sees all).
+        layers: ``last`` or ``all``.
+    """
+
+    tokens: Literal["cls", "patches"]
+    layers: Literal["last", "all"]
+
+
+def masked_embedding(clip: Clip, images: Tensor, masks: Tensor, how: AttentionMask) -> Tensor:
+    """CLIP's image embeddings (B, D), not normalised.
+
+    Args:
+        clip: a ViT.
+        images: normalised, float (B, 3, H, W).
+        masks: (B, H, W), not 0 on the object; resized to the grid by nearest neighbour. Where nothing of the
+            object is left on the grid, the class token sees itself alone, or patches the class token.
+        how: which tokens in which layers.
+
+    Raises:
+        MaskMillError: ``model_unsupported`` for a ResNet or a ViT with an attention of its own.
+    """
+    tower = dense_encoder(clip.visual, head="plain")
+    if not isinstance(tower, VitDense) or not all(
+        isinstance(block.attn, nn.MultiheadAttention) for block in tower.visual.transformer.resblocks
+    ):
+        raise MaskMillError(
+            "model_unsupported",
+            f"The attention of {clip.name} cannot be masked.",
+            "Use a ViT with plain attention, such as ViT-B-16-quickgelu.",
+        )
+    whole = tower.whole_patches(images)
+    grid = (whole.shape[-2] // tower.stride, whole.shape[-1] // tower.stride)
+    allowed = _allowed(masks, grid, how).to(whole.device)
+    x = tower.tokens(whole, tower.position_table(grid))
+    blocks = list(tower.visual.transformer.resblocks)
+    for index, block in enumerate(blocks):
+        masked = how.layers == "all" or index == len(blocks) - 1
+        x = residual_block(block, x, mask=allowed if masked else None)
+    return tower.pooled(x)
+
+
+def _allowed(masks: Tensor, grid: tuple[int, int], how: AttentionMask) -> Tensor:
+    """Bool (B, 1, N, N): which token (row) sees which (column)."""
+    inside = F.interpolate((masks != 0).float()[:, None], grid, mode="nearest").flatten(1) > 0
+    seen = F.pad(inside, (1, 0), value=True)[:, None, :]  # (B, 1, N); the class token is seen by all
+    rows = torch.arange(seen.shape[-1], device=masks.device) > 0
+    if how.tokens == "cls":
+        rows = ~rows
+    return (seen | ~rows[:, None])[:, None]

@@ -1,0 +1,338 @@
+"""Students of MaskCLIP+ (arXiv 2112.01071 §3.4): a DeepLab whose last layer is CLIP's text classifier.
+
+Shapes: B batch, C classes, P classifier rows, D embedding channels, H W pixels, h w feature grid.
+
+The network gives non-negative features of CLIP's width, and a class scores their product with the embedding
+of its name. The embeddings are buffers, never trained: other class names can take their place at any time.
+
+* ``deeplabv2``: four parallel dilated convolutions, summed (arXiv 1606.00915), straight to D channels.
+* ``deeplabv3plus``: image pooling and separable dilated convolutions, refined with low features (arXiv
+  1802.02611).
+* ``light``: high features are added to the low ones and go through summed dilated convolutions on that grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.clip.text import TextClassifier, row_table
+from models.errors import MaskMillError
+from models.student.backbones import BACKBONES, LIGHT, build_backbone, conv_bn, load_weights
+
+Decoder = Literal["deeplabv2", "deeplabv3plus", "light"]
+
+_DILATIONS = {"deeplabv2": (6, 12, 18, 24), "deeplabv3plus": (1, 12, 24, 36), "light": (1, 3, 6)}
+_SKIP_CHANNELS = 48
+# ImageNet's, in thousandths of a grey level: whole numbers, which a change of the model's dtype leaves alone.
+_MEAN = (123_675, 116_280, 103_530)
+_STD = (58_395, 57_120, 57_375)
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """What a student is made of; the defaults are the reference's ResNet-101.
+
+    Attributes:
+        decoder: ``deeplabv2``, ``deeplabv3plus`` or ``light``.
+        backbone: ``resnet50c`` and ``resnet101c`` (the reference's ResNetV1c), ``resnet50``, ``resnet101``,
+            or ``light``, which trains on a CPU.
+        embed_dim: D, that of the CLIP whose text embeddings classify.
+        dilations: of the decoder's parallel convolutions; empty is the decoder's own, (6, 12, 18, 24),
+            (1, 12, 24, 36) or (1, 3, 6).
+        width: first channels of the light backbone.
+        depth: residual blocks of the light backbone at stride 8.
+        normalize_features: scores are cosines with the features; the reference takes features as they are.
+        logit_scale: factor of the scores; the reference has none.
+        learned_background: class 0 is one learned vector, and the named classes follow.
+    """
+
+    decoder: Decoder = "deeplabv2"
+    backbone: str = "resnet101c"
+    embed_dim: int = 512
+    dilations: tuple[int, ...] = ()
+    width: int = 16
+    depth: int = 3
+    normalize_features: bool = False
+    logit_scale: float = 1.0
+    learned_background: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("decoder", get_args(Decoder)), ("backbone", BACKBONES)):
+            if getattr(self, name) not in allowed:
+                raise self._wrong(name, f"Use one of {', '.join(allowed)}.")
+        object.__setattr__(self, "dilations", tuple(self.dilations) or _DILATIONS[self.decoder])
+        if not all(_whole(dilation) for dilation in self.dilations):
+            raise self._wrong("dilations", "Use whole numbers from 1.")
+        for name in ("embed_dim", "width", "depth"):
+            if not _whole(getattr(self, name)):
+                raise self._wrong(name, "Use a whole number from 1.")
+        if not self.logit_scale > 0:
+            raise self._wrong("logit_scale", "Use a positive number.")
+        if self.backbone != LIGHT:
+            for field in fields(self):
+                if field.name in ("width", "depth") and getattr(self, field.name) != field.default:
+                    raise self._wrong(
+                        field.name, f"It is a setting of the backbone light; {self.backbone} has none."
+                    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; ``StudentConfig.from_dict`` reads it."""
+        return {**asdict(self), "dilations": list(self.dilations)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StudentConfig:
+        """What ``to_dict`` gave.
+
+        Raises:
+            MaskMillError: ``setting_invalid``, also for names that are no settings.
+        """
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise MaskMillError(
+                "setting_invalid",
+                f"A student has no setting {', '.join(unknown)}.",
+                f"There are {', '.join(field.name for field in fields(cls))}.",
+            )
+        return cls(**{**values, "dilations": tuple(values.get("dilations", ()))})
+
+    def _wrong(self, name: str, remedy: str) -> MaskMillError:
+        return MaskMillError("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
+
+
+class DeepLab(nn.Module):
+    """A student: RGB images in, class scores at their size out.
+
+    It goes through ``torch.export``, ``torch.onnx.export`` and ``torch.compile`` as it is; batch, height and
+    width may be dynamic there if both sides are at least 16 pixels.
+
+    Weights are random, and a function of the seed (``torch.manual_seed``);
+    ``load_backbone_weights`` starts the backbone from ImageNet.
+
+    Args:
+        config: what to build.
+        text: the classifier; with ``config.learned_background`` its class 0 becomes class 1.
+
+    Raises:
+        MaskMillError: ``classifier_does_not_fit`` if its D is not the config's.
+    """
+
+    text_rows: Tensor
+    text_class_ids: Tensor
+    _row_table: Tensor
+    _mean: Tensor
+    _std: Tensor
+
+    def __init__(self, config: StudentConfig, text: TextClassifier) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone, channels = build_backbone(config.backbone, width=config.width, depth=config.depth)
+        self.decoder = _build_decoder(config, channels)
+        self.background = (
+            nn.Parameter(torch.randn(1, config.embed_dim)) if config.learned_background else None
+        )
+        for name, values in (("_mean", _MEAN), ("_std", _STD)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+        for name in ("text_rows", "text_class_ids"):
+            self.register_buffer(name, None)
+        self.register_buffer("_row_table", None, persistent=False)
+        self.register_load_state_dict_post_hook(_index_rows)
+        self.set_classifier(text)
+
+    @property
+    def num_classes(self) -> int:
+        """C, a learned background included."""
+        return len(self._row_table) + (self.background is not None)
+
+    @property
+    def text(self) -> TextClassifier:
+        """The classifier in use, on the CPU."""
+        class_ids = self.text_class_ids.cpu()
+        return TextClassifier(self.text_rows.float().cpu(), class_ids, int(class_ids[-1]) + 1)
+
+    def set_classifier(self, text: TextClassifier) -> None:
+        """Score other classes from now on; nothing is trained. A learned background stays class 0.
+
+        Raises:
+            MaskMillError: ``classifier_does_not_fit``.
+        """
+        if text.embeddings.shape[1] != self.config.embed_dim:
+            raise MaskMillError(
+                "classifier_does_not_fit",
+                f"The classifier has {text.embeddings.shape[1]} channels; the student has "
+                f"{self.config.embed_dim}.",
+                "Build it with the CLIP that the student was trained with.",
+            )
+        device = self._mean.device
+        # Copies: what the caller does with his tensors must not reach the model.
+        self.text_rows = text.embeddings.detach().to(device, torch.float32, copy=True)
+        self.text_class_ids = text.class_ids.to(device, copy=True)
+        self._row_table = row_table(text).to(device)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images to features on the grid.
+
+        Args:
+            images: uint8 (B, 3, H, W) RGB, or any float type with the same range, 0 to 255.
+
+        Returns:
+            (B, D, h, w), non-negative, in the model's dtype (autocast's, under it); h = ceil(H/8), w =
+            ceil(W/8), with ``deeplabv3plus`` and ``light`` ceil(H/4), ceil(W/4).
+        """
+        exact = torch.float64 if self._dtype == torch.float64 else torch.float32
+        normalised = (images.to(exact) * 1000 - self._mean.to(exact)) / self._std.to(exact)
+        low, high = self.backbone(normalised.to(self._dtype))
+        return self.decoder(low, high)
+
+    def grid_logits(self, features: Tensor) -> Tensor:
+        """Features to class scores.
+
+        Args:
+            features: (B, D, h, w), from ``features``.
+
+        Returns:
+            (B, C, h, w), fp32, or fp64 if the features are. A class with several rows scores the best of
+            them.
+        """
+        device = features.device.type
+        if torch.is_autocast_enabled(device):
+            # Half precision would round scores to steps of a sixteenth, and the product is cheap.
+            with torch.autocast(device, enabled=False):
+                return self._grid_logits(features)
+        return self._grid_logits(features)
+
+    def _grid_logits(self, features: Tensor) -> Tensor:
+        features = features if features.dtype == torch.float64 else features.float()
+        if self.config.normalize_features:
+            features = F.normalize(features, dim=1, eps=1e-6)
+        rows = self.text_rows.to(features.dtype)
+        if self.background is not None:
+            rows = torch.cat([F.normalize(self.background.to(features.dtype), dim=1), rows])
+        scores = F.conv2d(features, rows[:, :, None, None]) * self.config.logit_scale
+        if self._row_table.shape[1] == 1:
+            return scores
+        if self.background is None:
+            return scores[:, self._row_table].amax(2)
+        return torch.cat([scores[:, :1], scores[:, 1:][:, self._row_table].amax(2)], 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images to class scores at their size.
+
+        Args:
+            images: as ``features`` takes them; H and W from 1.
+
+        Returns:
+            (B, C, H, W), fp32 or fp64: the grid's scores, resized bilinearly (``align_corners=False``).
+        """
+        logits = self.grid_logits(self.features(images))
+        return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.backbone.parameters()).dtype
+
+
+def load_backbone_weights(model: DeepLab, source: str | Path) -> None:
+    """Start a student's backbone from ImageNet.
+
+    Args:
+        model: changed in place.
+        source: ``imagenet``, a file, or ``none``; see ``models.student.backbones.load_weights``.
+
+    Raises:
+        MaskMillError: ``weights_missing``, ``weights_unreadable``, ``weights_do_not_fit``.
+    """
+    load_weights(model.backbone, model.config.backbone, source)
+
+
+# --- decoders -----------------------------------------------------------------------------------------------
+
+
+class _SummedBranches(nn.ModuleList):
+    """Parallel dilated 3x3 convolutions, each with batch norm and ReLU, added up."""
+
+    def __init__(self, channels_in: int, channels: int, dilations: tuple[int, ...]) -> None:
+        super().__init__(conv_bn(channels_in, channels, 3, dilation=dilation) for dilation in dilations)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = self
+        total = first(x)
+        for branch in others:
+            total = total + branch(x)
+        return total
+
+
+class _DeepLabV2(nn.Module):
+    def __init__(self, high: int, channels: int, dilations: tuple[int, ...]) -> None:
+        super().__init__()
+        self.branches = _SummedBranches(high, channels, dilations)
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        return self.branches(high)
+
+
+class _Light(nn.Module):
+    def __init__(self, low: int, high: int, channels: int, dilations: tuple[int, ...]) -> None:
+        super().__init__()
+        self.skip = conv_bn(low, _SKIP_CHANNELS, 1, relu=False)
+        self.lateral = conv_bn(high, _SKIP_CHANNELS, 1, relu=False)
+        self.branches = _SummedBranches(_SKIP_CHANNELS, channels, dilations)
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        return self.branches((self.skip(low) + _resize(self.lateral(high), low)).relu())
+
+
+class _DeepLabV3Plus(nn.Module):
+    def __init__(self, low: int, high: int, channels: int, dilations: tuple[int, ...]) -> None:
+        super().__init__()
+        self.pool = conv_bn(high, channels, 1)
+        self.branches = nn.ModuleList(
+            conv_bn(high, channels, 1) if dilation == 1 else _separable(high, channels, dilation)
+            for dilation in dilations
+        )
+        self.bottleneck = conv_bn((1 + len(dilations)) * channels, channels, 3)
+        self.skip = conv_bn(low, _SKIP_CHANNELS, 1)
+        self.refine = nn.Sequential(
+            _separable(channels + _SKIP_CHANNELS, channels), _separable(channels, channels)
+        )
+
+    def forward(self, low: Tensor, high: Tensor) -> Tensor:
+        pooled = self.pool(high.mean((2, 3), keepdim=True)).expand(-1, -1, *high.shape[2:])
+        context = self.bottleneck(torch.cat([pooled, *(branch(high) for branch in self.branches)], 1))
+        return self.refine(torch.cat([_resize(context, low), self.skip(low)], 1))
+
+
+def _separable(channels_in: int, channels: int, dilation: int = 1) -> nn.Sequential:
+    """A depthwise 3x3 and a pointwise convolution, batch norm and ReLU after each."""
+    return nn.Sequential(
+        conv_bn(channels_in, channels_in, 3, dilation=dilation, groups=channels_in),
+        conv_bn(channels_in, channels, 1),
+    )
+
+
+def _resize(x: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def _build_decoder(config: StudentConfig, channels: tuple[int, int]) -> nn.Module:
+    low, high = channels
+    if config.decoder == "deeplabv2":
+        return _DeepLabV2(high, config.embed_dim, config.dilations)
+    if config.decoder == "light":
+        return _Light(low, high, config.embed_dim, config.dilations)
+    return _DeepLabV3Plus(low, high, config.embed_dim, config.dilations)
+
+
+def _index_rows(model: DeepLab, _: object) -> None:
+    """After ``load_state_dict``: the rows may have come with other classes."""
+    model._row_table = row_table(model.text).to(model.text_rows.device)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

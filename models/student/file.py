@@ -1,0 +1,129 @@
+"""A student as one file: weights, text classifier and configuration in safetensors.
+
+The configuration is JSON in the file's metadata, so the file alone makes the student again. Nothing in it is
+ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from models.clip.text import TextClassifier
+from models.errors import MaskMillError
+from models.student.deeplab import DeepLab, StudentConfig
+
+FILE = "model.safetensors"
+_ENTRY = "maskmill_student"  # one entry: safetensors writes several in any order, and fingerprints would vary
+_VERSION = 1  # of the entry and the names of tensors
+
+
+def write_student(folder: Path, model: DeepLab) -> Path:
+    """Write a student into a folder as ``model.safetensors``.
+
+    A file of that name is replaced; readers see the old one or the new one, never a part.
+
+    Args:
+        folder: made if it is not there.
+        model: on any device, in any dtype; both are left as they are, and the file keeps the dtype.
+
+    Returns:
+        The file.
+    """
+    data = save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
+        {_ENTRY: json.dumps({"version": _VERSION, "config": model.config.to_dict()})},
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{FILE}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read_student(
+    source: Path | bytes, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> DeepLab:
+    """Read what ``write_student`` wrote.
+
+    Args:
+        source: the file, or its bytes.
+        device: where the student shall be.
+        dtype: of its weights; None is that of the file. The text classifier stays in fp32.
+
+    Returns:
+        In evaluation mode.
+
+    Raises:
+        OSError: the file cannot be read.
+        MaskMillError: ``student_unreadable`` if it is damaged or no student; ``student_too_new`` if a later
+            MaskMill wrote it.
+    """
+    data, name = (source, "The data") if isinstance(source, bytes) else (source.read_bytes(), str(source))
+    try:
+        tensors = load(data)
+        about = json.loads(_metadata(data).get(_ENTRY, "null"))
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise _unreadable(name, f"it is no safetensors file, or damaged: {error}") from error
+    if not isinstance(about, dict):
+        raise _unreadable(name, "it is a safetensors file of something else")
+    if about.get("version") != _VERSION:
+        raise MaskMillError(
+            "student_too_new",
+            f"{name} is a student of version {about.get('version')!r}; this MaskMill reads {_VERSION}.",
+            "Use the version of MaskMill that trained it, or train it again with this one.",
+        )
+    try:
+        config = StudentConfig.from_dict(about["config"])
+        class_ids = tensors["text_class_ids"]
+        text = TextClassifier(tensors["text_rows"].float(), class_ids, int(class_ids.max()) + 1)
+        with torch.random.fork_rng(devices=[]):  # reading a file is no reason for other random numbers
+            model = DeepLab(config, text)
+        model.load_state_dict(tensors, assign=True)
+    except (MaskMillError, LookupError, ValueError, TypeError, AssertionError, RuntimeError) as error:
+        reason = error.message if isinstance(error, MaskMillError) else " ".join(str(error).split())
+        raise _unreadable(name, f"its parts do not fit together: {reason[:300]}") from error
+    model.to(device, dtype)
+    model.set_classifier(text)
+    return model.eval()
+
+
+def fingerprint(source: Path | bytes) -> str:
+    """SHA-256 of a student's file in hex."""
+    digest = hashlib.sha256()
+    if isinstance(source, bytes):
+        digest.update(source)
+    else:
+        with source.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """Of a whole safetensors file: the length of a JSON header, then the header."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]).get("__metadata__", {})
+
+
+def _unreadable(name: str, reason: str) -> MaskMillError:
+    return MaskMillError(
+        "student_unreadable",
+        f"{name} cannot be read as a student: {reason}.",
+        f"Name the {FILE} that training left in its output folder; copy it again if it was cut off.",
+    )

@@ -1,0 +1,512 @@
+"""CLIPSeg's protocols (arXiv 2112.10003, §5): what a model is shown on each benchmark, and what is counted.
+
+A benchmark is a list of functions that each read one ``Query``: an image, its prompts, and the true mask of
+every prompt. ``answers`` runs a model over them and counts each prompt; ``score`` sums. Which resizing is
+used where follows the code that made the published numbers, its oddities included; each is told where it is
+done.
+
+The image may be given to the network at another size than S (``side``). Example images and the masks that
+count stay as they are, so that figures at different sizes are about the same pixels.
+
+Shapes: P prompts of an image, S = 352, H W pixels of an image's own size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.clipseg.decoder import IMAGE_SIZE, ClipSeg
+from pipeline.datasets.base import Dataset, Labels, Sample
+from pipeline.datasets.oneshot import Episode
+from pipeline.datasets.phrasecut import PhraseCutDataset, PhraseSample
+from pipeline.evaluation.prompts.pixels import (
+    example_prompt,
+    mask_on_black,
+    on_black,
+    pixels,
+    squeezed_labels,
+)
+from pipeline.metrics.breakdown import CLASS, OBJECT_SIZE, PROMPT, Groups, phrase_groups, size_group
+from pipeline.metrics.confusion import confusion_matrix, harmonic_iou, mean_iou
+from pipeline.metrics.foreground import ForegroundStatistics
+
+VISUAL_PROMPT = "crop_blur_highlight352"
+"""How the paper makes an image prompt of an example and its mask (``models.clipseg.visual_prompts``)."""
+
+VOC_NAMES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+    "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+"""PASCAL VOC's own spellings; class i is ``VOC_NAMES[i - 1]``. The text prompts of Pascal-5i."""
+ZERO_SHOT_NAMES = ("background", "airplane", *VOC_NAMES[1:])
+"""The prompts of generalised zero-shot segmentation by class id, in the spelling of JoEm."""
+BACKGROUND_FACTOR = 3.0
+"""What the background's probability is multiplied with before the highest is taken."""
+RELEASED_SCORER: Mapping[str, str] = {"pascal-unseen10": "voc21", "pascal-unseen4": "pascal-unseen2"}
+"""By split: the split whose classes the released scorer counts in its place (``pipeline.datasets.zeroshot``).
+It takes the number of pairs that training left out, 5 and 2, for the number of unseen classes."""
+
+_PROMPT_IMAGES_AT_ONCE = 8
+_READERS, _READ_AHEAD = 4, 8
+_Item = TypeVar("_Item")
+
+
+Prompts = Sequence[str | Tensor]
+"""P texts as the text tower gets them, or example images, fp32 (3, S, S)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Query:
+    """An image and everything that it is asked for.
+
+    Attributes:
+        image: fp32 (3, side, side), ImageNet-normalised.
+        prompts: P texts or example images.
+        truths: P label maps, bool (S, S) or (H, W). To the latter the prediction is brought by stretching it
+            to a square of side max(H, W) and cutting off what is beyond.
+        class_ids: P, see ``ForegroundStatistics``.
+        known: bool, like each of ``truths``: pixels that count; None for all.
+        groups: P, what each prompt belongs to (``pipeline.metrics.breakdown``), the size of the object aside,
+            which is taken from the truth; empty for none.
+        beside: how many prompts at the end are asked for comparison only, and are in no total.
+    """
+
+    image: Tensor
+    prompts: Prompts
+    truths: Sequence[npt.NDArray[np.bool_]]
+    class_ids: Sequence[int]
+    known: npt.NDArray[np.bool_] | None = None
+    groups: Sequence[Groups] = ()
+    beside: int = 0
+
+
+Read = Callable[[], Query]
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What came of one prompt.
+
+    Attributes:
+        statistics: of this prompt alone.
+        groups: what it belongs to.
+        beside: as ``Query.beside``.
+    """
+
+    statistics: ForegroundStatistics
+    groups: Groups = field(default_factory=dict)
+    beside: bool = False
+
+
+@torch.inference_mode()
+def answers(
+    model: ClipSeg,
+    queries: Sequence[Read],
+    *,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> list[Answer]:
+    """Run a model over a benchmark and count each prompt apart.
+
+    The vision tower runs once per query, and all prompts of it go through the decoder together. Queries are
+    read a few ahead by threads; no more than that is in memory.
+
+    Args:
+        model: CLIPSeg or a baseline.
+        queries: from one of the functions below.
+        progress: is told how many queries are done, and of how many.
+
+    Raises:
+        MaskMillError: from reading the data, and ``prompt_too_long``.
+    """
+    found = []
+    texts: dict[str, Tensor] = {}
+    for done, query in enumerate(_read_ahead(queries), start=1):
+        conditionals = _conditionals(model, query.prompts, texts)
+        logits = model(_placed(query.image[None], model), conditionals)[0]
+        groups = query.groups or [{}] * len(logits)
+        first_beside = len(logits) - query.beside
+        prompts = zip(logits.sigmoid(), query.truths, query.class_ids, groups, strict=True)
+        for number, (probability, truth, class_id, known_groups) in enumerate(prompts):
+            fitted = _stretched(probability, truth.shape).cpu().numpy()
+            statistics = ForegroundStatistics.of(fitted, truth, class_id, known=query.known)
+            beside = number >= first_beside
+            size = {} if beside else {OBJECT_SIZE: size_group(truth)}
+            found.append(Answer(statistics, {**size, **known_groups}, beside))
+        progress(done, len(queries))
+    return found
+
+
+def total(found: Sequence[Answer]) -> ForegroundStatistics:
+    """Sum of all answers but those asked for beside."""
+    return ForegroundStatistics.merge(answer.statistics for answer in found if not answer.beside)
+
+
+def score(
+    model: ClipSeg,
+    queries: Sequence[Read],
+    *,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> ForegroundStatistics:
+    """``total`` of ``answers``."""
+    return total(answers(model, queries, progress=progress))
+
+
+# --- PhraseCut ----------------------------------------------------------------------------------------------
+
+
+def phrase_queries(dataset: PhraseCutDataset, *, limit: int = 0, side: int = IMAGE_SIZE) -> list[Read]:
+    """PhraseCut by text: the phrase as written, image and mask squeezed to S x S, no negatives.
+
+    Class ids are positions in the dataset, so that mIoU is the mean IoU of the samples.
+
+    Args:
+        dataset: its samples, those of an image next to each other.
+        limit: images at most; 0 is all.
+        side: of the network's input.
+    """
+    return [
+        partial(_phrase_query, dataset, first, group, side)
+        for first, group in _by_image(dataset, limit or None)
+    ]
+
+
+def phrase_image_queries(
+    dataset: PhraseCutDataset,
+    *,
+    style: str = VISUAL_PROMPT,
+    limit: int = 0,
+    seed: int = 0,
+    side: int = IMAGE_SIZE,
+) -> list[Read]:
+    """PhraseCut by example image: each phrase is shown by one of the split's samples of the same phrase.
+
+    As in the reference, the sample itself may be drawn, and a phrase that occurs once gets an empty (grey)
+    image; the published numbers were made so.
+
+    Args:
+        dataset: as ``phrase_queries``.
+        style: of the visual prompt.
+        limit: as ``phrase_queries``; examples come from the whole split all the same.
+        seed: names the draw, which is of each sample alone.
+        side: of the network's input.
+    """
+    samples = _phrase_samples(dataset)
+    same: dict[str, list[PhraseSample]] = {}
+    for sample in samples:
+        same.setdefault(sample.phrase, []).append(sample)
+
+    def example(sample: PhraseSample) -> PhraseSample | None:
+        choices = same[sample.phrase]
+        # Seeded with text, Python's generator gives the same on every version and machine.
+        rng = random.Random(f"phrasecut/{seed}/{sample.name}")
+        return rng.choice(choices) if len(choices) > 1 else None
+
+    return [
+        partial(
+            _phrase_image_query, dataset, first, group, [example(sample) for sample in group], style, side
+        )
+        for first, group in _by_image(dataset, limit or None)
+    ]
+
+
+def _phrase_query(dataset: PhraseCutDataset, first: int, group: Sequence[PhraseSample], side: int) -> Query:
+    return Query(
+        image=_phrase_pixels(dataset, group[0], side),
+        prompts=[sample.phrase for sample in group],
+        truths=[squeezed_labels(dataset.truth(sample)) == 1 for sample in group],
+        class_ids=range(first, first + len(group)),
+        groups=[
+            {PROMPT: "text"}
+            | phrase_groups(sample.phrase, attribute=sample.attribute, relation=sample.relation)
+            for sample in group
+        ],
+    )
+
+
+def _phrase_image_query(
+    dataset: PhraseCutDataset,
+    first: int,
+    group: Sequence[PhraseSample],
+    examples: Sequence[PhraseSample | None],
+    style: str,
+    side: int,
+) -> Query:
+    query = _phrase_query(dataset, first, group, side)
+    prompts = [
+        torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)
+        if example is None
+        else example_prompt(
+            _phrase_pixels(dataset, example, IMAGE_SIZE), squeezed_labels(dataset.truth(example)) == 1, style
+        )
+        for example in examples
+    ]
+    return replace(query, prompts=prompts, groups=[{PROMPT: "image"}] * len(group))
+
+
+def _phrase_pixels(dataset: PhraseCutDataset, sample: PhraseSample, side: int) -> Tensor:
+    return pixels(dataset.image(sample), (side, side), align_corners=True)
+
+
+def _by_image(dataset: PhraseCutDataset, limit: int | None) -> Iterator[tuple[int, list[PhraseSample]]]:
+    """The samples of each image, with the position of the first."""
+    numbered = enumerate(_phrase_samples(dataset))
+    groups = itertools.groupby(numbered, key=lambda pair: pair[1].image_id)
+    for _, group in itertools.islice(groups, limit):
+        positions, samples = zip(*group, strict=True)
+        yield positions[0], list(samples)
+
+
+def _phrase_samples(dataset: PhraseCutDataset) -> list[PhraseSample]:
+    return [sample for sample in dataset.samples if isinstance(sample, PhraseSample)]
+
+
+# --- one-shot -----------------------------------------------------------------------------------------------
+
+
+def pascal_queries(
+    dataset: Dataset,
+    episodes: Sequence[Episode],
+    *,
+    style: str | None = VISUAL_PROMPT,
+    beside: bool = False,
+    side: int = IMAGE_SIZE,
+) -> list[Read]:
+    """Pascal-5i in PFENet's geometry (``pipeline.evaluation.prompts.pixels.on_black``), which CLIPSeg
+    measures in.
+
+    The prediction for the square is stretched to the square of the original image's longer side, which is a
+    little off where sides were rounded, and more for images smaller than S; at every ``side`` alike.
+
+    Args:
+        dataset: ``voc21``; ``ignore_index`` pixels do not count.
+        episodes: of one fold; the first support image is used.
+        style: of the visual prompt; None asks with the text "a photo of a CLASS.".
+        beside: where there is a style, ask by text as well, beside the total.
+        side: of the network's input.
+    """
+    samples = {sample.name: sample for sample in dataset.samples}
+    return [partial(_pascal_query, dataset, samples, episode, style, beside, side) for episode in episodes]
+
+
+def coco_queries(
+    dataset: Dataset,
+    episodes: Sequence[Episode],
+    *,
+    style: str = VISUAL_PROMPT,
+    beside: bool = False,
+    side: int = IMAGE_SIZE,
+) -> list[Read]:
+    """COCO-20i as CLIPSeg measures it: images and masks of query and support squeezed to S x S.
+
+    Args:
+        dataset: ``cocoobject81``.
+        episodes: of one fold; the first support image is used.
+        style: of the visual prompt.
+        beside: ask by text as well, the name of the class, beside the total.
+        side: of the network's input.
+    """
+    samples = {sample.name: sample for sample in dataset.samples}
+    return [partial(_coco_query, dataset, samples, episode, style, beside, side) for episode in episodes]
+
+
+def _pascal_query(
+    dataset: Dataset,
+    samples: Mapping[str, Sample],
+    episode: Episode,
+    style: str | None,
+    beside: bool,
+    side: int,
+) -> Query:
+    image, truth = dataset.image_and_truth(samples[episode.query])
+    text = f"a photo of a {VOC_NAMES[episode.class_id - 1]}."
+    example = None
+    if style is not None:
+        shown, labels = dataset.image_and_truth(samples[episode.support[0]])
+        example = example_prompt(on_black(shown), mask_on_black(labels == episode.class_id), style)
+    return _episode_query(
+        on_black(image, side),
+        truth == episode.class_id,
+        episode.class_id,
+        VOC_NAMES[episode.class_id - 1],
+        example,
+        text if example is None or beside else None,
+        known=truth != dataset.ignore_index,
+    )
+
+
+def _coco_query(
+    dataset: Dataset, samples: Mapping[str, Sample], episode: Episode, style: str, beside: bool, side: int
+) -> Query:
+    image, truth = dataset.image_and_truth(samples[episode.query])
+    shown, labels = dataset.image_and_truth(samples[episode.support[0]])
+    name = dataset.class_names[episode.class_id]
+    square = (IMAGE_SIZE, IMAGE_SIZE)
+    return _episode_query(
+        pixels(image, (side, side), antialias=True),  # Pillow's resizing, in the reference
+        squeezed_labels(truth) == episode.class_id,
+        episode.class_id,
+        name,
+        example_prompt(
+            pixels(shown, square, antialias=True), squeezed_labels(labels) == episode.class_id, style
+        ),
+        name if beside else None,
+    )
+
+
+def _episode_query(
+    image: Tensor,
+    truth: npt.NDArray[np.bool_],
+    class_id: int,
+    name: str,
+    example: Tensor | None,
+    text: str | None,
+    *,
+    known: npt.NDArray[np.bool_] | None = None,
+) -> Query:
+    """One class asked for with an example, a text, or both; then the text is beside."""
+    prompts: dict[str, str | Tensor] = {}
+    if example is not None:
+        prompts["image"] = example
+    if text is not None:
+        prompts["text"] = text
+    count = len(prompts)
+    return Query(
+        image=image,
+        prompts=list(prompts.values()),
+        truths=[truth] * count,
+        class_ids=[class_id] * count,
+        known=known,
+        groups=[{PROMPT: kind} | ({CLASS: name} if i == 0 else {}) for i, kind in enumerate(prompts)],
+        beside=count - 1,
+    )
+
+
+# --- generalised zero-shot ----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def zero_shot_confusion(
+    model: ClipSeg,
+    dataset: Dataset,
+    *,
+    limit: int = 0,
+    side: int = IMAGE_SIZE,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> npt.NDArray[np.int64]:
+    """Confusion of all 21 classes of PASCAL VOC, each asked for by name.
+
+    Image and labels are squeezed to S x S. Every pixel gets the class of the highest probability, the
+    background's counting threefold; nothing is undecided.
+
+    Args:
+        model: CLIPSeg or a baseline.
+        dataset: ``voc21``.
+        limit: images at most; 0 is all.
+        side: of the network's input; probabilities from another than S are brought to S.
+        progress: as ``answers``.
+
+    Returns:
+        int64 (21, 22), as ``pipeline.metrics.confusion``.
+    """
+    count = len(ZERO_SHOT_NAMES)
+    factors = torch.ones(count, 1, 1, device=model.clip.device)
+    factors[0] = BACKGROUND_FACTOR
+    conditionals = model.encode_text(ZERO_SHOT_NAMES)
+    samples = dataset.samples[: limit or None]
+    reads = [partial(_zero_shot_pair, dataset, sample, side) for sample in samples]
+    confusion = np.zeros((count, count + 1), np.int64)
+    for done, (image, truth) in enumerate(_read_ahead(reads), start=1):
+        probabilities = model(_placed(image[None], model), conditionals)[0].sigmoid()
+        predicted = (_stretched(probabilities, truth.shape) * factors).argmax(0).cpu().numpy()
+        confusion += confusion_matrix(truth, predicted, count, ignore_index=dataset.ignore_index)
+        progress(done, len(reads))
+    return confusion
+
+
+def zero_shot_metrics(confusion: npt.NDArray[np.int64], unseen: Collection[int]) -> dict[str, float]:
+    """``miou_seen``, ``miou_unseen``, ``hiou`` and ``miou`` in [0, 1].
+
+    A class that is neither true nor predicted anywhere counts as 0, as in the scorer of the paper.
+
+    Args:
+        confusion: of ``zero_shot_confusion``.
+        unseen: class ids; all others, background among them, are seen.
+    """
+    seen = [number for number in range(len(confusion)) if number not in unseen]
+    of_seen = mean_iou(confusion, seen, absent="zero")
+    of_unseen = mean_iou(confusion, sorted(unseen), absent="zero")
+    return {
+        "miou_seen": of_seen,
+        "miou_unseen": of_unseen,
+        "hiou": harmonic_iou(of_seen, of_unseen),
+        "miou": mean_iou(confusion, absent="zero"),
+    }
+
+
+def _zero_shot_pair(dataset: Dataset, sample: Sample, side: int) -> tuple[Tensor, Labels]:
+    image, truth = dataset.image_and_truth(sample)
+    return pixels(image, (side, side)), squeezed_labels(truth)
+
+
+# --- common parts -------------------------------------------------------------------------------------------
+
+
+def _conditionals(model: ClipSeg, prompts: Prompts, texts: dict[str, Tensor]) -> Tensor:
+    """(P, E); texts that were embedded before are kept in ``texts``."""
+    images = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
+    shown = iter(
+        [
+            row
+            for start in range(0, len(images), _PROMPT_IMAGES_AT_ONCE)
+            for row in model.encode_prompt_images(
+                _placed(torch.stack(images[start : start + _PROMPT_IMAGES_AT_ONCE]), model)
+            )
+        ]
+    )
+    new = [text for text in dict.fromkeys(prompts) if isinstance(text, str) and text not in texts]
+    if new:
+        texts.update(zip(new, model.encode_text(new), strict=True))
+    return torch.stack([texts[prompt] if isinstance(prompt, str) else next(shown) for prompt in prompts])
+
+
+def _placed(pixels: Tensor, model: ClipSeg) -> Tensor:
+    return pixels.to(model.clip.device, model.clip.dtype)
+
+
+def _stretched(probability: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(..., S, S) to (..., *shape); see ``Query.truths``."""
+    side = max(shape)
+    if side != probability.shape[-1]:
+        flat = probability.reshape(-1, 1, *probability.shape[-2:])
+        flat = F.interpolate(flat, (side, side), mode="bilinear", align_corners=True)
+        probability = flat.reshape(*probability.shape[:-2], side, side)
+    return probability[..., : shape[0], : shape[1]]
+
+
+def _read_ahead(reads: Sequence[Callable[[], _Item]]) -> Iterator[_Item]:
+    """What the functions return, in order, with a few of them at work in threads."""
+    waiting: deque[Future[_Item]] = deque()
+    with ThreadPoolExecutor(_READERS) as pool:
+        try:
+            for read in reads:
+                waiting.append(pool.submit(read))
+                if len(waiting) >= _READ_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for left in waiting:
+                left.cancel()

@@ -1,0 +1,354 @@
+"""A label table against true label maps: statistics that any number of workers sum.
+
+The unit of work is one file of the table. ``score_part`` is the same in this process and in a Ray task, and
+what it returns are integers to be added, so that neither the number of workers nor their order shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import pickle
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from models.errors import MaskMillError
+from pipeline.datasets.base import Dataset, Sample
+from pipeline.files.storage import Storage, canonical_uri
+from pipeline.metrics.statistics import SegmentationStatistics
+from pipeline.table.labels import OK, decode_confidence, decode_mask, table_files
+
+SIZE_DIFFERS = "size_differs"
+"""Status of an image whose label map and truth are of different size."""
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """How one image fared.
+
+    Attributes:
+        name: of the sample.
+        part: file of the label table that holds its labels.
+        miou: mean IoU over the classes in its truth or prediction, in [0, 1]; None if its truth is all
+            ignored.
+    """
+
+    name: str
+    part: str
+    miou: float | None
+
+
+@dataclass
+class Evaluation:
+    """What is known about a label table after comparing it with the truth.
+
+    Attributes:
+        statistics: sums over all images that could be compared.
+        images: their scores, in the order of the dataset.
+        missing: names of samples that the table has no row for.
+        failed: rows that hold no labels, by status.
+    """
+
+    statistics: SegmentationStatistics
+    images: list[ImageScore] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    failed: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows are compared with what.
+
+    Attributes:
+        storage: folder with the table's files.
+        samples: by row id: the sample.
+        parts: files with at least one such row.
+        missing: names of samples without a row.
+    """
+
+    storage: Storage
+    samples: dict[int, Sample]
+    parts: list[str]
+    missing: list[str]
+
+
+def class_lookup(
+    predicted: Sequence[str], true: Sequence[str], *, ignore_index: int
+) -> npt.NDArray[np.uint16]:
+    """Ids of a label table → ids of the truth, by class name.
+
+    Args:
+        predicted: class names of the table, in order of their ids.
+        true: class names of the dataset.
+        ignore_index: the table's id of unsure pixels.
+
+    Returns:
+        uint16 (K,), K > every id of the table; ids without a counterpart, ``ignore_index`` among them, become
+        65535: no class.
+
+    Raises:
+        MaskMillError: ``classes_differ`` if a true class is not among the predicted ones.
+    """
+    lacking = [name for name in true if name not in predicted]
+    if lacking:
+        raise MaskMillError(
+            "classes_differ",
+            f"The labels know no class {', '.join(map(repr, lacking[:8]))}"
+            f"{f' and {len(lacking) - 8} more' if len(lacking) > 8 else ''}; they have "
+            f"{', '.join(predicted[:8])}{', …' if len(predicted) > 8 else ''}.",
+            "Label with the ontology of the benchmark, or evaluate on one that has the same class names.",
+        )
+    lookup = np.full(max(len(predicted), ignore_index + 1), 65535, np.uint16)
+    position = {name: index for index, name in enumerate(true)}
+    for index, name in enumerate(predicted):
+        lookup[index] = position.get(name, 65535)
+    return lookup
+
+
+def plan(table: Storage | str, samples: Sequence[Sample]) -> Plan:
+    """Find the row of each sample: by its URI, or, if no URI agrees, by the name of the file without ending.
+
+    Raises:
+        MaskMillError: ``table_unreadable``; ``images_differ`` if no image is in both, or a name in several
+            rows.
+    """
+    storage, parts = table_files(table)
+    if not parts:
+        raise MaskMillError(
+            "table_unreadable",
+            f"There is no label table in {storage.uri}.",
+            "Give the --output of maskmill label.",
+        )
+    filesystem = storage.arrow_filesystem()
+    rows: list[tuple[str, int, str]] = []
+    for part in parts:
+        found = pq.read_table(storage.path(part), columns=["id", "uri"], filesystem=filesystem)
+        ids, uris = found["id"].to_pylist(), found["uri"].to_pylist()
+        rows += [(uri, row_id, part) for row_id, uri in zip(ids, uris, strict=True)]
+    by_uri = {canonical_uri(sample.image): sample for sample in samples if sample.image}
+    matched = [(row_id, part, by_uri[uri]) for uri, row_id, part in rows if uri in by_uri]
+    if not matched:
+        matched = _by_stem(rows, samples)
+    if not matched:
+        raise MaskMillError(
+            "images_differ",
+            f"None of the {len(rows):,} images of {storage.uri} is among the {len(samples):,} of the "
+            f"benchmark: {PurePosixPath(rows[0][0]).name if rows else 'no rows'} here, "
+            f"{samples[0].name if samples else 'no images'} there.",
+            "Give the table that was made from the benchmark's images, or the right --split.",
+        )
+    taken = {sample.name for _, _, sample in matched}
+    return Plan(
+        storage,
+        {row_id: sample for row_id, _, sample in matched},
+        sorted({part for _, part, _ in matched}),
+        [sample.name for sample in samples if sample.name not in taken],
+    )
+
+
+def _by_stem(
+    rows: Iterable[tuple[str, int, str]], samples: Sequence[Sample]
+) -> list[tuple[int, str, Sample]]:
+    by_stem = {PurePosixPath(sample.name).name: sample for sample in samples}
+    if len(by_stem) < len(samples):
+        return []
+    matched, seen = [], set()
+    for uri, row_id, part in rows:
+        stem = PurePosixPath(uri).stem
+        if stem not in by_stem:
+            continue
+        if stem in seen:
+            raise MaskMillError(
+                "images_differ",
+                f"Several rows of the table are called {stem}, and none has the benchmark's own path.",
+                "Label the benchmark's folder itself, so that paths agree.",
+            )
+        seen.add(stem)
+        matched.append((row_id, part, by_stem[stem]))
+    return matched
+
+
+def score_part(
+    part: str,
+    *,
+    plan: Plan,
+    dataset: Dataset,
+    lookup: npt.NDArray[np.uint16],
+    background_below: float,
+    boundary: bool,
+) -> Evaluation:
+    """Compare the rows of one file with the truth.
+
+    Args:
+        part: a file of ``plan.parts``.
+        plan: see ``plan``.
+        dataset: gives the truth.
+        lookup: as ``class_lookup``.
+        background_below: pixels less confident than this, in [0, 1], count as class 0.
+        boundary: whether to count for boundary IoU.
+
+    Raises:
+        MaskMillError: from reading the truth.
+    """
+    num_classes = len(dataset.class_names)
+    outcome = Evaluation(SegmentationStatistics.zero(num_classes))
+    columns = ["id", "status", "mask", "confidence"]
+    filesystem = plan.storage.arrow_filesystem()
+    with (
+        filesystem.open_input_file(plan.storage.path(part)) as source,
+        pq.ParquetFile(source) as file,
+    ):
+        batches = file.iter_batches(16, columns=columns, use_threads=False)
+        for row in (row for batch in batches for row in batch.to_pylist()):
+            sample = plan.samples.get(row["id"])
+            if sample is None:
+                continue
+            if row["status"] != OK:
+                outcome.failed[row["status"]] += 1
+                continue
+            truth = dataset.truth(sample)
+            labels, confidence = _decoded(row, background_below)
+            if labels.shape != truth.shape:
+                outcome.failed[SIZE_DIFFERS] += 1
+                continue
+            one = SegmentationStatistics.of(
+                truth,
+                lookup[labels],
+                confidence,
+                num_classes,
+                dataset.ignore_index,
+                boundary,
+            )
+            outcome.statistics = outcome.statistics + one
+            outcome.images.append(
+                ImageScore(sample.name, part, one.miou if math.isfinite(one.miou) else None)
+            )
+    return outcome
+
+
+def _decoded(row: dict[str, Any], background_below: float) -> tuple[np.ndarray, np.ndarray]:
+    labels = decode_mask(row["mask"]["bytes"])
+    confidence = decode_confidence(row["confidence"]["bytes"])
+    if background_below:
+        labels[confidence < 255 * background_below] = 0
+    return labels, confidence
+
+
+def read_labels(
+    table: Storage | str,
+    images: Sequence[ImageScore],
+    samples: Mapping[str, Sample],
+    *,
+    background_below: float = 0.0,
+) -> dict[str, np.ndarray]:
+    """Label maps of some images, by name, with the table's own ids.
+
+    Args:
+        table: the label table.
+        images: of an ``Evaluation`` of it.
+        samples: of the dataset, by name.
+        background_below: as ``score_part``.
+    """
+    work = plan(table, [samples[image.name] for image in images]) if images else None
+    found: dict[str, np.ndarray] = {}
+    if work is None:
+        return found
+    for part in work.parts:
+        rows = pq.read_table(
+            work.storage.path(part),
+            columns=["id", "mask", "confidence"],
+            filters=[("id", "in", list(work.samples))],
+            filesystem=work.storage.arrow_filesystem(),
+        )
+        for row in rows.to_pylist():
+            found[work.samples[row["id"]].name] = _decoded(row, background_below)[0]
+    return found
+
+
+def evaluate_table(
+    table: Storage | str,
+    dataset: Dataset,
+    *,
+    class_names: Sequence[str],
+    ignore_index: int,
+    background_below: float = 0.0,
+    boundary: bool = True,
+    workers: int = 0,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Evaluation:
+    """Compare a label table with the truth.
+
+    Args:
+        table: the output of a labelling run.
+        dataset: the truth.
+        class_names: of the table, in order of their ids.
+        ignore_index: the table's id of unsure pixels; they count as wrong, as no class.
+        background_below: pixels less confident than this, in [0, 1], count as class 0.
+        boundary: whether to count for boundary IoU.
+        workers: Ray tasks at a time, in the Ray that runs or in one that is started for this; 0 works in this
+            process.
+        progress: called with the number of images compared, and of all that will be.
+
+    Raises:
+        MaskMillError: see ``plan`` and ``class_lookup``.
+    """
+    work = plan(table, dataset.samples)
+    settings: dict[str, Any] = {
+        "plan": work,
+        "dataset": dataset.reader(),
+        "background_below": background_below,
+        "lookup": class_lookup(class_names, dataset.class_names, ignore_index=ignore_index),
+        "boundary": boundary,
+    }
+    total = Evaluation(SegmentationStatistics.zero(len(dataset.class_names)), missing=work.missing)
+    for found in _on_ray(work.parts, settings, workers) if workers else _here(work.parts, settings):
+        total.statistics = total.statistics + found.statistics
+        total.images += found.images
+        total.failed += found.failed
+        progress(len(total.images) + total.failed.total(), len(work.samples))
+    order = {sample.name: position for position, sample in enumerate(dataset.samples)}
+    total.images.sort(key=lambda image: order[image.name])
+    return total
+
+
+def _here(parts: Sequence[str], settings: dict[str, Any]) -> Iterator[Evaluation]:
+    return (score_part(part, **settings) for part in parts)
+
+
+def _on_ray(parts: Sequence[str], settings: dict[str, Any], workers: int) -> Iterator[Evaluation]:
+    import ray
+
+    from pipeline.cluster.session import ray_session
+
+    with contextlib.ExitStack() as stack:
+        if not ray.is_initialized():
+            stack.enter_context(ray_session(uuid.uuid4().hex, address=None, verbose=False))
+        import ray.data
+
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.checkpoint_config = None  # that of a labelling run in the same process
+        shared = ray.put(settings)
+
+        def score(row: dict[str, str]) -> dict[str, bytes]:
+            try:
+                found: Evaluation | MaskMillError = score_part(row["part"], **ray.get(shared))
+            except MaskMillError as error:
+                found = error  # raised here, it would come back as text among Ray's own
+            return {"found": pickle.dumps(found)}
+
+        work = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
+        scored = work.map(score, num_cpus=0.25, compute=ray.data.TaskPoolStrategy(size=workers))
+        for row in scored.iter_rows():
+            found = pickle.loads(row["found"])  # of our own task, a moment ago
+            if isinstance(found, MaskMillError):
+                raise found
+            yield found

@@ -1,0 +1,228 @@
+"""The stages of the labelling flow, callables on Arrow tables: decode, label, encode. No Ray in here.
+
+Images travel between the stages as raw bytes beside their shape, which Arrow hands from process to process
+without a copy. Each stage tells a progress board what it did (``pipeline.cluster.progress``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from models.errors import MaskMillError
+from pipeline.files import corruptions, images
+from pipeline.files.images import ImageSettings
+from pipeline.labelling.labeller import Labeller, Prediction
+from pipeline.table import labels
+
+_T = TypeVar("_T")
+_CHUNK_BYTES = 64 << 20
+_FETCHES_AHEAD = 16
+_HOPELESS = 16
+
+_KNOWN = ("id", "uri", "sha256", "height", "width", "status", "error")
+_DECODED = pa.schema(
+    [
+        *(labels.LABEL_SCHEMA.field(name) for name in _KNOWN),
+        ("pixels", pa.binary()),
+        ("network_height", pa.int32()),
+        ("network_width", pa.int32()),
+    ]
+)
+_LABELLED = pa.schema(
+    [
+        *(labels.LABEL_SCHEMA.field(name) for name in _KNOWN),
+        ("labels", pa.binary()),
+        ("confidence", pa.binary()),
+    ]
+)
+
+
+class Decode:
+    """(id, uri) → decoded, resized images; what fails becomes a row with its code."""
+
+    def __init__(self, settings: ImageSettings, board: Any) -> None:
+        self._settings = settings
+        self._board = board
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        images.use_one_thread()
+        busy = 0.0
+        rows: list[dict[str, Any]] = []
+        size = 0
+        entries = table.to_pylist()
+        with ThreadPoolExecutor(_FETCHES_AHEAD) as pool:
+            for entry, future in zip(entries, _ahead(pool, _fetch, entries, _FETCHES_AHEAD), strict=True):
+                start = time.perf_counter()
+                row = self._row(entry["id"], entry["uri"], future)
+                busy += time.perf_counter() - start
+                rows.append(row)
+                size += len(row["pixels"] or b"")
+                if size >= _CHUNK_BYTES:
+                    yield pa.Table.from_pylist(rows, schema=_DECODED)
+                    rows, size = [], 0
+        if rows:
+            yield pa.Table.from_pylist(rows, schema=_DECODED)
+        self._board.add.remote(decode_s=busy)
+
+    def _row(self, row_id: int, uri: str, fetched: Future[bytes]) -> dict[str, Any]:
+        settings = self._settings
+        row: dict[str, Any] = dict.fromkeys(_DECODED.names) | {"id": row_id, "uri": uri}
+        try:
+            data = fetched.result()
+            row["sha256"] = hashlib.sha256(data).digest()
+            image = images.decode(data, max_pixels=settings.max_pixels)
+        except images.ImageError as error:
+            return row | {"status": error.code, "error": error.message}
+        if settings.corruption:
+            # Seeded by the image, so that its noise is the same wherever and whenever it is labelled.
+            name, level = corruptions.parse(settings.corruption)
+            image = corruptions.corrupt(image, name, level, seed=row_id % 2**64)  # ids are signed
+        height, width = image.shape[:2]
+        network = images.target_size(height, width, scale=settings.scale, keep_ratio=settings.keep_ratio)
+        resized = images.resize(image, network, method=settings.resize)
+        return row | {
+            "status": "ok",
+            "height": height,
+            "width": width,
+            "pixels": np.ascontiguousarray(resized).tobytes(),
+            "network_height": network[0],
+            "network_width": network[1],
+        }
+
+
+class Label:
+    """Decoded images → raw label and confidence maps, on one actor."""
+
+    def __init__(self, make_labeller: Callable[[], Labeller], board: Any) -> None:
+        self._labeller = make_labeller()
+        self._board = board
+        self._succeeded = self._failed = 0
+
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
+        start = time.perf_counter()
+        columns = {name: table[name].to_pylist() for name in _DECODED.names if name != "pixels"}
+        pixels = table["pixels"]
+        rows: list[dict[str, Any]] = []
+        buckets: dict[tuple[int, int], list[int]] = {}
+        for index, status in enumerate(columns["status"]):
+            if status == "ok":
+                shape = columns["network_height"][index], columns["network_width"][index]
+                buckets.setdefault(shape, []).append(index)
+            else:
+                rows.append(_passed_on(columns, index))
+        size = 0
+        for (height, width), members in sorted(buckets.items()):
+            for chosen in _batched(members, self._labeller.batch_size):
+                batch = [
+                    np.frombuffer(pixels[index].as_buffer(), np.uint8).reshape(height, width, 3)
+                    for index in chosen
+                ]
+                sizes = [(columns["height"][index], columns["width"][index]) for index in chosen]
+                for index, outcome in zip(chosen, self._outcomes(batch, sizes), strict=True):
+                    row = _passed_on(columns, index)
+                    if isinstance(outcome, Prediction):
+                        row["labels"] = outcome.labels.tobytes()
+                        row["confidence"] = outcome.confidence.tobytes()
+                        size += len(row["labels"]) + len(row["confidence"])
+                    else:
+                        row |= {
+                            "status": "label_failed",
+                            "error": f"{type(outcome).__name__}: {outcome}"[:500],
+                        }
+                    rows.append(row)
+                if size >= _CHUNK_BYTES:
+                    yield pa.Table.from_pylist(rows, schema=_LABELLED)
+                    rows, size = [], 0
+        if rows:
+            yield pa.Table.from_pylist(rows, schema=_LABELLED)
+        self._board.add.remote(label_s=time.perf_counter() - start)
+
+    def _outcomes(
+        self, batch: list[np.ndarray], sizes: list[tuple[int, int]]
+    ) -> Sequence[Prediction | Exception]:
+        """A prediction or an error for each image: one that cannot be labelled must not take others along."""
+        try:
+            predictions = self._labeller.label(batch, sizes)
+        except Exception as error:
+            if len(batch) > 1:
+                return [self._outcomes([image], [size])[0] for image, size in zip(batch, sizes, strict=True)]
+            self._failed += 1
+            if not self._succeeded and self._failed >= _HOPELESS:
+                # Not these images are at fault: tell it now, not after a million of them.
+                raise MaskMillError(
+                    "labelling_failed",
+                    f"None of {self._failed} images could be labelled: {type(error).__name__}: {error}",
+                    "Correct what the error names (for lack of memory: a smaller batch_size or scale).",
+                ) from error
+            return [error]
+        self._succeeded += len(batch)
+        return predictions
+
+
+def _passed_on(columns: dict[str, list[Any]], index: int) -> dict[str, Any]:
+    row = {name: columns[name][index] for name in _KNOWN}
+    return row | {"labels": None, "confidence": None}
+
+
+class Encode:
+    """Raw maps → rows of the label table."""
+
+    def __init__(self, ignore_index: int, num_classes: int, board: Any) -> None:
+        self._ignore_index = ignore_index
+        # As ``models.labelmap.label_map`` chooses.
+        self._dtype = np.uint16 if num_classes > 254 or ignore_index > 255 else np.uint8
+        self._board = board
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        start = time.perf_counter()
+        rows: list[dict[str, Any]] = []
+        failures: dict[str, int] = {}
+        for row in table.to_pylist():
+            known = {name: row[name] for name in ("id", "uri", "sha256", "height", "width")}
+            if row["status"] != "ok":
+                failures[row["status"]] = failures.get(row["status"], 0) + 1
+                rows.append(labels.failed_row(**known, status=row["status"], error=row["error"]))
+                continue
+            shape = row["height"], row["width"]
+            rows.append(
+                labels.ok_row(
+                    **known,
+                    labels=np.frombuffer(row["labels"], self._dtype).reshape(shape),
+                    confidence=np.frombuffer(row["confidence"], np.uint8).reshape(shape),
+                    ignore_index=self._ignore_index,
+                )
+            )
+        encoded = pa.Table.from_pylist(rows, schema=labels.LABEL_SCHEMA)
+        self._board.add.remote(done=len(rows), failures=failures, encode_s=time.perf_counter() - start)
+        return encoded
+
+
+def _batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _fetch(entry: dict[str, Any]) -> bytes:
+    return images.fetch(entry["uri"], start=entry.get("offset") or 0, length=entry.get("length"))
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, work: Callable[[_T], bytes], items: Iterable[_T], depth: int
+) -> Iterator[Future[bytes]]:
+    """Futures of ``work`` in order, at most ``depth`` of them running or waiting to be read."""
+    waiting: deque[Future[bytes]] = deque()
+    source = iter(items)
+    for item in itertools.islice(source, depth):
+        waiting.append(pool.submit(work, item))
+    while waiting:
+        yield waiting.popleft()
+        for item in itertools.islice(source, 1):
+            waiting.append(pool.submit(work, item))

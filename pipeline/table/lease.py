@@ -1,0 +1,199 @@
+"""One run at a time on one output: a lease with a heartbeat beside the label table.
+
+Ray Data's checkpoint has no fence of its own: the clean-up of a second run would delete the files that a
+first one is writing. The lease is a small JSON object; its holder refreshes it, and a lease whose holder is
+gone (same host: the process is dead; elsewhere: no heartbeat for ``LEASE_TTL_S``) may be taken over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from models.errors import MaskMillError
+from pipeline.files.storage import Storage
+
+LEASE_FILE = "lease.json"
+LEASE_TTL_S = 60.0
+RUN_ID_VARIABLE = "MASKMILL_RUN_ID"
+"""Set in the environment of every process that a run starts, so that its orphans can be told."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease.
+
+    Attributes:
+        run_id: unique per run.
+        host, pid, started: the process; ``started`` (seconds since the epoch) tells a reused pid from it.
+        heartbeat: last sign of life, seconds since the epoch on the holder's clock.
+        cluster: whether it works on a Ray cluster that outlives it.
+    """
+
+    run_id: str
+    host: str
+    pid: int
+    started: float
+    heartbeat: float
+    cluster: bool = False
+
+    @classmethod
+    def me(cls, run_id: str, *, cluster: bool = False) -> Holder:
+        """This process, alive now."""
+        started = psutil.Process().create_time()
+        return cls(run_id, socket.gethostname(), os.getpid(), started, time.time(), cluster)
+
+    def is_alive(self) -> bool:
+        """Whether the holder may still be writing."""
+        fresh = time.time() - self.heartbeat < LEASE_TTL_S
+        if self.host != socket.gethostname():
+            return fresh
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.started) < 1.0
+        except psutil.NoSuchProcess:
+            # A cluster takes a moment to notice that a driver is gone and to end its tasks.
+            return self.cluster and fresh
+
+
+class Lease:
+    """A held lease: ``with Lease.acquire(storage) as lease``.
+
+    Args:
+        storage: the output that the lease guards.
+        holder: this run.
+        on_lost: called once, from the heartbeat thread, when another run has taken the lease over.
+    """
+
+    def __init__(self, storage: Storage, holder: Holder, on_lost: Callable[[], None]) -> None:
+        self.run_id = holder.run_id
+        self._storage = storage
+        self._holder = holder
+        self._on_lost = on_lost
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+
+    @classmethod
+    def acquire(cls, storage: Storage, *, on_lost: Callable[[], None], cluster: bool = False) -> Lease:
+        """Take the lease of an output.
+
+        A lease left by a dead run is taken over, after the processes which that run left on this host have
+        been ended: one of them could otherwise still finish a write.
+
+        Args:
+            storage: the output.
+            on_lost: see the class.
+            cluster: whether this run works on a Ray cluster that outlives it.
+
+        Raises:
+            MaskMillError: ``output_in_use`` while another run holds it.
+        """
+        holder = Holder.me(uuid.uuid4().hex, cluster=cluster)
+        if not storage.create_bytes(LEASE_FILE, json.dumps(vars(holder)).encode()):
+            other = _read(storage)
+            if other is not None and other.is_alive():
+                age = max(0.0, time.time() - other.heartbeat)
+                raise MaskMillError(
+                    "output_in_use",
+                    f"Another run is writing to {storage.uri}: process {other.pid} on {other.host}, "
+                    f"last seen {age:.0f} s ago.",
+                    "Wait for it, or stop it, or name another --output. A run that died on another host or a "
+                    f"cluster is given up after {LEASE_TTL_S:.0f} s without a sign of life.",
+                )
+            if other is not None:
+                end_orphans(other.run_id)
+            # Two runs may have found the same dead lease: the one that looks last before it writes, and still
+            # finds its own lease a moment later, has it.
+            if _read(storage) == other:
+                storage.write_json(LEASE_FILE, vars(holder))
+                time.sleep(0.3)
+            if _read(storage) != holder:
+                raise MaskMillError(
+                    "output_in_use",
+                    f"Another run has just started to write to {storage.uri}.",
+                    "Wait for it, or name another --output.",
+                )
+        return cls(storage, holder, on_lost)
+
+    def __enter__(self) -> Lease:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        current = _read(self._storage)
+        if current is not None and current.run_id == self.run_id:
+            self._storage.delete(LEASE_FILE)
+
+    def _beat(self) -> None:
+        last = time.time()
+        while not self._stop.wait(LEASE_TTL_S / 6):
+            try:
+                current = _read(self._storage)
+                if current is not None and current.run_id != self.run_id:
+                    self._on_lost()
+                    return
+                holder = vars(self._holder) | {"heartbeat": time.time()}
+                self._storage.write_json(LEASE_FILE, holder)
+                last = time.time()
+            except OSError:
+                # A passing storage fault must not kill a run of days, but a run whose sign of life is too
+                # old must count itself out: by now another may have taken over.
+                if time.time() - last > LEASE_TTL_S * 0.8:
+                    self._on_lost()
+                    return
+
+
+def _read(storage: Storage) -> Holder | None:
+    record: dict[str, Any] | None = storage.read_json(LEASE_FILE, None)
+    if record is None:
+        return None
+    try:
+        return Holder(**record)
+    except TypeError:
+        return None
+
+
+def end_orphans(run_id: str, *, timeout_s: float = 20.0) -> int:
+    """End the processes that a dead run left on this host, and wait until they are gone.
+
+    Args:
+        run_id: of the dead run; its processes carry it in their environment, or are children of those (Ray's
+            agents write their titles over it).
+        timeout_s: how long to wait for them.
+
+    Returns:
+        How many there were.
+    """
+    orphans = []
+    for process in psutil.process_iter():
+        if process.pid == os.getpid():
+            continue
+        try:
+            if process.environ().get(RUN_ID_VARIABLE) == run_id:
+                for member in (*process.children(recursive=True), process):
+                    if member.pid == os.getpid():
+                        continue
+                    orphans.append(member)
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        member.kill()
+        except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            continue
+    psutil.wait_procs(orphans, timeout=timeout_s)
+    return len(orphans)

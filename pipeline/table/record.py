@@ -1,0 +1,26 @@
+"""``dataset.json``: what a label table holds, how it was made and with what."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models.errors import MaskMillError
+from pipeline.files.storage import open_storage
+from pipeline.table.labels import DATASET_FILE
+
+
+def read_table_record(table: str) -> dict[str, Any]:
+    """What ``dataset.json`` says about a label table.
+
+    Raises:
+        MaskMillError: ``table_unreadable`` if there is none.
+    """
+    storage = open_storage(table)
+    record: dict[str, Any] | None = storage.read_json(DATASET_FILE, None)
+    if record is None:
+        raise MaskMillError(
+            "table_unreadable",
+            f"There is no {DATASET_FILE} in {storage.uri}, so what its ids mean is unknown.",
+            "Give the --output of maskmill label.",
+        )
+    return record

@@ -1,0 +1,94 @@
+"""Words that describe parts of toy scenes without a class name, and how well scores find what they mean.
+
+``PATTERN_WORDS`` and ``COLOUR_WORDS`` occur in captions now and then. A phrase of ``COMPOSITIONS`` joins a
+colour and a pattern; a caption gives a thing one adjective at most, so no caption ever holds both.
+
+Shapes: n scenes, s side in pixels, h w grid cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from pipeline.toyworld.scenes import CLASSES
+
+#: Pattern words and the class that they mean.
+PATTERN_WORDS: Mapping[str, str] = {
+    "something striped": "zebra",
+    "something spotted": "ladybug",
+    "something checkered": "chessboard",
+    "something scaly": "fish",
+    "something fluffy": "cloud",
+    "something wavy": "water",
+}
+#: Colour words and the hues (degrees) that they mean, at a saturation of at least 0.4 in the cell's mean
+#: colour.
+COLOUR_WORDS: Mapping[str, tuple[float, float]] = {
+    "something red": (-20.0, 15.0),
+    "something orange": (18.0, 38.0),
+    "something green": (75.0, 150.0),
+    "something blue": (190.0, 240.0),
+}
+#: A colour and a pattern in one phrase: the class, and the hues of the individuals that are meant.
+COMPOSITIONS: Mapping[str, tuple[str, tuple[float, float]]] = {
+    "a red spotted thing": ("ladybug", (-20.0, 20.0)),
+    "a yellow spotted thing": ("ladybug", (35.0, 70.0)),
+    "a blue scaly thing": ("fish", (190.0, 250.0)),
+    "a purple scaly thing": ("fish", (255.0, 320.0)),
+    "a brown checkered thing": ("chessboard", (10.0, 45.0)),
+}
+
+
+def phrase_cells(
+    images: NDArray[np.uint8], labels: NDArray[np.uint8], cell: int
+) -> dict[str, NDArray[np.bool_]]:
+    """The grid cells that each phrase describes.
+
+    Args:
+        images: (n, s, s, 3) RGB.
+        labels: (n, s, s) class ids.
+        cell: side of a grid cell in pixels; divides s.
+
+    Returns:
+        bool (n, h, w) by phrase. A cell has the class of its centre and the hue of its mean colour.
+    """
+    ids = labels[:, cell // 2 :: cell, cell // 2 :: cell]
+    count, side = images.shape[0], images.shape[1] // cell
+    blocks = images.reshape(count, side, cell, side, cell, 3).astype(np.float32) / 255
+    mean = blocks.mean((2, 4))
+    red, green, blue = np.moveaxis(mean, -1, 0)
+    hue = np.degrees(np.arctan2(np.sqrt(3) * (green - blue), 2 * red - green - blue))
+    high, low = mean.max(-1), mean.min(-1)
+    vivid = (high - low) >= 0.4 * high
+
+    def of_hue(first: float, last: float) -> Any:
+        return ((hue - first) % 360) <= last - first
+
+    cells = {phrase: ids == CLASSES.index(name) for phrase, name in PATTERN_WORDS.items()}
+    cells |= {phrase: vivid & of_hue(*hues) for phrase, hues in COLOUR_WORDS.items()}
+    cells |= {
+        phrase: (ids == CLASSES.index(name)) & of_hue(*hues) & ((high - low) >= 0.15 * high)
+        for phrase, (name, hues) in COMPOSITIONS.items()
+    }
+    return cells
+
+
+def class_cells(labels: NDArray[np.uint8], phrase: str, cell: int) -> NDArray[np.bool_]:
+    """The cells (n, h, w) of the class that a phrase of ``COMPOSITIONS`` speaks of, whatever their hue."""
+    ids = labels[:, cell // 2 :: cell, cell // 2 :: cell]
+    return ids == CLASSES.index(COMPOSITIONS[phrase][0])
+
+
+def auc(scores: NDArray[np.floating[Any]], truth: NDArray[np.bool_]) -> float:
+    """Probability that a true one scores above a false one (Mann-Whitney); NaN where one kind is missing."""
+    positive = truth.ravel()
+    count = int(positive.sum())
+    if count in (0, positive.size):
+        return float("nan")
+    ranks = rankdata(scores.ravel())
+    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (positive.size - count)))

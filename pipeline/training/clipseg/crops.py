@@ -1,0 +1,147 @@
+"""What CLIPSeg's training sees of an example: a crop around the object, and the support made of it.
+
+Crops follow the reference's reader of PhraseCut. Supports are made by ``models.clipseg.visual_prompts`` on
+normalised pixels and brought back to bytes, which rounds them to 1/255 of the brightness.
+
+Shapes: H W pixels, S side of the result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.files.images import resize
+from pipeline.training.clipseg.triplets import IGNORED, OBJECT, Example, TripletSettings
+from pipeline.training.samples.augment import Box
+
+if TYPE_CHECKING:
+    from pipeline.labelling.clipseg.prompting import Style
+
+_RANDOM_STYLE = "blur_highlight_random"
+
+
+def crop_example(example: Example, side: int, settings: TripletSettings, rng: np.random.Generator) -> Example:
+    """Cut a square out of an example, or squeeze it to one, and flip it if the settings say so.
+
+    Args:
+        example: see there.
+        side: S.
+        settings: see there.
+        rng: decides.
+
+    Returns:
+        Image (S, S, 3), mask (S, S), and always a weight (S, S), which is 0 where the mask is ignored.
+    """
+    image, mask, weight = example
+    if weight is None:
+        weight = np.ones(mask.shape, np.float32)
+    if settings.crop:
+        top, left, bottom, right = object_window(
+            mask == OBJECT, rng, tries=settings.crop_tries, share=settings.crop_share
+        )
+        window = slice(top, bottom), slice(left, right)
+        image, mask, weight = image[window], mask[window], weight[window]
+    if settings.resize == "corners":
+        image = bilinear(image, side)
+    else:
+        image = resize(np.ascontiguousarray(image), (side, side), method="antialias")
+    mask, weight = nearest(mask, side), nearest(weight, side)
+    if rng.random() < settings.flip:
+        image, mask, weight = image[:, ::-1], mask[:, ::-1], weight[:, ::-1]
+    weight = np.where(mask == IGNORED, np.float32(0), weight)
+    return Example(np.ascontiguousarray(image), np.ascontiguousarray(mask), np.ascontiguousarray(weight))
+
+
+def object_window(
+    inside: npt.NDArray[np.bool_], rng: np.random.Generator, *, tries: int, share: float
+) -> Box:
+    """A random square as large as the short side.
+
+    Args:
+        inside: bool (H, W), true on the object.
+        rng: draws ``tries`` places.
+        tries: of them the first with enough of the object is taken, else the one with most of it.
+        share: enough is more than this share of H * W pixels.
+
+    Returns:
+        top, left, bottom, right.
+    """
+    height, width = inside.shape
+    side = min(height, width)
+    wide = width > height
+    # A square of that size moves along the long side only: sums over the other decide.
+    total = np.concatenate([[0], np.cumsum(inside.sum(axis=0 if wide else 1))])
+    starts = rng.integers(abs(width - height) + 1, size=tries)
+    object_pixels = total[starts + side] - total[starts]
+    enough = np.flatnonzero(object_pixels > share * inside.size)
+    start = int(starts[enough[0] if len(enough) else object_pixels.argmax()])
+    return (0, start, side, start + side) if wide else (start, 0, start + side, side)
+
+
+def bilinear(image: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
+    """Resize (H, W, 3) to (S, S, 3), corner pixels on corner pixels, without antialiasing."""
+    x = image.astype(np.float32)
+    for axis in (0, 1):
+        at = np.linspace(0, x.shape[axis] - 1, side) if side > 1 else np.zeros(1)
+        low = np.floor(at).astype(np.intp)
+        high = np.minimum(low + 1, x.shape[axis] - 1)
+        part = np.expand_dims((at - low).astype(np.float32), (1, 2) if axis == 0 else (0, 2))
+        first = x.take(low, axis)
+        x = first + part * (x.take(high, axis) - first)
+    return (x + np.float32(0.5)).astype(np.uint8)
+
+
+def nearest(values: npt.NDArray[Any], side: int) -> npt.NDArray[Any]:
+    """Resize (H, W) to (S, S): each pixel is one that was there."""
+    values = np.ascontiguousarray(values)
+    return np.asarray(cv2.resize(values, (side, side), interpolation=cv2.INTER_NEAREST))
+
+
+def support_image(
+    image: npt.NDArray[np.uint8], inside: npt.NDArray[np.bool_], style: str, rng: np.random.Generator
+) -> npt.NDArray[np.uint8]:
+    """A visual prompt as bytes.
+
+    Args:
+        image: uint8 (S, S, 3) RGB.
+        inside: bool (S, S), the object; nowhere true if the example shows none.
+        style: see ``pipeline.labelling.clipseg.prompting.parse_style``.
+        rng: of a style that draws.
+
+    Returns:
+        uint8 (3, S, S).
+    """
+    import torch
+
+    from models.clipseg.decoder import normalize
+    from models.clipseg.visual_prompts import visual_prompt
+    from pipeline.labelling.clipseg.prompting import shown_pixels
+
+    pixels = normalize(torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None])
+    mask = torch.from_numpy(inside.astype(np.float32))[None]
+    if style == _RANDOM_STYLE:
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+        prompt = visual_prompt(pixels, mask, style, generator=generator)
+    else:
+        prompt = support_style(style, len(image))(pixels, mask)
+    return np.ascontiguousarray(shown_pixels(prompt[0]).transpose(2, 0, 1))
+
+
+@lru_cache(maxsize=8)
+def support_style(text: str, side: int) -> Style:
+    """A style of visual prompts whose results have S pixels a side, whether it crops or not.
+
+    Raises:
+        MaskMillError: ``visual_prompt_unknown``; ``setting_invalid``.
+    """
+    from models.clipseg.visual_prompts import VisualPrompt
+    from pipeline.labelling.clipseg.prompting import parse_style
+
+    style = parse_style(text)
+    return dataclasses.replace(style, size=side) if isinstance(style, VisualPrompt) else style

@@ -1,0 +1,200 @@
+"""From options and a recipe's settings to the source of triplets that ``maskmill train clipseg`` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from models.errors import MaskMillError
+from pipeline.datasets.base import Dataset
+from pipeline.datasets.cocojson import CocoDataset
+from pipeline.datasets.cocoobject import coco_object_ontology
+from pipeline.datasets.oneshot import BENCHMARKS
+from pipeline.datasets.phrasecut import PhraseCutDataset
+from pipeline.datasets.toy import ToyDataset
+from pipeline.datasets.zeroshot import SPLITS
+from pipeline.ontology.ontology import BACKGROUND, Ontology, load_ontology
+from pipeline.training.clipseg.sources.benchmarks import (
+    open_class_source,
+    open_instance_source,
+    open_phrase_source,
+)
+from pipeline.training.clipseg.sources.joined import join_sources
+from pipeline.training.clipseg.sources.table import open_table_source
+from pipeline.training.clipseg.sources.toy import KINDS, Kind, open_toy_source
+from pipeline.training.clipseg.triplets import TripletSource
+from pipeline.training.clipseg.unseen import affordance_phrases, class_phrases, voc_phrases
+
+AFFORDANCES = "affordances"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """Which pairs of an image and a phrase there are.
+
+    Attributes:
+        unseen: classes that are left out of the truth, or of the table where there is no truth: names; a
+            zero-shot split (``pascal-unseen10``); the test classes of a one-shot fold (``pascal5i:0``,
+            ``coco20i:3``); ``affordances``, the paper's list of words. Of referring expressions those that
+            name such a class are left out: for a class of PASCAL VOC whatever WordNet knows below it, for
+            others the word itself in singular and plural.
+        toy_phrases: of the toy world: which kinds of phrases are asked; see
+            ``pipeline.training.clipseg.sources.toy``.
+        synonyms: classes are called by their synonyms as well.
+        min_area: of label maps: pixels of a class below which an image does not show it.
+        min_quality: of a label table: least quality score of an image's labels.
+        min_share: of a label table: least share of an image that a class must have to be asked for.
+        min_confidence: of a label table: least mean confidence of a class in an image, likewise.
+    """
+
+    unseen: tuple[str, ...] = ()
+    toy_phrases: tuple[Kind, ...] = KINDS
+    synonyms: bool = True
+    min_area: Annotated[int, Field(ge=1)] = 1
+    min_quality: Annotated[float, Field(ge=0, le=1)] = 0.0
+    min_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
+def open_source(
+    settings: SourceSettings,
+    *,
+    labels: str | None = None,
+    ontology: Ontology | None = None,
+    dataset: Dataset | None = None,
+) -> TripletSource:
+    """Open what is trained on.
+
+    Args:
+        settings: see there.
+        labels: a label table: training without annotation.
+        ontology: what its classes are called; None takes the table's own.
+        dataset: images with truth or PhraseCut. With a table as well the truth is that of the seen classes,
+            and the unseen ones are learnt from the table.
+
+    Raises:
+        MaskMillError: ``class_unknown``; ``wrong_use`` if both are given and no class is unseen; and as the
+            sources.
+    """
+    if labels is not None:
+        classes = ontology or recorded_ontology(labels)
+        seen = seen_ids(settings.unseen, classes.names)
+        if dataset is None:
+            return _table_source(settings, labels, classes, seen)
+        if seen is None:
+            raise MaskMillError(
+                "wrong_use",
+                "There are truth and labels, and nothing says which classes shall be learnt from the labels.",
+                "Name them with --unseen; or leave out the labels or the truth.",
+            )
+        unseen = tuple(
+            number for number, name in enumerate(classes.names) if number not in seen and name != BACKGROUND
+        )
+        truth = open_source(settings, dataset=dataset)
+        return join_sources(truth, _table_source(settings, labels, classes, unseen))
+    if isinstance(dataset, PhraseCutDataset):
+        return open_phrase_source(dataset, drop=unseen_phrases(settings.unseen))
+    assert dataset is not None, "either a table or a data set is given"
+    class_ids = seen_ids(settings.unseen, dataset.class_names)
+    if isinstance(dataset, ToyDataset):
+        return open_toy_source(dataset, kinds=settings.toy_phrases, class_ids=class_ids)
+    if isinstance(dataset, CocoDataset):
+        return open_instance_source(dataset, class_ids=class_ids, synonyms=settings.synonyms)
+    return open_class_source(
+        dataset, class_ids=class_ids, synonyms=settings.synonyms, min_area=settings.min_area
+    )
+
+
+def _table_source(
+    settings: SourceSettings, labels: str, ontology: Ontology, class_ids: Sequence[int] | None
+) -> TripletSource:
+    return open_table_source(
+        labels,
+        ontology=ontology,
+        class_ids=class_ids,
+        synonyms=settings.synonyms,
+        min_quality=settings.min_quality,
+        min_share=settings.min_share,
+        min_confidence=settings.min_confidence,
+    )
+
+
+def recorded_ontology(labels: str) -> Ontology:
+    """The classes that a label table was made with."""
+    from pipeline.table.record import read_table_record
+
+    known = read_table_record(labels)["ontology"]
+    return Ontology.from_dict({key: value for key, value in known.items() if key not in ("hash", "names")})
+
+
+def unseen_names(unseen: Sequence[str]) -> tuple[str, ...]:
+    """Class names behind names, splits and folds.
+
+    Raises:
+        MaskMillError: ``class_unknown`` for a fold that there is none of.
+    """
+    names: list[str] = []
+    for entry in unseen:
+        benchmark, colon, fold = entry.rpartition(":")
+        if colon:
+            known = BENCHMARKS.get(benchmark)
+            if known is None or not fold.isdecimal() or int(fold) >= len(known.folds):
+                raise MaskMillError(
+                    "class_unknown",
+                    f"unseen: there is no fold {entry!r}.",
+                    f"Write NAME:FOLD with a fold from 0 to 3 of {', '.join(BENCHMARKS)}.",
+                )
+            voc = known.dataset.startswith("voc")
+            classes = load_ontology(known.dataset) if voc else coco_object_ontology()
+            names += [classes.names[number] for number in known.folds[int(fold)]]
+        elif entry in SPLITS:
+            names += SPLITS[entry].unseen
+        else:
+            names.append(entry)
+    return tuple(dict.fromkeys(names))
+
+
+def seen_ids(unseen: Sequence[str], names: Sequence[str]) -> tuple[int, ...] | None:
+    """Ids of the classes to train with, background left out; None if that is all of them.
+
+    Args:
+        unseen: as ``SourceSettings.unseen``.
+        names: of the classes by id.
+
+    Raises:
+        MaskMillError: ``class_unknown`` for an unseen class that is not among the names.
+    """
+    if not unseen:
+        return None
+    left_out = unseen_names(unseen)
+    absent = [name for name in left_out if name not in names]
+    if absent:
+        raise MaskMillError(
+            "class_unknown",
+            f"Of the unseen classes, {', '.join(absent)} are not among those of the data.",
+            f"Known: {', '.join(names[:30])}; splits: {', '.join(SPLITS)}; folds: pascal5i:0, coco20i:0, ….",
+        )
+    return tuple(number for number, name in enumerate(names) if name not in left_out and name != BACKGROUND)
+
+
+def unseen_phrases(unseen: Sequence[str]) -> Callable[[str], bool]:
+    """Tells of a phrase whether it names an unseen class.
+
+    Args:
+        unseen: as ``SourceSettings.unseen``.
+    """
+    voc = load_ontology("voc21").names
+    names = unseen_names([entry for entry in unseen if entry != AFFORDANCES])
+    listed = [voc.index(name) for name in names if name in voc and name != BACKGROUND]
+    others = [name for name in names if name not in voc]
+    tests: list[Callable[[str], bool]] = []
+    if listed:
+        tests.append(voc_phrases(listed))
+    if others:
+        tests.append(class_phrases(others))
+    if AFFORDANCES in unseen:
+        tests.append(affordance_phrases())
+    return lambda phrase: any(test(phrase) for test in tests)

@@ -1,0 +1,290 @@
+"""Triplets from benchmark readers: referring expressions, label maps of classes, and COCO instances.
+
+Shapes: N pairs, P phrases, C classes, H W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from models.errors import MaskMillError
+from pipeline.datasets.base import Dataset, Sample
+from pipeline.datasets.cocojson import CocoDataset, CocoSample, draw_instances
+from pipeline.datasets.oneshot import BENCHMARKS
+from pipeline.datasets.phrasecut import PhraseCutDataset, PhraseSample
+from pipeline.ontology.ontology import BACKGROUND
+from pipeline.training.clipseg.triplets import IGNORED, OBJECT, OTHER, Example, Pairs, TripletSource
+
+_READERS = 8
+
+
+# --- referring expressions ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class PhraseSource(TripletSource):
+    """PhraseCut; see ``open_phrase_source``.
+
+    Polygons lie in one array, which loaders on a node share instead of keeping copies.
+    """
+
+    _reader: PhraseCutDataset
+    _images: tuple[tuple[str, int, tuple[int, int]], ...]  # URI, Visual Genome's id, (H, W)
+    _points: npt.NDArray[np.float64]  # (n, 2)
+    _polygon_bounds: npt.NDArray[np.int64]  # polygon i has the points [i] to [i + 1]
+    _pair_bounds: npt.NDArray[np.int64]  # (N + 1,): pair i has the polygons [i] to [i + 1]
+
+    def read(self, pair: int) -> Example:
+        """See ``TripletSource.read``.
+
+        Raises:
+            MaskMillError: ``benchmark_unreadable``; ``mask_invalid`` if the annotation has another size.
+        """
+        uri, number, size = self._images[int(self.pairs.image[pair])]
+        first, last = self._pair_bounds[pair : pair + 2].tolist()
+        bounds = self._polygon_bounds[first : last + 1].tolist()
+        sample = PhraseSample(
+            name=str(pair),
+            image=uri,
+            phrase=self.pairs.phrases[int(self.pairs.phrase[pair])][0],
+            image_id=number,
+            size=size,
+            polygons=tuple(self._points[start:end].tobytes() for start, end in itertools.pairwise(bounds)),
+        )
+        image, truth = self._reader.image_and_truth(sample)
+        return Example(image, truth.astype(np.uint8))
+
+
+def open_phrase_source(
+    dataset: PhraseCutDataset, *, drop: Callable[[str], bool] = lambda _phrase: False
+) -> PhraseSource:
+    """Pairs of PhraseCut; nothing more is read.
+
+    Phrases that differ in case or spaces are different, as in the reference.
+
+    Args:
+        dataset: of ``pipeline.datasets.phrasecut.open_phrasecut``.
+        drop: tells of a phrase whether it names an unseen class; such pairs are left out, and their phrases
+            are no negatives either. See ``pipeline.training.clipseg.unseen``.
+
+    Raises:
+        MaskMillError: ``training_data_empty``.
+    """
+    dropped = {phrase: drop(phrase) for phrase in set(dataset.phrases)}
+    samples = [
+        sample
+        for sample in dataset.samples
+        if isinstance(sample, PhraseSample) and not dropped[sample.phrase]
+    ]
+    phrases = {text: number for number, text in enumerate(sorted({sample.phrase for sample in samples}))}
+    keys = [(sample.image, sample.image_id, sample.size) for sample in samples]
+    images = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    polygons = [np.frombuffer(polygon) for sample in samples for polygon in sample.polygons]
+    return PhraseSource(
+        name=f"{dataset.name} {dataset.split}",
+        fingerprint=fingerprint(dataset.fingerprint(), sorted(phrases)),
+        pairs=Pairs.of(
+            [(text,) for text in phrases],
+            [images[key] for key in keys],
+            [phrases[sample.phrase] for sample in samples],
+        ),
+        _reader=dataset.reader(),
+        _images=tuple(images),
+        _points=np.concatenate([np.empty(0), *polygons]).reshape(-1, 2),
+        _polygon_bounds=np.cumsum([0, *(len(polygon) // 2 for polygon in polygons)], dtype=np.int64),
+        _pair_bounds=np.cumsum([0, *(len(sample.polygons) for sample in samples)], dtype=np.int64),
+    )
+
+
+# --- classes ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ClassSource(TripletSource):
+    """Label maps; see ``open_class_source``."""
+
+    _reader: Dataset
+    _samples: tuple[Sample, ...]
+    _class_ids: npt.NDArray[np.int64]  # (N,)
+
+    def read(self, pair: int) -> Example:
+        """See ``TripletSource.read``; raises what the dataset raises."""
+        image, truth = self._reader.image_and_truth(self._samples[int(self.pairs.image[pair])])
+        mask = np.where(truth == self._class_ids[pair], OBJECT, OTHER)
+        return Example(image, np.where(truth == self._reader.ignore_index, IGNORED, mask).astype(np.uint8))
+
+
+def open_class_source(
+    dataset: Dataset,
+    *,
+    class_ids: Sequence[int] | None = None,
+    synonyms: bool = True,
+    min_area: int = 1,
+) -> ClassSource:
+    """One pair for every class in every image. Reads every mask once.
+
+    Args:
+        dataset: any reader of label maps; ``ignore_index`` pixels are ignored in all masks.
+        class_ids: classes that are asked for, such as ``training_classes`` of a one-shot fold; None is all
+            but the background.
+        synonyms: classes are called by their synonyms as well, each wording being equally likely.
+        min_area: pixels of a class below which an image does not show it; as a negative it is not used there
+            either.
+
+    Raises:
+        MaskMillError: ``option_invalid`` for an id that is no class; ``training_data_empty``.
+    """
+    wanted = asked_classes(dataset.class_names, class_ids)
+
+    def areas(sample: Sample) -> npt.NDArray[np.int64]:
+        truth = dataset.truth(sample)
+        counts = np.bincount(truth[truth != dataset.ignore_index], minlength=len(dataset.class_names))
+        return counts[wanted]
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = np.stack([np.empty(len(wanted), np.int64), *pool.map(areas, dataset.samples)])[1:]
+    image, phrase = np.nonzero(found >= max(min_area, 1))
+    return ClassSource(
+        name=f"{dataset.name} {dataset.split}",
+        fingerprint=fingerprint(dataset.fingerprint(), [wanted.tolist(), synonyms, min_area]),
+        pairs=Pairs.of(
+            wordings(dataset, wanted, synonyms=synonyms),
+            image,
+            phrase,
+            unsure=np.argwhere((found > 0) & (found < min_area)),
+        ),
+        _reader=dataset.reader(),
+        _samples=tuple(dataset.samples),
+        _class_ids=wanted[phrase],
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class InstanceSource(TripletSource):
+    """COCO instances; see ``open_instance_source``."""
+
+    _reader: CocoDataset
+    _samples: tuple[CocoSample, ...]
+    _class_ids: npt.NDArray[np.int64]  # (N,)
+
+    def read(self, pair: int) -> Example:
+        """See ``TripletSource.read``.
+
+        Raises:
+            MaskMillError: ``benchmark_unreadable``; ``dataset_invalid``; ``mask_invalid`` if the annotation
+                has another size than the image.
+        """
+        sample = self._samples[int(self.pairs.image[pair])]
+        image = self._reader.image(sample)
+        if image.shape[:2] != tuple(sample.size):
+            raise MaskMillError(
+                "mask_invalid",
+                f"{sample.image} has {image.shape[0]} x {image.shape[1]} pixels, its annotation "
+                f"{sample.size[0]} x {sample.size[1]}.",
+                "Use the images that the annotation belongs to; they may not have been resized.",
+            )
+        own = [
+            [OBJECT, *instance[1:]]
+            for instance in json.loads(sample.instances)
+            if instance[0] == self._class_ids[pair]
+        ]
+        mask: npt.NDArray[Any] = np.full(sample.size, OTHER, np.uint8)
+        return Example(image, draw_instances(mask, own, where=sample.name).astype(np.uint8))
+
+
+def open_instance_source(
+    dataset: CocoDataset, *, class_ids: Sequence[int] | None = None, synonyms: bool = True
+) -> InstanceSource:
+    """One pair for every class in every image of a COCO or LVIS instances file; no image is read.
+
+    Unlike in ``open_class_source``, masks are whole: an instance of another class that covers a part takes
+    nothing away. What LVIS leaves open (which of the classes that an image has no instance of may be in it
+    all the same) is not in the file that is read, so that a few negatives may be none.
+
+    Args:
+        dataset: of ``pipeline.datasets.cocojson``.
+        class_ids: as in ``open_class_source``.
+        synonyms: as in ``open_class_source``.
+
+    Raises:
+        MaskMillError: ``option_invalid``, ``training_data_empty``.
+    """
+    wanted = asked_classes(dataset.class_names, class_ids)
+    number_of = {int(class_id): number for number, class_id in enumerate(wanted)}
+    samples = tuple(sample for sample in dataset.samples if isinstance(sample, CocoSample))
+    found = [
+        (image, number_of[class_id])
+        for image, sample in enumerate(samples)
+        for class_id in sorted({instance[0] for instance in json.loads(sample.instances)})
+        if class_id in number_of
+    ]
+    phrases = [phrase for _, phrase in found]
+    return InstanceSource(
+        name=f"{dataset.name} {dataset.split}",
+        fingerprint=fingerprint(dataset.fingerprint(), [wanted.tolist(), synonyms]),
+        pairs=Pairs.of(wordings(dataset, wanted, synonyms=synonyms), [image for image, _ in found], phrases),
+        _reader=dataset.reader(),
+        _samples=samples,
+        _class_ids=wanted[phrases],
+    )
+
+
+def training_classes(benchmark: str, fold: int) -> tuple[int, ...]:
+    """Classes that a one-shot fold trains with: those of the other folds.
+
+    Args:
+        benchmark: a key of ``pipeline.datasets.oneshot.BENCHMARKS``.
+        fold: 0 to 3.
+
+    Raises:
+        MaskMillError: ``option_invalid``.
+    """
+    folds = BENCHMARKS[benchmark].folds if benchmark in BENCHMARKS else ()
+    if not 0 <= fold < len(folds):
+        raise MaskMillError(
+            "option_invalid",
+            f"There is no fold {fold} of {benchmark!r}.",
+            f"Give a fold from 0 to 3 of {', '.join(BENCHMARKS)}.",
+        )
+    return tuple(sorted(number for other, ids in enumerate(folds) if other != fold for number in ids))
+
+
+def asked_classes(names: Sequence[str], class_ids: Sequence[int] | None) -> npt.NDArray[np.int64]:
+    """Ids that are asked for, ascending: those given, or all but the background.
+
+    Raises:
+        MaskMillError: ``option_invalid``.
+    """
+    if class_ids is None:
+        return np.array([number for number, name in enumerate(names) if name != BACKGROUND], np.int64)
+    ids = np.unique(np.asarray(class_ids, np.int64))
+    if len(ids) and not 0 <= ids[0] <= ids[-1] < len(names):
+        raise MaskMillError(
+            "option_invalid",
+            f"{list(class_ids)}: class ids must be from 0 to {len(names) - 1}.",
+            "Correct the ids.",
+        )
+    return ids
+
+
+def wordings(dataset: Dataset, class_ids: Iterable[int], *, synonyms: bool) -> list[tuple[str, ...]]:
+    """What the classes are called: the name alone, or with its synonyms."""
+    prompts = dataset.classes.prompts()
+    return [
+        tuple(prompts[number]) if synonyms else (dataset.class_names[number],)
+        for number in (int(class_id) for class_id in class_ids)
+    ]
+
+
+def fingerprint(*parts: Any) -> str:
+    """SHA-256 (hex) of JSON-able parts."""
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()

@@ -1,0 +1,74 @@
+"""Triplets from two sources: truth of what somebody has annotated, labels of another model for the rest.
+
+That is zero-shot as MaskCLIP+ has it: the unseen classes are known by name, and a teacher guesses where they
+are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.training.clipseg.sources.benchmarks import fingerprint
+from pipeline.training.clipseg.triplets import Example, Pairs, TripletSource
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedSource(TripletSource):
+    """See ``join_sources``."""
+
+    _first: TripletSource
+    _second: TripletSource
+
+    def read(self, pair: int) -> Example:
+        """See ``TripletSource.read``."""
+        count = len(self._first.pairs)
+        return self._first.read(pair) if pair < count else self._second.read(pair - count)
+
+    def order(self, epoch: int, seed: int, *, grouped: bool = False) -> npt.NDArray[np.int64]:
+        """See ``TripletSource.order``: each source in its own order, the two evenly mixed."""
+        orders, places, offset = [], [], 0
+        for source in (self._first, self._second):
+            order = source.order(epoch, seed, grouped=grouped)
+            rank = np.arange(len(order))
+            if grouped:  # an image's pairs stay together
+                image = source.pairs.image[order]
+                rank = np.concatenate([[0], np.cumsum(image[1:] != image[:-1])])
+            orders.append(order + offset)
+            places.append((rank + 0.5) / (rank[-1] + 1))
+            offset += len(order)
+        mixed: npt.NDArray[np.int64] = np.concatenate(orders)
+        return mixed[np.argsort(np.concatenate(places), kind="stable")]
+
+
+def join_sources(first: TripletSource, second: TripletSource) -> JoinedSource:
+    """One source with the pairs of two, those of ``first`` before those of ``second``.
+
+    Of what one source asks nothing is known in the images of the other, so it is no negative there. A source
+    that asks for one thing only is thus never asked for it in vain: the decoder hears it only where it is.
+
+    Args:
+        first: none that is joined itself, as ``second``.
+        second: may have the same images; they count as others.
+    """
+    a, b = first.pairs, second.pairs
+    assert a.seam is None and b.seam is None, "only two sources can be joined"
+    images = 1 + int(max(a.image.max(), a.unsure[:, 0].max(initial=0)))
+    shift = np.array([images, len(a.phrases)], np.int64)
+    pairs = Pairs(
+        phrases=(*a.phrases, *b.phrases),
+        image=np.concatenate([a.image, b.image + shift[0]]),
+        phrase=np.concatenate([a.phrase, b.phrase + shift[1]]),
+        block=np.concatenate([a.block, b.block + 1 + a.block.max()]),
+        unsure=np.concatenate([a.unsure, b.unsure + shift]),
+        seam=(images, len(a.phrases)),
+    )
+    return JoinedSource(
+        name=f"{first.name} and {second.name}",
+        fingerprint=fingerprint(first.fingerprint, [second.fingerprint]),
+        pairs=pairs,
+        _first=first,
+        _second=second,
+    )

@@ -1,0 +1,155 @@
+"""Triplets from a label table: CLIPSeg learns from the labels of another model, without any annotation.
+
+Shapes: N pairs, C classes of the ontology, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from models.errors import MaskMillError
+from pipeline.files.storage import open_storage
+from pipeline.ontology.ontology import Ontology
+from pipeline.table.labels import DATASET_FILE, decode_confidence, decode_mask
+from pipeline.training.clipseg.sources.benchmarks import asked_classes, fingerprint
+from pipeline.training.clipseg.triplets import IGNORED, OBJECT, OTHER, Example, Pairs, TripletSource
+from pipeline.training.samples.augment import AugmentSettings
+from pipeline.training.samples.table import TableSamples, _read_index, open_table_samples
+
+_MIXED_IMAGES = 64
+"""How far apart in the order of a table pairs of one image may come."""
+
+
+@dataclass(frozen=True, eq=False)
+class TableSource(TripletSource):
+    """See ``open_table_source``. Supports come from the part of the table that the query is in, if it has
+    any, since only whole parts can be read.
+    """
+
+    _table: TableSamples
+    _class_ids: npt.NDArray[np.int64]  # (N,)
+
+    def read(self, pair: int) -> Example:
+        """See ``TripletSource.read``; the weight is the confidence that the table has.
+
+        Raises:
+            MaskMillError: as ``TableSamples.load``.
+        """
+        index = int(self.pairs.image[pair])
+        row = self._table._read(index)
+        image = self._table._image(index, row)
+        labels, confidence = decode_mask(row["mask"]), decode_confidence(row["confidence"])
+        if not image.shape[:2] == labels.shape == confidence.shape:
+            raise MaskMillError(
+                "size_differs",
+                f"{row['uri']} has {image.shape[0]} x {image.shape[1]} pixels, its labels {labels.shape}, "
+                f"their confidence {confidence.shape}.",
+                "Label the images anew.",
+            )
+        ids = self._table._teacher[labels]
+        mask = np.where(ids == self._class_ids[pair], OBJECT, np.where(ids < 0, IGNORED, OTHER))
+        return Example(image, mask.astype(np.uint8), confidence.astype(np.float32) / np.float32(255))
+
+    def order(self, epoch: int, seed: int, *, grouped: bool = False) -> npt.NDArray[np.int64]:
+        """See ``TripletSource.order``: images in the table's order, in which each part is read once; pairs of
+        an image within the next few images.
+        """
+        images = self._table.order(0 if grouped else epoch, seed)
+        place = np.empty(self._table.num_images)
+        place[images] = np.arange(len(images))
+        at = place[self.pairs.image]
+        if not grouped:
+            at = at + np.random.default_rng((seed, epoch, 1)).uniform(0, _MIXED_IMAGES, len(at))
+        return np.argsort(at, kind="stable")
+
+
+def open_table_source(
+    table: str,
+    *,
+    ontology: Ontology,
+    class_ids: Sequence[int] | None = None,
+    synonyms: bool = True,
+    min_quality: float = 0.0,
+    min_share: float = 0.0,
+    min_confidence: float = 0.0,
+) -> TableSource:
+    """One pair for every class that a table has in an image. Reads the table's index, no labels.
+
+    Pixels weigh by their confidence in the loss, in every mask: those of other classes are as sure as the
+    label that they have. Pixels that the labeller left open are ignored.
+
+    Args:
+        table: output of a labelling run: a path or URI.
+        ontology: what the classes are called; those of the table are found by name and synonym.
+        class_ids: classes of the ontology that are asked for; None is all but the background.
+        synonyms: classes are called by their synonyms as well, each wording being equally likely.
+        min_quality: least quality score of rows that are used, in [0, 1].
+        min_share: least share of an image's labelled pixels that a class must have to be asked for, in
+            [0, 1].
+        min_confidence: least mean confidence of a class in an image, in [0, 1], likewise. A class that falls
+            below either is not used as a negative of that image.
+
+    Raises:
+        MaskMillError: as ``open_table_samples``; ``option_invalid``; ``training_data_empty``.
+    """
+    wanted = asked_classes(ontology.names, class_ids)
+    for name, value in (("min_share", min_share), ("min_confidence", min_confidence)):
+        if not 0 <= value <= 1:
+            raise MaskMillError("option_invalid", f"{name} is {value}.", "Use a number from 0 to 1.")
+    samples = open_table_samples(table, ontology=ontology, augment=AugmentSettings(), min_quality=min_quality)
+    image, class_of, share, confidence = _segments(samples)
+    asked = np.isin(class_of, wanted)
+    good = asked & (share >= min_share) & (confidence >= min_confidence)
+    unsure = asked & ~good
+    phrase = np.searchsorted(wanted, class_of)
+    prompts = ontology.prompts()
+    names = [prompts[number] if synonyms else prompts[number][:1] for number in wanted.tolist()]
+    chosen = [ontology.hash, wanted.tolist(), synonyms, min_quality, min_share, min_confidence]
+    return TableSource(
+        name="label table",
+        fingerprint=fingerprint(open_storage(table).read_json(DATASET_FILE, None), chosen),
+        pairs=Pairs.of(
+            names,
+            image[good],
+            phrase[good],
+            block=samples._part[image[good]],
+            unsure=np.stack([image[unsure], phrase[unsure]], 1),
+        ),
+        _table=samples,
+        _class_ids=class_of[good],
+    )
+
+
+def _segments(
+    samples: TableSamples,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Every class in every image: image, class of the ontology, share of the labelled pixels, confidence."""
+    count = samples.num_classes
+    keys, areas, sums = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0)]
+    for number, part in enumerate(samples._parts):
+        images = np.flatnonzero(samples._part == number)
+        found = _read_index(samples._storage, part)[0]["segments"].combine_chunks()
+        found = found.take(pa.array(samples._row[images]))
+        owner = np.repeat(images, found.value_lengths().fill_null(0).to_numpy())
+        flat = found.flatten()
+        class_id, area, mean = (
+            flat.field(name).to_numpy(zero_copy_only=False)
+            for name in ("class_id", "area", "mean_confidence")
+        )
+        ids = samples._teacher[class_id.astype(np.int64)]
+        known = ids >= 0
+        keys.append(owner[known] * count + ids[known])
+        areas.append(area[known].astype(np.float64))
+        sums.append(areas[-1] * mean[known])
+    # Two classes of the table may be one of the ontology.
+    pair, where = np.unique(np.concatenate(keys), return_inverse=True)
+    area_of = np.bincount(where, np.concatenate(areas), len(pair))
+    confidence = np.bincount(where, np.concatenate(sums), len(pair)) / np.maximum(area_of, 1)
+    image, class_of = pair // count, pair % count
+    labelled = np.bincount(image, area_of, samples.num_images)[image]
+    return image, class_of, area_of / np.maximum(labelled, 1), confidence

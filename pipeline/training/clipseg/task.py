@@ -1,0 +1,272 @@
+"""What CLIPSeg's training adds to the shared loop: a frozen CLIP, a decoder that learns, one loss.
+
+CLIPSeg (arXiv 2112.10003, section 3 and its supplement): binary cross entropy between the decoder's logits
+and the mask of what a phrase, an example picture or a mixture of both means in an image. Only the decoder is
+trained, wrapped, averaged over workers and put into checkpoints; CLIP lies beside it in the task.
+
+Shapes: B images, E joint embedding, S side of the images, V side of the example pictures.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from models.clip.loading import load_clip
+from models.clipseg.baselines import ClipDeconvConfig, ViTSegConfig, build_clip_deconv, build_vitseg
+from models.clipseg.decoder import PAPER, ClipSeg, ClipSegConfig, PromptDecoder, build_clipseg, mix, normalize
+from models.clipseg.whitening import whiten
+from models.errors import MaskMillError
+from pipeline.labelling.clipseg.model import ClipSegWeights, split_clip
+from pipeline.labelling.clipseg.options import CLIP
+from pipeline.training.clipseg.triplets import IGNORED, OBJECT, decode_phrase
+from pipeline.training.loop.protocols import Samples
+
+_KNOWN_TEXTS = 65_536
+_READ_AHEAD = 32  # samples at a time
+_AHEAD_SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptModel:
+    """Which model is trained, and what it starts from; picklable, so that every worker can build it.
+
+    Attributes:
+        kind: ``clipseg``, or a baseline of the paper: ``clip-deconv`` or ``vitseg``.
+        clip: NAME:PRETRAINED of the frozen CLIP, as ``models.clip.loading.load_clip`` takes them; the
+        paper's row "no
+            CLIP pre-training" is ``ViT-B-16-quickgelu:random:0``. With ``start`` in Hugging Face's layout,
+            which holds a CLIP, it is not used.
+        decoder: of a new decoder. CLIP-Deconv takes its width and its deepest layer.
+        start: weights of a CLIPSeg to go on from, as ``models.clipseg.weights.load_clipseg`` takes them
+            (file, folder, hub name), in place of a new decoder; "" is a new one. Its settings, apart from
+            ``decoder.dropout``, are those of the weights.
+        start_layers: blocks of the tower that ``start`` reads; None takes what the weights say, and (3, 6, 9)
+            for the authors' files.
+        tower: of ViTSeg; a timm ViT with a class token.
+        tower_weights: of ViTSeg's tower: ``pretrained`` (timm's own), a file, or ``random:SEED``.
+        whiten: samples that show how to whiten what the decoder reads (``models.clipseg.whitening``); 0
+        leaves it as
+            it is, as the paper does. What they do not show to vary counts little at first, so their phrases
+            and examples should be many and different.
+    """
+
+    kind: Literal["clipseg", "clip-deconv", "vitseg"] = "clipseg"
+    clip: str = CLIP
+    decoder: ClipSegConfig = field(default_factory=lambda: PAPER)
+    start: str = ""
+    start_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    tower: str = "vit_base_patch16_384"
+    tower_weights: str = "pretrained"
+    whiten: Annotated[int, Field(ge=0)] = 0
+
+    def build(self, device: torch.device, *, seed: int = 0) -> ClipSeg:
+        """The model as training begins, CLIP and decoder in fp32.
+
+        Args:
+            device: where to.
+            seed: of a new decoder.
+
+        Raises:
+            MaskMillError: as ``load_clip``, ``load_clipseg`` and the baselines' ``build_*``;
+                ``start_unsupported`` for a baseline that is to start from weights.
+        """
+        if self.start:
+            return self._started(device)
+        name, pretrained = split_clip(self.clip)
+        clip = load_clip(name, pretrained, device=device)
+        if self.kind == "clip-deconv":
+            layer = self.decoder.extract_layers[-1]
+            width = self.decoder.reduce_dim
+            return build_clip_deconv(clip, ClipDeconvConfig(width, width, layer), seed=seed)
+        if self.kind == "vitseg":
+            config = ViTSegConfig(**vars(self.decoder), tower=self.tower)
+            return build_vitseg(clip, config, weights=self.tower_weights, seed=seed)
+        return build_clipseg(clip, self.decoder, seed=seed)
+
+    def _started(self, device: torch.device) -> ClipSeg:
+        if self.kind != "clipseg":
+            raise MaskMillError(
+                "start_unsupported",
+                f"A {self.kind} is trained from the beginning; {self.start} cannot be its start.",
+                "Leave model.start out, or train kind clipseg.",
+            )
+        model = ClipSegWeights(self.start, self.clip, self.start_layers).load(device=device)
+        decoder = model.decoder
+        decoder.config = replace(decoder.config, dropout=self.decoder.dropout)
+        for module in decoder.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = self.decoder.dropout
+            elif isinstance(module, nn.MultiheadAttention):
+                module.dropout = self.decoder.dropout
+        return model
+
+
+class ClipSegTask:
+    """Trains the decoder of a CLIPSeg or of a baseline: a ``pipeline.training.loop.protocols.Task``.
+
+    Batches have the columns of ``pipeline.training.clipseg.triplets.TripletSamples``.
+
+    Args:
+        make_model: builds the model on a device, the same one in every worker.
+        ahead: what is trained on, if ``whiten`` samples of it shall show how to whiten what the decoder reads
+            (``models.clipseg.whitening``): the first of an epoch, the same ones in every worker and run.
+        whiten: see there.
+        keep: whether the decoder is trained already.
+    """
+
+    def __init__(
+        self,
+        make_model: Callable[[torch.device], ClipSeg],
+        *,
+        ahead: Samples | None = None,
+        whiten: int = 0,
+        keep: bool = False,
+    ) -> None:
+        self._make_model = make_model
+        self._ahead, self._whiten, self._keep = ahead, whiten, keep
+
+    def build(self, device: torch.device) -> nn.Module:
+        """The decoder; CLIP stays here.
+
+        Raises:
+            Exception: if none of the samples can be read that are read ahead, the last one's.
+        """
+        self.model = self._make_model(device)
+        self._texts = _Texts(self.model)
+        if self._ahead is not None and self._whiten:
+            whiten(self.model.decoder, functools.partial(self._decode_ahead, self._ahead), keep=self._keep)
+        return self.model.decoder.train()
+
+    def _decode_ahead(self, samples: Samples) -> None:
+        """Decode the first samples; those that cannot be read are counted when their turn comes."""
+        chosen = samples.order(0, 0)[: self._whiten].tolist()
+        failure: Exception | None = None
+        read = 0
+        for start in range(0, len(chosen), _READ_AHEAD):
+            loaded = []
+            for index in chosen[start : start + _READ_AHEAD]:
+                try:
+                    loaded.append(samples.load(index, np.random.default_rng((_AHEAD_SEED, index))))
+                except Exception as error:
+                    failure = error
+            read += len(loaded)
+            if loaded:
+                columns = {name: np.stack([sample[name] for sample in loaded]) for name in loaded[0]}
+                device = self.model.clip.device
+                self._decode({name: torch.from_numpy(rows).to(device) for name, rows in columns.items()})
+        if failure is not None and not read:
+            raise failure
+
+    def _decode(self, batch: Mapping[str, Tensor], decoder: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Logits fp32 (B, S, S), and whether each prompt can be read, bool (B,)."""
+        conditionals, read = self._conditionals(batch)
+        # The phrases of an image come one after the other if the recipe groups them: one run of the tower.
+        images = batch["image"]
+        new = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        new[1:] = (images[1:] != images[:-1]).flatten(1).any(1)
+        which = new.cumsum(0) - 1
+        activations = self.model.encode_image(normalize(images[new]))
+        activations = activations._replace(layers=tuple(layer[which] for layer in activations.layers))
+        model = copy.copy(self.model)
+        if decoder is not None:
+            model.decoder = cast("PromptDecoder", decoder)
+        return model.decode(activations, conditionals[:, None])[:, 0], read
+
+    def loss(
+        self, module: nn.Module, batch: Mapping[str, Tensor], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted binary cross entropy, divided by the number of all pixels.
+
+        That number, not the sum of the weights: the loss then is a mean over samples, whichever worker or
+        micro-batch they fall into, and unsure labels pull less than sure ones.
+
+        Figures: ``iou`` of what is found at 0.5 and what is there, summed over the share of the batch that
+        counts (1 if both are nothing); ``found`` and ``there``, their shares of the pixels; ``negatives``,
+        the share of samples whose prompt is not the image's; ``unread``, the share whose phrase is longer
+        than CLIP reads, which do not weigh in the loss.
+        """
+        # The wrapped decoder: gradients are exchanged where that is called.
+        logits, read = self._decode(batch, module)
+        mask = batch["mask"]
+        target = mask == OBJECT
+        weight = batch["weight"] * (mask != IGNORED) * read[:, None, None]
+        loss = F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype), weight)
+        with torch.no_grad():
+            counted = weight > 0
+            found, there = counted & (logits > 0), counted & target
+            union = (found | there).sum()
+            iou = torch.where(union > 0, (found & there).sum() / union.clamp(min=1), 1.0)
+            figures = {
+                "iou": iou,
+                "found": found.float().mean(),
+                "there": there.float().mean(),
+                "negatives": batch["negative"].float().mean(),
+                "unread": 1 - read.float().mean(),
+            }
+        return loss, figures
+
+    @torch.no_grad()
+    def _conditionals(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Conditionals fp32 (B, E), and whether each can be had, bool (B,)."""
+        share = batch["text_weight"]
+        texts, read = self._texts([decode_phrase(row) for row in batch["phrase"].cpu().numpy()])
+        shown = (share < 1).nonzero()[:, 0]
+        if len(shown):
+            pictures = self.model.encode_prompt_images(normalize(batch["support"][shown]))
+            texts = texts.index_copy(0, shown, mix(texts[shown], pictures, share[shown]))
+        return texts, read | (share == 0)
+
+    def after_step(self, step: int) -> None:
+        """Nothing but the decoder changes."""
+
+    def milestones(self) -> Sequence[int]:
+        """None: there are no phases."""
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: what is known of texts is computed anew."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See ``state_dict``."""
+
+
+class _Texts:
+    """Embeds phrases, each once as long as there is room: 128 MB of them at E = 512."""
+
+    def __init__(self, model: ClipSeg) -> None:
+        self._model = model
+        self._known: dict[str, Tensor | None] = {}
+
+    def __call__(self, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """fp32 (B, E), and whether each phrase could be read, bool (B,); zeros stand for the others."""
+        fresh = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self._known]
+        if len(self._known) + len(fresh) > _KNOWN_TEXTS:
+            self._known, fresh = {}, list(dict.fromkeys(phrases))
+        if fresh:
+            self._known |= self._embed(fresh)
+        found = [self._known[phrase] for phrase in phrases]
+        device = self._model.clip.device
+        nothing = torch.zeros(self._model.clip.embed_dim, device=device)
+        rows = torch.stack([nothing if row is None else row for row in found])
+        return rows, torch.tensor([row is not None for row in found], device=device)
+
+    def _embed(self, phrases: list[str]) -> dict[str, Tensor | None]:
+        try:
+            return dict(zip(phrases, self._model.encode_text(phrases), strict=True))
+        except MaskMillError as error:
+            if error.code != "prompt_too_long":
+                raise
+            if len(phrases) == 1:
+                return {phrases[0]: None}
+        return {key: row for phrase in phrases for key, row in self._embed([phrase]).items()}

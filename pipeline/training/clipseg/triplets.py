@@ -1,0 +1,453 @@
+"""Training samples of CLIPSeg (arXiv 2112.10003, §4): an image, what to look for, and where it is.
+
+What to look for is a phrase, an example image of the same thing (the *support*), or a mixture of both. A
+share of the samples are negatives: a phrase and a support that don't belong to the image, with nothing to be
+found. Phrases, images and masks come from a ``TripletSource``; everything random is drawn here.
+
+Where the reference's code slips, its way is a setting and the sane one the default: ``negative_rule``,
+``support`` and ``grouped``.
+
+Shapes: N pairs of an image and a phrase, P phrases, S side of the query, V side of the support, H W pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from models.errors import MaskMillError
+from pipeline.labelling.clipseg.options import PREFIXES, Prefix
+from pipeline.training.loop.protocols import Sample
+from pipeline.training.samples.augment import MEAN_COLOUR
+
+PHRASE_BYTES = 256
+"""Width of the column ``phrase``. CLIP reads 77 tokens, which are fewer bytes in any usual text."""
+OBJECT, OTHER, IGNORED = 1, 0, 255
+"""Values of a mask."""
+
+NegativeRule = Literal["absent", "other", "support"]
+SupportRule = Literal["other", "any"]
+Resize = Literal["corners", "antialias"]
+
+_TRIES = 100
+_Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TripletSettings:
+    """How pairs become samples. The defaults are PhraseCut+ of the paper.
+
+    Attributes:
+        size: S; the paper has 352.
+        support_size: V, also of a support that is cropped.
+        crop: cut a square as large as the image's short side out at random, around the object; False squeezes
+            the whole image to a square.
+        crop_share: a crop is taken if the object has more than this share of the *image's* pixels in it; if
+            none of ``crop_tries`` has, the one with most of the object is.
+        crop_tries: see there.
+        resize: ``corners`` is bilinear with aligned corners and without antialiasing, as the reference reads
+            PhraseCut; ``antialias`` averages over what a pixel covers, as it reads COCO.
+        flip: probability of a horizontal flip of a query or a support; the paper does not flip.
+        q_neg: probability that a sample is a negative.
+        negative_rule: ``absent`` draws the phrase of a negative among those that are not known to be true of
+            the image; ``other`` among all but the sample's own, as the reference does, so that some negatives
+            are none. ``support`` is what the reference's COCO data makes of negatives: phrase and mask stay,
+            and the support is an image of another phrase with nothing marked in it.
+        prefix: set of templates, of which one is drawn around each phrase: a key of
+            ``pipeline.labelling.clipseg.options.PREFIXES``. The reference has ``shuffle+`` where text and
+            image are mixed, and ``plain`` elsewhere.
+        with_visual: give supports; False is the ablation without visual prompts.
+        only_visual: ask with supports alone; pairs whose phrase occurs only once are left out.
+        visual_prompt: how a support is made of image and mask: see
+        ``pipeline.labelling.clipseg.prompting.parse_style``.
+        support: a support is drawn from all pairs of the phrase but the sample itself (``other``), or from
+            all, as the reference does (``any``), which then shows the answer.
+        text_weight: least and greatest share of the text in the prompt; one is drawn uniformly per sample.
+            The released models have (0, 0.5), the paper writes (0, 1). Without a support it is 1.
+        grouped: the reference's order: images shuffled once, the same in every epoch, and all phrases of an
+            image one after the other. False shuffles pairs anew for each epoch.
+    """
+
+    size: int = 352
+    support_size: int = 352
+    crop: bool = True
+    crop_share: float = 0.05
+    crop_tries: int = 50
+    resize: Resize = "corners"
+    flip: float = 0.0
+    q_neg: float = 0.2
+    negative_rule: NegativeRule = "absent"
+    prefix: Prefix = "shuffle+"
+    with_visual: bool = True
+    only_visual: bool = False
+    visual_prompt: str = "crop_blur_highlight352"
+    support: SupportRule = "other"
+    text_weight: tuple[float, float] = (0.0, 0.5)
+    grouped: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text_weight", tuple(self.text_weight))  # recipe files have lists
+        for name in ("size", "support_size", "crop_tries"):
+            if getattr(self, name) < 1:
+                raise self._wrong(name, "Use 1 or more.")
+        for name in ("crop_share", "flip", "q_neg"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise self._wrong(name, "Use a number from 0 to 1.")
+        for name, values in (
+            ("resize", get_args(Resize)),
+            ("negative_rule", get_args(NegativeRule)),
+            ("prefix", tuple(PREFIXES)),
+            ("support", get_args(SupportRule)),
+        ):
+            if getattr(self, name) not in values:
+                raise self._wrong(name, f"Use one of {', '.join(values)}.")
+        if len(self.text_weight) != 2 or not 0 <= self.text_weight[0] <= self.text_weight[1] <= 1:
+            raise self._wrong("text_weight", "Use two numbers from 0 to 1, the lesser first.")
+        if self.only_visual and not self.with_visual:
+            raise self._wrong("only_visual", "It needs supports: set with_visual as well.")
+        if self.negative_rule == "support" and self.q_neg and not self.with_visual:
+            raise self._wrong("negative_rule", "It needs supports: set with_visual, or q_neg to 0.")
+
+    def _wrong(self, name: str, remedy: str) -> MaskMillError:
+        return MaskMillError("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
+
+
+class Example(NamedTuple):
+    """What a pair shows.
+
+    Attributes:
+        image: uint8 (H, W, 3) RGB.
+        mask: uint8 (H, W): ``OBJECT`` where the phrase is true, ``OTHER`` or ``IGNORED``.
+        weight: float32 (H, W), what each pixel counts in the loss; None is 1.
+    """
+
+    image: npt.NDArray[np.uint8]
+    mask: npt.NDArray[np.uint8]
+    weight: npt.NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Which phrase is true of which image. Every phrase has a pair; see ``Pairs.of``.
+
+    Attributes:
+        phrases: P, each with its wordings: texts that mean the same.
+        image: int64 (N,): number of the image.
+        phrase: int64 (N,): number of the phrase.
+        block: int64 (N,): pairs of the same block are read together at no extra cost.
+        unsure: int64 (n, 2): image and phrase that are no pair, and yet may be true.
+        seam: of pairs of two sources (``pipeline.training.clipseg.sources.joined``): the first image and
+        the first
+            phrase of the second one.
+    """
+
+    phrases: tuple[tuple[str, ...], ...]
+    image: _Ids
+    phrase: _Ids
+    block: _Ids
+    unsure: _Ids
+    seam: tuple[int, int] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        phrases: Sequence[Sequence[str]],
+        image: npt.ArrayLike,
+        phrase: npt.ArrayLike,
+        *,
+        block: npt.ArrayLike | None = None,
+        unsure: npt.ArrayLike = (),
+    ) -> Pairs:
+        """Pairs of any phrases. Those without a pair are dropped, so that none is a negative only.
+
+        Raises:
+            MaskMillError: ``training_data_empty``.
+        """
+        images, numbers = np.asarray(image, np.int64), np.asarray(phrase, np.int64)
+        if not len(images):
+            raise MaskMillError(
+                "training_data_empty",
+                "There is no pair of an image and a phrase that is true of it.",
+                "Give images that show the classes or phrases, or leave fewer of them out.",
+            )
+        used, renumbered = np.unique(numbers, return_inverse=True)
+        doubtful = np.asarray(unsure, np.int64).reshape(-1, 2)
+        doubtful = doubtful[np.isin(doubtful[:, 1], used)]
+        doubtful[:, 1] = np.searchsorted(used, doubtful[:, 1])
+        blocks = np.zeros_like(images) if block is None else np.asarray(block, np.int64)
+        texts = tuple(tuple(phrases[number]) for number in used.tolist())
+        return cls(texts, images, renumbered.astype(np.int64), blocks, doubtful)
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def members(self, phrase: int) -> _Ids:
+        """The pairs of a phrase, ascending."""
+        order, starts = self._by_phrase
+        return order[starts[phrase] : starts[phrase + 1]]
+
+    def may_hold(self, image: int, phrase: int) -> bool:
+        """Whether a phrase is true of an image, or could be.
+
+        It is if they are a pair; and if all of its words are in a phrase that is true: where there is a "red
+        car" there is a "car". Of another source's phrases it is not known.
+        """
+        if self.seam is not None and (image >= self.seam[0]) != (phrase >= self.seam[1]):
+            return True
+        order, starts = self._by_image
+        held = order[np.searchsorted(starts, image) : np.searchsorted(starts, image, "right")].tolist()
+        if phrase in held:
+            return True
+        asked = [self._words[text] for text in self.phrases[phrase]]
+        return any(
+            words <= self._words[text] for words in asked for number in held for text in self.phrases[number]
+        )
+
+    @cached_property
+    def _by_phrase(self) -> tuple[_Ids, _Ids]:
+        """Pairs ordered by phrase, and where each phrase begins."""
+        order = np.argsort(self.phrase, kind="stable")
+        return order, np.searchsorted(self.phrase[order], np.arange(len(self.phrases) + 1))
+
+    @cached_property
+    def _by_image(self) -> tuple[_Ids, _Ids]:
+        """Phrases ordered by image, unsure ones included, and their images."""
+        image = np.concatenate([self.image, self.unsure[:, 0]])
+        phrase = np.concatenate([self.phrase, self.unsure[:, 1]])
+        order = np.argsort(image, kind="stable")
+        return phrase[order], image[order]
+
+    @cached_property
+    def _words(self) -> dict[str, frozenset[str]]:
+        return {text: frozenset(text.casefold().split()) for texts in self.phrases for text in texts}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+@dataclass(frozen=True, eq=False)
+class TripletSource(ABC):
+    """Pairs that can be read. Picklable: it is sent to every process that loads.
+
+    Attributes:
+        name: what it is called in records.
+        fingerprint: of what it reads, for records.
+        pairs: see there.
+    """
+
+    name: str
+    fingerprint: str
+    pairs: Pairs
+
+    @abstractmethod
+    def read(self, pair: int) -> Example:
+        """Image and mask of a pair.
+
+        Raises:
+            MaskMillError: they cannot be had.
+        """
+
+    def order(self, epoch: int, seed: int, *, grouped: bool = False) -> _Ids:
+        """The pairs of an epoch; see ``Samples.order``, and ``TripletSettings.grouped``."""
+        if grouped:
+            images, number = np.unique(self.pairs.image, return_inverse=True)
+            rank = np.random.default_rng((seed, 0)).permutation(len(images))
+            return np.argsort(rank[number], kind="stable")
+        return np.random.default_rng((seed, epoch)).permutation(len(self.pairs))
+
+
+@dataclass(frozen=True, eq=False)
+class TripletSamples:
+    """Samples over a source; see ``pipeline.training.loop.protocols.Samples``.
+
+    Columns of a sample: ``image`` uint8 (3, S, S) RGB; ``mask`` uint8 (S, S): ``OBJECT``, ``OTHER`` or
+    ``IGNORED``; ``weight`` float32 (S, S) in [0, 1], 0 where ignored; ``phrase`` uint8 (256,), see
+    ``encode_phrase``; ``support`` uint8 (3, V, V) RGB, the mean colour where there is none; ``text_weight``
+    float32 () in [0, 1]: share of the text in the prompt, 1 where there is no support; ``negative`` float32
+    (), 1 where phrase and support don't belong to the image and nothing is to be found, else 0.
+
+    Attributes:
+        source: where pairs come from.
+        settings: how they become samples.
+
+    Raises:
+        MaskMillError: ``visual_prompt_unknown``, ``setting_invalid``; ``training_data_empty`` if no phrase
+            occurs twice and ``only_visual`` is set.
+    """
+
+    source: TripletSource
+    settings: TripletSettings = field(default_factory=TripletSettings)
+
+    def __post_init__(self) -> None:
+        if self.settings.with_visual:
+            from pipeline.training.clipseg.crops import support_style
+
+            support_style(self.settings.visual_prompt, self.settings.support_size)
+        if not self._eligible.any():
+            raise MaskMillError(
+                "training_data_empty",
+                f"No phrase of {self.source.name} occurs twice, so none can be shown by another image.",
+                "Give more images, or set only_visual to false.",
+            )
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        return int(np.count_nonzero(self._eligible))
+
+    def record(self) -> dict[str, Any]:
+        """What is trained on, for the record of a run."""
+        pairs = self.source.pairs
+        return {
+            "source": self.source.name,
+            "fingerprint": self.source.fingerprint,
+            "images": len(np.unique(pairs.image)),
+            "phrases": len(pairs.phrases),
+            "triplets": self.num_samples,
+        }
+
+    def order(self, epoch: int, seed: int) -> _Ids:
+        """See ``Samples.order``."""
+        order = self.source.order(epoch, seed, grouped=self.settings.grouped)
+        return order[self._eligible[order]]
+
+    def load(self, index: int, rng: np.random.Generator) -> Sample:
+        """See ``Samples.load``.
+
+        Raises:
+            MaskMillError: from reading the query or its support.
+        """
+        from pipeline.training.clipseg.crops import crop_example
+
+        settings, pairs = self.settings, self.source.pairs
+        image, mask, weight = crop_example(self.source.read(index), settings.size, settings, rng)
+        assert weight is not None
+        own = int(pairs.phrase[index])
+        other = self._other_phrase(index, rng) if rng.random() < settings.q_neg else None
+        shown = own if other is None else other
+        contradicts = settings.negative_rule == "support" and shown != own
+        phrase = own if contradicts else shown
+        negative = phrase != own
+        if negative:
+            mask = np.where(mask == OBJECT, OTHER, mask).astype(np.uint8)
+        wordings, templates = pairs.phrases[phrase], PREFIXES[settings.prefix]
+        text = wordings[int(rng.integers(len(wordings)))]
+        text = templates[int(rng.integers(len(templates)))].replace("{}", text)
+        text_weight = 0.0 if settings.only_visual else float(rng.uniform(*settings.text_weight))
+        support = None
+        if settings.with_visual:
+            support = self._support(index, shown, rng, marked=not contradicts)
+        return {
+            "image": _planes(image),
+            "mask": mask,
+            "weight": weight,
+            "phrase": encode_phrase(text),
+            "support": self._no_support() if support is None else support,
+            "text_weight": np.array(1.0 if support is None else text_weight, np.float32),
+            "negative": np.array(negative, np.float32),
+        }
+
+    def blank(self) -> Sample:
+        """A sample of which every pixel is ignored and weighs nothing."""
+        side = self.settings.size
+        return {
+            "image": _plain(side),
+            "mask": np.full((side, side), IGNORED, np.uint8),
+            "weight": np.zeros((side, side), np.float32),
+            "phrase": encode_phrase(""),
+            "support": self._no_support(),
+            "text_weight": np.array(1.0, np.float32),
+            "negative": np.array(0.0, np.float32),
+        }
+
+    @cached_property
+    def _eligible(self) -> npt.NDArray[np.bool_]:
+        """Pairs that become samples: all, or those that another one can show."""
+        pairs = self.source.pairs
+        if not self.settings.only_visual:
+            return np.ones(len(pairs), np.bool_)
+        return np.bincount(pairs.phrase, minlength=len(pairs.phrases))[pairs.phrase] > 1
+
+    def _other_phrase(self, index: int, rng: np.random.Generator) -> int | None:
+        """The phrase of a negative, each that the rule allows being equally likely; None if there is none."""
+        pairs = self.source.pairs
+        own, image = int(pairs.phrase[index]), int(pairs.image[index])
+        # Of another source's phrases nothing is known here.
+        first, end = 0, len(pairs.phrases)
+        if pairs.seam is not None:
+            first, end = (pairs.seam[1], end) if image >= pairs.seam[0] else (0, pairs.seam[1])
+
+        def allowed(phrase: int) -> bool:
+            if self.settings.only_visual and len(pairs.members(phrase)) < 2:
+                return False
+            return phrase != own and (
+                self.settings.negative_rule != "absent" or not pairs.may_hold(image, phrase)
+            )
+
+        # All allowed phrases are listed only where they are so few that drawing does not find one.
+        for _ in range(_TRIES):
+            phrase = int(rng.integers(first, end))
+            if allowed(phrase):
+                return phrase
+        listed = [phrase for phrase in range(first, end) if allowed(phrase)]
+        return listed[int(rng.integers(len(listed)))] if listed else None
+
+    def _support(
+        self, index: int, phrase: int, rng: np.random.Generator, *, marked: bool
+    ) -> npt.NDArray[np.uint8] | None:
+        """An image of a phrase; None if the phrase occurs once, be it in this image or, as the phrase of a
+        negative, in another: whether there is a support must not tell which samples are negatives.
+        """
+        from pipeline.training.clipseg.crops import crop_example, support_image
+
+        settings, block = self.settings, self.source.pairs.block
+        found = self.source.pairs.members(phrase)
+        if len(found) < 2:
+            return None
+        if settings.support == "other":
+            found = found[found != index]
+        near = found[block[found] == block[index]]
+        if (near != index).any():
+            found = near
+        chosen = int(found[rng.integers(len(found))])
+        image, mask, _ = crop_example(self.source.read(chosen), settings.support_size, settings, rng)
+        inside = mask == OBJECT if marked else np.zeros(mask.shape, np.bool_)
+        return support_image(image, inside, settings.visual_prompt, rng)
+
+    def _no_support(self) -> npt.NDArray[np.uint8]:
+        return _plain(self.settings.support_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"source": self.source, "settings": self.settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def encode_phrase(text: str) -> npt.NDArray[np.uint8]:
+    """A text as uint8 (256,): UTF-8, zeros behind it; what is too long is cut off between two characters."""
+    data = text.encode()[:PHRASE_BYTES].decode(errors="ignore").encode()
+    return np.frombuffer(data.ljust(PHRASE_BYTES, b"\0"), np.uint8).copy()
+
+
+def decode_phrase(row: npt.NDArray[np.uint8]) -> str:
+    """The text of ``encode_phrase``."""
+    return row.tobytes().rstrip(b"\0").decode()
+
+
+def _planes(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    return np.ascontiguousarray(image.transpose(2, 0, 1))
+
+
+def _plain(side: int) -> npt.NDArray[np.uint8]:
+    colour = np.array(MEAN_COLOUR, np.uint8)[:, None, None]
+    return np.broadcast_to(colour, (3, side, side)).copy()

@@ -1,0 +1,400 @@
+"""What runs in each training process: forward, backward, update, figures, checkpoints.
+
+All workers take every decision alike, since each rests on figures that they have added up
+(``pipeline.training.loop.meter``): one small all-reduce a step carries whether somebody was asked to stop and
+whether a loss is NaN, next to the figures that are logged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.device import DTYPES
+from models.errors import MaskMillError
+from models.student.batchnorm import synchronise_batchnorm
+from pipeline.files.storage import open_storage
+from pipeline.training.loop import rng
+from pipeline.training.loop.board import BoardLink
+from pipeline.training.loop.checkpoints import Checkpoint, CheckpointStore
+from pipeline.training.loop.ingest import batches
+from pipeline.training.loop.meter import Agreement, Meter
+from pipeline.training.loop.protocols import Samples, Task
+from pipeline.training.loop.resources import TrainingCompute
+from pipeline.training.loop.schedule import learning_rate
+from pipeline.training.loop.settings import LoopSettings
+
+NOTICE_S = 5.0
+"""Seconds between two questions whether a node is about to be taken away; Ray itself looks as often."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a worker needs to know; pickled once.
+
+    Attributes:
+        make_task: picklable factory of the task.
+        samples: what is trained on.
+        settings: how.
+        output: URI of the run.
+        fingerprint: of the settings, from ``CheckpointStore.claim``.
+        compute: what each worker may use.
+        board: where figures go.
+    """
+
+    make_task: Callable[[], Task]
+    samples: Samples
+    settings: LoopSettings
+    output: str
+    fingerprint: str
+    compute: TrainingCompute
+    board: BoardLink
+
+
+def work(job: Job) -> dict[str, Any]:
+    """Train until the last step or until asked to stop; called within Ray Train, in every worker.
+
+    Returns:
+        ``step`` (updates done), ``stopped`` (why before the last one, or empty) and the state of ``meter``.
+
+    Raises:
+        MaskMillError: ``loss_not_finite``, ``gpu_memory``, ``checkpoints_damaged``, ``output_not_shared``,
+            and those of samples and task.
+    """
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    in_process = job.compute.workers == 0
+    device = torch.device("cpu")
+    if job.compute.gpu:
+        device = (
+            torch.device("cuda", torch.cuda.current_device()) if in_process else ray.train.torch.get_device()
+        )
+    with _process_settings(job, device):
+        try:
+            return _Worker(job, context.get_world_rank(), context.get_world_size(), device).run()
+        except torch.OutOfMemoryError as error:
+            raise MaskMillError(
+                "gpu_memory",
+                f"The GPU's memory is too small: {str(error).splitlines()[0]}",
+                "Raise the accumulation (micro-batches per update), or lower the batch or crop size.",
+            ) from error
+
+
+class _Worker:
+    def __init__(self, job: Job, rank: int, world: int, device: torch.device) -> None:
+        settings = job.settings
+        self.job, self.settings = job, settings
+        self.rank, self.world, self.device = rank, world, device
+        self.store = CheckpointStore(open_storage(job.output))
+        self.meter = Meter(settings.batch_size)
+        self.agreement = Agreement(world, device)
+        self.lines: list[dict[str, Any]] = []
+        self.step = 0
+        self.stop = self.ask = False
+
+        # The same weights everywhere, then other random numbers in each worker.
+        rng.seed_all(settings.seed)
+        self.task = job.make_task()
+        module = self.task.build(device)
+        if device.type == "cuda":
+            module = module.to(memory_format=torch.channels_last)
+        if settings.sync_batchnorm and world > 1:
+            module = synchronise_batchnorm(module)
+        self.bare = module
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.optimizer = _optimizer(self.parameters, settings)
+        self.scaler = torch.amp.GradScaler(device.type) if settings.precision == "fp16" else None
+        self.module: nn.Module = module
+        rng.seed_all(settings.seed, rank + 1)
+        self._resume()
+        if world > 1:
+            self.module = DistributedDataParallel(
+                module,
+                device_ids=[device] if device.type == "cuda" else None,
+                # Synchronised statistics are equal anyway; others are to be those of rank 0.
+                forward_sync_buffers=not settings.sync_batchnorm,
+                gradient_as_bucket_view=True,
+            )
+        self.milestones = frozenset(self.task.milestones())
+
+    def run(self) -> dict[str, Any]:
+        stopped = ""
+        if self.step < self.settings.iterations:
+            with _StopWatch(self.job.board, active=self.rank == 0) as watch:
+                self._train(watch)
+                stopped = watch.reason
+        if self.rank == 0:
+            # An answer means that the figures sent before have arrived; this process may end any moment.
+            with contextlib.suppress(Exception):
+                self.job.board.ask("stop_reason")
+        return {
+            "step": self.step,
+            "stopped": stopped if self.step < self.settings.iterations else "",
+            "meter": self.meter.state_dict(),
+        }
+
+    def _train(self, watch: _StopWatch) -> None:
+        settings = self.settings
+        data = batches(
+            self.job.samples,
+            seed=settings.seed,
+            start_step=self.step,
+            stop_step=settings.iterations,
+            batch_size=settings.batch_size,
+            rank=self.rank,
+            world_size=self.world,
+            loaders=self.job.compute.loaders,
+        )
+        if self.device.type == "cuda":
+            data = _pinned(data)
+        first, noticed, asked_at = self.step, False, time.monotonic()
+        with contextlib.closing(data):
+            while True:
+                began = time.perf_counter()
+                batch = next(data, None)
+                if batch is None:
+                    break
+                wait_s = time.perf_counter() - began
+                self.step += 1
+                rate = learning_rate(self.step, settings)
+                finite, means = self._update(batch, rate)
+                self.task.after_step(self.step)
+
+                ask = self.rank == 0 and time.monotonic() - asked_at > NOTICE_S
+                warm = self.step > first + 1
+                self.agreement.submit(
+                    self.step,
+                    stop=watch.asked,
+                    ask=ask and not noticed,
+                    failed=int(batch["failed"].sum()),
+                    wait_s=wait_s if warm else 0.0,
+                    finite=finite,
+                    means=means,
+                )
+                last = self.step == settings.iterations
+                log = last or self.step % settings.log_every == 0
+                due = last or self.step % settings.checkpoint_every == 0 or self.step in self.milestones
+                self._settle(all_of_them=log or due)
+                if warm:
+                    self.meter.time(time.perf_counter() - began)
+                if log:
+                    line = self.meter.line(self.step, rate)
+                    if self.rank == 0:
+                        self.lines.append(line)
+                        self.job.board.tell("add", line)
+                notice = False
+                if self.ask:
+                    self.ask, asked_at = False, time.monotonic()
+                    notice = _notice() and not noticed
+                    noticed |= notice
+                if due or self.stop or notice:
+                    self._settle(all_of_them=True)
+                    self._checkpoint()
+                if self.stop:
+                    break
+
+    def _update(self, batch: Mapping[str, Tensor], rate: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """One optimiser update; whether loss and gradient are finite, and this worker's figures."""
+        settings = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        share = settings.batch_size // self.world // settings.accumulation
+        sums: dict[str, Tensor] = {}
+        for part in range(settings.accumulation):
+            micro = {
+                name: column[part * share : (part + 1) * share].to(self.device, non_blocking=True)
+                for name, column in batch.items()
+            }
+            final = part == settings.accumulation - 1
+            hold = isinstance(self.module, DistributedDataParallel) and not final
+            with self.module.no_sync() if hold else contextlib.nullcontext():  # type: ignore[operator]
+                with torch.autocast(
+                    self.device.type, DTYPES[settings.precision], enabled=settings.precision != "fp32"
+                ):
+                    loss, figures = self.task.loss(self.module, micro, self.step)
+                scaled = loss / settings.accumulation
+                (self.scaler.scale(scaled) if self.scaler else scaled).backward()
+            for name, value in ({"loss": loss} | figures).items():
+                value = value.detach().to(self.device, torch.float64)
+                sums[name] = sums[name] + value if name in sums else value
+        means = {name: value / settings.accumulation for name, value in sums.items()}
+        finite = torch.isfinite(means["loss"])
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        if settings.clip_norm:
+            norm = nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.scaler:
+            # Overflows are part of scaling: the scaler leaves such updates out.
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            finite = finite & torch.isfinite(norm)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return finite.reshape(()), means | {"gradient_norm": norm}
+
+    def _settle(self, *, all_of_them: bool) -> None:
+        for figures in self.agreement.results(all_of_them=all_of_them):
+            if figures.not_finite:
+                raise MaskMillError(
+                    "loss_not_finite",
+                    f"Loss ({figures.means['loss']:g}) or gradient (norm {figures.means['gradient_norm']:g}) "
+                    f"of step {figures.step} is not a finite number.",
+                    "Lower the learning rate, clip the gradient (clip_norm), use a warm-up, or train in fp32 "
+                    "or bf16. The last checkpoint is from before.",
+                )
+            self.meter.add(figures)
+            self.stop |= figures.stop
+            self.ask |= figures.ask
+
+    def _checkpoint(self) -> None:
+        task = self.task.state_dict()
+        states: list[Any] = [None] * self.world
+        if self.world > 1:
+            dist.all_gather_object(states, rng.capture())
+        else:
+            states = [rng.capture()]
+        if self.rank:
+            return
+        self.store.write(
+            self.step,
+            module=self.bare.state_dict(),
+            training={
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict() if self.scaler else None,
+                "task": task,
+                "meter": self.meter.state_dict(),
+                "rng": states,
+            },
+            lines=self.lines,
+            fingerprint=self.job.fingerprint,
+            milestone=self.step in self.milestones,
+        )
+        self.store.prune(self.step, self.settings.keep)
+
+    def _resume(self) -> None:
+        from ray.train.collective import broadcast_from_rank_zero
+
+        if not self.store.sees(self.job.fingerprint):
+            raise MaskMillError(
+                "output_not_shared",
+                f"Worker {self.rank} does not see {self.job.output}: that folder is not shared by all nodes.",
+                "On a cluster name an output that every node reaches: s3://bucket/prefix or a shared mount.",
+            )
+        found: Checkpoint | None = None
+        if self.rank == 0:
+            found = self.store.newest(self.job.fingerprint, lambda text: self.job.board.tell("note", text))
+        step = found.step if found else 0
+        if self.world > 1:
+            step = broadcast_from_rank_zero(step)
+        if self.rank and step:
+            found = self.store.read(step, self.job.fingerprint)
+        if found:
+            self._take_up(found)
+        if self.rank == 0:
+            self.job.board.tell("begin", self.step, self.lines)
+
+    def _take_up(self, found: Checkpoint) -> None:
+        self.step, self.lines = found.step, found.lines
+        self.bare.load_state_dict(found.module)
+        self.optimizer.load_state_dict(found.training["optimizer"])
+        if self.scaler:
+            self.scaler.load_state_dict(found.training["scaler"])
+        self.task.load_state_dict(found.training["task"])
+        self.meter.load_state_dict(found.training["meter"])
+        states = found.training["rng"]
+        if len(states) == self.world:
+            rng.restore(states[self.rank])
+        else:
+            rng.seed_all(self.settings.seed, self.rank + 1, self.step)
+
+
+def _pinned(data: Generator[dict[str, Tensor], None, None]) -> Generator[dict[str, Tensor], None, None]:
+    """Batches in memory from which a GPU copies while it computes; one is prepared ahead."""
+
+    def prepare() -> dict[str, Tensor] | None:
+        batch = next(data, None)
+        return batch and {name: column.pin_memory() for name, column in batch.items()}
+
+    with contextlib.closing(data), ThreadPoolExecutor(1, "pinning") as pool:
+        upcoming = pool.submit(prepare)
+        while batch := upcoming.result():
+            upcoming = pool.submit(prepare)
+            yield batch
+
+
+class _StopWatch:
+    """Whether the driver wants the workers to stop; asked in the background, so that no step waits for it."""
+
+    def __init__(self, board: BoardLink, *, active: bool) -> None:
+        self.reason = ""
+        self._board = board
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stop", daemon=True) if active else None
+
+    @property
+    def asked(self) -> bool:
+        return bool(self.reason)
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.25):
+            # A board that is gone went with the driver; Ray then ends this process.
+            with contextlib.suppress(Exception):
+                self.reason = self._board.ask("stop_reason")
+
+    def __enter__(self) -> _StopWatch:
+        if self._thread:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread:
+            self._thread.join()
+
+
+def _notice() -> bool:
+    """Whether a node of ours is about to be taken away. A barrier: all workers ask, or none."""
+    import ray.train
+
+    return ray.train.get_preemption_info() is not None
+
+
+def _optimizer(parameters: list[nn.Parameter], settings: LoopSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        parameters,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+
+
+@contextlib.contextmanager
+def _process_settings(job: Job, device: torch.device) -> Iterator[None]:
+    """Threads, cuDNN and random numbers as training wants them; the driver's process gets its own back."""
+    threads, benchmark, state = torch.get_num_threads(), torch.backends.cudnn.benchmark, rng.capture()
+    if job.compute.threads:
+        torch.set_num_threads(job.compute.threads)
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    try:
+        yield
+    finally:
+        rng.restore(state)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.set_num_threads(threads)

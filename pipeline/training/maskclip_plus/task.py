@@ -1,0 +1,594 @@
+"""MaskCLIP+ (arXiv 2112.01071 §3.4): a student learns from CLIP's guesses, then from its own.
+
+Shapes: B batch, C classes, G guessable classes, S T pixels of a crop, h w grid.
+
+Two phases, both under one rule. Pixels marked ``GUESS``, and no others, get the best of the *guessable*
+classes; truth that is known stays; what gets no guess is ignored. In the guided phase the guesses are the
+teacher's: MaskCLIP's labels of the table, or of the frozen CLIP on the very crop. In the self-training phase
+they are the student's own.
+
+Which phase a step is in depends on its number alone, so a resumed run goes on where it was. (The reference
+counts forward passes from the start of the process, and a resumed run of it repeats the guided phase.) Its
+ablation by distillation is not offered: as published it sends no gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.clip.text import TextClassifier
+from models.errors import MaskMillError
+from pipeline.training.loop.protocols import GUESS, IGNORED
+from pipeline.training.maskclip_plus.drift import DriftAlarm
+from pipeline.training.maskclip_plus.thresholds import ThresholdRule, class_thresholds, confidence_counts
+
+if TYPE_CHECKING:
+    from models.maskclip import MaskClip
+
+Phase = Literal["truth", "guided", "self"]
+Teacher = Literal["table", "online"]
+LossOver = Literal["all", "valid"]
+
+NEVER = (-1, -1)
+_PHASE_NUMBERS: dict[Phase, float] = {"truth": 0.0, "guided": 1.0, "self": 2.0}
+_RAREST = 0.01  # of an even share: classes with less weigh as much as one with this
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfTrainSettings:
+    """What is learned from, when. The defaults are the reference's annotation-free form.
+
+    A span of steps is (first, last), counted from 1, both included; last = -1 is the end of training and
+    (-1, -1) is never.
+
+    Attributes:
+        guided: the steps that learn from the teacher; they begin with step 1.
+        self_train: the steps that learn from the student's own guesses; they follow at once. After both, and
+            without them, only truth is learned from.
+        teacher: ``table`` takes the batch's ``teacher`` and ``confidence``; ``online`` runs the frozen CLIP
+            on the augmented crop, as the reference does.
+        guessable: ids of the classes that may be guessed, and whose truth must never be seen: the unseen ones
+            of a zero-shot split. None is all.
+        guided_threshold: teacher's guesses that are less sure are ignored, 0 to 1; 0 is off.
+        self_threshold: the same for the student's guesses.
+        threshold_rule: how ``self_threshold`` (not 0) becomes one threshold per class, see
+            ``pipeline.training.maskclip_plus.thresholds``.
+        threshold_keep: of the rule ``quantile``: the share of each class's guesses that is kept at least.
+        threshold_overwrites_seen: unsure pixels are ignored even where the truth is known, which is what the
+            reference's code does.
+        confidence_weight: guessed pixels weigh in the loss by the confidence of their guess.
+        guided_class_power: a class weighs in the loss by its frequency to the power of minus this, scaled to
+            a mean of 1 over the pixels; 0 is off. Frequencies are those of the teacher's labels: with a
+            teacher that hardly ever names a class whose truth is known, leave it off. Holds for the guided
+            phase, for truth alone, and for ``anchor``.
+        self_class_power: the same for the self-training phase. There it feeds back, rare classes growing at
+            the expense of others: on the toy world 0.8 ends in collapse.
+        anchor: adds so many times the guided phase's loss to that of self-training, which holds the student
+            by its teacher; 0 is off.
+        ema_decay: the student's guesses come from the running average of its weights, in evaluation mode,
+            with this decay per step; 0 takes them from the training pass itself, as the reference does.
+        freeze_batchnorm: in self-training, batch norms use and keep the statistics of the guided phase.
+        loss_over: the loss is the mean over ``all`` pixels, the ignored ones included, as in the reference,
+            or over the ``valid`` ones of all workers' batches.
+        drift_bound: self-training stops when the shares of the classes among the student's predictions have
+            changed by more than this since the end of the guided phase, 0 to 1, each class counting alike
+            (``pipeline.training.maskclip_plus.drift.relative_change``); 1 never stops.
+        drift_patience: for how many steps in a row it must be.
+        statistics_decay: per step, of the running averages behind thresholds and drift. They reach back some
+            1 / (1 - decay) steps, which should hold every class often enough for its share to be steady.
+    """
+
+    guided: tuple[int, int] = (1, -1)
+    self_train: tuple[int, int] = NEVER
+    teacher: Teacher = "table"
+    guessable: tuple[int, ...] | None = None
+    guided_threshold: float = 0.0
+    self_threshold: float = 0.0
+    threshold_rule: ThresholdRule = "fixed"
+    threshold_keep: float = 0.5
+    threshold_overwrites_seen: bool = False
+    confidence_weight: bool = False
+    guided_class_power: float = 0.0
+    self_class_power: float = 0.0
+    anchor: float = 0.0
+    ema_decay: float = 0.0
+    freeze_batchnorm: bool = False
+    loss_over: LossOver = "all"
+    drift_bound: float = 0.25
+    drift_patience: int = 20
+    statistics_decay: float = 0.98
+
+    def __post_init__(self) -> None:
+        for name in ("guided", "self_train", "guessable"):  # recipe files have lists
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
+        for name, values in (
+            ("teacher", get_args(Teacher)),
+            ("threshold_rule", get_args(ThresholdRule)),
+            ("loss_over", get_args(LossOver)),
+        ):
+            if getattr(self, name) not in values:
+                raise self._wrong(name, f"Use one of {', '.join(values)}.")
+        for name in ("guided_threshold", "self_threshold", "guided_class_power", "self_class_power"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise self._wrong(name, "Use 0 (off) to 1.")
+        for name in ("ema_decay", "statistics_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise self._wrong(name, "Use a number from 0 to below 1, such as 0.99.")
+        for name in ("threshold_keep", "drift_bound"):
+            if not 0 < getattr(self, name) <= 1:
+                raise self._wrong(name, "Use a number above 0, up to 1.")
+        if self.threshold_rule != "fixed" and self.self_threshold == 0:
+            raise self._wrong(
+                "threshold_rule", "It adapts self_threshold, which is 0 (off): set that as well."
+            )
+        if not self.anchor >= 0:
+            raise self._wrong("anchor", "Use 0 (off) or a positive number.")
+        if self.drift_patience < 1:
+            raise self._wrong("drift_patience", "Use 1 or more steps.")
+        self._check_spans()
+        guessable = self.guessable
+        if guessable is not None and (len(set(guessable)) < len(guessable) or min(guessable, default=0) < 0):
+            raise self._wrong("guessable", "Give class ids, each once.")
+        if guessable == () and self.guided != NEVER:
+            raise self._wrong("guessable", "Name classes to guess, or set guided and self_train to (-1, -1).")
+
+    def _check_spans(self) -> None:
+        for name in ("guided", "self_train"):
+            first, last = getattr(self, name)
+            if (first, last) != NEVER and (first < 1 or (last != -1 and last < first)):
+                raise self._wrong(
+                    name,
+                    "Use (first, last), (first, -1) to the end, or (-1, -1) for never; steps count from 1.",
+                )
+        if self.guided == NEVER:
+            if self.self_train != NEVER:
+                raise self._wrong(
+                    "self_train",
+                    "A student that never had a teacher would teach itself noise: begin with a guided phase.",
+                )
+            return
+        if self.guided[0] != 1:
+            raise self._wrong("guided", "Nothing would be guessed before it: let it begin with step 1.")
+        if self.self_train == NEVER:
+            return
+        if self.guided[1] == -1:
+            raise self._wrong("self_train", "The guided phase never ends: give it a last step.")
+        if self.self_train[0] != self.guided[1] + 1:
+            kind = "overlaps" if self.self_train[0] <= self.guided[1] else "leaves a gap after"
+            raise self._wrong(
+                "self_train",
+                f"It {kind} the guided phase {self.guided}: let it begin with step {self.guided[1] + 1}.",
+            )
+
+    def phase(self, step: int) -> Phase:
+        """The phase of a step, counted from 1."""
+        names: tuple[tuple[Phase, tuple[int, int]], ...] = (
+            ("guided", self.guided),
+            ("self", self.self_train),
+        )
+        for name, (first, last) in names:
+            if first != -1 and first <= step and (step <= last or last == -1):
+                return name
+        return "truth"
+
+    def guessable_ids(self, num_classes: int) -> tuple[int, ...]:
+        """The guessable classes of C, ascending.
+
+        Raises:
+            MaskMillError: ``setting_invalid`` for an id that is no class.
+        """
+        if self.guessable is None:
+            return tuple(range(num_classes))
+        if max(self.guessable, default=0) >= num_classes:
+            raise self._wrong("guessable", f"The classes are 0 to {num_classes - 1}.")
+        return tuple(sorted(self.guessable))
+
+    def _wrong(self, name: str, remedy: str) -> MaskMillError:
+        return MaskMillError("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
+
+
+class Guesses(NamedTuple):
+    """One guess for every pixel, used or not.
+
+    Attributes:
+        classes: int64 (B, S, T), a class id, or negative where there is none.
+        confidence: float32 (B, S, T) in [0, 1].
+    """
+
+    classes: Tensor
+    confidence: Tensor
+
+
+def guessable_classifier(text: TextClassifier, classes: Sequence[int]) -> TextClassifier:
+    """The part of a classifier that an online teacher guesses with; key smoothing and prompt denoising then
+    see these classes only, as in the reference.
+
+    Args:
+        text: of all classes with a name; with a learned background its class 0 is the student's class 1.
+        classes: ids *in this classifier*, ascending.
+
+    Returns:
+        A classifier of ``len(classes)`` classes in that order.
+    """
+    rows = [(text.class_ids == class_id).nonzero().flatten() for class_id in classes]
+    new_ids = [torch.full_like(found, new) for new, found in enumerate(rows)]
+    return TextClassifier(text.embeddings[torch.cat(rows)], torch.cat(new_ids), len(rows))
+
+
+def training_labels(
+    labels: Tensor, guesses: Guesses, limits: Tensor, *, overwrite_below: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The rule of both phases: which label every pixel is trained on.
+
+    Args:
+        labels: int (B, S, T): class ids, ``GUESS`` or ``IGNORED``.
+        guesses: of the same size.
+        limits: float32 (C,): the confidence that a guess of each class must reach; infinite for classes that
+            must not be guessed.
+        overwrite_below: where the confidence is lower, even a known truth is ignored; 0 is off.
+
+    Returns:
+        Labels int64 (B, S, T), class ids or ``IGNORED``; and bool (B, S, T), the pixels that were guessed.
+    """
+    classes = guesses.classes.clamp_min(0)
+    guessed = (labels == GUESS) & (guesses.classes >= 0) & (guesses.confidence >= limits[classes])
+    targets = torch.where(guessed, classes, labels.long())
+    targets = torch.where(targets == GUESS, IGNORED, targets)
+    if overwrite_below > 0:
+        targets = torch.where(guesses.confidence < overwrite_below, IGNORED, targets)
+    return targets, guessed
+
+
+class MaskClipPlus:
+    """The task that the training loop runs; see ``pipeline.training.loop.protocols.Task``.
+
+    Batches have the columns ``image`` uint8 (B, 3, S, T); ``labels`` (B, S, T), a class id (known truth),
+    ``GUESS`` or ``IGNORED``; and for a teacher in the table ``teacher`` (B, S, T), a class id or ``IGNORED``,
+    and ``confidence`` uint8 (B, S, T).
+
+    Workers with a batch norm of their own would each have a running average of their own: synchronise it.
+
+    Args:
+        names: of the C classes, for messages.
+        settings: see there.
+        make_student: builds the student, such as ``models.student.deeplab.DeepLab``: uint8 images (B, 3, S,
+        T) to
+            logits (B, C, S, T) in fp32 or fp64.
+        make_teacher: builds the online teacher on a device. Its classes are the guessable ones, in ascending
+            order (``guessable_classifier``).
+        class_frequencies: C shares of the pixels, such as the teacher's labels of the whole table have; they
+            need not add up to 1. Needed for class weights.
+
+    Raises:
+        MaskMillError: ``setting_invalid`` for settings that do not fit the classes or lack their partner.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        settings: SelfTrainSettings,
+        make_student: Callable[[], nn.Module],
+        *,
+        make_teacher: Callable[[torch.device], MaskClip] | None = None,
+        class_frequencies: Sequence[float] | None = None,
+    ) -> None:
+        self.settings = settings
+        self._names = tuple(names)
+        self._guessable_ids = settings.guessable_ids(len(self._names))
+        self._make_student = make_student
+        self._make_teacher = make_teacher
+        if settings.teacher == "online" and settings.guided != NEVER and make_teacher is None:
+            raise MaskMillError(
+                "setting_invalid",
+                "teacher is 'online', but there is no CLIP to run.",
+                "Name its weights, or take the guesses from a label table: teacher=table.",
+            )
+        powers = settings.guided_class_power, settings.self_class_power
+        if any(powers) and class_frequencies is None:
+            raise MaskMillError(
+                "setting_invalid",
+                "Class weights need the frequencies of the classes, and there are none.",
+                "Set guided_class_power and self_class_power to 0.",
+            )
+        if class_frequencies is not None and len(class_frequencies) != len(self._names):
+            raise MaskMillError(
+                "setting_invalid",
+                f"There are {len(class_frequencies)} class frequencies for {len(self._names)} classes.",
+                "Count them with the ontology that is trained with.",
+            )
+        self._frequencies = class_frequencies
+        self._alarm = DriftAlarm(names, bound=settings.drift_bound, patience=settings.drift_patience)
+        self.averaged: nn.Module | None = None
+        """The running average of the student, in evaluation mode; None without ``ema_decay``."""
+
+    def build(self, device: torch.device) -> nn.Module:
+        """See ``Task.build``."""
+        settings, count = self.settings, len(self._names)
+        self._student = self._make_student().to(device)
+        if settings.ema_decay > 0:
+            self.averaged = copy.deepcopy(self._student).eval().requires_grad_(False)
+        self._teacher: MaskClip | None = None
+        if settings.teacher == "online" and self._make_teacher is not None and settings.guided != NEVER:
+            self._teacher = self._make_teacher(device)
+            assert self._teacher.text.num_classes == len(self._guessable_ids), "guessable classes only"
+        self._guessable = torch.tensor(self._guessable_ids, dtype=torch.int64, device=device)
+        self._may_guess = torch.zeros(count, dtype=torch.bool, device=device)
+        self._may_guess[self._guessable] = True
+        self._weights: dict[Phase, Tensor | None] = {
+            "truth": self._class_weights(settings.guided_class_power, device),
+            "guided": self._class_weights(settings.guided_class_power, device),
+            "self": self._class_weights(settings.self_class_power, device),
+        }
+        counts = confidence_counts(*2 * (torch.zeros(0, dtype=torch.int64, device=device),), count)
+        # Of this step and worker; and of all steps and workers.
+        self._predicted, self._guessed = counts.clone(), counts.clone()
+        self._running_predicted, self._running_guessed = counts.sum(1).double(), counts.double()
+        return self._student
+
+    def loss(
+        self, module: nn.Module, batch: Mapping[str, Tensor], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See ``Task.loss``.
+
+        Raises:
+            MaskMillError: ``truth_leaked`` if the batch knows the truth of a class that is to be guessed,
+                ``label_unknown`` for labels that are no class.
+        """
+        settings, phase = self.settings, self.settings.phase(step)
+        images, labels = batch["image"], batch["labels"]
+        self._check_truth(labels)
+        if settings.freeze_batchnorm and phase == "self":
+            _freeze_batchnorm(module)
+        logits = module(images)
+
+        own = self._best_guess(logits.detach()) if phase != "truth" else None
+        taught = (
+            self._teacher_guesses(batch)
+            if phase == "guided" or (phase == "self" and settings.anchor)
+            else None
+        )
+        if phase == "self" and self.averaged is not None:
+            with torch.no_grad():
+                guesses: Guesses | None = self._best_guess(self.averaged(images))
+        else:
+            guesses = taught if phase == "guided" else own
+
+        if own is not None and guesses is not None:
+            counts = self._count(own, labels)
+            self._predicted += counts
+            # Thresholds are those of who guesses in self-training; until then the student stands in for it.
+            self._guessed += counts if phase == "guided" or guesses is own else self._count(guesses, labels)
+        value, targets, guessed = self._cross_entropy(logits, labels, guesses, phase)
+        if phase == "self" and taught is not None:
+            value = value + settings.anchor * self._cross_entropy(logits, labels, taught, "guided")[0]
+        return value, self._figures(value, targets, guessed, guesses, own, phase)
+
+    def after_step(self, step: int) -> None:
+        """See ``Task.after_step``.
+
+        Raises:
+            MaskMillError: ``self_training_collapsed``, in all workers at once.
+        """
+        settings, phase = self.settings, self.settings.phase(step)
+        if self.averaged is not None:
+            self._average(step)
+        if phase == "truth":
+            return
+        step_counts = torch.stack([self._predicted, self._guessed])
+        self._predicted.zero_()
+        self._guessed.zero_()
+        predicted, guessed = _summed(step_counts)
+        for running, new in (
+            (self._running_predicted, predicted.sum(1)),
+            (self._running_guessed, guessed),
+        ):
+            running.mul_(settings.statistics_decay).add_(new, alpha=1 - settings.statistics_decay)
+        if step == settings.guided[1]:
+            self._alarm.set_reference(step, self._running_predicted)
+        elif phase == "self":
+            self._alarm.check(step, self._running_predicted)
+
+    def milestones(self) -> Sequence[int]:
+        """See ``Task.milestones``: the last steps of phases that end."""
+        return [last for _, last in (self.settings.guided, self.settings.self_train) if last != -1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``Task.state_dict``."""
+        state: dict[str, Any] = {
+            "predicted": self._running_predicted,
+            "guessed": self._running_guessed,
+            "alarm": self._alarm.state_dict(),
+        }
+        if self.averaged is not None:
+            state["averaged"] = self.averaged.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See ``Task.load_state_dict``.
+
+        Raises:
+            MaskMillError: ``checkpoint_does_not_fit`` if it was written with other classes, or without the
+                running average that the settings want.
+        """
+        fits = state["guessed"].shape == self._running_guessed.shape
+        if not fits or (self.averaged is not None and "averaged" not in state):
+            raise MaskMillError(
+                "checkpoint_does_not_fit",
+                "The checkpoint was written with other classes or without a running average (ema_decay).",
+                "Go on with the settings that the run was started with, or begin a new run.",
+            )
+        self._running_predicted.copy_(state["predicted"])
+        self._running_guessed.copy_(state["guessed"])
+        self._alarm.load_state_dict(state["alarm"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
+
+    # --- guesses ----------------------------------------------------------------------------------------
+
+    def _best_guess(self, logits: Tensor) -> Guesses:
+        """The best guessable class of logits (B, C, S, T), with its probability among these classes."""
+        if len(self._guessable_ids) < len(self._names):
+            logits = logits[:, self._guessable]
+        best, index = logits.max(1)
+        return Guesses(self._guessable[index], (best - logits.logsumexp(1)).exp().float())
+
+    def _teacher_guesses(self, batch: Mapping[str, Tensor]) -> Guesses:
+        if self._teacher is None:
+            return Guesses(batch["teacher"].long(), batch["confidence"].float() / 255)
+        images = batch["image"]
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            scores = self._teacher.grid_scores(images)
+            scores = F.interpolate(scores, images.shape[-2:], mode="bilinear", align_corners=False)
+            best, index = scores.max(1)
+            temperature = self._teacher.confidence_temperature
+            if temperature is None:  # key smoothing: a share, as in models.labelmap
+                confidence = best.clamp_min(0) / scores.clamp_min(0).sum(1).clamp_min(1e-30)
+            else:
+                confidence = (temperature * best - (temperature * scores).logsumexp(1)).exp()
+            return Guesses(self._guessable[index], confidence.float())
+
+    def _count(self, guesses: Guesses, labels: Tensor) -> Tensor:
+        pixels = labels == GUESS
+        return confidence_counts(guesses.classes[pixels], guesses.confidence[pixels], len(self._names))
+
+    def _limits(self, phase: Phase) -> Tensor:
+        """(C,) what a guess must reach; infinite for classes that are not guessed."""
+        settings = self.settings
+        if phase == "self":
+            limits = class_thresholds(
+                self._running_guessed,
+                settings.self_threshold,
+                rule=settings.threshold_rule,
+                keep=settings.threshold_keep,
+            )
+        else:
+            limits = class_thresholds(self._running_guessed, settings.guided_threshold, rule="fixed")
+        return torch.where(self._may_guess, limits, torch.inf)
+
+    # --- loss -------------------------------------------------------------------------------------------
+
+    def _check_truth(self, labels: Tensor) -> None:
+        counts = torch.bincount(labels[labels >= 0], minlength=len(self._names))
+        if len(counts) > len(self._names):
+            raise MaskMillError(
+                "label_unknown",
+                f"A label is {len(counts) - 1}; the classes are 0 to {len(self._names) - 1}.",
+                "Give the ignore index of the labels, or train with the ontology they were made with.",
+            )
+        leaked = (counts * self._may_guess).nonzero().flatten().tolist()
+        if leaked:
+            found = ", ".join(f"{self._names[c]} ({int(counts[c])} pixels)" for c in leaked)
+            raise MaskMillError(
+                "truth_leaked",
+                f"A batch holds the truth of classes that are to be guessed: {found}.",
+                "Hide these classes' truth from the training samples, or take them out of guessable.",
+            )
+
+    def _cross_entropy(
+        self, logits: Tensor, labels: Tensor, guesses: Guesses | None, phase: Phase
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, the labels it was computed on, and which of them were guessed."""
+        settings = self.settings
+        if guesses is None:
+            guessed = torch.zeros_like(labels, dtype=torch.bool)
+            targets = torch.where(labels == GUESS, IGNORED, labels.long())
+        else:
+            base = settings.self_threshold if phase == "self" else settings.guided_threshold
+            targets, guessed = training_labels(
+                labels,
+                guesses,
+                self._limits(phase),
+                overwrite_below=base if settings.threshold_overwrites_seen else 0.0,
+            )
+        weights = self._weights[phase]
+        losses = F.cross_entropy(
+            logits,
+            targets,
+            weight=None if weights is None else weights.to(logits.dtype),
+            ignore_index=IGNORED,
+            reduction="none",
+        )
+        if settings.confidence_weight and guesses is not None:
+            losses = torch.where(guessed, losses * guesses.confidence, losses)
+        if settings.loss_over == "all":
+            return losses.mean(), targets, guessed
+        # The loop takes the mean over workers, so each divides by the mean count of valid pixels.
+        valid = _summed((targets != IGNORED).sum().double()) / _workers()
+        return losses.sum() / valid.clamp_min(1).to(losses.dtype), targets, guessed
+
+    def _class_weights(self, power: float, device: torch.device) -> Tensor | None:
+        """(C,) frequency ** -power, scaled to a mean of 1 over the pixels; None if all are 1."""
+        if power == 0:
+            return None
+        shares = torch.tensor(self._frequencies, dtype=torch.float64)
+        shares = (shares / shares.sum()).clamp_min(_RAREST / len(shares))
+        weights = shares.pow(-power)
+        return (weights * shares.sum() / (weights * shares).sum()).to(device, torch.float32)
+
+    def _figures(
+        self,
+        value: Tensor,
+        targets: Tensor,
+        guessed: Tensor,
+        guesses: Guesses | None,
+        own: Guesses | None,
+        phase: Phase,
+    ) -> dict[str, Tensor]:
+        nothing = torch.zeros((), device=targets.device)
+        count = guessed.sum().clamp_min(1)
+        confidence = agreement = nothing
+        if guesses is not None and own is not None:
+            confidence = (guesses.confidence * guessed).sum() / count
+            agreement = ((own.classes == guesses.classes) & guessed).sum() / count
+        return {
+            "loss": value.detach(),
+            "phase": nothing + _PHASE_NUMBERS[phase],
+            "guessed": guessed.float().mean(),
+            "ignored": (targets == IGNORED).float().mean(),
+            "guess_confidence": confidence,
+            "agreement": agreement,
+            "drift": nothing + self._alarm.drift,
+        }
+
+    # --- running average --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        """Follow the student: its parameters and the statistics of its batch norms.
+
+        Early on the decay is lower, or the random weights of the beginning would stay for long.
+        """
+        assert self.averaged is not None
+        weight = 1 - min(self.settings.ema_decay, (1 + step) / (10 + step))
+        student = self._student.state_dict()
+        for name, value in self.averaged.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(student[name].to(value.dtype), weight)
+            else:
+                value.copy_(student[name])
+
+
+def _freeze_batchnorm(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.eval()
+
+
+def _workers() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _summed(values: Tensor) -> Tensor:
+    """The sum over all workers, in each of them; the argument may be used up."""
+    if _workers() > 1:
+        dist.all_reduce(values)
+    return values

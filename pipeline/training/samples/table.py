@@ -1,0 +1,590 @@
+"""Training samples from a label table: images, the teacher's labels, and truth where a method may know it.
+
+An index of the table (no pixels) is made once and travels to every loader; images, masks and confidences are
+read sample by sample. A table is a set of Parquet files, its *parts*, of which only whole columns can be
+read, so the order of an epoch is shuffled in windows: the parts are shuffled, and rows are shuffled within as
+many of them as a loader can hold (``WINDOW_BYTES``). A loader thus reads a part once per epoch, not once per
+row.
+
+Shapes: C classes of the training ontology, N images, S T sides of a crop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from models.errors import MaskMillError
+from pipeline.datasets import base
+from pipeline.evaluation import tables as evaluation
+from pipeline.files import images
+from pipeline.files.storage import Storage, open_storage
+from pipeline.ontology.ontology import Ontology
+from pipeline.table.labels import DATASET_FILE, OK, decode_confidence, decode_mask, table_files
+from pipeline.training.loop.protocols import GUESS, IGNORED, Sample
+from pipeline.training.samples.augment import MEAN_COLOUR, AugmentSettings, augment
+
+WINDOW_BYTES = 96 << 20
+"""Masks and confidences, as stored, among which rows are shuffled. A loader keeps twice as much."""
+
+_MANIFESTS = "manifest"
+_READERS = 16
+
+_Ids = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class TableSamples:
+    """Samples over a label table; see ``open_table_samples`` and
+    ``pipeline.training.loop.protocols.Samples``.
+
+    Columns of a sample: ``image`` uint8 (3, S, T) RGB; ``labels`` int32 (S, T): a class id that is known,
+    ``GUESS`` or ``IGNORED``; ``teacher`` int32 (S, T): the table's class where it may be guessed, else
+    ``IGNORED``; ``confidence`` uint8 (S, T): the table's; ``id`` int64 (): of the table's row.
+
+    Attributes:
+        augment: how crops are made.
+        num_classes: C.
+        hidden: bool (C,): classes whose truth must not be seen.
+        left_out: rows of the table that are no samples, by reason.
+    """
+
+    augment: AugmentSettings
+    num_classes: int
+    hidden: npt.NDArray[np.bool_]
+    left_out: dict[str, int]
+    _storage: Storage
+    _parts: tuple[str, ...]
+    _part_bytes: npt.NDArray[np.int64]
+    _part: npt.NDArray[np.int32]  # (N,), ascending
+    _row: npt.NDArray[np.int32]  # (N,), within the part
+    _ranges: npt.NDArray[np.int64] | None  # (N, 2): offset and length within the URI, -1 for all of it
+    _repeats: npt.NDArray[np.float32] | None  # (N,)
+    _pixels: npt.NDArray[np.int64]  # (C,): the teacher's
+    _teacher: _Ids  # by id of the table
+    _true: _Ids | None  # by id of the truth
+    _dataset: base.Dataset | None
+    _samples: tuple[base.Sample, ...]  # N where there is truth
+    _max_pixels: int
+    _window_bytes: int = field(default=WINDOW_BYTES)
+
+    @property
+    def num_images(self) -> int:
+        """N, the number of different samples."""
+        return len(self._part)
+
+    def class_frequencies(self) -> npt.NDArray[np.float64]:
+        """Share of each class in the labels that the teacher gave: (C,), its sum 1, or 0 without any."""
+        return np.asarray(self._pixels / max(int(self._pixels.sum()), 1), dtype=np.float64)
+
+    def order(self, epoch: int, seed: int) -> npt.NDArray[np.int64]:
+        """Indices of one epoch; see ``Samples.order``.
+
+        Where classes are balanced, an image with repeat factor r comes r times on average: the whole part of
+        r in each epoch, and once more with the probability of the rest.
+        """
+        rng = np.random.default_rng((seed, epoch))
+        if self._repeats is None:
+            counts = np.ones(self.num_images, np.int64)
+        else:
+            counts = np.floor(self._repeats + rng.random(self.num_images)).astype(np.int64)
+        starts = np.searchsorted(self._part, np.arange(len(self._parts) + 1))
+        order: list[npt.NDArray[np.int64]] = []
+        window: list[npt.NDArray[np.int64]] = []
+        size = 0
+        for part in rng.permutation(len(self._parts)).tolist():
+            rows = np.arange(starts[part], starts[part + 1])
+            if window and size + self._part_bytes[part] > self._window_bytes:
+                order.append(rng.permutation(np.concatenate(window)))
+                window, size = [], 0
+            window.append(np.repeat(rows, counts[rows]))
+            size += int(self._part_bytes[part])
+        if window:
+            order.append(rng.permutation(np.concatenate(window)))
+        return np.concatenate([np.empty(0, np.int64), *order])
+
+    def load(self, index: int, rng: np.random.Generator) -> Sample:
+        """Read and augment one sample; see ``Samples.load``.
+
+        Raises:
+            MaskMillError: a code of ``pipeline.files.images.ERROR_CODES``; ``image_changed`` if the image
+            is not
+                the one that was labelled; ``table_unreadable``, ``mask_unreadable``; ``size_differs``; what
+                reading the truth raises.
+        """
+        row = self._read(index)
+        image = self._image(index, row)
+        size = image.shape[:2]
+        mask, confidence = decode_mask(row["mask"]), decode_confidence(row["confidence"])
+        maps: dict[str, npt.NDArray[Any]] = {"teacher": self._teacher[mask], "confidence": confidence}
+        if self._dataset is None or self._true is None:
+            maps["labels"] = np.full(size, GUESS, np.int32)
+        else:
+            maps["labels"] = self._true[self._dataset.truth(self._samples[index])]
+        different = [f"{name} {values.shape}" for name, values in maps.items() if values.shape != size]
+        if different:
+            raise MaskMillError(
+                "size_differs",
+                f"{row['uri']} has {size[0]} x {size[1]} pixels, but {', '.join(different)}.",
+                "Label the images anew, or give the truth that belongs to them.",
+            )
+        image, maps = augment(
+            image,
+            maps,
+            fill={"labels": IGNORED, "teacher": IGNORED, "confidence": 0},
+            settings=self.augment,
+            rng=rng,
+            categories=("labels", "teacher"),
+        )
+        self._check(maps["labels"])
+        return {
+            "image": np.ascontiguousarray(image.transpose(2, 0, 1)),
+            **maps,
+            "id": np.array(row["id"], np.int64),
+        }
+
+    def blank(self) -> Sample:
+        """A sample of which every pixel is ignored; its ``id`` is -1."""
+        size = self.augment.crop
+        colour = np.array(MEAN_COLOUR, np.uint8)[:, None, None]
+        return {
+            "image": np.broadcast_to(colour, (3, *size)).copy(),
+            "teacher": np.full(size, IGNORED, np.int32),
+            "confidence": np.zeros(size, np.uint8),
+            "labels": np.full(size, IGNORED, np.int32),
+            "id": np.array(-1, np.int64),
+        }
+
+    def _check(self, labels: npt.NDArray[Any]) -> None:
+        """No truth of a hidden class gets out of here, whatever happened before."""
+        known = labels[labels >= 0]
+        if self.hidden[known].any():
+            raise RuntimeError(f"truth of hidden classes in a sample: {np.unique(known[self.hidden[known]])}")
+
+    def _image(self, index: int, row: dict[str, Any]) -> npt.NDArray[np.uint8]:
+        start, length = (0, -1) if self._ranges is None else self._ranges[index].tolist()
+        try:
+            data = images.fetch(row["uri"], start=max(start, 0), length=None if length < 0 else length)
+            if row["sha256"] is not None and hashlib.sha256(data).digest() != row["sha256"]:
+                raise MaskMillError(
+                    "image_changed",
+                    f"{row['uri']} is not the image that was labelled: its bytes have changed.",
+                    "Put the old image back, or label the new ones into a new output.",
+                )
+            return images.decode(data, max_pixels=self._max_pixels)
+        except images.ImageError as error:
+            raise MaskMillError(
+                error.code, f"{row['uri']}: {error.message}", "Put the image back where it was labelled."
+            ) from error
+
+    def _read(self, index: int) -> dict[str, Any]:
+        table = self._cache(self._parts[self._part[index]])
+        row = int(self._row[index])
+        return {name: table[name][row].as_py() for name in table.column_names}
+
+    @cached_property
+    def _cache(self) -> _PartCache:
+        return _PartCache(self._storage, 2 * self._window_bytes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_cache"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+class _PartCache:
+    """The latest used parts of a table, up to a number of bytes, and never less than one."""
+
+    def __init__(self, storage: Storage, capacity: int) -> None:
+        self._storage, self._capacity = storage, capacity
+        self._tables: OrderedDict[str, pa.Table] = OrderedDict()
+        self.reads = 0
+
+    def __call__(self, part: str) -> pa.Table:
+        """Columns id, uri, sha256, and bytes as mask and confidence.
+
+        Raises:
+            MaskMillError: ``table_unreadable``.
+        """
+        if part not in self._tables:
+            self._tables[part] = self._read(part)
+            while len(self._tables) > 1 and self._bytes() > self._capacity:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(part)
+        return self._tables[part]
+
+    def _bytes(self) -> int:
+        return sum(table.nbytes for table in self._tables.values())
+
+    def _read(self, part: str) -> pa.Table:
+        self.reads += 1
+        columns = ["id", "uri", "sha256", "mask.bytes", "confidence.bytes"]
+        with _opened(self._storage, part) as file:
+            found = file.read(columns, use_threads=False)
+        for name in ("mask", "confidence"):
+            values = pa.chunked_array([chunk.field("bytes") for chunk in found[name].chunks], pa.binary())
+            found = found.set_column(found.column_names.index(name), name, values)
+        return found.combine_chunks()
+
+
+@contextlib.contextmanager
+def _opened(storage: Storage, part: str) -> Iterator[pq.ParquetFile]:
+    try:
+        with (
+            storage.arrow_filesystem().open_input_file(storage.path(part)) as source,
+            pq.ParquetFile(source) as file,
+        ):
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise MaskMillError(
+            "table_unreadable",
+            f"{storage.uri_of(part)} cannot be read: {' '.join(str(error).split())}",
+            "Run the same labelling command again, which repairs what a crash left.",
+        ) from error
+
+
+def open_table_samples(
+    table: str,
+    *,
+    ontology: Ontology,
+    augment: AugmentSettings,
+    truth: base.Dataset | None = None,
+    unseen_ids: Sequence[int] = (),
+    guessable: Sequence[int] | None = None,
+    repeat_threshold: float = 0.0,
+    min_quality: float = 0.0,
+    void_from_truth: bool = False,
+) -> TableSamples:
+    """Index a label table for training.
+
+    What is known of a pixel, and what is to be guessed, depends on what is given:
+
+    - no truth: everything is to be guessed (annotation-free);
+    - truth and ``void_from_truth``: the same, but pixels that the truth ignores are ignored, as the
+      reference does;
+    - truth and ``unseen_ids``: the truth of the other classes is known, that of the unseen ones is to be
+      guessed (zero-shot, transductive);
+    - truth alone: all truth is known (supervised).
+
+    Classes of table, truth and training are matched by name, and the table's by synonyms too. What the
+    training ontology lacks becomes ``IGNORED``; classes that the table or the truth lacks are allowed.
+
+    Args:
+        table: output of a labelling run: a path or URI.
+        ontology: of the training; its ids are those of the samples.
+        augment: how crops are made.
+        truth: label maps of the table's images, found by URI or file name as ``maskmill evaluate`` does;
+            rows without truth are left out.
+        unseen_ids: classes whose truth is never used.
+        guessable: classes that the teacher may give; by default the unseen ones, or all without truth.
+        repeat_threshold: t of repeat-factor sampling (Gupta et al., "LVIS", 2019): an image comes
+            max(1, sqrt(t / f)) times an epoch on average, f the share of images with the rarest of its
+            classes, by the teacher's labels where they may be guessed and by truth where it is known (which
+            reads all truth once); 0 takes each image once.
+        min_quality: least quality score of rows that are used, in [0, 1].
+        void_from_truth: see above.
+
+    Raises:
+        MaskMillError: ``table_unreadable``; ``classes_differ`` if table or truth share no class with the
+            training; ``images_differ`` as ``pipeline.evaluation.tables.plan``; ``option_invalid``;
+            ``training_data_empty`` if no row is left.
+    """
+    count = ontology.num_classes
+    hidden, may_guess = _roles(count, truth is not None, unseen_ids, guessable, void_from_truth)
+    root, storage, parts, record = _open(table)
+    known = Ontology.from_record(record["ontology"], origin=root.uri_of(DATASET_FILE))
+    teacher = class_ids(known.names, ontology, known.ignore_index, words=known.prompts())
+    if may_guess.any() and not np.isin(teacher, np.flatnonzero(may_guess)).any():
+        raise _strangers(f"the labels in {root.uri}", known.names, ontology, may_guess)
+    pixels_of = teacher
+    teacher = np.where((teacher >= 0) & may_guess[np.maximum(teacher, 0)], teacher, IGNORED).astype(np.int32)
+
+    work = None if truth is None else evaluation.plan(storage, truth.samples)
+    rows = _Rows(count)
+    with ThreadPoolExecutor(_READERS) as pool:
+        for number, found in enumerate(pool.map(lambda part: _read_index(storage, part), parts)):
+            rows.add(number, found, pixels_of, min_quality, None if work is None else work.samples)
+    if not rows.kept:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in rows.left_out.items())
+        raise MaskMillError(
+            "training_data_empty",
+            f"No row of {root.uri} can be trained on: {reasons or 'it has none'}.",
+            "Label more images, ask less of them (min_quality), or give the truth of these images.",
+        )
+    ids = np.concatenate(rows.ids)
+    samples = () if work is None else tuple(work.samples[row_id] for row_id in ids.tolist())
+    true = None
+    if truth is not None:
+        true = class_ids(truth.class_names, ontology, truth.ignore_index)
+        if (true < 0).all():
+            raise _strangers(f"the truth of {truth.name}", truth.class_names, ontology)
+        marked = set(true.tolist())
+        unmarked = [
+            name for number, name in enumerate(ontology.names) if hidden[number] and number not in marked
+        ]
+        if unseen_ids and unmarked:
+            raise MaskMillError(
+                "classes_differ",
+                f"The truth of {truth.name} has no class {', '.join(unmarked)}, so it does not say where to "
+                "guess it: nothing would be learned about it.",
+                "Mark these pixels in the masks with an id of their own, or train annotation-free.",
+            )
+        true = np.where((true >= 0) & hidden[np.maximum(true, 0)], GUESS, true).astype(np.int32)
+    repeats = None
+    if repeat_threshold > 0:
+        image, present = rows.present()
+        guessed = may_guess[present]
+        pairs = np.stack([image[guessed], present[guessed]], 1)
+        if truth is not None and true is not None and not hidden.all():
+            pairs = np.concatenate([pairs, _true_classes(truth.reader(), samples, true)])
+        repeats = repeat_factors(np.unique(pairs, axis=0), len(ids), count, repeat_threshold)
+    return TableSamples(
+        augment=augment,
+        num_classes=count,
+        hidden=hidden,
+        left_out=rows.left_out,
+        _storage=storage,
+        _parts=tuple(parts),
+        _part_bytes=np.array(rows.part_bytes, np.int64),
+        _part=np.concatenate(rows.part).astype(np.int32),
+        _row=np.concatenate(rows.row).astype(np.int32),
+        _ranges=_byte_ranges(root, ids),
+        _repeats=repeats,
+        _pixels=rows.pixels,
+        _teacher=teacher,
+        _true=true,
+        _dataset=None if truth is None else truth.reader(),
+        _samples=samples,
+        _max_pixels=int(record["recipe"].get("max_pixels", images.MAX_PIXELS)),
+    )
+
+
+def repeat_factors(
+    pairs: npt.NDArray[np.integer[Any]], num_images: int, num_classes: int, threshold: float
+) -> npt.NDArray[np.float32]:
+    """Repeat factors of Gupta et al. (2019), appendix B: max over the image's classes of sqrt(t / f), or 1.
+
+    Args:
+        pairs: (n, 2): image and class that is in it, each pair once.
+        num_images: N.
+        num_classes: C.
+        threshold: t, the share of images below which a class is repeated.
+
+    Returns:
+        (N,), each >= 1.
+    """
+    share = np.bincount(pairs[:, 1], minlength=num_classes) / num_images
+    factor = np.maximum(1.0, np.sqrt(threshold / np.where(share > 0, share, np.inf)))
+    repeats = np.ones(num_images)
+    np.maximum.at(repeats, pairs[:, 0], factor[pairs[:, 1]])
+    return repeats.astype(np.float32)
+
+
+def _roles(
+    count: int, truth: bool, unseen: Sequence[int], guessable: Sequence[int] | None, void: bool
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which of C classes are hidden, and which may be guessed."""
+
+    def marked(ids: Sequence[int]) -> npt.NDArray[np.bool_]:
+        if ids and not 0 <= min(ids) <= max(ids) < count:
+            raise MaskMillError(
+                "option_invalid", f"{list(ids)}: ids must be from 0 to {count - 1}.", "Correct the ids."
+            )
+        return np.isin(np.arange(count), list(ids))
+
+    if (unseen or void) and not truth:
+        raise MaskMillError(
+            "option_invalid",
+            "Unseen classes and void pixels are those of a truth.",
+            "Give the truth as well.",
+        )
+    if unseen and void:
+        raise MaskMillError(
+            "option_invalid",
+            "void_from_truth is for training without any class's truth; with unseen classes it is implied.",
+            "Leave one of them out.",
+        )
+    hidden = np.ones(count, np.bool_) if void or not truth else marked(unseen)
+    return hidden, hidden if guessable is None else marked(guessable)
+
+
+def _open(table: str) -> tuple[Storage, Storage, list[str], dict[str, Any]]:
+    """Root of a label table, the folder of its parts, their names, and its record."""
+    root = open_storage(table)
+    storage, parts = table_files(root)
+    record: dict[str, Any] | None = root.read_json(DATASET_FILE, None)
+    if not parts or record is None:
+        lacking = "label table" if not parts else f"{DATASET_FILE}, which says what the labels mean,"
+        raise MaskMillError(
+            "table_unreadable",
+            f"There is no {lacking} in {root.uri}.",
+            "Give the --output of maskmill label.",
+        )
+    return root, storage, parts, record
+
+
+def class_ids(
+    names: Sequence[str], ontology: Ontology, ignore_index: int, words: Sequence[Sequence[str]] = ()
+) -> _Ids:
+    """By id in a file: the id in ``ontology``, or ``IGNORED``.
+
+    Args:
+        names: by id in the file.
+        ontology: to which ids are wanted.
+        ignore_index: of the file.
+        words: by id in the file: name and synonyms.
+    """
+    own = {name.casefold(): number for number, name in enumerate(ontology.names)}
+    synonyms = {
+        word.casefold(): number for number, prompts in enumerate(ontology.prompts()) for word in prompts
+    }
+    # Any value of a mask has a place: one that is no class is ignored.
+    lookup = np.full(max(256, len(names), ignore_index + 1), IGNORED, np.int32)
+    for number, name in enumerate(names):
+        found = own.get(name.casefold())
+        if found is None and words:
+            same = (synonyms.get(name.casefold()), *(own.get(word.casefold()) for word in words[number]))
+            found = next((other for other in same if other is not None), None)
+        lookup[number] = IGNORED if found is None else found
+    return lookup
+
+
+def _strangers(
+    what: str, names: Sequence[str], ontology: Ontology, wanted: npt.NDArray[np.bool_] | None = None
+) -> MaskMillError:
+    asked = [name for number, name in enumerate(ontology.names) if wanted is None or wanted[number]]
+    return MaskMillError(
+        "classes_differ",
+        f"None of the classes to train, {base.shown(asked)}, is among those of {what}: {base.shown(names)}.",
+        "Label with these classes, or train with those of the table.",
+    )
+
+
+class _Rows:
+    """The index of a table as it grows, part by part."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.ids: list[npt.NDArray[np.int64]] = []
+        self.part: list[npt.NDArray[np.int64]] = []
+        self.row: list[npt.NDArray[np.int64]] = []
+        self.part_bytes: list[int] = []
+        self.pixels = np.zeros(num_classes, np.int64)
+        self.left_out: dict[str, int] = {}
+        self.kept = 0
+        self._image: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
+        self._class: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)]
+
+    def add(
+        self,
+        number: int,
+        found: tuple[pa.Table, int],
+        lookup: _Ids,
+        min_quality: float,
+        joined: dict[int, base.Sample] | None,
+    ) -> None:
+        """Take in a part: the rows that can be trained on."""
+        table, size = found
+        self.part_bytes.append(size)
+        ids = table["id"].to_numpy()
+        keep = np.ones(len(ids), np.bool_)
+        status = np.array(table["status"].to_pylist(), object)
+        quality = table["quality"].to_numpy(zero_copy_only=False)
+        for reason, bad in (
+            ("not labelled", status != OK),
+            (f"of quality below {min_quality:g}", np.nan_to_num(quality) < min_quality),
+            ("without truth", np.array([joined is not None and row not in joined for row in ids.tolist()])),
+        ):
+            lost = int(np.count_nonzero(keep & bad.astype(np.bool_)))
+            if lost:
+                self.left_out[reason] = self.left_out.get(reason, 0) + lost
+            keep &= ~bad.astype(np.bool_)
+        rows = np.flatnonzero(keep)
+        segments = table["segments"].combine_chunks().take(pa.array(rows))
+        owner = np.repeat(np.arange(len(rows)), segments.value_lengths().fill_null(0).to_numpy())
+        flat = segments.flatten()
+        classes = lookup[flat.field("class_id").to_numpy(zero_copy_only=False).astype(np.int64)]
+        areas = flat.field("area").to_numpy(zero_copy_only=False).astype(np.int64)
+        known = classes >= 0
+        np.add.at(self.pixels, classes[known], areas[known])
+        self._image.append(owner[known] + self.kept)
+        self._class.append(classes[known].astype(np.int64))
+        self.ids.append(ids[rows])
+        self.part.append(np.full(len(rows), number))
+        self.row.append(rows)
+        self.kept += len(rows)
+
+    def present(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Image and class of everything that the teacher saw."""
+        return np.concatenate(self._image), np.concatenate(self._class)
+
+
+def _read_index(storage: Storage, part: str) -> tuple[pa.Table, int]:
+    """What the index needs of a part, and the bytes of its masks and confidences as stored."""
+    with _opened(storage, part) as file:
+        lacking = {"id", "uri", "sha256", "status", "mask", "confidence", "segments", "quality"} - set(
+            file.schema_arrow.names
+        )
+        if lacking:
+            raise MaskMillError(
+                "table_unreadable",
+                f"{storage.uri_of(part)} has no column {', '.join(sorted(lacking))}.",
+                "Give the --output of maskmill label.",
+            )
+        size = sum(
+            column.total_uncompressed_size
+            for group in range(file.metadata.num_row_groups)
+            for number in range(file.metadata.num_columns)
+            if (column := file.metadata.row_group(group).column(number)).path_in_schema.endswith(".bytes")
+        )
+        return file.read(["id", "status", "segments", "quality"], use_threads=False), size
+
+
+def _true_classes(dataset: base.Dataset, samples: Sequence[base.Sample], true: _Ids) -> npt.NDArray[np.int64]:
+    """(n, 2): image and class that its truth shows, hidden ones left out."""
+
+    def classes(sample: base.Sample) -> npt.NDArray[np.int64]:
+        found = np.unique(true[np.flatnonzero(np.bincount(dataset.truth(sample).ravel()))])
+        return found[found >= 0].astype(np.int64)
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = list(pool.map(classes, samples))
+    image = np.repeat(np.arange(len(found)), [len(one) for one in found])
+    return np.stack([image, np.concatenate([np.empty(0, np.int64), *found])], 1)
+
+
+def _byte_ranges(root: Storage, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
+    """(N, 2): offset and length of images within larger files, from the manifests kept beside the table."""
+    wanted = ["id", "offset", "length"]
+    ranges = None
+    filesystem = root.arrow_filesystem()
+    for name in root.list(_MANIFESTS):
+        if not name.endswith(".parquet"):
+            continue
+        with filesystem.open_input_file(root.path(name)) as source, pq.ParquetFile(source) as file:
+            if not set(wanted) <= set(file.schema_arrow.names):
+                continue
+            found = file.read(wanted)
+        if ranges is None:
+            ranges = np.full((len(ids), 2), -1, np.int64)
+            order = np.argsort(ids)
+        named = found["id"].to_numpy()
+        at = np.searchsorted(ids, named, sorter=order)
+        hit = np.flatnonzero(at < len(ids))
+        hit = hit[ids[order[at[hit]]] == named[hit]]
+        values = np.stack(
+            [found[column].fill_null(-1).to_numpy(zero_copy_only=False) for column in wanted[1:]], 1
+        )
+        ranges[order[at[hit]]] = values[hit]
+    return ranges

@@ -1,0 +1,95 @@
+"""What is said when a training has ended, without one: of runs that are finished, pages and MLflow."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from jobs.train.run import Prepared, TrainOptions, _log_model, _settings, _write_pages, run_training
+from models.errors import MaskMillError
+from pipeline.files.storage import open_storage
+from pipeline.report.training_page import PAGE
+from pipeline.tracking.tracker import TrackedDataset
+from pipeline.training.loop.checkpoints import CheckpointStore
+from pipeline.training.loop.settings import LoopSettings
+
+RESULT = "result.json"
+
+
+def _no_page(folder: Path, lines: list[Mapping[str, Any]]) -> Sequence[str]:
+    raise MaskMillError("example_unreadable", "An image is gone.", "Restore it.")
+
+
+def _page(folder: Path, lines: list[Mapping[str, Any]]) -> Sequence[str]:
+    (folder / PAGE).write_text(f"{len(lines)} lines")
+    return [str(folder / PAGE)]
+
+
+def _prepared(write_pages: Any) -> Prepared:
+    unused: Any = None
+    return Prepared(
+        make_task=unused, samples=unused, settings=LoopSettings(iterations=1, batch_size=1),
+        identity={"data": "d"}, announcement="", params={}, dataset=TrackedDataset("d", "d"), finish=unused,
+        write_pages=write_pages, commands={},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("curves", "write_pages", "status", "says"),
+    [
+        ('{"step": 1}\n', _page, 0, "its page was missing"),
+        ('{"step": 1}\n', _no_page, 1, "An image is gone."),
+        (None, _page, 0, "its curves are gone with metrics.jsonl"),
+    ],
+)
+def test_a_finished_run_without_its_page(
+    tmp_path: Path, curves: str | None, write_pages: Any, status: int, says: str
+) -> None:
+    prepared, said = _prepared(write_pages), io.StringIO()
+    CheckpointStore(open_storage(tmp_path)).claim(_settings(prepared))
+    (tmp_path / RESULT).write_text("{}")
+    if curves is not None:
+        (tmp_path / "metrics.jsonl").write_text(curves)
+    for _ in range(2 if curves is None else 1):  # what cannot be mended stays as it is
+        got = run_training(
+            "test", TrainOptions(output=str(tmp_path)), lambda: prepared, result_file=RESULT,
+            own_entries=(RESULT, PAGE), console=Console(file=said, width=200),
+        )  # fmt: skip
+        assert got == status and says in said.getvalue()
+    assert (tmp_path / PAGE).exists() == (write_pages is _page and curves is not None)
+    assert ("The same command makes it" in said.getvalue()) == (status == 1)
+
+
+@pytest.mark.parametrize(
+    ("overwritten", "command"),
+    [(False, "The same command makes it"), (True, "The same command without --overwrite makes it")],
+)
+def test_which_command_makes_a_page(tmp_path: Path, overwritten: bool, command: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text("")
+    pages, told = _write_pages(_prepared(_no_page), open_storage(tmp_path), overwritten=overwritten)
+    assert not pages and "An image is gone." in told[0] and command in told[1]
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "says", "again"),
+    [
+        (MaskMillError("model_unsupported", "It is too odd.", "Leave it."), "n", "Leave it.", False),
+        (MaskMillError("tracking_unreachable", "It is away.", "Start it."), "n", "It is away.", True),
+        (OSError("no route"), "n", "OSError: no route", True),
+        (OSError("no route"), None, "OSError: no route", False),
+    ],
+)  # fmt: skip
+def test_a_model_that_is_not_in_mlflow(error: Exception, name: str | None, says: str, again: bool) -> None:
+    def fail(run_id: str, register_as: str | None) -> str:
+        raise error
+
+    tracker: Any = SimpleNamespace(wait_for_run=lambda _timeout: "run")
+    (line,) = _log_model(fail, tracker, name)
+    assert line.startswith("  not in MLflow  ") and says in line
+    assert ("the same command with --register n" in line) == again

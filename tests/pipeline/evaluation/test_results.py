@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.errors import MaskMillError
+from pipeline.evaluation.results import claim_folder, evaluation_record, extremes, new_folder, write_result
+from pipeline.evaluation.tables import Evaluation, ImageScore
+from pipeline.metrics.statistics import SegmentationStatistics
+from pipeline.report.result_files import read_results
+
+
+def record(groups: list[str | None]) -> dict:
+    truth = np.array([[0, 0, 1], [1, 2, 255]], np.uint8)
+    labels = np.array([[0, 1, 1], [1, 255, 0]], np.uint8)
+    statistics = SegmentationStatistics.of(truth, labels, np.full((2, 3), 200, np.uint8), 3)
+    return evaluation_record(
+        Evaluation(statistics, [ImageScore("a", "0.parquet", 0.5)], missing=["b"]),
+        title="t",
+        protocol="custom",
+        dataset={"name": "pairs", "split": "all", "images": 2, "fingerprint": "ab"},
+        model={"recipe": {"name": "r"}, "weights": {"model": "m"}, "toy": False},
+        names=("x", "y", "z"),
+        colors=np.array([[255, 0, 16], [1, 2, 3], [4, 5, 6]], np.uint8),
+        groups=groups,
+        published=[],
+        worst=[],
+        best=[],
+    )
+
+
+def test_a_record_holds_the_figures_and_is_what_the_report_reads(tmp_path: Path) -> None:
+    made = record([None] * 3)
+    # By hand: IoU of x 1/2, of y 2/3, of z 0 (missed).
+    assert [entry["iou"] for entry in made["classes"]] == [0.5, pytest.approx(2 / 3), 0.0]
+    assert made["metrics"]["miou"] == pytest.approx((0.5 + 2 / 3) / 3)
+    assert made["metrics"]["pixel_accuracy"] == pytest.approx(3 / 5)
+    assert made["classes"][0]["color"] == "#ff0010"
+    assert made["images"] == {"evaluated": 1, "failed": 0, "missing": 1, "worst": [], "best": []}
+    assert "miou_seen" not in made["metrics"]
+    write_result(tmp_path, made)
+    ((_, read),) = read_results(str(tmp_path))
+    assert read.metrics["miou"] == pytest.approx(made["metrics"]["miou"])
+
+
+def test_groups_give_the_figures_of_zero_shot_segmentation() -> None:
+    metrics = record(["seen", "seen", "unseen"])["metrics"]
+    assert metrics["miou_seen"] == pytest.approx((0.5 + 2 / 3) / 2)
+    assert metrics["miou_unseen"] == 0.0 and metrics["hiou"] == 0.0
+
+
+def test_what_does_not_exist_is_null(tmp_path: Path) -> None:
+    made = record([None] * 3)
+    made["metrics"]["ece"] = None
+    assert json.loads(write_result(tmp_path, made).read_text())["metrics"]["ece"] is None
+
+
+@pytest.mark.parametrize(
+    ("scores", "count", "worst", "best"),
+    [
+        ([0.3, 0.1, 0.9, 0.5], 1, ["b"], ["c"]),
+        ([0.3, 0.1, 0.9, 0.5], 9, ["b", "a"], ["c", "d"]),
+        ([0.3, None, 0.9], 2, ["a"], ["c"]),
+        ([0.3], 2, [], []),
+    ],
+)
+def test_no_image_is_worst_and_best(scores: list, count: int, worst: list, best: list) -> None:
+    images = [ImageScore(name, "p", score) for name, score in zip("abcd", scores, strict=False)]
+    low, high = extremes(images, count)
+    assert [image.name for image in low] == worst and [image.name for image in high] == best
+
+
+def test_a_result_is_not_written_over_unless_asked(tmp_path: Path) -> None:
+    claim_folder(tmp_path, overwrite=False)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures/old.png").write_bytes(b"old")
+    assert new_folder(tmp_path, "x", overwrite=False) == tmp_path  # an interrupted run goes on
+    write_result(tmp_path, record([None] * 3))
+    with pytest.raises(MaskMillError) as caught:
+        new_folder(tmp_path, "x", overwrite=False)
+    assert caught.value.code == "output_exists"
+    assert new_folder(tmp_path, "x", overwrite=True) == tmp_path
+    claim_folder(tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == [".maskmill-result"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_other_files_are_left_alone(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "images.txt").write_text("mine")
+    with pytest.raises(MaskMillError) as caught:
+        new_folder(tmp_path, "x", overwrite=overwrite)
+    assert caught.value.code == "output_not_ours"
+
+
+def test_a_result_is_a_local_folder() -> None:
+    with pytest.raises(MaskMillError) as caught:
+        new_folder("s3://bucket/result", "x", overwrite=False)
+    assert caught.value.code == "output_remote"
+
+
+def test_no_password_of_an_address_gets_into_a_result(tmp_path: Path) -> None:
+    made = record([None] * 3)
+    made["model"]["weights"]["pretrained"] = "https://user:hunter22@host/weights.pt"
+    assert "hunter22" not in write_result(tmp_path, made).read_text()

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from models.errors import MaskMillError
+from pipeline.files.recipes import Recipe, RecipeBook
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    steps: int = 10
+    rate: float = 0.1
+    size: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    size: tuple[int, int] = (8, 8)
+    flip: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nested(Recipe):
+    loop: Loop = field(default_factory=Loop)
+    crop: Crop = field(default_factory=Crop)
+    note: str = ""
+
+
+BOOK = RecipeBook(Nested, (Nested(name="base"), Nested(name="fast", loop=Loop(steps=2))), default="base")
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["loop.steps=3"], Nested(name="base", loop=Loop(steps=3))),
+        (["steps=3"], Nested(name="base", loop=Loop(steps=3))),  # no other group has it
+        (["crop.size=[4, 6]", "flip=false"], Nested(name="base", crop=Crop(size=(4, 6), flip=False))),
+        (["steps=3", "loop.rate=1"], Nested(name="base", loop=Loop(steps=3, rate=1.0))),
+        (["note=a = b"], Nested(name="base", note="a = b")),
+    ],
+)
+def test_settings_reach_groups(settings: list[str], expected: Nested) -> None:
+    assert BOOK.load("base", settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["size=3"], "loop.size or crop.size"),
+        (["loop.stepz=3"], "Did you mean loop.steps"),
+        (["stepz=3"], "Did you mean loop.steps"),
+        (["loop=3"], "no field 'loop'"),
+        (["loop.steps=many"], "loop.steps = 'many'"),
+        (["steps"], "key=value"),
+    ],
+)
+def test_mistakes_in_groups_are_named(settings: list[str], says: str) -> None:
+    with pytest.raises(MaskMillError) as caught:
+        BOOK.load("base", settings)
+    assert caught.value.code == "recipe_invalid" and says in str(caught.value)
+
+
+def test_a_file_may_nest_or_not(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: fast\nloop: {rate: 0.5}\nflip: false\n")
+    expected = Nested(name="mine", loop=Loop(steps=2, rate=0.5), crop=Crop(flip=False))
+    assert BOOK.load(str(path)) == expected
+
+
+def test_changes_keep_the_rest_of_a_group() -> None:
+    changed = BOOK.change(BOOK.recipes["fast"], {"loop": {"rate": 3.0}})
+    assert changed.loop == Loop(steps=2, rate=3.0)
+    assert BOOK.from_dict(changed.to_dict()) == changed
+    assert changed.hash != BOOK.recipes["fast"].hash

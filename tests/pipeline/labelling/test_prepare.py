@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numpy.testing import assert_equal
+from PIL import Image
+
+from jobs import label
+from models.clip import loading as clip
+from models.clip.loading import load_clip
+from models.clipseg.decoder import ClipSegConfig, build_clipseg
+from models.errors import MaskMillError
+from pipeline.labelling.clipseg.labeller import ClipSegLabeller
+from pipeline.labelling.maskclip import MaskClipLabeller, Words
+from pipeline.labelling.prepare import clipseg_recipe, labeller_module, prepare_labeller, student_recipe
+from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
+from pipeline.labelling.student import StudentLabeller
+from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
+from pipeline.toyworld.scenes import generate
+from pipeline.trained.clipseg import write_clipseg_folder
+from pipeline.trained.student import read_student_record
+from tests.pipeline.trained.test_student import toy_student
+
+TOYWORLD = load_ontology("toyworld")
+OTHERS = parse_classes("zebra, striped animal, sky", background=None, templates="toyworld")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("student") / "run"
+    toy_student(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MASKMILL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def edited(folder: Path, target: Path, **changes: Any) -> str:
+    """A copy of a student with other entries in sections of its record."""
+    shutil.copytree(folder, target)
+    data = json.loads((target / "student.json").read_text())
+    for section, values in changes.items():
+        data[section] |= values
+    (target / "student.json").write_text(json.dumps(data))
+    return str(target)
+
+
+def test_the_recipe_of_a_student_names_it_and_its_sizes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    recipe, ontology = student_recipe("run", ["min_confidence=0.25", "precision=fp32"])
+    assert ontology == TOYWORLD
+    assert recipe == LabelRecipe(
+        name="run",
+        model=str(folder),
+        pretrained=None,
+        scale=(512, 96),
+        max_pixels=100_000,
+        min_confidence=0.25,
+        precision="fp32",
+    )
+    with pytest.raises(MaskMillError) as caught:
+        student_recipe("run", ["scales=3"])
+    assert caught.value.code == "recipe_invalid"
+
+
+def test_the_names_may_be_embedded_when_all_else_is_done() -> None:
+    recipe = RECIPES["toy"]
+    prepared = prepare_labeller(recipe, OTHERS)
+    assert prepared.embed is not None
+    asked = []
+
+    def words() -> Words:
+        asked.append(True)
+        assert prepared.embed is not None
+        return prepared.embed()
+
+    early = pickle.loads(pickle.dumps(prepared.make))(precision="fp32", threads=1, words=words)
+    scene, sizes = [generate(3, 1, 64)[0][0]], [(64, 64)]
+    assert asked == [True]
+    late = prepared.build(precision="fp32", threads=1)
+    assert_equal(early.label(scene, sizes)[0].labels, late.label(scene, sizes)[0].labels)
+    long = parse_classes("zebra, " + " ".join(["word"] * 60), background=None, templates="toyworld")
+    with pytest.raises(MaskMillError) as caught:
+        prepare_labeller(recipe, long).build(precision="fp32")
+    assert caught.value.code == "prompt_too_long"
+
+
+def test_cached_names_need_no_text_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKMILL_CACHE", str(tmp_path))
+    first = prepare_labeller(RECIPES["toy"], OTHERS).embed
+    assert first is not None
+    words = first()
+    monkeypatch.setattr(clip, "load_source", None)
+    again = prepare_labeller(RECIPES["toy"], OTHERS).embed
+    assert again is not None
+    assert_equal(again().embeddings, words.embeddings)
+    assert_equal(again().class_ids, words.class_ids)
+
+
+def test_workers_know_what_to_import_before_the_labeller_is_prepared(folder: Path) -> None:
+    recipe, own = student_recipe(str(folder))
+    assert labeller_module(recipe) == StudentLabeller.__module__
+    assert type(prepare_labeller(recipe, own).build(precision="fp32")) is StudentLabeller
+    assert labeller_module(RECIPES["toy"]) == MaskClipLabeller.__module__
+    assert labeller_module(RECIPES["clipseg"]) == ClipSegLabeller.__module__
+
+
+def test_a_student_with_its_own_words_needs_no_clip(folder: Path, tmp_path: Path) -> None:
+    # The CLIP that it was trained with cannot be had here.
+    away = edited(folder, tmp_path / "run", text={"pretrained": "/nowhere/clip.safetensors"})
+    recipe, own = student_recipe(away, ["min_confidence=0.1"])
+    # Another name, another colour and a threshold make another ontology of the same words.
+    fields = own.to_dict() | {"name": "mine"}
+    fields["classes"][0] |= {"color": "#123456", "threshold": 0.9}
+    seen: list[str] = []
+    prepared = prepare_labeller(recipe, Ontology.from_dict(fields), check_weights=seen.append)
+    assert seen == [read_student_record(folder).fingerprint]
+    assert prepared.weights == {
+        "model": f"student:{away}",
+        "pretrained": None,
+        "fingerprint": seen[0],
+        "text": {
+            "model": "toyclip",
+            "pretrained": "/nowhere/clip.safetensors",
+            "fingerprint": read_student_record(folder).text["fingerprint"],
+        },
+    }
+    # In another process and working directory.
+    labeller = pickle.loads(pickle.dumps(prepared.make))(precision="fp32", threads=1)
+    assert isinstance(labeller, StudentLabeller)
+    image = generate(3, 1, 64).images[0]
+    direct = StudentLabeller(
+        uri=str(folder),
+        thresholds=[0.9, *[0.1] * 13],
+        precision="fp32",
+        batch_size=0,
+        ignore_index=255,
+    )
+    ((got,), (wanted,)) = (each.label([image], [(64, 64)]) for each in (labeller, direct))
+    assert (got.labels == wanted.labels).all() and 0 < (got.labels == 255).sum() < got.labels.size
+
+
+def test_other_words_go_through_the_clip_of_the_record(folder: Path, own_cache: Path) -> None:
+    recipe, _ = student_recipe(str(folder))
+    made = [prepare_labeller(recipe, OTHERS).build(precision="fp32") for _ in range(2)]
+    assert len(list(own_cache.glob("text-*"))) == 1
+    image = generate(3, 1, 64).images[0]
+    first, second = (labeller.label([image], [(64, 64)])[0] for labeller in made)
+    assert (first.labels == second.labels).all()
+    assert set(np.unique(first.labels)) <= {0, 1, 2} and len(np.unique(first.labels)) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "said"),
+    [
+        ({"text": {"fingerprint": "0" * 64}}, "text_weights_differ", "000000000000"),
+        ({"text": {"pretrained": "/nowhere/x.safetensors"}}, "weights_missing", "Other classes than"),
+        ({"config": {"learned_background": True}}, "vocabulary_fixed", "has learned what background is"),
+    ],
+)
+def test_words_that_a_student_cannot_take(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], code: str, said: str
+) -> None:
+    recipe, own = student_recipe(edited(folder, tmp_path / "run", **changes))
+    with pytest.raises(MaskMillError) as caught:
+        prepare_labeller(recipe, OTHERS)
+    assert caught.value.code == code and said in caught.value.message
+    assert "its own classes: grass, water" in caught.value.remedy
+    prepare_labeller(recipe, own)  # with its own there is no trouble
+
+
+def test_a_learned_background_labels_with_its_own_classes(tmp_path: Path) -> None:
+    own = parse_classes("grass, zebra, sky", background=["thing", "texture"], templates="toyworld")
+    toy_student(tmp_path / "run", ontology=own, learned_background=True)
+    recipe, ontology = student_recipe(str(tmp_path / "run"))
+    labeller = prepare_labeller(recipe, ontology).build(precision="fp32")
+    (prediction,) = labeller.label([generate(3, 1, 64).images[0]], [(64, 64)])
+    assert set(np.unique(prediction.labels)) <= set(range(4))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"head": "value"}, {"pd_threshold": 0.5, "temperature": 40.0}, {"pretrained": "bundled"}],
+)
+def test_settings_of_maskclip_mean_nothing_to_a_student(folder: Path, change: dict[str, Any]) -> None:
+    recipe, own = student_recipe(str(folder))
+    with pytest.raises(MaskMillError) as caught:
+        prepare_labeller(change_recipe(recipe, change), own)
+    assert caught.value.code == "recipe_invalid"
+    named = caught.value.message.partition(" of recipe")[0]
+    assert set(named.split(", ")) == set(change)
+
+
+def test_a_damaged_student_shows_before_work_starts(folder: Path, tmp_path: Path) -> None:
+    broken = edited(folder, tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").write_bytes(b"0" * 100)
+    recipe, own = student_recipe(broken)
+    with pytest.raises(MaskMillError) as caught:
+        prepare_labeller(recipe, own)
+    assert caught.value.code == "student_damaged"
+
+
+def test_a_folder_without_a_student_is_not_taken_for_the_name_of_a_clip(tmp_path: Path) -> None:
+    for model in (str(tmp_path), "memory://nothing/here"):
+        with pytest.raises(MaskMillError) as caught:
+            prepare_labeller(LabelRecipe(name="x", model=model, pretrained=None), TOYWORLD)
+        assert caught.value.code == "student_missing"
+
+
+def test_names_of_clips_still_make_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "toyclip").mkdir()  # an --output of this name must not get in the way
+    prepared = prepare_labeller(RECIPES["toy"], OTHERS, precision="fp32")
+    assert isinstance(prepared.build(precision="fp32"), MaskClipLabeller)
+    assert prepared.weights["model"] == "toyclip" and "text" not in prepared.weights
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_the_label_job_runs_a_student(folder: Path, shared_ray: str, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    scenes = generate(7, 4, 96).images
+    for index, scene in enumerate(scenes):
+        Image.fromarray(scene).save(images / f"{index}.png")
+    (images / "bad.png").write_bytes(b"no image")
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted(images.iterdir())))
+    recipe, _ = student_recipe(str(folder), ["precision=fp32"])
+    output = tmp_path / "table"
+    status = label.run(
+        label.LabelJob(
+            source=str(tmp_path / "list.txt"),
+            ontology=OTHERS,  # the longer way: the words travel to the workers
+            recipe=recipe,
+            output=str(output),
+            max_failure_rate=0.5,
+            address=shared_ray,
+        )
+    )
+    assert status == 0
+    record = json.loads((output / "dataset.json").read_text())
+    assert record["weights"]["model"] == f"student:{folder}"
+    assert record["recipe"]["model"] == str(folder)
+    labeller = prepare_labeller(recipe, OTHERS).build(precision="fp32", threads=1)
+    table = pa.concat_tables(pq.read_table(path) for path in (output / "labels").glob("*.parquet"))
+    rows = {Path(row["uri"]).name: row for row in table.to_pylist()}
+    assert len(rows) == 5 and rows["bad.png"]["status"] == "not_an_image"
+    for index, scene in enumerate(scenes):
+        mask = np.asarray(Image.open(io.BytesIO(rows[f"{index}.png"]["mask"]["bytes"])))
+        (wanted,) = labeller.label([scene], [(96, 96)])
+        assert (mask == wanted.labels).all() and len(np.unique(mask)) > 1
+
+
+@pytest.mark.parametrize(
+    ("trained", "scale", "example"),
+    [
+        ({"triplets": {"size": 128, "support_size": 64}}, (128, 128), 64),
+        ({"triplets": {"size": 64}}, (64, 64), 64),
+        ({}, RECIPES["clipseg"].scale, RECIPES["clipseg"].clipseg.example_size),
+    ],
+)
+def test_a_trained_clipseg_labels_at_the_sizes_of_its_training(
+    tmp_path: Path, trained: dict[str, Any], scale: tuple[int, int], example: int
+) -> None:
+    model = build_clipseg(load_clip("toyclip", "bundled"), ClipSegConfig(16, (1,), feedforward=8))
+    facts: dict[str, Any] = {"data": {}, "metrics": {}, "training": {}, "versions": {}}
+    write_clipseg_folder(tmp_path, model, kind="clipseg", recipe=trained, **facts)
+    recipe = clipseg_recipe(str(tmp_path), ["batch_size=3"])
+    assert (recipe.model, recipe.pretrained, recipe.batch_size) == ("clipseg", str(tmp_path), 3)
+    assert recipe.scale == scale and recipe.clipseg.example_size == example
+    assert clipseg_recipe(f"{tmp_path.parent}/./{tmp_path.name}/", ["batch_size=3"]) == recipe
+    labeller = prepare_labeller(recipe, TOYWORLD, precision="fp32").build(precision="fp32")
+    labelled = labeller.label([np.zeros((*scale, 3), np.uint8)], [(40, 50)])
+    assert labelled[0].labels.shape == (40, 50)

@@ -1,0 +1,235 @@
+"""The stages of the labelling flow, one by one."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from models.errors import MaskMillError
+from pipeline.files import corruptions, images
+from pipeline.files.images import ImageSettings
+from pipeline.labelling import stages
+from pipeline.labelling.labeller import Prediction
+from pipeline.labelling.stages import Decode, Encode, Label
+from pipeline.table.labels import LABEL_SCHEMA, decode_confidence, decode_mask
+from pipeline.toyworld import scenes as toyworld
+
+
+class _Sink:
+    """Stands where the progress actor's handle stands, and keeps what is reported."""
+
+    def __init__(self) -> None:
+        self.add = self
+        self.reports: list[dict[str, Any]] = []
+
+    def remote(self, **report: Any) -> None:
+        self.reports.append(report)
+
+    def total(self, key: str) -> float:
+        return sum(report.get(key, 0) for report in self.reports)
+
+
+class _BrightnessLabeller:
+    """Class 1 where the image is bright; refuses black images, as a network may run out of memory on some."""
+
+    def __init__(self, batch_size: int = 3) -> None:
+        self.batch_size = batch_size
+        self.shapes: list[list[tuple[int, ...]]] = []
+
+    def label(self, images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        self.shapes.append([image.shape for image in images])
+        if any(not image.any() for image in images):
+            raise RuntimeError("all black")
+        return [
+            Prediction(
+                np.full(size, image.mean() > 128, np.uint8), np.full(size, int(image.mean()), np.uint8)
+            )
+            for image, size in zip(images, sizes, strict=True)
+        ]
+
+
+SETTINGS = ImageSettings(scale=(64, 32), keep_ratio=True, resize="opencv", max_pixels=10_000)
+
+
+def _folder(root: Path, pictures: dict[str, tuple[tuple[int, int], int] | bytes]) -> pa.Table:
+    for name, picture in pictures.items():
+        if isinstance(picture, bytes):
+            (root / name).write_bytes(picture)
+        else:
+            size, grey = picture
+            Image.new("RGB", size, (grey,) * 3).save(root / name)
+    uris = [str(root / name) for name in pictures] + [str(root / "nowhere.png")]
+    return pa.table({"id": pa.array(range(len(uris)), pa.int64()), "uri": uris})
+
+
+def test_images_go_through_all_stages(tmp_path: Path) -> None:
+    manifest = _folder(
+        tmp_path,
+        {
+            "wide.png": ((80, 40), 200),
+            "wide2.png": ((80, 40), 50),
+            "tall.png": ((30, 90), 220),
+            "wide3.png": ((80, 40), 90),
+            "wide4.png": ((80, 40), 91),
+            "black.png": ((80, 40), 0),
+            "large.png": ((200, 100), 10),
+            "empty.png": b"",
+        },
+    )
+    sink = _Sink()
+    labeller = _BrightnessLabeller()
+    decoded = pa.concat_tables(Decode(SETTINGS, sink)(manifest))
+    labelled = pa.concat_tables(Label(lambda: labeller, sink)(decoded))
+    encoded = Encode(255, 2, sink)(labelled)
+
+    assert encoded.schema.equals(LABEL_SCHEMA)
+    rows = {Path(row["uri"]).name: row for row in encoded.to_pylist()}
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "wide.png": "ok",
+        "wide2.png": "ok",
+        "tall.png": "ok",
+        "wide3.png": "ok",
+        "wide4.png": "ok",
+        "black.png": "label_failed",
+        "large.png": "too_large",
+        "empty.png": "empty",
+        "nowhere.png": "not_found",
+    }
+    assert rows["black.png"]["error"] == "RuntimeError: all black" and rows["black.png"]["mask"] is None
+    assert decode_mask(rows["tall.png"]["mask"]["bytes"]).shape == (90, 30)
+    assert (decode_mask(rows["wide.png"]["mask"]["bytes"]) == 1).all()
+    assert (decode_confidence(rows["wide2.png"]["confidence"]["bytes"]) == 50).all()
+    # Batches hold one size each; the failed one was tried again image by image.
+    assert all(len(set(shapes)) == 1 for shapes in labeller.shapes)
+    assert max(map(len, labeller.shapes)) == 3
+    assert sink.total("done") == 9
+    assert {key: value for report in sink.reports for key, value in report.get("failures", {}).items()} == {
+        "label_failed": 1,
+        "too_large": 1,
+        "empty": 1,
+        "not_found": 1,
+    }
+
+
+def test_a_labeller_that_never_works_stops_the_run(tmp_path: Path) -> None:
+    manifest = _folder(tmp_path, {f"{index}.png": ((40, 40), 0) for index in range(20)})
+    sink = _Sink()
+    decoded = pa.concat_tables(Decode(SETTINGS, sink)(manifest))
+    with pytest.raises(MaskMillError, match="all black") as caught:
+        list(Label(_BrightnessLabeller, sink)(decoded))
+    assert caught.value.code == "labelling_failed"
+
+
+def test_stages_cut_their_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = _folder(tmp_path, {f"{index}.png": ((40, 40), 10 + index) for index in range(10)})
+    monkeypatch.setattr(stages, "_CHUNK_BYTES", 3 * 32 * 32 * 3)
+    sink = _Sink()
+    tables = list(Decode(SETTINGS, sink)(manifest))
+    assert [table.num_rows for table in tables] == [3, 3, 3, 2]
+    monkeypatch.setattr(stages, "_CHUNK_BYTES", 4 * 40 * 40 * 2)
+    labelled = list(Label(lambda: _BrightnessLabeller(1), sink)(pa.concat_tables(tables)))
+    assert sum(table.num_rows for table in labelled) == 11
+    assert len(labelled) == 3
+
+
+def test_byte_ranges_of_a_shard_are_images(tmp_path: Path) -> None:
+    members = []
+    for grey in (40, 200):
+        data = io.BytesIO()
+        Image.new("RGB", (32, 32), (grey,) * 3).save(data, "PNG")
+        members.append(data.getvalue())
+    (tmp_path / "shard.tar").write_bytes(b"".join(members))
+    manifest = pa.table(
+        {
+            "id": pa.array([1, 2], pa.int64()),
+            "uri": [str(tmp_path / "shard.tar")] * 2,
+            "offset": pa.array([0, len(members[0])], pa.int64()),
+            "length": pa.array([len(member) for member in members], pa.int64()),
+        }
+    )
+    decoded = pa.concat_tables(Decode(SETTINGS, _Sink())(manifest)).to_pylist()
+    assert [row["status"] for row in decoded] == ["ok", "ok"]
+    assert [np.frombuffer(row["pixels"], np.uint8)[0] for row in decoded] == [40, 200]
+
+
+@pytest.mark.parametrize("corruption", ["gaussian_noise:3", "jpeg_compression:5"])
+def test_corruption_comes_between_decoding_and_resizing(tmp_path: Path, corruption: str) -> None:
+    scenes = toyworld.generate(1, 3, 96)[0]
+    for index, scene in enumerate(scenes):
+        Image.fromarray(scene).save(tmp_path / f"{index}.png")
+    ids = [-(2**63), -1, 2**63 - 1]  # ids are hashes: any signed 64 bits
+    manifest = pa.table(
+        {"id": pa.array(ids, pa.int64()), "uri": [str(tmp_path / f"{i}.png") for i in range(3)]}
+    )
+    settings = dataclasses.replace(SETTINGS, corruption=corruption)
+
+    def pixels(settings: ImageSettings, manifest: pa.Table) -> dict[int, bytes]:
+        rows = pa.concat_tables(Decode(settings, _Sink())(manifest)).to_pylist()
+        assert [(row["height"], row["width"], row["network_height"]) for row in rows] == [(96, 96, 32)] * 3
+        return {row["id"]: row["pixels"] for row in rows}
+
+    corrupted = pixels(settings, manifest)
+    name, level = corruptions.parse(corruption)
+    for row_id, scene in zip(ids, scenes, strict=True):
+        expected = corruptions.corrupt(scene, name, level, seed=row_id % 2**64)
+        assert corrupted[row_id] == images.resize(expected, (32, 32)).tobytes()
+    assert pixels(settings, manifest.take([2, 0, 1])) == corrupted  # of the image, not of its place
+    clean = pixels(SETTINGS, manifest)
+    assert clean[-1] == images.resize(scenes[1], (32, 32)).tobytes() != corrupted[-1]
+
+
+def test_images_differ_in_their_noise(tmp_path: Path) -> None:
+    manifest = _folder(tmp_path, {"a.png": ((40, 40), 128), "b.png": ((40, 40), 128)}).slice(0, 2)
+    settings = dataclasses.replace(SETTINGS, corruption="gaussian_noise:1")
+    first, second = pa.concat_tables(Decode(settings, _Sink())(manifest))["pixels"].to_pylist()
+    assert first != second
+
+
+def test_unknown_corruptions_are_refused_before_any_image() -> None:
+    with pytest.raises(MaskMillError, match="snow"):
+        dataclasses.replace(SETTINGS, corruption="snow:1")
+
+
+def test_fetching_runs_ahead_but_not_away() -> None:
+    running, most = 0, 0
+    lock = threading.Lock()
+
+    def work(item: int) -> bytes:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        with lock:
+            running -= 1
+        return bytes([item])
+
+    with ThreadPoolExecutor(8) as pool:
+        futures = stages._ahead(pool, work, range(100), 4)
+        assert [future.result() for future in futures] == [bytes([item]) for item in range(100)]
+    assert most <= 4
+
+
+@pytest.mark.parametrize(("num_classes", "ignore_index"), [(2, 255), (2, 300), (300, 65_535)])
+def test_masks_are_as_wide_as_their_ids(num_classes: int, ignore_index: int) -> None:
+    dtype = np.uint8 if ignore_index == 255 else np.uint16
+    mask = np.array([[1, ignore_index]], dtype)
+    table = pa.Table.from_pylist(
+        [
+            {"id": 1, "uri": "/x", "sha256": bytes(32), "height": 1, "width": 2, "status": "ok",
+             "labels": mask.tobytes(), "confidence": bytes([200, 9])}
+        ],
+        schema=stages._LABELLED,
+    )  # fmt: skip
+    row = Encode(ignore_index, num_classes, _Sink())(table).to_pylist()[0]
+    assert decode_mask(row["mask"]["bytes"]).tolist() == mask.tolist()
+    assert [segment["class_id"] for segment in row["segments"]] == [1]

@@ -1,0 +1,484 @@
+"""The training loop on real Ray Train: equal curves whoever trains, and whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from ray import cloudpickle
+from torch import Tensor, nn
+
+from models.errors import MaskMillError
+from pipeline.cluster.session import ray_session
+from pipeline.files.storage import open_storage
+from pipeline.training.loop import worker
+from pipeline.training.loop.checkpoints import CheckpointStore, folder_name
+from pipeline.training.loop.driver import METRICS_FILE, LoopSettings, Outcome, train
+from pipeline.training.loop.protocols import Sample
+from pipeline.training.loop.resources import TrainingCompute
+from pipeline.training.loop.schedule import learning_rate
+
+ROOT = Path(__file__).resolve().parents[4]
+
+
+class Blobs:
+    """64 images of 4 classes: a bright quadrant in noise; some cannot be loaded."""
+
+    def __init__(self, bad: Sequence[int] = ()) -> None:
+        self.bad = frozenset(bad)
+
+    def order(self, epoch: int, seed: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(64)
+
+    def load(self, index: int, rng: np.random.Generator) -> Sample:
+        if index in self.bad:
+            raise MaskMillError("unreadable", "damaged on purpose", "None.")
+        # Of the index alone, so that plain PyTorch can make the same.
+        image = np.random.default_rng(index).normal(0, 0.5, (3, 8, 8)).astype(np.float32)
+        image[:, 4 * (index % 2) :, 4 * (index // 2 % 2) :][:, :4, :4] += 1.0
+        return {"image": image, "label": np.array(index % 4, np.int64)}
+
+    def blank(self) -> Sample:
+        return {"image": np.zeros((3, 8, 8), np.float32), "label": np.array(-100, np.int64)}
+
+
+@dataclass
+class Plan:
+    """What goes wrong in a task, when.
+
+    Attributes:
+        batchnorm, dropout: whether the model has them.
+        at: what is done before the loss of a step, in one rank: (step, rank) -> word.
+        marker: a file that says that the harm is done: it is done once.
+        tally: a file that gets a character for each harm.
+        driver: pid of the driver.
+        pause_s: length of each step.
+        milestones: of the task.
+    """
+
+    batchnorm: bool = True
+    dropout: float = 0.0
+    at: dict[tuple[int, int], str] = field(default_factory=dict)
+    marker: str = ""
+    tally: str = ""
+    driver: int = 0
+    pause_s: float = 0.0
+    milestones: tuple[int, ...] = ()
+
+
+class Classify:
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.steps = 0
+
+    def build(self, device: torch.device) -> nn.Module:
+        self.module = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8) if self.plan.batchnorm else nn.Identity(),
+            nn.ReLU(),
+            nn.Dropout(self.plan.dropout),
+            nn.Flatten(),
+            nn.Linear(8 * 64, 4),
+        ).to(device)
+        return self.module
+
+    def loss(
+        self, module: nn.Module, batch: Mapping[str, Tensor], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        time.sleep(self.plan.pause_s)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        word = self.plan.at.get((step, rank))
+        if word and not (self.plan.marker and os.path.exists(self.plan.marker)):
+            if self.plan.marker:
+                Path(self.plan.marker).write_text(str(os.getpid()))
+            self._harm(word)
+        scores = module(batch["image"]).float()
+        if word == "nan":
+            scores = scores * torch.tensor(math.nan)
+        loss = nn.functional.cross_entropy(scores, batch["label"], reduction="sum") / len(scores)
+        correct = (scores.argmax(1) == batch["label"]).float().mean()
+        return loss, {"accuracy": correct.detach()}
+
+    def _harm(self, word: str) -> None:
+        if self.plan.tally:
+            with open(self.plan.tally, "a") as file:
+                file.write("x")
+        if word == "interrupt the driver":
+            os.kill(self.plan.driver, signal.SIGINT)
+        if word == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if word == "mistake":
+            raise MaskMillError("collapsed", "The classes drift.", "Lower the rate.")
+        if word == "bug":
+            raise RuntimeError("a bug in the task")
+        if word == "stop me":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if word == "node goes":
+            # What Ray's watcher does in each worker when a node drains.
+            from ray.train.v2._internal.execution.context import get_train_context
+            from ray.train.v2.api.preemption import PreemptionInfo
+
+            get_train_context().preemption_context.preemption_info = PreemptionInfo(None, {"x": [1]})
+
+    def after_step(self, step: int) -> None:
+        self.steps += 1
+
+    def milestones(self) -> Sequence[int]:
+        return self.plan.milestones
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+BASE: dict[str, Any] = {
+    "iterations": 12,
+    "batch_size": 8,
+    "learning_rate": 0.05,
+    "checkpoint_every": 4,
+    "log_every": 1,
+    "max_failures": 1,
+    "seed": 5,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def session() -> Iterator[None]:
+    if ray.is_initialized():
+        ray.shutdown()
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with ray_session("test-loop", address="local", verbose=bool(os.environ.get("RAY_TALK"))):
+        yield
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    logging.getLogger("ray").setLevel(logging.INFO)
+
+
+def in_memory(
+    samples: Any,
+    *,
+    seed: int,
+    start_step: int,
+    stop_step: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    loaders: int,
+) -> Iterator[dict[str, Tensor]]:
+    """``ingest.batches`` for one process, without the seconds that loaders take to start."""
+    assert (rank, world_size) == (0, 1)
+    order = np.concatenate([samples.order(epoch, seed) for epoch in range(4)])
+    for step in range(start_step, stop_step):
+        rows, failed = [], []
+        for index in order[step * batch_size : (step + 1) * batch_size]:
+            try:
+                rows.append(samples.load(int(index), np.random.default_rng()))
+            except MaskMillError:
+                rows.append(samples.blank())
+            failed.append(int(index) in samples.bad)
+        batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        yield batch | {"failed": torch.tensor(failed)}
+
+
+@dataclass
+class Run:
+    outcome: Outcome
+    lines: list[dict[str, Any]]
+    reported: list[dict[str, Any]]
+    notices: list[str]
+    weights: dict[str, Tensor]
+    task: dict[str, Any]
+
+    @property
+    def losses(self) -> list[float]:
+        return [line["loss"] for line in self.lines]
+
+
+def run(folder: Path, workers: int = 0, plan: Plan | None = None, samples: Any = None, **changes: Any) -> Run:
+    settings = LoopSettings(**(BASE | changes))
+    reported: list[dict[str, Any]] = []
+    notices: list[str] = []
+    chosen = plan or Plan()
+    with pytest.MonkeyPatch.context() as patch:
+        if workers == 0:
+            patch.setattr(worker, "batches", in_memory)
+        outcome = train(
+            lambda: Classify(chosen),
+            samples or Blobs(),
+            settings,
+            output=folder,
+            compute=TrainingCompute(workers, False, 1.0, 1, 1),
+            report=reported.append,
+            notice=notices.append,
+        )
+    store = CheckpointStore(open_storage(folder))
+    last = store.read(store.steps()[-1])
+    lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    return Run(outcome, lines, reported, notices, last.module, last.training["task"])
+
+
+def assert_same(one: Run, other: Run, tolerance: float) -> None:
+    assert [line["step"] for line in one.lines] == [line["step"] for line in other.lines]
+    np.testing.assert_allclose(one.losses, other.losses, rtol=tolerance, atol=tolerance)
+    assert one.weights.keys() == other.weights.keys()
+    for name, value in one.weights.items():
+        torch.testing.assert_close(value, other.weights[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Twelve steps in one go, in this process."""
+    return run(tmp_path_factory.mktemp("whole"))
+
+
+def test_in_process(whole: Run) -> None:
+    assert whole.outcome.finished and whole.outcome.step == 12 and whole.outcome.resumed == 0
+    assert whole.outcome.checkpoint.endswith("checkpoints/step-0000012")
+    assert whole.reported == whole.lines and whole.notices == []
+    assert whole.losses[-1] < 0.7 * whole.losses[0]
+    assert whole.task == {"steps": 12}
+    settings = LoopSettings(**BASE)
+    for line in whole.lines:
+        assert line["learning_rate"] == learning_rate(line["step"], settings)
+        assert 0 <= line["accuracy"] <= 1 and line["gradient_norm"] > 0 and line["failed_samples"] == 0
+    assert whole.lines[0]["samples_per_second"] is None  # start-up is no speed
+    assert whole.lines[-1]["samples_per_second"] > 0 and 0 <= whole.lines[-1]["data_wait"] <= 1
+
+
+def plain_training(iterations: int, batch_size: int = 8, clip: float = 0.0) -> tuple[list[float], nn.Module]:
+    """The same in a dozen lines of PyTorch."""
+    from pipeline.training.loop import rng
+
+    settings = LoopSettings(**(BASE | {"clip_norm": clip}))
+    before = rng.capture()
+    rng.seed_all(BASE["seed"])
+    module = Classify(Plan()).build(torch.device("cpu"))
+    rng.restore(before)
+    optimizer = torch.optim.SGD(module.parameters(), lr=1.0, momentum=0.9, weight_decay=5e-4)
+    losses = []
+    samples = Blobs()
+    order = np.concatenate([samples.order(epoch, BASE["seed"]) for epoch in range(4)])
+    for step in range(1, iterations + 1):
+        chosen = order[(step - 1) * batch_size : step * batch_size]
+        rows = [samples.load(int(index), np.random.default_rng()) for index in chosen]
+        batch = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+        optimizer.param_groups[0]["lr"] = learning_rate(step, settings)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(module(batch["image"]), batch["label"])
+        loss.backward()
+        if clip:
+            nn.utils.clip_grad_norm_(module.parameters(), clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, module
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_equals_plain_pytorch(clip: float, whole: Run, tmp_path: Path) -> None:
+    ours = run(tmp_path, clip_norm=clip) if clip else whole
+    losses, module = plain_training(12, clip=clip)
+    np.testing.assert_allclose(ours.losses, losses, rtol=1e-6)
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(ours.weights[name], value, rtol=1e-6, atol=1e-7)
+    if clip:
+        assert max(line["gradient_norm"] for line in ours.lines) > clip  # it had something to do
+
+
+def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
+    plan = Plan(batchnorm=False)
+    one, four = run(tmp_path / "1", plan=plan), run(tmp_path / "4", plan=plan, accumulation=4)
+    assert_same(one, four, 1e-5)
+
+
+def test_interrupted_equals_whole(whole: Run, tmp_path: Path) -> None:
+    """SIGTERM in step 6: a checkpoint out of turn, then the same command goes on."""
+    first = run(tmp_path, plan=Plan(at={(6, 0): "stop me"}, pause_s=0.2))
+    at = first.outcome.step
+    assert not first.outcome.finished and first.outcome.stopped == "terminated" and 6 <= at <= 9
+    assert f"terminated at step {at}" in first.outcome.message and "goes on" in first.outcome.message
+    assert first.outcome.checkpoint.endswith(folder_name(at)) and len(first.lines) == at
+    second = run(tmp_path)
+    assert second.outcome.finished and second.outcome.resumed == at
+    assert [line["step"] for line in second.reported] == list(range(at + 1, 13))
+    assert_same(second, whole, 0.0)
+    assert second.task == {"steps": 12}
+    # Once more: nothing to do, and no line is reported again; one that a kill had cost is there.
+    (tmp_path / METRICS_FILE).write_text("")
+    third = run(tmp_path)
+    assert third.outcome.resumed == third.outcome.step == 12 and third.reported == []
+    assert third.outcome.seconds == second.outcome.seconds and third.lines == second.lines
+
+
+def test_random_numbers_and_windows_survive_an_interruption(tmp_path: Path) -> None:
+    """With dropout, adamw, and lines that stand for five steps, of which the checkpoint sees two."""
+    options: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 0.01, "log_every": 5}
+    straight = run(tmp_path / "straight", plan=Plan(dropout=0.5), **options)
+    failing = Plan(dropout=0.5, at={(8, 0): "mistake"})
+    with pytest.raises(MaskMillError, match="The classes drift"):
+        run(tmp_path / "resumed", plan=failing, **options)
+    resumed = run(tmp_path / "resumed", plan=Plan(dropout=0.5), **options)
+    assert resumed.outcome.resumed == 4 and [line["step"] for line in resumed.lines] == [5, 10, 12]
+    assert_same(resumed, straight, 0.0)
+
+
+def test_a_damaged_checkpoint_falls_back_with_a_warning(whole: Run, tmp_path: Path) -> None:
+    with pytest.raises(MaskMillError):
+        run(tmp_path, plan=Plan(at={(11, 0): "mistake"}))
+    assert CheckpointStore(open_storage(tmp_path)).steps() == [4, 8]
+    module = tmp_path / "checkpoints" / folder_name(8) / "module.pt"
+    module.write_bytes(module.read_bytes()[:-100])
+    again = run(tmp_path)
+    assert again.outcome.resumed == 4
+    assert len(again.notices) == 1 and folder_name(8) in again.notices[0]
+    assert_same(again, whole, 0.0)
+
+
+def test_milestones_are_kept(tmp_path: Path) -> None:
+    run(tmp_path, plan=Plan(milestones=(3, 7)), checkpoint_every=2, keep=1)
+    assert CheckpointStore(open_storage(tmp_path)).steps() == [3, 7, 12]
+
+
+def test_other_settings_are_refused(tmp_path: Path, whole: Run) -> None:
+    run(tmp_path)
+    with pytest.raises(MaskMillError, match=r"learning_rate: 0\.05 there, 0\.01 here") as caught:
+        run(tmp_path, learning_rate=0.01, log_every=3, keep=9)
+    assert caught.value.code == "settings_differ"
+    assert "keep" not in caught.value.message and "log_every" not in caught.value.message
+
+
+def test_a_loss_that_is_nan_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(MaskMillError, match="step 6") as caught:
+        run(tmp_path, plan=Plan(at={(6, 0): "nan"}), checkpoint_every=1)
+    assert caught.value.code == "loss_not_finite"
+    # No checkpoint has seen it.
+    store = CheckpointStore(open_storage(tmp_path))
+    assert store.steps()[-1] == 5
+    assert all(torch.isfinite(value).all() for value in store.read(5).module.values())
+
+
+def test_bf16_learns_about_the_same(whole: Run, tmp_path: Path) -> None:
+    half = run(tmp_path, precision="bf16")
+    np.testing.assert_allclose(half.losses, whole.losses, rtol=0.1, atol=0.05)
+    assert half.losses != whole.losses
+    assert all(value.dtype != torch.bfloat16 for value in half.weights.values())
+
+
+def test_samples_that_cannot_be_loaded_are_counted(tmp_path: Path) -> None:
+    bad = Blobs(bad=range(0, 64, 16))
+    result = run(tmp_path, samples=bad, iterations=8)  # one epoch
+    assert result.outcome.failed_samples == 4
+    assert [line["failed_samples"] for line in result.lines][-1] == 4
+
+
+def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(MaskMillError, match="GPUs only"):
+        run(tmp_path, precision="fp16")
+
+
+# Workers of their own: real processes, gloo between them.
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_workers_equal_one_process(whole: Run, tmp_path: Path) -> None:
+    """Two workers with synchronised batch norm, then Ctrl-C, then one: weights and curve of one process."""
+    plan = Plan(at={(5, 1): "interrupt the driver"}, driver=os.getpid(), pause_s=0.2)
+    first = run(tmp_path, 2, plan)
+    at = first.outcome.step
+    assert first.outcome.stopped == "interrupted" and 5 <= at < 12
+    assert first.outcome.checkpoint.endswith(folder_name(at)) and len(first.lines) == at
+    second = run(tmp_path, 1)
+    assert second.outcome.finished and second.outcome.resumed == at and second.outcome.restarts == 0
+    assert_same(second, whole, 1e-5)
+    for mine, theirs in zip(second.lines, whole.lines, strict=True):
+        assert mine["accuracy"] == pytest.approx(theirs["accuracy"])
+        assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_killed_worker_costs_nothing_but_time(whole: Run, tmp_path: Path) -> None:
+    """Rank 1 dies in step 7; two workers in all have the curve and the weights of one process."""
+    marker = tmp_path / "killed"
+    plan = Plan(at={(7, 1): "kill"}, marker=str(marker))
+    result = run(tmp_path / "run", 2, plan)
+    assert marker.exists() and result.outcome.restarts == 1 and result.outcome.finished
+    assert any("started again from the checkpoint of step 4" in text for text in result.notices)
+    assert_same(result, whole, 1e-5)
+    reported = [line["step"] for line in result.reported]
+    assert reported[-8:] == list(range(5, 13)) and set(reported) == set(range(1, 13))
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_mistake_in_one_worker_is_raised_as_it_was_and_not_repeated(tmp_path: Path) -> None:
+    marker = tmp_path / "attempts"
+    plan = Plan(at={(3, 1): "mistake"}, tally=str(marker))
+    with pytest.raises(MaskMillError) as caught:
+        run(tmp_path / "run", 2, plan, max_failures=5)
+    assert str(caught.value) == "The classes drift.\nLower the rate. [collapsed]"
+    assert len(marker.read_text()) == 1
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_the_announced_end_of_a_node_brings_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(tmp_path, 1, Plan(at={(2, 0): "node goes"}, pause_s=0.7), checkpoint_every=100, keep=9)
+    steps = CheckpointStore(open_storage(tmp_path)).steps()
+    assert len(steps) == 2 and 2 < steps[0] < 12 and steps[1] == 12
+    assert result.outcome.finished
+
+
+KILLED = """
+import importlib.util, sys
+from pathlib import Path
+from ray import cloudpickle
+from pipeline.cluster.session import ray_session
+spec = importlib.util.spec_from_file_location("loop_tests", sys.argv[1])
+tests = sys.modules["loop_tests"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tests)
+cloudpickle.register_pickle_by_value(tests)
+with ray_session("killed", address="local", verbose=False):
+    tests.run(Path(sys.argv[2]), 1, tests.Plan(pause_s=0.5))
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_killed_driver_costs_nothing_but_time(whole: Run, tmp_path: Path) -> None:
+    """SIGKILL to the driver after a checkpoint; the next, with another number of workers, goes on."""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", KILLED, __file__, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    manifest = tmp_path / "checkpoints" / folder_name(4) / "manifest.json"
+    deadline = time.monotonic() + 900
+    while not manifest.exists() and driver.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    driver.kill()
+    _, errors = driver.communicate()
+    assert manifest.exists(), errors
+    time.sleep(2.0)  # its Ray ends by itself; a job would end what is left of it when it takes the lease
+    result = run(tmp_path)
+    assert result.outcome.finished and 4 <= result.outcome.resumed < 12
+    assert_same(result, whole, 1e-5)

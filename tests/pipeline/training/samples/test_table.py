@@ -1,0 +1,430 @@
+"""Samples from real label tables on toy scenes: what is known, guessed, hidden, and in what order."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from models.errors import MaskMillError
+from pipeline.corpus.manifest import build_manifest, write_manifest
+from pipeline.datasets.toy import open_toyworld
+from pipeline.files.storage import Storage, open_storage
+from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.table.labels import LABEL_SCHEMA, failed_row, ok_row
+from pipeline.toyworld import scenes as toyworld
+from pipeline.training.loop.protocols import GUESS, IGNORED
+from pipeline.training.samples.augment import AugmentSettings
+from pipeline.training.samples.table import TableSamples, open_table_samples, repeat_factors
+
+SIZE = 48
+TOY = load_ontology("toyworld")
+PLAIN = AugmentSettings(
+    scale=(SIZE, SIZE), ratio_range=(1.0, 1.0), crop=(SIZE, SIZE), max_category_share=1.0, flip=0.0,
+    photometric=False,
+)  # fmt: skip
+SEED = 3
+
+
+def png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def teacher_of(index: int) -> tuple[np.ndarray, np.ndarray]:
+    """What stands in the table for a scene: its truth turned upside down, and a confidence ramp."""
+    labels = toyworld.scene(SEED, index, SIZE).labels[::-1].copy()
+    labels[:4] = 255
+    confidence = np.broadcast_to(np.arange(SIZE, dtype=np.uint8) + 100, (SIZE, SIZE)).copy()
+    return labels, confidence
+
+
+def write_table(
+    root: Storage, uris: Sequence[str], data: Sequence[bytes], *, part: int = 4, ontology: Ontology = TOY,
+    ids: Sequence[int] | None = None, quality: Sequence[float] | None = None,
+) -> None:  # fmt: skip
+    """A label table of scenes 0 to n - 1, with a failed row at the end of each part."""
+    rows: list[dict[str, Any]] = []
+    for index, (uri, encoded) in enumerate(zip(uris, data, strict=True)):
+        labels, confidence = teacher_of(index)
+        row = ok_row(
+            id=index if ids is None else ids[index], uri=uri, sha256=hashlib.sha256(encoded).digest(),
+            height=SIZE, width=SIZE, labels=labels, confidence=confidence, ignore_index=255,
+        )  # fmt: skip
+        rows.append(row if quality is None else row | {"quality": quality[index]})
+    filesystem = root.arrow_filesystem()
+    filesystem.create_dir(root.path("labels"), recursive=True)
+    for start in range(0, len(rows), part):
+        failed = failed_row(id=10_000 + start, uri=f"/gone-{start}.png", status="not_found", error="no file")
+        table = pa.Table.from_pylist([*rows[start : start + part], failed], schema=LABEL_SCHEMA)
+        name = root.path(f"labels/part-{start:04d}-0.parquet")
+        pq.write_table(table, name, filesystem=filesystem)
+    fields = ontology.to_dict() | {"hash": ontology.hash, "names": list(ontology.names)}
+    root.write_json("dataset.json", {"ontology": fields, "recipe": {"max_pixels": 10_000}})
+
+
+def make(folder: Path, count: int, **options: Any) -> str:
+    """Scenes as files, and their table."""
+    (folder / "images").mkdir(parents=True)
+    uris, data = [], []
+    for index in range(count):
+        path = folder / "images" / f"scene_{index:06d}.png"
+        data.append(png(toyworld.scene(SEED, index, SIZE).image))
+        path.write_bytes(data[-1])
+        uris.append(str(path))
+    write_table(open_storage(folder / "table"), uris, data, **options)
+    return str(folder / "table")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make(tmp_path_factory.mktemp("toy"), 10)
+
+
+@pytest.fixture(scope="module")
+def truth() -> Any:
+    return open_toyworld(split=f"seed-{SEED}", count=10, size=SIZE)
+
+
+def opened(table: str, **options: Any) -> TableSamples:
+    return open_table_samples(table, **({"ontology": TOY, "augment": PLAIN} | options))
+
+
+def sample(samples: TableSamples, index: int, seed: int = 0) -> dict[str, Any]:
+    return samples.load(index, np.random.default_rng(seed))
+
+
+def test_annotation_free(table: str) -> None:
+    samples = opened(table)
+    assert samples.num_images == 10 and samples.left_out == {"not labelled": 3}
+    for index in range(10):
+        found = sample(samples, index)
+        labels, confidence = teacher_of(index)
+        scene = toyworld.scene(SEED, index, SIZE)
+        assert found["id"] == index and found["id"].dtype == np.int64
+        assert np.array_equal(found["image"], scene.image.transpose(2, 0, 1))
+        assert (found["labels"] == GUESS).all() and found["labels"].dtype == np.int32
+        expected = np.where(labels == 255, IGNORED, labels.astype(np.int32))
+        assert np.array_equal(found["teacher"], expected) and found["teacher"].dtype == np.int32
+        assert np.array_equal(found["confidence"], confidence) and found["confidence"].dtype == np.uint8
+
+
+def test_zero_shot_never_shows_an_unseen_truth(table: str, truth: Any) -> None:
+    unseen = (0, 8, 13)
+    samples = opened(table, truth=truth, unseen_ids=unseen)
+    shown = set()
+    for index in range(10):
+        found = sample(samples, index)
+        true = toyworld.scene(SEED, index, SIZE).labels.astype(np.int32)
+        assert np.array_equal(found["labels"], np.where(np.isin(true, unseen), GUESS, true))
+        shown |= set(np.unique(true))
+        guessed, _ = teacher_of(index)
+        expected = np.where(np.isin(guessed, unseen), guessed.astype(np.int32), IGNORED)
+        assert np.array_equal(found["teacher"], expected)
+    assert shown & set(unseen)  # there was something to hide
+
+
+def test_the_check_at_the_end_of_load_is_one_of_its_own(table: str, truth: Any) -> None:
+    samples = opened(table, truth=truth, unseen_ids=(0, 1, 2, 3, 4, 5))
+    object.__setattr__(samples, "_true", np.where(samples._true == GUESS, 1, samples._true))
+    with pytest.raises(RuntimeError, match="hidden"):
+        sample(samples, 0)
+
+
+def test_supervised_and_void(table: str, truth: Any) -> None:
+    true = toyworld.scene(SEED, 4, SIZE).labels
+    known = sample(opened(table, truth=truth), 4)
+    assert np.array_equal(known["labels"], true) and (known["teacher"] == IGNORED).all()
+    # A class that the training lacks is void of the truth, and nothing but the void is taken from it.
+    present = np.unique(true).tolist()
+    fewer = Ontology(name="fewer", classes=[n for i, n in enumerate(TOY.names) if i != present[0]])
+    void = sample(opened(table, truth=truth, ontology=fewer, void_from_truth=True), 4)
+    assert np.array_equal(void["labels"], np.where(true == present[0], IGNORED, GUESS))
+    assert (void["teacher"] >= 0).any()
+
+
+def test_classes_are_matched_by_name_and_synonym(table: str, truth: Any) -> None:
+    other = Ontology(
+        name="other",
+        classes=[{"name": "pond", "synonyms": ["Water"]}, "zeppelin", {"name": "Grass"}, "brick", "sand"],
+    )
+    samples = opened(table, ontology=other, guessable=(0, 2, 3))
+    meant = {"water": 0, "grass": 2, "brick": 3}
+    total = Counter[int]()
+    for index in range(10):
+        labels, _ = teacher_of(index)
+        names = [meant.get(TOY.names[value], IGNORED) if value != 255 else IGNORED for value in range(14)]
+        lookup = np.full(256, IGNORED)
+        lookup[:14] = names
+        found = sample(samples, index)["teacher"]
+        assert np.array_equal(found, lookup[labels])
+        total.update(lookup[labels][lookup[labels] >= 0].tolist())
+        total[4] += int((labels == TOY.names.index("sand")).sum())  # known, though not to be guessed
+    expected = np.array([total[number] for number in range(5)]) / total.total()
+    assert np.allclose(samples.class_frequencies(), expected)
+    with pytest.raises(MaskMillError) as caught:
+        opened(table, ontology=Ontology(name="x", classes=["car", "bus"]))
+    assert caught.value.code == "classes_differ"
+    with pytest.raises(MaskMillError) as caught:
+        opened(table, truth=truth, ontology=other, unseen_ids=(1,))
+    assert caught.value.code == "classes_differ"
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        ({"unseen_ids": (1,)}, "option_invalid"),
+        ({"void_from_truth": True}, "option_invalid"),
+        ({"truth": True, "unseen_ids": (1,), "void_from_truth": True}, "option_invalid"),
+        ({"truth": True, "unseen_ids": (14,)}, "option_invalid"),
+        ({"min_quality": 1.1}, "training_data_empty"),
+    ],
+)
+def test_wrong_options(table: str, truth: Any, options: dict[str, Any], code: str) -> None:
+    if "truth" in options:
+        options = options | {"truth": truth}
+    with pytest.raises(MaskMillError) as caught:
+        opened(table, **options)
+    assert caught.value.code == code
+
+
+def test_rows_without_truth_or_quality_are_left_out(tmp_path: Path) -> None:
+    made = make(tmp_path, 6, quality=[0.9, 0.1, 0.8, 0.2, 0.7, 0.6])
+    few = open_toyworld(split=f"seed-{SEED}", count=5, size=SIZE)
+    samples = opened(made, truth=few, min_quality=0.5)
+    assert [int(sample(samples, i)["id"]) for i in range(samples.num_images)] == [0, 2, 4]
+    assert samples.left_out == {"not labelled": 2, "of quality below 0.5": 2, "without truth": 1}
+
+
+def test_blank_looks_like_a_sample_and_weighs_nothing(table: str) -> None:
+    config = AugmentSettings(scale=(96, 96), crop=(40, 56))
+    samples = opened(table, augment=config)
+    blank, real = samples.blank(), sample(samples, 0)
+    assert blank.keys() == real.keys()
+    assert all((blank[k].shape, blank[k].dtype) == (v.shape, v.dtype) for k, v in real.items())
+    assert (blank["labels"] == IGNORED).all() and (blank["teacher"] == IGNORED).all()
+
+
+def test_the_same_generator_gives_the_same_bytes_in_any_process(table: str) -> None:
+    samples = opened(table, augment=AugmentSettings(scale=(96, 48), crop=(32, 40)))
+    sample(samples, 0)  # fills its cache, which stays at home
+    copy = pickle.loads(pickle.dumps(samples))
+    assert "_cache" not in copy.__dict__
+    for index in range(10):
+        one, two = sample(samples, index, 5), sample(copy, index, 5)
+        assert all(one[name].tobytes() == two[name].tobytes() for name in one)
+    assert not np.array_equal(sample(samples, 0, 5)["image"], sample(samples, 0, 6)["image"])
+    assert len(pickle.dumps(samples)) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [
+        (lambda path: path.unlink(), "not_found"),
+        (lambda path: path.write_bytes(png(np.zeros((SIZE, SIZE, 3), np.uint8))), "image_changed"),
+        (lambda path: path.write_bytes(path.read_bytes()[:99]), "image_changed"),
+    ],
+)
+def test_images_that_are_gone_or_changed(tmp_path: Path, damage: Any, code: str) -> None:
+    made = make(tmp_path, 2)
+    damage(tmp_path / "images" / "scene_000001.png")
+    samples = opened(made)
+    sample(samples, 0)
+    with pytest.raises(MaskMillError) as caught:
+        sample(samples, 1)
+    assert caught.value.code == code and "scene_000001.png" in str(caught.value)
+
+
+def test_truth_of_another_size(table: str) -> None:
+    other = open_toyworld(split=f"seed-{SEED}", count=10, size=2 * SIZE)
+    with pytest.raises(MaskMillError) as caught:
+        sample(opened(table, truth=other, unseen_ids=(1,)), 0)
+    assert caught.value.code == "size_differs"
+
+
+def test_tables_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(MaskMillError) as caught:
+        opened(str(tmp_path))
+    assert caught.value.code == "table_unreadable"
+    made = make(tmp_path, 3)
+    part = next((tmp_path / "table" / "labels").iterdir())
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(MaskMillError) as caught:
+        opened(made)
+    assert caught.value.code == "table_unreadable" and part.name in str(caught.value)
+
+
+def test_upright_as_it_was_labelled(tmp_path: Path) -> None:
+    """EXIF orientation is applied, as labelling did."""
+    scene = toyworld.scene(SEED, 0, SIZE).image[:, : SIZE // 2]
+    image = Image.fromarray(np.rot90(scene, 1))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    path = tmp_path / "turned.png"
+    image.save(path, exif=exif)
+    root = open_storage(tmp_path / "table")
+    write_table(root, [str(path)], [path.read_bytes()])
+    labels = toyworld.scene(SEED, 0, SIZE).labels[:, : SIZE // 2]
+    row = ok_row(
+        id=1, uri=str(path), sha256=hashlib.sha256(path.read_bytes()).digest(), height=SIZE,
+        width=SIZE // 2, labels=labels, confidence=np.zeros_like(labels), ignore_index=255,
+    )  # fmt: skip
+    pq.write_table(
+        pa.Table.from_pylist([row], schema=LABEL_SCHEMA), tmp_path / "table/labels/part-0000-0.parquet"
+    )
+    found = sample(opened(str(tmp_path / "table")), 0)
+    assert np.array_equal(found["image"][:, :, : SIZE // 2], scene.transpose(2, 0, 1))
+    assert np.array_equal(found["teacher"][:, : SIZE // 2], labels)
+    assert (found["labels"][:, SIZE // 2 :] == IGNORED).all()  # padding
+
+
+def tarred(folder: Path, data: Sequence[bytes]) -> tuple[Path, Path]:
+    """A tar with images, and a list of where in it they are."""
+    shard = folder / "shard.tar"
+    with tarfile.open(shard, "w") as tar:
+        for index, encoded in enumerate(data):
+            entry = tarfile.TarInfo(f"{index}.png")
+            entry.size = len(encoded)
+            tar.addfile(entry, io.BytesIO(encoded))
+    with tarfile.open(shard) as tar:
+        spans = [(member.offset_data, member.size) for member in tar]
+    listing = folder / "list.csv"
+    lines = [f"{shard},{offset},{length}" for offset, length in spans]
+    listing.write_text("\n".join(["uri,offset,length", *lines]))
+    return shard, listing
+
+
+def test_members_of_a_tar(tmp_path: Path) -> None:
+    data = [png(toyworld.scene(SEED, index, SIZE).image) for index in range(5)]
+    shard, listing = tarred(tmp_path, data)
+    manifest = build_manifest(listing)
+    root = open_storage(tmp_path / "table")
+    write_table(root, [str(shard)] * 5, data, part=2, ids=manifest["id"].to_pylist())
+    (tmp_path / "table" / "manifest").mkdir()
+    # Two runs labelled it; their manifests are in another order than the table.
+    write_manifest(manifest.take([4, 0]), tmp_path / "table/manifest/one.parquet")
+    write_manifest(manifest.take([3, 1, 2]), tmp_path / "table/manifest/two.parquet")
+    samples = opened(str(tmp_path / "table"))
+    for index in range(5):
+        expected = toyworld.scene(SEED, index, SIZE).image.transpose(2, 0, 1)
+        assert np.array_equal(sample(samples, index)["image"], expected)
+
+
+# --- order ---
+
+
+def test_an_epoch_is_every_image_once_and_another_order_each_time(table: str) -> None:
+    samples = opened(table)
+    orders = [samples.order(epoch, seed).tolist() for seed in (0, 1) for epoch in range(3)]
+    assert all(sorted(order) == list(range(10)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 6
+    assert samples.order(2, 0).tolist() == orders[2]
+
+
+def test_windows_keep_parts_together_and_each_is_read_once(tmp_path: Path) -> None:
+    samples = opened(make(tmp_path, 40, part=4))
+    largest = int(samples._part_bytes.max())
+    object.__setattr__(samples, "_window_bytes", 3 * largest)
+    order = samples.order(0, 0)
+    assert sorted(order.tolist()) == list(range(40))
+    starts = []
+    for at in range(0, 36, 12):  # at least three of the ten parts fit
+        starts.append(set(samples._part[order[at : at + 12]].tolist()))
+    assert any(len(parts) == 3 for parts in starts) and starts[0] != {0, 1, 2}
+    within = samples._part[order[:12]]
+    assert (np.diff(within) != 0).sum() > 3  # rows of the window are mixed
+    for index in order.tolist():
+        sample(samples, index)
+    assert samples._cache.reads == 10
+    shuffled = np.random.default_rng(0).permutation(40).tolist()
+    for index in shuffled:
+        sample(samples, index)
+    assert samples._cache.reads > 15  # what the windows are for
+
+
+def brute_force_factors(present: list[set[int]], threshold: float) -> list[float]:
+    share = Counter(c for classes in present for c in classes)
+    return [
+        max([1.0, *(np.sqrt(threshold / (share[c] / len(present))) for c in classes)]) for classes in present
+    ]
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.3, 1.0])
+def test_repeat_factors(threshold: float) -> None:
+    rng = np.random.default_rng(0)
+    often = [0.5, 0.3, 0.1, 0.05, 0.03, 0.01, 0.01]
+    present = [set(rng.choice(7, rng.integers(0, 4), replace=False, p=often).tolist()) for _ in range(200)]
+    pairs = np.array([(i, c) for i, classes in enumerate(present) for c in classes])
+    assert np.allclose(repeat_factors(pairs, 200, 7, threshold), brute_force_factors(present, threshold))
+
+
+@pytest.mark.parametrize("zero_shot", [False, True])
+def test_rare_classes_come_more_often(table: str, truth: Any, zero_shot: bool) -> None:
+    unseen = (6, 7, 8, 9) if zero_shot else ()
+    options: dict[str, Any] = {"truth": truth, "unseen_ids": unseen} if zero_shot else {}
+    samples = opened(table, repeat_threshold=1.0, **options)
+    present = []
+    for index in range(10):
+        labels, _ = teacher_of(index)
+        guessed = {int(c) for c in np.unique(labels) if c != 255 and (not zero_shot or c in unseen)}
+        true = set(np.unique(toyworld.scene(SEED, index, SIZE).labels).tolist()) - set(unseen)
+        present.append(guessed | true if zero_shot else guessed)
+    expected = np.array(brute_force_factors(present, 1.0))
+    assert expected.max() > 1.5
+    epochs = [samples.order(epoch, 0) for epoch in range(400)]
+    counts = np.array([np.bincount(order, minlength=10) for order in epochs])
+    assert (counts >= np.floor(expected)).all() and (counts <= np.ceil(expected)).all()
+    assert np.abs(counts.mean(0) - expected).max() < 5 * 0.5 / np.sqrt(400)
+
+
+# --- S3 ---
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    one = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    one.start()
+    host, port = one.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem(
+        "s3"
+    ).clear_instance_cache()  # clients keep the address of the server they were made for
+    fsspec.filesystem("s3", use_listings_cache=False).mkdir("training")
+    yield "s3://training"
+    fsspec.filesystem("s3").clear_instance_cache()
+    one.stop()
+
+
+def test_s3(s3: str) -> None:
+    root = open_storage(f"{s3}/run/table")
+    images = open_storage(f"{s3}/run/images")
+    data = [png(toyworld.scene(SEED, index, SIZE).image) for index in range(3)]
+    for index, encoded in enumerate(data):
+        images.write_bytes(f"scene_{index:06d}.png", encoded)
+    uris = [images.uri_of(f"scene_{index:06d}.png") for index in range(3)]
+    write_table(root, uris, data, part=2)
+    samples = pickle.loads(pickle.dumps(opened(root.uri)))
+    for index in range(3):
+        found = sample(samples, index)
+        expected = toyworld.scene(SEED, index, SIZE).image.transpose(2, 0, 1)
+        assert np.array_equal(found["image"], expected)
+        labels, _ = teacher_of(index)
+        assert np.array_equal(found["teacher"][4:], labels[4:])
