@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from models.errors import MaskMillError
+from models.errors import FailedWork, MaskMillError
 
 T = TypeVar("T")
 
@@ -40,7 +40,8 @@ class Apart(Generic[T]):
         environment: variables that the process has beside those of this one.
 
     Raises:
-        MaskMillError: ``process_lost``, from the iteration, if the process ends before the work does. Else
+        MaskMillError: ``labelling_failed``, from the iteration, if the process ends before the work does.
+        Else
             the iteration raises what the work raises.
     """
 
@@ -104,8 +105,8 @@ def _lost(status: int) -> MaskMillError:
         how, remedy = "killed", "If this machine has run out of memory, close something."
     else:
         how, remedy = f"gone, with status {status}", "See what it printed, above."
-    return MaskMillError(
-        "process_lost",
+    return FailedWork(
+        "labelling_failed",
         f"The process that prepares the work was {how}.",
         f"{remedy} The same command begins anew.",
     )

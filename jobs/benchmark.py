@@ -15,7 +15,7 @@ from rich.table import Table
 
 from jobs.benchmarks import clipseg, maskclip, prompt_strategies
 from jobs.console import stderr_console
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.evaluation.results import (
     REPORT_FILE,
     ROWS,
@@ -93,31 +93,31 @@ def run(job: BenchmarkJob, console: Console | None = None) -> int:
     """Run a benchmark, write its result folder, track it, print it. Returns the exit status.
 
     Raises:
-        MaskMillError: ``benchmark_unknown``, ``output_exists``, and what a single row cannot help.
+        MaskMillError: ``dataset_unknown``, ``output_exists``, and what a single row cannot help.
     """
     console = console or stderr_console()
     if job.name not in benchmarks():
-        raise MaskMillError(
-            "benchmark_unknown",
+        raise WrongUse(
+            "dataset_unknown",
             f"There is no benchmark {job.name!r}.",
             f"Known: {', '.join(benchmarks())}.",
         )
     if job.limit < 0 or job.scenes < 1:
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             f"--limit {job.limit} --scenes {job.scenes}: there is no such number of images.",
             "Use --limit 0 for all, and --scenes 1 or more.",
         )
     if job.image_sizes and job.name not in clipseg.TABLES:
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             f"--image-size: {job.name} has one size, its protocol's.",
             f"It belongs to {', '.join(clipseg.TABLES)}.",
         )
     asked = ("roots", "labels", "weights", "settings", "datasets", "limit")
     if job.name == TOYWORLD and any(getattr(job, name) for name in asked):
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             "The toy world's rows are fixed: only --row, --seeds and --scenes change them.",
             "Leave the other options out.",
         )
@@ -183,8 +183,8 @@ def _toyworld(
     from jobs.benchmarks.toyworld import SECTIONS, SEEDS, Bench
 
     if not 2 <= job.seeds <= len(SEEDS):
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             f"--seeds {job.seeds} gives no confidence interval that means something.",
             f"Use 3 to {len(SEEDS)} (2 at least).",
         )
@@ -195,8 +195,8 @@ def _toyworld(
     )
     wanted = [name for name in names if not job.rows or any(row in name for row in job.rows)]
     if not wanted:
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             f"The toy world has no section {', '.join(job.rows)}.",
             f"Known: {', '.join(names)}.",
         )
@@ -254,7 +254,7 @@ def _concepts(
     from pipeline.ontology.concepts import ConceptList
 
     if job.images is None:
-        raise MaskMillError(
+        raise WrongUse(
             "wrong_use", "concepts needs images.", "Give --images DIR: the paper's are not distributed."
         )
     if job.concepts in LISTS:
@@ -262,7 +262,7 @@ def _concepts(
     else:
         prompts = tuple(dict.fromkeys(part.strip() for part in job.concepts.split(",") if part.strip()))
         if len(prompts) < 2:
-            raise MaskMillError(
+            raise WrongUse(
                 "wrong_use",
                 f"--concepts {job.concepts!r} is neither a list of at least two prompts nor a known name.",
                 f"Write --concepts 'a red car, a road', or one of {', '.join(LISTS)}.",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from models.errors import FAILED_WORK, MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.cluster.collector import collect_rarely
 from pipeline.cluster.signals import end_process, interrupt_on_signals
 
@@ -74,7 +74,7 @@ def label(
     source = _exactly_one("--images", images, "--manifest", manifest)
     for flag, value in (("--min-confidence", min_confidence), ("--max-failure-rate", max_failure_rate)):
         if value is not None and not 0 <= value <= 1:
-            raise MaskMillError(
+            raise WrongUse(
                 "wrong_use", f"{flag} {value} is not between 0 and 1.", "Give a share, such as 0.05."
             )
     chosen, own = _labelling_recipe(recipe, model, settings)
@@ -231,7 +231,7 @@ def evaluate(
         (workers is not None and workers < 0, f"--workers {workers} is no number of tasks"),
     ):
         if useless:
-            raise MaskMillError("wrong_use", f"{without}.", "See maskmill evaluate --help.")
+            raise WrongUse("wrong_use", f"{without}.", "See maskmill evaluate --help.")
     classes = load_ontology(ontology) if ontology is not None else None
     opened = _truth(dataset, root, split, images, truth, classes, labels)
     if limit:
@@ -453,7 +453,7 @@ def segment(
     from jobs.segment import SegmentJob, run
 
     if context is not None and not crop:
-        raise MaskMillError("wrong_use", "--context says how to crop.", "Leave out either it or --no-crop.")
+        raise WrongUse("wrong_use", "--context says how to crop.", "Leave out either it or --no-crop.")
     knobs = {"blur": blur, "background": background, "context": context, "size": crop_size}
     changes = [f"{knob}={value}" for knob, value in knobs.items() if value is not None]
     return run(
@@ -508,7 +508,7 @@ def serve(
     from pipeline.serving.limits import Limits
 
     if per_minute < 0 or upload_mb < 1:
-        raise MaskMillError(
+        raise WrongUse(
             "wrong_use", "--per-minute and --upload-mb are positive.", "See maskmill serve --help."
         )
     return run(
@@ -573,7 +573,7 @@ class TrainFlags:
         from jobs.train.run import TrainOptions
 
         if self.workers is not None and self.workers < 0:
-            raise MaskMillError(
+            raise WrongUse(
                 "wrong_use", f"--workers {self.workers} is no number of processes.", "Give 0 or more."
             )
         return TrainOptions(
@@ -702,7 +702,7 @@ def train_clipseg(
         chosen = CLIPSEG_RECIPES.change(chosen, {"model": {"start": start}})
     truths = sum(given is not None for given in (dataset, images))
     if truths > 1 or (truths == 0 and labels is None):
-        raise MaskMillError(
+        raise WrongUse(
             "wrong_use",
             "Give truth, or labels, or both.",
             "Use --labels TABLE, --dataset NAME --root DIR --split PART, or --images DIR --truth DIR "
@@ -712,7 +712,7 @@ def train_clipseg(
     opened: Any = None
     if dataset is not None:
         if split is None:
-            raise MaskMillError(
+            raise WrongUse(
                 "wrong_use",
                 f"{dataset} has parts that are kept for tests.",
                 "Name the one to train on: --split train (toyworld: --split seed-3).",
@@ -723,7 +723,7 @@ def train_clipseg(
         opened = open_dataset(dataset, root=root, split=split, **options)
     elif images is not None:
         if truth is None or classes is None:
-            raise MaskMillError("wrong_use", "--images needs --truth and --ontology.", "Add them.")
+            raise WrongUse("wrong_use", "--images needs --truth and --ontology.", "Add them.")
         opened = open_dataset("pairs", images=images, masks=truth, ontology=classes)
     return run(
         TrainClipSegJob(
@@ -785,7 +785,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     except MaskMillError as error:
         print(f"maskmill: {error}", file=sys.stderr)
-        status = 1 if error.code in FAILED_WORK else 2
+        status = error.exit_status
     except KeyboardInterrupt:
         print("Stopped. What is finished is kept: the same command goes on from there.", file=sys.stderr)
         status = 130
@@ -801,7 +801,7 @@ def _labelling_recipe(
     if model is None or (recipe is None and model == "clipseg"):
         return LABEL_RECIPES.load(recipe or model or LABEL_RECIPES.default, settings), None
     if recipe is not None:
-        raise MaskMillError(
+        raise WrongUse(
             "wrong_use", "--recipe says which CLIP labels, --model which trained model.", "Give one of them."
         )
     from pipeline.labelling.prepare import clipseg_recipe, student_recipe
@@ -828,17 +828,17 @@ def _truth(
         options = {"ontology": classes} if classes is not None else {}
         return open_dataset(dataset, root=root, split=split, **options)
     if dataset == "phrasecut":
-        raise MaskMillError(
+        raise WrongUse(
             "wrong_use",
             "PhraseCut asks for phrases, not for classes.",
             "Run maskmill benchmark clipseg-referring.",
         )
     if dataset is not None:
         if classes is not None and labels is not None:
-            raise MaskMillError("wrong_use", "--labels have an ontology already.", "Leave --ontology out.")
+            raise WrongUse("wrong_use", "--labels have an ontology already.", "Leave --ontology out.")
         return open_dataset(dataset, root=root, split=split)
     if truth is None or (classes is None and labels is None):
-        raise MaskMillError(
+        raise WrongUse(
             "wrong_use",
             "--images needs --truth, and an --ontology unless --labels has one.",
             "See maskmill evaluate --help.",
@@ -860,7 +860,7 @@ def _pairs(flag: str, given: Sequence[str], *, last: bool = True) -> dict[str, s
     for text in given:
         name, separator, value = text.rpartition("=") if last else text.partition("=")
         if not separator or not name or not value:
-            raise MaskMillError(
+            raise WrongUse(
                 "wrong_use", f"{flag} {text!r} is not of the form NAME=VALUE.", f"Write {flag} voc20=DIR."
             )
         pairs[name] = value
@@ -872,7 +872,7 @@ def _exactly_one(
 ) -> str:
     given = [value for value in (one, other) if value is not None]
     if len(given) != 1:
-        raise MaskMillError(
+        raise WrongUse(
             "wrong_use",
             f"Give either {first} or {second}{', not both' if given else ''}.",
             f"See maskmill {command} --help.",

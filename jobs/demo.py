@@ -17,7 +17,7 @@ from jobs import evaluate, label, show
 from jobs.train import maskclip_plus
 from jobs.train.run import TrainOptions
 from jobs.train.student_page import PAGE, SHEET, write_pages
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.pairs import open_pairs
 from pipeline.labelling.prepare import student_recipe
@@ -142,7 +142,7 @@ def _shortened(steps: int) -> maskclip_plus.MaskClipPlusRecipe:
 def _fresh(output: Path) -> None:
     if output.exists() and any(output.iterdir()):
         if not (output / MARKER).exists():
-            raise MaskMillError(
+            raise WrongUse(
                 "output_not_ours",
                 f"{output} exists and was not made by the demo.",
                 "Name another folder: maskmill demo --output DIR.",

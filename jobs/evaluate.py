@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.console import stderr_console
-from models.errors import MaskMillError
+from models.errors import FailedWork, WrongUse
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.datasets.protocols import PROTOCOLS, Protocol, get_protocol
 from pipeline.datasets.registry import DATASETS
@@ -153,7 +153,7 @@ def evaluate(job: EvaluateJob, console: Console) -> tuple[Path, dict[str, Any]]:
         )
     whole = not (evaluation.missing or evaluation.failed)
     if job.labels is None and not whole:
-        raise MaskMillError(
+        raise FailedWork(
             "labelling_failed",
             f"Of {len(dataset.samples):,} images {evaluation.failed.total():,} could not be labelled.",
             f"See the rows with a status in {table}; a benchmark is measured on all of its images.",
@@ -266,8 +266,8 @@ def _protocol(job: EvaluateJob, recipe: Mapping[str, Any], ontology: Mapping[str
         wanted = get_protocol(job.dataset.name, job.protocol)
         differing = _differences(job.dataset, recipe, ontology, wanted)
         if differing:
-            raise MaskMillError(
-                "protocols_differ",
+            raise WrongUse(
+                "output_differs",
                 f"This is not protocol {wanted.name}: {'; '.join(differing)}.",
                 f"Label with --protocol {wanted.name} and without what it rules out; or --protocol custom.",
             )
@@ -308,8 +308,8 @@ def _groups(job: EvaluateJob) -> list[str | None]:
         return [None] * count
     split = zero_shot_split(job.zero_shot)
     if split.ontology != job.dataset.ontology:
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             f"The zero-shot split {split.name} is one of {split.ontology}; {job.dataset.name} has other "
             "classes.",
             f"Evaluate on --dataset {split.ontology}.",

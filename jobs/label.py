@@ -24,7 +24,7 @@ from rich.console import Console
 
 from jobs.console import LabelDisplay, duration, stderr_console
 from jobs.preparation import Request, Settled, preparing
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.cluster.session import WORKER_MALLOC, joins_cluster, ray_session, worker_precision
 from pipeline.cluster.signals import Running, interrupt
 from pipeline.corpus.manifest import build_manifest
@@ -148,7 +148,7 @@ def _existing(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
         return None
     if recorded is None:
         if storage.list(LABELS_DIR, recursive=True):
-            raise MaskMillError(
+            raise WrongUse(
                 "output_not_ours",
                 f"{storage.uri} has files in {LABELS_DIR}/ but no {DATASET_FILE} that says what they are.",
                 f"Name another --output, or put {DATASET_FILE} back if this is a label table.",
@@ -164,7 +164,7 @@ def _existing(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
     if recorded["ontology"]["hash"] != job.ontology.hash:
         changed.append("the classes (ontology) differ")
     if changed:
-        raise MaskMillError(
+        raise WrongUse(
             "output_differs",
             f"{storage.uri} was labelled differently: {'; '.join(changed)}.",
             "One table holds one kind of label. Name another --output, go back to the recorded recipe and "

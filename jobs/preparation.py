@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.apart import POSSIBLE, Apart
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.cluster.collector import without_collection
 from pipeline.labelling.prepare import labeller_module, prepare_labeller
 from pipeline.labelling.recipes import LabelRecipe
@@ -80,7 +80,7 @@ def prepare(request: Request) -> Iterator[Settled | bytes]:
 
     def same_weights(fingerprint: str) -> None:
         if request.fingerprint not in (None, fingerprint):
-            raise MaskMillError(
+            raise WrongUse(
                 "output_differs",
                 f"{request.output} was labelled with other weights of {request.recipe.model} "
                 f"({request.fingerprint[:12]}, now {fingerprint[:12]}).",

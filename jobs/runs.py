@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.console import duration
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.tracking.destination import resolve_uri, shown_uri
 from pipeline.tracking.runs import TrackedRun, choose_runs, differences, list_runs
 
@@ -62,13 +62,11 @@ def run(
     console = console or Console()
     if compare:
         if len(compare) < 2:
-            raise MaskMillError(
-                "wrong_use", "One run cannot be compared.", "Name two or more: --compare RUN RUN"
-            )
+            raise WrongUse("wrong_use", "One run cannot be compared.", "Name two or more: --compare RUN RUN")
         _compare(choose_runs(compare, tracking, experiment=experiment), console)
         return 0
     if limit < 1:
-        raise MaskMillError("wrong_use", f"--limit {limit} shows nothing.", "Give a number from 1.")
+        raise WrongUse("wrong_use", f"--limit {limit} shows nothing.", "Give a number from 1.")
     found = list_runs(tracking, experiment=experiment, limit=limit)
     if not found:
         console.print(

@@ -18,7 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 from jobs.console import LOG_EVERY_S, duration, stderr_console
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.corpus.manifest import build_manifest
 from pipeline.files.images import MAX_PIXELS, ImageError, decode, fetch
 from pipeline.labelling.clipseg.model import THRESHOLD, VISUAL_PROMPT, ClipSegWeights
@@ -232,7 +232,7 @@ def _check(job: SegmentJob) -> None:
         ),
     ):
         if wrong:
-            raise MaskMillError("wrong_use", message, remedy)
+            raise WrongUse("wrong_use", message, remedy)
 
 
 def _prompts(job: SegmentJob, example_size: int) -> list[Prompt]:
@@ -364,18 +364,18 @@ def _earlier_files(folder: Path, *, overwrite: bool) -> list[Path]:
         MaskMillError: ``output_exists``, ``output_not_ours``.
     """
     if folder.exists() and not folder.is_dir():
-        raise MaskMillError("output_exists", f"{folder} is a file.", "Name a folder as --output.")
+        raise WrongUse("output_exists", f"{folder} is a file.", "Name a folder as --output.")
     if not folder.is_dir() or not any(folder.iterdir()):
         return []
     earlier = folder / RESULT_FILE
     if not earlier.is_file():
-        raise MaskMillError(
+        raise WrongUse(
             "output_not_ours",
             f"{folder} holds files, and no {RESULT_FILE} that says that they are from here.",
             "Name another --output.",
         )
     if not overwrite:
-        raise MaskMillError(
+        raise WrongUse(
             "output_exists",
             f"{folder} holds a result already.",
             "Name another --output, or say --overwrite.",
@@ -389,7 +389,7 @@ def _earlier_files(folder: Path, *, overwrite: bool) -> list[Path]:
             for name in [*(n for one in image["prompts"] for n in one["files"].values()), image["overview"]]
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MaskMillError(
+        raise WrongUse(
             "output_not_ours", f"{earlier} is not a result of maskmill segment.", "Name another --output."
         ) from error
     inside = folder.resolve()

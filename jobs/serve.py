@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.labelling.clipseg.model import THRESHOLD, ClipSegWeights
 from pipeline.labelling.prepare import MASKCLIP_OPTIONS
 from pipeline.labelling.recipes import LabelRecipe, load_recipe
@@ -70,7 +70,7 @@ def run(job: ServeJob, console: Console | None = None) -> int:
         console: where to say where the page is.
 
     Raises:
-        MaskMillError: as ``entry``; ``models_repeated``; ``port_taken`` and ``address_unusable``.
+        MaskMillError: as ``entry``; ``wrong_use``; ``address_unusable`` and ``address_unusable``.
     """
     import uvicorn
 
@@ -111,7 +111,7 @@ def entry(spec: str, *, clip: str | None = None) -> Entry:
         clip: see ``ServeJob.clip``.
 
     Raises:
-        MaskMillError: ``model_spec_unknown``, ``weights_missing``; as
+        MaskMillError: ``model_unknown``, ``weights_missing``; as
         ``pipeline.labelling.recipes.load_recipe``,
             ``pipeline.trained.student.read_student_record`` and
             ``pipeline.trained.clipseg.read_clipseg_record``.
@@ -130,13 +130,13 @@ def entry(spec: str, *, clip: str | None = None) -> Entry:
         return _student(name, source if remote else str(path))
     if path.suffix in (".pth", ".safetensors") or (path / "config.json").is_file():
         if not path.exists():
-            raise MaskMillError(
+            raise WrongUse(
                 "weights_missing", f"There is no file {source}.", "Name the weights of a CLIPSeg decoder."
             )
         return _clipseg(name or path.stem, str(path), clip)
     if path.is_dir():
-        raise MaskMillError(
-            "model_spec_unknown",
+        raise WrongUse(
+            "model_unknown",
             f"{source} is a folder without student.json, clipseg.json or config.json.",
             "Name the output of maskmill train, or a CLIPSeg folder in Hugging Face's layout.",
         )
@@ -237,12 +237,12 @@ def _notice(name: str, model: str, pretrained: str | None) -> str:
 def _listen(host: str, port: int | None) -> socket.socket:
     """A bound socket; see ``ServeJob.port``."""
     if port is not None and not 0 <= port <= 65_535:
-        raise MaskMillError("address_unusable", f"{port} is no port.", "Choose one from 1024 to 65535, or 0.")
+        raise WrongUse("address_unusable", f"{port} is no port.", "Choose one from 1024 to 65535, or 0.")
     for attempt in [PORT, 0] if port is None else [port]:
         try:
             return _bind(host, attempt)
         except PermissionError as error:
-            raise MaskMillError(
+            raise WrongUse(
                 "address_unusable",
                 f"Port {attempt} needs rights that this user has not.",
                 "Choose a port above 1023.",
@@ -252,10 +252,10 @@ def _listen(host: str, port: int | None) -> socket.socket:
             if taken and port is None:
                 continue
             if taken:
-                raise MaskMillError(
-                    "port_taken", f"Port {port} is in use.", "Choose another --port, or leave it out."
+                raise WrongUse(
+                    "address_unusable", f"Port {port} is in use.", "Choose another --port, or leave it out."
                 ) from error
-            raise MaskMillError(
+            raise WrongUse(
                 "address_unusable",
                 f"Cannot listen on {host}, port {attempt}: {error}.",
                 "Use an address of this machine: 127.0.0.1 for this machine only, 0.0.0.0 for all.",

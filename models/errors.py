@@ -4,13 +4,15 @@ from __future__ import annotations
 
 
 class MaskMillError(Exception):
-    """A mistake in input, settings or set-up that the user can put right.
+    """A mistake in input, settings or set-up that the user can put right. Raise one of its subclasses.
 
     Args:
         code: stable, lower-case identifier (``weights_missing``); tests and scripts may rely on it.
         message: what is wrong, with the offending value, file and line where there is one.
         remedy: what to do about it, as an instruction.
     """
+
+    exit_status = 1
 
     def __init__(self, code: str, message: str, remedy: str) -> None:
         super().__init__(message)
@@ -26,19 +28,15 @@ class MaskMillError(Exception):
         return type(self), (self.code, self.message, self.remedy)
 
 
-FAILED_WORK = frozenset(
-    {
-        "labelling_failed",
-        "process_lost",
-        "cluster_unreachable",
-        "table_damaged",
-        "output_in_use",
-        "tracking_unreachable",
-        "training_failed",
-        "training_data_failing",
-        "loss_not_finite",
-        "gpu_memory",
-        "self_training_collapsed",
-    }
-)
-"""Codes of errors that are no mistake in how a command was written: the work itself failed."""
+class WrongUse(MaskMillError):
+    """The command, its settings or its input are wrong; nothing was done."""
+
+    exit_status = 2
+
+
+class FailedWork(MaskMillError):
+    """The work itself failed, or what it needs is not reachable now; the same command may succeed later."""
+
+
+class Damaged(MaskMillError):
+    """A file that MaskMill or somebody else wrote is not what it should be."""

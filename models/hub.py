@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from models.clip.openclip import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-from models.errors import MaskMillError
+from models.errors import WrongUse
 
 HUB = "huggingface.co"
 
@@ -67,7 +67,7 @@ def download(
             return Path(fetch())
         except Exception as error:  # every HTTP library on the way has its own exceptions
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise MaskMillError(
+    raise WrongUse(
         "weights_missing",
         f"The weights of {what} are not on this machine and could not be fetched: {reason}.",
         f"Get {place} on another machine and {use}; or copy that machine's {store} to the same place here."

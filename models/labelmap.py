@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from models.errors import MaskMillError
+from models.errors import FailedWork
 
 _CPU_TILE_BYTES = 1_000_000  # of scores: half of a common second-level cache
 _CPU_TILE_COLUMNS = 512
@@ -73,7 +73,7 @@ def _tiled(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(scores).all()):
-        raise MaskMillError(
+        raise FailedWork(
             "scores_not_finite",
             "The class scores hold NaN or infinite values.",
             "float16 overflows with some weights: use bfloat16 or float32. Else the weights are damaged.",

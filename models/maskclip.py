@@ -19,7 +19,7 @@ from torch import Tensor
 from models.clip.heads import Dense, KeySource, Profile, dense_encoder
 from models.clip.loading import Clip
 from models.clip.text import TextClassifier, row_table
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -80,7 +80,7 @@ class MaskClipConfig:
             raise self._wrong(name, f"Use one of {', '.join(values)}.")
 
     def _wrong(self, name: str, remedy: str) -> MaskMillError:
-        return MaskMillError("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
+        return WrongUse("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
 
 
 class MaskClip:
@@ -92,21 +92,21 @@ class MaskClip:
         config: the knobs.
 
     Raises:
-        MaskMillError: settings that do not fit this CLIP (``setting_invalid``, ``head_unknown``,
-            ``head_without_keys``), or a classifier of another width (``classifier_does_not_fit``).
+        MaskMillError: settings that do not fit this CLIP (``setting_invalid``, ``setting_invalid``,
+            ``setting_invalid``), or a classifier of another width (``weights_do_not_fit``).
     """
 
     def __init__(self, clip: Clip, text: TextClassifier, config: MaskClipConfig | None = None) -> None:
         config = config or MaskClipConfig()
         if text.embeddings.shape[1] != clip.embed_dim:
-            raise MaskMillError(
-                "classifier_does_not_fit",
+            raise WrongUse(
+                "weights_do_not_fit",
                 f"The classifier has {text.embeddings.shape[1]} channels; {clip.name} has {clip.embed_dim}.",
                 "Build it with the same CLIP.",
             )
         for name, pixels in (("window", config.window), ("window_stride", config.window_stride)):
             if pixels % clip.stride:
-                raise MaskMillError(
+                raise WrongUse(
                     "setting_invalid",
                     f"{name} = {pixels} is no multiple of the {clip.stride} pixels of a grid cell.",
                     f"Use {max(1, round(pixels / clip.stride)) * clip.stride}.",

@@ -19,7 +19,7 @@ from jobs.benchmarks.clipseg_models import row_title
 from jobs.benchmarks.kept import Progress
 from jobs.benchmarks.maskclip import Request
 from jobs.benchmarks.rows import row
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.datasets.oneshot import BENCHMARKS, draw_episodes
 from pipeline.datasets.zeroshot import zero_shot_split
 from pipeline.evaluation.published import Row, load_published
@@ -165,7 +165,7 @@ def _generalised(bench: Bench, setting: str, line: Row, side: int) -> Figures:
     dataset, prompts = bench.dataset(setting), bench.generalised(setting)
     queries = generalised_queries(dataset, prompts, limit=bench.request.limit, side=side)
     if not queries:
-        raise MaskMillError(
+        raise WrongUse(
             "dataset_invalid",
             f"No image of {dataset.name} ({dataset.split}) shows what "
             f"{', '.join(repr(match.prompt.text) for match in prompts)} mean.",

@@ -13,7 +13,7 @@ from jobs.benchmarks.breakdowns import Parts, parts_of
 from jobs.benchmarks.clipseg_models import RowModels, clip_settings, random_weights, row_title
 from jobs.benchmarks.kept import Progress, kept, shown_progress
 from jobs.benchmarks.maskclip import Request
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.datasets.base import shown
 from pipeline.datasets.cocojson import open_coco_root
 from pipeline.datasets.generalised import MatchedPrompt, generalised_prompts, match_prompts
@@ -95,7 +95,7 @@ class Bench:
     """Opens what a table's rows need, and measures.
 
     Raises:
-        MaskMillError: ``option_invalid`` for weights of a row that the table does not have, a setting that
+        MaskMillError: ``wrong_use`` for weights of a row that the table does not have, a setting that
             these tables do not, or an image size that no network takes.
     """
 
@@ -105,15 +105,15 @@ class Bench:
         known = [row_title(line) for line in table.rows if can_run(line)]
         unknown = [name for name in request.weights if name not in known]
         if unknown:
-            raise MaskMillError(
-                "option_invalid",
+            raise WrongUse(
+                "wrong_use",
                 f"--weights: the table has no row {unknown[0]!r} that is measured here.",
                 f"Its rows: {'; '.join(known)}.",
             )
         wrong = [side for side in request.image_sizes if not 32 <= side <= 2048]
         if wrong:
-            raise MaskMillError(
-                "option_invalid",
+            raise WrongUse(
+                "wrong_use",
                 f"--image-size {wrong[0]}: that is no side of an image for the network.",
                 "Use 32 to 2048 pixels; the paper's is 352.",
             )

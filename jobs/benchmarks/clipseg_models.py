@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.evaluation.published import Row
 
 if TYPE_CHECKING:
@@ -27,19 +27,19 @@ def clip_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that were given over their defaults.
 
     Raises:
-        MaskMillError: ``option_invalid`` for a setting that these tables do not have.
+        MaskMillError: ``wrong_use`` for a setting that these tables do not have.
     """
     wrong = [name for name in given if name not in SETTINGS]
     if wrong:
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             f"The tables of CLIPSeg have no setting {wrong[0]!r}; their protocol is fixed.",
             f"Settings: {', '.join(SETTINGS)}.",
         )
     settings = SETTINGS | dict(given)
     if settings["precision"] not in PRECISIONS:
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             f"precision cannot be {settings['precision']!r}.",
             f"Use one of {', '.join(PRECISIONS)}.",
         )
@@ -89,7 +89,7 @@ class RowModels:
             **numbers: what placeholders in the path of its weights stand for.
 
         Raises:
-            MaskMillError: as ``models.clipseg.weights.load_clipseg``; ``clip_missing``.
+            MaskMillError: as ``models.clipseg.weights.load_clipseg``; ``weights_missing``.
         """
         path, _, blocks = self._weights[row_title(line)].partition("#")
         for name, number in numbers.items():
@@ -111,8 +111,8 @@ class RowModels:
         decoder_only = Path(path).expanduser().is_file()
         random = random_weights(self._settings)
         if method.endswith("no CLIP pre-training") and decoder_only and not random:
-            raise MaskMillError(
-                "clip_missing",
+            raise WrongUse(
+                "weights_missing",
                 f"{path} holds a decoder without its CLIP, whose weights are random in this row: give "
                 "--row 'no CLIP' --set pretrained=random:SEED, or a folder with decoder and CLIP.",
                 "Name the CLIP that the decoder was trained on.",
@@ -167,11 +167,11 @@ def _baseline_state(path: Path, needed: Sequence[str]) -> dict[str, Any]:
 
     path = path.expanduser()
     if not path.is_file():
-        raise MaskMillError("weights_missing", f"There is no file {path}.", "Check the path.")
+        raise WrongUse("weights_missing", f"There is no file {path}.", "Check the path.")
     state = read_state(path)
     absent = [name for name in needed if name not in state]
     if absent:
-        raise MaskMillError(
+        raise WrongUse(
             "weights_do_not_fit", f"{path} has no {', '.join(absent)}.", "Give the decoder of this baseline."
         )
     return state
@@ -181,7 +181,7 @@ def _filled(model: ClipSeg, state: Mapping[str, Any], path: Path) -> ClipSeg:
     try:
         model.decoder.load_state_dict(state)
     except RuntimeError as error:
-        raise MaskMillError(
+        raise WrongUse(
             "weights_do_not_fit",
             f"The tensors of {path} are not those of this baseline: {' '.join(str(error).split())[:400]}",
             "Give the decoder's state_dict, and the CLIP it was trained on as --set model=....",
@@ -195,6 +195,6 @@ def _layers(blocks: str) -> tuple[int, ...] | None:
     try:
         return tuple(int(block) for block in blocks.split(","))
     except ValueError as error:
-        raise MaskMillError(
-            "option_invalid", f"#{blocks} is no list of blocks.", "Write them as in rd64-uni.pth#3,7,9."
+        raise WrongUse(
+            "wrong_use", f"#{blocks} is no list of blocks.", "Write them as in rd64-uni.pth#3,7,9."
         ) from error

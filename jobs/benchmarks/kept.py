@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from jobs.console import LOG_EVERY_S, duration
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.evaluation.results import ROWS
 
 Progress = Callable[[int, int], None]
@@ -96,7 +96,7 @@ def kept_parts(
 def _earlier(file: Path, identity: Sequence[Any]) -> dict[str, Any]:
     earlier: dict[str, Any] = json.loads(file.read_text())
     if earlier["key"] != list(identity):
-        raise MaskMillError(
+        raise WrongUse(
             "output_differs",
             f"{file} was measured on other data, with other weights or another --limit.",
             "Name another --output.",

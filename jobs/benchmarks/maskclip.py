@@ -14,7 +14,7 @@ from rich.console import Console
 
 from jobs.benchmarks.rows import row
 from jobs.evaluate import EvaluateJob, evaluate, protocol_recipe
-from models.errors import FAILED_WORK, MaskMillError
+from models.errors import FailedWork, MaskMillError, WrongUse
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.protocols import PROTOCOLS, get_protocol
 from pipeline.datasets.registry import DATASETS, open_dataset
@@ -207,7 +207,7 @@ def _check(request: Request, *, names: Sequence[str], rows: Sequence[str]) -> No
     """Refuse what the table does not know, and settings that would make its rows something else.
 
     Raises:
-        MaskMillError: ``option_invalid``.
+        MaskMillError: ``wrong_use``.
     """
     for flag, given, known in (
         ("--root", request.roots, names),
@@ -219,8 +219,8 @@ def _check(request: Request, *, names: Sequence[str], rows: Sequence[str]) -> No
         unknown = [name for name in given if name not in known]
         if unknown:
             near = difflib.get_close_matches(unknown[0], known, n=1)
-            raise MaskMillError(
-                "option_invalid",
+            raise WrongUse(
+                "wrong_use",
                 f"{flag} {unknown[0]}: this benchmark has no such thing.",
                 f"Did you mean {near[0]}?" if near else f"Possible here: {', '.join(known) or 'nothing'}.",
             )
@@ -292,7 +292,7 @@ def _measure(
             request.console.print(f"[bold]{slug}[/bold]")
             record = evaluate(job, request.console)[1]
     except MaskMillError as error:
-        if error.code in FAILED_WORK | {"output_differs"}:
+        if isinstance(error, FailedWork) or error.code == "output_differs":
             raise  # the same command again may go on
         return {}, f"{error.code}: {error.message}"
     images = record["images"]
@@ -324,7 +324,7 @@ def _earlier(
         elif record["model"]["weights"]["fingerprint"] != fingerprint:
             differs = "with other weights"
     if differs:
-        raise MaskMillError(
+        raise WrongUse(
             "output_differs", f"{folder} was measured {differs}.", "Name another --output, or delete it."
         )
     return record

@@ -12,7 +12,7 @@ from jobs.benchmarks.clipseg_models import clip_settings, random_weights, settin
 from jobs.benchmarks.kept import Progress, kept_parts
 from jobs.benchmarks.maskclip import Request
 from jobs.benchmarks.rows import interval, row
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.datasets.registry import DATASETS, open_dataset
 from pipeline.evaluation.published import PublishedTable, load_published
 
@@ -164,20 +164,20 @@ def _check(request: Request) -> None:
     """Refuse what this table does not have.
 
     Raises:
-        MaskMillError: ``option_invalid``.
+        MaskMillError: ``wrong_use``.
     """
     for flag, given in (("--weights", request.weights), ("--labels", request.labels)):
         if given:
-            raise MaskMillError(
-                "option_invalid",
+            raise WrongUse(
+                "wrong_use",
                 f"{flag}: visual prompts are shown to CLIP itself, which no row brings.",
                 "Choose the CLIP with --set model=NAME --set pretrained=TAG-OR-FILE.",
             )
     for name in (*request.datasets, *request.roots):
         if name not in DATASETS or name in UNFIT:
             known = ", ".join(known for known in DATASETS if known not in UNFIT)
-            raise MaskMillError(
-                "option_invalid",
+            raise WrongUse(
+                "wrong_use",
                 f"{name!r} is no dataset with masks of classes.",
                 f"Use one of {known}.",
             )

@@ -40,7 +40,7 @@ from models.clip import toy as toyclip
 from models.clip.loading import load_source
 from models.clip.templates import TEMPLATE_SETS
 from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.toyworld import scenes as toyworld
 
 COMMON_MERGES = 2000
@@ -92,7 +92,7 @@ class PretrainRecipe:
         by_phase = ("steps", "batch", "learning_rate", "warmup", "patch_dropout", "token_swap")
         counts = [len(getattr(self, name)) for name in by_phase]
         if len(set(counts)) != 1 or not counts[0]:
-            raise MaskMillError(
+            raise WrongUse(
                 "setting_invalid",
                 f"{', '.join(by_phase)} have {', '.join(map(str, counts))} values.",
                 "Give one value of each for every phase.",
@@ -388,7 +388,7 @@ def destination(arguments: Arguments) -> Path:
     """The folder to write to.
 
     Raises:
-        MaskMillError: ``output_missing``, ``output_is_bundled`` or ``output_exists``: nothing is ever
+        MaskMillError: ``wrong_use``, ``wrong_use`` or ``output_exists``: nothing is ever
         written over
             unless it was asked for.
     """
@@ -396,19 +396,19 @@ def destination(arguments: Arguments) -> Path:
     if arguments.bundled:
         return assets
     if arguments.output is None:
-        raise MaskMillError(
-            "output_missing",
+        raise WrongUse(
+            "wrong_use",
             "There is no folder for the weights.",
             "Name one with --output DIR, or replace the project's own with --bundled.",
         )
     if arguments.output.resolve() == assets:
-        raise MaskMillError(
-            "output_is_bundled",
+        raise WrongUse(
+            "wrong_use",
             f"{arguments.output} holds the weights that come with the project.",
             "Say --bundled if they shall be replaced, or name another folder.",
         )
     if (arguments.output / toyclip.weights_path().name).exists() and not arguments.overwrite:
-        raise MaskMillError(
+        raise WrongUse(
             "output_exists",
             f"{arguments.output} holds weights already.",
             "Name another folder, or say --overwrite.",

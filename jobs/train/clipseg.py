@@ -12,7 +12,7 @@ from rich.console import Console
 
 from jobs.train.clipseg_page import write_pages
 from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, run_training
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.datasets.base import Dataset
 from pipeline.files.storage import open_storage
 from pipeline.files.versions import versions
@@ -67,7 +67,7 @@ def run(job: TrainClipSegJob, console: Console | None = None) -> int:
         MaskMillError: ``wrong_use`` if neither a table nor a data set is given; and as ``run_training``.
     """
     if job.labels is None and job.dataset is None:
-        raise MaskMillError(
+        raise WrongUse(
             "wrong_use",
             "Give what to train on: a label table, or images with truth.",
             "Use --labels TABLE, --dataset NAME --root DIR, or --images DIR --truth DIR --ontology FILE.",

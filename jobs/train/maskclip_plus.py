@@ -17,7 +17,7 @@ from rich.console import Console
 from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, run_training
 from jobs.train.student_page import student_commands, write_pages
 from models.clip.text import TextClassifier
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from models.student.deeplab import DeepLab, StudentConfig, load_backbone_weights
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.zeroshot import SPLITS
@@ -85,13 +85,13 @@ def _prepare(job: MaskClipPlusJob) -> Prepared:
     unseen = unseen_ids(recipe.unseen, ontology)
     needs_truth = recipe.form != "annotation-free" or recipe.void_from_truth
     if needs_truth and job.truth is None:
-        raise MaskMillError(
+        raise WrongUse(
             "wrong_use",
             f"Recipe {recipe.name} ({recipe.form}) trains with truth, and none is given.",
             "Give --dataset NAME --root DIR (maskmill datasets lists them), or --images and --truth.",
         )
     if job.truth is not None and not needs_truth:
-        raise MaskMillError(
+        raise WrongUse(
             "wrong_use",
             f"Recipe {recipe.name} is annotation-free: it has no use for the truth of {job.truth.name}.",
             "Leave it out, or name the classes whose truth to withhold: --unseen 'cow, motorbike'.",
@@ -196,15 +196,15 @@ def _text_source(
         return source, {"model": model, "pretrained": pretrained or None, "fingerprint": source.fingerprint}
     recorded = table["weights"].get("text", table["weights"])
     if recorded["model"] == "clipseg":
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"{labels} was labelled by CLIPSeg, and the student needs a CLIP to classify by its words.",
             "Name one, such as the one beneath CLIPSeg: --set text=ViT-B-16-quickgelu:openai.",
         )
     source = find_weights(recorded["model"], recorded["pretrained"])
     if source.fingerprint != recorded["fingerprint"]:
-        raise MaskMillError(
-            "text_weights_differ",
+        raise WrongUse(
+            "weights_differ",
             f"{labels} was labelled with other weights of {recorded['model']} "
             f"({recorded['fingerprint'][:12]}, here {source.fingerprint[:12]}).",
             "Put the same weights in place: the student's last layer is this CLIP's text tower.",
@@ -215,7 +215,7 @@ def _text_source(
 def _teacher_recipe(table: Mapping[str, Any], labels: str) -> dict[str, Any]:
     """How an online teacher reads its CLIP: as the table says."""
     if "text" in table["weights"] or table["weights"]["model"] == "clipseg":
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"{labels} was labelled by {table['weights']['model']}, and only a CLIP can teach online.",
             "Take the guesses from the table: --set teacher=table.",
@@ -240,14 +240,14 @@ def unseen_ids(unseen: Sequence[str], ontology: Ontology) -> tuple[int, ...]:
         ontology: the classes.
 
     Raises:
-        MaskMillError: ``class_unknown``.
+        MaskMillError: ``ontology_invalid``.
     """
     if len(unseen) == 1 and unseen[0] in SPLITS and unseen[0] not in ontology.names:
         unseen = SPLITS[unseen[0]].unseen
     absent = [name for name in unseen if name not in ontology.names]
     if absent:
-        raise MaskMillError(
-            "class_unknown",
+        raise WrongUse(
+            "ontology_invalid",
             f"Of the unseen classes, {', '.join(absent)} are not among those to train with.",
             f"Known: {', '.join(ontology.names[:30])}; or a zero-shot split: {', '.join(SPLITS)}.",
         )
@@ -317,7 +317,7 @@ def _text_ids(settings: SelfTrainSettings, ontology: Ontology, student: StudentC
 
 def _without_background(text: TextClassifier, ontology: Ontology) -> TextClassifier:
     if ontology.names[0] != "background":
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"learned_background: class 0 is {ontology.names[0]!r}, not the background.",
             "Train with classes that begin with background, or set learned_background=false.",

@@ -20,12 +20,17 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from jobs.console import TrainDisplay, duration, stderr_console
-from models.errors import MaskMillError
+from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
 from pipeline.files.storage import Storage, open_storage
 from pipeline.report.training_page import PAGE
 from pipeline.table.lease import RUN_ID_VARIABLE, Lease, end_orphans
 from pipeline.tracking.tracker import OFF, MlflowTracker, TrackedDataset, Tracker, open_tracker
-from pipeline.training.loop.checkpoints import CHECKPOINTS_DIR, SETTINGS_FILE, CheckpointStore, Damaged
+from pipeline.training.loop.checkpoints import (
+    CHECKPOINTS_DIR,
+    SETTINGS_FILE,
+    BrokenCheckpoint,
+    CheckpointStore,
+)
 
 if TYPE_CHECKING:
     from pipeline.training.loop.checkpoints import Checkpoint
@@ -154,7 +159,7 @@ def run_training(
     console = console or stderr_console()
     tracker = open_tracker(options.tracking, system_metrics=options.system_metrics)
     if options.register_as and not isinstance(tracker, MlflowTracker):
-        raise MaskMillError(
+        raise WrongUse(
             "wrong_use",
             f"A model cannot be registered as {options.register_as} where tracking is off.",
             "Leave --register out, or name an MLflow server: --tracking URI.",
@@ -175,7 +180,7 @@ def _refuse_foreign(storage: Storage, result_file: str, own_entries: Sequence[st
         return
     foreign = [entry for entry in own_entries if storage.exists(entry) or storage.list(entry)]
     if foreign:
-        raise MaskMillError(
+        raise WrongUse(
             "output_not_ours",
             f"{storage.uri} has {', '.join(foreign)}, which no training of maskmill has made.",
             "Name another --output.",
@@ -210,7 +215,7 @@ def _again(
     stopped = storage.read_json(result_file, {}).get("training", {}).get("stopped")
     if stopped:
         console.print("\n".join(lines), soft_wrap=True, highlight=False)
-        raise MaskMillError(
+        raise FailedWork(
             str(stopped).partition(":")[0],
             f"The training in {storage.uri} was stopped ({stopped}); its result is of the last good step.",
             "Train anew with other settings: name another --output, or add --overwrite.",
@@ -370,7 +375,7 @@ def _finish(
             raise error
         try:
             checkpoint = store.read(max(milestones))
-        except Damaged:
+        except BrokenCheckpoint:
             raise error from None
         facts = {"iterations": checkpoint.step, "stopped": f"{error.code}: {error.message}"}
     finished = prepared.finish(checkpoint, facts)
@@ -406,9 +411,9 @@ def _write_pages(
 def _read(store: CheckpointStore, step: int) -> Checkpoint:
     try:
         return store.read(step)
-    except Damaged as damage:
-        raise MaskMillError(
-            "checkpoints_damaged",
+    except BrokenCheckpoint as damage:
+        raise Damaged(
+            "checkpoint_damaged",
             f"The last checkpoint, {store.uri_of(step)}, cannot be used: {damage}",
             "Delete its folder and run the same command again: training goes on from the one before it.",
         ) from damage

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from models.clip.blocks import residual_block
 from models.clip.openclip import AttentionPool2d, ModifiedResNet, QuickGELU, VisionTransformer
-from models.errors import MaskMillError
+from models.errors import WrongUse
 
 KeySource = Literal["projected", "raw"]
 Profile = Literal["reference", "weights"]
@@ -78,19 +78,17 @@ def dense_encoder(
             both.
 
     Raises:
-        MaskMillError: ``head_unknown``, ``head_without_keys``, ``profile_unknown``, ``model_unsupported``.
+        MaskMillError: ``setting_invalid``, ``setting_invalid``, ``setting_invalid``, ``model_unsupported``.
     """
     if head not in HEADS:
-        raise MaskMillError(
-            "head_unknown", f"There is no dense head {head!r}.", f"Use one of {', '.join(HEADS)}."
+        raise WrongUse(
+            "setting_invalid", f"There is no dense head {head!r}.", f"Use one of {', '.join(HEADS)}."
         )
     if profile not in ("reference", "weights"):
-        raise MaskMillError(
-            "profile_unknown", f"There is no profile {profile!r}.", "Use reference or weights."
-        )
+        raise WrongUse("setting_invalid", f"There is no profile {profile!r}.", "Use reference or weights.")
     if keys is not None and not HEADS[head].has_keys:
-        raise MaskMillError(
-            "head_without_keys",
+        raise WrongUse(
+            "setting_invalid",
             f"Key smoothing needs the keys of the last attention, which the head {head!r} does not give.",
             "Use the head maskclip, or set the key smoothing threshold to 0.",
         )
@@ -98,7 +96,7 @@ def dense_encoder(
         return ResNetDense(visual, HEADS[head], keys)
     if isinstance(visual, VisionTransformer) and visual.attn_pool is None:
         return VitDense(reference_view(visual) if profile == "reference" else visual, HEADS[head], keys)
-    raise MaskMillError(
+    raise WrongUse(
         "model_unsupported",
         f"A {type(visual).__name__} has no class token and patch tokens that MaskMill could read.",
         "Use an open_clip ViT with a class token or a ModifiedResNet.",

@@ -22,7 +22,7 @@ from models.clip.openclip import ModifiedResNet, VisionTransformer, open_clip, w
 from models.clip.prompt_tree import encode_tokens, shares_prefixes
 from models.clip.skeleton import shapes_only
 from models.clip.weights import WeightSource, check_supported, find_weights, read_state
-from models.errors import MaskMillError
+from models.errors import WrongUse
 
 Towers = Literal["both", "visual", "text"]
 
@@ -92,11 +92,11 @@ class Clip:
         """The visual tower, open_clip's module itself.
 
         Raises:
-            MaskMillError: ``visual_tower_missing`` with ``towers="text"``.
+            MaskMillError: ``model_unsupported`` with ``towers="text"``.
         """
         if self.towers == "text":
-            raise MaskMillError(
-                "visual_tower_missing",
+            raise WrongUse(
+                "model_unsupported",
                 f"{self.name} was loaded without its visual tower, and images are to be read.",
                 "Load it with towers='both' or 'visual'.",
             )
@@ -143,7 +143,7 @@ class Clip:
         """
         tower = self._tower
         if not isinstance(tower, VitDense):
-            raise MaskMillError(
+            raise WrongUse(
                 "model_unsupported",
                 f"{self.name} is a ResNet and has no blocks of tokens.",
                 "Use a ViT, such as ViT-B-16-quickgelu.",
@@ -178,11 +178,11 @@ class Clip:
             fp32 (P, D) on this CLIP's device.
 
         Raises:
-            MaskMillError: ``text_tower_missing`` with ``towers="visual"``; ``prompt_too_long``.
+            MaskMillError: ``model_unsupported`` with ``towers="visual"``; ``prompt_too_long``.
         """
         if self.towers == "visual":
-            raise MaskMillError(
-                "text_tower_missing",
+            raise WrongUse(
+                "model_unsupported",
                 f"{self.name} was loaded without its text tower, and prompts are to be embedded.",
                 "Load it with towers='both' or 'text', or take the classifier from the cache.",
             )
@@ -213,7 +213,7 @@ class Clip:
         for row in (tokens[:, -1] != 0).nonzero().flatten().tolist():
             needed = len(encode(prompts[row])) + 2
             if needed > tokens.shape[1]:
-                raise MaskMillError(
+                raise WrongUse(
                     "prompt_too_long",
                     f"The prompt {prompts[row]!r} has {needed} tokens; {self.name} reads {tokens.shape[1]}.",
                     "Shorten the class name or the template.",
@@ -331,7 +331,7 @@ def _build(source: WeightSource) -> nn.Module:
             remedy = (
                 "Its text tower comes from transformers: pip install it, and let it fetch the settings once."
             )
-        raise MaskMillError(
+        raise WrongUse(
             "model_unsupported",
             f"open_clip could not build {source.name}: {str(error).splitlines()[0]}.",
             remedy,
@@ -360,7 +360,7 @@ def _assign(model: nn.Module, state: dict[str, Tensor], source: WeightSource) ->
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         details = " ".join(str(error).split())[:400]
-        raise MaskMillError(
+        raise WrongUse(
             "weights_do_not_fit",
             f"The tensors of {source.path} are not those of {source.name}: {details}",
             "Name the model the weights were made for; its image size may be part of it, as in ViT-L-14-336.",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 
 IMAGENET80: tuple[str, ...] = (
     "a bad photo of a {}.",
@@ -125,7 +125,7 @@ def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
         The templates, each with exactly one ``{}``.
 
     Raises:
-        MaskMillError: unknown name (``templates_unknown``), no template, or a template without exactly one
+        MaskMillError: unknown name (``templates_invalid``), no template, or a template without exactly one
             ``{}`` (``templates_invalid``).
     """
     if isinstance(templates, str):
@@ -133,18 +133,16 @@ def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
             return TEMPLATE_SETS[templates]
         near = difflib.get_close_matches(templates, TEMPLATE_SETS, n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise MaskMillError(
-            "templates_unknown",
+        raise WrongUse(
+            "templates_invalid",
             f"There is no template set named {templates!r}.",
             f"{hint}Use one of {', '.join(TEMPLATE_SETS)}, or give a list of templates with one {{}} each.",
         )
     if not templates:
-        raise MaskMillError(
-            "templates_invalid", "The list of prompt templates is empty.", "Give at least one."
-        )
+        raise WrongUse("templates_invalid", "The list of prompt templates is empty.", "Give at least one.")
     for template in templates:
         if template.count("{}") != 1:
-            raise MaskMillError(
+            raise WrongUse(
                 "templates_invalid",
                 f"The template {template!r} does not hold exactly one {{}}.",
                 "Write each template with one {} where the class name goes, as in 'a photo of a {}.'.",

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.clip.templates import fill, get_templates
-from models.errors import MaskMillError
+from models.errors import Damaged, MaskMillError, WrongUse
 
 if TYPE_CHECKING:
     from models.clip.loading import Clip
@@ -84,8 +84,8 @@ def build_text_classifier(
         cache_dir: where to keep the result; None keeps nothing.
 
     Raises:
-        MaskMillError: ``class_without_names``, ``templates_unknown``, ``templates_invalid``,
-            ``prompt_too_long``, ``text_tower_missing``.
+        MaskMillError: ``ontology_invalid``, ``templates_invalid``, ``templates_invalid``,
+            ``prompt_too_long``, ``model_unsupported``.
     """
     texts, merges = get_templates(templates), _merges(merge, class_prompts)
     cached = cached_text_classifier(
@@ -187,7 +187,7 @@ def read_text_classifier(path: Path) -> TextClassifier:
 
     Raises:
         OSError: the file cannot be read.
-        MaskMillError: ``classifier_unreadable`` if it is damaged.
+        MaskMillError: ``model_damaged`` if it is damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -201,8 +201,8 @@ def read_text_classifier(path: Path) -> TextClassifier:
             raise ValueError("rows are not of length 1")
         return TextClassifier(embeddings, class_ids, int(class_ids.max()) + 1)
     except (SafetensorError, KeyError, ValueError, RuntimeError, IndexError, AssertionError) as error:
-        raise MaskMillError(
-            "classifier_unreadable",
+        raise Damaged(
+            "model_damaged",
             f"{path} holds no text classifier: {error}.",
             "Delete it; it will be made again.",
         ) from error
@@ -211,17 +211,17 @@ def read_text_classifier(path: Path) -> TextClassifier:
 def _merges(merge: Merge | Sequence[Merge], class_prompts: Sequence[Sequence[str]]) -> list[Merge]:
     merges: list[Merge] = [merge] * len(class_prompts) if isinstance(merge, str) else list(merge)
     if len(merges) != len(class_prompts) or any(rule not in ("max", "mean") for rule in merges):
-        raise MaskMillError(
-            "merge_invalid",
+        raise WrongUse(
+            "setting_invalid",
             f"There are {len(class_prompts)} classes, and the merge rules are {merges}.",
             "Give max or mean, once or for each class.",
         )
     if not class_prompts:
-        raise MaskMillError("class_without_names", "There are no classes.", "Name at least one.")
+        raise WrongUse("ontology_invalid", "There are no classes.", "Name at least one.")
     for class_id, group in enumerate(class_prompts):
         if not group or any(not name.strip() for name in group):
-            raise MaskMillError(
-                "class_without_names",
+            raise WrongUse(
+                "ontology_invalid",
                 f"Class {class_id} has an empty name or no name at all: {list(group)}.",
                 "Give every class at least one word.",
             )

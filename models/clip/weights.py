@@ -33,7 +33,7 @@ from models.clip.openclip import (
     download_pretrained_from_hf,
     open_clip,
 )
-from models.errors import MaskMillError
+from models.errors import Damaged, MaskMillError, WrongUse
 from models.hub import download, hub_cache_folder, in_hub_cache
 
 SUPPORTED = (
@@ -90,8 +90,8 @@ def find_weights(model: str, pretrained: str | None, *, cache_dir: str | Path | 
         cache_dir: where open_clip keeps downloads; None is its own choice.
 
     Raises:
-        MaskMillError: ``model_unknown``, ``model_unsupported``, ``pretrained_unknown``,
-            ``quickgelu_mismatch``, ``weights_missing`` (with the file to get and the place to put it).
+        MaskMillError: ``model_unknown``, ``model_unsupported``, ``model_unknown``,
+            ``model_unsupported``, ``weights_missing`` (with the file to get and the place to put it).
     """
     schema, identifier = _schema(model)
     cache = None if cache_dir is None else str(cache_dir)
@@ -115,7 +115,7 @@ def read_state(path: Path, *, prefix: str = "") -> dict[str, Tensor]:
             disk).
 
     Raises:
-        MaskMillError: ``weights_unreadable`` if the file is damaged, no weights file, or holds more than
+        MaskMillError: ``model_damaged`` if the file is damaged, no weights file, or holds more than
             weights.
     """
     try:
@@ -147,7 +147,7 @@ def check_supported(name: str, config: dict[str, Any]) -> None:
     elif vision.get("pool_type", "tok") not in ("tok", "avg"):
         reason = f"it pools its tokens by {vision['pool_type']!r}"
     if reason:
-        raise MaskMillError(
+        raise WrongUse(
             "model_unsupported",
             f"MaskMill cannot take dense features from {name}: {reason}.",
             f"Use one of {SUPPORTED}.",
@@ -170,7 +170,7 @@ def _schema(model: str) -> tuple[str | None, str]:
         if model.startswith(f"{schema}:"):
             identifier = model.removeprefix(f"{schema}:")
             if not identifier:
-                raise MaskMillError(
+                raise WrongUse(
                     "model_unknown",
                     f"There is nothing after {schema}: in the model name.",
                     f"Write {schema}:NAME.",
@@ -185,8 +185,8 @@ def _seed(pretrained: str | None) -> int | None:
     try:
         return int(pretrained.removeprefix("random:"))
     except ValueError:
-        raise MaskMillError(
-            "pretrained_unknown",
+        raise WrongUse(
+            "model_unknown",
             f"The seed in pretrained={pretrained!r} is not a whole number.",
             "Write random:SEED, as in random:0.",
         ) from None
@@ -201,7 +201,7 @@ def _from_name(name: str, pretrained: str | None, cache: str | None) -> WeightSo
             pretrained = str(toyclip.weights_path())
     config = open_clip.get_model_config(name)
     if config is None:
-        raise MaskMillError(
+        raise WrongUse(
             "model_unknown",
             f"open_clip has no model named {name!r}.",
             _near(name, open_clip.list_models()) + f"MaskMill works with {SUPPORTED}.",
@@ -212,8 +212,8 @@ def _from_name(name: str, pretrained: str | None, cache: str | None) -> WeightSo
         return WeightSource(name, pretrained, config, None, seed, OPENAI_MEAN, OPENAI_STD)
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
-        raise MaskMillError(
-            "pretrained_unknown",
+        raise WrongUse(
+            "model_unknown",
             f"{name} needs weights, and none were named.",
             f"Set pretrained to a tag ({', '.join(tags) or 'open_clip lists none'}), a file, or random:SEED.",
         )
@@ -235,7 +235,7 @@ def _from_name(name: str, pretrained: str | None, cache: str | None) -> WeightSo
             mean, std = tuple(known["mean"]), tuple(known["std"])
         return WeightSource(name, pretrained, config, path, None, mean, std)
     if path.suffix in _FILE_SUFFIXES or os.sep in pretrained:
-        raise MaskMillError(
+        raise WrongUse(
             "weights_missing",
             f"There is no weights file {pretrained}.",
             "Check the path, or name an open_clip tag.",
@@ -246,13 +246,13 @@ def _from_name(name: str, pretrained: str | None, cache: str | None) -> WeightSo
 def _unknown_tag(name: str, pretrained: str, tags: list[str]) -> MaskMillError:
     plain = name.removesuffix("-quickgelu")
     if plain != name and open_clip.get_pretrained_cfg(plain, pretrained):
-        return MaskMillError(
-            "quickgelu_mismatch",
+        return WrongUse(
+            "model_unsupported",
             f"The weights {pretrained!r} were trained with the plain GELU, and {name} computes QuickGELU.",
             f"Use the model {plain} with them.",
         )
-    return MaskMillError(
-        "pretrained_unknown",
+    return WrongUse(
+        "model_unknown",
         f"{pretrained!r} is neither weights of {name} that open_clip knows nor a file.",
         _near(pretrained, tags) + f"open_clip lists for {name}: {', '.join(tags) or 'none'}.",
     )
@@ -270,8 +270,8 @@ def _check_quick_gelu(name: str, config: dict[str, Any], trained: bool, what: st
     else:
         remedy = f"Use the model {name.removesuffix('-quickgelu')}."
         message = f"{what} were trained with the plain GELU, and {name} computes QuickGELU"
-    raise MaskMillError(
-        "quickgelu_mismatch",
+    raise WrongUse(
+        "model_unsupported",
         f"{message[0].upper()}{message[1:]}: every layer would be a little wrong.",
         remedy,
     )
@@ -338,7 +338,7 @@ def _from_directory(model: str, folder: Path, pretrained: str | None) -> WeightS
     folder = folder.expanduser()
     settings_path = folder / HF_CONFIG_NAME
     if not settings_path.is_file():
-        raise MaskMillError(
+        raise WrongUse(
             "model_unknown",
             f"There is no {HF_CONFIG_NAME} in {folder}.",
             "Give a folder as open_clip's push_to_hf_hub writes it, the configuration beside the weights.",
@@ -355,13 +355,13 @@ def _from_directory(model: str, folder: Path, pretrained: str | None) -> WeightS
     if not files:
         files = sorted(path for path in folder.iterdir() if path.suffix in _FILE_SUFFIXES)
         if len(files) > 1:
-            raise MaskMillError(
-                "pretrained_unknown",
+            raise WrongUse(
+                "model_unknown",
                 f"{folder} holds several weights files: {', '.join(path.name for path in files)}.",
                 f"Keep one, or name the right one {HF_SAFE_WEIGHTS_NAME}.",
             )
     if not files:
-        raise MaskMillError(
+        raise WrongUse(
             "weights_missing",
             f"There are no weights in {folder}.",
             f"Put them there as {HF_SAFE_WEIGHTS_NAME}.",
@@ -372,8 +372,8 @@ def _from_directory(model: str, folder: Path, pretrained: str | None) -> WeightS
 def _schema_seed(model: str, pretrained: str | None) -> int | None:
     seed = _seed(pretrained)
     if pretrained is not None and seed is None:
-        raise MaskMillError(
-            "pretrained_unknown",
+        raise WrongUse(
+            "model_unknown",
             f"{model} brings its own weights, and pretrained={pretrained!r} names others.",
             "Leave pretrained out.",
         )
@@ -384,9 +384,9 @@ def _settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise MaskMillError("model_unknown", f"{path} is not JSON: {error}.", "Write it again.") from error
+        raise WrongUse("model_unknown", f"{path} is not JSON: {error}.", "Write it again.") from error
     if not isinstance(settings, dict) or "model_cfg" not in settings:
-        raise MaskMillError(
+        raise WrongUse(
             "model_unknown",
             f"{path} has no model_cfg.",
             "It must be an open_clip_config.json as open_clip's push_to_hf_hub writes it.",
@@ -411,8 +411,8 @@ def _near(word: str, words: list[str]) -> str:
 
 
 def _unreadable(path: Path, reason: str) -> MaskMillError:
-    return MaskMillError(
-        "weights_unreadable",
+    return Damaged(
+        "model_damaged",
         f"{path} cannot be read as weights: {reason}.",
         "It must be a .safetensors file, a state dict that torch.load reads with weights_only=True, or an "
         "OpenAI archive. Fetch it again if it was cut off; convert it to .safetensors if it holds more.",

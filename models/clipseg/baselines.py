@@ -31,7 +31,7 @@ from models.clipseg.decoder import (
     tower_shape,
     upsample,
 )
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ClipDeconvConfig:
     def __post_init__(self) -> None:
         for name, least in (("reduce_dim", 1), ("reduce2_dim", 1), ("extract_layer", 0)):
             if getattr(self, name) < least:
-                raise MaskMillError(
+                raise WrongUse(
                     "setting_invalid", f"{name} cannot be {getattr(self, name)}.", f"Use at least {least}."
                 )
 
@@ -142,7 +142,7 @@ class ViTSeg(ClipSeg):
         decoder: made for this tower and this CLIP's embedding.
 
     Raises:
-        MaskMillError: ``decoder_does_not_fit``.
+        MaskMillError: ``weights_do_not_fit``.
     """
 
     decoder: ViTSegDecoder
@@ -156,8 +156,8 @@ class ViTSeg(ClipSeg):
         has = (self.tower.embed_dim, self.clip.embed_dim, self.tower.patch_embed.patch_size[0])
         depth = len(self.tower.blocks)
         if made != has or max(self.decoder.extract_layers) >= depth:
-            raise MaskMillError(
-                "decoder_does_not_fit",
+            raise WrongUse(
+                "weights_do_not_fit",
                 f"The decoder reads width, embedding and patch {made}, blocks {self.decoder.extract_layers}; "
                 f"the towers have {has} and {depth} blocks.",
                 "Use the towers it was trained on.",
@@ -213,7 +213,7 @@ def build_vitseg(
 
     Raises:
         MaskMillError: ``model_unknown`` if timm has no such ViT with a class token; ``weights_missing``,
-            ``weights_unreadable``, ``weights_do_not_fit``; ``decoder_does_not_fit``.
+            ``model_damaged``, ``weights_do_not_fit``; ``weights_do_not_fit``.
     """
     config = config or ViTSegConfig()
     tower = _timm_tower(config.tower, weights)
@@ -237,7 +237,7 @@ def _timm_tower(name: str, weights: str) -> Any:
         try:
             tower = timm.create_model(name, pretrained=True, num_classes=0)
         except Exception as error:  # the hub client and the network have exceptions of their own
-            raise MaskMillError(
+            raise WrongUse(
                 "weights_missing",
                 f"timm's weights of {name} are not on this machine and could not be fetched: "
                 f"{str(error).splitlines()[0] if str(error) else type(error).__name__}.",
@@ -255,7 +255,7 @@ def _timm_tower(name: str, weights: str) -> Any:
 
 
 def _unknown(name: str) -> MaskMillError:
-    return MaskMillError(
+    return WrongUse(
         "model_unknown",
         f"timm has no ViT named {name!r} with a class token and no further tokens beside it.",
         "Use vit_base_patch16_384, as the paper does.",
@@ -264,7 +264,7 @@ def _unknown(name: str) -> MaskMillError:
 
 def _tower_from_file(name: str, path: Path) -> Any:
     if not path.is_file():
-        raise MaskMillError(
+        raise WrongUse(
             "weights_missing",
             f"There is no weights file {path}.",
             "Name a file, pretrained, or random:SEED.",
@@ -274,7 +274,7 @@ def _tower_from_file(name: str, path: Path) -> Any:
     try:
         tower.load_state_dict(state)
     except RuntimeError as error:
-        raise MaskMillError(
+        raise WrongUse(
             "weights_do_not_fit",
             f"The tensors of {path} are not those of timm's {name}: {' '.join(str(error).split())[:400]}",
             "Name the tower the weights were made for.",

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from models.clip.loading import Activations, Clip
 from models.clip.openclip import VisionTransformer
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
 
 IMAGE_SIZE = 352
@@ -72,7 +72,7 @@ class ClipSegConfig:
             raise self._wrong("dropout", "It is a probability below 1.")
 
     def _wrong(self, name: str, remedy: str) -> MaskMillError:
-        return MaskMillError("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
+        return WrongUse("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
 
 
 PAPER = ClipSegConfig(extract_layers=(3, 7, 9))
@@ -266,7 +266,7 @@ class ClipSeg:
         decoder: moved to the CLIP's device; its number format stays its own.
 
     Raises:
-        MaskMillError: ``model_unsupported`` for a ResNet; ``decoder_does_not_fit`` if the decoder was made
+        MaskMillError: ``model_unsupported`` for a ResNet; ``weights_do_not_fit`` if the decoder was made
             for another tower.
     """
 
@@ -281,15 +281,15 @@ class ClipSeg:
         made = (decoder.width, decoder.embed_dim, decoder.patch)
         has = (width, self.clip.embed_dim, self.clip.stride)
         if made != has:
-            raise MaskMillError(
-                "decoder_does_not_fit",
+            raise WrongUse(
+                "weights_do_not_fit",
                 f"The decoder reads a tower of width {made[0]}, embedding {made[1]} and patch {made[2]}; "
                 f"{self.clip.name} has {has[0]}, {has[1]} and {has[2]}.",
                 "Load the CLIP it was trained on; for the released weights: ViT-B-16-quickgelu, openai.",
             )
         if max(decoder.extract_layers) >= depth:
-            raise MaskMillError(
-                "decoder_does_not_fit",
+            raise WrongUse(
+                "weights_do_not_fit",
                 f"The decoder reads block {max(decoder.extract_layers)} (from 0); {self.clip.name} has "
                 f"{depth} blocks.",
                 "Set extract_layers to blocks of this tower.",
@@ -390,7 +390,7 @@ def tower_shape(clip: Clip) -> tuple[int, int]:
     """
     visual = clip.visual
     if not isinstance(visual, VisionTransformer):
-        raise MaskMillError(
+        raise WrongUse(
             "model_unsupported",
             f"CLIPSeg reads the tokens of a ViT, and {clip.name} is a ResNet.",
             "Use ViT-B-16-quickgelu, the CLIP of the paper, or another ViT.",

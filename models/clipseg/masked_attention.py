@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models.clip.blocks import residual_block
 from models.clip.heads import VitDense, dense_encoder
 from models.clip.loading import Clip
-from models.errors import MaskMillError
+from models.errors import WrongUse
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def masked_embedding(clip: Clip, images: Tensor, masks: Tensor, how: AttentionMa
     if not isinstance(tower, VitDense) or not all(
         isinstance(block.attn, nn.MultiheadAttention) for block in tower.visual.transformer.resblocks
     ):
-        raise MaskMillError(
+        raise WrongUse(
             "model_unsupported",
             f"The attention of {clip.name} cannot be masked.",
             "Use a ViT with plain attention, such as ViT-B-16-quickgelu.",

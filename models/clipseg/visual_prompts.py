@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
 
 BLUR_KERNEL = 15
@@ -52,17 +52,15 @@ class VisualPrompt:
 
     def __post_init__(self) -> None:
         if self.blur < 0 or self.size < 1 or (self.context is not None and self.context < 0):
-            raise MaskMillError(
+            raise WrongUse(
                 "setting_invalid",
                 f"A visual prompt cannot have blur {self.blur}, context {self.context} and size {self.size}.",
                 "Use blur and context of at least 0 and a size of at least 1.",
             )
         if self.paint not in ("none", "dye", "outline"):
-            raise MaskMillError(
-                "setting_invalid", f"paint cannot be {self.paint!r}.", "Use none, dye or outline."
-            )
+            raise WrongUse("setting_invalid", f"paint cannot be {self.paint!r}.", "Use none, dye or outline.")
         if self.paint != "none" and self.context is not None:
-            raise MaskMillError(
+            raise WrongUse(
                 "setting_invalid", f"A crop has no {self.paint}.", "Leave out either paint or context."
             )
 
@@ -78,7 +76,7 @@ class VisualPrompt:
             (B, 3, H, W), or (B, 3, size, size) where it crops, in the images' type.
 
         Raises:
-            MaskMillError: ``mask_does_not_fit`` if image and mask differ in size.
+            MaskMillError: ``mask_invalid`` if image and mask differ in size.
         """
         m = _inside(images, masks)
         if self.paint == "dye":
@@ -119,11 +117,11 @@ def visual_prompt(
         reads.
 
     Raises:
-        MaskMillError: ``visual_prompt_unknown``; ``mask_does_not_fit``.
+        MaskMillError: ``setting_invalid``; ``mask_invalid``.
     """
     if mode not in MODES:
-        raise MaskMillError(
-            "visual_prompt_unknown",
+        raise WrongUse(
+            "setting_invalid",
             f"There is no visual prompt {mode!r}.",
             f"Use one of {', '.join(MODES)}.",
         )
@@ -262,8 +260,8 @@ def _extended(present: Tensor, context: float) -> tuple[int, int]:
 def _inside(images: Tensor, masks: Tensor) -> Tensor:
     """The masks as (B, 1, H, W) in the images' type."""
     if masks.shape != (images.shape[0], *images.shape[-2:]):
-        raise MaskMillError(
-            "mask_does_not_fit",
+        raise WrongUse(
+            "mask_invalid",
             f"Masks {tuple(masks.shape)} do not belong to images {tuple(images.shape)}.",
             "Give one mask per image, in the image's size.",
         )

@@ -26,7 +26,7 @@ from models.clip.skeleton import shapes_only
 from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource, read_state
 from models.clipseg.baselines import ClipDeconvConfig, ViTSegConfig, build_clip_deconv, build_vitseg
 from models.clipseg.decoder import IMAGE_SIZE, ClipSeg, ClipSegConfig, ClipSegDecoder, tower_shape
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from models.hub import download, hub_cache_folder, in_hub_cache
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
 
@@ -75,17 +75,17 @@ def load_clipseg(
         In evaluation mode.
 
     Raises:
-        MaskMillError: ``clip_missing`` for a decoder without a CLIP; ``weights_missing``;
-            ``weights_unreadable``; ``weights_do_not_fit`` with the names of missing and unexpected tensors;
+        MaskMillError: ``weights_missing`` for a decoder without a CLIP; ``weights_missing``;
+            ``model_damaged``; ``weights_do_not_fit`` with the names of missing and unexpected tensors;
             ``model_unsupported`` for a configuration that is no CLIPSeg that open_clip can run;
-            ``decoder_does_not_fit`` if CLIP and decoder are not of one kind; ``clip_differs`` if a file of
+            ``weights_do_not_fit`` if CLIP and decoder are not of one kind; ``weights_differ`` if a file of
             ``save_decoder`` was trained on other weights of CLIP.
     """
     path = Path(weights).expanduser()
     if path.is_file():
         if clip is None:
-            raise MaskMillError(
-                "clip_missing",
+            raise WrongUse(
+                "weights_missing",
                 f"{path} holds a decoder without the CLIP beneath it.",
                 "Pass clip=load_clip('ViT-B-16-quickgelu', 'openai'), or the CLIP it was trained on.",
             )
@@ -119,7 +119,7 @@ def read_decoder(path: Path, *, extract_layers: tuple[int, ...] | None = None) -
         extract_layers: as ``load_clipseg``.
 
     Raises:
-        MaskMillError: ``weights_unreadable``, ``weights_do_not_fit``.
+        MaskMillError: ``model_damaged``, ``weights_do_not_fit``.
     """
     state = {name: tensor for name, tensor in read_state(path).items() if not name.startswith("reduce.")}
     needed = ("film_mul.weight", "reduces.0.weight", "blocks.0.linear1.weight")
@@ -129,7 +129,7 @@ def read_decoder(path: Path, *, extract_layers: tuple[int, ...] | None = None) -
     told = _metadata(path)
     layers = extract_layers or told.get("extract_layers") or ((3, 6, 9) if depth == 3 else None)
     if layers is None or len(layers) != depth:
-        raise MaskMillError(
+        raise WrongUse(
             "setting_invalid",
             f"{path} has {depth} decoder blocks, and extract_layers is {layers}.",
             f"Name the {depth} blocks of the tower that it was trained on as extract_layers.",
@@ -199,13 +199,13 @@ def load_baseline(path: str | Path, clip: Clip, *, tower: str = "pretrained") ->
         In evaluation mode.
 
     Raises:
-        MaskMillError: ``weights_missing``, ``weights_unreadable``; ``weights_do_not_fit`` if the file holds
-            no baseline, or other tensors than its settings ask for; ``decoder_does_not_fit``;
-            ``clip_differs``.
+        MaskMillError: ``weights_missing``, ``model_damaged``; ``weights_do_not_fit`` if the file holds
+            no baseline, or other tensors than its settings ask for; ``weights_do_not_fit``;
+            ``weights_differ``.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise MaskMillError("weights_missing", f"There is no file {path}.", "Check the path.")
+        raise WrongUse("weights_missing", f"There is no file {path}.", "Check the path.")
     state = read_state(path)
     told = _metadata(path)
     _check_clip(path, clip)
@@ -215,7 +215,7 @@ def load_baseline(path: str | Path, clip: Clip, *, tower: str = "pretrained") ->
     elif kind == "ViTSegDecoder":
         model = build_vitseg(clip, ViTSegConfig(**_settings_of(ViTSegConfig, told)), weights=tower)
     else:
-        raise MaskMillError(
+        raise WrongUse(
             "weights_do_not_fit",
             f"{path} is not a baseline that save_decoder wrote.",
             "Read a CLIPSeg with load_clipseg.",
@@ -237,8 +237,8 @@ def _check_clip(path: Path, clip: Clip) -> None:
         for part in (trained_on or "", clip.fingerprint)
     ]
     if trained_on is not None and same[0] != same[1]:
-        raise MaskMillError(
-            "clip_differs",
+        raise WrongUse(
+            "weights_differ",
             f"{path} was trained on other weights of CLIP ({told.get('clip')}, {trained_on[:20]}) than those "
             f"of {clip.name} ({clip.fingerprint[:20]}).",
             "Load the CLIP it was trained on.",
@@ -269,7 +269,7 @@ def _decoder(
 
 def _with_layers(decoder: ClipSegDecoder, layers: tuple[int, ...]) -> ClipSegDecoder:
     if len(layers) != len(decoder.extract_layers):
-        raise MaskMillError(
+        raise WrongUse(
             "setting_invalid",
             f"The weights have {len(decoder.extract_layers)} decoder blocks, and extract_layers is {layers}.",
             f"Name {len(decoder.extract_layers)} blocks of the tower.",
@@ -291,7 +291,7 @@ def _metadata(path: Path) -> dict[str, Any]:
 
 def _clipseg_decoder(model: ClipSeg) -> ClipSegDecoder:
     if type(model.decoder) is not ClipSegDecoder:
-        raise MaskMillError(
+        raise WrongUse(
             "model_unsupported",
             f"Hugging Face has no class for a {type(model.decoder).__name__}; it has CLIPSeg's decoder.",
             "Write it with save_decoder; load_baseline reads it.",
@@ -401,7 +401,7 @@ def _check_names(where: Path, expected: Iterable[str], found: Iterable[str]) -> 
 def _check_shapes(where: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     wrong = [name for name, like in expected.items() if like.shape != found[name].shape]
     if wrong:
-        raise MaskMillError(
+        raise WrongUse(
             "weights_do_not_fit",
             f"Tensors in {where} have other shapes than this decoder: "
             + ", ".join(f"{n} {tuple(found[n].shape)}, not {tuple(expected[n].shape)}" for n in wrong[:4])
@@ -415,7 +415,7 @@ def _does_not_fit(where: Path, missing: list[str], unexpected: list[str]) -> Mas
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         return f" {word}: {', '.join(names[:8])}{more}." if names else ""
 
-    return MaskMillError(
+    return WrongUse(
         "weights_do_not_fit",
         f"The tensors of {where} are not those of a CLIPSeg or of its settings."
         + listed("Missing", missing)
@@ -433,7 +433,7 @@ def _hugging_face_files(weights: str, cache: str | None) -> tuple[Path, Path]:
     if folder.is_dir():
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
-                raise MaskMillError(
+                raise WrongUse(
                     "weights_missing",
                     f"There is no {name} in {folder}.",
                     f"A folder in Hugging Face's layout has {CONFIG_FILE} and {WEIGHTS_FILE}. Convert other "
@@ -441,7 +441,7 @@ def _hugging_face_files(weights: str, cache: str | None) -> tuple[Path, Path]:
                 )
         return folder / CONFIG_FILE, folder / WEIGHTS_FILE
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", weights) or folder.suffix in (".pth", ".pt", ".safetensors"):
-        raise MaskMillError(
+        raise WrongUse(
             "weights_missing",
             f"There is no file or folder {weights}.",
             "Check the path, or name a hub repository, such as CIDAS/clipseg-rd64-refined.",
@@ -582,7 +582,7 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unsupported(path: Path, reason: str) -> MaskMillError:
-    return MaskMillError(
+    return WrongUse(
         "model_unsupported",
         f"{path} is not the configuration of a CLIPSeg that can be read here: {reason}.",
         "Use a CLIPSeg as transformers saves it.",
@@ -710,7 +710,7 @@ def _complete_or_refuse(model: ClipSeg) -> dict[str, Any]:
 
 
 def _not_representable(model: ClipSeg, reason: str) -> MaskMillError:
-    return MaskMillError(
+    return WrongUse(
         "model_unsupported",
         f"Hugging Face's CLIPSeg has no place for {model.clip.name} {reason}.",
         "Write the decoder alone with save_decoder; load_clipseg reads it with the same CLIP.",
@@ -720,7 +720,7 @@ def _not_representable(model: ClipSeg, reason: str) -> MaskMillError:
 def _refuse_existing(paths: list[Path], overwrite: bool) -> None:
     there = [str(path) for path in paths if path.exists()]
     if there and not overwrite:
-        raise MaskMillError(
+        raise WrongUse(
             "output_exists",
             f"Already there: {', '.join(there)}.",
             "Choose another place, or pass overwrite=True.",

@@ -16,7 +16,7 @@ import timm
 from torch import Tensor, nn
 
 from models.clip.weights import read_state
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from models.hub import HUB, hub_cache_folder, in_hub_cache, reachable
 
 
@@ -133,14 +133,14 @@ def load_weights(backbone: nn.Module, name: str, source: str | Path) -> None:
             over is an error. Pickles are read without running code.
 
     Raises:
-        MaskMillError: ``weights_missing`` with the file to get; ``weights_unreadable``;
+        MaskMillError: ``weights_missing`` with the file to get; ``model_damaged``;
             ``weights_do_not_fit`` with the names of missing, unexpected and misshapen tensors.
     """
     if source == "none":
         return
     path = _imagenet_file(name) if source == "imagenet" else Path(source).expanduser()
     if not path.is_file():
-        raise MaskMillError(
+        raise WrongUse(
             "weights_missing",
             f"There is no weights file {path}.",
             "Check the path; or write imagenet to fetch ImageNet weights, none to start from random ones.",
@@ -157,7 +157,7 @@ def load_weights(backbone: nn.Module, name: str, source: str | Path) -> None:
             for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
             if names
         ]
-        raise MaskMillError(
+        raise WrongUse(
             "weights_do_not_fit",
             f"{path} does not hold the weights of {name}: {'; '.join(parts)}.",
             f"Use weights of that architecture{_examples(name)}, or the backbone that they belong to "
@@ -174,7 +174,7 @@ def _examples(name: str) -> str:
 
 def _imagenet_file(name: str) -> Path:
     if name not in PRETRAINED:
-        raise MaskMillError(
+        raise WrongUse(
             "weights_missing",
             f"There are no ImageNet weights of the backbone {name}.",
             f"Write none to train it from scratch, or use one of {', '.join(PRETRAINED)}.",
@@ -192,7 +192,7 @@ def _imagenet_file(name: str) -> Path:
         except Exception as error:  # the HTTP libraries beneath have their own exceptions
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     files = " or ".join((f"https://{HUB}/{known.repository} ({_HUB_FILE})", *known.files))
-    raise MaskMillError(
+    raise WrongUse(
         "weights_missing",
         f"The ImageNet weights of {name} are not on this machine and could not be fetched: {reason}.",
         f"Get {files} on another machine and name the file in place of imagenet; or copy that machine's "

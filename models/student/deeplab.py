@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.clip.text import TextClassifier, row_table
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from models.student.backbones import BACKBONES, LIGHT, build_backbone, conv_bn, load_weights
 
 Decoder = Literal["deeplabv2", "deeplabv3plus", "light"]
@@ -95,7 +95,7 @@ class StudentConfig:
         """
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise MaskMillError(
+            raise WrongUse(
                 "setting_invalid",
                 f"A student has no setting {', '.join(unknown)}.",
                 f"There are {', '.join(field.name for field in fields(cls))}.",
@@ -103,7 +103,7 @@ class StudentConfig:
         return cls(**{**values, "dilations": tuple(values.get("dilations", ()))})
 
     def _wrong(self, name: str, remedy: str) -> MaskMillError:
-        return MaskMillError("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
+        return WrongUse("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
 
 
 class DeepLab(nn.Module):
@@ -120,7 +120,7 @@ class DeepLab(nn.Module):
         text: the classifier; with ``config.learned_background`` its class 0 becomes class 1.
 
     Raises:
-        MaskMillError: ``classifier_does_not_fit`` if its D is not the config's.
+        MaskMillError: ``weights_do_not_fit`` if its D is not the config's.
     """
 
     text_rows: Tensor
@@ -160,11 +160,11 @@ class DeepLab(nn.Module):
         """Score other classes from now on; nothing is trained. A learned background stays class 0.
 
         Raises:
-            MaskMillError: ``classifier_does_not_fit``.
+            MaskMillError: ``weights_do_not_fit``.
         """
         if text.embeddings.shape[1] != self.config.embed_dim:
-            raise MaskMillError(
-                "classifier_does_not_fit",
+            raise WrongUse(
+                "weights_do_not_fit",
                 f"The classifier has {text.embeddings.shape[1]} channels; the student has "
                 f"{self.config.embed_dim}.",
                 "Build it with the CLIP that the student was trained with.",
@@ -246,7 +246,7 @@ def load_backbone_weights(model: DeepLab, source: str | Path) -> None:
         source: ``imagenet``, a file, or ``none``; see ``models.student.backbones.load_weights``.
 
     Raises:
-        MaskMillError: ``weights_missing``, ``weights_unreadable``, ``weights_do_not_fit``.
+        MaskMillError: ``weights_missing``, ``model_damaged``, ``weights_do_not_fit``.
     """
     load_weights(model.backbone, model.config.backbone, source)
 

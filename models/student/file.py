@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from models.clip.text import TextClassifier
-from models.errors import MaskMillError
+from models.errors import Damaged, MaskMillError, WrongUse
 from models.student.deeplab import DeepLab, StudentConfig
 
 FILE = "model.safetensors"
@@ -71,7 +71,7 @@ def read_student(
 
     Raises:
         OSError: the file cannot be read.
-        MaskMillError: ``student_unreadable`` if it is damaged or no student; ``student_too_new`` if a later
+        MaskMillError: ``model_damaged`` if it is damaged or no student; ``newer_version`` if a later
             MaskMill wrote it.
     """
     data, name = (source, "The data") if isinstance(source, bytes) else (source.read_bytes(), str(source))
@@ -83,8 +83,8 @@ def read_student(
     if not isinstance(about, dict):
         raise _unreadable(name, "it is a safetensors file of something else")
     if about.get("version") != _VERSION:
-        raise MaskMillError(
-            "student_too_new",
+        raise WrongUse(
+            "newer_version",
             f"{name} is a student of version {about.get('version')!r}; this MaskMill reads {_VERSION}.",
             "Use the version of MaskMill that trained it, or train it again with this one.",
         )
@@ -122,8 +122,8 @@ def _metadata(data: bytes) -> dict[str, str]:
 
 
 def _unreadable(name: str, reason: str) -> MaskMillError:
-    return MaskMillError(
-        "student_unreadable",
+    return Damaged(
+        "model_damaged",
         f"{name} cannot be read as a student: {reason}.",
         f"Name the {FILE} that training left in its output folder; copy it again if it was cut off.",
     )

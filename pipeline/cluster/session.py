@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from models.errors import MaskMillError
+from models.errors import FailedWork, MaskMillError, WrongUse
 from pipeline.cluster.local_ray import few_processes
 from pipeline.cluster.replaced import replaced
 from pipeline.cluster.signals import signals_held
@@ -124,7 +124,7 @@ def plan_compute(nodes: Sequence[tuple[float, float]], *, cores: int | None) -> 
     homeless = not gpus and plan.cpus > max((node[0] for node in nodes), default=0)
     stranded = sum(1 for node in nodes if node[0] < node[1] * plan.cpus)
     if plan.needed_cpus > cpus or homeless or (gpus and stranded):
-        raise MaskMillError(
+        raise WrongUse(
             "cluster_too_small",
             f"The stages need {plan.needed_cpus:g} CPUs at once ({plan.actors} CLIP actors, one decoder, one "
             f"writer); the cluster has {cpus:g} on {len(nodes)} node(s)"
@@ -217,7 +217,7 @@ def _begin_ray(address: str | None, run_id: str, *, slots: int, verbose: bool) -
                 end_orphans(run_id)
                 raise
     except (RuntimeError, ValueError, OSError) as error:
-        raise MaskMillError(
+        raise FailedWork(
             "cluster_unreachable",
             f"Ray could not be started or reached{f' at {address}' if address else ''}: {error}",
             "Check --address (or RAY_ADDRESS), or leave it out to run on this machine alone.",

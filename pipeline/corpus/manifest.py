@@ -22,7 +22,7 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.files.storage import Storage, canonical_uri, is_remote, open_storage
 
 #: File name endings taken for images, whatever their case.
@@ -80,8 +80,8 @@ def collect(
         extensions: file name endings to take, in any case; not applied to lists.
 
     Raises:
-        MaskMillError: ``source_missing``, ``no_images``, ``list_invalid``, ``manifest_invalid``,
-            ``id_collision``, ``name_not_utf8``, ``folder_unreadable``, ``storage_*``.
+        MaskMillError: ``source_missing``, ``source_missing``, ``source_invalid``, ``source_invalid``,
+            ``source_invalid``, ``source_invalid``, ``source_missing``, ``storage_*``.
     """
     wanted = _endings(extensions)
     uri = canonical_uri(source)
@@ -101,7 +101,7 @@ def read_manifest(path: str | os.PathLike[str]) -> pa.Table:
     """Read and check a manifest.
 
     Raises:
-        MaskMillError: ``source_missing``; ``manifest_invalid`` if columns, ids or URIs are wrong.
+        MaskMillError: ``source_missing``; ``source_invalid`` if columns, ids or URIs are wrong.
     """
     uri = canonical_uri(path)
     table = _read_parquet(uri)
@@ -168,8 +168,8 @@ def _scan_all(
                     elif entry.is_file():
                         (found if name.lower().endswith(wanted) else others).append(entry.path)
         except PermissionError:
-            raise MaskMillError(
-                "folder_unreadable",
+            raise WrongUse(
+                "source_missing",
                 f"no permission to read the folder {folder}",
                 "Grant read access to it, or give a source without it.",
             ) from None
@@ -205,8 +205,8 @@ def _found(found: list[str], others: list[str], *, source: str, wanted: tuple[st
         return _Rows(found, {})
     endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in others)
     seen = ", ".join(f"{count} × {ending}" for ending, count in endings.most_common(8)) or "no files at all"
-    raise MaskMillError(
-        "no_images",
+    raise WrongUse(
+        "source_missing",
         f"no images in {source}: looked for {' '.join(wanted)}; found {seen}",
         "Give a folder, glob or list that holds images, or name other file endings.",
     )
@@ -225,8 +225,8 @@ def _file_rows(uri: str, wanted: tuple[str, ...]) -> _Rows:
         return _csv_rows(uri)
     if lower.endswith(wanted):
         return _Rows([uri], {})
-    raise MaskMillError(
-        "no_images",
+    raise WrongUse(
+        "source_missing",
         f"{uri} is neither an image ({' '.join(wanted)}) nor a list ({' '.join(_LIST_EXTENSIONS)})",
         "Give a folder, a glob, a list file or a manifest.",
     )
@@ -376,8 +376,8 @@ def _assemble(rows: _Rows, *, origin: str) -> Manifest:
         if earlier == number:
             kept.append(number)
         elif keys[earlier] != keys[number]:
-            raise MaskMillError(
-                "id_collision",
+            raise WrongUse(
+                "source_invalid",
                 f"two images share the id {identity}: {_name(keys[earlier])} and {_name(keys[number])}",
                 "Rename or move one of them.",
             )
@@ -398,8 +398,8 @@ def _check_names(uris: list[str]) -> None:
     bad = [uri for uri in uris if not _is_utf8(uri)]
     if bad:
         shown = bad[0].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        raise MaskMillError(
-            "name_not_utf8",
+        raise WrongUse(
+            "source_invalid",
             f"{len(bad)} file name(s) are not valid UTF-8, the first: {shown}",
             "Rename them (for example with convmv), so that they can be stored in Parquet.",
         )
@@ -430,7 +430,7 @@ def _check_numbers(rows: _Rows, origin: str) -> None:
 
 
 def _missing(uri: str, what: str) -> MaskMillError:
-    return MaskMillError(
+    return WrongUse(
         "source_missing",
         f"{what} {uri}",
         "Give an existing folder, glob, list file (.txt, .csv, .parquet) or manifest.",
@@ -439,8 +439,8 @@ def _missing(uri: str, what: str) -> MaskMillError:
 
 def _bad_list(uri: str, line: int | None, text: str) -> MaskMillError:
     place = uri if line is None else f"{uri}:{line}"
-    return MaskMillError(
-        "list_invalid",
+    return WrongUse(
+        "source_invalid",
         f"{place}: {text}",
         "A list has a path or URI per line (.txt), or a column 'uri' and, where known, offset, length, width"
         " and height (.csv, .parquet).",
@@ -448,8 +448,8 @@ def _bad_list(uri: str, line: int | None, text: str) -> MaskMillError:
 
 
 def _bad_manifest(uri: str, text: str) -> MaskMillError:
-    return MaskMillError(
-        "manifest_invalid",
+    return WrongUse(
+        "source_invalid",
         f"{uri}: {text}",
         "Build it again from its source; in a plain list of images leave out the column 'id'.",
     )
@@ -458,5 +458,5 @@ def _bad_manifest(uri: str, text: str) -> MaskMillError:
 def _endings(extensions: Iterable[str]) -> tuple[str, ...]:
     endings = tuple(dict.fromkeys("." + e.strip().lower().lstrip(".") for e in extensions if e.strip(" .")))
     if not endings:
-        raise MaskMillError("no_images", "no file endings to look for", "Give at least one, such as .jpg.")
+        raise WrongUse("source_missing", "no file endings to look for", "Give at least one, such as .jpg.")
     return endings

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.files.images import ImageError, decode, fetch
 from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import Ontology, builtin_ontologies, load_ontology
@@ -125,14 +125,14 @@ class Dataset(ABC):
         """Ids (H, W), uint8 or uint16, ``ignore_index`` where nothing is known.
 
         Raises:
-            MaskMillError: ``benchmark_unreadable``, ``mask_invalid``; each names the file.
+            MaskMillError: ``dataset_invalid``, ``mask_invalid``; each names the file.
         """
 
     def image(self, sample: Sample) -> npt.NDArray[np.uint8]:
         """RGB (H, W, 3), upright.
 
         Raises:
-            MaskMillError: ``benchmark_unreadable``, which names the file.
+            MaskMillError: ``dataset_invalid``, which names the file.
         """
         try:
             return decode(fetch(sample.image))
@@ -147,7 +147,7 @@ class Dataset(ABC):
         """
         image, truth = self.image(sample), self.truth(sample)
         if image.shape[:2] != truth.shape:
-            raise MaskMillError(
+            raise WrongUse(
                 "mask_invalid",
                 f"{sample.truth or sample.name}: the mask has {truth.shape[0]} x {truth.shape[1]} pixels, "
                 f"the image {sample.image} {image.shape[0]} x {image.shape[1]}.",
@@ -207,7 +207,7 @@ class Source:
     def missing(self, place: str | None, what: str) -> MaskMillError:
         """The error for a benchmark, or a part of it, that is not there."""
         where = f" in {place}" if place else ""
-        return MaskMillError(
+        return WrongUse(
             "dataset_missing",
             f"{self.title}: {what}{where}.",
             f"Nothing is downloaded for you. Get it from {self.home}, lay it out as\n\n{self.layout}\n\n"
@@ -259,7 +259,7 @@ class Source:
             if (absent := [name for name in wanted if name not in have])
         ]
         if gaps:
-            raise MaskMillError(
+            raise WrongUse(
                 "dataset_incomplete",
                 f"{self.title} in {place.uri}: {'; '.join(gaps)}.",
                 f"Complete the folder, or shorten the split's list. The layout is\n\n{self.layout}",
@@ -299,7 +299,7 @@ def list_files(
             continue
         name = name[: len(name) - len(ending)]
         if name in found:
-            raise MaskMillError(
+            raise WrongUse(
                 "dataset_invalid",
                 f"{place.uri}: {found[name]} and {path} have the same name.",
                 "Keep one of them, or rename it.",
@@ -329,7 +329,7 @@ def read_mask(uri: str) -> Labels:
         uint8, or uint16 for masks of 16 bits.
 
     Raises:
-        MaskMillError: ``benchmark_unreadable``; ``mask_invalid`` if the file holds colours.
+        MaskMillError: ``dataset_invalid``; ``mask_invalid`` if the file holds colours.
     """
     try:
         data = fetch(uri)
@@ -347,7 +347,7 @@ def read_mask(uri: str) -> Labels:
         return (array // spread).astype(np.uint8)
     if mode.startswith("I") and array.size and array.min() >= 0 and array.max() <= 65_535:
         return array.astype(np.uint16)
-    raise MaskMillError(
+    raise WrongUse(
         "mask_invalid",
         f"{uri} is a picture of mode {mode}, not a map of class ids.",
         "Give masks as grey or palette PNGs whose values are ids; colours cannot be told back into ids.",
@@ -373,7 +373,7 @@ def relabel(raw: Labels, ids: Mapping[int, int], *, classes: Ontology, where: st
     labels = table[raw]
     if labels.min(initial=0) < 0:
         unknown = np.unique(raw[labels < 0]).tolist()
-        raise MaskMillError(
+        raise WrongUse(
             "mask_invalid",
             f"{where} holds ids that {classes.name} does not have: {shown(unknown)}.",
             f"Known are {_ranges(ids)}. Use the masks of this benchmark, or an ontology that fits them.",
@@ -393,8 +393,8 @@ def _ranges(ids: Iterable[int]) -> str:
 
 
 def _unreadable(uri: str, error: Exception) -> MaskMillError:
-    return MaskMillError(
-        "benchmark_unreadable",
+    return WrongUse(
+        "dataset_invalid",
         f"{uri} cannot be read: {error}",
         "Get this file again; a benchmark is measured on all of its files or not at all.",
     )

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.datasets.base import Dataset, Labels, Sample, Source, shown
 from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import BACKGROUND, Ontology, load_ontology
@@ -157,7 +157,7 @@ def open_coco_json(
     place = open_storage(images)
     absent = _absent(place, [file for file, *_ in found])
     if absent:
-        raise MaskMillError(
+        raise WrongUse(
             "dataset_incomplete",
             f"{where}: {len(absent):,} of its {len(found):,} images are not in {place.uri}: {shown(absent)}.",
             "Give the folder that holds the images that the JSON names; its file names are relative to it.",
@@ -312,7 +312,7 @@ def _classes_by_category(categories: list[dict[str, Any]], classes: Ontology, wh
         if number not in found.values() and name != BACKGROUND
     ]
     if absent:
-        raise MaskMillError(
+        raise WrongUse(
             "dataset_invalid",
             f"{where} has no category for {len(absent)} classes of {classes.name}: {shown(absent)}.",
             "Give the class its category's name as a synonym, or leave the class out of the ontology. "
@@ -322,7 +322,7 @@ def _classes_by_category(categories: list[dict[str, Any]], classes: Ontology, wh
 
 
 def _invalid(where: str, why: str) -> MaskMillError:
-    return MaskMillError(
+    return WrongUse(
         "dataset_invalid",
         f"{where}: {why}.",
         "Correct the file; the format is described at https://cocodataset.org/#format-data.",

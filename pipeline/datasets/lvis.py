@@ -46,7 +46,7 @@ def open_lvis(root: str | None, *, split: str = "val") -> CocoDataset:
             except MaskMillError as error:
                 if error.code != "dataset_incomplete":
                     raise
-                raise MaskMillError(
+                raise type(error)(
                     error.code,
                     error.message,
                     f"Complete the folder. The layout is\n\n{SOURCE.layout}",

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.datasets.base import SegmentationDataset
 from pipeline.datasets.cocoobject import NAME as COCO_OBJECT
 
@@ -121,13 +121,13 @@ def draw_episodes(
         Episodes whose support never holds the query.
 
     Raises:
-        MaskMillError: ``option_invalid`` for a fold that is not there or a count below 1;
-            ``oneshot_too_few`` if no image shows a class of the fold, or fewer than ``shots`` + 1 show one
+        MaskMillError: ``wrong_use`` for a fold that is not there or a count below 1;
+            ``dataset_invalid`` if no image shows a class of the fold, or fewer than ``shots`` + 1 show one
             that is asked for.
     """
     if not 0 <= fold < len(benchmark.folds) or shots < 1 or (episodes is not None and episodes < 1):
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             f"{benchmark.name}: no episodes for {fold=}, {shots=}, {episodes=}.",
             f"Give a fold from 0 to {len(benchmark.folds) - 1}, at least one shot and one episode.",
         )
@@ -165,8 +165,8 @@ def draw_episodes(
 
 
 def _too_few(benchmark: OneShotBenchmark, fold: int, why: str) -> MaskMillError:
-    return MaskMillError(
-        "oneshot_too_few",
+    return WrongUse(
+        "dataset_invalid",
         f"{benchmark.name}, fold {fold}: {why} (at least {benchmark.min_area:,} pixels count).",
         f"Use the whole {benchmark.split} split of {benchmark.dataset}.",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import PurePosixPath
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.datasets.base import (
     IMAGE_SUFFIXES,
     MaskDataset,
@@ -69,7 +69,7 @@ def open_pairs(
     absent = [f"{name} (image)" for name in wanted if name not in image_files]
     absent += [f"{name} (mask)" for name in wanted if name not in matched]
     if absent:
-        raise MaskMillError(
+        raise WrongUse(
             "dataset_incomplete",
             f"{image_place.uri} and {mask_place.uri}: for {len(wanted):,} pairs, {len(absent):,} files are "
             f"missing: {shown(absent)}.",
@@ -112,7 +112,7 @@ def _match(names: list[str], masks: dict[str, str]) -> dict[str, str]:
         if name in matched or not candidates:
             continue
         if len(candidates) > 1 or sharing[stem] > 1:
-            raise MaskMillError(
+            raise WrongUse(
                 "dataset_invalid",
                 f"Image {name} could belong to several masks or images: {shown(candidates)}.",
                 "Give images and masks the same relative paths.",

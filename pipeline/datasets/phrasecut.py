@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.datasets.base import Dataset, Labels, Sample, Source, list_files, shown
 from pipeline.files.storage import Storage
 from pipeline.ontology.ontology import Ontology
@@ -103,7 +103,7 @@ def open_phrasecut(root: str | None, *, split: str = "test") -> PhraseCutDataset
         wanted = sorted({int(task["image_id"]) for task in tasks})
         absent = [number for number in wanted if str(number) not in images or number not in sizes]
         if absent:
-            raise MaskMillError(
+            raise WrongUse(
                 "dataset_incomplete",
                 f"PhraseCut in {place.uri}: {len(absent):,} of {len(wanted):,} images of {split} are missing "
                 f"in images/ or in image_data_split.json ({shown(absent)}).",
@@ -162,7 +162,7 @@ def _read_sizes(place: Storage) -> dict[int, tuple[int, int]]:
 
 
 def _invalid(where: str, error: Exception) -> MaskMillError:
-    return MaskMillError(
+    return WrongUse(
         "dataset_invalid",
         f"{where} is not as PhraseCut publishes it ({type(error).__name__}: {error}).",
         f"Get the file again from {SOURCE.home}.",

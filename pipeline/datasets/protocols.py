@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 
 ProtocolName = Literal["seed", "unified"]
 
@@ -117,14 +117,14 @@ def get_protocol(dataset: str, name: str) -> Protocol:
     """The protocol of a dataset.
 
     Raises:
-        MaskMillError: ``protocol_missing``, saying which there are.
+        MaskMillError: ``dataset_unknown``, saying which there are.
     """
     known = PROTOCOLS.get(dataset, {})
     for protocol in known.values():
         if protocol.name == name:
             return protocol
-    raise MaskMillError(
-        "protocol_missing",
+    raise WrongUse(
+        "dataset_unknown",
         f"There is no protocol {name!r} for {dataset}.",
         f"Known for it: {', '.join(known)}."
         if known
@@ -136,11 +136,11 @@ def check_comparable(first: Protocol, second: Protocol) -> None:
     """Refuse to put numbers of two protocols, or of two datasets, side by side.
 
     Raises:
-        MaskMillError: ``protocols_differ``.
+        MaskMillError: ``output_differs``.
     """
     if (first.name, first.dataset) != (second.name, second.dataset):
-        raise MaskMillError(
-            "protocols_differ",
+        raise WrongUse(
+            "output_differs",
             f"Numbers of {first.name} on {first.dataset} and of {second.name} on {second.dataset} are not "
             "comparable.",
             "Measure both under one protocol.",

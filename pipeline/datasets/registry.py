@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.datasets import (
     ade20k,
     cityscapes,
@@ -121,26 +121,26 @@ def open_dataset(
             ``cocoobject81``; ``count`` and ``size`` of ``toyworld``.
 
     Raises:
-        MaskMillError: ``dataset_unknown``; ``option_invalid``; ``dataset_missing``, which says where to get
+        MaskMillError: ``dataset_unknown``; ``wrong_use``; ``dataset_missing``, which says where to get
             it; ``dataset_incomplete``; ``dataset_invalid``.
     """
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
-        raise MaskMillError(
+        raise WrongUse(
             "dataset_unknown", f"There is no dataset {name!r}.", f"{hint}Known: {', '.join(DATASETS)}."
         )
     info = DATASETS[name]
     unknown = [option for option in options if option not in info.options]
     if unknown:
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             f"{name} has no option {unknown[0]!r}.",
             f"Options: {', '.join(info.options)}." if info.options else "It has none besides root and split.",
         )
     if name in ("pairs", "coco-json") and "ontology" not in options:
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             f"{name} needs an ontology: it gives the ids of the masks their meaning.",
             "Name a built-in ontology or a YAML file.",
         )

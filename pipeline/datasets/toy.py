@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.datasets.base import Dataset, Labels, Sample, Source
 from pipeline.ontology.ontology import load_ontology
 from pipeline.toyworld import scenes as toyworld
@@ -73,12 +73,12 @@ def open_toyworld(
         size: side in pixels, at least 16.
 
     Raises:
-        MaskMillError: ``option_invalid``.
+        MaskMillError: ``wrong_use``.
     """
     match = re.fullmatch(r"seed-(\d{1,9})", split)
     if root is not None or match is None or count < 1 or size < 16:
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             f"The toy world cannot be opened with {root=}, {split=}, {count=}, {size=}.",
             "Give no root, a split such as seed-2, a count of at least 1 and a size of at least 16 pixels.",
         )

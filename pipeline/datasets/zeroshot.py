@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.ontology.ontology import load_ontology
 
 
@@ -97,10 +97,8 @@ def zero_shot_split(name: str) -> ZeroShotSplit:
     """A split by name.
 
     Raises:
-        MaskMillError: ``option_invalid``.
+        MaskMillError: ``wrong_use``.
     """
     if name not in SPLITS:
-        raise MaskMillError(
-            "option_invalid", f"There is no zero-shot split {name!r}.", f"Known: {', '.join(SPLITS)}."
-        )
+        raise WrongUse("wrong_use", f"There is no zero-shot split {name!r}.", f"Known: {', '.join(SPLITS)}.")
     return SPLITS[name]

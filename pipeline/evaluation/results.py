@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.evaluation.tables import Evaluation, ImageScore
 from pipeline.files.redaction import command_line as command
 from pipeline.files.redaction import redact_tree
@@ -128,25 +128,25 @@ def new_folder(output: str | Path | None, name: str, *, overwrite: bool) -> Path
     """The folder for a result: the one asked for, or one of its own below ``results/``.
 
     Raises:
-        MaskMillError: ``output_remote`` for an address; ``output_exists`` if the folder holds a result
+        MaskMillError: ``wrong_use`` for an address; ``output_exists`` if the folder holds a result
             already; ``output_not_ours`` if it holds anything else.
     """
     if output is not None and is_remote(canonical_uri(output)):
-        raise MaskMillError(
-            "output_remote",
+        raise WrongUse(
+            "wrong_use",
             f"{output} is not on this machine, and a result is a local folder.",
             "Name a local --output; label tables may be anywhere (maskmill label, then evaluate --labels).",
         )
     folder = Path(output) if output else Path("results") / f"{time.strftime('%Y%m%dT%H%M%S')}-{name}"
     held = [file for file in (EVALUATION_FILE, BENCHMARK_FILE) if (folder / file).exists()]
     if held and not overwrite:
-        raise MaskMillError(
+        raise WrongUse(
             "output_exists",
             f"{folder} holds a result already ({held[0]}).",
             "Name another --output, or say --overwrite.",
         )
     if folder.is_dir() and any(folder.iterdir()) and not held and not (folder / _MARKER).exists():
-        raise MaskMillError(
+        raise WrongUse(
             "output_not_ours", f"{folder} holds other files.", "Name an empty or a new folder as --output."
         )
     return folder

@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from models.errors import MaskMillError
+from models.errors import Damaged, MaskMillError, WrongUse
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.files.storage import Storage, canonical_uri
 from pipeline.metrics.statistics import SegmentationStatistics
 from pipeline.table.labels import OK, decode_confidence, decode_mask, table_files
 
-SIZE_DIFFERS = "size_differs"
+SIZE_DIFFERS = "mask_invalid"
 """Status of an image whose label map and truth are of different size."""
 
 
@@ -99,7 +99,7 @@ def class_lookup(
     """
     lacking = [name for name in true if name not in predicted]
     if lacking:
-        raise MaskMillError(
+        raise WrongUse(
             "classes_differ",
             f"The labels know no class {', '.join(map(repr, lacking[:8]))}"
             f"{f' and {len(lacking) - 8} more' if len(lacking) > 8 else ''}; they have "
@@ -117,13 +117,13 @@ def plan(table: Storage | str, samples: Sequence[Sample]) -> Plan:
     """Find the row of each sample: by its URI, or, if no URI agrees, by the name of the file without ending.
 
     Raises:
-        MaskMillError: ``table_unreadable``; ``images_differ`` if no image is in both, or a name in several
+        MaskMillError: ``table_damaged``; ``image_invalid`` if no image is in both, or a name in several
             rows.
     """
     storage, parts = table_files(table)
     if not parts:
-        raise MaskMillError(
-            "table_unreadable",
+        raise Damaged(
+            "table_damaged",
             f"There is no label table in {storage.uri}.",
             "Give the --output of maskmill label.",
         )
@@ -138,8 +138,8 @@ def plan(table: Storage | str, samples: Sequence[Sample]) -> Plan:
     if not matched:
         matched = _by_stem(rows, samples)
     if not matched:
-        raise MaskMillError(
-            "images_differ",
+        raise WrongUse(
+            "image_invalid",
             f"None of the {len(rows):,} images of {storage.uri} is among the {len(samples):,} of the "
             f"benchmark: {PurePosixPath(rows[0][0]).name if rows else 'no rows'} here, "
             f"{samples[0].name if samples else 'no images'} there.",
@@ -166,8 +166,8 @@ def _by_stem(
         if stem not in by_stem:
             continue
         if stem in seen:
-            raise MaskMillError(
-                "images_differ",
+            raise WrongUse(
+                "image_invalid",
                 f"Several rows of the table are called {stem}, and none has the benchmark's own path.",
                 "Label the benchmark's folder itself, so that paths agree.",
             )

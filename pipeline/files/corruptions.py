@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -50,7 +50,7 @@ def parse(text: str) -> tuple[str, int]:
         text: such as ``jpeg_compression:3``.
 
     Raises:
-        MaskMillError: ``corruption_invalid``, with what is allowed.
+        MaskMillError: ``setting_invalid``, with what is allowed.
 
     >>> parse("jpeg_compression:3")
     ('jpeg_compression', 3)
@@ -82,7 +82,7 @@ def corrupt(
         uint8 (H, W, 3) RGB, C-contiguous, new. Values are truncated, not rounded, as in the reference.
 
     Raises:
-        MaskMillError: ``corruption_invalid`` for a name or level that does not exist.
+        MaskMillError: ``setting_invalid`` for a name or level that does not exist.
         ValueError: if the array is no such image, or ``channels`` is unknown.
     """
     if name not in _KINDS or level not in LEVELS:
@@ -99,8 +99,8 @@ def corrupt(
 
 
 def _invalid(given: str) -> MaskMillError:
-    return MaskMillError(
-        "corruption_invalid",
+    return WrongUse(
+        "setting_invalid",
         f"There is no corruption {given}.",
         f"Write NAME:LEVEL with a level from 1 to 5; names: {', '.join(CORRUPTIONS)}.",
     )

@@ -234,7 +234,7 @@ class ImageSettings:
     """How images are decoded, corrupted and resized: the fields of the recipe with these names.
 
     Raises:
-        MaskMillError: ``corruption_invalid``.
+        MaskMillError: ``setting_invalid``.
     """
 
     scale: tuple[int, int]

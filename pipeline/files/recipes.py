@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class RecipeBook(Generic[R]):
             settings: ``key=value`` strings; the value is read as YAML.
 
         Raises:
-            MaskMillError: ``recipe_unknown`` or ``recipe_invalid``, naming the key and what is allowed.
+            MaskMillError: ``recipe_invalid`` or ``recipe_invalid``, naming the key and what is allowed.
         """
         return self._validated(
             _merged(self._base_fields(name_or_path), self.parse(settings)), where=name_or_path
@@ -97,7 +97,7 @@ class RecipeBook(Generic[R]):
         for setting in settings:
             key, separator, value = setting.partition("=")
             if not separator:
-                raise MaskMillError(
+                raise WrongUse(
                     "recipe_invalid",
                     f"--set {setting!r} is not of the form key=value.",
                     f"Write --set {next(iter(self._paths))}=….",
@@ -129,28 +129,28 @@ class RecipeBook(Generic[R]):
         if path.suffix not in (".yaml", ".yml"):
             near = difflib.get_close_matches(name_or_path, self.recipes, n=1)
             hint = f"Did you mean {near[0]}? " if near else ""
-            raise MaskMillError(
-                "recipe_unknown",
+            raise WrongUse(
+                "recipe_invalid",
                 f"There is no recipe {name_or_path!r}.",
                 f"{hint}Known: {', '.join(self.recipes)}; or give a YAML file.",
             )
         try:
             written = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise MaskMillError(
+            raise WrongUse(
                 "recipe_invalid",
                 f"{path} cannot be read as YAML: {error}",
                 "Give a YAML file of recipe fields.",
             ) from error
         if not isinstance(written, dict):
-            raise MaskMillError(
+            raise WrongUse(
                 "recipe_invalid",
                 f"{path} holds no fields.",
                 f"Write lines such as `{next(iter(self._paths))}: …`.",
             )
         base = written.pop("base", self.default)
         if base not in self.recipes:
-            raise MaskMillError(
+            raise WrongUse(
                 "recipe_invalid",
                 f"{path}: base {base!r} is not a recipe.",
                 f"Known: {', '.join(self.recipes)}.",
@@ -168,13 +168,13 @@ class RecipeBook(Generic[R]):
         if len(meant) == 1:
             return meant[0]
         if meant:
-            raise MaskMillError(
+            raise WrongUse(
                 "recipe_invalid", f"{where}: {key!r} can be {' or '.join(meant)}.", "Write which one."
             )
         words = {path.rpartition(".")[2]: path for path in self._paths}
         near = difflib.get_close_matches(key.rpartition(".")[2], words, n=1)
         hint = f"Did you mean {words[near[0]]}? " if near else ""
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"{where}: there is no field {key!r}.",
             f"{hint}Fields: {', '.join(self._paths)}.",
@@ -186,7 +186,7 @@ class RecipeBook(Generic[R]):
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
-            raise MaskMillError(
+            raise WrongUse(
                 "recipe_invalid",
                 f"{where}: {place} = {first['input']!r}: {first['msg']}.",
                 "Correct the value, or leave it out.",

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import fsspec
 
-from models.errors import MaskMillError
+from models.errors import Damaged, FailedWork, WrongUse
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -173,8 +173,8 @@ class Storage:
         try:
             self.fs.pipe_file(self.path(name), data, mode=mode)
         except FileNotFoundError as error:
-            raise MaskMillError(
-                "storage_missing",
+            raise WrongUse(
+                "storage_unsupported",
                 f"cannot write {self.uri_of(name)}: {error}",
                 "Create the bucket first, or correct its name.",
             ) from error
@@ -199,7 +199,7 @@ class Storage:
         try:
             return json.loads(data)
         except ValueError as error:
-            raise MaskMillError(
+            raise Damaged(
                 "json_invalid",
                 f"{self.uri_of(name)} is not valid JSON: {error}",
                 "Restore the file, or remove it if what it describes can be made again.",
@@ -240,7 +240,7 @@ def open_storage(uri: str | os.PathLike[str]) -> Storage:
         # Listings must be fresh: other processes write to the same place.
         fs = fsspec.filesystem(scheme, use_listings_cache=False)
     except (ValueError, ImportError) as error:
-        raise MaskMillError(
+        raise WrongUse(
             "storage_unsupported",
             f"cannot reach {place}: {error}",
             "Use a local path, s3://bucket/prefix, or install the fsspec package of that scheme.",
@@ -293,8 +293,8 @@ def _user_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        raise MaskMillError(
-            "storage_denied",
+        raise FailedWork(
+            "storage_unreachable",
             f"no access to {uri}: {error}",
             "Check the permissions of the place and the credentials in the environment.",
         ) from error
@@ -302,7 +302,7 @@ def _user_errors(uri: str) -> Iterator[None]:
         # botocore is there only if S3 is used, hence by name.
         if type(error).__name__ not in _UNREACHABLE:
             raise
-        raise MaskMillError(
+        raise FailedWork(
             "storage_unreachable",
             f"cannot reach {uri}: {error}",
             "Set AWS credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role) and"

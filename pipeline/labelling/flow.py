@@ -27,7 +27,7 @@ from ray.data.checkpoint.checkpoint_filter import IdColumnCheckpointManager
 from ray.data.datasource import Datasource, ReadTask
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from models.errors import MaskMillError
+from models.errors import FailedWork, MaskMillError
 from pipeline.cluster.alone import alone
 from pipeline.cluster.collector import collect_rarely, without_collection
 from pipeline.cluster.progress import Board, Progress
@@ -316,7 +316,7 @@ def _explained(error: ray.exceptions.RayError) -> MaskMillError:
             return cause
         inner = getattr(cause, "cause", None)
         cause = inner if isinstance(inner, BaseException) else cause.__cause__
-    return MaskMillError(
+    return FailedWork(
         "labelling_failed",
         f"The run stopped: {str(error).strip().splitlines()[-1]}",
         "What is finished is kept: run the same command again. With -v Ray tells more.",

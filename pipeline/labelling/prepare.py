@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.files.storage import canonical_uri
 from pipeline.labelling.clipseg.prepare import refuse_examples
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe, parse_settings
@@ -90,7 +90,7 @@ def prepare_labeller(
     Raises:
         MaskMillError: see ``models.clip.weights.find_weights``, ``models.clip.loading.load_source`` and
             ``pipeline.trained.student.read_student_record``; ``recipe_invalid`` for settings that the model
-            has no use for, ``vocabulary_fixed`` for classes that it cannot take.
+            has no use for, ``classes_differ`` for classes that it cannot take.
     """
     if recipe.model == "clipseg":
         return _clipseg(recipe, ontology, precision, check_weights)
@@ -232,7 +232,7 @@ def _refuse_options(recipe: LabelRecipe, names: Sequence[str], kind: str) -> Non
     usual = LabelRecipe(name="")
     useless = [name for name in names if getattr(recipe, name) not in (getattr(usual, name), None)]
     if useless:
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"{', '.join(useless)} of recipe {recipe.name!r} mean nothing to {kind} ({recipe.model}).",
             "Leave them out; of a student's recipe, sizes, precision and thresholds can be changed.",
@@ -251,22 +251,22 @@ def _other_words(record: StudentRecord, ontology: Ontology) -> TextClassifier:
     own = f"Or label with its own classes: {', '.join(record.ontology.names[:8])}"
     own += ", …" if record.ontology.num_classes > 8 else "."
     if record.config.get("learned_background"):
-        raise MaskMillError(
-            "vocabulary_fixed",
+        raise WrongUse(
+            "classes_differ",
             f"{record.uri} has learned what background is among its own classes; it takes no others.",
             f"Train with learned_background=false for an open vocabulary. {own}",
         )
     try:
         source = find_weights(record.text["model"], record.text["pretrained"])
     except MaskMillError as error:
-        raise MaskMillError(
+        raise type(error)(
             error.code,
             f"Other classes than the student's own need the CLIP that it was trained with: {error.message}",
             f"{error.remedy} {own}",
         ) from error
     if source.fingerprint != record.text["fingerprint"]:
-        raise MaskMillError(
-            "text_weights_differ",
+        raise WrongUse(
+            "weights_differ",
             f"The weights of {source.name} here ({source.fingerprint[:12]}) are not those that the student "
             f"was trained with ({record.text['fingerprint'][:12]}): its features mean nothing to them.",
             f"Put the same weights in place. {own}",

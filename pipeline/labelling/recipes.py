@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.files import corruptions
 from pipeline.files.recipes import Recipe, RecipeBook
 from pipeline.labelling.clipseg.options import RELEASED, ClipSegOptions
@@ -79,23 +79,21 @@ def _check(recipe: LabelRecipe, where: str) -> None:
         try:
             corruptions.parse(recipe.corruption)
         except MaskMillError as error:
-            raise MaskMillError(
-                "recipe_invalid", f"{where}: corruption: {error.message}", error.remedy
-            ) from error
+            raise WrongUse("recipe_invalid", f"{where}: corruption: {error.message}", error.remedy) from error
     if recipe.head == "plain" and recipe.ks_threshold:
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"{where}: key smoothing (ks_threshold {recipe.ks_threshold:g}) needs keys; head plain has none.",
             "Add --set head=maskclip, or --set ks_threshold=0.",
         )
     if recipe.model != "clipseg" and recipe.clipseg != ClipSegOptions():
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"{where}: the settings clipseg.… mean nothing to {recipe.model}.",
             "Leave them out, or begin with --recipe clipseg.",
         )
     if recipe.window and not 0 < recipe.window_stride <= recipe.window:
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"{where}: window {recipe.window} needs 0 < window_stride <= window, not {recipe.window_stride}.",
             f"Add --set window_stride={max(1, recipe.window // 2)}.",

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from models.errors import MaskMillError
+from models.errors import FailedWork
 from pipeline.files import corruptions, images
 from pipeline.files.images import ImageSettings
 from pipeline.labelling.labeller import Labeller, Prediction
@@ -158,7 +158,7 @@ class Label:
             self._failed += 1
             if not self._succeeded and self._failed >= _HOPELESS:
                 # Not these images are at fault: tell it now, not after a million of them.
-                raise MaskMillError(
+                raise FailedWork(
                     "labelling_failed",
                     f"None of {self._failed} images could be labelled: {type(error).__name__}: {error}",
                     "Correct what the error names (for lack of memory: a smaller batch_size or scale).",

@@ -13,7 +13,7 @@ import torch
 
 from models.clip.text import TextClassifier
 from models.device import DTYPES, best_device
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from models.labelmap import label_map
 from pipeline.labelling.labeller import Prediction
 from pipeline.trained.student import load_student, read_student_record
@@ -37,7 +37,7 @@ class StudentLabeller:
 
     Raises:
         MaskMillError: as ``pipeline.trained.student.read_student_record`` and ``load_student``;
-        ``student_changed``
+        ``weights_differ``
             if the fingerprint is another one by now.
     """
 
@@ -61,8 +61,8 @@ class StudentLabeller:
         self._ignore_index = ignore_index
         record = read_student_record(uri)
         if fingerprint is not None and fingerprint != record.fingerprint:
-            raise MaskMillError(
-                "student_changed",
+            raise WrongUse(
+                "weights_differ",
                 f"{record.uri} holds another student by now ({record.fingerprint[:12]}).",
                 "Start the run again.",
             )

@@ -21,7 +21,7 @@ from typing import Literal
 
 import numpy as np
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.metrics.ratios import mean_of_defined, ratio
 
 THRESHOLDS: tuple[float, ...] = tuple(np.linspace(0, 1, 51)[1:-1].tolist())
@@ -229,7 +229,7 @@ def summarise(
         first three: ``miou_threshold``, ``iou_fg_threshold``, ``iou_bin_threshold``.
 
     Raises:
-        MaskMillError: ``unknown_threshold``.
+        MaskMillError: ``wrong_use``.
     """
     thresholds = np.array(statistics.thresholds)
     curves = {
@@ -281,8 +281,8 @@ def _index_of(threshold: float, thresholds: np.ndarray) -> int:
             if len(thresholds) > 2
             else thresholds
         )
-        raise MaskMillError(
-            "unknown_threshold",
+        raise WrongUse(
+            "wrong_use",
             f"Nothing was counted at the threshold {threshold:g}, only at {listed}.",
             "Give one of these, or none to take the best.",
         )

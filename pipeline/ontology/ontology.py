@@ -42,7 +42,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.files.storage import is_remote
 from pipeline.ontology.palette import BACKGROUND_GREY, palette
 
@@ -120,7 +120,7 @@ class Example(BaseModel):
             digest = example_digest(image, mask)
             if found.setdefault("sha256", digest) != digest:
                 raise PydanticCustomError(
-                    "example_changed",
+                    "example_unreadable",
                     "'{image}' is not the picture that sha256 names",
                     {"image": data["image"]},
                 )
@@ -130,17 +130,17 @@ class Example(BaseModel):
         """Compare the files with what they were when the ontology was read.
 
         Raises:
-            MaskMillError: ``example_changed``; ``example_unreadable``.
+            MaskMillError: ``example_unreadable``; ``example_unreadable``.
         """
         if self.sha256 is None:
             return
         try:
             same = example_digest(self.image, self.mask) == self.sha256
         except PydanticCustomError as error:
-            raise MaskMillError("example_unreadable", error.message(), "Put the file back.") from error
+            raise WrongUse("example_unreadable", error.message(), "Put the file back.") from error
         if not same:
-            raise MaskMillError(
-                "example_changed",
+            raise WrongUse(
+                "example_unreadable",
                 f"{self.image} or its mask is not what it was when the ontology was read.",
                 "Read the ontology again from its file, or put the old picture back.",
             )
@@ -457,10 +457,10 @@ def parse_classes(
     except csv.Error as error:
         message = f"{origin}: unbalanced quotes ({error})"
         remedy = 'Write names that hold a comma as "salt, pepper".'
-        raise MaskMillError("ontology_invalid", message, remedy) from None
+        raise WrongUse("ontology_invalid", message, remedy) from None
     if not any(cell.strip() for cell in names):
         remedy = 'Give at least one, for example "cat, dog, grass".'
-        raise MaskMillError("ontology_invalid", f"{origin}: no class named", remedy)
+        raise WrongUse("ontology_invalid", f"{origin}: no class named", remedy)
     data = {"name": name, "classes": names, "background": background, "templates": templates}
     return _validate(data, origin=origin, lines={})
 
@@ -472,7 +472,7 @@ def load_ontology(source: str | Path) -> Ontology:
         source: a name from ``builtin_ontologies()`` or the path of a YAML file.
 
     Raises:
-        MaskMillError: ``ontology_missing`` if there is neither; ``ontology_invalid``, naming file and line,
+        MaskMillError: ``ontology_invalid`` if there is neither; ``ontology_invalid``, naming file and line,
             if the file breaks a rule.
     """
     builtin = str(source) in builtin_ontologies()
@@ -480,8 +480,8 @@ def load_ontology(source: str | Path) -> Ontology:
     if not path.is_file():
         close = difflib.get_close_matches(str(source), builtin_ontologies(), n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise MaskMillError(
-            "ontology_missing",
+        raise WrongUse(
+            "ontology_invalid",
             f"no ontology file or built-in set '{source}'",
             f"Name a YAML file or one of: {', '.join(builtin_ontologies())}.{hint}",
         )
@@ -571,7 +571,7 @@ def _located(where: Location, text: str) -> PydanticCustomError:
 
 def _invalid(origin: str, line: int | None, text: str) -> MaskMillError:
     place = f"{origin}:{line}" if line is not None else origin
-    return MaskMillError("ontology_invalid", f"{place}: {text}", _REMEDY)
+    return WrongUse("ontology_invalid", f"{place}: {text}", _REMEDY)
 
 
 def _validate(
@@ -584,7 +584,7 @@ def _validate(
         shown = list(dict.fromkeys(problems))
         if len(shown) > _MAX_SHOWN:
             shown = [*shown[:_MAX_SHOWN], f"… and {len(shown) - _MAX_SHOWN} more"]
-        raise MaskMillError("ontology_invalid", "\n".join(shown), _REMEDY) from None
+        raise WrongUse("ontology_invalid", "\n".join(shown), _REMEDY) from None
 
 
 def _describe(problem: Any, origin: str, lines: Mapping[Location, int]) -> str:

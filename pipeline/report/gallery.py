@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.files.images import ERROR_CODES, ImageError, decode, fetch
 from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import Ontology
@@ -80,15 +80,15 @@ def write_gallery(
         The path of the page.
 
     Raises:
-        MaskMillError: ``table_missing``, ``table_unreadable``, ``limit_invalid`` or ``order_unknown``.
+        MaskMillError: ``table_missing``, ``table_damaged``, ``wrong_use`` or ``wrong_use``.
     """
     if limit < 0:
-        raise MaskMillError("limit_invalid", f"{limit} images cannot be shown.", "Give 0 or more.")
+        raise WrongUse("wrong_use", f"{limit} images cannot be shown.", "Give 0 or more.")
     if order not in get_args(Order):
-        raise MaskMillError("order_unknown", f"No order {order!r}.", f"One of: {', '.join(get_args(Order))}.")
+        raise WrongUse("wrong_use", f"No order {order!r}.", f"One of: {', '.join(get_args(Order))}.")
     storage = table if isinstance(table, Storage) else open_storage(table)
     if not labels.table_files(storage)[1]:
-        raise MaskMillError(
+        raise WrongUse(
             "table_missing",
             f"There is no label table in {storage.uri}.",
             "Give the --output of a finished maskmill label, or run that first.",

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from models.errors import MaskMillError
+from models.errors import Damaged, WrongUse
 from pipeline.files.storage import Storage, open_storage
 
 SCHEMA_VERSION = 1
@@ -213,7 +213,7 @@ def read_results(folder: str | os.PathLike[str]) -> list[tuple[Storage, Result]]
         Pairs of the folder, from which pictures can be read, and the result.
 
     Raises:
-        MaskMillError: ``result_missing``, ``result_newer`` or ``result_damaged``, naming the file.
+        MaskMillError: ``result_missing``, ``newer_version`` or ``result_damaged``, naming the file.
     """
     storage = open_storage(folder)
     found = [
@@ -222,7 +222,7 @@ def read_results(folder: str | os.PathLike[str]) -> list[tuple[Storage, Result]]
         if storage.exists(name)
     ]
     if not found:
-        raise MaskMillError(
+        raise WrongUse(
             "result_missing",
             f"There is no {' or '.join(_FILES)} in {storage.uri}.",
             "Give the output folder of maskmill evaluate or maskmill benchmark, or run one of them first.",
@@ -236,8 +236,8 @@ def _parse(place: str, data: bytes, kind: type[Evaluation] | type[Benchmark]) ->
         record = json.loads(data, parse_constant=lambda _: None)
         version = record.get("schema_version") if isinstance(record, dict) else None
         if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise MaskMillError(
-                "result_newer",
+            raise WrongUse(
+                "newer_version",
                 f"{place} has schema version {version}; this MaskMill reads up to {SCHEMA_VERSION}.",
                 "Make the report with the version of MaskMill that made the result, or a later one.",
             )
@@ -248,7 +248,7 @@ def _parse(place: str, data: bytes, kind: type[Evaluation] | type[Benchmark]) ->
         reason = f"{field}: {first['msg'][:1].lower()}{first['msg'][1:]}"
     except ValueError as error:
         reason = f"it is not JSON: {error}"
-    raise MaskMillError(
+    raise Damaged(
         "result_damaged",
         f"{place} cannot be read as a result. {reason[:1].upper()}{reason[1:]}.",
         "Run the command that made it again, or leave this folder out.",

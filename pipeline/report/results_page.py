@@ -16,7 +16,7 @@ from urllib.parse import unquote
 import numpy as np
 from markupsafe import Markup
 
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.files.images import ERROR_CODES, ImageError, decode
 from pipeline.files.storage import Storage
 from pipeline.report import comparison, plots
@@ -80,11 +80,11 @@ def write_report(folders: Sequence[str | os.PathLike[str]], output: str | os.Pat
         The path of the page.
 
     Raises:
-        MaskMillError: ``result_missing``, ``result_newer`` or ``result_damaged`` for a folder,
+        MaskMillError: ``result_missing``, ``newer_version`` or ``result_damaged`` for a folder,
             ``output_exists`` if the output is there and no report.
     """
     if not folders:
-        raise MaskMillError("wrong_use", "No result folder was given.", "Give one, or several to compare.")
+        raise WrongUse("wrong_use", "No result folder was given.", "Give one, or several to compare.")
     path = Path(output)
     _check_replaceable(path)
     results = [pair for folder in folders for pair in read_results(folder)]
@@ -113,7 +113,7 @@ def _check_replaceable(path: Path) -> None:
         with path.open("rb") as file:
             if MARK.encode() in file.read(4096):
                 return
-    raise MaskMillError(
+    raise WrongUse(
         "output_exists",
         f"{path} exists and is not a report of MaskMill.",
         "Name another --output, or move it away.",

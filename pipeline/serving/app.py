@@ -34,7 +34,7 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from models.errors import MaskMillError
+from models.errors import FailedWork, MaskMillError, WrongUse
 from pipeline.files import images
 from pipeline.files.images import ImageError
 from pipeline.ontology.palette import palette
@@ -137,7 +137,7 @@ class Guard:
             log.exception("%s %s failed", scope["method"], scope["path"])
             if started:
                 raise
-            error = MaskMillError(
+            error = FailedWork(
                 "internal",
                 "Something went wrong in the server.",
                 "The reason is in its log. Another image or model may work.",
@@ -249,32 +249,32 @@ class _Server:
             (len(asked.context or ()), limits.context_words, "context words"),
         ):
             if count > most:
-                raise MaskMillError(
-                    "too_many_prompts",
+                raise WrongUse(
+                    "prompt_invalid",
                     f"The request has {count} {what}; at most {most} are taken.",
                     "Leave some out.",
                 )
         named = [prompt.name for prompt in asked.prompts if prompt.name is not None]
         for word in (*words, *named, *(asked.context or ())):
             if not word.strip():
-                raise MaskMillError("prompt_empty", "A prompt is empty.", "Write what to look for.")
+                raise WrongUse("prompt_invalid", "A prompt is empty.", "Write what to look for.")
             if len(word) > limits.prompt_length:
-                raise MaskMillError(
+                raise WrongUse(
                     "prompt_too_long",
                     f"A prompt has {len(word)} characters; at most {limits.prompt_length} are taken.",
                     "Shorten it.",
                 )
         if len({_clean(word) for word in words}) != len(words):
-            raise MaskMillError("prompts_repeated", "A prompt is there twice.", "Leave one out.")
+            raise WrongUse("prompt_invalid", "A prompt is there twice.", "Leave one out.")
         return asked
 
     def check(self, info: ModelInfo, asked: SegmentRequest) -> None:
         """Refuse kinds of prompts that the model does not take."""
         if not asked.prompts and not info.vocabulary:
-            raise MaskMillError("prompts_missing", "There is no prompt.", "Write what to look for.")
+            raise WrongUse("prompt_invalid", "There is no prompt.", "Write what to look for.")
         if any(prompt.image is not None for prompt in asked.prompts) and not info.image:
-            raise MaskMillError(
-                "prompt_kind_unsupported",
+            raise WrongUse(
+                "model_unsupported",
                 f"{info.name} takes words, and no example images.",
                 "Write what to look for, or choose a CLIPSeg model.",
             )
@@ -312,23 +312,23 @@ class _Server:
         if asked.mask is not None:
             mask = self.decode(parts, asked.mask).max(axis=2) > 0
             if mask.shape != example.shape[:2]:
-                raise MaskMillError(
-                    "mask_does_not_fit",
+                raise WrongUse(
+                    "mask_invalid",
                     f"The mask has {mask.shape[1]} x {mask.shape[0]} pixels, its example "
                     f"{example.shape[1]} x {example.shape[0]}.",
                     "Send a mask of the example's size.",
                 )
             if not mask.any():
-                raise MaskMillError(
-                    "mask_empty", "The mask of an example is empty.", "Mark the object, or send no mask."
+                raise WrongUse(
+                    "mask_invalid", "The mask of an example is empty.", "Mark the object, or send no mask."
                 )
         return ImagePrompt(_clean(asked.name or "example"), example, mask)
 
     def decode(self, parts: dict[str, bytes], name: str) -> NDArray[np.uint8]:
         """An image of the form."""
         if name not in parts:
-            raise MaskMillError(
-                "image_missing", f"The form has no file {name[:100]!r}.", "Send the image as that part."
+            raise WrongUse(
+                "image_invalid", f"The form has no file {name[:100]!r}.", "Send the image as that part."
             )
         try:
             return images.decode(parts[name], max_pixels=self.limits.image_pixels)
@@ -339,7 +339,7 @@ class _Server:
                 "unsupported_format": "Convert it to JPEG or PNG.",
                 "truncated": "Fetch or save the file again: its end is missing.",
             }.get(error.code, "Send a JPEG, PNG, WebP, AVIF, GIF, TIFF or BMP file.")
-            raise MaskMillError(
+            raise WrongUse(
                 error.code, f"{which}{images.ERROR_CODES[error.code]} ({error.message}).", remedy
             ) from None
 
@@ -491,7 +491,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(_request: Request, error: HTTPException) -> Response:
         return _error_response(
-            MaskMillError("http_error", f"{error.detail}.", "See /openapi.json for what there is."),
+            WrongUse("request_invalid", f"{error.detail}.", "See /openapi.json for what there is."),
             error.status_code,
         )
 
@@ -580,7 +580,7 @@ async def _read_parts(form: FormData) -> dict[str, bytes]:
 
 
 def _invalid(reason: str) -> MaskMillError:
-    return MaskMillError(
+    return WrongUse(
         "request_invalid",
         f"The request cannot be read: {reason[:300]}.",
         "See /openapi.json, SegmentRequest.",

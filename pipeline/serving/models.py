@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 
 log = logging.getLogger("maskmill.serve")
 
@@ -152,7 +152,7 @@ class ModelRegistry:
         entries: at least one, of different names; the first is the default.
 
     Raises:
-        MaskMillError: ``models_repeated``, ``models_missing``.
+        MaskMillError: ``wrong_use``, ``model_missing``.
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
@@ -160,13 +160,13 @@ class ModelRegistry:
         if len(self._entries) != len(entries):
             names = [entry.info.name for entry in entries]
             twice = next(name for name in names if names.count(name) > 1)
-            raise MaskMillError(
-                "models_repeated",
+            raise WrongUse(
+                "wrong_use",
                 f"Two models are called {twice!r}.",
                 "Write --model NAME=SPEC.",
             )
         if not entries:
-            raise MaskMillError("models_missing", "There is no model to serve.", "Name one with --model.")
+            raise WrongUse("model_missing", "There is no model to serve.", "Name one with --model.")
         self._loading: dict[str, Future[ServedModel]] = {}
         self._lock = threading.Lock()
 
@@ -181,7 +181,7 @@ class ModelRegistry:
             MaskMillError: ``model_unknown``.
         """
         if name not in self._entries:
-            raise MaskMillError(
+            raise WrongUse(
                 "model_unknown",
                 f"There is no model {name[:100]!r} here.",
                 f"Use one of {', '.join(self._entries)}.",

@@ -19,7 +19,7 @@ from torch import Tensor
 from models.clip.loading import Clip, load_clip
 from models.clip.text import TextClassifier, build_text_classifier
 from models.device import DTYPES, best_device
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from models.labelmap import label_map
 from models.maskclip import MaskClip, MaskClipConfig
 from pipeline.files.images import ImageSettings, resize, target_size
@@ -173,8 +173,8 @@ class Student:
 
     def _open_vocabulary(self) -> Words:
         if self._record.config.get("learned_background"):
-            raise MaskMillError(
-                "vocabulary_fixed",
+            raise WrongUse(
+                "classes_differ",
                 "This student has learned what background is among its own classes; it takes no others.",
                 f"Use its classes: {', '.join(self._names)}.",
             )

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.errors import MaskMillError
+from models.errors import Damaged
 from pipeline.files.storage import Storage
 
 CHECKPOINT_DIR = "checkpoint"
@@ -96,7 +96,7 @@ def _adopt(storage: Storage, stem: str, parts: list[str]) -> None:
             for part in parts
         ]
     except (OSError, pa.ArrowException) as error:
-        raise MaskMillError(
+        raise Damaged(
             "table_damaged",
             f"{storage.uri}/{LABELS_DIR}: {', '.join(parts)} cannot be read and has no checkpoint: {error}",
             "Move the file away; its images will then be labelled again.",

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.errors import MaskMillError
+from models.errors import Damaged, MaskMillError
 from pipeline.files.storage import Storage, open_storage
 
 Labels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
@@ -73,7 +73,7 @@ def decode_mask(data: bytes) -> Labels:
     """Label map (H, W), uint8 or uint16, of a PNG that ``encode_mask`` made.
 
     Raises:
-        MaskMillError: ``mask_unreadable``.
+        MaskMillError: ``table_damaged``.
     """
     decoded = _decode(data, "mask")
     if decoded.ndim != 2 or decoded.dtype not in (np.uint8, np.uint16):
@@ -94,7 +94,7 @@ def decode_confidence(data: bytes) -> Confidence:
     """Confidence map (H, W), uint8, of a PNG that ``encode_confidence`` made.
 
     Raises:
-        MaskMillError: ``mask_unreadable``.
+        MaskMillError: ``table_damaged``.
     """
     decoded = _decode(data, "confidence")
     if decoded.ndim != 2 or decoded.dtype != np.uint8:
@@ -133,8 +133,8 @@ def _check_map(array: npt.NDArray[Any], kinds: Sequence[type]) -> None:
 
 
 def _unreadable(what: str, why: str) -> MaskMillError:
-    return MaskMillError(
-        "mask_unreadable", f"a {what} cannot be decoded: {why}", "Label the image again into a new output."
+    return Damaged(
+        "table_damaged", f"a {what} cannot be decoded: {why}", "Label the image again into a new output."
     )
 
 
@@ -296,7 +296,7 @@ def iter_rows(
         batch_size: rows read at a time.
 
     Raises:
-        MaskMillError: ``table_unreadable``.
+        MaskMillError: ``table_damaged``.
     """
     for batch in _batches(table, columns, batch_size):
         yield from batch.to_pylist()
@@ -306,7 +306,7 @@ def read_ids(table: Storage | str | os.PathLike[str]) -> npt.NDArray[np.int64]:
     """Ids of all rows, in file order; an id that is there twice appears twice.
 
     Raises:
-        MaskMillError: ``table_unreadable``.
+        MaskMillError: ``table_damaged``.
     """
     parts = [batch.column("id").to_numpy() for batch in _batches(table, ["id"], 65_536)]
     return np.concatenate([np.empty(0, np.int64), *parts])
@@ -322,7 +322,7 @@ def summarise(table: Storage | str | os.PathLike[str]) -> dict[str, Any]:
         any labelled image.
 
     Raises:
-        MaskMillError: ``table_unreadable``.
+        MaskMillError: ``table_damaged``.
     """
     status: dict[str, int] = {}
     errors: dict[str, str] = {}
@@ -393,8 +393,8 @@ def _batches(
 
 
 def _bad_table(uri: str, why: str) -> MaskMillError:
-    return MaskMillError(
-        "table_unreadable",
+    return Damaged(
+        "table_damaged",
         f"{uri} is not part of a label table: {why}",
         "Run the same labelling command again, which repairs what a crash left; or give the right folder.",
     )

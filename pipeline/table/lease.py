@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from models.errors import MaskMillError
+from models.errors import FailedWork
 from pipeline.files.storage import Storage
 
 LEASE_FILE = "lease.json"
@@ -103,7 +103,7 @@ class Lease:
             other = _read(storage)
             if other is not None and other.is_alive():
                 age = max(0.0, time.time() - other.heartbeat)
-                raise MaskMillError(
+                raise FailedWork(
                     "output_in_use",
                     f"Another run is writing to {storage.uri}: process {other.pid} on {other.host}, "
                     f"last seen {age:.0f} s ago.",
@@ -118,7 +118,7 @@ class Lease:
                 storage.write_json(LEASE_FILE, vars(holder))
                 time.sleep(0.3)
             if _read(storage) != holder:
-                raise MaskMillError(
+                raise FailedWork(
                     "output_in_use",
                     f"Another run has just started to write to {storage.uri}.",
                     "Wait for it, or name another --output.",

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.files.redaction import MASK, redact
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def resolve_uri(uri: str | None) -> str:
         return chosen
     scheme, found, rest = chosen.partition("://")
     if not found or scheme == "file":
-        raise MaskMillError(
+        raise WrongUse(
             "tracking_uri",
             f"{redact(chosen)} is no tracking URI that MLflow writes to.",
             f"Give {DEFAULT_URI}, https://HOST:PORT, another URI of MLflow, or off.",
@@ -45,7 +45,7 @@ def resolve_uri(uri: str | None) -> str:
         return chosen
     path, question, options = rest.removeprefix("/").partition("?")
     if not path or ":memory:" in path:
-        raise MaskMillError(
+        raise WrongUse(
             "tracking_uri", f"{chosen} would be lost at the end of the run.", f"Name a file: {DEFAULT_URI}."
         )
     return f"{scheme}:///{os.path.abspath(path)}{question}{options}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.files.storage import Storage, open_storage
 from pipeline.tracking.names import key_part, key_parts
 from pipeline.tracking.plots import plot_confusion
@@ -34,13 +34,13 @@ def log_result(tracker: Tracker, folder: str | os.PathLike[str]) -> None:
         folder: local or remote; with ``evaluation.json`` or ``benchmark.json``.
 
     Raises:
-        MaskMillError: ``no_result`` if it holds neither; see ``Storage.read_json`` as well.
+        MaskMillError: ``result_missing`` if it holds neither; see ``Storage.read_json`` as well.
     """
     storage = open_storage(folder)
     found = [name for name in (EVALUATION, BENCHMARK) if storage.exists(name)]
     if not found:
-        raise MaskMillError(
-            "no_result",
+        raise WrongUse(
+            "result_missing",
             f"{storage.uri} has neither {EVALUATION} nor {BENCHMARK}.",
             "Name the --output of maskmill evaluate or maskmill benchmark.",
         )

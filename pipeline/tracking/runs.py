@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.errors import MaskMillError
+from models.errors import FailedWork, MaskMillError, WrongUse
 from pipeline.tracking.destination import (
     EXPERIMENT_PREFIX,
     FLUSH_TIMEOUT_S,
@@ -59,7 +59,7 @@ def list_runs(uri: str | None = None, *, experiment: str | None = None, limit: i
         limit: at most so many.
 
     Raises:
-        MaskMillError: ``tracking_uri``; ``tracking_unreachable``; ``experiment_unknown``.
+        MaskMillError: ``tracking_uri``; ``tracking_unreachable``; ``run_unknown``.
     """
     target = resolve_uri(uri)
     database = sqlite_file(target)
@@ -78,7 +78,7 @@ def list_runs(uri: str | None = None, *, experiment: str | None = None, limit: i
     except MaskMillError:
         raise
     except Exception as error:  # MLflow raises several kinds, by the place
-        raise MaskMillError(
+        raise FailedWork(
             "tracking_unreachable",
             f"cannot read runs from {shown_uri(target)}: {reason(error)}",
             "Start the server, or name another place: --tracking URI, or MLFLOW_TRACKING_URI.",
@@ -93,7 +93,7 @@ def choose_runs(
     """Runs by id, the beginning of an id, or name (of several with a name: the newest).
 
     Raises:
-        MaskMillError: ``run_unknown``; ``run_ambiguous``; see ``list_runs`` as well.
+        MaskMillError: ``run_unknown``; ``run_unknown``; see ``list_runs`` as well.
     """
     runs = list_runs(uri, experiment=experiment, limit=SEARCHED)
     return [_choose(runs, text) for text in wanted]
@@ -116,15 +116,15 @@ def _choose(runs: Sequence[TrackedRun], text: str) -> TrackedRun:
             return run
     starts = [run for run in runs if len(text) >= 4 and run.id.startswith(text.lower())]
     if len(starts) > 1:
-        raise MaskMillError(
-            "run_ambiguous",
+        raise WrongUse(
+            "run_unknown",
             f"{text} is the beginning of {len(starts)} run ids.",
             f"Give more of it: {', '.join(run.id[:12] for run in starts[:5])}.",
         )
     if not starts:
         close = difflib.get_close_matches(text, [run.name for run in runs], 3)
         hint = f" Similar names: {', '.join(close)}." if close else ""
-        raise MaskMillError(
+        raise WrongUse(
             "run_unknown", f"There is no run {text!r}.{hint}", "List them with: maskmill runs --limit 100"
         )
     return starts[0]
@@ -137,8 +137,8 @@ def _experiments(found: Mapping[str, str], wanted: str | None) -> list[str]:
     for name in (wanted, EXPERIMENT_PREFIX + wanted):
         if name in found:
             return [name]
-    raise MaskMillError(
-        "experiment_unknown",
+    raise WrongUse(
+        "run_unknown",
         f"There is no experiment {wanted!r}.",
         f"There are: {', '.join(ours)}." if ours else "There are none of MaskMill's yet.",
     )

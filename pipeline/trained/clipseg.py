@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.errors import MaskMillError
+from models.errors import Damaged, MaskMillError, WrongUse
 from pipeline.files.storage import open_storage
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def is_trained(uri: str | Path) -> bool:
     """Whether a path or URI is the folder of a trained CLIPSeg: one look for one file, without reading it.
 
     Raises:
-        MaskMillError: the place cannot be reached (``storage_unsupported``, ``storage_denied``, …).
+        MaskMillError: the place cannot be reached (``storage_unsupported``, ``storage_unreachable``, …).
     """
     return open_storage(uri).exists(RECORD_FILE)
 
@@ -121,7 +121,7 @@ def write_clipseg_folder(
 
     storage = open_storage(output)
     if not overwrite and storage.exists(RECORD_FILE):
-        raise MaskMillError(
+        raise WrongUse(
             "output_exists",
             f"There is a trained CLIPSeg in {storage.uri} already.",
             "Name another --output, or replace it with --overwrite.",
@@ -167,8 +167,8 @@ def read_clipseg_record(uri: str | Path) -> ClipSegRecord:
     """What is recorded about a trained CLIPSeg; the weights are not touched.
 
     Raises:
-        MaskMillError: ``clipseg_missing`` if this is no such folder, ``clipseg_damaged``,
-            ``clipseg_too_new``.
+        MaskMillError: ``model_missing`` if this is no such folder, ``model_damaged``,
+            ``newer_version``.
     """
     storage = open_storage(uri)
     try:
@@ -178,15 +178,15 @@ def read_clipseg_record(uri: str | Path) -> ClipSegRecord:
             raise
         raise _damaged(error.message) from error
     if not isinstance(found, dict) or found.get("kind") != KIND:
-        raise MaskMillError(
-            "clipseg_missing",
+        raise WrongUse(
+            "model_missing",
             f"{storage.uri} is no folder of a trained CLIPSeg: it has no {RECORD_FILE}.",
             "Give the --output of a finished maskmill train clipseg.",
         )
     version = found.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise MaskMillError(
-            "clipseg_too_new",
+        raise WrongUse(
+            "newer_version",
             f"{storage.uri} was written by a newer MaskMill (schema {version}; this one reads "
             f"{SCHEMA_VERSION}).",
             "Update MaskMill.",
@@ -214,7 +214,7 @@ def load_trained(
         dtype: of CLIP and decoder; None is fp32.
 
     Raises:
-        MaskMillError: as ``read_clipseg_record``; ``clipseg_damaged`` if the decoder is not the recorded one;
+        MaskMillError: as ``read_clipseg_record``; ``model_damaged`` if the decoder is not the recorded one;
             ``setting_invalid`` for layers that it cannot read; as ``models.clip.loading.load_clip`` if the
             CLIP beneath is not to be had.
     """
@@ -245,7 +245,7 @@ def load_trained(
         if record.model == "clipseg":
             return load_clipseg(file, clip=clip, extract_layers=extract_layers, dtype=dtype)
         if extract_layers is not None:
-            raise MaskMillError(
+            raise WrongUse(
                 "setting_invalid",
                 f"{storage.uri} holds a {record.model}, which reads the layers it was trained with.",
                 "Leave extract_layers out.",
@@ -256,4 +256,4 @@ def load_trained(
 
 
 def _damaged(message: str) -> MaskMillError:
-    return MaskMillError("clipseg_damaged", message, "Restore the folder from a copy, or train again.")
+    return Damaged("model_damaged", message, "Restore the folder from a copy, or train again.")

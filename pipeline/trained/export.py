@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.errors import MaskMillError
+from models.errors import FailedWork, WrongUse
 from pipeline.trained.student import StudentRecord, load_student, read_student_record
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def to_torch_export(folder: str | Path, path: str | Path, *, overwrite: bool = F
         overwrite: replace a file that is there.
 
     Raises:
-        MaskMillError: as ``pipeline.trained.student``; ``export_name``, ``export_exists``, ``export_failed``,
-            ``export_differs``.
+        MaskMillError: as ``pipeline.trained.student``; ``wrong_use``, ``output_exists``, ``export_failed``,
+            ``export_failed``.
     """
 
     def write(model: DeepLab, metadata: str, target: Path) -> None:
@@ -107,7 +107,7 @@ def to_onnx(folder: str | Path, path: str | Path, *, overwrite: bool = False) ->
         name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None
     ]
     if absent:
-        raise MaskMillError(
+        raise WrongUse(
             "package_missing",
             f"ONNX needs {', '.join(absent)}, which MaskMill does not install by itself.",
             f"pip install {' '.join(absent)}",
@@ -164,14 +164,14 @@ def _export(
 ) -> Exported:
     """Make the program beside its place, compare it with the student, and put it in place."""
     if path.suffix != suffix:
-        raise MaskMillError(
-            "export_name",
+        raise WrongUse(
+            "wrong_use",
             f"{path} does not end in {suffix}, which programs that load it look for.",
             f"Name it {path.stem}{suffix}.",
         )
     if path.exists() and not overwrite:
-        raise MaskMillError(
-            "export_exists", f"There is a file {path} already.", "Name another, or add --overwrite."
+        raise WrongUse(
+            "output_exists", f"There is a file {path} already.", "Name another, or add --overwrite."
         )
     record = read_student_record(folder)
     model = load_student(record, device=torch.device("cpu"), dtype=torch.float32).requires_grad_(False)
@@ -183,7 +183,7 @@ def _export(
             try:
                 write(model, metadata, target)
             except Exception as error:  # the exporters raise dozens of unrelated types
-                raise MaskMillError(
+                raise FailedWork(
                     "export_failed",
                     f"PyTorch {torch.__version__} could not export the student: "
                     f"{type(error).__name__}: {_first_line(error)}.",
@@ -191,8 +191,8 @@ def _export(
                 ) from error
         difference = _difference(model, load(target))
         if not difference <= TOLERANCE:
-            raise MaskMillError(
-                "export_differs",
+            raise FailedWork(
+                "export_failed",
                 f"The exported program's logits are off by {difference:.1e} of the largest one, more than "
                 f"{TOLERANCE:.0e}; nothing was written.",
                 "Use the versions of requirements.txt, with which every kind of student was exported.",

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.errors import MaskMillError
+from models.errors import Damaged, MaskMillError, WrongUse
 from pipeline.files.images import ImageSettings
 from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import Ontology
@@ -98,15 +98,15 @@ class StudentRecord:
         """Build from the content of ``student.json``.
 
         Raises:
-            MaskMillError: ``student_missing`` if it describes something else, ``student_too_new``,
-                ``student_damaged``.
+            MaskMillError: ``model_missing`` if it describes something else, ``newer_version``,
+                ``model_damaged``.
         """
         if not isinstance(data, dict) or data.get("kind") != KIND:
             raise _missing(uri, f"its {RECORD_FILE} describes no student")
         version = data.get("schema_version")
         if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise MaskMillError(
-                "student_too_new",
+            raise WrongUse(
+                "newer_version",
                 f"{uri} was written by a newer MaskMill (schema {version}; this one reads {SCHEMA_VERSION}).",
                 "Update MaskMill.",
             )
@@ -144,7 +144,7 @@ def is_student(uri: str) -> bool:
     """Whether a path or URI is the folder of a student: one look for one file, without reading it.
 
     Raises:
-        MaskMillError: the place cannot be reached (``storage_unsupported``, ``storage_denied``, …).
+        MaskMillError: the place cannot be reached (``storage_unsupported``, ``storage_unreachable``, …).
     """
     return open_storage(uri).exists(RECORD_FILE)
 
@@ -182,7 +182,7 @@ def write_student_folder(
         overwrite: replace a student that is already there.
 
     Raises:
-        MaskMillError: ``student_exists``, or the storage cannot be written.
+        MaskMillError: ``output_exists``, or the storage cannot be written.
     """
     from models.student.file import write_student
 
@@ -191,8 +191,8 @@ def write_student_folder(
     assert not absent, f"text lacks {sorted(absent)}"
     storage = open_storage(output)
     if not overwrite and storage.exists(RECORD_FILE):
-        raise MaskMillError(
-            "student_exists",
+        raise WrongUse(
+            "output_exists",
             f"There is a student in {storage.uri} already.",
             "Name another --output, or replace it with --overwrite.",
         )
@@ -222,8 +222,8 @@ def read_student_record(uri: str | Path) -> StudentRecord:
     """What is recorded about a student; the weights are not touched.
 
     Raises:
-        MaskMillError: ``student_missing`` if this is no student's folder, ``student_damaged``,
-            ``student_too_new``.
+        MaskMillError: ``model_missing`` if this is no student's folder, ``model_damaged``,
+            ``newer_version``.
     """
     storage = open_storage(uri)
     try:
@@ -241,7 +241,7 @@ def read_student_weights(record: StudentRecord) -> bytes:
     """The bytes of a student's weights file, proven to be the ones that the record names.
 
     Raises:
-        MaskMillError: ``student_damaged``.
+        MaskMillError: ``model_damaged``.
     """
     storage: Storage = open_storage(record.uri)
     try:
@@ -261,7 +261,7 @@ def load_student(record: StudentRecord, *, device: torch.device, dtype: torch.dt
     """The network of a student, in evaluation mode, with the classifier of ``record.ontology``.
 
     Raises:
-        MaskMillError: ``student_damaged``, and as ``models.student.file.read_student``.
+        MaskMillError: ``model_damaged``, and as ``models.student.file.read_student``.
     """
     from models.student.file import read_student
 
@@ -269,12 +269,12 @@ def load_student(record: StudentRecord, *, device: torch.device, dtype: torch.dt
 
 
 def _missing(uri: str, why: str) -> MaskMillError:
-    return MaskMillError(
-        "student_missing",
+    return WrongUse(
+        "model_missing",
         f"{uri} is no student's folder: {why}.",
         "Give the --output of a finished maskmill train; on a cluster, on storage that every node reaches.",
     )
 
 
 def _damaged(message: str) -> MaskMillError:
-    return MaskMillError("student_damaged", message, _RETRAIN)
+    return Damaged("model_damaged", message, _RETRAIN)

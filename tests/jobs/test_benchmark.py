@@ -26,13 +26,13 @@ def test_a_benchmark_without_data_prints_what_is_missing_and_fails(tmp_path: Pat
 @pytest.mark.parametrize(
     ("job", "code"),
     [
-        (BenchmarkJob(name="nothing"), "benchmark_unknown"),
-        (BenchmarkJob(name="toyworld", seeds=1), "option_invalid"),
-        (BenchmarkJob(name="toyworld", seeds=99), "option_invalid"),
-        (BenchmarkJob(name="toyworld", settings={"head": "plain"}), "option_invalid"),
-        (BenchmarkJob(name="toyworld", rows=("nonsense",)), "option_invalid"),
-        (BenchmarkJob(name="toyworld", scenes=0), "option_invalid"),
-        (BenchmarkJob(name="maskclip", image_sizes=(224,)), "option_invalid"),
+        (BenchmarkJob(name="nothing"), "dataset_unknown"),
+        (BenchmarkJob(name="toyworld", seeds=1), "wrong_use"),
+        (BenchmarkJob(name="toyworld", seeds=99), "wrong_use"),
+        (BenchmarkJob(name="toyworld", settings={"head": "plain"}), "wrong_use"),
+        (BenchmarkJob(name="toyworld", rows=("nonsense",)), "wrong_use"),
+        (BenchmarkJob(name="toyworld", scenes=0), "wrong_use"),
+        (BenchmarkJob(name="maskclip", image_sizes=(224,)), "wrong_use"),
     ],
 )
 def test_wrong_use(job: BenchmarkJob, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,10 +97,10 @@ def test_a_recipe_labels_a_benchmark_first_and_the_same_command_does_not_overwri
         (["--recipe", "toy", "--images", "x"], "--images needs --truth"),
         (["--recipe", "toy", "--dataset", "voc02"], "Did you mean voc2"),
         (["--recipe", "toy", "--dataset", "voc20", "--root", "/nowhere"], "dataset_missing"),
-        (["--labels", "/nowhere", "--dataset", "toyworld"], "table_unreadable"),
+        (["--labels", "/nowhere", "--dataset", "toyworld"], "table_damaged"),
         (["--labels", "/nowhere", "--dataset", "toyworld", "--set", "head=plain"], "--set changes a recipe"),
         (["--recipe", "toy", "--dataset", "toyworld", "--limit", "-1"], "--limit -1"),
-        (["--recipe", "toy", "--dataset", "toyworld", "--protocol", "seed"], "protocol_missing"),
+        (["--recipe", "toy", "--dataset", "toyworld", "--protocol", "seed"], "dataset_unknown"),
         (["--recipe", "toy", "--dataset", "phrasecut"], "clipseg-referring"),
         (["--recipe", "toy", "--dataset", "toyworld", "--tracking", "/a/folder"], "tracking_uri"),
     ],
@@ -118,4 +118,4 @@ def test_labels_of_another_protocol_are_not_called_by_its_name(
         "evaluate", "--labels", table, "--dataset", "toyworld", "--protocol", "seed",
         "--output", tmp_path / "out",
     )  # fmt: skip
-    assert done.returncode == 2 and ("protocol_missing" in done.stderr or "images_differ" in done.stderr)
+    assert done.returncode == 2 and ("dataset_unknown" in done.stderr or "image_invalid" in done.stderr)

@@ -50,11 +50,11 @@ def test_a_program_of_torch_labels_as_the_labeller_does(tmp_path: Path) -> None:
 def test_what_is_there_stays_and_names_must_fit(tmp_path: Path) -> None:
     kept = tmp_path / "student.onnx"
     kept.write_text("mine")
-    for output, code in ((kept, "export_exists"), (tmp_path / "student.bin", "export_name")):
+    for output, code in ((kept, "output_exists"), (tmp_path / "student.bin", "wrong_use")):
         with pytest.raises(MaskMillError) as caught:
             export.run(str(tmp_path), format="onnx", output=output)
         assert caught.value.code == code
     with pytest.raises(MaskMillError) as caught:
         export.run(str(tmp_path), format="torch", output=tmp_path / "student.pt2")
-    assert caught.value.code == "student_missing"
+    assert caught.value.code == "model_missing"
     assert kept.read_text() == "mine" and not (tmp_path / "student.pt2").exists()

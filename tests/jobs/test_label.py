@@ -283,7 +283,7 @@ def test_a_record_that_cannot_be_written_is_told(
 
     def refuse(storage: Storage, name: str, value: Any) -> None:
         if name == "dataset.json":
-            raise MaskMillError("storage_denied", "The disk is full.", "Make room.")
+            raise MaskMillError("storage_unreachable", "The disk is full.", "Make room.")
         write(storage, name, value)
 
     monkeypatch.setattr(Storage, "write_json", refuse)

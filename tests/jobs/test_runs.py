@@ -73,7 +73,7 @@ def test_one_experiment(uri: str, experiment: str) -> None:
     assert [entry.name for entry in list_runs(uri, experiment=experiment)] == ["ours", "plain"]
     with pytest.raises(MaskMillError, match="no experiment") as caught:
         list_runs(uri, experiment="other")
-    assert caught.value.code == "experiment_unknown"
+    assert caught.value.code == "run_unknown"
 
 
 def test_compare_shows_what_differs_and_nothing_else(uri: str) -> None:

@@ -234,7 +234,7 @@ def test_a_record_that_names_files_elsewhere_deletes_none(data: Path, tmp_path: 
         ({"prompts": ("a",), "prompt_masks": ("m.png",)}, "wrong_use", "1 --prompt-mask and 0"),
         ({"prompts": ("a",), "text_weight": 0.5}, "wrong_use", "there are 1 and 0"),
         ({"prompts": ("a",), "size": 0}, "wrong_use", "below 1"),
-        ({"prompts": ("a",), "visual_prompt": "sharpen"}, "visual_prompt_unknown", "sharpen"),
+        ({"prompts": ("a",), "visual_prompt": "sharpen"}, "setting_invalid", "sharpen"),
         ({"prompts": ("a",), "images": ("nowhere.jpg",)}, "source_missing", "nowhere.jpg"),
         ({"prompt_images": ("nowhere.jpg",)}, "example_unreadable", "nowhere.jpg"),
         ({"prompts": ("a",), "weights": "nowhere.pth"}, "weights_missing", "nowhere.pth"),

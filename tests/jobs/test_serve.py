@@ -86,11 +86,11 @@ def test_a_home_folder_in_a_spec(
 @pytest.mark.parametrize(
     ("spec", "code"),
     [
-        ("tpy", "recipe_unknown"),
-        ("{}/photos", "model_spec_unknown"),
+        ("tpy", "recipe_invalid"),
+        ("{}/photos", "model_unknown"),
         ("{}/none.pth", "weights_missing"),
         ("{}/none.yaml", "recipe_invalid"),
-        ("file://{}/photos", "student_missing"),
+        ("file://{}/photos", "model_missing"),
     ],
 )
 def test_wrong_specs(places: Path, spec: str, code: str) -> None:
@@ -121,13 +121,13 @@ def test_the_clip_beneath_a_decoder_is_named(
 def test_two_models_of_one_name_and_ports() -> None:
     with pytest.raises(MaskMillError) as caught:
         run(ServeJob(models=("toy", "toy")), Console(file=io.StringIO()))
-    assert caught.value.code == "models_repeated"
+    assert caught.value.code == "wrong_use"
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         with pytest.raises(MaskMillError) as caught:
             run(ServeJob(port=other.getsockname()[1]), Console(file=io.StringIO()))
-        assert caught.value.code == "port_taken"
+        assert caught.value.code == "address_unusable"
     for host, port in (("203.0.113.9", 0), ("no.such.host.invalid", 0), ("127.0.0.1", 70_000)):
         with pytest.raises(MaskMillError) as caught:
             run(ServeJob(host=host, port=port), Console(file=io.StringIO()))

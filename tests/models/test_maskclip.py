@@ -424,8 +424,8 @@ def test_denoising_and_smoothing_at_their_edges() -> None:
 @pytest.mark.parametrize(
     ("knobs", "code"),
     [
-        ({"head": "nonsense"}, "head_unknown"),
-        ({"head": "plain", "ks_threshold": 1.0}, "head_without_keys"),
+        ({"head": "nonsense"}, "setting_invalid"),
+        ({"head": "plain", "ks_threshold": 1.0}, "setting_invalid"),
         ({"window": 50}, "setting_invalid"),
         ({"window": 48, "window_stride": 20}, "setting_invalid"),
         ({"window": 48, "window_stride": 56}, "setting_invalid"),

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 
 _FOLDER = Path(__file__).parent
 
@@ -198,13 +198,13 @@ def load_published(name: str) -> PublishedTable:
     """A table by name.
 
     Raises:
-        MaskMillError: ``published_unknown``, with the names there are.
+        MaskMillError: ``dataset_unknown``, with the names there are.
     """
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
-        raise MaskMillError(
-            "published_unknown",
+        raise WrongUse(
+            "dataset_unknown",
             f"There is no table of published figures {name!r}.",
             f"{hint}Known: {', '.join(names())}.",
         )

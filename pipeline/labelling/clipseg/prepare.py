@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.labelling.clipseg.options import PREFIXES, RELEASED, ClipSegOptions
 from pipeline.labelling.recipes import LabelRecipe
 from pipeline.ontology.ontology import Ontology
@@ -93,7 +93,7 @@ def resolution_of(recipe: LabelRecipe, ontology: Ontology, options: ClipSegOptio
         ids, none_id, left = ids[1:], 0, True
         boundless = [ontology.names[index] for index in ids if not thresholds[index]]
         if boundless:
-            raise MaskMillError(
+            raise WrongUse(
                 "recipe_invalid",
                 f"There can be no background beside {', '.join(boundless[:5])}: without a threshold "
                 f"{'they are' if len(boundless) > 1 else 'it is'} everywhere.",
@@ -119,7 +119,7 @@ def class_conditionals(model: ClipSeg, ontology: Ontology, class_id: int, option
     where the class merges so.
 
     Raises:
-        MaskMillError: see ``pipeline.labelling.clipseg.prompting``; ``example_changed`` if a picture is no
+        MaskMillError: see ``pipeline.labelling.clipseg.prompting``; ``example_unreadable`` if a picture is no
         longer the one that
             the ontology was made with.
     """
@@ -162,12 +162,12 @@ def refuse_examples(ontology: Ontology, model: str) -> None:
     """For Labellers that can only be asked with words.
 
     Raises:
-        MaskMillError: ``examples_not_understood`` if a class is given by examples.
+        MaskMillError: ``model_unsupported`` if a class is given by examples.
     """
     shown = [name for name, given in zip(ontology.names, ontology.examples(), strict=True) if given]
     if shown:
-        raise MaskMillError(
-            "examples_not_understood",
+        raise WrongUse(
+            "model_unsupported",
             f"{model} reads class names only, and the ontology gives examples for {', '.join(shown[:5])}.",
             "Label with CLIPSeg (--recipe clipseg), or take the examples out of the ontology.",
         )
@@ -179,7 +179,7 @@ def _refuse_settings(recipe: LabelRecipe) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(LabelRecipe)}
     given = [name for name in MASKCLIP_OPTIONS if getattr(recipe, name) != defaults[name]]
     if given:
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"CLIPSeg has no {', '.join(given)}.",
             "Start from --recipe clipseg, and leave these settings out.",

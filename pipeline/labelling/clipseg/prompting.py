@@ -20,7 +20,7 @@ from torch import Tensor
 from models.clip.templates import fill
 from models.clipseg.decoder import ClipSeg, mix, normalize
 from models.clipseg.visual_prompts import STYLES, VisualPrompt, visual_prompt
-from models.errors import MaskMillError
+from models.errors import FailedWork, MaskMillError, WrongUse
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.files.images import ImageError, decode, fetch, resize, target_size
 
@@ -74,7 +74,7 @@ def decode_picture(
         names: what to call the two where something is wrong with them.
 
     Raises:
-        MaskMillError: ``example_unreadable``; ``mask_does_not_fit`` if the sizes differ; ``mask_empty``.
+        MaskMillError: ``example_unreadable``; ``mask_invalid`` if the sizes differ; ``mask_invalid``.
     """
     pixels = _decoded(image, names[0])
     if mask is None:
@@ -82,14 +82,16 @@ def decode_picture(
     inside = np.asarray(_decoded(mask, names[1]).any(axis=2), np.bool_)
     if inside.shape != pixels.shape[:2]:
         sizes = [f"{shape[1]} x {shape[0]}" for shape in (inside.shape, pixels.shape)]
-        raise MaskMillError(
-            "mask_does_not_fit",
+        raise WrongUse(
+            "mask_invalid",
             f"The mask {names[1]} has {sizes[0]} pixels, and its image {names[0]} has {sizes[1]}.",
             "Give the mask in the image's size.",
         )
     if not inside.any():
-        raise MaskMillError(
-            "mask_empty", f"The mask {names[1]} is black everywhere.", "Paint the object in any other colour."
+        raise WrongUse(
+            "mask_invalid",
+            f"The mask {names[1]} is black everywhere.",
+            "Paint the object in any other colour.",
         )
     return Picture(pixels, inside)
 
@@ -109,7 +111,7 @@ def _decoded(data: bytes, name: str) -> NDArray[np.uint8]:
 
 
 def _unreadable(name: str, error: ImageError) -> MaskMillError:
-    return MaskMillError(
+    return WrongUse(
         "example_unreadable",
         f"The example {name} cannot be read: {error.message} ({error.code}).",
         "Give a picture such as a JPEG or PNG.",
@@ -125,20 +127,20 @@ def parse_style(text: str, size: int | None = None) -> Style:
         size: S of a style that crops, unless ``text`` sets it; None is the style's own.
 
     Raises:
-        MaskMillError: ``visual_prompt_unknown``; ``setting_invalid`` for a field or value.
+        MaskMillError: ``setting_invalid``; ``setting_invalid`` for a field or value.
     """
     name, *changes = (part.strip() for part in text.split(","))
     if name in _SIMPLE_STYLES:
         if changes:
-            raise MaskMillError(
+            raise WrongUse(
                 "setting_invalid",
                 f"The visual prompt {name} has nothing to set, and {', '.join(changes)} is given.",
                 f"Only these have: {', '.join(STYLES)}.",
             )
         return partial(visual_prompt, mode=name)
     if name not in STYLES:
-        raise MaskMillError(
-            "visual_prompt_unknown",
+        raise WrongUse(
+            "setting_invalid",
             f"There is no visual prompt {name!r}.",
             f"Use one of {', '.join(STYLE_NAMES)}.",
         )
@@ -159,7 +161,7 @@ def _knob(change: str) -> tuple[str, Any]:
             return key, float(value)
     except ValueError:
         pass
-    raise MaskMillError(
+    raise WrongUse(
         "setting_invalid",
         f"{change!r} cannot be set for a visual prompt.",
         f"Write NAME=NUMBER with one of {', '.join(_KNOBS)}.",
@@ -262,7 +264,7 @@ def check_finite(logits: Tensor) -> None:
         MaskMillError: ``scores_not_finite``.
     """
     if not bool(torch.isfinite(logits).all()):
-        raise MaskMillError(
+        raise FailedWork(
             "scores_not_finite",
             "The logits hold NaN or infinite values.",
             "float16 overflows with some weights: use bfloat16 or float32. Else the weights are damaged.",

@@ -28,7 +28,7 @@ import torch
 from mlflow.pyfunc import PythonModel
 
 from models.clipseg.decoder import ClipSeg
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.files import images
 from pipeline.files.storage import open_storage
 from pipeline.labelling.clipseg.labeller import stretched
@@ -70,7 +70,7 @@ class ClipSegModel(PythonModel):
         """Load the model from the artifacts.
 
         Raises:
-            MaskMillError: ``precision_invalid``; as ``ClipSegWeights.load``.
+            MaskMillError: ``setting_invalid``; as ``ClipSegWeights.load``.
         """
         from models.device import DTYPES, best_device, native_precision
 
@@ -78,8 +78,8 @@ class ClipSegModel(PythonModel):
         device = best_device()
         precision = native_precision(device) if config["precision"] == "auto" else config["precision"]
         if precision not in DTYPES:
-            raise MaskMillError(
-                "precision_invalid",
+            raise WrongUse(
+                "setting_invalid",
                 f"model_config: there is no precision {precision!r}.",
                 f"Use auto, {', '.join(DTYPES)}.",
             )
@@ -140,10 +140,10 @@ class ClipSegModel(PythonModel):
         """(E,), or what is wrong with the prompt."""
         try:
             if _is_none(text) and _is_none(example):
-                raise MaskMillError("prompt_missing", "there is neither text nor example", "Give one.")
+                raise WrongUse("prompt_invalid", "there is neither text nor example", "Give one.")
             if _is_none(example) and not _is_none(mask):
-                raise MaskMillError(
-                    "example_missing", "there is an example_mask without its example", "Give both."
+                raise WrongUse(
+                    "example_unreadable", "there is an example_mask without its example", "Give both."
                 )
             shown = None
             if not _is_none(example):
@@ -193,13 +193,13 @@ def save_clipseg_model(folder: str | Path, path: str | Path, *, mlflow_model: Mo
 
     Raises:
         MaskMillError: as ``read_clipseg_record``; ``model_unsupported`` where the folder does not hold the
-            towers beneath, as that of a baseline over a large CLIP; ``model_exists``.
+            towers beneath, as that of a baseline over a large CLIP; ``output_exists``.
     """
     record = read_clipseg_record(folder)
     # The toy CLIP comes with the code; of others only Hugging Face's layout holds the weights.
     toy = record.clip["model"] == "toyclip" and record.model != "vitseg"
     if not (record.hugging_face or toy):
-        raise MaskMillError(
+        raise WrongUse(
             "model_unsupported",
             f"{folder} holds a {record.model} decoder without the CLIP beneath it, and is not complete.",
             "Use it from its folder.",
@@ -265,8 +265,8 @@ def _is_none(cell: Any) -> bool:
 def _share(params: Mapping[str, Any] | None, name: str, default: float) -> float:
     value = float((params or {}).get(name, default))
     if not 0 <= value <= 1:
-        raise MaskMillError(
-            f"{name}_invalid", f"{name} {value:g} is not between 0 and 1.", "Give one from 0 to 1."
+        raise WrongUse(
+            "setting_invalid", f"{name} {value:g} is not between 0 and 1.", "Give one from 0 to 1."
         )
     return value
 

@@ -20,7 +20,7 @@ import mlflow
 import numpy as np
 from mlflow.pyfunc import PythonModel
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.files import images
 
 if TYPE_CHECKING:
@@ -95,14 +95,14 @@ def save_model(
         mlflow_model: MLflow's description that the model is added to; None starts a new one.
 
     Raises:
-        MaskMillError: ``model_exists``.
+        MaskMillError: ``output_exists``.
     """
     from pipeline.tracking.destination import FLUSH_TIMEOUT_S, set_limits
 
     set_limits(FLUSH_TIMEOUT_S)
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise MaskMillError("model_exists", f"There is something at {path} already.", "Name another path.")
+        raise WrongUse("output_exists", f"There is something at {path} already.", "Name another path.")
     source = Path(__file__).resolve().parents[3]
     with tempfile.TemporaryDirectory() as made:
         entry = Path(made, f"{files.name}_model.py")

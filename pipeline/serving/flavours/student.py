@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 from mlflow.pyfunc import PythonModel
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.files import images
 from pipeline.files.storage import open_storage
 from pipeline.labelling.student import StudentLabeller
@@ -92,7 +92,7 @@ class StudentModel(PythonModel):
             ``error``, None or "code: message", with the others None.
 
         Raises:
-            MaskMillError: ``min_confidence_invalid``.
+            MaskMillError: ``setting_invalid``.
         """
         ontology = self._record.ontology
         labeller = self._labeller.with_thresholds(_thresholds(ontology, params or {}))
@@ -142,7 +142,7 @@ def save_student_model(folder: str | Path, path: str | Path, *, mlflow_model: Mo
 
     Raises:
         MaskMillError: as ``pipeline.trained.student.read_student_record`` and ``read_student_weights``;
-            ``model_exists``.
+            ``output_exists``.
     """
     record = read_student_record(folder)
     with tempfile.TemporaryDirectory() as made:
@@ -196,8 +196,8 @@ def log_student(
 def _thresholds(ontology: Ontology, params: Mapping[str, Any]) -> list[float]:
     least = float(params.get("min_confidence", 0.0))
     if not 0 <= least <= 1:
-        raise MaskMillError(
-            "min_confidence_invalid", f"min_confidence {least:g} is no probability.", "Give one from 0 to 1."
+        raise WrongUse(
+            "setting_invalid", f"min_confidence {least:g} is no probability.", "Give one from 0 to 1."
         )
     thresholds = ontology.thresholds(default=least)
     return [0.0] * ontology.num_classes if thresholds is None else thresholds.tolist()

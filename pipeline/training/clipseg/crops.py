@@ -138,7 +138,7 @@ def support_style(text: str, side: int) -> Style:
     """A style of visual prompts whose results have S pixels a side, whether it crops or not.
 
     Raises:
-        MaskMillError: ``visual_prompt_unknown``; ``setting_invalid``.
+        MaskMillError: ``setting_invalid``; ``setting_invalid``.
     """
     from models.clipseg.visual_prompts import VisualPrompt
     from pipeline.labelling.clipseg.prompting import parse_style

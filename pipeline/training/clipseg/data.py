@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.cocojson import CocoDataset
 from pipeline.datasets.cocoobject import coco_object_ontology
@@ -76,7 +76,8 @@ def open_source(
             and the unseen ones are learnt from the table.
 
     Raises:
-        MaskMillError: ``class_unknown``; ``wrong_use`` if both are given and no class is unseen; and as the
+        MaskMillError: ``ontology_invalid``; ``wrong_use`` if both are given and no class is unseen; and as
+        the
             sources.
     """
     if labels is not None:
@@ -85,7 +86,7 @@ def open_source(
         if dataset is None:
             return _table_source(settings, labels, classes, seen)
         if seen is None:
-            raise MaskMillError(
+            raise WrongUse(
                 "wrong_use",
                 "There are truth and labels, and nothing says which classes shall be learnt from the labels.",
                 "Name them with --unseen; or leave out the labels or the truth.",
@@ -134,7 +135,7 @@ def unseen_names(unseen: Sequence[str]) -> tuple[str, ...]:
     """Class names behind names, splits and folds.
 
     Raises:
-        MaskMillError: ``class_unknown`` for a fold that there is none of.
+        MaskMillError: ``ontology_invalid`` for a fold that there is none of.
     """
     names: list[str] = []
     for entry in unseen:
@@ -142,8 +143,8 @@ def unseen_names(unseen: Sequence[str]) -> tuple[str, ...]:
         if colon:
             known = BENCHMARKS.get(benchmark)
             if known is None or not fold.isdecimal() or int(fold) >= len(known.folds):
-                raise MaskMillError(
-                    "class_unknown",
+                raise WrongUse(
+                    "ontology_invalid",
                     f"unseen: there is no fold {entry!r}.",
                     f"Write NAME:FOLD with a fold from 0 to 3 of {', '.join(BENCHMARKS)}.",
                 )
@@ -165,15 +166,15 @@ def seen_ids(unseen: Sequence[str], names: Sequence[str]) -> tuple[int, ...] | N
         names: of the classes by id.
 
     Raises:
-        MaskMillError: ``class_unknown`` for an unseen class that is not among the names.
+        MaskMillError: ``ontology_invalid`` for an unseen class that is not among the names.
     """
     if not unseen:
         return None
     left_out = unseen_names(unseen)
     absent = [name for name in left_out if name not in names]
     if absent:
-        raise MaskMillError(
-            "class_unknown",
+        raise WrongUse(
+            "ontology_invalid",
             f"Of the unseen classes, {', '.join(absent)} are not among those of the data.",
             f"Known: {', '.join(names[:30])}; splits: {', '.join(SPLITS)}; folds: pascal5i:0, coco20i:0, ….",
         )

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from models.clipseg.decoder import ClipSegConfig
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.files.recipes import Recipe, RecipeBook
 from pipeline.labelling.clipseg.options import RELEASED
 from pipeline.training.clipseg.data import SourceSettings
@@ -56,7 +56,7 @@ class ClipSegRecipe(Recipe):
 
 def _check(recipe: ClipSegRecipe, where: str) -> None:
     if recipe.model.start and recipe.model.kind != "clipseg":
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"{where}: a {recipe.model.kind} is trained from the beginning, and start is "
             f"{recipe.model.start!r}.",

@@ -25,7 +25,7 @@ from models.clip.loading import load_clip
 from models.clipseg.baselines import ClipDeconvConfig, ViTSegConfig, build_clip_deconv, build_vitseg
 from models.clipseg.decoder import PAPER, ClipSeg, ClipSegConfig, PromptDecoder, build_clipseg, mix, normalize
 from models.clipseg.whitening import whiten
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.labelling.clipseg.model import ClipSegWeights, split_clip
 from pipeline.labelling.clipseg.options import CLIP
 from pipeline.training.clipseg.triplets import IGNORED, OBJECT, decode_phrase
@@ -78,7 +78,7 @@ class PromptModel:
 
         Raises:
             MaskMillError: as ``load_clip``, ``load_clipseg`` and the baselines' ``build_*``;
-                ``start_unsupported`` for a baseline that is to start from weights.
+                ``model_unsupported`` for a baseline that is to start from weights.
         """
         if self.start:
             return self._started(device)
@@ -95,8 +95,8 @@ class PromptModel:
 
     def _started(self, device: torch.device) -> ClipSeg:
         if self.kind != "clipseg":
-            raise MaskMillError(
-                "start_unsupported",
+            raise WrongUse(
+                "model_unsupported",
                 f"A {self.kind} is trained from the beginning; {self.start} cannot be its start.",
                 "Leave model.start out, or train kind clipseg.",
             )

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import MaskMillError
+from models.errors import MaskMillError, WrongUse
 from pipeline.labelling.clipseg.options import PREFIXES, Prefix
 from pipeline.training.loop.protocols import Sample
 from pipeline.training.samples.augment import MEAN_COLOUR
@@ -115,7 +115,7 @@ class TripletSettings:
             raise self._wrong("negative_rule", "It needs supports: set with_visual, or q_neg to 0.")
 
     def _wrong(self, name: str, remedy: str) -> MaskMillError:
-        return MaskMillError("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
+        return WrongUse("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
 
 
 class Example(NamedTuple):
@@ -171,7 +171,7 @@ class Pairs:
         """
         images, numbers = np.asarray(image, np.int64), np.asarray(phrase, np.int64)
         if not len(images):
-            raise MaskMillError(
+            raise WrongUse(
                 "training_data_empty",
                 "There is no pair of an image and a phrase that is true of it.",
                 "Give images that show the classes or phrases, or leave fewer of them out.",
@@ -280,7 +280,7 @@ class TripletSamples:
         settings: how they become samples.
 
     Raises:
-        MaskMillError: ``visual_prompt_unknown``, ``setting_invalid``; ``training_data_empty`` if no phrase
+        MaskMillError: ``setting_invalid``, ``setting_invalid``; ``training_data_empty`` if no phrase
             occurs twice and ``only_visual`` is set.
     """
 
@@ -293,7 +293,7 @@ class TripletSamples:
 
             support_style(self.settings.visual_prompt, self.settings.support_size)
         if not self._eligible.any():
-            raise MaskMillError(
+            raise WrongUse(
                 "training_data_empty",
                 f"No phrase of {self.source.name} occurs twice, so none can be shown by another image.",
                 "Give more images, or set only_visual to false.",

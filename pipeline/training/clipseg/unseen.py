@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 
 VOC_SYNSETS: tuple[str, ...] = (
     "aeroplane.n.01", "bicycle.n.01", "bird.n.01", "vessel.n.02", "bottle.n.01", "bus.n.01", "car.n.01",
@@ -91,11 +91,11 @@ def voc_phrases(class_ids: Sequence[int]) -> NamesAny:
         class_ids: 1 (airplane) to 20 (tv monitor).
 
     Raises:
-        MaskMillError: ``option_invalid``.
+        MaskMillError: ``wrong_use``.
     """
     if not class_ids or not 1 <= min(class_ids) <= max(class_ids) <= len(VOC_SYNSETS):
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             f"{list(class_ids)} are no classes of PASCAL VOC with words in WordNet.",
             f"Give ids from 1 to {len(VOC_SYNSETS)}.",
         )

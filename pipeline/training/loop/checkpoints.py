@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from models.errors import MaskMillError
+from models.errors import Damaged, WrongUse
 from pipeline.files.storage import Storage
 from pipeline.training.loop.settings import settings_hash
 
@@ -53,11 +53,11 @@ class Checkpoint:
     lines: list[dict[str, Any]]
 
 
-class Damaged(Exception):
+class BrokenCheckpoint(Exception):
     """A checkpoint that cannot be used; the text says why."""
 
 
-class Unfinished(Damaged):
+class Unfinished(BrokenCheckpoint):
     """A checkpoint whose writing was cut off: it never was one."""
 
 
@@ -81,7 +81,7 @@ class CheckpointStore:
             Their hash.
 
         Raises:
-            MaskMillError: ``settings_differ`` if there are checkpoints made with other settings; what
+            MaskMillError: ``output_differs`` if there are checkpoints made with other settings; what
                 differs is named.
         """
         record = json.loads(json.dumps(record))
@@ -90,8 +90,8 @@ class CheckpointStore:
             return settings_hash(record)
         if self.steps():
             if recorded is None:
-                raise MaskMillError(
-                    "checkpoints_damaged",
+                raise Damaged(
+                    "checkpoint_damaged",
                     f"{self.storage.uri} has checkpoints but no {SETTINGS_FILE} that says what made them.",
                     f"Put {SETTINGS_FILE} back, or name another output.",
                 )
@@ -100,8 +100,8 @@ class CheckpointStore:
                 for name in sorted(record.keys() | recorded.keys())
                 if recorded.get(name) != record.get(name)
             ]
-            raise MaskMillError(
-                "settings_differ",
+            raise WrongUse(
+                "output_differs",
                 f"The checkpoints in {self.storage.uri} were made with other settings: {'; '.join(changed)}.",
                 "Go on with the recorded settings, or train anew into another output.",
             )
@@ -172,22 +172,24 @@ class CheckpointStore:
             fingerprint: hash of the settings that it must have been made with; None takes any.
 
         Raises:
-            Damaged: it is not whole, with the reason.
+            BrokenCheckpoint: it is not whole, with the reason.
         """
         folder = folder_name(step)
         manifest = self._manifest(step)
         if manifest["schema_version"] != SCHEMA_VERSION or manifest["step"] != step:
-            raise Damaged(f"{MANIFEST_FILE} is of another kind or step")
+            raise BrokenCheckpoint(f"{MANIFEST_FILE} is of another kind or step")
         if fingerprint is not None and manifest["settings"] != fingerprint:
-            raise Damaged("it was made with other settings")
+            raise BrokenCheckpoint("it was made with other settings")
         contents = {}
         for name in (_MODULE, _TRAINING, _METRICS):
             try:
                 data = self.storage.read_bytes(f"{folder}/{name}")
             except FileNotFoundError:
-                raise Damaged(f"{name} is missing") from None
+                raise BrokenCheckpoint(f"{name} is missing") from None
             if hashlib.sha256(data).hexdigest() != manifest["files"][name]["sha256"]:
-                raise Damaged(f"{name} is not what was written: {len(data)} bytes with another checksum")
+                raise BrokenCheckpoint(
+                    f"{name} is not what was written: {len(data)} bytes with another checksum"
+                )
             contents[name] = data
         return Checkpoint(
             step,
@@ -207,21 +209,21 @@ class CheckpointStore:
             None if the run has none yet: at most one folder is there, and its writing was cut off.
 
         Raises:
-            MaskMillError: ``checkpoints_damaged`` if there are checkpoints and none is whole.
+            MaskMillError: ``checkpoint_damaged`` if there are checkpoints and none is whole.
         """
         steps = self.steps()
         reasons = []
         for step in reversed(steps):
             try:
                 return self.read(step, fingerprint)
-            except Damaged as error:
+            except BrokenCheckpoint as error:
                 reasons.append((step, error))
                 warn(f"Checkpoint {self.uri_of(step)} cannot be used: {error}. Taking the one before it.")
         if all(isinstance(error, Unfinished) for _, error in reasons) and len(reasons) <= 1:
             return None
         listed = "; ".join(f"{folder_name(step)}: {error}" for step, error in reasons)
-        raise MaskMillError(
-            "checkpoints_damaged",
+        raise Damaged(
+            "checkpoint_damaged",
             f"None of the {len(steps)} checkpoints in {self.storage.uri} can be used ({listed}).",
             "Restore one of them from a copy. To train from the start instead, name another output, or "
             "delete this folder of checkpoints yourself.",
@@ -237,7 +239,7 @@ class CheckpointStore:
         for other in reversed(self.steps()):
             try:
                 milestone = bool(self._manifest(other)["milestone"])
-            except Damaged:
+            except BrokenCheckpoint:
                 self._drop(other)
                 continue
             if other > step or (kept >= keep and not milestone):
@@ -251,10 +253,10 @@ class CheckpointStore:
         except FileNotFoundError:
             raise Unfinished(f"it has no {MANIFEST_FILE}: writing it was cut off") from None
         except ValueError:
-            raise Damaged(f"{MANIFEST_FILE} is not JSON") from None
+            raise BrokenCheckpoint(f"{MANIFEST_FILE} is not JSON") from None
         fields = {"schema_version", "step", "settings", "milestone", "files"}
         if not isinstance(manifest, dict) or not fields <= manifest.keys():
-            raise Damaged(f"{MANIFEST_FILE} lacks fields")
+            raise BrokenCheckpoint(f"{MANIFEST_FILE} lacks fields")
         return manifest
 
     def _drop(self, step: int) -> None:
@@ -282,7 +284,7 @@ def _unpacked(name: str, data: bytes) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise Damaged(f"{name} holds more than tensors and plain values") from None
+        raise BrokenCheckpoint(f"{name} holds more than tensors and plain values") from None
     return state
 
 

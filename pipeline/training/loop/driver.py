@@ -30,7 +30,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from models.errors import MaskMillError
+from models.errors import FailedWork, MaskMillError, WrongUse
 from pipeline.files.storage import Storage, open_storage
 from pipeline.training.loop.board import BoardLink, News
 from pipeline.training.loop.checkpoints import CheckpointStore
@@ -115,16 +115,14 @@ def train(
             the names under which an error will list it.
 
     Raises:
-        MaskMillError: ``settings_differ``, ``checkpoints_damaged``, ``batch_not_divisible``,
-            ``precision_unsupported``, ``loss_not_finite``, ``gpu_memory``, ``output_not_shared``, any that
+        MaskMillError: ``output_differs``, ``checkpoint_damaged``, ``setting_invalid``,
+            ``model_unsupported``, ``training_failed``, ``training_failed``, ``output_not_shared``, any that
             task or samples raise, and ``training_failed`` for what is nobody's mistake (workers died more
             than ``settings.max_failures`` times).
     """
     settings.check_workers(compute.workers)
     if settings.precision == "fp16" and not compute.gpu:
-        raise MaskMillError(
-            "precision_unsupported", "fp16 trains on GPUs only.", "Set the precision to bf16 or fp32."
-        )
+        raise WrongUse("model_unsupported", "fp16 trains on GPUs only.", "Set the precision to bf16 or fp32.")
     storage = open_storage(output)
     store = CheckpointStore(storage)
     fingerprint = store.claim(settings.training() | dict(identity or {}))
@@ -337,14 +335,14 @@ def _explained(error: Exception) -> MaskMillError:
     while causes:
         cause = causes.pop(0)
         if isinstance(cause, MaskMillError):
-            return MaskMillError(cause.code, cause.message, cause.remedy)
+            return type(cause)(cause.code, cause.message, cause.remedy)
         inner = [cause.__cause__, getattr(cause, "controller_failure", None)]
         inner += getattr(cause, "worker_failures", {}).values()
         causes += [other for other in inner if isinstance(other, BaseException)]
     failures = getattr(error, "worker_failures", None)
     first = next(iter(failures.values())) if failures else error
     lines = str(first).strip().splitlines()
-    return MaskMillError(
+    return FailedWork(
         "training_failed",
         f"Training stopped: {type(first).__name__}{f': {lines[-1]}' if lines else ''}",
         "What was trained up to the last checkpoint is kept: run the same command again. "

@@ -37,7 +37,7 @@ from ray.data.block import BlockMetadata
 from ray.data.collate_fn import NumpyBatchCollateFn
 from ray.data.datasource import Datasource, ReadTask
 
-from models.errors import MaskMillError
+from models.errors import FailedWork, MaskMillError, WrongUse
 from pipeline.files.images import use_one_thread
 from pipeline.training.loop.protocols import Sample, Samples
 
@@ -93,18 +93,18 @@ def batches(
         (b,): the sample could not be loaded, and its row is ``samples.blank()``.
 
     Raises:
-        MaskMillError: ``option_invalid``; ``training_data_empty``; ``training_data_failing`` with the latest
+        MaskMillError: ``wrong_use``; ``training_data_empty``; ``training_failed`` with the latest
             reasons. Whatever else a sample raises is an error of the program and rises as it is.
         ray.exceptions.RayError: Ray lost the loaders and could not get them back.
     """
     if world_size < 1 or not 0 <= rank < world_size or batch_size % world_size or batch_size < 1:
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             f"A batch of {batch_size} samples cannot be shared out to {world_size} workers.",
             "Choose a batch size that is a multiple of the number of workers.",
         )
     if loaders < 1 or start_step < 0:
-        raise MaskMillError("option_invalid", f"{loaders=}, {start_step=}", "Use at least one loader.")
+        raise WrongUse("wrong_use", f"{loaders=}, {start_step=}", "Use at least one loader.")
     share = batch_size // world_size
     sample_bytes = sum(column.nbytes for column in samples.blank().values())
     size = _block_samples(sample_bytes, share)
@@ -162,7 +162,7 @@ class _Sequence:
     def _of_epoch(self) -> npt.NDArray[np.int64]:
         order = self._samples.order(self._epoch, self._seed)
         if not len(order):
-            raise MaskMillError(
+            raise WrongUse(
                 "training_data_empty",
                 "There is no sample to train on.",
                 "Give more images, or ask less of them (min_quality).",
@@ -397,7 +397,7 @@ class _Failures:
         """Take note of a batch.
 
         Raises:
-            MaskMillError: ``training_data_failing``.
+            MaskMillError: ``training_failed``.
             Exception: what is no failure of a sample, but of the program.
         """
         for position, data in zip(positions, errors, strict=True):
@@ -422,8 +422,8 @@ class _Failures:
 
     def _failing(self) -> MaskMillError:
         reasons = "\n".join(f"  {text}" for text in dict.fromkeys(self._latest))
-        return MaskMillError(
-            "training_data_failing",
+        return FailedWork(
+            "training_failed",
             f"{self._recently:,} of the last {len(self._recent):,} training samples could not be loaded, "
             f"lately:\n{reasons}",
             "Correct what the errors name (are the images still there, and readable from here?), "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def plan_training(
     cpus, gpus = sum(node[0] for node in nodes), int(sum(node[1] for node in nodes))
     gpu = gpus > 0
     if workers == 0 and cores is None:
-        raise MaskMillError(
+        raise WrongUse(
             "wrong_use",
             "--workers 0 trains in this process, which on a cluster is one of the head.",
             "Ask for 1 worker or more, or leave --workers out.",
@@ -52,7 +52,7 @@ def plan_training(
     if workers is None:
         workers = gpus if gpus > 1 else (0 if cores is not None else 1)
     if gpu and workers > gpus:
-        raise MaskMillError(
+        raise WrongUse(
             "cluster_too_small",
             f"{workers} workers need as many GPUs; the cluster has {gpus}.",
             f"Ask for --workers {gpus}, or add GPUs.",
@@ -61,7 +61,7 @@ def plan_training(
     if not gpu:
         whole = sum(int(node[0]) for node in nodes)
         if workers > whole or not cpus:
-            raise MaskMillError(
+            raise WrongUse(
                 "cluster_too_small",
                 f"{max(1, workers)} workers need a CPU each; the cluster has {cpus:g} on {len(nodes)} "
                 "node(s).",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,8 @@ class LoopSettings:
         for name, least in at_least.items():
             # Written so that NaN is refused as well.
             if not getattr(self, name) >= least:
-                raise MaskMillError(
-                    "settings_invalid",
+                raise WrongUse(
+                    "setting_invalid",
                     f"{name} is {getattr(self, name)}, less than {least}.",
                     f"Set {name} to {least} or more.",
                 )
@@ -80,14 +80,14 @@ class LoopSettings:
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
-                raise MaskMillError(
-                    "settings_invalid",
+                raise WrongUse(
+                    "setting_invalid",
                     f"{name} is {getattr(self, name)!r}.",
                     f"Choose one of {', '.join(values)}.",
                 )
         if self.min_learning_rate > self.learning_rate:
-            raise MaskMillError(
-                "settings_invalid",
+            raise WrongUse(
+                "setting_invalid",
                 f"min_learning_rate {self.min_learning_rate:g} is above learning_rate "
                 f"{self.learning_rate:g}.",
                 "The schedule falls from the latter to the former: set the smaller one as the minimum.",
@@ -97,12 +97,12 @@ class LoopSettings:
         """Refuse a number of workers among which a batch cannot be shared evenly.
 
         Raises:
-            MaskMillError: ``batch_not_divisible``.
+            MaskMillError: ``setting_invalid``.
         """
         parts = max(1, workers) * self.accumulation
         if self.batch_size % parts:
-            raise MaskMillError(
-                "batch_not_divisible",
+            raise WrongUse(
+                "setting_invalid",
                 f"A batch of {self.batch_size} cannot be shared evenly by {max(1, workers)} worker(s) with "
                 f"{self.accumulation} micro-batch(es) each.",
                 f"Set the batch size to a multiple of {parts}, or change the workers or the accumulation.",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.device import DTYPES
-from models.errors import MaskMillError
+from models.errors import FailedWork, WrongUse
 from models.student.batchnorm import synchronise_batchnorm
 from pipeline.files.storage import open_storage
 from pipeline.training.loop import rng
@@ -68,7 +68,8 @@ def work(job: Job) -> dict[str, Any]:
         ``step`` (updates done), ``stopped`` (why before the last one, or empty) and the state of ``meter``.
 
     Raises:
-        MaskMillError: ``loss_not_finite``, ``gpu_memory``, ``checkpoints_damaged``, ``output_not_shared``,
+        MaskMillError: ``training_failed``, ``training_failed``, ``checkpoint_damaged``,
+        ``output_not_shared``,
             and those of samples and task.
     """
     import ray.train
@@ -85,8 +86,8 @@ def work(job: Job) -> dict[str, Any]:
         try:
             return _Worker(job, context.get_world_rank(), context.get_world_size(), device).run()
         except torch.OutOfMemoryError as error:
-            raise MaskMillError(
-                "gpu_memory",
+            raise FailedWork(
+                "training_failed",
                 f"The GPU's memory is too small: {str(error).splitlines()[0]}",
                 "Raise the accumulation (micro-batches per update), or lower the batch or crop size.",
             ) from error
@@ -250,8 +251,8 @@ class _Worker:
     def _settle(self, *, all_of_them: bool) -> None:
         for figures in self.agreement.results(all_of_them=all_of_them):
             if figures.not_finite:
-                raise MaskMillError(
-                    "loss_not_finite",
+                raise FailedWork(
+                    "training_failed",
                     f"Loss ({figures.means['loss']:g}) or gradient (norm {figures.means['gradient_norm']:g}) "
                     f"of step {figures.step} is not a finite number.",
                     "Lower the learning rate, clip the gradient (clip_norm), use a warm-up, or train in fp32 "
@@ -290,7 +291,7 @@ class _Worker:
         from ray.train.collective import broadcast_from_rank_zero
 
         if not self.store.sees(self.job.fingerprint):
-            raise MaskMillError(
+            raise WrongUse(
                 "output_not_shared",
                 f"Worker {self.rank} does not see {self.job.output}: that folder is not shared by all nodes.",
                 "On a cluster name an output that every node reaches: s3://bucket/prefix or a shared mount.",

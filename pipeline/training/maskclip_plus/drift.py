@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.errors import MaskMillError
+from models.errors import FailedWork, MaskMillError
 
 _NEGLIGIBLE = 0.01  # of an even share
 _LISTED = 5  # classes named in the alarm, of each kind
@@ -119,7 +119,7 @@ class DriftAlarm:
             for kind, changes in parts.items()
             if changes
         )
-        return MaskMillError(
+        return FailedWork(
             "self_training_collapsed",
             f"Self-training was stopped at step {step}: the shares of the classes that the student predicts "
             f"have changed by {self.drift:.0%} on average since step {self._reference_step}, the end of the "

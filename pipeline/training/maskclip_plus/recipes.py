@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from models.student.deeplab import StudentConfig
 from pipeline.files.recipes import Recipe, RecipeBook
 from pipeline.training.loop.settings import LoopSettings
@@ -74,44 +74,44 @@ def _check(recipe: MaskClipPlusRecipe, where: str) -> None:
     loop, selftrain = recipe.loop, recipe.selftrain
     ends = max(selftrain.guided[1], selftrain.self_train[0])
     if ends > loop.iterations:
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"{where}: the phases (guided {selftrain.guided}, self_train {selftrain.self_train}) go beyond "
             f"the {loop.iterations} iterations.",
             "Change --set guided=… and --set self_train=… along with iterations.",
         )
     if bool(recipe.unseen) != (recipe.form == "zero-shot"):
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"{where}: the form is {recipe.form}, and the unseen classes are {list(recipe.unseen)}.",
             "Zero-shot training has unseen classes, the other forms have none.",
         )
     if recipe.keep_average and not selftrain.ema_decay:
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"{where}: keep_average needs a running average, and ema_decay is 0.",
             "Add --set ema_decay=0.98, or --set keep_average=false.",
         )
     if recipe.student.learned_background and recipe.form == "annotation-free":
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"{where}: a learned background has no words that it could be guessed by.",
             "Train with truth for it (the other forms), or set learned_background=false.",
         )
     if selftrain.loss_over == "valid" and loop.accumulation > 1:
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"{where}: loss_over=valid would weigh the {loop.accumulation} micro-batches of a step unevenly.",
             "Set accumulation=1, or loss_over=all.",
         )
     if recipe.void_from_truth and recipe.form != "annotation-free":
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"{where}: void_from_truth is for the annotation-free form; the others leave void out anyway.",
             "Leave void_from_truth out.",
         )
     if (recipe.form == "supervised") != (selftrain.guided == NEVER):
-        raise MaskMillError(
+        raise WrongUse(
             "recipe_invalid",
             f"{where}: the form is {recipe.form}, and the guided phase is {selftrain.guided}.",
             "Supervised training guesses nothing (guided and self_train (-1, -1)); the other forms do.",

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.clip.text import TextClassifier
-from models.errors import MaskMillError
+from models.errors import FailedWork, MaskMillError, WrongUse
 from pipeline.training.loop.protocols import GUESS, IGNORED
 from pipeline.training.maskclip_plus.drift import DriftAlarm
 from pipeline.training.maskclip_plus.thresholds import ThresholdRule, class_thresholds, confidence_counts
@@ -193,7 +193,7 @@ class SelfTrainSettings:
         return tuple(sorted(self.guessable))
 
     def _wrong(self, name: str, remedy: str) -> MaskMillError:
-        return MaskMillError("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
+        return WrongUse("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
 
 
 class Guesses(NamedTuple):
@@ -287,20 +287,20 @@ class MaskClipPlus:
         self._make_student = make_student
         self._make_teacher = make_teacher
         if settings.teacher == "online" and settings.guided != NEVER and make_teacher is None:
-            raise MaskMillError(
+            raise WrongUse(
                 "setting_invalid",
                 "teacher is 'online', but there is no CLIP to run.",
                 "Name its weights, or take the guesses from a label table: teacher=table.",
             )
         powers = settings.guided_class_power, settings.self_class_power
         if any(powers) and class_frequencies is None:
-            raise MaskMillError(
+            raise WrongUse(
                 "setting_invalid",
                 "Class weights need the frequencies of the classes, and there are none.",
                 "Set guided_class_power and self_class_power to 0.",
             )
         if class_frequencies is not None and len(class_frequencies) != len(self._names):
-            raise MaskMillError(
+            raise WrongUse(
                 "setting_invalid",
                 f"There are {len(class_frequencies)} class frequencies for {len(self._names)} classes.",
                 "Count them with the ontology that is trained with.",
@@ -340,8 +340,8 @@ class MaskClipPlus:
         """See ``Task.loss``.
 
         Raises:
-            MaskMillError: ``truth_leaked`` if the batch knows the truth of a class that is to be guessed,
-                ``label_unknown`` for labels that are no class.
+            MaskMillError: ``training_failed`` if the batch knows the truth of a class that is to be guessed,
+                ``ontology_invalid`` for labels that are no class.
         """
         settings, phase = self.settings, self.settings.phase(step)
         images, labels = batch["image"], batch["labels"]
@@ -416,13 +416,13 @@ class MaskClipPlus:
         """See ``Task.load_state_dict``.
 
         Raises:
-            MaskMillError: ``checkpoint_does_not_fit`` if it was written with other classes, or without the
+            MaskMillError: ``weights_do_not_fit`` if it was written with other classes, or without the
                 running average that the settings want.
         """
         fits = state["guessed"].shape == self._running_guessed.shape
         if not fits or (self.averaged is not None and "averaged" not in state):
-            raise MaskMillError(
-                "checkpoint_does_not_fit",
+            raise WrongUse(
+                "weights_do_not_fit",
                 "The checkpoint was written with other classes or without a running average (ema_decay).",
                 "Go on with the settings that the run was started with, or begin a new run.",
             )
@@ -479,16 +479,16 @@ class MaskClipPlus:
     def _check_truth(self, labels: Tensor) -> None:
         counts = torch.bincount(labels[labels >= 0], minlength=len(self._names))
         if len(counts) > len(self._names):
-            raise MaskMillError(
-                "label_unknown",
+            raise WrongUse(
+                "ontology_invalid",
                 f"A label is {len(counts) - 1}; the classes are 0 to {len(self._names) - 1}.",
                 "Give the ignore index of the labels, or train with the ontology they were made with.",
             )
         leaked = (counts * self._may_guess).nonzero().flatten().tolist()
         if leaked:
             found = ", ".join(f"{self._names[c]} ({int(counts[c])} pixels)" for c in leaked)
-            raise MaskMillError(
-                "truth_leaked",
+            raise FailedWork(
+                "training_failed",
                 f"A batch holds the truth of classes that are to be guessed: {found}.",
                 "Hide these classes' truth from the training samples, or take them out of guessable.",
             )

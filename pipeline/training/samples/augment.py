@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.files.images import resize, target_size
 from pipeline.training.loop.protocols import GUESS
 
@@ -50,7 +50,7 @@ class AugmentSettings:
         photometric: whether brightness, contrast, saturation and hue are changed.
 
     Raises:
-        MaskMillError: ``option_invalid``.
+        MaskMillError: ``wrong_use``.
     """
 
     scale: tuple[int, int] = (2048, 512)
@@ -75,7 +75,7 @@ class AugmentSettings:
             if not right
         ]
         if wrong:
-            raise MaskMillError("option_invalid", "; ".join(wrong) + " is asked for.", "Correct the recipe.")
+            raise WrongUse("wrong_use", "; ".join(wrong) + " is asked for.", "Correct the recipe.")
 
 
 def augment(

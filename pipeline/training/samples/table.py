@@ -25,7 +25,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.errors import MaskMillError
+from models.errors import Damaged, MaskMillError, WrongUse
 from pipeline.datasets import base
 from pipeline.evaluation import tables as evaluation
 from pipeline.files import images
@@ -118,9 +118,9 @@ class TableSamples:
         """Read and augment one sample; see ``Samples.load``.
 
         Raises:
-            MaskMillError: a code of ``pipeline.files.images.ERROR_CODES``; ``image_changed`` if the image
+            MaskMillError: a code of ``pipeline.files.images.ERROR_CODES``; ``image_invalid`` if the image
             is not
-                the one that was labelled; ``table_unreadable``, ``mask_unreadable``; ``size_differs``; what
+                the one that was labelled; ``table_damaged``, ``table_damaged``; ``mask_invalid``; what
                 reading the truth raises.
         """
         row = self._read(index)
@@ -134,8 +134,8 @@ class TableSamples:
             maps["labels"] = self._true[self._dataset.truth(self._samples[index])]
         different = [f"{name} {values.shape}" for name, values in maps.items() if values.shape != size]
         if different:
-            raise MaskMillError(
-                "size_differs",
+            raise WrongUse(
+                "mask_invalid",
                 f"{row['uri']} has {size[0]} x {size[1]} pixels, but {', '.join(different)}.",
                 "Label the images anew, or give the truth that belongs to them.",
             )
@@ -177,14 +177,14 @@ class TableSamples:
         try:
             data = images.fetch(row["uri"], start=max(start, 0), length=None if length < 0 else length)
             if row["sha256"] is not None and hashlib.sha256(data).digest() != row["sha256"]:
-                raise MaskMillError(
-                    "image_changed",
+                raise WrongUse(
+                    "image_invalid",
                     f"{row['uri']} is not the image that was labelled: its bytes have changed.",
                     "Put the old image back, or label the new ones into a new output.",
                 )
             return images.decode(data, max_pixels=self._max_pixels)
         except images.ImageError as error:
-            raise MaskMillError(
+            raise WrongUse(
                 error.code, f"{row['uri']}: {error.message}", "Put the image back where it was labelled."
             ) from error
 
@@ -216,7 +216,7 @@ class _PartCache:
         """Columns id, uri, sha256, and bytes as mask and confidence.
 
         Raises:
-            MaskMillError: ``table_unreadable``.
+            MaskMillError: ``table_damaged``.
         """
         if part not in self._tables:
             self._tables[part] = self._read(part)
@@ -248,8 +248,8 @@ def _opened(storage: Storage, part: str) -> Iterator[pq.ParquetFile]:
         ):
             yield file
     except (pa.ArrowException, OSError) as error:
-        raise MaskMillError(
-            "table_unreadable",
+        raise Damaged(
+            "table_damaged",
             f"{storage.uri_of(part)} cannot be read: {' '.join(str(error).split())}",
             "Run the same labelling command again, which repairs what a crash left.",
         ) from error
@@ -297,8 +297,8 @@ def open_table_samples(
         void_from_truth: see above.
 
     Raises:
-        MaskMillError: ``table_unreadable``; ``classes_differ`` if table or truth share no class with the
-            training; ``images_differ`` as ``pipeline.evaluation.tables.plan``; ``option_invalid``;
+        MaskMillError: ``table_damaged``; ``classes_differ`` if table or truth share no class with the
+            training; ``image_invalid`` as ``pipeline.evaluation.tables.plan``; ``wrong_use``;
             ``training_data_empty`` if no row is left.
     """
     count = ontology.num_classes
@@ -318,7 +318,7 @@ def open_table_samples(
             rows.add(number, found, pixels_of, min_quality, None if work is None else work.samples)
     if not rows.kept:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in rows.left_out.items())
-        raise MaskMillError(
+        raise WrongUse(
             "training_data_empty",
             f"No row of {root.uri} can be trained on: {reasons or 'it has none'}.",
             "Label more images, ask less of them (min_quality), or give the truth of these images.",
@@ -335,7 +335,7 @@ def open_table_samples(
             name for number, name in enumerate(ontology.names) if hidden[number] and number not in marked
         ]
         if unseen_ids and unmarked:
-            raise MaskMillError(
+            raise WrongUse(
                 "classes_differ",
                 f"The truth of {truth.name} has no class {', '.join(unmarked)}, so it does not say where to "
                 "guess it: nothing would be learned about it.",
@@ -399,20 +399,20 @@ def _roles(
 
     def marked(ids: Sequence[int]) -> npt.NDArray[np.bool_]:
         if ids and not 0 <= min(ids) <= max(ids) < count:
-            raise MaskMillError(
-                "option_invalid", f"{list(ids)}: ids must be from 0 to {count - 1}.", "Correct the ids."
+            raise WrongUse(
+                "wrong_use", f"{list(ids)}: ids must be from 0 to {count - 1}.", "Correct the ids."
             )
         return np.isin(np.arange(count), list(ids))
 
     if (unseen or void) and not truth:
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             "Unseen classes and void pixels are those of a truth.",
             "Give the truth as well.",
         )
     if unseen and void:
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             "void_from_truth is for training without any class's truth; with unseen classes it is implied.",
             "Leave one of them out.",
         )
@@ -427,8 +427,8 @@ def _open(table: str) -> tuple[Storage, Storage, list[str], dict[str, Any]]:
     record: dict[str, Any] | None = root.read_json(DATASET_FILE, None)
     if not parts or record is None:
         lacking = "label table" if not parts else f"{DATASET_FILE}, which says what the labels mean,"
-        raise MaskMillError(
-            "table_unreadable",
+        raise Damaged(
+            "table_damaged",
             f"There is no {lacking} in {root.uri}.",
             "Give the --output of maskmill label.",
         )
@@ -465,7 +465,7 @@ def _strangers(
     what: str, names: Sequence[str], ontology: Ontology, wanted: npt.NDArray[np.bool_] | None = None
 ) -> MaskMillError:
     asked = [name for number, name in enumerate(ontology.names) if wanted is None or wanted[number]]
-    return MaskMillError(
+    return WrongUse(
         "classes_differ",
         f"None of the classes to train, {base.shown(asked)}, is among those of {what}: {base.shown(names)}.",
         "Label with these classes, or train with those of the table.",
@@ -537,8 +537,8 @@ def _read_index(storage: Storage, part: str) -> tuple[pa.Table, int]:
             file.schema_arrow.names
         )
         if lacking:
-            raise MaskMillError(
-                "table_unreadable",
+            raise Damaged(
+                "table_damaged",
                 f"{storage.uri_of(part)} has no column {', '.join(sorted(lacking))}.",
                 "Give the --output of maskmill label.",
             )

@@ -176,7 +176,7 @@ def test_rows_that_cannot_be_measured_say_what_they_need(name: str, tmp_path: Pa
 def test_wrong_use(fields: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(MaskMillError) as caught:
         run("clipseg-referring", request(tmp_path, **fields))
-    assert caught.value.code == "option_invalid"
+    assert caught.value.code == "wrong_use"
     assert caught.match(f"(?s){says}")
 
 
@@ -593,10 +593,10 @@ def test_rows_whose_weights_do_not_fit(
 ) -> None:
     wide = {"model": "toyclip", "pretrained": "bundled"}
     names = {
-        "CLIPSeg (PC+)": (str(decoders(0)), "decoder_does_not_fit"),
-        "CLIPSeg (PC+), no visual": (f"{decoders(0)}#1,x", "option_invalid"),
+        "CLIPSeg (PC+)": (str(decoders(0)), "weights_do_not_fit"),
+        "CLIPSeg (PC+), no visual": (f"{decoders(0)}#1,x", "wrong_use"),
         "CLIPSeg (PC+), D = 16": (f"{decoders(0)}#1,2", "setting_invalid"),
-        "CLIPSeg (PC+), no CLIP pre-training": (str(decoders(0)), "clip_missing"),
+        "CLIPSeg (PC+), no CLIP pre-training": (str(decoders(0)), "weights_missing"),
         "CLIPSeg (PC+), highlight mask": ("nowhere.pth", "weights_missing"),
     }
     wanted = request(

@@ -89,4 +89,4 @@ def test_without_data_the_rows_say_what_they_need(tmp_path: Path) -> None:
 def test_wrong_use(fields: dict[str, Any], says: str, tmp_path: Path) -> None:
     with pytest.raises(MaskMillError, match=says) as caught:
         run(tmp_path, **fields)
-    assert caught.value.code == "option_invalid"
+    assert caught.value.code == "wrong_use"

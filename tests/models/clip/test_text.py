@@ -52,7 +52,7 @@ def test_template_sets() -> None:
 
 @pytest.mark.parametrize(
     ("templates", "code"),
-    [("openai58", "templates_unknown"), ([], "templates_invalid"), (["no place"], "templates_invalid")],
+    [("openai58", "templates_invalid"), ([], "templates_invalid"), (["no place"], "templates_invalid")],
 )
 def test_wrong_templates(templates: str | list[str], code: str) -> None:
     with pytest.raises(MaskMillError) as caught:
@@ -134,11 +134,11 @@ def test_half_precision_is_close(small: Clip) -> None:
 @pytest.mark.parametrize(
     ("prompts", "merge", "code"),
     [
-        ([], "max", "class_without_names"),
-        ([["cat"], []], "max", "class_without_names"),
-        ([["cat"], [" "]], "max", "class_without_names"),
-        ([["cat"]], "median", "merge_invalid"),
-        ([["cat"]], ["max", "max"], "merge_invalid"),
+        ([], "max", "ontology_invalid"),
+        ([["cat"], []], "max", "ontology_invalid"),
+        ([["cat"], [" "]], "max", "ontology_invalid"),
+        ([["cat"]], "median", "setting_invalid"),
+        ([["cat"]], ["max", "max"], "setting_invalid"),
     ],
 )
 def test_wrong_classes(small: Clip, prompts: list[list[str]], merge: str | list[str], code: str) -> None:

@@ -482,7 +482,7 @@ def test_decoders_that_do_not_fit(clip: Clip) -> None:
     ):
         with pytest.raises(MaskMillError) as caught:
             ClipSeg(clip, decoder)
-        assert caught.value.code == "decoder_does_not_fit"
+        assert caught.value.code == "weights_do_not_fit"
 
 
 def test_a_resnet_is_refused() -> None:

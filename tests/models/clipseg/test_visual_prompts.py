@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -229,12 +230,12 @@ def test_a_batch_is_its_images() -> None:
 
 def test_wrong_use() -> None:
     images, masks = torch.zeros(1, 3, 8, 8), torch.zeros(1, 8, 9)
-    calls = {
-        "mask_does_not_fit": lambda: STYLES["crop"](images, masks),
-        "visual_prompt_unknown": lambda: visual_prompt(images, masks, "darken"),
-        "setting_invalid": lambda: VisualPrompt(context=-0.1),
-    }
-    for code, call in calls.items():
+    calls: list[tuple[str, Callable[[], object]]] = [
+        ("mask_invalid", lambda: STYLES["crop"](images, masks)),
+        ("setting_invalid", lambda: visual_prompt(images, masks, "darken")),
+        ("setting_invalid", lambda: VisualPrompt(context=-0.1)),
+    ]
+    for code, call in calls:
         with pytest.raises(MaskMillError) as caught:
             call()
         assert caught.value.code == code

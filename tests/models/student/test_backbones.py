@@ -193,7 +193,7 @@ def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
     torch.save({"state_dict": Evil(tmp_path / "pwned")}, tmp_path / "w.pth")
     with pytest.raises(MaskMillError) as caught:
         load_weights(build("light"), "light", tmp_path / "w.pth")
-    assert caught.value.code == "weights_unreadable"
+    assert caught.value.code == "model_damaged"
     assert not (tmp_path / "pwned").exists()
 
 

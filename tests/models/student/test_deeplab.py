@@ -375,7 +375,7 @@ def test_a_classifier_of_another_width_is_refused() -> None:
     for make in (lambda text: DeepLab(LIGHT, text), model.set_classifier):
         with pytest.raises(MaskMillError, match="has 8 channels") as caught:
             make(classifier([0], dim=8))
-        assert caught.value.code == "classifier_does_not_fit"
+        assert caught.value.code == "weights_do_not_fit"
 
 
 def test_backbone_weights_that_do_not_exist() -> None:

@@ -127,32 +127,32 @@ def test_a_damaged_file(file: Path) -> None:
     data = file.read_bytes()
     generator = random.Random(0)
     for length in [0, 1, 8, 100, len(data) - 1, *(generator.randrange(len(data)) for _ in range(20))]:
-        assert refusal(data[:length]).code == "student_unreadable", length
-    assert refusal(b"\xff" * 100).code == "student_unreadable"
+        assert refusal(data[:length]).code == "model_damaged", length
+    assert refusal(b"\xff" * 100).code == "model_damaged"
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}], ids=["none", "other"])
 def test_a_foreign_file(metadata: dict[str, str] | None, tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "w.safetensors", metadata)
     error = refusal(tmp_path / "w.safetensors")
-    assert error.code == "student_unreadable" and "w.safetensors" in error.message
+    assert error.code == "model_damaged" and "w.safetensors" in error.message
 
 
 @pytest.mark.parametrize(
     ("changes", "code", "words"),
     [
-        ({"entry": {"version": 2, "layers": []}}, "student_too_new", "version 2"),
-        ({"entry": {"config": {}}}, "student_too_new", "version None"),
-        ({"entry": {"version": 1}}, "student_unreadable", "config"),
-        ({"entry": "{"}, "student_unreadable", "damaged"),
-        ({"entry": "[]"}, "student_unreadable", "something else"),
-        ({"wings": 2}, "student_unreadable", "wings"),
-        ({"width": 8}, "student_unreadable", "size mismatch"),
-        ({"width": "8"}, "student_unreadable", "width"),
-        ({"embed_dim": 32}, "student_unreadable", "channels"),
-        ({"drop": "decoder.skip.0.weight"}, "student_unreadable", "decoder.skip.0.weight"),
-        ({"drop": "text_rows"}, "student_unreadable", "text_rows"),
-        ({"extra": "decoder.more"}, "student_unreadable", "decoder.more"),
+        ({"entry": {"version": 2, "layers": []}}, "newer_version", "version 2"),
+        ({"entry": {"config": {}}}, "newer_version", "version None"),
+        ({"entry": {"version": 1}}, "model_damaged", "config"),
+        ({"entry": "{"}, "model_damaged", "damaged"),
+        ({"entry": "[]"}, "model_damaged", "something else"),
+        ({"wings": 2}, "model_damaged", "wings"),
+        ({"width": 8}, "model_damaged", "size mismatch"),
+        ({"width": "8"}, "model_damaged", "width"),
+        ({"embed_dim": 32}, "model_damaged", "channels"),
+        ({"drop": "decoder.skip.0.weight"}, "model_damaged", "decoder.skip.0.weight"),
+        ({"drop": "text_rows"}, "model_damaged", "text_rows"),
+        ({"extra": "decoder.more"}, "model_damaged", "decoder.more"),
     ],
 )
 def test_parts_that_do_not_fit(changes: dict[str, Any], code: str, words: str, file: Path) -> None:

@@ -134,7 +134,7 @@ def test_a_name_that_is_not_text(tmp_path):
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")).write_bytes(b"x")
     with pytest.raises(MaskMillError) as error:
         build_manifest(tmp_path)
-    assert error.value.code == "name_not_utf8"
+    assert error.value.code == "source_invalid"
     assert r"caf\xe9.jpg" in error.value.message
 
 
@@ -145,7 +145,7 @@ def test_unreadable_folder(tmp_path):
     with pytest.raises(MaskMillError, match="closed") as error:
         build_manifest(tmp_path)
     (tmp_path / "closed").chmod(0o700)
-    assert error.value.code == "folder_unreadable"
+    assert error.value.code == "source_missing"
 
 
 def test_many_files_quickly(tmp_path):
@@ -188,12 +188,17 @@ def test_glob(tmp_path, pattern, expected):
 @pytest.mark.parametrize(
     ("files", "source", "code", "words"),
     [
-        ([], "", "no_images", ["no files at all", ".jpg"]),
-        (["a.txt", "b.TXT", "c.raw", "noend"], "", "no_images", ["2 × .txt", "1 × .raw", "1 × no ending"]),
-        (["a.txt"], "*", "no_images", ["1 × .txt"]),
+        ([], "", "source_missing", ["no files at all", ".jpg"]),
+        (
+            ["a.txt", "b.TXT", "c.raw", "noend"],
+            "",
+            "source_missing",
+            ["2 × .txt", "1 × .raw", "1 × no ending"],
+        ),
+        (["a.txt"], "*", "source_missing", ["1 × .txt"]),
         (["a.txt"], "*.jpg", "source_missing", ["nothing matches"]),
         ([], "none", "source_missing", ["there is no", "none"]),
-        (["a.docx"], "a.docx", "no_images", ["neither an image", ".docx"]),
+        (["a.docx"], "a.docx", "source_missing", ["neither an image", ".docx"]),
     ],
 )
 def test_nothing_found_says_what_was_looked_for(tmp_path, files, source, code, words):
@@ -289,7 +294,7 @@ def test_list_errors(tmp_path, name, content, place, words):
         return
     with pytest.raises(MaskMillError) as error:
         build_manifest(tmp_path / name)
-    assert error.value.code == "list_invalid"
+    assert error.value.code == "source_invalid"
     assert place in error.value.message
     assert words in error.value.message
 
@@ -332,7 +337,7 @@ def test_bad_manifests(tmp_path, columns, words):
     for read in (read_manifest, build_manifest):
         with pytest.raises(MaskMillError) as error:
             read(path)
-        assert error.value.code == "manifest_invalid"
+        assert error.value.code == "source_invalid"
         assert words in error.value.message
         assert str(path) in error.value.message
 
@@ -355,7 +360,7 @@ def test_collision_names_both(monkeypatch):
     rows = manifest._Rows(["/a.jpg", "/bb.jpg", "/c.jpg"], {})
     with pytest.raises(MaskMillError) as error:
         manifest._assemble(rows, origin="list")
-    assert error.value.code == "id_collision"
+    assert error.value.code == "source_invalid"
     assert "'/a.jpg'" in error.value.message and "'/c.jpg'" in error.value.message
 
 

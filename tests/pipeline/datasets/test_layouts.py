@@ -248,7 +248,7 @@ def test_wrong_layouts_say_what_to_do(
     [
         (png(grid(0, 21, 99, 21, 0, 0)), "mask_invalid", r"2007_a\.png holds .* 21, 99\.\n.*0-20, 255"),
         (photo(2, 3, "PNG"), "mask_invalid", r"2007_a\.png is a picture of mode RGB"),
-        (b"\x89PNG, but not really", "benchmark_unreadable", r"2007_a\.png cannot be read"),
+        (b"\x89PNG, but not really", "dataset_invalid", r"2007_a\.png cannot be read"),
         (png(np.zeros((3, 2), np.uint8)), "mask_invalid", r"_a\.png: the mask has 3 x 2 .*_a\.jpg 2 x 3"),
     ],
 )  # fmt: skip
@@ -266,7 +266,7 @@ def test_a_damaged_image_is_named(tmp_path: Path, write: Write) -> None:
     dataset = open_dataset("voc21", root=str(tmp_path))
     with pytest.raises(MaskMillError, match=r"2007_a\.jpg cannot be read") as caught:
         dataset.image(dataset.samples[0])
-    assert caught.value.code == "benchmark_unreadable"
+    assert caught.value.code == "dataset_invalid"
 
 
 def _grey(depth: int) -> Callable[[Path], np.ndarray]:
@@ -388,12 +388,12 @@ def test_registry() -> None:
     ("name", "options", "code", "says"),
     [
         ("voc12", {}, "dataset_unknown", "Did you mean voc"),
-        ("voc21", {"size": 3}, "option_invalid", "no option 'size'"),
-        ("voc21", {"classes": "voc20"}, "option_invalid", "no option 'classes'"),
-        ("pairs", {"root": "."}, "option_invalid", "needs an ontology"),
-        ("toyworld", {"split": "val"}, "option_invalid", "seed-2"),
-        ("toyworld", {"count": 0}, "option_invalid", "count=0"),
-        ("toyworld", {"root": "."}, "option_invalid", "no root"),
+        ("voc21", {"size": 3}, "wrong_use", "no option 'size'"),
+        ("voc21", {"classes": "voc20"}, "wrong_use", "no option 'classes'"),
+        ("pairs", {"root": "."}, "wrong_use", "needs an ontology"),
+        ("toyworld", {"split": "val"}, "wrong_use", "seed-2"),
+        ("toyworld", {"count": 0}, "wrong_use", "count=0"),
+        ("toyworld", {"root": "."}, "wrong_use", "no root"),
     ],
 )
 def test_wrong_calls(name: str, options: dict[str, Any], code: str, says: str) -> None:

@@ -79,11 +79,11 @@ def test_protocols_are_kept_apart() -> None:
     for other in (unified, get_protocol("context59", "seed")):
         with pytest.raises(MaskMillError) as caught:
             check_comparable(seed, other)
-        assert caught.value.code == "protocols_differ"
+        assert caught.value.code == "output_differs"
     for dataset, name in (("voc21", "seed"), ("voc20", "paper"), ("toyworld", "seed")):
         with pytest.raises(MaskMillError, match=r"Known|Datasets with") as caught:
             get_protocol(dataset, name)
-        assert caught.value.code == "protocol_missing"
+        assert caught.value.code == "dataset_unknown"
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_small_objects_do_not_count_in_pascal5i() -> None:
     table = areas(21, area=2047)
     with pytest.raises(MaskMillError, match="no image shows") as caught:
         draw_episodes(BENCHMARKS["pascal5i"], 0, NAMES, table)
-    assert caught.value.code == "oneshot_too_few"
+    assert caught.value.code == "dataset_invalid"
     table[:3, 4] = 2048
     episodes = draw_episodes(BENCHMARKS["pascal5i"], 0, NAMES, table)
     assert [(episode.query, episode.class_id) for episode in episodes] == [(name, 4) for name in NAMES[:3]]
@@ -188,7 +188,7 @@ def test_small_objects_do_not_count_in_pascal5i() -> None:
 def test_wrong_episodes(fold: int, shots: int, episodes: int | None) -> None:
     with pytest.raises(MaskMillError) as caught:
         draw_episodes(BENCHMARKS["coco20i"], fold, NAMES, areas(81), shots=shots, episodes=episodes)
-    assert caught.value.code == "option_invalid"
+    assert caught.value.code == "wrong_use"
 
 
 def test_toy_world() -> None:

@@ -98,7 +98,7 @@ def test_other_files_are_left_alone(tmp_path: Path, overwrite: bool) -> None:
 def test_a_result_is_a_local_folder() -> None:
     with pytest.raises(MaskMillError) as caught:
         new_folder("s3://bucket/result", "x", overwrite=False)
-    assert caught.value.code == "output_remote"
+    assert caught.value.code == "wrong_use"
 
 
 def test_no_password_of_an_address_gets_into_a_result(tmp_path: Path) -> None:

@@ -146,8 +146,8 @@ def test_images_are_found_by_name_if_the_table_was_made_elsewhere(made: Made) ->
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        (lambda row: row.update(uri="/other/place.png"), "images_differ"),
-        (lambda row: row.update(uri="/other/p3.png"), "images_differ"),  # one name for all
+        (lambda row: row.update(uri="/other/place.png"), "image_invalid"),
+        (lambda row: row.update(uri="/other/p3.png"), "image_invalid"),  # one name for all
     ],
 )
 def test_a_table_of_other_images_is_refused(made: Made, change, code: str) -> None:
@@ -168,7 +168,7 @@ def test_a_class_that_the_labels_cannot_have_is_an_error() -> None:
 def test_no_table_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MaskMillError) as caught:
         plan(str(tmp_path), [])
-    assert caught.value.code == "table_unreadable"
+    assert caught.value.code == "table_damaged"
 
 
 def test_label_maps_of_single_images(made: Made) -> None:
@@ -189,7 +189,7 @@ def test_a_damaged_mask_is_named_wherever_it_is_read(
     (made.root / "masks/p4.png").write_bytes(b"no picture")
     with pytest.raises(MaskMillError, match=r"p4\.png") as caught:
         made.evaluate(workers=workers)
-    assert caught.value.code == "benchmark_unreadable"
+    assert caught.value.code == "dataset_invalid"
 
 
 @pytest.mark.slow

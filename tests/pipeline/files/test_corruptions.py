@@ -272,7 +272,7 @@ def test_parse_reads_what_it_says() -> None:
 def test_parse_refuses_the_rest(text: str) -> None:
     with pytest.raises(MaskMillError) as caught:
         parse(text)
-    assert caught.value.code == "corruption_invalid"
+    assert caught.value.code == "setting_invalid"
     assert "jpeg_compression" in caught.value.remedy and "1 to 5" in caught.value.remedy
 
 

@@ -229,7 +229,7 @@ def test_denied_local(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(MaskMillError) as error:
         open_storage(tmp_path).write_bytes("x", b"")
-    assert error.value.code == "storage_denied"
+    assert error.value.code == "storage_unreachable"
 
 
 def test_missing_bucket(s3_server):
@@ -237,7 +237,7 @@ def test_missing_bucket(s3_server):
     assert nowhere.list() == []
     with pytest.raises(MaskMillError, match="s3://no-such-bucket/out/x") as error:
         nowhere.write_bytes("x", b"1")
-    assert error.value.code == "storage_missing"
+    assert error.value.code == "storage_unsupported"
 
 
 def test_unreachable_server(s3_server, monkeypatch):

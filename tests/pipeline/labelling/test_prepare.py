@@ -167,9 +167,9 @@ def test_other_words_go_through_the_clip_of_the_record(folder: Path, own_cache: 
 @pytest.mark.parametrize(
     ("changes", "code", "said"),
     [
-        ({"text": {"fingerprint": "0" * 64}}, "text_weights_differ", "000000000000"),
+        ({"text": {"fingerprint": "0" * 64}}, "weights_differ", "000000000000"),
         ({"text": {"pretrained": "/nowhere/x.safetensors"}}, "weights_missing", "Other classes than"),
-        ({"config": {"learned_background": True}}, "vocabulary_fixed", "has learned what background is"),
+        ({"config": {"learned_background": True}}, "classes_differ", "has learned what background is"),
     ],
 )
 def test_words_that_a_student_cannot_take(
@@ -211,14 +211,14 @@ def test_a_damaged_student_shows_before_work_starts(folder: Path, tmp_path: Path
     recipe, own = student_recipe(broken)
     with pytest.raises(MaskMillError) as caught:
         prepare_labeller(recipe, own)
-    assert caught.value.code == "student_damaged"
+    assert caught.value.code == "model_damaged"
 
 
 def test_a_folder_without_a_student_is_not_taken_for_the_name_of_a_clip(tmp_path: Path) -> None:
     for model in (str(tmp_path), "memory://nothing/here"):
         with pytest.raises(MaskMillError) as caught:
             prepare_labeller(LabelRecipe(name="x", model=model, pretrained=None), TOYWORLD)
-        assert caught.value.code == "student_missing"
+        assert caught.value.code == "model_missing"
 
 
 def test_names_of_clips_still_make_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def test_settings_are_typed(settings: list[str], field: str, expected: object) -
 @pytest.mark.parametrize(
     ("name", "settings", "code", "says"),
     [
-        ("maskclp", [], "recipe_unknown", "Did you mean maskclip"),
+        ("maskclp", [], "recipe_invalid", "Did you mean maskclip"),
         ("maskclip", ["pd_treshold=0.5"], "recipe_invalid", "Did you mean pd_threshold"),
         ("maskclip", ["pd_threshold"], "recipe_invalid", "key=value"),
         ("maskclip", ["pd_threshold=2"], "recipe_invalid", "less than or equal to 1"),

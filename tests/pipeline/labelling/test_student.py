@@ -131,7 +131,7 @@ def test_a_student_replaced_since_is_refused(folder: Path) -> None:
     labeller(folder, fingerprint=read_student_record(folder).fingerprint)
     with pytest.raises(MaskMillError) as caught:
         labeller(folder, fingerprint="0" * 64)
-    assert caught.value.code == "student_changed"
+    assert caught.value.code == "weights_differ"
 
 
 @pytest.mark.gpu

@@ -254,4 +254,4 @@ def test_mistakes_are_named() -> None:
         ForegroundStatistics.zero() + ForegroundStatistics.zero((0.5,))
     with pytest.raises(MaskMillError) as caught:
         summarise(statistics_of(samples()), CLIPSEG, threshold=0.31)
-    assert caught.value.code == "unknown_threshold"
+    assert caught.value.code == "wrong_use"

@@ -290,7 +290,7 @@ def test_not_text_is_invalid(tmp_path):
 def test_missing_ontology_names_the_choices(source, hint):
     with pytest.raises(MaskMillError) as error:
         load_ontology(source)
-    assert error.value.code == "ontology_missing"
+    assert error.value.code == "ontology_invalid"
     assert hint in error.value.remedy
 
 

@@ -840,7 +840,7 @@ def no_classes(record: Record) -> str:
         (break_json, "result_damaged", "not JSON"),
         (lambda _: "[]", "result_damaged", "dictionary"),
         (lambda _: "\x00\xff", "result_damaged", "not JSON"),
-        (newer, "result_newer", "schema version 2"),
+        (newer, "newer_version", "schema version 2"),
         (other_kind, "result_damaged", "Kind"),
         (bad_color, "result_damaged", "Classes.4.color"),
         (short_confusion, "result_damaged", "21 × 22"),

@@ -111,26 +111,26 @@ ONE = {"image": PHOTO}
 EXAMPLE = {"image": PHOTO, "e": PHOTO}
 ASKED = {"model": "prompts", "prompts": [{"image": "e", "mask": "m"}]}
 WRONG: dict[str, tuple[Any, dict[str, bytes], int, str]] = {
-    "no image": (LADYBUG, {}, 400, "image_missing"),
+    "no image": (LADYBUG, {}, 400, "image_invalid"),
     "text as image": (LADYBUG, {"image": b"hello"}, 400, "not_an_image"),
     "empty image": (LADYBUG, {"image": b""}, 400, "empty"),
     "half an image": (LADYBUG, {"image": PHOTO[: len(PHOTO) // 2]}, 400, "truncated"),
-    "no prompts": ({}, ONE, 400, "prompts_missing"),
+    "no prompts": ({}, ONE, 400, "prompt_invalid"),
     "no JSON": ("{", ONE, 400, "request_invalid"),
     "unknown field": ({"promts": []}, ONE, 400, "request_invalid"),
     "neither kind": ({"prompts": [{}]}, ONE, 400, "request_invalid"),
     "both kinds": ({"prompts": [{"text": "a", "image": "b"}]}, ONE, 400, "request_invalid"),
     "unknown model": ({"model": "x", **LADYBUG}, ONE, 404, "model_unknown"),
-    "blank": ({"prompts": [{"text": " "}]}, ONE, 400, "prompt_empty"),
-    "twice": ({"prompts": [{"text": "a b"}, {"text": " a  b"}]}, ONE, 400, "prompts_repeated"),
+    "blank": ({"prompts": [{"text": " "}]}, ONE, 400, "prompt_invalid"),
+    "twice": ({"prompts": [{"text": "a b"}, {"text": " a  b"}]}, ONE, 400, "prompt_invalid"),
     "long": ({"prompts": [{"text": "a" * 201}]}, ONE, 400, "prompt_too_long"),
     "long for the model": ({"prompts": [{"text": "qxjz " * 20}]}, ONE, 400, "prompt_too_long"),
-    "many": ({"prompts": [{"text": f"a{i}"} for i in range(25)]}, ONE, 400, "too_many_prompts"),
-    "much context": ({**LADYBUG, "context": ["a"] * 201}, ONE, 400, "too_many_prompts"),
-    "example for a teacher": ({"prompts": [{"image": "e"}]}, EXAMPLE, 400, "prompt_kind_unsupported"),
-    "example missing": ({**ASKED, "prompts": [{"image": "e"}]}, ONE, 400, "image_missing"),
-    "small mask": (ASKED, EXAMPLE | {"m": png(np.ones((4, 4), np.uint8))}, 400, "mask_does_not_fit"),
-    "empty mask": (ASKED, EXAMPLE | {"m": png(np.zeros((128, 128), np.uint8))}, 400, "mask_empty"),
+    "many": ({"prompts": [{"text": f"a{i}"} for i in range(25)]}, ONE, 400, "prompt_invalid"),
+    "much context": ({**LADYBUG, "context": ["a"] * 201}, ONE, 400, "prompt_invalid"),
+    "example for a teacher": ({"prompts": [{"image": "e"}]}, EXAMPLE, 400, "model_unsupported"),
+    "example missing": ({**ASKED, "prompts": [{"image": "e"}]}, ONE, 400, "image_invalid"),
+    "small mask": (ASKED, EXAMPLE | {"m": png(np.ones((4, 4), np.uint8))}, 400, "mask_invalid"),
+    "empty mask": (ASKED, EXAMPLE | {"m": png(np.zeros((128, 128), np.uint8))}, 400, "mask_invalid"),
     "many files": (LADYBUG, {f"f{i}": b"x" for i in range(18)}, 400, "form_invalid"),
 }
 
@@ -148,7 +148,7 @@ def test_forms_that_are_none(toy: Server) -> None:
     assert toy.post("/api/segment", {}, Content_Type="application/json").json["code"] == "form_missing"
     assert toy.post("/api/segment", {}, Content_Type="multipart/form-data").json["code"] == "form_invalid"
     assert toy.get("/api/segment").status == 405
-    assert toy.get("/nothing").json["code"] == "http_error"
+    assert toy.get("/nothing").json["code"] == "request_invalid"
     assert toy.get("/docs").status == toy.get("/redoc").status == 404
 
 

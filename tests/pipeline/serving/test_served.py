@@ -112,7 +112,7 @@ def test_a_student_with_a_learned_background_takes_no_other_words(tmp_path: Path
     assert answer.names == ("sky", "something else")
     with pytest.raises(MaskMillError) as caught:
         served.predict(SCENE.image, [TextPrompt("fish")], ontology.names, SIZE)
-    assert caught.value.code == "vocabulary_fixed"
+    assert caught.value.code == "classes_differ"
 
 
 def test_clipseg_answers_as_segment_does(toy_decoder: Path, tmp_path: Path) -> None:

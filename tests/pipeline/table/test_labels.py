@@ -129,7 +129,7 @@ def png(array: np.ndarray, **options) -> bytes:
 def test_unreadable_maps(data, decode):
     with pytest.raises(MaskMillError) as error:
         decode(data)
-    assert error.value.code == "mask_unreadable"
+    assert error.value.code == "table_damaged"
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_broken_tables_name_the_file(tmp_path):
     for read in (read_ids, summarise, lambda t: list(iter_rows(t))):
         with pytest.raises(MaskMillError, match=r"b\.parquet") as error:
             read(tmp_path)
-        assert error.value.code == "table_unreadable"
+        assert error.value.code == "table_damaged"
     pq.write_table(pa.table({"x": [1]}), tmp_path / "b.parquet")
     with pytest.raises(MaskMillError, match="no column id"):
         read_ids(tmp_path)

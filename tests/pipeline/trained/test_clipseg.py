@@ -85,12 +85,12 @@ def test_a_model_is_not_replaced_unasked(clip: Clip, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "code"),
     [
-        (lambda folder: (folder / RECORD_FILE).unlink(), "clipseg_missing"),
-        (lambda folder: (folder / RECORD_FILE).write_text("{"), "clipseg_damaged"),
-        (lambda folder: _change(folder, recipe=None), "clipseg_damaged"),
-        (lambda folder: _change(folder, schema_version=99), "clipseg_too_new"),
-        (lambda folder: (folder / DECODER_FILE).unlink(), "clipseg_damaged"),
-        (lambda folder: (folder / DECODER_FILE).write_bytes(b"other"), "clipseg_damaged"),
+        (lambda folder: (folder / RECORD_FILE).unlink(), "model_missing"),
+        (lambda folder: (folder / RECORD_FILE).write_text("{"), "model_damaged"),
+        (lambda folder: _change(folder, recipe=None), "model_damaged"),
+        (lambda folder: _change(folder, schema_version=99), "newer_version"),
+        (lambda folder: (folder / DECODER_FILE).unlink(), "model_damaged"),
+        (lambda folder: (folder / DECODER_FILE).write_bytes(b"other"), "model_damaged"),
     ],
     ids=["no record", "torn record", "a field gone", "newer", "no decoder", "another decoder"],
 )

@@ -140,7 +140,7 @@ def test_a_student_is_replaced_only_on_request(copied: Path) -> None:
     before = (copied / "student.json").read_bytes()
     with pytest.raises(MaskMillError) as caught:
         toy_student(copied, width=4)
-    assert caught.value.code == "student_exists" and "--overwrite" in caught.value.remedy
+    assert caught.value.code == "output_exists" and "--overwrite" in caught.value.remedy
     assert (copied / "student.json").read_bytes() == before
     record = read_student_record(copied)
     model = load_student(record, device=torch.device("cpu"), dtype=torch.float32)
@@ -178,19 +178,19 @@ def _flip_a_bit(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "code", "said"),
     [
-        (lambda folder: (folder / "student.json").unlink(), "student_missing", "there is no student.json"),
-        (shutil.rmtree, "student_missing", "there is no student.json"),
-        (_edit(kind="table"), "student_missing", "describes no student"),
-        (_edit(schema_version=2), "student_too_new", "newer MaskMill"),
-        (_edit(labelling=None), "student_damaged", "there is no 'labelling'"),
-        (_edit(labelling={"scale": [1]}), "student_damaged", "incomplete"),
-        (_edit(config=[1]), "student_damaged", "incomplete"),
-        (_edit(weights="x"), "student_damaged", "incomplete"),
-        (_rename_class, "student_damaged", "not the ones that it was trained for"),
-        (lambda folder: (folder / "student.json").write_text("{"), "student_damaged", "not valid JSON"),
-        (lambda folder: (folder / "student.json").write_text("[]"), "student_missing", "no student"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "student_damaged", "no model.safetensors"),
-        (_flip_a_bit, "student_damaged", "is not the file that its student.json names"),
+        (lambda folder: (folder / "student.json").unlink(), "model_missing", "there is no student.json"),
+        (shutil.rmtree, "model_missing", "there is no student.json"),
+        (_edit(kind="table"), "model_missing", "describes no student"),
+        (_edit(schema_version=2), "newer_version", "newer MaskMill"),
+        (_edit(labelling=None), "model_damaged", "there is no 'labelling'"),
+        (_edit(labelling={"scale": [1]}), "model_damaged", "incomplete"),
+        (_edit(config=[1]), "model_damaged", "incomplete"),
+        (_edit(weights="x"), "model_damaged", "incomplete"),
+        (_rename_class, "model_damaged", "not the ones that it was trained for"),
+        (lambda folder: (folder / "student.json").write_text("{"), "model_damaged", "not valid JSON"),
+        (lambda folder: (folder / "student.json").write_text("[]"), "model_missing", "no student"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model_damaged", "no model.safetensors"),
+        (_flip_a_bit, "model_damaged", "is not the file that its student.json names"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said(
@@ -223,4 +223,4 @@ def test_a_kill_between_the_two_files_is_noticed(copied: Path, monkeypatch: pyte
         write_student_folder(copied, model, overwrite=True, **fields)
     with pytest.raises(MaskMillError) as caught:
         read_student_weights(read_student_record(copied))
-    assert caught.value.code == "student_damaged"
+    assert caught.value.code == "model_damaged"

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.datasets.cocojson import CocoDataset, CocoSample, draw_instances
 from pipeline.datasets.oneshot import BENCHMARKS
@@ -47,7 +47,7 @@ class PhraseSource(TripletSource):
         """See ``TripletSource.read``.
 
         Raises:
-            MaskMillError: ``benchmark_unreadable``; ``mask_invalid`` if the annotation has another size.
+            MaskMillError: ``dataset_invalid``; ``mask_invalid`` if the annotation has another size.
         """
         uri, number, size = self._images[int(self.pairs.image[pair])]
         first, last = self._pair_bounds[pair : pair + 2].tolist()
@@ -141,7 +141,7 @@ def open_class_source(
             either.
 
     Raises:
-        MaskMillError: ``option_invalid`` for an id that is no class; ``training_data_empty``.
+        MaskMillError: ``wrong_use`` for an id that is no class; ``training_data_empty``.
     """
     wanted = asked_classes(dataset.class_names, class_ids)
 
@@ -180,13 +180,13 @@ class InstanceSource(TripletSource):
         """See ``TripletSource.read``.
 
         Raises:
-            MaskMillError: ``benchmark_unreadable``; ``dataset_invalid``; ``mask_invalid`` if the annotation
+            MaskMillError: ``dataset_invalid``; ``dataset_invalid``; ``mask_invalid`` if the annotation
                 has another size than the image.
         """
         sample = self._samples[int(self.pairs.image[pair])]
         image = self._reader.image(sample)
         if image.shape[:2] != tuple(sample.size):
-            raise MaskMillError(
+            raise WrongUse(
                 "mask_invalid",
                 f"{sample.image} has {image.shape[0]} x {image.shape[1]} pixels, its annotation "
                 f"{sample.size[0]} x {sample.size[1]}.",
@@ -216,7 +216,7 @@ def open_instance_source(
         synonyms: as in ``open_class_source``.
 
     Raises:
-        MaskMillError: ``option_invalid``, ``training_data_empty``.
+        MaskMillError: ``wrong_use``, ``training_data_empty``.
     """
     wanted = asked_classes(dataset.class_names, class_ids)
     number_of = {int(class_id): number for number, class_id in enumerate(wanted)}
@@ -246,12 +246,12 @@ def training_classes(benchmark: str, fold: int) -> tuple[int, ...]:
         fold: 0 to 3.
 
     Raises:
-        MaskMillError: ``option_invalid``.
+        MaskMillError: ``wrong_use``.
     """
     folds = BENCHMARKS[benchmark].folds if benchmark in BENCHMARKS else ()
     if not 0 <= fold < len(folds):
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             f"There is no fold {fold} of {benchmark!r}.",
             f"Give a fold from 0 to 3 of {', '.join(BENCHMARKS)}.",
         )
@@ -262,14 +262,14 @@ def asked_classes(names: Sequence[str], class_ids: Sequence[int] | None) -> npt.
     """Ids that are asked for, ascending: those given, or all but the background.
 
     Raises:
-        MaskMillError: ``option_invalid``.
+        MaskMillError: ``wrong_use``.
     """
     if class_ids is None:
         return np.array([number for number, name in enumerate(names) if name != BACKGROUND], np.int64)
     ids = np.unique(np.asarray(class_ids, np.int64))
     if len(ids) and not 0 <= ids[0] <= ids[-1] < len(names):
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             f"{list(class_ids)}: class ids must be from 0 to {len(names) - 1}.",
             "Correct the ids.",
         )

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.files.storage import open_storage
 from pipeline.ontology.ontology import Ontology
 from pipeline.table.labels import DATASET_FILE, decode_confidence, decode_mask
@@ -45,8 +45,8 @@ class TableSource(TripletSource):
         image = self._table._image(index, row)
         labels, confidence = decode_mask(row["mask"]), decode_confidence(row["confidence"])
         if not image.shape[:2] == labels.shape == confidence.shape:
-            raise MaskMillError(
-                "size_differs",
+            raise WrongUse(
+                "mask_invalid",
                 f"{row['uri']} has {image.shape[0]} x {image.shape[1]} pixels, its labels {labels.shape}, "
                 f"their confidence {confidence.shape}.",
                 "Label the images anew.",
@@ -95,12 +95,12 @@ def open_table_source(
             below either is not used as a negative of that image.
 
     Raises:
-        MaskMillError: as ``open_table_samples``; ``option_invalid``; ``training_data_empty``.
+        MaskMillError: as ``open_table_samples``; ``wrong_use``; ``training_data_empty``.
     """
     wanted = asked_classes(ontology.names, class_ids)
     for name, value in (("min_share", min_share), ("min_confidence", min_confidence)):
         if not 0 <= value <= 1:
-            raise MaskMillError("option_invalid", f"{name} is {value}.", "Use a number from 0 to 1.")
+            raise WrongUse("wrong_use", f"{name} is {value}.", "Use a number from 0 to 1.")
     samples = open_table_samples(table, ontology=ontology, augment=AugmentSettings(), min_quality=min_quality)
     image, class_of, share, confidence = _segments(samples)
     asked = np.isin(class_of, wanted)

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import MaskMillError
+from models.errors import WrongUse
 from pipeline.datasets.toy import ToyDataset, ToySample
 from pipeline.toyworld import scenes as toyworld
 from pipeline.toyworld.phrases import PATTERN_WORDS
@@ -74,12 +74,12 @@ def open_toy_source(
             scene is not asked for there, nor is it a negative; so no name of such a class is ever heard.
 
     Raises:
-        MaskMillError: ``option_invalid`` for an unknown kind; ``training_data_empty``.
+        MaskMillError: ``wrong_use`` for an unknown kind; ``training_data_empty``.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
-        raise MaskMillError(
-            "option_invalid",
+        raise WrongUse(
+            "wrong_use",
             f"{', '.join(unknown) or 'Nothing'} is no kind of toy phrase.",
             f"Use some of {', '.join(KINDS)}.",
         )

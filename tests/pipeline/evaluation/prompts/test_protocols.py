@@ -297,7 +297,7 @@ def test_the_tower_runs_once_per_image_and_each_text_is_embedded_once(phrasecut:
 
 def test_errors_of_reading_come_through(model: ClipSeg) -> None:
     def broken() -> Query:
-        raise MaskMillError("benchmark_unreadable", "a.jpg cannot be read", "Get it again.")
+        raise MaskMillError("dataset_invalid", "a.jpg cannot be read", "Get it again.")
 
     with pytest.raises(MaskMillError, match=r"a\.jpg"):
         score(model, [broken])

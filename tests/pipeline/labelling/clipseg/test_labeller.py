@@ -337,8 +337,8 @@ def test_styles_by_name_and_change(text: str, same_as: str) -> None:
 @pytest.mark.parametrize(
     ("text", "code"),
     [
-        ("sharpen", "visual_prompt_unknown"),
-        ("concat", "visual_prompt_unknown"),
+        ("sharpen", "setting_invalid"),
+        ("concat", "setting_invalid"),
         ("crop,blurr=3", "setting_invalid"),
         ("crop,blur=much", "setting_invalid"),
         ("crop,blur=-1", "setting_invalid"),
@@ -390,7 +390,7 @@ def test_settings_without_a_meaning_are_refused(weights: Path) -> None:
     assert refused(weights, window=64, window_stride=32) == "recipe_invalid"
     assert refused(weights, temperature=1.0) == "recipe_invalid"
     assert refused(weights, ontology=beside, min_confidence=0.0) == "recipe_invalid"
-    assert refused(weights, ClipSegOptions(clip=TOY, visual_prompt="sharpen")) == "visual_prompt_unknown"
+    assert refused(weights, ClipSegOptions(clip=TOY, visual_prompt="sharpen")) == "setting_invalid"
     asked = ClipSegOptions(clip=TOY, background="words")
     assert resolution_of(recipe(weights, min_confidence=0.0), beside, asked).factors == (3.0, 1.0)
 
@@ -404,13 +404,13 @@ def test_weights_are_checked_before_anything_is_embedded(weights: Path, model: C
         prepare_clipseg(recipe(weights), load_ontology("toyworld"), OPTIONS, check_weights=other)
     assert caught.value.code == "output_differs"
     assert refused(weights.with_name("none.pth")) == "weights_missing"
-    assert refused(weights, ClipSegOptions(clip="toyclip:random:3")) == "clip_differs"
+    assert refused(weights, ClipSegOptions(clip="toyclip:random:3")) == "weights_differ"
 
 
 def test_labellers_that_read_names_only_refuse_examples(pictures: Path) -> None:
     with pytest.raises(MaskMillError, match="examples for that") as caught:
         prepare_labeller(RECIPES["toy"], load_ontology(pictures / "shown.yaml"))
-    assert caught.value.code == "examples_not_understood"
+    assert caught.value.code == "model_unsupported"
 
 
 def test_a_recipe_names_clipseg_by_its_model(tmp_path: Path) -> None:
@@ -427,14 +427,14 @@ def test_a_changed_example_is_found(model: ClipSeg, pictures: Path, tmp_path: Pa
     (tmp_path / "0.png").write_bytes((pictures / "1.png").read_bytes())
     with pytest.raises(MaskMillError) as caught:
         class_conditionals(model, ontology, 0, OPTIONS)
-    assert caught.value.code == "example_changed"
+    assert caught.value.code == "example_unreadable"
 
 
 @pytest.mark.parametrize(
     ("mask", "code"),
     [
-        (Image.new("L", (96, 95), 255), "mask_does_not_fit"),
-        (Image.new("L", (96, 96), 0), "mask_empty"),
+        (Image.new("L", (96, 95), 255), "mask_invalid"),
+        (Image.new("L", (96, 96), 0), "mask_invalid"),
         (None, "example_unreadable"),
     ],
 )

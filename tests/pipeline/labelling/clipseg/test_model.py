@@ -101,7 +101,7 @@ def test_a_changed_folder_is_noticed(places: dict[str, Path], tmp_path: Path) ->
     (tmp_path / "clipseg.json").write_text(json.dumps(record))
     with pytest.raises(MaskMillError) as caught:
         ClipSegWeights(str(tmp_path)).load(device=torch.device("cpu"))
-    assert caught.value.code == "clipseg_damaged"
+    assert caught.value.code == "model_damaged"
 
 
 @pytest.mark.parametrize(

@@ -157,15 +157,15 @@ def test_the_threshold_is_the_usual_one_unless_given(
         ({"text": "a"}, "not_an_image"),
         ({"image": b"no image", "text": "a"}, "not_an_image"),
         ({"image": "/nowhere/at/all.png", "text": "a"}, "not_found"),
-        ({"image": "{a}"}, "prompt_missing"),
-        ({"image": "{a}", "text": ""}, "prompt_missing"),
-        ({"image": "{a}", "text": pd.NA, "example": float("nan")}, "prompt_missing"),
+        ({"image": "{a}"}, "prompt_invalid"),
+        ({"image": "{a}", "text": ""}, "prompt_invalid"),
+        ({"image": "{a}", "text": pd.NA, "example": float("nan")}, "prompt_invalid"),
         ({"image": pd.NA, "text": "a"}, "not_an_image"),
-        ({"image": "{a}", "text": "a", "example_mask": "{small}"}, "example_missing"),
+        ({"image": "{a}", "text": "a", "example_mask": "{small}"}, "example_unreadable"),
         ({"image": "{a}", "text": "many words " * 40}, "prompt_too_long"),
         ({"image": "{a}", "example": "/nowhere/at/all.png"}, "not_found"),
         ({"image": "{a}", "example": b"no image"}, "example_unreadable"),
-        ({"image": "{a}", "example": "{a}", "example_mask": "{small}"}, "mask_does_not_fit"),
+        ({"image": "{a}", "example": "{a}", "example_mask": "{small}"}, "mask_invalid"),
     ],
 )
 def test_a_bad_row_is_a_row_with_an_error(
@@ -185,7 +185,7 @@ def test_a_bad_row_is_a_row_with_an_error(
 def test_an_unknown_precision(saved: Path, precision: Any) -> None:
     with pytest.raises(MaskMillError) as caught:
         mlflow.pyfunc.load_model(str(saved), model_config={"precision": precision})
-    assert caught.value.code == "precision_invalid" and "bf16" in caught.value.remedy
+    assert caught.value.code == "setting_invalid" and "bf16" in caught.value.remedy
 
 
 def test_signature_example_and_what_is_in_the_folder(saved: Path, model: mlflow.pyfunc.PyFuncModel) -> None:
@@ -229,7 +229,7 @@ def test_over_http_as_mlflow_serves_it(
     good, bad = answer.json()["predictions"]
     p = _wanted(network, pictures["a"], _conditionals(network, pictures)["words"])
     assert np.abs(decode_confidence(base64.b64decode(good["probability"])) - 255 * p).max() < 0.6
-    assert bad["error"].startswith("prompt_missing: ") and bad["mask"] is None
+    assert bad["error"].startswith("prompt_invalid: ") and bad["mask"] is None
 
 
 ELSEWHERE = """\

@@ -117,7 +117,7 @@ def test_min_confidence(folder: Path, model: mlflow.pyfunc.PyFuncModel, pictures
     assert (mask == labels).all() and 0.2 < (mask == 255).mean() < 0.8
     with pytest.raises(MaskMillError) as caught:
         model.predict([{"image": str(pictures[0])}], params={"min_confidence": 1.5})
-    assert caught.value.code == "min_confidence_invalid"
+    assert caught.value.code == "setting_invalid"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_signature_example_and_what_is_in_the_folder(saved: Path, folder: Path) 
     assert (artifacts / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     with pytest.raises(MaskMillError) as caught:
         save_student_model(folder, saved)
-    assert caught.value.code == "model_exists"
+    assert caught.value.code == "output_exists"
 
 
 def test_over_http_as_mlflow_serves_it(

@@ -160,7 +160,7 @@ def test_names_of_folds_and_splits() -> None:
 def test_unknown_classes_are_named(unseen: str) -> None:
     with pytest.raises(MaskMillError) as error:
         open_source(SourceSettings(unseen=(unseen,)), dataset=open_toyworld(count=1))
-    assert error.value.code == "class_unknown" and unseen in error.value.message
+    assert error.value.code == "ontology_invalid" and unseen in error.value.message
 
 
 def test_unseen_toy_classes_are_never_asked() -> None:

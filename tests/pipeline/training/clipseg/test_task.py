@@ -232,7 +232,7 @@ class Ahead:
     def load(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         self.read.append(index)
         if index in self.broken:
-            raise MaskMillError("benchmark_unreadable", f"{index} is broken.", "Mend it.")
+            raise MaskMillError("dataset_invalid", f"{index} is broken.", "Mend it.")
         batch = _batch([TEXTS[index % 4]], [SHARES[index % 4]], seed=index)
         return {name: column[0].numpy() for name, column in batch.items()}
 
@@ -277,15 +277,15 @@ def test_nothing_that_can_be_read_ahead(clip: Clip) -> None:
     task = ClipSegTask(lambda _device: build_clipseg(clip, SMALL), ahead=Ahead(broken=range(70)), whiten=3)
     with pytest.raises(MaskMillError) as error:
         task.build(CPU)
-    assert error.value.code == "benchmark_unreadable"
+    assert error.value.code == "dataset_invalid"
 
 
 @pytest.mark.parametrize(
     ("settings", "code"),
     [
-        (PromptModel(kind="vitseg", start="CIDAS/clipseg-rd64"), "start_unsupported"),
+        (PromptModel(kind="vitseg", start="CIDAS/clipseg-rd64"), "model_unsupported"),
         (PromptModel(start="no-such-folder/at-all/here"), "weights_missing"),
-        (PromptModel(clip=TOY), "decoder_does_not_fit"),  # the paper's layers, of a tower with three
+        (PromptModel(clip=TOY), "weights_do_not_fit"),  # the paper's layers, of a tower with three
     ],
 )
 def test_mistakes_are_told(settings: PromptModel, code: str) -> None:

@@ -414,7 +414,7 @@ def test_wrong_settings(changes: dict[str, Any], says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("style", "code"), [("sparkle", "visual_prompt_unknown"), ("blur_highlight,glow=1", "setting_invalid")]
+    ("style", "code"), [("sparkle", "setting_invalid"), ("blur_highlight,glow=1", "setting_invalid")]
 )
 def test_wrong_styles_are_refused_before_training(style: str, code: str) -> None:
     with pytest.raises(MaskMillError) as caught:

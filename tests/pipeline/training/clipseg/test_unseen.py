@@ -87,7 +87,7 @@ def test_zero_shot_split() -> None:
 def test_ids_that_are_no_classes(ids: list[int]) -> None:
     with pytest.raises(MaskMillError) as caught:
         voc_phrases(ids)
-    assert caught.value.code == "option_invalid"
+    assert caught.value.code == "wrong_use"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import torch
 from models.errors import MaskMillError
 from pipeline.files.storage import Storage, open_storage
 from pipeline.training.loop import rng
-from pipeline.training.loop.checkpoints import CheckpointStore, Damaged, folder_name
+from pipeline.training.loop.checkpoints import BrokenCheckpoint, CheckpointStore, folder_name
 
 RECORD = {"iterations": 9, "learning_rate": 0.1}
 
@@ -128,7 +128,7 @@ def test_never_from_scratch_in_silence(
         harm(tmp_path / "run/checkpoints" / folder_name(step))
     with pytest.raises(MaskMillError, match=says) as caught:
         store.newest(fingerprint, lambda _text: None)
-    assert caught.value.code == "checkpoints_damaged"
+    assert caught.value.code == "checkpoint_damaged"
     assert "name another output" in caught.value.remedy
 
 
@@ -198,7 +198,7 @@ def test_other_settings_are_refused_and_named(store: CheckpointStore) -> None:
     write(store, 1)
     with pytest.raises(MaskMillError) as caught:
         store.claim({"iterations": 10, "learning_rate": 0.1, "teacher": "x"})
-    assert caught.value.code == "settings_differ"
+    assert caught.value.code == "output_differs"
     assert "iterations: 9 there, 10 here" in caught.value.message
     assert "teacher: None there, 'x' here" in caught.value.message
     assert "learning_rate" not in caught.value.message
@@ -206,7 +206,7 @@ def test_other_settings_are_refused_and_named(store: CheckpointStore) -> None:
 
 def test_a_checkpoint_of_other_settings_does_not_count(store: CheckpointStore) -> None:
     write(store, 1)
-    with pytest.raises(Damaged, match="other settings"):
+    with pytest.raises(BrokenCheckpoint, match="other settings"):
         store.read(1, "0" * 16)
 
 
@@ -233,7 +233,7 @@ def test_nothing_in_a_checkpoint_is_executed(store: CheckpointStore, tmp_path: P
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["training.pt"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(Damaged, match="more than tensors"):
+    with pytest.raises(BrokenCheckpoint, match="more than tensors"):
         store.read(1)
     assert not (tmp_path / "pwned").exists()
 

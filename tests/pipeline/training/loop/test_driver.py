@@ -357,14 +357,14 @@ def test_other_settings_are_refused(tmp_path: Path, whole: Run) -> None:
     run(tmp_path)
     with pytest.raises(MaskMillError, match=r"learning_rate: 0\.05 there, 0\.01 here") as caught:
         run(tmp_path, learning_rate=0.01, log_every=3, keep=9)
-    assert caught.value.code == "settings_differ"
+    assert caught.value.code == "output_differs"
     assert "keep" not in caught.value.message and "log_every" not in caught.value.message
 
 
 def test_a_loss_that_is_nan_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(MaskMillError, match="step 6") as caught:
         run(tmp_path, plan=Plan(at={(6, 0): "nan"}), checkpoint_every=1)
-    assert caught.value.code == "loss_not_finite"
+    assert caught.value.code == "training_failed"
     # No checkpoint has seen it.
     store = CheckpointStore(open_storage(tmp_path))
     assert store.steps()[-1] == 5

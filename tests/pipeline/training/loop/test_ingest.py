@@ -209,7 +209,7 @@ def test_what_goes_wrong_is_told_as_it_is(
         )  # fmt: skip
     assert text in str(caught.value)
     if isinstance(caught.value, MaskMillError):
-        assert caught.value.code == "training_data_failing" and "5 of the last" in str(caught.value)
+        assert caught.value.code == "training_failed" and "5 of the last" in str(caught.value)
 
 
 @pytest.mark.slow
@@ -300,7 +300,7 @@ def test_failures_are_counted_in_a_window() -> None:
     failures.end()
     with pytest.raises(MaskMillError) as caught:
         failures.add([150, 151], [bad, bad])  # the first takes the place of one that failed as well
-    assert caught.value.code == "training_data_failing" and "gone" in str(caught.value)
+    assert caught.value.code == "training_failed" and "gone" in str(caught.value)
     few = ingest._Failures(0.2, 1000)
     few.add(range(3), [bad] * 3)
     with pytest.raises(MaskMillError):
@@ -318,9 +318,9 @@ def test_errors_that_cannot_be_pickled_keep_their_words() -> None:
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        ({"batch_size": 5, "world_size": 2}, "option_invalid"),
-        ({"batch_size": 4, "world_size": 2, "rank": 2}, "option_invalid"),
-        ({"batch_size": 4, "loaders": 0}, "option_invalid"),
+        ({"batch_size": 5, "world_size": 2}, "wrong_use"),
+        ({"batch_size": 4, "world_size": 2, "rank": 2}, "wrong_use"),
+        ({"batch_size": 4, "loaders": 0}, "wrong_use"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], code: str) -> None:

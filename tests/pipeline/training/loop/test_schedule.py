@@ -65,7 +65,7 @@ def test_agrees_with_pytorch(kind: str) -> None:
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], says: str) -> None:
     with pytest.raises(MaskMillError, match=says) as caught:
         settings(**changes)
-    assert caught.value.code == "settings_invalid"
+    assert caught.value.code == "setting_invalid"
 
 
 @pytest.mark.parametrize(
@@ -78,4 +78,4 @@ def test_a_batch_must_be_shared_evenly(workers: int, accumulation: int, fits: bo
         return
     with pytest.raises(MaskMillError, match=f"multiple of {workers * accumulation}") as caught:
         chosen.check_workers(workers)
-    assert caught.value.code == "batch_not_divisible"
+    assert caught.value.code == "setting_invalid"

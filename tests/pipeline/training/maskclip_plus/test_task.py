@@ -323,7 +323,7 @@ def test_one_pixel_of_hidden_truth_stops_the_training(step):
     batch["labels"][1, 2, 3] = 3
     with pytest.raises(MaskMillError, match=r"fish \(1 pixels\)") as caught:
         task.loss(module, batch, step)
-    assert caught.value.code == "truth_leaked"
+    assert caught.value.code == "training_failed"
 
 
 def test_labels_that_are_no_class_are_named():
@@ -332,7 +332,7 @@ def test_labels_that_are_no_class_are_named():
     batch["labels"][0, 0, 0] = 255
     with pytest.raises(MaskMillError, match="255") as caught:
         task.loss(task.build(CPU), batch, 1)
-    assert caught.value.code == "label_unknown"
+    assert caught.value.code == "ontology_invalid"
 
 
 # --- the frozen CLIP on the crop ----------------------------------------------------------------------------
@@ -469,7 +469,7 @@ def test_state_of_another_run_is_refused():
     ):
         with pytest.raises(MaskMillError) as caught:
             receiver.load_state_dict(given)
-        assert caught.value.code == "checkpoint_does_not_fit"
+        assert caught.value.code == "weights_do_not_fit"
 
 
 # --- the guards, each with the failure it is there for ------------------------------------------------------

@@ -186,10 +186,10 @@ def test_classes_are_matched_by_name_and_synonym(table: str, truth: Any) -> None
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        ({"unseen_ids": (1,)}, "option_invalid"),
-        ({"void_from_truth": True}, "option_invalid"),
-        ({"truth": True, "unseen_ids": (1,), "void_from_truth": True}, "option_invalid"),
-        ({"truth": True, "unseen_ids": (14,)}, "option_invalid"),
+        ({"unseen_ids": (1,)}, "wrong_use"),
+        ({"void_from_truth": True}, "wrong_use"),
+        ({"truth": True, "unseen_ids": (1,), "void_from_truth": True}, "wrong_use"),
+        ({"truth": True, "unseen_ids": (14,)}, "wrong_use"),
         ({"min_quality": 1.1}, "training_data_empty"),
     ],
 )
@@ -234,8 +234,8 @@ def test_the_same_generator_gives_the_same_bytes_in_any_process(table: str) -> N
     ("damage", "code"),
     [
         (lambda path: path.unlink(), "not_found"),
-        (lambda path: path.write_bytes(png(np.zeros((SIZE, SIZE, 3), np.uint8))), "image_changed"),
-        (lambda path: path.write_bytes(path.read_bytes()[:99]), "image_changed"),
+        (lambda path: path.write_bytes(png(np.zeros((SIZE, SIZE, 3), np.uint8))), "image_invalid"),
+        (lambda path: path.write_bytes(path.read_bytes()[:99]), "image_invalid"),
     ],
 )
 def test_images_that_are_gone_or_changed(tmp_path: Path, damage: Any, code: str) -> None:
@@ -252,19 +252,19 @@ def test_truth_of_another_size(table: str) -> None:
     other = open_toyworld(split=f"seed-{SEED}", count=10, size=2 * SIZE)
     with pytest.raises(MaskMillError) as caught:
         sample(opened(table, truth=other, unseen_ids=(1,)), 0)
-    assert caught.value.code == "size_differs"
+    assert caught.value.code == "mask_invalid"
 
 
 def test_tables_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(MaskMillError) as caught:
         opened(str(tmp_path))
-    assert caught.value.code == "table_unreadable"
+    assert caught.value.code == "table_damaged"
     made = make(tmp_path, 3)
     part = next((tmp_path / "table" / "labels").iterdir())
     part.write_bytes(part.read_bytes()[:100])
     with pytest.raises(MaskMillError) as caught:
         opened(made)
-    assert caught.value.code == "table_unreadable" and part.name in str(caught.value)
+    assert caught.value.code == "table_damaged" and part.name in str(caught.value)
 
 
 def test_upright_as_it_was_labelled(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_synonyms_and_ignored_pixels(tmp_path: Path) -> None:
     assert np.array_equal(found, np.where(mask == 255, IGNORED, np.where(mask == 1, OBJECT, OTHER)))
     with pytest.raises(MaskMillError) as caught:
         open_class_source(dataset, class_ids=[3])
-    assert caught.value.code == "option_invalid"
+    assert caught.value.code == "wrong_use"
 
 
 @pytest.mark.parametrize("benchmark", ["pascal5i", "coco20i"])
@@ -310,8 +310,8 @@ def test_faint_classes_of_a_table_are_neither_asked_for_nor_negatives(
     ("options", "code"),
     [
         ({"min_confidence": 1.0}, "training_data_empty"),
-        ({"min_share": 1.5}, "option_invalid"),
-        ({"class_ids": [99]}, "option_invalid"),
+        ({"min_share": 1.5}, "wrong_use"),
+        ({"class_ids": [99]}, "wrong_use"),
     ],
 )
 def test_table_options_that_leave_nothing(table: str, options: dict[str, Any], code: str) -> None:
