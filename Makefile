@@ -4,17 +4,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# Tests wait a lot, for processes to start and to end: more at a time than a small machine has cores.
+# Tests that run at the same time.
 WORKERS ?= 2
 # As the job's own processes have it (pipeline.cluster.session.WORKER_MALLOC): a twelfth of the time.
 MALLOC = glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=2147483648
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo check test test-long lint bench clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup:  ## the environment with the pinned packages; does nothing when it is there already
 	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
@@ -24,20 +24,29 @@ setup:  ## the environment with the pinned packages; does nothing when it is the
 demo: setup  ## label images of the toy world, train a student, measure both, offline
 	@"$(BIN)/maskmill" demo $(ARGS)
 
-test: setup  ## all tests, side by side in WORKERS processes; WORKERS=0 for a debugger
-	@OMP_WAIT_POLICY=PASSIVE GLIBC_TUNABLES="$(MALLOC)" "$(BIN)/python" -m pytest --numprocesses "$(WORKERS)" \
-	  --dist loadfile --no-loadscope-reorder $(ARGS)
+PYTEST = OMP_WAIT_POLICY=PASSIVE GLIBC_TUNABLES="$(MALLOC)" "$(BIN)/python" -m pytest \
+  --numprocesses "$(WORKERS)" --dist loadfile --no-loadscope-reorder
 
-lint: setup  ## style and types
+check: lint  ## for daily work, in minutes: lint, and the tests that are quick
+	@$(PYTEST) -m "not (slow or cluster or browser or long)" $(ARGS)
+
+test: setup  ## all tests but the long ones, in WORKERS processes; WORKERS=0 for a debugger
+	@$(PYTEST) -m "not long" $(ARGS)
+
+test-long: setup  ## the long tests: many kills, long trainings
+	@$(PYTEST) -m long $(ARGS)
+
+lint: setup  ## style, types and the direction of imports
 	@status=0; \
 	"$(BIN)/ruff" check . || status=1; \
 	"$(BIN)/ruff" format --check . || status=1; \
 	"$(BIN)/mypy" || status=1; \
+	"$(BIN)/lint-imports" || status=1; \
 	exit $$status
 
 bench: setup  ## the labelling job beside a bare loop and a naive script
 	@"$(BIN)/python" -m benchmarks.label_job $(ARGS)
 
 clean:  ## remove the environment, caches and the demo's output
-	rm -rf "$(VENV)" demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find models pipeline jobs tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

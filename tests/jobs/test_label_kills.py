@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.toyworld import scenes as toyworld
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 ROOT = Path(__file__).resolve().parents[2]
 KILLS = 20
