@@ -6,37 +6,40 @@ VENV ?= .venv
 ARGS ?=
 # Tests that run at the same time.
 WORKERS ?= 2
-# As the job's own processes have it (pipeline.cluster.session.WORKER_MALLOC): a twelfth of the time.
+# glibc gives memory back less often, as in the job's own processes: tests take a twelfth less time.
 MALLOC = glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=2147483648
 BIN = $(VENV)/bin
+BOOTSTRAP = command -v "$(PYTHON)" >/dev/null 2>&1 || { \
+  echo "setup: there is no $(PYTHON) here. Install Python 3.10 to 3.13 or name yours: make PYTHON=/path/to/python3" >&2; \
+  exit 1; }; "$(PYTHON)" -I jobs/bootstrap.py --venv "$(VENV)"
+PYTEST = OMP_WAIT_POLICY=PASSIVE GLIBC_TUNABLES="$(MALLOC)" "$(BIN)/python" -m pytest \
+  --numprocesses "$(WORKERS)" --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-long lint bench clean
+.PHONY: help setup setup-dev demo check test test-long lint bench clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup:  ## the environment with the pinned packages; does nothing when it is there already
-	@command -v "$(PYTHON)" >/dev/null 2>&1 || { \
-	  echo "setup: there is no $(PYTHON) here. Install Python 3.10 to 3.13 or name yours: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@"$(PYTHON)" -I jobs/bootstrap.py --venv "$(VENV)"
+setup:  ## install what running needs into VENV; a no-op when that is done
+	@$(BOOTSTRAP)
+
+setup-dev:  ## the same, and what tests and lint need
+	@$(BOOTSTRAP) --dev
 
 demo: setup  ## label images of the toy world, train a student, measure both, offline
 	@"$(BIN)/maskmill" demo $(ARGS)
 
-PYTEST = OMP_WAIT_POLICY=PASSIVE GLIBC_TUNABLES="$(MALLOC)" "$(BIN)/python" -m pytest \
-  --numprocesses "$(WORKERS)" --dist loadfile --no-loadscope-reorder
-
 check: lint  ## for daily work, in minutes: lint, and the tests that are quick
 	@$(PYTEST) -m "not (slow or cluster or browser or long)" $(ARGS)
 
-test: setup  ## all tests but the long ones, in WORKERS processes; WORKERS=0 for a debugger
+test: setup-dev  ## all tests but the long ones, in WORKERS processes; WORKERS=0 for a debugger
 	@$(PYTEST) -m "not long" $(ARGS)
 
-test-long: setup  ## the long tests: many kills, long trainings
+test-long: setup-dev  ## the long tests: many kills, long trainings
 	@$(PYTEST) -m long $(ARGS)
 
-lint: setup  ## style, types and the direction of imports
+lint: setup-dev  ## style, types and the direction of imports
 	@status=0; \
 	"$(BIN)/ruff" check . || status=1; \
 	"$(BIN)/ruff" format --check . || status=1; \
