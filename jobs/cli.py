@@ -5,11 +5,17 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from jobs.demo import Demo
+from jobs.export import Export
+from jobs.label import Label
+from jobs.report import Report
+from jobs.runs import Runs
+from jobs.show import Show
+from jobs.track import Track
 from models.errors import MaskMillError, WrongUse
 from pipeline.cluster.collector import collect_rarely
 from pipeline.cluster.signals import end_process, interrupt_on_signals
@@ -24,130 +30,6 @@ Verbose = Annotated[Flag, tyro.conf.arg(aliases=["-v"])]
 Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 Settings = Annotated[Repeated, tyro.conf.arg(name="set", metavar="KEY=VALUE")]
 UNNESTED = tyro.conf.arg(name="")  # a group of options that are written, and listed, like all others
-
-
-def label(
-    *,
-    images: str | None = None,
-    manifest: str | None = None,
-    output: str,
-    classes: str | None = None,
-    ontology: str | None = None,
-    recipe: str | None = None,
-    model: str | None = None,
-    settings: Settings = (),
-    background: Flag = True,
-    min_confidence: float | None = None,
-    max_failure_rate: float = 0.05,
-    overwrite: Flag = False,
-    tracking: str | None = None,
-    system_metrics: Flag = False,
-    address: str | None = None,
-    verbose: Verbose = False,
-) -> int:
-    """Label images with class names: images in, a label table (Parquet) out.
-
-    The same command again goes on after a crash and labels what is new.
-
-    Args:
-        images: folder, glob ("photos/*.jpg") or list file (.txt, one path or URI a line) of images.
-        manifest: manifest in Parquet (columns id, uri), instead of --images.
-        output: folder (or s3://… prefix) for the label table.
-        classes: class names between commas: "cat, dog, grass". Everything else becomes "background".
-        ontology: YAML file of classes, or a built-in name (voc21, context59, …), instead of --classes.
-        recipe: named recipe or YAML file: every knob that changes the labels; default: maskclip.
-        model: what maskmill train has made (its --output), instead of --recipe; a student labels with its own
-            classes without --classes and --ontology. Or clipseg, the released one.
-        settings: change one knob of the recipe; may be repeated.
-        background: with --no-background every pixel gets one of the classes of --classes.
-        min_confidence: pixels less sure than this (0 to 1) become "ignore" (255).
-        max_failure_rate: exit with 1 if a larger share of the images fails.
-        overwrite: delete a table that is already in --output and start anew.
-        tracking: MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db; off: none.
-        system_metrics: track the load of this machine as well.
-        address: of a Ray cluster; default: the one that RAY_ADDRESS names, else this machine alone.
-        verbose: show what Ray says.
-    """
-    from jobs.label import LabelJob, run, with_min_confidence
-    from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
-
-    source = _exactly_one("--images", images, "--manifest", manifest)
-    for flag, value in (("--min-confidence", min_confidence), ("--max-failure-rate", max_failure_rate)):
-        if value is not None and not 0 <= value <= 1:
-            raise WrongUse(
-                "wrong_use", f"{flag} {value} is not between 0 and 1.", "Give a share, such as 0.05."
-            )
-    chosen, own = _labelling_recipe(recipe, model, settings)
-    chosen = with_min_confidence(chosen, min_confidence)
-    if own is None or classes is not None or ontology is not None:
-        _exactly_one("--classes", classes, "--ontology", ontology)
-    templates = "toyworld" if chosen.model == "toyclip" else own.templates if own else "openai85"
-    if classes is not None:
-        wanted = parse_classes(classes, background="default" if background else None, templates=templates)
-    elif ontology is not None:
-        wanted = load_ontology(ontology)
-        if not background:
-            wanted = Ontology.from_dict(wanted.to_dict() | {"background": None})
-    else:
-        assert own is not None
-        wanted = own
-    return run(
-        LabelJob(
-            source=source,
-            ontology=wanted,
-            recipe=chosen,
-            output=output,
-            overwrite=overwrite,
-            max_failure_rate=max_failure_rate,
-            tracking=tracking,
-            system_metrics=system_metrics,
-            address=address,
-            verbose=verbose,
-        )
-    )
-
-
-def show(
-    table: Annotated[str, tyro.conf.Positional],
-    /,
-    *,
-    output: Path | None = None,
-    limit: int = 60,
-) -> int:
-    """Make a page of pictures from a label table: overlays, coverage, confidence, failures.
-
-    Args:
-        table: the --output of maskmill label.
-        output: the page; default: gallery.html beside the table.
-        limit: images on the page.
-    """
-    from jobs.show import run
-
-    return run(table, output=output, limit=limit)
-
-
-def demo(
-    *,
-    output: Path = Path("demo"),
-    images: int = 500,
-    size: int = 128,
-    seed: int = 2026,
-    test: int = 80,
-    steps: int = 1000,
-) -> int:
-    """All of it on the embedded toy world, offline: label images, train a student, evaluate, show.
-
-    Args:
-        output: folder for everything it makes.
-        images: number of unlabelled scenes.
-        size: side of a scene in pixels.
-        seed: of the scenes.
-        test: number of scenes with truth to measure on.
-        steps: of training.
-    """
-    from jobs.demo import run
-
-    return run(output, count=images, size=size, seed=seed, test=test, steps=steps)
 
 
 def recipes() -> int:
@@ -340,52 +222,6 @@ def datasets() -> int:
     return 0
 
 
-def report(
-    results: Annotated[tuple[str, ...], tyro.conf.Positional], /, *, output: Path | None = None
-) -> int:
-    """Make one page of result folders: figures beside published ones, curves, worst and best images.
-
-    Args:
-        results: folders of maskmill evaluate or maskmill benchmark.
-        output: the page; default: report.html in the first folder.
-    """
-    from jobs.report import run
-
-    return run(results, output=output)
-
-
-def runs(
-    *,
-    tracking: str | None = None,
-    experiment: str | None = None,
-    limit: int = 20,
-    compare: tuple[str, ...] = (),
-) -> int:
-    """List the tracked runs, or compare some of them.
-
-    Args:
-        tracking: MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db.
-        experiment: only this one, or this kind of job: label, evaluate, benchmark, train.
-        limit: runs in the list.
-        compare: ids (or their first letters) or names of at least two runs: what differs between them.
-    """
-    from jobs.runs import run
-
-    return run(tracking=tracking, experiment=experiment, limit=limit, compare=compare)
-
-
-def track(*, flush: Flag = False, tracking: str | None = None) -> int:
-    """List the runs that did not reach their tracking server; with --flush send them.
-
-    Args:
-        flush: send them now.
-        tracking: send them to this MLflow URI instead of where they were meant to go.
-    """
-    from jobs.track import run
-
-    return run(send=flush, tracking=tracking)
-
-
 def segment(
     images: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE...")],
     /,
@@ -522,27 +358,6 @@ def serve(
             limits=Limits(per_minute=per_minute, upload_bytes=upload_mb * 2**20),
         )
     )
-
-
-def export(
-    student: Annotated[str, tyro.conf.Positional],
-    /,
-    *,
-    format: Literal["onnx", "torch"],
-    output: Path,
-    overwrite: Flag = False,
-) -> int:
-    """Write a student as a program for other runtimes, compared with it.
-
-    Args:
-        student: the --output of maskmill train maskclip-plus.
-        format: onnx, or torch for a program of torch.export.
-        output: the file, .onnx or .pt2.
-        overwrite: replace a file that is there.
-    """
-    from jobs.export import run
-
-    return run(student, format=format, output=output, overwrite=overwrite)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -751,21 +566,21 @@ TRAINERS: dict[str, Callable[..., int]] = {
 }
 
 
-COMMANDS: dict[str, Callable[..., int]] = {
-    "label": label,
-    "show": show,
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "label": Label,
+    "show": Show,
     "train": train,
-    "export": export,
+    "export": Export,
     "segment": segment,
     "serve": serve,
     "evaluate": evaluate,
     "benchmark": benchmark,
-    "report": report,
-    "runs": runs,
-    "track": track,
+    "report": Report,
+    "runs": Runs,
+    "track": Track,
     "datasets": datasets,
     "recipes": recipes,
-    "demo": demo,
+    "demo": Demo,
 }
 
 
@@ -781,8 +596,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description = "Train a model on labels, on this machine or a Ray cluster."
     try:
         status: Any = tyro.extras.subcommand_cli_from_dict(
-            commands, prog=prog, description=description, args=given
+            commands,
+            prog=prog,
+            description=description,
+            args=given,
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
         )
+        status = status if isinstance(status, int) else status.run()
     except MaskMillError as error:
         print(f"maskmill: {error}", file=sys.stderr)
         status = error.exit_status

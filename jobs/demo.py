@@ -6,17 +6,16 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from jobs import evaluate, label, show
-from jobs.train import maskclip_plus
-from jobs.train.run import TrainOptions
-from jobs.train.student_page import PAGE, SHEET, write_pages
+from jobs.label import label_images
+from jobs.show import Show
 from models.errors import WrongUse
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.pairs import open_pairs
@@ -24,108 +23,110 @@ from pipeline.labelling.prepare import student_recipe
 from pipeline.labelling.recipes import RECIPES
 from pipeline.ontology.ontology import load_ontology
 from pipeline.report.training_page import Score
-from pipeline.toyworld import scenes as toyworld
 from pipeline.trained.student import read_student_record
-from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
+
+if TYPE_CHECKING:
+    from pipeline.training.maskclip_plus.recipes import MaskClipPlusRecipe
 
 MARKER = "made-by-maskmill-demo.txt"
 TRUTH_SEED = 1
 """Added to the seed of the unlabelled scenes: those with truth are others."""
 
 
-def run(
-    output: Path,
-    *,
-    count: int,
-    size: int,
-    seed: int,
-    test: int,
-    steps: int,
-    console: Console | None = None,
-) -> int:
-    """Make scenes, label them, train a student on the labels, measure both on scenes with truth.
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """All of it on the embedded toy world, offline: label images, train a student, evaluate, show."""
 
-    Args:
-        output: folder for everything it makes; one of an earlier demo is made anew.
-        count: number of unlabelled scenes.
-        size: side of a scene in pixels.
-        seed: of the scenes; not among those that the bundled CLIP was trained on.
-        test: number of scenes with truth, which nothing is trained on.
-        steps: of training.
-        console: where to print.
+    output: Path = Path("demo")
+    """folder for everything it makes; that of an earlier demo is made anew."""
+    images: int = 500
+    """number of unlabelled scenes."""
+    size: int = 128
+    """side of a scene in pixels."""
+    seed: int = 2026
+    """of the scenes; the bundled CLIP was trained on other ones."""
+    test: int = 80
+    """number of scenes with truth to measure on; nothing is trained on them."""
+    steps: int = 1000
+    """of training."""
 
-    Raises:
-        MaskMillError: ``output_not_ours`` if the folder holds something else.
-    """
-    console = console or Console()
-    images, table, student = output / "images", output / "table", output / "student"
-    _fresh(output)
-    ontology = load_ontology("toyworld")
-    _title(console, f"1. Draw {count} unlabelled scenes of the toy world, and {test} with their true maps")
-    _draw(images, None, count=count, size=size, seed=seed)
-    _draw(
-        output / "test" / "images", output / "test" / "truth", count=test, size=size, seed=seed + TRUTH_SEED
-    )
-    truth = open_pairs(
-        images=str(output / "test" / "images"),
-        masks=str(output / "test" / "truth"),
-        ontology=ontology,
-    )
+    def run(self, console: Console | None = None) -> int:
+        """Make scenes, label them, train a student on the labels, measure both on scenes with truth.
 
-    _title(console, "2. maskmill label: class names in, pseudo-labels out")
-    status = label.run(
-        label.LabelJob(source=str(images), ontology=ontology, recipe=RECIPES["toy"], output=str(table)),
-        console,
-    )
-    if status:
-        return status
+        Raises:
+            MaskMillError: ``output_not_ours`` if the folder holds something else.
+        """
+        from jobs.train import maskclip_plus
+        from jobs.train.run import TrainOptions
+        from jobs.train.student_page import PAGE, SHEET, write_pages
 
-    _title(console, "3. maskmill train maskclip-plus: a student learns from the pseudo-labels")
-    recipe = _shortened(steps)
-    status = maskclip_plus.run(
-        maskclip_plus.MaskClipPlusJob(
-            labels=str(table), recipe=recipe, options=TrainOptions(output=str(student))
-        ),
-        console,
-    )
-    if status:
-        return status
+        console = console or Console()
+        output = self.output
+        images, table, student = output / "images", output / "table", output / "student"
+        test, results = output / "test", output / "results"
+        _fresh(output)
+        ontology = load_ontology("toyworld")
+        _title(
+            console,
+            f"1. Draw {self.images} unlabelled scenes of the toy world, and {self.test} with their true maps",
+        )
+        _draw(images, None, count=self.images, size=self.size, seed=self.seed)
+        _draw(test / "images", test / "truth", count=self.test, size=self.size, seed=self.seed + TRUTH_SEED)
+        truth = open_pairs(images=str(test / "images"), masks=str(test / "truth"), ontology=ontology)
 
-    _title(console, "4. maskmill evaluate: teacher and student against the true maps")
-    found = {
-        "teacher": _evaluate(truth, RECIPES["toy"], output / "results" / "teacher", console),
-        "student": _evaluate(truth, student_recipe(str(student))[0], output / "results" / "student", console),
-    }
-    _print_scores(found, console)
-    record = read_student_record(student)
-    write_pages(
-        record,
-        [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()],
-        labels=str(output / "results" / "teacher" / "labels"),
-        truth=truth,
-        scores=[
-            Score(name, one["metrics"]["miou"], [entry["iou"] for entry in one["classes"]])
-            for name, one in found.items()
-        ],
-        note=f"{test} scenes that neither of them has learned from, and their true maps.",
-    )
-    show.run(str(table), output=output / "gallery.html", limit=60, console=Console(quiet=True))
-    lines = [
-        f"Side by side:      {(student / PAGE).resolve().as_uri()}",
-        f"One picture:       {student / SHEET}",
-        f"All pseudo-labels: {(output / 'gallery.html').resolve().as_uri()}",
-        f"Label with it:     maskmill label --model {student} --images DIR --output OUT",
-    ]
-    console.print("\n".join(lines), soft_wrap=True, highlight=False)
-    return 0
+        _title(console, "2. maskmill label: class names in, pseudo-labels out")
+        status = label_images(str(images), ontology, RECIPES["toy"], str(table), console=console)
+        if status:
+            return status
+
+        _title(console, "3. maskmill train maskclip-plus: a student learns from the pseudo-labels")
+        recipe = _shortened(self.steps)
+        status = maskclip_plus.run(
+            maskclip_plus.MaskClipPlusJob(
+                labels=str(table), recipe=recipe, options=TrainOptions(output=str(student))
+            ),
+            console,
+        )
+        if status:
+            return status
+
+        _title(console, "4. maskmill evaluate: teacher and student against the true maps")
+        found = {
+            "teacher": _evaluate(truth, RECIPES["toy"], results / "teacher", console),
+            "student": _evaluate(truth, student_recipe(str(student))[0], results / "student", console),
+        }
+        _print_scores(found, console)
+        record = read_student_record(student)
+        write_pages(
+            record,
+            [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()],
+            labels=str(results / "teacher" / "labels"),
+            truth=truth,
+            scores=[
+                Score(name, one["metrics"]["miou"], [entry["iou"] for entry in one["classes"]])
+                for name, one in found.items()
+            ],
+            note=f"{self.test} scenes that neither of them has learned from, and their true maps.",
+        )
+        Show(table=str(table), output=output / "gallery.html").run(Console(quiet=True))
+        lines = [
+            f"Side by side:      {(student / PAGE).resolve().as_uri()}",
+            f"One picture:       {student / SHEET}",
+            f"All pseudo-labels: {(output / 'gallery.html').resolve().as_uri()}",
+            f"Label with it:     maskmill label --model {student} --images DIR --output OUT",
+        ]
+        console.print("\n".join(lines), soft_wrap=True, highlight=False)
+        return 0
 
 
 def _title(console: Console, text: str) -> None:
     console.print(f"\n[bold]{text}[/bold]", highlight=False)
 
 
-def _shortened(steps: int) -> maskclip_plus.MaskClipPlusRecipe:
+def _shortened(steps: int) -> MaskClipPlusRecipe:
     """The recipe ``toy`` with other steps, its phases in proportion."""
+    from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
+
     recipe = MASKCLIP_PLUS_RECIPES.recipes["toy"]
     guided = max(1, round(steps * recipe.selftrain.guided[1] / recipe.loop.iterations))
     return MASKCLIP_PLUS_RECIPES.change(
@@ -153,8 +154,10 @@ def _fresh(output: Path) -> None:
 
 
 def _draw(images: Path, truth: Path | None, *, count: int, size: int, seed: int) -> None:
+    from pipeline.toyworld.scenes import generate
+
     images.mkdir(parents=True)
-    scenes, maps, _captions = toyworld.generate(seed, count, size)
+    scenes, maps, _captions = generate(seed, count, size)
     for index, (scene, ids) in enumerate(zip(scenes, maps, strict=True)):
         Image.fromarray(scene).save(images / f"scene_{index:04d}.png")
         if truth is not None:
@@ -163,6 +166,8 @@ def _draw(images: Path, truth: Path | None, *, count: int, size: int, seed: int)
 
 
 def _evaluate(truth: Dataset, recipe: Any, folder: Path, console: Console) -> dict[str, Any]:
+    from jobs import evaluate
+
     job = evaluate.EvaluateJob(dataset=truth, recipe=recipe, output=folder, boundary=False, pictures=0)
     return evaluate.evaluate(dataclasses.replace(job, ontology=load_ontology("toyworld")), console)[1]
 

@@ -226,23 +226,21 @@ def _plan(job: EvaluateJob) -> tuple[LabelRecipe, Ontology]:
 
 
 def _label(job: EvaluateJob, recipe: LabelRecipe, ontology: Ontology, folder: Path, console: Console) -> str:
-    from jobs import label
+    from jobs.label import label_images
 
     source = folder / "images.txt"
     source.write_text("".join(f"{_file(job.dataset, sample, folder)}\n" for sample in job.dataset.samples))
     table = folder / "labels"
-    label.run(
-        label.LabelJob(
-            source=str(source),
-            ontology=ontology,
-            recipe=recipe,
-            output=str(table),
-            overwrite=job.overwrite,
-            max_failure_rate=1.0,  # all images are asked for below
-            address=job.address,
-            verbose=job.verbose,
-        ),
-        console,
+    label_images(
+        str(source),
+        ontology,
+        recipe,
+        str(table),
+        overwrite=job.overwrite,
+        max_failure_rate=1.0,  # evaluate asks for all of them, with words of its own
+        address=job.address,
+        verbose=job.verbose,
+        console=console,
     )
     return str(table)
 

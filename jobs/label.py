@@ -13,9 +13,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from jobs.console import LabelDisplay, duration, stderr_console
+from jobs.options import FLAT, Address, LabellingModel, SystemMetrics, Tracking, Verbose, exactly_one
 from jobs.preparation import Request, Settled, preparing
 from models.errors import MaskMillError, WrongUse
 from pipeline.cluster.session import WORKER_MALLOC, joins_cluster, ray_session, worker_precision
@@ -31,7 +32,7 @@ from pipeline.corpus.manifest import build_manifest
 from pipeline.files.storage import Storage, open_storage
 from pipeline.files.versions import versions
 from pipeline.labelling.recipes import LabelRecipe
-from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
 from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, done_ids, recover
 from pipeline.table.labels import DATASET_FILE
 from pipeline.table.lease import RUN_ID_VARIABLE, Lease
@@ -58,10 +59,93 @@ PACKAGES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelJob:
-    """Everything that a labelling run is asked for.
+class Label:
+    """Label images with class names: images in, a label table (Parquet) out.
 
-    Attributes:
+    The same command again goes on after a crash and labels what is new.
+    """
+
+    images: str | None = None
+    """folder, glob ("photos/*.jpg") or list file (.txt, one path or URI a line) of images."""
+    manifest: str | None = None
+    """manifest in Parquet (columns id, uri), instead of --images."""
+    output: str
+    """folder (or s3://… prefix) for the label table."""
+    classes: str | None = None
+    """class names between commas: "cat, dog, grass". Everything else becomes "background"."""
+    ontology: str | None = None
+    """YAML file of classes, or a built-in name (voc21, context59, …), instead of --classes."""
+    by: Annotated[LabellingModel, FLAT] = field(default_factory=LabellingModel)
+    background: bool = True
+    """with --no-background every pixel gets one of the classes of --classes."""
+    min_confidence: float | None = None
+    """pixels less sure than this (0 to 1) become "ignore" (255)."""
+    max_failure_rate: float = 0.05
+    """exit with 1 if a larger share of the images fails."""
+    overwrite: bool = False
+    """delete a table that is already in --output and start anew."""
+    tracking: Tracking = None
+    system_metrics: SystemMetrics = False
+    address: Address = None
+    verbose: Verbose = False
+
+    def run(self, console: Console | None = None) -> int:
+        """Label what is new; see ``label_images``."""
+        source = exactly_one("--images", self.images, "--manifest", self.manifest, command="label")
+        shares = {"--min-confidence": self.min_confidence, "--max-failure-rate": self.max_failure_rate}
+        for option, share in shares.items():
+            if share is not None and not 0 <= share <= 1:
+                raise WrongUse(
+                    "wrong_use", f"{option} {share} is not between 0 and 1.", "Give a share, such as 0.05."
+                )
+        recipe, own = self.by.load()
+        if self.min_confidence is not None:
+            recipe = dataclasses.replace(recipe, min_confidence=self.min_confidence)
+        return label_images(
+            source,
+            self._ontology(recipe, own),
+            recipe,
+            self.output,
+            overwrite=self.overwrite,
+            max_failure_rate=self.max_failure_rate,
+            address=self.address,
+            verbose=self.verbose,
+            tracking=self.tracking,
+            system_metrics=self.system_metrics,
+            console=console,
+        )
+
+    def _ontology(self, recipe: LabelRecipe, own: Ontology | None) -> Ontology:
+        """The classes asked for, else those of the model."""
+        if own is not None and self.classes is None and self.ontology is None:
+            return own
+        exactly_one("--classes", self.classes, "--ontology", self.ontology, command="label")
+        if self.classes is not None:
+            templates = "toyworld" if recipe.model == "toyclip" else own.templates if own else "openai85"
+            background = "default" if self.background else None
+            return parse_classes(self.classes, background=background, templates=templates)
+        assert self.ontology is not None
+        ontology = load_ontology(self.ontology)
+        return ontology if self.background else Ontology.from_dict(ontology.to_dict() | {"background": None})
+
+
+def label_images(
+    source: str,
+    ontology: Ontology,
+    recipe: LabelRecipe,
+    output: str,
+    *,
+    overwrite: bool = False,
+    max_failure_rate: float = 0.05,
+    address: str | None = None,
+    verbose: bool = False,
+    tracking: str | None = OFF,
+    system_metrics: bool = False,
+    console: Console | None = None,
+) -> int:
+    """Label what is new. Prints a summary.
+
+    Args:
         source: folder, glob, list file or manifest of the images.
         ontology: the classes.
         recipe: every knob that changes the labels.
@@ -72,22 +156,7 @@ class LabelJob:
         verbose: let Ray talk.
         tracking: MLflow URI, None for the default, ``off`` for none.
         system_metrics: track the load of this machine as well.
-    """
-
-    source: str
-    ontology: Ontology
-    recipe: LabelRecipe
-    output: str
-    overwrite: bool = False
-    max_failure_rate: float = 0.05
-    address: str | None = None
-    verbose: bool = False
-    tracking: str | None = OFF
-    system_metrics: bool = False
-
-
-def run(job: LabelJob, console: Console | None = None) -> int:
-    """Label what is new. Prints a summary.
+        console: where to print.
 
     Returns:
         0, or 1 if more than ``max_failure_rate`` of the images of this run failed.
@@ -95,6 +164,39 @@ def run(job: LabelJob, console: Console | None = None) -> int:
     Raises:
         MaskMillError: for everything that the user can mend.
     """
+    job = LabelJob(
+        source=source,
+        ontology=ontology,
+        recipe=recipe,
+        output=output,
+        overwrite=overwrite,
+        max_failure_rate=max_failure_rate,
+        address=address,
+        verbose=verbose,
+        tracking=tracking,
+        system_metrics=system_metrics,
+    )
+    return run(job, console)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelJob:
+    """A labelling run; the fields are the arguments of ``label_images``."""
+
+    source: str
+    ontology: Ontology
+    recipe: LabelRecipe
+    output: str
+    overwrite: bool
+    max_failure_rate: float
+    address: str | None
+    verbose: bool
+    tracking: str | None
+    system_metrics: bool
+
+
+def run(job: LabelJob, console: Console | None = None) -> int:
+    """See ``label_images``."""
     console = console or stderr_console()
     began = time.monotonic()
     tracker = open_tracker(job.tracking, system_metrics=job.system_metrics)
@@ -456,8 +558,3 @@ def _abandon() -> None:
     """Another run owns the output now: stop before one more byte is written."""
     print("The lease of this output was taken over by another run; stopping.", file=sys.stderr, flush=True)
     interrupt()
-
-
-def with_min_confidence(recipe: LabelRecipe, min_confidence: float | None) -> LabelRecipe:
-    """The recipe with another ``min_confidence``, if one is given."""
-    return recipe if min_confidence is None else dataclasses.replace(recipe, min_confidence=min_confidence)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -36,46 +37,52 @@ MIN_LAST = 16
 STYLES = {"FINISHED": "green", "RUNNING": "cyan", "FAILED": "red", "KILLED": "yellow"}
 
 
-def run(
-    *,
-    tracking: str | None = None,
-    experiment: str | None = None,
-    limit: int = 20,
-    compare: Sequence[str] = (),
-    console: Console | None = None,
-) -> int:
-    """List the newest runs, or say how several differ.
+@dataclass(frozen=True, kw_only=True)
+class Runs:
+    """List the tracked runs, or compare some of them."""
 
-    Where standard output is no terminal, columns are separated by tabs and nothing is shortened; a terminal
-    shows commands only if it is wide.
+    tracking: str | None = None
+    """MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db."""
+    experiment: str | None = None
+    """only this one, or this kind of job: label, evaluate, benchmark, train."""
+    limit: int = 20
+    """runs in the list."""
+    compare: tuple[str, ...] = ()
+    """ids (or their first letters) or names of at least two runs: what differs between them."""
 
-    Args:
-        tracking: tracking URI of MLflow; None is MLFLOW_TRACKING_URI, else SQLite in the working directory.
-        experiment: name of an experiment or kind of job; None is all of MaskMill's.
-        limit: runs in the list.
-        compare: ids, beginnings of ids, or names of at least two runs.
-        console: where to.
+    def run(self, console: Console | None = None) -> int:
+        """List the newest runs, or say how several differ.
 
-    Raises:
-        MaskMillError: ``wrong_use``; see ``pipeline.tracking.runs`` as well.
-    """
-    console = console or Console()
-    if compare:
-        if len(compare) < 2:
-            raise WrongUse("wrong_use", "One run cannot be compared.", "Name two or more: --compare RUN RUN")
-        _compare(choose_runs(compare, tracking, experiment=experiment), console)
+        Where standard output is no terminal, columns are separated by tabs and nothing is shortened; a
+        terminal shows commands only if it is wide.
+
+        Raises:
+            MaskMillError: ``wrong_use``; see ``pipeline.tracking.runs`` as well.
+        """
+        console = console or Console()
+        if self.compare:
+            if len(self.compare) < 2:
+                raise WrongUse(
+                    "wrong_use", "One run cannot be compared.", "Name two or more: --compare RUN RUN"
+                )
+            _compare(choose_runs(self.compare, self.tracking, experiment=self.experiment), console)
+            return 0
+        if self.limit < 1:
+            raise WrongUse("wrong_use", f"--limit {self.limit} shows nothing.", "Give a number from 1.")
+        found = list_runs(self.tracking, experiment=self.experiment, limit=self.limit)
+        if found:
+            _list(found, console)
+        else:
+            console.print(
+                f"No runs in {shown_uri(resolve_uri(self.tracking))} yet.",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
         return 0
-    if limit < 1:
-        raise WrongUse("wrong_use", f"--limit {limit} shows nothing.", "Give a number from 1.")
-    found = list_runs(tracking, experiment=experiment, limit=limit)
-    if not found:
-        console.print(
-            f"No runs in {shown_uri(resolve_uri(tracking))} yet.",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
-        )
-        return 0
+
+
+def _list(runs: Sequence[TrackedRun], console: Console) -> None:
     now = time.time()
     _print_table(
         console,
@@ -91,11 +98,10 @@ def run(
                 duration(now - entry.started),
                 entry.command or "",
             )
-            for entry in found
+            for entry in runs
         ],
         cut_last=True,
     )
-    return 0
 
 
 def _compare(runs: Sequence[TrackedRun], console: Console) -> None:

@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from tyro.conf import Positional
 
 from pipeline.files.storage import canonical_uri, is_remote
 from pipeline.report.gallery import write_gallery
 
 
-def run(table: str, *, output: Path | None, limit: int, console: Console | None = None) -> int:
-    """Write the gallery of a label table.
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """Make a page of pictures from a label table: overlays, coverage, confidence, failures."""
 
-    Args:
-        table: folder of the table, here or remote.
-        output: the page; None writes ``gallery.html`` beside the table, or here if the table is remote.
-        limit: images on the page.
-        console: where to say where it is.
+    table: Positional[str]
+    """the --output of maskmill label."""
+    output: Path | None = None
+    """the page; default: gallery.html in the table's folder, or here if the table is remote."""
+    limit: int = 60
+    """images on the page."""
 
-    Raises:
-        MaskMillError: if there is no label table.
-    """
-    console = console or Console()
-    if output is None:
-        output = Path("gallery.html") if is_remote(canonical_uri(table)) else Path(table) / "gallery.html"
-    page = write_gallery(table, output, limit=limit)
-    console.print(f"Open in a browser: {page.resolve().as_uri()}", soft_wrap=True, highlight=False)
-    return 0
+    def run(self, console: Console | None = None) -> int:
+        """Write the page.
+
+        Raises:
+            MaskMillError: if there is no label table.
+        """
+        console = console or Console()
+        remote = is_remote(canonical_uri(self.table))
+        output = self.output or (Path() if remote else Path(self.table)) / "gallery.html"
+        page = write_gallery(self.table, output, limit=self.limit)
+        console.print(f"Open in a browser: {page.resolve().as_uri()}", soft_wrap=True, highlight=False)
+        return 0

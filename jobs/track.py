@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from rich.console import Console
 
@@ -12,30 +13,40 @@ from pipeline.tracking.flush import SpooledRun, flush, spooled_runs
 EXIT_KEPT = 1
 
 
-def run(*, send: bool, tracking: str | None = None, console: Console | None = None) -> int:
-    """List what waits in the spool, or send it.
+@dataclass(frozen=True, kw_only=True)
+class Track:
+    """List the runs that did not reach their tracking server; with --flush send them."""
 
-    Args:
-        send: send (``--flush``); else only list.
-        tracking: where to, instead of where each run was meant to go.
-        console: where to say so.
+    flush: bool = False
+    """send them now."""
+    tracking: str | None = None
+    """send them to this MLflow URI instead of where they were meant to go."""
 
-    Returns:
-        1 if something could not be sent, else 0.
+    def run(self, console: Console | None = None) -> int:
+        """List what waits to be sent, or send it.
 
-    Raises:
-        MaskMillError: ``tracking_uri``.
-    """
-    console = console or Console()
-    if not send:
-        waiting = spooled_runs()
-        for entry in waiting:
-            _say(console, entry)
-        if any(entry.state == "waiting" for entry in waiting):
-            _print(console, "Send them with: maskmill track --flush")
-        elif not waiting:
-            _print(console, "Nothing waits to be sent.")
-        return 0
+        Returns:
+            1 if something could not be sent, else 0.
+
+        Raises:
+            MaskMillError: ``tracking_uri``.
+        """
+        console = console or Console()
+        return _send(self.tracking, console) if self.flush else _list(console)
+
+
+def _list(console: Console) -> int:
+    waiting = spooled_runs()
+    for entry in waiting:
+        _say(console, entry)
+    if any(entry.state == "waiting" for entry in waiting):
+        _print(console, "Send them with: maskmill track --flush")
+    elif not waiting:
+        _print(console, "Nothing waits to be sent.")
+    return 0
+
+
+def _send(tracking: str | None, console: Console) -> int:
     counts = {"sent": 0, "kept": 0, "gone": 0, "running": 0}
     for entry in flush(tracking):
         counts[entry.state] += 1

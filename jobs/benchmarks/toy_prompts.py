@@ -18,11 +18,11 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 
-from jobs import label
 from jobs.benchmarks.rows import claim, row
 from jobs.benchmarks.toy_students import draw_scenes
 from jobs.benchmarks.toy_tower import train_tower
 from jobs.benchmarks.toyworld import scene_set
+from jobs.label import label_images
 from jobs.train import clipseg as train_clipseg
 from jobs.train.run import INTERRUPTED, TrainOptions
 from models.clipseg import toyvit
@@ -289,15 +289,8 @@ def _trained(
         scenes = output.with_name("scenes")
         table = str(output.with_name("table"))
         draw_scenes(scenes / "images", scenes / "masks", seed + TRAINING_SEED, count)
-        label.run(
-            label.LabelJob(
-                source=str(scenes / "images"),
-                ontology=load_ontology("toyworld"),
-                recipe=RECIPES["toy"],
-                output=table,
-            ),
-            console,
-        )
+        ontology = load_ontology("toyworld")
+        label_images(str(scenes / "images"), ontology, RECIPES["toy"], table, console=console)
     status = train_clipseg.run(
         train_clipseg.TrainClipSegJob(
             recipe=CLIPSEG_RECIPES.load("toy", changes),

@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from jobs import label
 from jobs.benchmarks.rows import claim, row
 from jobs.benchmarks.toyworld import scene_set
+from jobs.label import label_images
 from jobs.train import maskclip_plus
 from jobs.train.run import INTERRUPTED, TrainOptions
 from models.device import best_device, native_precision
@@ -149,10 +149,7 @@ def _measure_seed(
     ontology = load_ontology("toyworld")
     images, masks, table = folder / "images", folder / "masks", folder / "table"
     draw_scenes(images, masks, seed + TRAINING_SEED, unlabelled)
-    label.run(
-        label.LabelJob(source=str(images), ontology=ontology, recipe=RECIPES["toy"], output=str(table)),
-        console,
-    )
+    label_images(str(images), ontology, RECIPES["toy"], str(table), console=console)
     truth = open_pairs(images=str(images), masks=str(masks), ontology=ontology)
     precision = native_precision(best_device())
     teacher = prepare_labeller(RECIPES["toy"], ontology, precision=precision).build(precision=precision)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from jobs import export
+from jobs.export import Export
 from models.errors import MaskMillError
 from pipeline.labelling.student import StudentLabeller
 from pipeline.toyworld.scenes import generate
@@ -22,7 +22,7 @@ def test_a_program_of_torch_labels_as_the_labeller_does(tmp_path: Path) -> None:
     model = toy_student(tmp_path / "run")
     said = io.StringIO()
     file = tmp_path / "made" / "student.pt2"
-    status = export.run(str(tmp_path / "run"), format="torch", output=file, console=Console(file=said))
+    status = Export(student=str(tmp_path / "run"), format="torch", output=file).run(Console(file=said))
     assert status == 0
     assert str(file) in said.getvalue() and "uint8 (batch, 3, height, width)" in said.getvalue()
     assert [path.name for path in file.parent.iterdir()] == [file.name]
@@ -52,9 +52,9 @@ def test_what_is_there_stays_and_names_must_fit(tmp_path: Path) -> None:
     kept.write_text("mine")
     for output, code in ((kept, "output_exists"), (tmp_path / "student.bin", "wrong_use")):
         with pytest.raises(MaskMillError) as caught:
-            export.run(str(tmp_path), format="onnx", output=output)
+            Export(student=str(tmp_path), format="onnx", output=output).run()
         assert caught.value.code == code
     with pytest.raises(MaskMillError) as caught:
-        export.run(str(tmp_path), format="torch", output=tmp_path / "student.pt2")
+        Export(student=str(tmp_path), format="torch", output=tmp_path / "student.pt2").run()
     assert caught.value.code == "model_missing"
     assert kept.read_text() == "mine" and not (tmp_path / "student.pt2").exists()

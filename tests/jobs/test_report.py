@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from jobs.report import run
+from jobs.report import Report
 from models.errors import MaskMillError
 
 
@@ -31,7 +31,9 @@ def test_says_where_the_page_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     one, two = result(tmp_path / "one", "The first"), result(tmp_path / "two", "The second")
     for folders in ([one], [str(two), one]):
         said = io.StringIO()
-        assert run(folders, Path(given) if given else None, console=Console(file=said)) == 0
+        assert (
+            Report(results=tuple(folders), output=Path(given) if given else None).run(Console(file=said)) == 0
+        )
         page = tmp_path / given if given else Path(folders[0]) / "report.html"
         assert page.as_uri() in said.getvalue()
         assert [title in page.read_text() for title in ("The first", "The second")] == [
@@ -42,11 +44,11 @@ def test_says_where_the_page_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_the_folder_may_not_be_there(tmp_path: Path) -> None:
     with pytest.raises(MaskMillError) as caught:
-        run([tmp_path / "gone"], None)
+        Report(results=(str(tmp_path / "gone"),)).run()
     assert caught.value.code == "result_missing" and not (tmp_path / "gone").exists()
 
 
 def test_no_folder_at_all() -> None:
     with pytest.raises(MaskMillError) as caught:
-        run([], None)
+        Report(results=()).run()
     assert caught.value.code == "wrong_use"

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from jobs.runs import run
+from jobs.runs import Runs
 from models.errors import MaskMillError
 from pipeline.tracking.runs import choose_runs, differences, list_runs
 from pipeline.tracking.tracker import TrackedDataset, open_tracker
@@ -41,7 +41,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
 def _output(*, terminal: bool = False, width: int = 150, **arguments: object) -> str:
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=width)
-    assert run(console=console, **arguments) == 0  # type: ignore[arg-type]
+    assert Runs(**arguments).run(console) == 0  # type: ignore[arg-type]
     return text.getvalue()
 
 
@@ -107,7 +107,7 @@ def test_unknown_runs(uri: str, wanted: list[str], code: str) -> None:
 
 def test_one_run_cannot_be_compared(uri: str) -> None:
     with pytest.raises(MaskMillError, match="One run"):
-        run(tracking=uri, compare=("plain",))
+        Runs(tracking=uri, compare=("plain",)).run()
 
 
 def test_looking_makes_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

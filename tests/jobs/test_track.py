@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from jobs.track import run
+from jobs.track import Track
 from pipeline.tracking.runs import list_runs
 from pipeline.tracking.tracker import open_tracker
 
@@ -20,7 +20,7 @@ def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _run(*, send: bool, tracking: str | None = None) -> tuple[int, list[str]]:
     text = io.StringIO()
-    status = run(send=send, tracking=tracking, console=Console(file=text, width=60))
+    status = Track(flush=send, tracking=tracking).run(Console(file=text, width=60))
     return status, text.getvalue().splitlines()
 
 
