@@ -22,6 +22,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from pipeline.table import labels
+from pipeline.table.statistics import quality, segments
 
 Map = npt.NDArray[np.uint8]
 
@@ -127,8 +128,8 @@ def main() -> None:
     chosen: dict[str, Callable[[Map, Map], object]] = {
         "encode_mask": lambda m, c: labels.encode_mask(m),
         "encode_confidence": lambda m, c: labels.encode_confidence(c),
-        "segments": lambda m, c: labels.segments(m, c, ignore_index=255),
-        "quality": lambda m, c: labels.quality(c, m, ignore_index=255),
+        "segments": lambda m, c: segments(m, c, ignore_index=255),
+        "quality": lambda m, c: quality(c, m, ignore_index=255),
     }
     for name, call in chosen.items():
         ms = statistics.mean(measure(partial(call, *pair), args.repeat) for pair in data)

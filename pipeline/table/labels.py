@@ -1,7 +1,9 @@
-"""The label table: its columns, its codecs, the statistics in its rows, and how to read it back.
+"""The format of the label table: its columns, how its rows are made, encoded and read.
 
-Shape letters: H W pixels. ``labels`` is uint8 (up to 254 classes) or uint16 (H, W) with class ids and the
-ignore index; ``confidence`` is uint8 (H, W), round(255 p) of the chosen class.
+To add a column, add it to ``LABEL_SCHEMA`` and to ``ok_row``; a failed row holds null there.
+
+``labels`` (H, W) holds class ids and the ignore index, uint8 for up to 254 classes, uint16 for more.
+``confidence`` uint8 (H, W) is round(255 p), p being the probability of the chosen class.
 """
 
 from __future__ import annotations
@@ -17,9 +19,7 @@ import pyarrow.parquet as pq
 
 from models.errors import Damaged, MaskMillError
 from pipeline.files.storage import Storage, open_storage
-
-Labels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
-Confidence = npt.NDArray[np.uint8]
+from pipeline.table.statistics import Confidence, Labels, quality, segments
 
 #: The layout of Hugging Face's ``Image`` feature, which ``datasets`` and viewers open.
 IMAGE_TYPE: Final = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -47,9 +47,9 @@ LABEL_SCHEMA: Final = pa.schema(
         ("quality", pa.float32()),
     ]
 )
-#: What the table is, beside it: classes, recipe, weights, versions, counts.
+#: The record of the table: classes, recipe, weights, versions, counts.
 DATASET_FILE: Final = "dataset.json"
-#: ``status`` of a labelled image; any other is an error code.
+#: ``status`` of a labelled image; any other value is an error code.
 OK: Final = "ok"
 
 _MAX_ERROR_LENGTH = 500
@@ -60,17 +60,17 @@ _FILES = "labels"
 
 
 def encode_mask(labels: Labels) -> bytes:
-    """Grey PNG of a label map (H, W): 8 bits for uint8, 16 bits for uint16."""
+    """Grey PNG: 8 bits for uint8, 16 bits for uint16."""
     _check_map(labels, (np.uint8, np.uint16))
     import cv2
 
-    # Long runs and rows like the one above: run lengths of vertical differences are the fastest of all and
-    # smaller than the general search (measured by benchmarks/png_codecs.py).
+    # Runs are long and rows resemble the one above. Run lengths of vertical differences are the fastest
+    # strategy, and smaller than the general search (benchmarks/png_codecs.py).
     return _encode(labels, cv2.IMWRITE_PNG_STRATEGY_RLE)
 
 
 def decode_mask(data: bytes) -> Labels:
-    """Label map (H, W), uint8 or uint16, of a PNG that ``encode_mask`` made.
+    """Inverse of ``encode_mask``.
 
     Raises:
         MaskMillError: ``table_damaged``.
@@ -82,16 +82,16 @@ def decode_mask(data: bytes) -> Labels:
 
 
 def encode_confidence(confidence: Confidence) -> bytes:
-    """Grey 8-bit PNG of a confidence map (H, W)."""
+    """Grey 8-bit PNG."""
     _check_map(confidence, (np.uint8,))
     import cv2
 
-    # Smooth in both directions: differences, then the general search at its quickest.
+    # Smooth in both directions: differences, then the general search at its fastest level.
     return _encode(confidence, cv2.IMWRITE_PNG_STRATEGY_DEFAULT)
 
 
 def decode_confidence(data: bytes) -> Confidence:
-    """Confidence map (H, W), uint8, of a PNG that ``encode_confidence`` made.
+    """Inverse of ``encode_confidence``.
 
     Raises:
         MaskMillError: ``table_damaged``.
@@ -103,12 +103,10 @@ def decode_confidence(data: bytes) -> Confidence:
 
 
 def _encode(array: npt.NDArray[Any], strategy: int) -> bytes:
-    import cv2  # OpenCV releases the interpreter lock and is several times as fast as Pillow here
+    import cv2  # releases the GIL and is several times as fast as Pillow here
 
     flags = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, strategy]
-    if hasattr(
-        cv2, "IMWRITE_PNG_FILTER"
-    ):  # older versions choose a filter per row: slower, otherwise the same
+    if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # older versions choose a filter per row: slower, same pixels
         flags += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
     done, data = cv2.imencode(".png", np.ascontiguousarray(array), flags)
     assert done
@@ -138,86 +136,6 @@ def _unreadable(what: str, why: str) -> MaskMillError:
     )
 
 
-# --- statistics of one image ---
-
-
-def segments(labels: Labels, confidence: Confidence, *, ignore_index: int) -> list[dict[str, Any]]:
-    """Statistics per class present.
-
-    Args:
-        labels: (H, W).
-        confidence: uint8 (H, W).
-        ignore_index: label that counts as none.
-
-    Returns:
-        By ascending class id: ``class_id``, ``area`` in pixels, ``mean_confidence`` in [0, 1], ``bbox`` as in
-        COCO: [x, y, width, height] in pixels, covering all pixels of the class.
-    """
-    assert labels.shape == confidence.shape
-    areas, sums = _areas_and_sums(labels, confidence)
-    present = np.flatnonzero(areas)
-    rank: npt.NDArray[Any] = (np.cumsum(areas > 0) - 1).astype(labels.dtype)[labels]
-    tops, bottoms = _extents(rank, len(present))
-    lefts, rights = _extents(rank.T, len(present))
-    return [
-        {
-            "class_id": class_id,
-            "area": int(areas[class_id]),
-            "mean_confidence": float(sums[class_id] / (255 * areas[class_id])),
-            "bbox": [left, top, right - left, bottom - top],
-        }
-        for class_id, left, top, right, bottom in zip(
-            present.tolist(), lefts.tolist(), tops.tolist(), rights.tolist(), bottoms.tolist(), strict=True
-        )
-        if class_id != ignore_index
-    ]
-
-
-def _extents(rank: npt.NDArray[Any], count: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """First row of each of ``count`` ranks, and the row behind its last."""
-    rows = np.zeros((len(rank), count), bool)
-    rows[np.arange(len(rank))[:, None], rank] = True
-    return rows.argmax(0), len(rank) - rows[::-1].argmax(0)
-
-
-def _areas_and_sums(labels: Labels, confidence: Confidence) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Pixels, and sum of their confidences (0..255), by class id from 0."""
-    if labels.dtype == np.uint8:
-        # One count of both together takes half the time of a count and a weighted count.
-        joint = np.bincount((labels.astype(np.uint16) << 8 | confidence).ravel(), minlength=1 << 16)
-        joint = joint.reshape(256, 256)
-        return joint.sum(1), joint @ np.arange(256)
-    flat = labels.ravel()
-    return np.bincount(flat), np.bincount(flat, weights=confidence.ravel())
-
-
-def quality(confidence: Confidence, labels: Labels, *, ignore_index: int, temperature: float = 0.1) -> float:
-    """Label-quality score of an image: low where some of its pixels are doubtful.
-
-    The mean of the pixels' confidences weighted by softmax((1 - confidence) / temperature), as
-    ``cleanlab.segmentation.rank.get_label_quality_scores`` does with method "softmin" (Lad and Mueller,
-    "Estimating label quality and errors in semantic segmentation data via any model", 2023). Computed from
-    the histogram of the 256 possible values, which is exact.
-
-    Args:
-        confidence: uint8 (H, W).
-        labels: (H, W).
-        ignore_index: pixels with this label do not count.
-        temperature: towards 0 the least confidence decides, towards infinity the plain mean.
-
-    Returns:
-        In [0, 1]; 0 for an image without any labelled pixel.
-    """
-    assert labels.shape == confidence.shape
-    counts = np.bincount(confidence[labels != ignore_index], minlength=256)
-    present = np.flatnonzero(counts)
-    if not len(present):
-        return 0.0
-    values = present / 255
-    weights = counts[present] * np.exp((values[0] - values) / temperature)
-    return float(weights @ values / weights.sum())
-
-
 # --- rows ---
 
 
@@ -228,14 +146,8 @@ def ok_row(
     """Row of a labelled image.
 
     Args:
-        id: from the manifest.
-        uri: from the manifest.
         sha256: 32 bytes, of the encoded image.
-        height: pixels, after EXIF orientation.
-        width: likewise.
-        labels: (height, width).
-        confidence: uint8 (height, width).
-        ignore_index: label of pixels without one.
+        height: pixels, after EXIF orientation, as ``width``.
     """
     assert labels.shape == confidence.shape == (height, width), (labels.shape, confidence.shape)
     return {
@@ -257,16 +169,11 @@ def failed_row(
     *, id: int, uri: str, status: str, error: str | None,
     sha256: bytes | None = None, height: int | None = None, width: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Row of an image that could not be labelled.
+    """Row of an image that could not be labelled; what is unknown stays null.
 
     Args:
-        id: from the manifest.
-        uri: from the manifest.
-        status: stable error code, not "ok".
-        error: message for people; cut after 500 characters.
-        sha256: if the bytes could be read.
-        height: if known.
-        width: if known.
+        status: stable error code.
+        error: message for people, cut after 500 characters.
     """
     assert status and status != OK
     if error is not None and len(error) > _MAX_ERROR_LENGTH:
@@ -288,12 +195,11 @@ def failed_row(
 def iter_rows(
     table: Storage | str | os.PathLike[str], columns: Sequence[str] | None = None, *, batch_size: int = 64
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a label table as dictionaries, file by file, with no more than ``batch_size`` in memory.
+    """Rows of a label table as dictionaries, file by file, ``batch_size`` in memory at a time.
 
     Args:
         table: the output of a labelling run, or the folder with its Parquet files.
-        columns: names to read; all by default.
-        batch_size: rows read at a time.
+        columns: all by default.
 
     Raises:
         MaskMillError: ``table_damaged``.
@@ -303,7 +209,7 @@ def iter_rows(
 
 
 def read_ids(table: Storage | str | os.PathLike[str]) -> npt.NDArray[np.int64]:
-    """Ids of all rows, in file order; an id that is there twice appears twice.
+    """Ids of all rows, in file order, duplicates included.
 
     Raises:
         MaskMillError: ``table_damaged``.
@@ -313,13 +219,13 @@ def read_ids(table: Storage | str | os.PathLike[str]) -> npt.NDArray[np.int64]:
 
 
 def summarise(table: Storage | str | os.PathLike[str]) -> dict[str, Any]:
-    """Counts over a label table, in bounded memory, as plain JSON values.
+    """Counts over a label table in bounded memory, as plain JSON values.
 
     Returns:
-        ``images``; ``labelled`` and ``failed``; ``status`` (rows per status, most frequent first); ``errors``
-        (one message per error code, as an example); ``pixels`` of labelled images, ``ignored_pixels`` among
-        them; ``class_pixels`` and ``class_images`` (by class id as a string); ``mean_quality``, None without
-        any labelled image.
+        ``images``, ``labelled`` and ``failed``; ``status``: rows per status, most frequent first; ``errors``:
+        an example message per code; ``pixels`` of labelled images and ``ignored_pixels`` among them;
+        ``class_pixels`` and ``class_images`` by class id as a string; ``mean_quality``, None if nothing is
+        labelled.
 
     Raises:
         MaskMillError: ``table_damaged``.
@@ -364,7 +270,7 @@ def summarise(table: Storage | str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def table_files(table: Storage | str | os.PathLike[str]) -> tuple[Storage, list[str]]:
-    """The folder with a label table's Parquet files, and their sorted names; none if there is no table."""
+    """The folder with a table's Parquet files, and their sorted names; no names if there is no table."""
     storage = table if isinstance(table, Storage) else open_storage(table)
     inner = storage.child(_FILES)
     for place in (inner, storage):

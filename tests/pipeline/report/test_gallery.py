@@ -24,7 +24,7 @@ from models.errors import MaskMillError
 from pipeline.ontology.ontology import Ontology
 from pipeline.report import gallery
 from pipeline.report.gallery import write_gallery
-from pipeline.table import labels
+from pipeline.table import labels, statistics
 from pipeline.toyworld import scenes as toyworld
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -50,7 +50,7 @@ def labelled_row(
         "error": None,
         "mask": {"bytes": grey_png(mask), "path": None},
         "confidence": {"bytes": grey_png(confidence), "path": None},
-        "segments": labels.segments(mask, confidence, ignore_index=255),
+        "segments": statistics.segments(mask, confidence, ignore_index=255),
         "quality": quality,
     }
 

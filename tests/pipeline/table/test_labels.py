@@ -1,4 +1,4 @@
-"""The label table: schema, codecs, statistics against plain formulas, rows and readers."""
+"""The label table: schema, codecs, rows and readers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from hypothesis import given
 from PIL import Image
 
 from models.errors import MaskMillError
@@ -25,24 +23,10 @@ from pipeline.table.labels import (
     failed_row,
     iter_rows,
     ok_row,
-    quality,
     read_ids,
-    segments,
     summarise,
 )
-
-shapes = hnp.array_shapes(min_dims=2, max_dims=2, min_side=1, max_side=24)
-
-
-@st.composite
-def maps(draw, dtype=None, high=None):
-    """A label map of few or many values and a confidence map of the same shape."""
-    kind = dtype or draw(st.sampled_from([np.uint8, np.uint16]))
-    shape = draw(shapes)
-    top = draw(st.sampled_from([0, 3, np.iinfo(kind).max]))
-    labels = draw(hnp.arrays(kind, shape, elements=st.integers(0, top)))
-    return labels, draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, 255)))
-
+from tests.pipeline.table.test_statistics import maps
 
 # --- schema ---
 
@@ -75,7 +59,6 @@ def test_schema_is_the_documented_one():
 # --- codecs ---
 
 
-@settings(deadline=None)  # machines are shared
 @given(maps())
 def test_codecs_round_trip_and_pillow_agrees(pair):
     labels, confidence = pair
@@ -106,7 +89,6 @@ def test_codecs_at_odd_shapes(shape, dtype):
 def test_read_only_input():
     labels = np.frombuffer(bytes(range(6)), np.uint8).reshape(2, 3)
     np.testing.assert_array_equal(decode_mask(encode_mask(labels)), labels)
-    assert segments(labels, labels, ignore_index=255)
 
 
 def png(array: np.ndarray, **options) -> bytes:
@@ -138,59 +120,6 @@ def test_unreadable_maps(data, decode):
 def test_encoding_anything_else_is_a_mistake_of_the_caller(bad):
     with pytest.raises(AssertionError):
         encode_mask(bad)
-
-
-# --- statistics ---
-
-
-@settings(deadline=None)  # machines are shared
-@given(maps(), st.sampled_from([0, 2, 255, 65535]))
-def test_segments_against_brute_force(pair, ignore_index):
-    labels, confidence = pair
-    expected = []
-    for class_id in np.unique(labels).tolist():
-        if class_id != ignore_index:
-            ys, xs = np.nonzero(labels == class_id)
-            expected.append(
-                {
-                    "class_id": class_id,
-                    "area": len(ys),
-                    "mean_confidence": pytest.approx(confidence[ys, xs].mean() / 255, abs=1e-12),
-                    "bbox": [xs.min(), ys.min(), xs.max() - xs.min() + 1, ys.max() - ys.min() + 1],
-                }
-            )
-    assert segments(labels, confidence, ignore_index=ignore_index) == expected
-
-
-def softmin_of_pixels(pixels: np.ndarray, temperature: float) -> float:
-    """cleanlab's formula, pixel by pixel: inner product of s and softmax(1 - s), shifted by its maximum."""
-    s = pixels.astype(np.float64) / 255
-    x = (1 - s) / temperature
-    weights = np.exp(x - x.max())
-    return float((s * weights / weights.sum()).sum())
-
-
-@settings(deadline=None)  # machines are shared
-@given(maps(), st.sampled_from([0, 255]), st.sampled_from([0.01, 0.1, 1.0]))
-def test_quality_against_the_direct_formula(pair, ignore_index, temperature):
-    labels, confidence = pair
-    pixels = confidence[labels != ignore_index]
-    expected = softmin_of_pixels(pixels, temperature) if pixels.size else 0.0
-    score = quality(confidence, labels, ignore_index=ignore_index, temperature=temperature)
-    assert score == pytest.approx(expected, abs=1e-12)
-    assert 0 <= score <= 1
-
-
-def test_quality_falls_with_doubt():
-    labels = np.zeros((10, 10), np.uint8)
-    sure = np.full((10, 10), 250, np.uint8)
-    doubtful = sure.copy()
-    doubtful[:2] = 60
-    scores = [quality(c, labels, ignore_index=255) for c in (sure, doubtful)]
-    assert scores[0] == pytest.approx(250 / 255)
-    assert scores[1] < 0.45 < doubtful.mean() / 255
-    labels[:2] = 255  # the doubtful pixels were left without a label
-    assert quality(doubtful, labels, ignore_index=255) == pytest.approx(250 / 255)
 
 
 # --- rows and readers ---
