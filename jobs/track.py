@@ -1,4 +1,4 @@
-"""``maskmill track``: the runs that have not reached their tracking server yet."""
+"""``maskmill track``: the runs that have not reached their tracking server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from jobs.console import duration
-from pipeline.tracking.flush import SpooledRun, flush, spooled_runs
+from pipeline.tracking.sender import UnsentRun, flush, unsent_runs
 
 EXIT_KEPT = 1
 
@@ -36,7 +36,7 @@ class Track:
 
 
 def _list(console: Console) -> int:
-    waiting = spooled_runs()
+    waiting = unsent_runs()
     for entry in waiting:
         _say(console, entry)
     if any(entry.state == "waiting" for entry in waiting):
@@ -59,7 +59,7 @@ def _send(tracking: str | None, console: Console) -> int:
     return 0
 
 
-def _say(console: Console, entry: SpooledRun) -> None:
+def _say(console: Console, entry: UnsentRun) -> None:
     what = f"{entry.experiment}/{entry.name} of {duration(time.time() - entry.started)} ago"
     detail = f": {entry.detail}" if entry.detail else ""
     text = {

@@ -24,7 +24,7 @@ from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
 from pipeline.files.storage import Storage, open_storage
 from pipeline.report.training_page import PAGE
 from pipeline.table.lease import RUN_ID_VARIABLE, Lease, end_orphans
-from pipeline.tracking.tracker import OFF, MlflowTracker, TrackedDataset, Tracker, open_tracker
+from pipeline.tracking.tracker import OFF, TrackedDataset, Tracker, open_tracker
 from pipeline.training.loop.checkpoints import (
     CHECKPOINTS_DIR,
     SETTINGS_FILE,
@@ -158,7 +158,7 @@ def run_training(
     """
     console = console or stderr_console()
     tracker = open_tracker(options.tracking, system_metrics=options.system_metrics)
-    if options.register_as and not isinstance(tracker, MlflowTracker):
+    if options.register_as and not tracker.on:
         raise WrongUse(
             "wrong_use",
             f"A model cannot be registered as {options.register_as} where tracking is off.",
@@ -384,7 +384,7 @@ def _finish(
     for path in (*pages, *finished.artifacts):
         tracker.log_artifact(path)
     lines = [*finished.lines, *told]
-    if prepared.log_model is not None and isinstance(tracker, MlflowTracker):
+    if prepared.log_model is not None and tracker.on:
         lines += _log_model(prepared.log_model, tracker, options.register_as)
     width = max(len(purpose) for purpose in prepared.commands) + 2
     return [*lines, *(f"{purpose + ':':{width}}{command}" for purpose, command in prepared.commands.items())]

@@ -17,7 +17,7 @@ DEFAULT_URI = "sqlite:///mlruns.db"
 EXPERIMENT_PREFIX = "maskmill-"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 LIVE_TIMEOUT_S = 10
-"""For one request beside a run: a server that swallows packets costs seconds, in a thread of its own."""
+"""For one request during a run: a server that swallows packets blocks only the sending thread."""
 FLUSH_TIMEOUT_S = 60
 """For one request of a command that does nothing else."""
 
@@ -26,10 +26,10 @@ def resolve_uri(uri: str | None) -> str:
     """The tracking URI to use, independent of the working directory.
 
     Args:
-        uri: what was asked for; None takes MLFLOW_TRACKING_URI, else SQLite in the working directory.
+        uri: what the user asked for; None takes MLFLOW_TRACKING_URI, else SQLite in the working directory.
 
     Raises:
-        MaskMillError: ``tracking_uri`` for a folder, a file store or a database in memory.
+        WrongUse: ``tracking_uri`` for a folder, a file store or a database in memory.
     """
     chosen = uri or os.environ.get(URI_VARIABLE) or DEFAULT_URI
     if re.match(r"databricks(-uc|://|$)", chosen):
@@ -58,13 +58,13 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:
-    """Where a new experiment keeps its files: beside an SQLite file, else where the server says (None)."""
+    """Where a new experiment keeps its files: next to an SQLite file, else where the server says (None)."""
     database = sqlite_file(uri)
     return None if database is None else (database.parent / "mlruns" / experiment).as_uri()
 
 
 def shown_uri(uri: str) -> str:
-    """A resolved URI as people write it: without secrets, SQLite relative to the working directory."""
+    """A resolved URI for messages: without secrets, SQLite relative to the working directory."""
     database = sqlite_file(uri)
     if database is not None and database.parent == Path.cwd():
         return f"sqlite:///{database.name}"
@@ -72,27 +72,25 @@ def shown_uri(uri: str) -> str:
 
 
 def with_credentials(kept: str, given: str | None) -> str:
-    """The URI to send to, from one that was kept without its credentials.
+    """The URI to send to, for a journal that was written without the URI's credentials.
 
     Args:
         kept: a resolved URI after ``redact``.
-        given: what the user names now, in its place; may be None.
+        given: a URI that the user names now instead; may be None.
     """
     if given is not None:
         return resolve_uri(given)
     around = os.environ.get(URI_VARIABLE)
-    if MASK not in kept:
-        return kept
-    if around and redact(around) == kept:
+    if MASK in kept and around and redact(around) == kept:
         return around
-    # MLflow itself looks into MLFLOW_TRACKING_USERNAME, _PASSWORD, _TOKEN and ~/.mlflow/credentials.
+    # MLflow itself reads MLFLOW_TRACKING_USERNAME, _PASSWORD, _TOKEN and ~/.mlflow/credentials.
     return kept.replace(f"{MASK}@", "")
 
 
 def set_limits(timeout_s: int) -> None:
-    """Keep MLflow brief and quiet; what the user has set in the environment stays.
+    """Keep MLflow brief and quiet; variables that the user has set stay.
 
-    MLflow reads these variables with every request, and knows no other way. Its own retries are off: they
+    MLflow reads these variables with every request and offers no other way. Its own retries are off: they
     would repeat the creation of a run, which is only safe after a search for it.
 
     Args:
@@ -112,7 +110,7 @@ def set_limits(timeout_s: int) -> None:
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client; imports MLflow (seconds), and for SQLite creates the database if it is not there."""
+    """A client. Imports MLflow, which takes seconds; creates an SQLite database that does not exist."""
     import logging
 
     from mlflow.tracking import MlflowClient
@@ -123,3 +121,19 @@ def connect(uri: str) -> MlflowClient:
     if database is not None:
         database.parent.mkdir(parents=True, exist_ok=True)
     return MlflowClient(uri, registry_uri=uri)
+
+
+def reason(error: BaseException) -> str:
+    """Why MLflow could not be reached, in one short line without secrets."""
+    text = str(error) or type(error).__name__
+    low = f"{type(error).__name__}: {text}".lower()
+    for sign, short in (
+        ("connection refused", "connection refused"),
+        ("timed out", "no answer in time"),
+        ("name or service not known", "unknown host"),
+        ("failed to resolve", "unknown host"),
+        ("database is locked", "the database is locked"),
+    ):
+        if sign in low:
+            return short
+    return redact(" ".join(text.split()))[:200]

@@ -14,7 +14,7 @@ SAMPLES = 2
 def watch_load(
     log_metrics: Callable[[Mapping[str, float | None], int | None], None], done: threading.Event
 ) -> None:
-    """Record processor, memory, disk, network and, where there is one, GPU until ``done``."""
+    """Sample processor, memory, disk, network and a GPU, if there is one, until ``done`` is set."""
     monitors = _monitors()
     step = 0
     while not done.is_set():

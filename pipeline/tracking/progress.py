@@ -1,4 +1,4 @@
-"""Step metrics of a long labelling run."""
+"""Step metrics of a labelling run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.tracking.tracker import Tracker
 
 
 class ProgressLog:
-    """Records the progress of a run now and then; give it every update.
+    """Records the progress of a labelling run every few seconds; give it every update.
 
     Args:
         tracker: of the run.
@@ -28,7 +28,7 @@ class ProgressLog:
 
         Args:
             progress: the figures.
-            final: they are the last: record them whenever the previous ones were.
+            final: record them even if the previous ones were recorded a moment ago.
         """
         now = time.monotonic()
         if progress.done == self._last_done or (now < self._next and not final) or not progress.done:

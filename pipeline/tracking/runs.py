@@ -12,12 +12,12 @@ from pipeline.tracking.destination import (
     EXPERIMENT_PREFIX,
     FLUSH_TIMEOUT_S,
     connect,
+    reason,
     resolve_uri,
     set_limits,
     shown_uri,
     sqlite_file,
 )
-from pipeline.tracking.sender import reason
 
 SEARCHED = 1000
 """Newest runs among which one is looked for by its name."""

@@ -1,11 +1,11 @@
-"""From a journal to MLflow, exactly once: the same code for a run that lives and for ``track --flush``.
+"""From a journal to MLflow: the same code for a running job and for ``maskmill track --flush``.
 
-Delivery is repeated until it is confirmed, so everything that is delivered must be the same the second time:
+A journal is sent from its beginning until it is confirmed, so everything in it must be the same the second
+time:
 
-- The run is known by a tag that its journal made up (``maskmill.key``). It is searched for before it is
-  created. A request to create it that was given up may still be carried out later: of several runs with the
-  key the one that has been written to stays, and the others are deleted. This is looked at once more at
-  the end.
+- A run is known by a tag that its journal made up (``maskmill.key``). It is searched for before it is
+  created. A request to create it that timed out may still be carried out later: of several runs with the
+  key the one that has been written to stays, and the others are deleted at the end.
 - A metric carries the time and step of its event; MLflow stores the same (key, value, time, step) once.
 - Parameters, tags, inputs and files overwrite themselves.
 """
@@ -13,30 +13,41 @@ Delivery is repeated until it is confirmed, so everything that is delivered must
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pipeline.files.redaction import redact
-from pipeline.tracking.destination import artifact_location, connect
-from pipeline.tracking.spool import Event, Journal
+from pipeline.tracking.destination import (
+    FLUSH_TIMEOUT_S,
+    artifact_location,
+    connect,
+    reason,
+    set_limits,
+    shown_uri,
+    with_credentials,
+)
+from pipeline.tracking.journal import Event, Journal, pending
 
 if TYPE_CHECKING:
-    from mlflow.entities import Dataset
     from mlflow.tracking import MlflowClient
 
 KEY_TAG = "maskmill.key"
-MAX_METRICS = 500
-MAX_SETTINGS = 20
-"""Of 6,000 characters each; a request may hold a million bytes."""
+BATCH = {"params": 20, "tags": 20, "metrics": 500}
+"""Items of one request: MLflow takes a million bytes, and a parameter or tag may have 6,000 characters."""
 MAX_DIGEST = 36
-SETTINGS = frozenset({"metrics", "params", "tags"})
 REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"})
 REFUSED_HTTP = frozenset({400, 413, 415, 422})
+PAUSES_S = (0.5, 1.5)
+"""Between the attempts of a flush at one server."""
 
+State = Literal["waiting", "running", "sent", "kept", "gone"]
 T = TypeVar("T")
 
 
-class Gone(Exception):
+class Deleted(Exception):
     """The run was deleted in MLflow; there is nothing to send to."""
 
 
@@ -56,174 +67,90 @@ class Sender:
         self._journal = journal
         self._uri = uri
         self._stop = stop
-        self._client: MlflowClient | None = None
         self._offset = 0
+        self._end: Event | None = None
+        self._last_time = 0
+        self._client: MlflowClient | None = None
 
     def send(self, *, died: bool = False) -> bool:
-        """Send what the journal holds by now.
+        """Send what the journal holds by now and has not been confirmed.
 
         Args:
-            died: the run's process is gone: a journal without an end gets one, ``KILLED``.
+            died: the run's process is gone: a journal without an end gets the status ``KILLED``.
 
         Returns:
-            Whether the run is closed and all of it is there.
+            Whether the run is closed and all of it has arrived.
 
         Raises:
-            Gone: see there.
+            Deleted: see there.
             Exception: whatever MLflow raises when it cannot be reached; try again later.
         """
         from mlflow.exceptions import MlflowException
 
         try:
-            return self._send(died)
+            client = self._client = self._client or connect(self._uri)
+            if self.run_id is None:
+                self._choose_run(client, create=True)
+            self._send_events(client, str(self.run_id))
+            if self._stop() or not (self._end or died):
+                return False
+            self._choose_run(client, create=False)
+            end = self._end or {"status": "KILLED", "time": self._last_time}
+            client.set_terminated(self.run_id, end["status"], end["time"])
+            return True
         except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                self.run_id = None  # another database took the place of the one with the run: begin anew
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # the server has another database now
+                self.run_id, self._offset = None, 0
             raise
 
-    def _send(self, died: bool) -> bool:
-        if self._client is None:
-            self._client = connect(self._uri)
-        if self.run_id is None:
-            self._find_run(create=True)
-        end: Event | None = None
+    def _send_events(self, client: MlflowClient, run_id: str) -> None:
         batch: list[Event] = []
         for event, position in self._journal.read(self._offset):
             if self._stop():
-                return False
-            if event["do"] in SETTINGS:
+                return
+            if event["do"] in BATCH:
                 batch.append(event)
-                if len(batch) < MAX_METRICS:
-                    continue
-            self._log_batch(batch)
-            batch = []
+            if event["do"] not in BATCH or len(batch) == BATCH["metrics"]:
+                self._send_batch(client, run_id, batch)
+                batch = []
             if event["do"] == "artifact":
-                self._log_artifact(event)
+                folder = str(self._journal.kept(event["files"]))
+                self._deliver([folder], partial(_log_artifacts, client, run_id, event["folder"]))
             elif event["do"] == "dataset":
-                self._log_dataset(event)
+                self._deliver([_dataset_input(event)], partial(client.log_inputs, run_id))
             elif event["do"] == "end":
-                end = event
-            if end is None:  # the end stays unconfirmed, so that whoever goes on from here finds it
-                self._confirm(position)
+                self._end = event
+            self._last_time = event["time"]
+            if not batch:
+                self._offset = position
         if batch:
-            self._log_batch(batch)
-            if end is None:
-                self._confirm(position)
-        if end is None and died:
-            # Not written to the journal: what the dead run left is all there is, whoever sends it.
-            *_, (last, _) = self._journal.read()
-            end = {"status": "KILLED", "time": last["time"]}
-        if end is None or self._stop():
-            return False
-        self._find_run(create=False)
-        self._client.set_terminated(self.run_id, end["status"], end["time"])
-        return True
+            self._send_batch(client, run_id, batch)
+            self._offset = position
 
-    def _confirm(self, offset: int) -> None:
-        self._offset = offset
-        self._journal.sent = {"run_id": self.run_id, "offset": offset}
-
-    def _find_run(self, *, create: bool) -> None:
-        """Find the run by its key, or create it; leaves one run with the key."""
-        from mlflow.entities import ViewType
-
-        assert self._client is not None
-        event, _ = next(self._journal.read())
-        sent = self._journal.sent
-        self.experiment_id = self._experiment(event["experiment"])
-        query = f"tags.`{KEY_TAG}` = '{event['key']}'"
-        found = self._client.search_runs([self.experiment_id], query, ViewType.ALL)
-        if not found and create:
-            self._client.create_run(
-                self.experiment_id,
-                start_time=event["time"],
-                tags=event["tags"] | {KEY_TAG: event["key"]},
-                run_name=event["name"],
-            )
-            found = self._client.search_runs([self.experiment_id], query, ViewType.ALL)
-        if not found:
-            self.run_id = None
-            raise RuntimeError(f"run {event['name']!r} is no longer there")
-        active = {run.info.run_id: run for run in found if run.info.lifecycle_stage == "active"}
-        if not active:
-            raise Gone(f"run {event['name']!r} was deleted in MLflow")
-        known = self.run_id or sent["run_id"]
-        chosen = known if known in active else min(active)
-        for run_id in active.keys() - {chosen}:
-            self._client.delete_run(run_id)
-        if chosen != self.run_id:
-            self._offset = sent["offset"] if chosen == sent["run_id"] else 0
-            self.run_id = chosen
-
-    def _experiment(self, name: str) -> str:
-        from mlflow.exceptions import MlflowException
-
-        assert self._client is not None
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return str(self._client.create_experiment(name, artifact_location(self._uri, name)))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                experiment = self._client.get_experiment_by_name(name)  # another run was faster
-        if experiment.lifecycle_stage != "active":
-            raise RuntimeError(
-                f"experiment {name} is deleted; bring it back: "
-                f"mlflow experiments restore -x {experiment.experiment_id}"
-            )
-        return str(experiment.experiment_id)
-
-    def _log_batch(self, events: Sequence[Event]) -> None:
+    def _send_batch(self, client: MlflowClient, run_id: str, events: list[Event]) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        if not events:
-            return
-        metrics = [
-            Metric(key, value, event["time"], event["step"])
-            for event in events
-            if event["do"] == "metrics"
-            for key, value in event["values"].items()
-        ]
-        params = [
-            Param(*item) for event in events if event["do"] == "params" for item in event["values"].items()
-        ]
-        tags = [
-            RunTag(*item) for event in events if event["do"] == "tags" for item in event["values"].items()
-        ]
-        assert self._client is not None
-        log = self._client.log_batch
-        for chunk in _chunks(params, MAX_SETTINGS):
-            self._deliver(chunk, lambda part: log(self.run_id, params=part))
-        for chunk in _chunks(tags, MAX_SETTINGS):
-            self._deliver(chunk, lambda part: log(self.run_id, tags=part))
-        for chunk in _chunks(metrics, MAX_METRICS):
-            self._deliver(chunk, lambda part: log(self.run_id, metrics=part))
-
-    def _log_artifact(self, event: Event) -> None:
-        assert self._client is not None
-        client = self._client
-        folder = self._journal.kept(event["files"])
-        self._deliver(
-            [folder], lambda part: client.log_artifacts(self.run_id, str(part[0]), event["folder"] or None)
-        )
-
-    def _log_dataset(self, event: Event) -> None:
-        from mlflow.entities import DatasetInput, InputTag
-
-        assert self._client is not None
-        client = self._client
-        entry = DatasetInput(_dataset(event), [InputTag("mlflow.data.context", event["context"])])
-        self._deliver([entry], lambda part: client.log_inputs(self.run_id, datasets=part))
+        items: dict[str, list[Any]] = {"params": [], "tags": [], "metrics": []}
+        for event in events:
+            for key, value in event["values"].items():
+                if event["do"] == "metrics":
+                    items["metrics"].append(Metric(key, value, event["time"], event["step"]))
+                else:
+                    items[event["do"]].append((Param if event["do"] == "params" else RunTag)(key, value))
+        for kind, size in BATCH.items():
+            for start in range(0, len(items[kind]), size):
+                self._deliver(items[kind][start : start + size], partial(_log_batch, client, run_id, kind))
 
     def _deliver(self, items: list[T], call: Callable[[list[T]], Any]) -> None:
-        """Send items; one that MLflow will never take is set aside instead of holding up all others."""
+        """Send items; one that MLflow will never take is set aside instead of holding up the others."""
         try:
             call(items)
         except Exception as error:
             if not _is_refusal(error):
                 raise
-            self._check_active()
+            assert self._client is not None
+            if self._client.get_run(self.run_id).info.lifecycle_stage != "active":
+                raise Deleted("the run was deleted in MLflow") from None
             if len(items) == 1:
                 self.refused.append(f"{getattr(items[0], 'key', items[0])}: {reason(error)}")
                 return
@@ -231,26 +158,148 @@ class Sender:
             self._deliver(items[:middle], call)
             self._deliver(items[middle:], call)
 
-    def _check_active(self) -> None:
-        assert self._client is not None
-        if self._client.get_run(self.run_id).info.lifecycle_stage != "active":
-            raise Gone("the run was deleted in MLflow")
+    def _choose_run(self, client: MlflowClient, *, create: bool) -> None:
+        """Find the run by its key, or create it; leaves one run with the key."""
+        from mlflow.entities import ViewType
+
+        event, _ = next(self._journal.read())
+        self.experiment_id = self._experiment(client, event["experiment"])
+        query = f"tags.`{KEY_TAG}` = '{event['key']}'"
+        found = client.search_runs([self.experiment_id], query, ViewType.ALL)
+        if not found and create:
+            tags = event["tags"] | {KEY_TAG: event["key"]}
+            client.create_run(self.experiment_id, event["time"], tags, event["name"])
+            found = client.search_runs([self.experiment_id], query, ViewType.ALL)
+        if not found:
+            self.run_id, self._offset = None, 0
+            raise RuntimeError(f"run {event['name']!r} is no longer there")
+        active = [run for run in found if run.info.lifecycle_stage == "active"]
+        if not active:
+            raise Deleted(f"run {event['name']!r} was deleted in MLflow")
+        # Ours, or else the one that an earlier attempt has written to.
+        chosen = max(active, key=lambda run: (run.info.run_id == self.run_id, len(run.data.params)))
+        if chosen.info.run_id != self.run_id:
+            self.run_id, self._offset = chosen.info.run_id, 0
+            if not create:
+                raise RuntimeError(f"run {event['name']!r} has to be sent again")
+        for run in active:
+            if run is not chosen:
+                client.delete_run(run.info.run_id)
+
+    def _experiment(self, client: MlflowClient, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return str(client.create_experiment(name, artifact_location(self._uri, name)))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                experiment = client.get_experiment_by_name(name)  # another run was faster
+        if experiment.lifecycle_stage != "active":
+            raise RuntimeError(
+                f"experiment {name} is deleted; bring it back: "
+                f"mlflow experiments restore -x {experiment.experiment_id}"
+            )
+        return str(experiment.experiment_id)
 
 
-def reason(error: BaseException) -> str:
-    """What went wrong in a few words, without secrets."""
-    text = str(error)
-    low = text.lower()
-    for sign, short in (
-        ("connection refused", "connection refused"),
-        ("timed out", "no answer in time"),
-        ("name or service not known", "unknown host"),
-        ("failed to resolve", "unknown host"),
-        ("database is locked", "the database is locked"),
-    ):
-        if sign in low:
-            return short
-    return redact(" ".join(text.split()) or type(error).__name__)[:200]
+@dataclass(frozen=True)
+class UnsentRun:
+    """A run whose journal is still on this machine.
+
+    Attributes:
+        name: of the run.
+        experiment: of the run.
+        uri: where it goes, without secrets.
+        folder: where its journal is.
+        started: seconds since the epoch.
+        state: ``waiting`` to be sent; ``running``: its process or another flush holds it; ``sent``;
+            ``kept``: could not be sent; ``gone``: it was deleted in MLflow, so its journal was dropped.
+        detail: why it was kept, or what MLflow refused.
+    """
+
+    name: str
+    experiment: str
+    uri: str
+    folder: Path
+    started: float
+    state: State
+    detail: str = ""
+
+
+def unsent_runs() -> list[UnsentRun]:
+    """The runs that are not wholly sent, oldest first; sends nothing."""
+    runs = []
+    for folder, event in pending():
+        journal = Journal.take(folder)
+        if journal is not None:
+            journal.close()
+        runs.append(_describe(folder, event, "running" if journal is None else "waiting"))
+    return runs
+
+
+def flush(uri: str | None = None) -> Iterator[UnsentRun]:
+    """Send every journal whose process has ended; yields each run with what became of it.
+
+    Can be cut off and repeated at any time: nothing arrives twice.
+
+    Args:
+        uri: where to send, instead of where each run was meant to go.
+
+    Raises:
+        WrongUse: ``tracking_uri``.
+    """
+    set_limits(FLUSH_TIMEOUT_S)
+    unreachable: dict[tuple[str, str], str] = {}
+    for folder, event in pending():
+        target = with_credentials(event["uri"], uri)
+        place = (target, event["experiment"])
+        journal = Journal.take(folder)
+        if journal is None:
+            yield _describe(folder, event, "running")
+            continue
+        try:
+            state: State = "kept"
+            detail = unreachable.get(place)
+            if detail is None:
+                state, detail = _flush_one(Sender(journal, target))
+            if state == "kept":
+                unreachable[place] = detail
+            else:
+                journal.discard()
+        finally:
+            journal.close()
+        yield _describe(folder, event, state, detail)
+
+
+def _flush_one(sender: Sender) -> tuple[State, str]:
+    for pause in (*PAUSES_S, None):
+        try:
+            sender.send(died=True)
+            return "sent", "; ".join(sender.refused)
+        except Deleted as error:
+            return "gone", str(error)
+        except Exception as error:  # every way in which a server can be away
+            if pause is None:
+                return "kept", reason(error)
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns")
+
+
+def _describe(folder: Path, event: Event, state: State, detail: str = "") -> UnsentRun:
+    uri = shown_uri(event["uri"])
+    return UnsentRun(event["name"], event["experiment"], uri, folder, event["time"] / 1000, state, detail)
+
+
+def _log_artifacts(client: MlflowClient, run_id: str, folder: str | None, sources: list[str]) -> None:
+    for source in sources:
+        client.log_artifacts(run_id, source, folder)
+
+
+def _log_batch(client: MlflowClient, run_id: str, kind: str, items: list[Any]) -> None:
+    client.log_batch(run_id, **{kind: items})
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -260,28 +309,18 @@ def _is_refusal(error: Exception) -> bool:
     return getattr(error, "error_code", None) in REFUSALS
 
 
-def _dataset(event: Event) -> Dataset:
-    from mlflow.data.code_dataset_source import CodeDatasetSource
-    from mlflow.data.dataset_source_registry import get_dataset_source_from_json
-    from mlflow.data.meta_dataset import MetaDataset
-    from mlflow.entities import Dataset
-    from mlflow.exceptions import MlflowException
+def _dataset_input(event: Event) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
 
     place = event["source"]
-    if place is None:
-        source = CodeDatasetSource({"name": event["name"]})
-    else:
-        scheme = place.partition("://")[0] if "://" in place else "local"
-        kind = "http" if scheme == "https" else scheme
-        try:
-            source = get_dataset_source_from_json(
-                json.dumps({"url" if kind == "http" else "uri": place}), source_type=kind
-            )
-        except (MlflowException, ValueError):  # a scheme that only fsspec knows
-            source = CodeDatasetSource({"uri": place})
-    dataset = MetaDataset(source, name=event["name"], digest=event["fingerprint"][:MAX_DIGEST])
-    return Dataset(**dataset.to_dict(), profile=json.dumps(event["profile"]))
-
-
-def _chunks(items: list[T], size: int) -> Iterable[list[T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
+    scheme = "code" if place is None else place.partition("://")[0] if "://" in place else "local"
+    kind = "http" if scheme == "https" else scheme
+    source = {} if place is None else {"url" if kind == "http" else "uri": place}
+    dataset = Dataset(
+        name=event["name"],
+        digest=event["fingerprint"][:MAX_DIGEST],
+        source_type=kind,
+        source=json.dumps(source),
+        profile=json.dumps(event["profile"]),
+    )
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", event["context"])])

@@ -1,9 +1,9 @@
-"""The tracker of a run: what a job calls while it works. No call of it waits for a network, or fails.
+"""The tracker of a run: what a job calls while it works. No call waits for a network, and none fails.
 
-A call writes an event to the journal (``spool``) and returns; one daemon thread sends the journal to MLflow
-(``sender``), tries again with growing pauses while the server is away, and leaves the rest to
-``maskmill track --flush``. MLflow is imported by that thread, once the run has something to show: beside the
-imports and downloads that a run begins with it would only be in the way.
+A call writes an event to the journal (``pipeline.tracking.journal``) and returns. One daemon thread sends
+the journal to MLflow (``pipeline.tracking.sender``), retries with growing pauses while the server is away,
+and leaves the rest to ``maskmill track --flush``. That thread imports MLflow, and only once the run has
+something to show, so that it does not compete with the imports and downloads that a run begins with.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pipeline.files.redaction import command_line, redact
 from pipeline.tracking.destination import (
     EXPERIMENT_PREFIX,
     LIVE_TIMEOUT_S,
     URI_VARIABLE,
+    reason,
     resolve_uri,
     set_limits,
     shown_uri,
     sqlite_file,
 )
+from pipeline.tracking.journal import Journal, copy_without_secrets
 from pipeline.tracking.names import flatten
-from pipeline.tracking.sender import Gone, Sender, reason
-from pipeline.tracking.spool import Event, Journal
+from pipeline.tracking.sender import Deleted, Sender
 
 Kind = Literal["label", "evaluate", "benchmark", "train"]
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -45,8 +46,9 @@ FLUSH_COMMAND = "maskmill track --flush"
 SEND_EVERY_S = 2.0
 LONGEST_PAUSE_S = 60.0
 WAIT_S, WAIT_SQLITE_S = 15.0, 60.0
+"""How long ``close`` waits; longer where there is no network in between, only a slow disk."""
 LAST_ATTEMPTS = 3
-"""After the end of the run; a server that has been away all along does not hold up its exit."""
+"""After the end of the run: a server that has been away all along does not hold up the exit."""
 MAX_VALUE = 5_800
 """MLflow takes 6,000 characters of a parameter; a longer one is attached as a file."""
 
@@ -56,10 +58,10 @@ class TrackedDataset:
     """The images that a run is about.
 
     Attributes:
-        name: what it is called.
+        name: shown in MLflow.
         fingerprint: hash of its content; MLflow shows the first 36 characters as its digest.
-        source: path or URI it comes from; None where it has no one place.
-        profile: facts to be shown with it, such as the number of images.
+        source: path or URI; None where it has no single one.
+        profile: facts shown with it, such as the number of images.
         context: what it is used for.
     """
 
@@ -68,68 +70,6 @@ class TrackedDataset:
     source: str | None = None
     profile: Mapping[str, Any] = field(default_factory=dict)
     context: Literal["labelling", "evaluation", "training"] = "evaluation"
-
-
-class Tracker(Protocol):
-    """What jobs see. ``start`` once, ``close`` once; as a context manager it closes itself."""
-
-    @property
-    def run_id(self) -> str | None:
-        """MLflow's id of the run, once a server has given it one."""
-
-    def start(
-        self,
-        kind: Kind,
-        name: str,
-        *,
-        params: Mapping[str, Any] | None = None,
-        tags: Mapping[str, str] | None = None,
-        dataset: TrackedDataset | None = None,
-    ) -> None:
-        """Open the run.
-
-        Args:
-            kind: of job; chooses the experiment ``maskmill-KIND``.
-            name: of the run.
-            params: settings, nested as they are; see ``log_params``.
-            tags: further tags.
-            dataset: see ``log_dataset``.
-        """
-
-    def wait_for_run(self, timeout_s: float) -> str | None:
-        """MLflow's id of the run, as soon as a server has given it one; None if that takes too long."""
-
-    def log_params(self, params: Mapping[str, Any]) -> None:
-        """Record settings; nested ones get dotted names. The first value of a name stays."""
-
-    def log_metrics(self, metrics: Mapping[str, float | None], step: int | None = None) -> None:
-        """Record measurements; None is left out. Names: see ``names.key_part``."""
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags, over those of the same name."""
-
-    def log_dataset(self, dataset: TrackedDataset) -> None:
-        """Record which images the run is about."""
-
-    def log_artifact(self, path: str | os.PathLike[str], folder: str | None = None) -> None:
-        """Attach a copy of a local file or folder, taken now.
-
-        Args:
-            path: of the file or folder.
-            folder: among the run's artifacts; None is their root.
-        """
-
-    def close(self, status: Status = "FINISHED") -> None:
-        """End the run, wait a little for what is not yet sent, and say in one line where the run is."""
-
-    def __enter__(self) -> Tracker: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
 
 
 def open_tracker(
@@ -145,37 +85,38 @@ def open_tracker(
         uri: tracking URI of MLflow; None is MLFLOW_TRACKING_URI, else SQLite in the working directory;
             "off", in either place, records nothing.
         system_metrics: record the load of this machine as well.
-        wait_s: how long ``close`` may wait; None is ``WAIT_S``, or ``WAIT_SQLITE_S`` where no network is
-            in between and only a slow disk would make it long.
-        say: takes the line of ``close``.
+        wait_s: how long ``close`` may wait; None is ``WAIT_S`` or ``WAIT_SQLITE_S``.
+        say: takes the one line that ``close`` has to say.
 
     Raises:
-        MaskMillError: ``tracking_uri``.
+        WrongUse: ``tracking_uri``.
     """
     if (uri or os.environ.get(URI_VARIABLE)) == OFF:
-        return null_tracker()
+        return Tracker(None)
     resolved = resolve_uri(uri)
     if wait_s is None:
         wait_s = WAIT_S if sqlite_file(resolved) is None else WAIT_SQLITE_S
-    return MlflowTracker(resolved, system_metrics=system_metrics, wait_s=wait_s, say=say)
+    return Tracker(resolved, system_metrics=system_metrics, wait_s=wait_s, say=say)
 
 
-def null_tracker() -> Tracker:
-    """A tracker that records nothing."""
-    return _NullTracker()
-
-
-class MlflowTracker:
-    """A tracker that sends to MLflow.
+class Tracker:
+    """Records one run: ``start`` once, ``close`` once; as a context manager it closes itself.
 
     Args:
-        uri: resolved tracking URI.
+        uri: resolved tracking URI; None records nothing.
         system_metrics: see ``open_tracker``.
         wait_s: see ``open_tracker``.
         say: see ``open_tracker``.
     """
 
-    def __init__(self, uri: str, *, system_metrics: bool, wait_s: float, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        uri: str | None,
+        *,
+        system_metrics: bool = False,
+        wait_s: float = WAIT_S,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self._uri = uri
         self._system_metrics = system_metrics
         self._wait_s = wait_s
@@ -186,13 +127,18 @@ class MlflowTracker:
         self._params: set[str] = set()
         self._problems: list[str] = []
         self._ready, self._closing, self._leave = threading.Event(), threading.Event(), threading.Event()
-        self._outcome: Literal["sent", "gone"] | None = None
+        self._outcome: Literal["sent", "deleted"] | None = None
         self._trouble = "no answer in time"
         self._name = self._experiment = ""
-        self._closed = False
+
+    @property
+    def on(self) -> bool:
+        """Whether runs are recorded at all."""
+        return self._uri is not None
 
     @property
     def run_id(self) -> str | None:
+        """MLflow's id of the run, once a server has given it one."""
         return None if self._sender is None else self._sender.run_id
 
     def start(
@@ -204,10 +150,23 @@ class MlflowTracker:
         tags: Mapping[str, str] | None = None,
         dataset: TrackedDataset | None = None,
     ) -> None:
+        """Open the run in the experiment ``maskmill-KIND``.
+
+        Args:
+            kind: of job.
+            name: of the run.
+            params: see ``log_params``.
+            tags: further tags.
+            dataset: see ``log_dataset``.
+        """
+        if self._uri is None:
+            return
         assert self._journal is None and not self._closing.is_set(), "a tracker starts once"
         self._name, self._experiment = name, f"{EXPERIMENT_PREFIX}{kind}"
         command = command_line()
-        opening: Event = {
+        with contextlib.suppress(Exception):  # some containers have no name for the user's number
+            tags = {"mlflow.user": getpass.getuser(), **(tags or {})}
+        opening = {
             "do": "open",
             "time": _now(),
             "uri": self._uri,
@@ -219,7 +178,6 @@ class MlflowTracker:
                 "maskmill.command": command[:MAX_VALUE],
                 "mlflow.source.type": "LOCAL",
                 "mlflow.source.name": f"maskmill {kind}",
-                **({"mlflow.user": user} if (user := _user()) else {}),
                 **(tags or {}),
             },
         }
@@ -233,10 +191,13 @@ class MlflowTracker:
         self.log_params({"command": command, **(params or {})})
         if dataset is not None:
             self.log_dataset(dataset)
-        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread = threading.Thread(
+            target=self._send, args=(self._journal, self._sender), name="tracking", daemon=True
+        )
         self._thread.start()
 
     def wait_for_run(self, timeout_s: float) -> str | None:
+        """MLflow's id of the run, as soon as a server has given it one; None if that takes too long."""
         self._ready.set()
         deadline = time.monotonic() + timeout_s
         while self.run_id is None and self._thread is not None and time.monotonic() < deadline:
@@ -244,42 +205,48 @@ class MlflowTracker:
         return self.run_id
 
     def log_params(self, params: Mapping[str, Any]) -> None:
+        """Record settings; nested ones get dotted names. The first value of a name stays."""
         new = {key: value for key, value in flatten(params).items() if key not in self._params}
         self._params |= new.keys()
-        for key in [key for key, value in new.items() if len(value) > MAX_VALUE]:
-            file = f"{key.replace('/', '_')}.txt"
-            self._attach_text(new[key], file, "params")
-            new[key] = f"{new[key][:MAX_VALUE]}… (whole: params/{file})"
+        for key, value in new.items():
+            if len(value) > MAX_VALUE:
+                file = f"{key.replace('/', '_')}.txt"
+                self._attach(file, partial(_write, name=file, text=redact(value)), "params")
+                new[key] = f"{value[:MAX_VALUE]}… (whole: params/{file})"
         if new:
             self._record("params", values=new)
 
     def log_metrics(self, metrics: Mapping[str, float | None], step: int | None = None) -> None:
+        """Record measurements; None is left out. ``names.key_part`` makes names that MLflow takes."""
         values = {key: float(value) for key, value in metrics.items() if value is not None}
         if values:
             self._record("metrics", values=values, step=step or 0)
             self._ready.set()
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags; a new value replaces the old one."""
         self._record("tags", values={key: str(value)[:MAX_VALUE] for key, value in tags.items()})
 
     def log_dataset(self, dataset: TrackedDataset) -> None:
-        self.log_params(
-            {"dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint, **dataset.profile}}
-        )
-        self._record(
-            "dataset",
-            name=dataset.name,
-            fingerprint=dataset.fingerprint,
-            source=dataset.source,
-            profile=dict(dataset.profile),
-            context=dataset.context,
-        )
+        """Record which images the run is about, as a parameter and as an input of the run."""
+        facts = {"name": dataset.name, "fingerprint": dataset.fingerprint}
+        self.log_params({"dataset": {**facts, **dataset.profile}})
+        rest = {"source": dataset.source, "profile": dict(dataset.profile), "context": dataset.context}
+        self._record("dataset", **facts, **rest)
 
     def log_artifact(self, path: str | os.PathLike[str], folder: str | None = None) -> None:
-        self._attach(Path(path), folder)
+        """Attach a copy of a local file or folder as it is now.
+
+        Args:
+            path: of the file or folder.
+            folder: among the run's artifacts; None is their root.
+        """
+        source = Path(path)
+        self._attach(source.name, partial(copy_without_secrets, source), folder)
         self._ready.set()
 
     def close(self, status: Status = "FINISHED") -> None:
+        """End the run, wait a little for what is not yet sent, and say in one line where the run is."""
         if self._closing.is_set():
             return
         self._record("end", status=status)
@@ -287,13 +254,11 @@ class MlflowTracker:
         self._ready.set()
         if self._thread is not None:
             self._thread.join(self._wait_s)
-        self._closed = True
         self._leave.set()
-        if self._journal is None and not self._problems:
-            return  # never started
-        self._say(self._line())
+        if self._journal is not None or self._problems:
+            self._say(self._line())
 
-    def __enter__(self) -> MlflowTracker:
+    def __enter__(self) -> Tracker:
         return self
 
     def __exit__(
@@ -305,27 +270,18 @@ class MlflowTracker:
         stopped = kind is not None and not issubclass(kind, Exception)
         self.close("FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
 
-    def _attach(self, source: Path, folder: str | None) -> None:
-        if self._journal is None:
+    def _attach(self, name: str, fill: Callable[[Path], object], folder: str | None) -> None:
+        if self._journal is None or self._leave.is_set():
             return
         try:
-            files = self._journal.keep(source)
+            files = self._journal.keep(fill)
         except OSError as error:
-            self._problems.append(f"{source.name} could not be attached: {reason(error)}")
+            self._problems.append(f"{name} could not be attached: {reason(error)}")
             return
         self._record("artifact", files=files, folder=folder)
 
-    def _attach_text(self, text: str, name: str, folder: str) -> None:
-        try:
-            with TemporaryDirectory() as temporary:
-                file = Path(temporary) / name
-                file.write_text(text, encoding="utf-8", errors="replace")
-                self._attach(file, folder)
-        except OSError as error:
-            self._problems.append(f"{name} could not be attached: {reason(error)}")
-
     def _record(self, do: str, **content: Any) -> None:
-        if self._journal is None or self._closed:
+        if self._journal is None or self._leave.is_set():
             return
         try:
             self._journal.append({"do": do, "time": _now(), **content})
@@ -334,61 +290,61 @@ class MlflowTracker:
             if problem not in self._problems:
                 self._problems.append(problem)
 
-    def _work(self) -> None:
-        """Send until the run is closed and all of it is there; in a thread of its own."""
-        assert self._journal is not None and self._sender is not None
+    def _send(self, journal: Journal, sender: Sender) -> None:
+        """Send until the run is closed and all of it has arrived; runs in the thread."""
         self._note_git()
         self._ready.wait()
-        load = self._watch_load()
+        done = self._watch_load()
         failures, last_attempts = 0, LAST_ATTEMPTS
         try:
-            while not self._leave.is_set():
+            while self._outcome is None and not self._leave.is_set():
                 closing = self._closing.is_set()
                 try:
-                    if self._sender.send():
+                    if sender.send():
                         self._outcome = "sent"
                     elif closing:
                         self._trouble = "the end of the run could not be recorded"
+                        break
                     failures = 0
-                except Gone:
-                    self._outcome = "gone"
-                except Exception as error:  # whatever goes wrong here must not matter to the run
+                except Deleted:
+                    self._outcome = "deleted"
+                except Exception as error:  # whatever goes wrong here must not harm the run
                     self._trouble = reason(error)
                     failures += 1
                     last_attempts -= closing
-                if self._outcome or (closing and not (failures and last_attempts)):
-                    break
-                pause = min(0.25 * 2**failures, LONGEST_PAUSE_S) if failures else SEND_EVERY_S
-                # The end of the run cuts a pause short; after it only the caller's patience does.
-                (self._leave if closing else self._closing).wait(pause)
+                    if not last_attempts:
+                        break
+                if self._outcome is None:
+                    pause = min(0.25 * 2**failures, LONGEST_PAUSE_S) if failures else SEND_EVERY_S
+                    # The end of the run cuts a pause short; after it only the patience of ``close`` does.
+                    (self._leave if closing else self._closing).wait(pause)
             if self._outcome is not None:
-                self._journal.discard()
+                journal.discard()
         finally:
-            load.set()
-            self._journal.close()
+            done.set()
+            journal.close()
 
     def _line(self) -> str:
         """Where the run is, or what became of it."""
-        where = f"run {self._name} in {self._experiment}, {shown_uri(self._uri)}"
+        uri = shown_uri(self._uri or "")
+        where = f"run {self._name} in {self._experiment}, {uri}"
         extra = [*self._problems, *(self._sender.refused if self._sender else [])]
         notes = f" ({len(extra)} problem(s), first: {extra[0]})" if extra else ""
-        if self._journal is None:
+        if self._journal is None or self._sender is None:
             return f"Not tracked{notes}"
-        if self._outcome == "gone":
+        if self._outcome == "deleted":
             return f"Not tracked: the {where} was deleted in MLflow meanwhile{notes}"
         if self._outcome is None:
             return (
-                f"Not all of the run reached {shown_uri(self._uri)} ({self._trouble}); it is kept in "
+                f"Not all of the run reached {uri} ({self._trouble}); it is kept in "
                 f"{self._journal.folder}. Send it with: {FLUSH_COMMAND}{notes}"
             )
-        assert self._sender is not None
-        if self._uri.startswith(("http://", "https://")):
-            server = redact(self._uri).replace("***@", "").rstrip("/")
+        look = "maskmill runs"
+        if uri.startswith(("http://", "https://")):
+            server = uri.replace("***@", "").rstrip("/")
             look = f"{server}/#/experiments/{self._sender.experiment_id}/runs/{self._sender.run_id}"
-        elif sqlite_file(self._uri) is not None:
-            look = f"mlflow ui --backend-store-uri {shown_uri(self._uri)}"
-        else:
-            look = "maskmill runs"
+        elif sqlite_file(self._uri or "") is not None:
+            look = f"mlflow ui --backend-store-uri {uri}"
         return f"Tracked: {where}. Look at it: {look}{notes}"
 
     def _note_git(self) -> None:
@@ -399,61 +355,29 @@ class MlflowTracker:
         branch = _git("rev-parse", "--abbrev-ref", "HEAD") or ""
         changes = _git("status", "--porcelain", "--untracked-files=no")
         dirty = "unknown" if changes is None else str(bool(changes)).lower()
-        self.set_tags(
-            {
-                "mlflow.source.git.commit": commit,
-                "mlflow.source.git.branch": branch,
-                "mlflow.source.git.dirty": dirty,
-            }
-        )
-        self.log_params({"git": {"commit": commit, "branch": branch, "dirty": dirty}})
+        git = {"commit": commit, "branch": branch, "dirty": dirty}
+        self.set_tags({f"mlflow.source.git.{key}": value for key, value in git.items()})
+        self.log_params({"git": git})
 
     def _watch_load(self) -> threading.Event:
-        """Record the load of this machine until the returned event is set, if that is asked for."""
+        """Record the load of this machine until the returned event is set, if the user asked for it."""
         done = threading.Event()
         if self._system_metrics:
             from pipeline.tracking.load import watch_load
 
-            watcher = threading.Thread(
+            threading.Thread(
                 target=watch_load, args=(self.log_metrics, done), name="tracking-load", daemon=True
-            )
-            watcher.start()
+            ).start()
         return done
 
 
-class _NullTracker:
-    run_id: str | None = None
-
-    def start(self, kind: Kind, name: str, **_: Any) -> None: ...
-
-    def wait_for_run(self, timeout_s: float) -> str | None: ...
-
-    def log_params(self, params: Mapping[str, Any]) -> None: ...
-
-    def log_metrics(self, metrics: Mapping[str, float | None], step: int | None = None) -> None: ...
-
-    def set_tags(self, tags: Mapping[str, str]) -> None: ...
-
-    def log_dataset(self, dataset: TrackedDataset) -> None: ...
-
-    def log_artifact(self, path: str | os.PathLike[str], folder: str | None = None) -> None: ...
-
-    def close(self, status: Status = "FINISHED") -> None: ...
-
-    def __enter__(self) -> _NullTracker:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
+def _write(folder: Path, *, name: str, text: str) -> None:
+    (folder / name).write_text(text, encoding="utf-8", errors="replace")
 
 
 def _now() -> int:
+    """Milliseconds since the epoch."""
     return int(time.time() * 1000)
-
-
-def _user() -> str | None:
-    with contextlib.suppress(Exception):  # no name for this uid, as in some containers
-        return getpass.getuser()
-    return None
 
 
 def _git(*arguments: str) -> str | None:

@@ -13,7 +13,7 @@ from PIL import Image
 from models.errors import MaskMillError
 from pipeline.tracking.plots import plot_confusion
 from pipeline.tracking.results import evaluation_metrics, log_result
-from pipeline.tracking.tracker import null_tracker, open_tracker
+from pipeline.tracking.tracker import open_tracker
 
 HOSTILE = ["traffic light", "a/b", "a:b", "$x^2$", "猫", "..", "Cat", "cat", "x" * 300, "<b>", "a,b | c", "#"]
 
@@ -200,7 +200,7 @@ def test_a_benchmark_is_filed_whole(
 
 def test_a_folder_without_a_result_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MaskMillError) as caught:
-        log_result(null_tracker(), tmp_path)
+        log_result(open_tracker("off"), tmp_path)
     assert caught.value.code == "result_missing"
 
 

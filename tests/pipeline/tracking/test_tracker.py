@@ -14,11 +14,10 @@ import pytest
 
 from pipeline.cluster.progress import Progress
 from pipeline.tracking import load
-from pipeline.tracking.flush import flush, spooled_runs
+from pipeline.tracking.journal import Journal, pending
 from pipeline.tracking.progress import ProgressLog
-from pipeline.tracking.sender import KEY_TAG, Sender
-from pipeline.tracking.spool import Journal, pending
-from pipeline.tracking.tracker import MlflowTracker, TrackedDataset, Tracker, null_tracker, open_tracker
+from pipeline.tracking.sender import KEY_TAG, Sender, flush, unsent_runs
+from pipeline.tracking.tracker import TrackedDataset, Tracker, open_tracker
 
 ROOT = Path(__file__).resolve().parents[3]
 Stored = Callable[..., dict[str, Any]]
@@ -102,7 +101,7 @@ def test_nothing_heavy_is_imported_before_there_is_something_to_show(tmp_path: P
     code = (
         "import sys\n"
         "from pipeline.tracking.tracker import open_tracker\n"
-        "import pipeline.tracking.results, pipeline.tracking.flush, pipeline.tracking.progress\n"
+        "import pipeline.tracking.results, pipeline.tracking.sender, pipeline.tracking.progress\n"
         "import jobs.runs, jobs.track\n"
         "tracker = open_tracker()\n"
         "tracker.start('label', 'x', params={'a': 1, 'classes': 'cat, ' * 2000})\n"
@@ -123,7 +122,11 @@ def test_nothing_heavy_is_imported_before_there_is_something_to_show(tmp_path: P
 
 def test_off_and_unstarted_trackers_do_nothing(tmp_path: Path) -> None:
     said: list[str] = []
-    assert type(open_tracker("off")) is type(null_tracker())
+    with open_tracker("off", say=said.append) as tracker:
+        tracker.start("label", "x", params={"a": 1})
+        tracker.log_metrics({"x": 1})
+        tracker.log_artifact(tmp_path / "missing")
+        assert not tracker.on and tracker.wait_for_run(10) is None
     with open_tracker(say=said.append) as tracker:
         tracker.log_metrics({"x": 1})
     assert said == [] and pending() == [] and not (tmp_path / "mlruns.db").exists()
@@ -205,10 +208,10 @@ def test_a_black_hole_costs_the_caller_nothing(
     assert sorted(calls)[len(calls) // 2] < 0.02 and max(calls) < 1
     (line,) = said
     assert black_hole in line and "maskmill track --flush" in line and "\n" not in line
-    (folder,) = pending()
+    [(folder, _)] = pending()
     assert str(folder) in line
     # The thread lets go when its last request has run out of time.
-    _wait(lambda: [run.state for run in spooled_runs()] == ["waiting"], 15)
+    _wait(lambda: [run.state for run in unsent_runs()] == ["waiting"], 15)
     (result,) = flush(black_hole)
     assert (result.state, result.detail) == ("kept", "no answer in time")
 
@@ -218,7 +221,6 @@ def test_a_server_that_is_away_is_given_up_soon_after_the_end(dead_server: str) 
     tracker = open_tracker(dead_server, say=said.append)
     tracker.start("label", "x")
     tracker.log_metrics({"a": 1})
-    _wait(lambda: tracker._trouble == "connection refused")
     began = time.monotonic()
     tracker.close()
     assert time.monotonic() - began < 8
@@ -229,17 +231,17 @@ def test_a_server_that_is_away_is_given_up_soon_after_the_end(dead_server: str) 
 def test_a_server_killed_in_the_middle(server: Any, stored: Stored, tmp_path: Path, spool: Path) -> None:
     said: list[str] = []
     tracker = open_tracker(server.uri, say=said.append)
-    assert isinstance(tracker, MlflowTracker)
     tracker.start(
         "label", "survivor", params={"recipe": {"head": "value"}}, dataset=TrackedDataset("d", "0" * 64)
     )
     _fill(tracker, tmp_path, range(10), "before.txt")
-    _wait(lambda: bool(pending()) and Journal(pending()[0], -1).sent["offset"] > 1500)
+    _wait(lambda: tracker.run_id is not None)
+    _wait(lambda: stored(server.uri, "maskmill-label", "survivor")["files"] == ["notes/before.txt"])
     server.kill()
     _fill(tracker, tmp_path, range(10, 20), "after.txt")
     tracker.close()
     assert "maskmill track --flush" in said[0]
-    _wait(lambda: [run.state for run in spooled_runs()] == ["waiting"])
+    _wait(lambda: [run.state for run in unsent_runs()] == ["waiting"])
     assert [run.state for run in flush()] == ["kept"]
 
     server.start()
@@ -261,8 +263,8 @@ def test_every_lost_answer_is_asked_for_again_and_doubles_nothing(
     _fill(tracker, tmp_path, range(700), "one.txt")
     _fill(tracker, tmp_path, range(700, 705), "two.txt")
     tracker.close()
-    _wait(lambda: [run.state for run in spooled_runs()] == ["waiting"])
-    (folder,) = pending()
+    _wait(lambda: [run.state for run in unsent_runs()] == ["waiting"])
+    [(folder, _)] = pending()
     attempts = 0
     with lossy_proxy(server.port) as proxy:
         sender: Sender | None = None
@@ -299,8 +301,8 @@ def test_a_run_that_was_created_twice_stays_once(sqlite: str, stored: Stored, tm
     tracker.start("label", "twin")
     _fill(tracker, tmp_path, range(3), "a.txt")
     tracker.close()
-    _wait(lambda: [run.state for run in spooled_runs()] == ["waiting"])
-    key = json.loads((pending()[0] / "journal.jsonl").read_text().splitlines()[0])["key"]
+    _wait(lambda: [run.state for run in unsent_runs()] == ["waiting"])
+    key = json.loads((pending()[0][0] / "journal.jsonl").read_text().splitlines()[0])["key"]
     client = MlflowClient(sqlite)
     experiment = client.create_experiment("maskmill-label")
     # What a server does that answers too late: the request to create the run is carried out twice.
@@ -360,7 +362,7 @@ def test_what_was_recorded_survives_kill_9(sqlite: str, stored: Stored, dead_ser
     assert process.stdout is not None
     for _ in range(200):
         process.stdout.readline()
-    assert [run.state for run in spooled_runs()] == ["running"]
+    assert [run.state for run in unsent_runs()] == ["running"]
     assert [run.state for run in flush(sqlite)] == ["running"]  # a living run is left alone
     process.send_signal(signal.SIGKILL)
     written = [*range(200), *(int(line) for line in process.stdout if line.endswith("\n"))]
@@ -382,23 +384,23 @@ def test_flushes_that_are_killed_and_repeated(sqlite: str, stored: Stored, tmp_p
     for part in range(8):
         _fill(tracker, tmp_path, range(part * 100, part * 100 + 100), f"{part}.txt")
     tracker.close("FAILED")
-    _wait(lambda: [run.state for run in spooled_runs()] == ["waiting"])
+    _wait(lambda: [run.state for run in unsent_runs()] == ["waiting"])
     code = (
         "import os, sys\n"
-        "from pipeline.tracking import sender, spool\n"
-        "from pipeline.tracking.flush import flush\n"
+        "from pipeline.tracking.journal import Journal, pending\n"
+        "from pipeline.tracking.sender import Sender\n"
         "left = int(sys.argv[1])\n"
-        "def confirm(self, value, plain=spool.Journal.sent.fset):\n"
+        "def stop():\n"
         "    global left\n"
-        "    if not left: os.kill(os.getpid(), 9)\n"  # sent, but not yet confirmed
+        "    if not left: os.kill(os.getpid(), 9)\n"
         "    left -= 1\n"
-        "    plain(self, value)\n"
-        "spool.Journal.sent = spool.Journal.sent.setter(confirm)\n"
-        f"print([run.state for run in flush({sqlite!r})])\n"
+        "    return False\n"
+        "[(folder, _)] = pending()\n"
+        f"Sender(Journal.take(folder), {sqlite!r}, stop=stop).send(died=True)\n"
     )
-    for confirmed in (0, 3):
+    for events in (150, 790):
         done = subprocess.run(
-            [sys.executable, "-c", code, str(confirmed)], cwd=ROOT, env=os.environ, capture_output=True
+            [sys.executable, "-c", code, str(events)], cwd=ROOT, env=os.environ, capture_output=True
         )
         assert done.returncode == -signal.SIGKILL, done.stderr
     assert [run.state for run in flush(sqlite)] == ["sent"]
@@ -450,7 +452,7 @@ def test_no_byte_of_a_secret_is_kept(
     assert leaks(spool) == []
     server.start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", target)
-    _wait(lambda: [run.state for run in spooled_runs()] == ["waiting"])
+    _wait(lambda: [run.state for run in unsent_runs()] == ["waiting"])
     (sent,) = flush()
     assert sent.state == "sent"
     assert not [value for value in secrets.values() if value in f"{said}{sent}"]

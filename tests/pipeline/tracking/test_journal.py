@@ -7,11 +7,19 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from pipeline.tracking.spool import FILES, JOURNAL, Journal, opening, pending, spool_folders
+from pipeline.tracking.journal import (
+    FILES,
+    JOURNAL,
+    Journal,
+    copy_without_secrets,
+    journal_folders,
+    pending,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 OPEN = {
@@ -33,8 +41,7 @@ def test_events_come_back_in_order_and_from_any_offset(spool: Path) -> None:
     read = list(journal.read())
     assert [event for event, _ in read] == [OPEN, *events]
     assert [event for event, _ in journal.read(read[2][1])] == events[2:]
-    assert pending() == [journal.folder] and journal.folder.parent == spool
-    assert opening(journal.folder) == OPEN
+    assert pending() == [(journal.folder, OPEN)] and journal.folder.parent == spool
 
 
 def test_what_cannot_be_written_as_utf_8_is_replaced(spool: Path) -> None:
@@ -67,7 +74,7 @@ def test_a_journal_has_one_holder(spool: Path) -> None:
 
 def test_the_lock_goes_with_the_process(spool: Path) -> None:
     code = (
-        "import time; from pipeline.tracking.spool import Journal\n"
+        "import time; from pipeline.tracking.journal import Journal\n"
         f"journal = Journal.create({OPEN!r})\n"
         "print(journal.folder, flush=True); time.sleep(60)"
     )
@@ -90,14 +97,14 @@ def test_copies_are_taken_when_asked_for_and_hold_no_secrets(spool: Path, tmp_pa
     (source / "pictures" / "a.png").write_bytes(b"\x89PNG\xff")
     (source / "evaluation.json").write_text(json.dumps({"command": "x --token hush", "n": 1}))
     (source / "odd.txt").write_bytes(b"\xff\xfe latin")
-    number = journal.keep(source)
+    number = journal.keep(partial(copy_without_secrets, source))
     (source / "evaluation.json").unlink()
     kept = journal.kept(number) / "result"
     assert json.loads((kept / "evaluation.json").read_text()) == {"command": "x --token ***", "n": 1}
     assert (kept / "pictures" / "a.png").read_bytes() == b"\x89PNG\xff"
     assert (kept / "odd.txt").read_bytes() == b"\xff\xfe latin"
     with pytest.raises(FileNotFoundError):
-        journal.keep(tmp_path / "missing.json")
+        journal.keep(partial(copy_without_secrets, tmp_path / "missing.json"))
     assert [path.name for path in (journal.folder / FILES).iterdir()] == [number]
 
 
@@ -130,7 +137,7 @@ def test_where_the_cache_cannot_be_written_the_temporary_folder_serves(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     journal = Journal.create(OPEN)
     assert tmp_path / "tmp" in journal.folder.parents
-    assert pending() == [journal.folder]
+    assert pending() == [(journal.folder, OPEN)]
 
 
 @pytest.mark.parametrize(
@@ -141,11 +148,11 @@ def test_where_the_cache_cannot_be_written_the_temporary_folder_serves(
         ("", "", "/h/.cache/maskmill/tracking"),
     ],
 )
-def test_spool_folders(monkeypatch: pytest.MonkeyPatch, cache: str, xdg: str, expected: str) -> None:
+def test_journal_folders(monkeypatch: pytest.MonkeyPatch, cache: str, xdg: str, expected: str) -> None:
     monkeypatch.setenv("MASKMILL_CACHE", cache)
     monkeypatch.setenv("XDG_CACHE_HOME", xdg)
     monkeypatch.setenv("HOME", "/h")
-    assert str(spool_folders()[0]) == expected
+    assert str(journal_folders()[0]) == expected
 
 
 def test_rubbish_is_cleared_away_but_no_new_run(spool: Path) -> None:
