@@ -42,6 +42,7 @@ from models.clip.templates import TEMPLATE_SETS
 from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource
 from models.errors import MaskMillError, WrongUse
 from pipeline.toyworld import scenes as toyworld
+from pipeline.toyworld.captions import caption_words
 
 COMMON_MERGES = 2000
 """First merges of the full table that stay, so that words from outside the world are a few pieces long."""
@@ -309,7 +310,7 @@ def pretrain(recipe: PretrainRecipe, output: Path, *, device: torch.device, work
     began = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
     templates = [template for texts in TEMPLATE_SETS.values() for template in texts]
-    merges = toyclip.used_merges([*toyworld.caption_words(), *templates], common=COMMON_MERGES)
+    merges = toyclip.used_merges([*caption_words(), *templates], common=COMMON_MERGES)
     vocabulary = output / toyclip.vocabulary_path().name
     config = model_config(recipe, toyclip.write_vocabulary(vocabulary, merges))
     tokenizer = open_clip.SimpleTokenizer(bpe_path=str(vocabulary), context_length=recipe.context_length)

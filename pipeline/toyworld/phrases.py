@@ -1,7 +1,7 @@
-"""Words that describe parts of toy scenes without a class name, and how well scores find what they mean.
+"""Phrases that describe parts of toy scenes without a class name, and how well scores find what they mean.
 
-``PATTERN_WORDS`` and ``COLOUR_WORDS`` occur in captions now and then. A phrase of ``COMPOSITIONS`` joins a
-colour and a pattern; a caption gives a thing one adjective at most, so no caption ever holds both.
+``PATTERN_WORDS`` and ``COLOUR_WORDS`` occur in some captions. A phrase of ``COMPOSITIONS`` joins a colour and
+a pattern, which no caption does: it gives a thing one adjective at most.
 
 Shapes: n scenes, s side in pixels, h w grid cells.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from pipeline.toyworld.scenes import CLASSES
+from pipeline.toyworld.captions import CLASSES
 
 #: Pattern words and the class that they mean.
 PATTERN_WORDS: Mapping[str, str] = {
@@ -26,15 +26,14 @@ PATTERN_WORDS: Mapping[str, str] = {
     "something fluffy": "cloud",
     "something wavy": "water",
 }
-#: Colour words and the hues (degrees) that they mean, at a saturation of at least 0.4 in the cell's mean
-#: colour.
+#: Colour words and the hues (degrees) that they mean, where a cell's mean colour has a saturation >= 0.4.
 COLOUR_WORDS: Mapping[str, tuple[float, float]] = {
     "something red": (-20.0, 15.0),
     "something orange": (18.0, 38.0),
     "something green": (75.0, 150.0),
     "something blue": (190.0, 240.0),
 }
-#: A colour and a pattern in one phrase: the class, and the hues of the individuals that are meant.
+#: A colour and a pattern in one phrase: the class, and the hues (degrees) of the individuals it means.
 COMPOSITIONS: Mapping[str, tuple[str, tuple[float, float]]] = {
     "a red spotted thing": ("ladybug", (-20.0, 20.0)),
     "a yellow spotted thing": ("ladybug", (35.0, 70.0)),
@@ -79,13 +78,13 @@ def phrase_cells(
 
 
 def class_cells(labels: NDArray[np.uint8], phrase: str, cell: int) -> NDArray[np.bool_]:
-    """The cells (n, h, w) of the class that a phrase of ``COMPOSITIONS`` speaks of, whatever their hue."""
+    """The cells (n, h, w) of the class in a phrase of ``COMPOSITIONS``, whatever their hue."""
     ids = labels[:, cell // 2 :: cell, cell // 2 :: cell]
     return ids == CLASSES.index(COMPOSITIONS[phrase][0])
 
 
 def auc(scores: NDArray[np.floating[Any]], truth: NDArray[np.bool_]) -> float:
-    """Probability that a true one scores above a false one (Mann-Whitney); NaN where one kind is missing."""
+    """Area under the ROC curve (Mann-Whitney); NaN if ``truth`` holds one kind only."""
     positive = truth.ravel()
     count = int(positive.sum())
     if count in (0, positive.size):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pipeline.toyworld import scenes as toyworld
-from pipeline.toyworld.scenes import CLASSES, COLOURS, PATTERNS, STUFF, THINGS, VISIBLE_SHARE, generate, scene
+from pipeline.toyworld.captions import CLASSES, COLOURS, PATTERNS, STUFF, THINGS
+from pipeline.toyworld.scenes import VISIBLE_SHARE, generate, scene
 
 
 @pytest.fixture(scope="module")

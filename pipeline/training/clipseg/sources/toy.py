@@ -17,8 +17,9 @@ import numpy.typing as npt
 from models.errors import WrongUse
 from pipeline.datasets.toy import ToyDataset, ToySample
 from pipeline.toyworld import scenes as toyworld
+from pipeline.toyworld.captions import CLASSES, COLOURS, THINGS
 from pipeline.toyworld.phrases import PATTERN_WORDS
-from pipeline.toyworld.scenes import CLASSES, COLOURS, THINGS, VISIBLE_SHARE
+from pipeline.toyworld.scenes import VISIBLE_SHARE
 from pipeline.training.clipseg.sources.benchmarks import fingerprint
 from pipeline.training.clipseg.triplets import OBJECT, OTHER, Example, Pairs, TripletSource
 

@@ -21,8 +21,9 @@ from pipeline.datasets.phrasecut import PhraseSample, open_phrasecut
 from pipeline.datasets.toy import ToyDataset, open_toyworld
 from pipeline.ontology.ontology import Ontology
 from pipeline.toyworld import scenes as toyworld
+from pipeline.toyworld.captions import CLASSES, COLOURS, THINGS
 from pipeline.toyworld.phrases import PATTERN_WORDS
-from pipeline.toyworld.scenes import CLASSES, COLOURS, THINGS, VISIBLE_SHARE
+from pipeline.toyworld.scenes import VISIBLE_SHARE
 from pipeline.training.clipseg.sources.benchmarks import (
     open_class_source,
     open_instance_source,
@@ -342,13 +343,13 @@ def test_order_over_a_table_has_every_pair_once(table: str, grouped: bool) -> No
 def test_toy_phrases_are_true_of_what_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the colours that the scene was drawn with, which its captions are written from."""
     drawn: list[dict[str, str]] = []
-    caption = toyworld._caption
+    caption = toyworld.caption
 
     def listen(rng: Any, visible: Any, colour_of: dict[str, str], light: float) -> str:
         drawn.append(dict(colour_of))
         return caption(rng, visible, colour_of, light)
 
-    monkeypatch.setattr(toyworld, "_caption", listen)
+    monkeypatch.setattr(toyworld, "caption", listen)
     dataset = open_toyworld(split="seed-41", count=50, size=64)
     source = open_toy_source(dataset)
     found = held(source)
