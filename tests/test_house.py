@@ -21,6 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
             id="a run with nothing to do",
         ),
         pytest.param("pipeline.labelling.flow", {"torch"}, id="processes that decode"),
+        pytest.param(
+            "pipeline.ontology.ontology, pipeline.corpus.manifest, pipeline.table.labels",
+            {"torch", "ray", "scipy", "cv2", "matplotlib", "pandas"},
+            id="what checks the arguments",
+        ),
     ],
 )
 def test_heavy_libraries_are_not_loaded_by(modules: str, heavy: set[str]) -> None:

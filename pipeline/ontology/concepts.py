@@ -1,4 +1,4 @@
-"""The prompt lists of the paper's fine-grained and novel concepts (Zhou et al., ECCV 2022, section 4.4).
+"""Prompts for fine-grained and novel concepts, as in section 4.4 of MaskCLIP (Zhou et al., ECCV 2022).
 
 The paper shows pictures from the web, which are not distributed; any folder of images will do.
 """
@@ -20,9 +20,9 @@ class ConceptList:
     """What to look for, and what else is in the pictures.
 
     Attributes:
-        concepts: the prompts that are shown.
-        context: further classes, so that not every pixel must be a concept.
-        templates: prompt templates.
+        concepts: prompts to show.
+        context: other classes, so that not every pixel has to be a concept.
+        templates: name of a set of prompt templates.
     """
 
     concepts: tuple[str, ...]

@@ -1,15 +1,15 @@
-"""The ontology: which classes there are, what they are called, and how they are shown.
+"""The ontology: the classes, their names, and their colours.
 
 An ontology comes from a YAML file, from a list on the command line, or from a built-in name. Ids are
-positions; with ``background`` words, class 0 is "background" and the classes follow from 1. Its hash
-travels with everything made from it.
+positions; with ``background`` words, class 0 is "background" and the classes follow from 1. Everything made
+with an ontology records its hash.
 
     name: pets
-    background: default            # or a list of words; leave it out for none
+    background: default            # or a list of words; leave it out for no background class
     classes:
       - cat
       - {name: dog, synonyms: [puppy, hound], merge: mean, threshold: 0.4, color: "#aa3300", kind: thing}
-      - {name: my cup, examples: [{image: cup.jpg, mask: cup.png}, another.jpg]}   # beside this file
+      - {name: my cup, examples: [{image: cup.jpg, mask: cup.png}, another.jpg]}   # relative to this file
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ from models.errors import MaskMillError, WrongUse
 from pipeline.files.storage import is_remote
 from pipeline.ontology.palette import BACKGROUND_GREY, palette
 
-#: Ids 0..65,533 and the ignore index 65,535 fill a 16-bit mask.
+#: Ids 0..65,533 and the ignore index 65,535 fit a 16-bit mask.
 MAX_CLASSES: Final = 65_534
-#: Up to here ids and the ignore index 255 fit an 8-bit mask.
+#: Up to this number, ids and the ignore index 255 fit an 8-bit mask.
 MAX_CLASSES_8BIT: Final = 254
-#: Name of class 0 when there are background words.
+#: Name of class 0 if there are background words.
 BACKGROUND: Final = "background"
-#: Stands for the words of ``ontologies/background.yaml`` minus those that the classes name themselves.
+#: Stands for the words of ``builtin/background.yaml``, except those that the classes use themselves.
 DEFAULT_BACKGROUND: Final = "default"
 
 _FOLDER = Path(__file__).parent / "builtin"
@@ -61,17 +61,17 @@ _REMEDY = (
 )
 _MAX_SHOWN = 5
 
-# What pydantic calls a number or a truth value where a class (word or mapping) belongs.
+# Pydantic's error types for a number or a truth value in place of a class (a word or a mapping).
 _WORD_WANTED = {"string_type", "model_type", "model_attributes_type", "dict_type"}
 
 Merge = Literal["max", "mean"]
 Location = tuple[int | str, ...]
-#: In pydantic's validation context: the folder that paths of examples are relative to.
+#: Key in pydantic's validation context: the folder that paths of examples are relative to.
 _FOLDER_OF_FILE = "folder"
 
 
 def _clean(text: str) -> str:
-    # Prompts are case-sensitive in some tokenizers, never blank-sensitive.
+    # Case matters to some tokenizers, white space to none.
     if any(unicodedata.category(char) == "Cc" and not char.isspace() for char in text):
         raise PydanticCustomError("control_character", "a name must not contain control characters")
     text = " ".join(unicodedata.normalize("NFC", text).split())
@@ -88,12 +88,12 @@ class Example(BaseModel):
     """A picture that shows a class.
 
     Attributes:
-        image: path or URI of the picture. A relative path in a YAML file starts at the file's folder, and is
-            made absolute when the file is read.
-        mask: likewise, of a picture of equal size that is black everywhere but on the object; None where the
-            whole picture shows it.
-        sha256: hex, over the SHA-256 of each of the two files; found when the YAML file is read. With it the
-            ontology's hash sees what the pictures show, and not where they lie.
+        image: path or URI of the picture. A relative path in a YAML file starts at the file's folder and
+            becomes absolute when the file is read.
+        mask: path or URI of a picture of the same size that is black except on the object; None if the whole
+            picture shows it.
+        sha256: hex, over the SHA-256 of each of the two files, computed when the YAML file is read. It makes
+            the ontology's hash depend on what the pictures show, not on where they are.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -127,10 +127,10 @@ class Example(BaseModel):
         return found
 
     def check_unchanged(self) -> None:
-        """Compare the files with what they were when the ontology was read.
+        """Check that the files are the ones the ontology was read with.
 
         Raises:
-            MaskMillError: ``example_unreadable``; ``example_unreadable``.
+            MaskMillError: ``example_unreadable``.
         """
         if self.sha256 is None:
             return
@@ -152,7 +152,7 @@ class Example(BaseModel):
 
 
 def example_digest(image: str, mask: str | None) -> str:
-    """SHA-256 (hex) over the files of an example; an image without a mask differs from every one with.
+    """SHA-256 (hex) over the files of an example.
 
     Raises:
         PydanticCustomError: a file cannot be read.
@@ -177,14 +177,14 @@ class ClassEntry(BaseModel):
     """One class.
 
     Attributes:
-        name: what it is called, and its first prompt.
-        synonyms: further prompts for the same class.
-        threshold: probability in [0, 1] below which its pixels become ignored, None for no limit.
-        color: "#rrggbb", None to have one chosen.
-        kind: "thing" (countable) or "stuff", None where it does not matter.
-        merge: how name and synonyms, or examples, become one: "max" of their scores, or "mean" of their
+        name: also its first prompt.
+        synonyms: more prompts for the same class.
+        threshold: probability in [0, 1] below which its pixels are ignored; None for no limit.
+        color: "#rrggbb"; None to have one chosen.
+        kind: "thing" (countable) or "stuff"; None if it does not matter.
+        merge: how name and synonyms, or examples, are combined: "max" of their scores, or "mean" of their
             embeddings.
-        examples: pictures of it, for models that can be asked with a picture (CLIPSeg).
+        examples: pictures of it, for models that take pictures as prompts (CLIPSeg).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -206,7 +206,7 @@ class ClassEntry(BaseModel):
     def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
         if not self.examples:
-            del fields["examples"]  # so that hashes stay what they were before there were examples
+            del fields["examples"]  # keeps the hashes of ontologies written before examples existed
         return fields
 
 
@@ -217,10 +217,10 @@ class Ontology(BaseModel):
     ``from_dict`` turn that into ``MaskMillError``.
 
     Attributes:
-        name: what this set of classes is called.
-        classes: the classes; their ids follow the background's, if there is one.
-        background: words that become class 0 (highest score of them), or None. Given as "default": the
-            words of ``ontologies/background.yaml`` that no class here claims.
+        name: of this set of classes.
+        classes: their ids follow the background's, if there is one.
+        background: words that become class 0 (the highest of their scores), or None. "default" stands for the
+            words of ``builtin/background.yaml`` that no class uses.
         ignore_index: mask value of pixels without a label: 255, or 65,535 above 254 classes.
         templates: name of a template set, or templates with one ``{}`` each.
     """
@@ -230,7 +230,7 @@ class Ontology(BaseModel):
     name: Name
     classes: tuple[ClassEntry, ...]
     background: tuple[Name, ...] | None = None
-    # None cannot remain: the validator puts in what the number of classes asks for.
+    # Never None after validation: the validator chooses by the number of classes.
     ignore_index: Annotated[int, Field(strict=True, validate_default=True)] = None  # type: ignore[assignment]
     templates: StrictStr | tuple[StrictStr, ...] = "openai85"
 
@@ -302,7 +302,7 @@ class Ontology(BaseModel):
             for number, synonym in enumerate(entry.synonyms):
                 claim(synonym, f"synonym of '{entry.name}'", ("classes", index, "synonyms", number))
         for number, word in enumerate(self.background or ()):
-            if word.casefold() != BACKGROUND:  # "background" itself is a fair prompt for class 0
+            if word.casefold() != BACKGROUND:  # "background" itself may be a prompt of class 0
                 claim(word, "background word", ("background", number))
         if self.num_classes > MAX_CLASSES:
             raise _located(("classes",), f"{self.num_classes} classes with background; at most 65,534 fit")
@@ -336,7 +336,7 @@ class Ontology(BaseModel):
 
     @property
     def hash(self) -> str:
-        """SHA-256 (hex) of the canonical JSON of all fields; of examples with a digest, of that alone."""
+        """SHA-256 (hex) of the canonical JSON of all fields; an example with a digest counts by it."""
         fields = self.to_dict()
         for entry in fields["classes"]:
             for example in entry.get("examples", ()):
@@ -347,32 +347,32 @@ class Ontology(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def prompts(self) -> list[list[str]]:
-        """Per class id the words for it: its name and synonyms, or the background words."""
+        """Prompts per class id: name and synonyms, or the background words."""
         words = [[entry.name, *entry.synonyms] for entry in self.classes]
         return [list(self.background), *words] if self.background else words
 
     def merges(self) -> list[Merge]:
-        """Per class id how its prompts become one score; background is "max"."""
+        """How the prompts of each class id become one score; "max" for background."""
         background: list[Merge] = ["max"] * self._offset
         return background + [entry.merge for entry in self.classes]
 
     def kinds(self) -> list[Literal["thing", "stuff"] | None]:
-        """Per class id "thing", "stuff" or None; background is "stuff"."""
+        """Kind per class id; "stuff" for background."""
         background: list[Literal["thing", "stuff"] | None] = ["stuff"] * self._offset
         return background + [entry.kind for entry in self.classes]
 
     def examples(self) -> list[tuple[Example, ...]]:
-        """Per class id the pictures that show it; background has none."""
+        """Example pictures per class id; none for background."""
         return [()] * self._offset + [entry.examples for entry in self.classes]
 
     def thresholds(self, default: float = 0.0) -> npt.NDArray[np.float32] | None:
-        """Per class id the least probability for a label.
+        """The lowest probability at which a pixel is labelled.
 
         Args:
-            default: in [0, 1], for classes that set none (background among them).
+            default: in [0, 1], for background and classes without a threshold.
 
         Returns:
-            float32 (C,) in [0, 1], or None where no class has a limit.
+            float32 (C,) in [0, 1] by class id, or None if no class has a limit.
         """
         values = [default] * self._offset + [
             default if entry.threshold is None else entry.threshold for entry in self.classes
@@ -380,7 +380,7 @@ class Ontology(BaseModel):
         return np.array(values, dtype=np.float32) if any(values) else None
 
     def palette(self) -> npt.NDArray[np.uint8]:
-        """uint8 (C, 3) sRGB per class id: given colours, else chosen ones; background is dark grey."""
+        """Colour per class id, uint8 (C, 3) sRGB: given or chosen; dark grey for background."""
         given: list[tuple[int, int, int] | None] = [BACKGROUND_GREY] * self._offset
         for entry in self.classes:
             r, g, b = bytes.fromhex(entry.color[1:]) if entry.color else (0, 0, 0)
@@ -393,10 +393,10 @@ class Ontology(BaseModel):
 
     @classmethod
     def from_record(cls, recorded: Mapping[str, Any], *, origin: str = "the record") -> Ontology:
-        """The ontology that a label table or a student recorded: ``to_dict`` with hash and names added.
+        """Build from what a label table or a student recorded: ``to_dict`` plus hash and names.
 
         Raises:
-            MaskMillError: as ``from_dict``.
+            MaskMillError: ``ontology_invalid``.
         """
         fields = {key: value for key, value in recorded.items() if key not in ("hash", "names")}
         return cls.from_dict(fields, origin=origin)
@@ -407,7 +407,7 @@ class Ontology(BaseModel):
 
         Args:
             data: fields as in the YAML file.
-            origin: what to call the source in errors.
+            origin: name of the source in errors.
 
         Raises:
             MaskMillError: ``ontology_invalid``.
@@ -424,7 +424,7 @@ def default_background() -> tuple[str, ...]:
 
 @cache
 def builtin_ontologies() -> tuple[str, ...]:
-    """Names that ``load_ontology`` knows without a file."""
+    """Names that ``load_ontology`` accepts in place of a file."""
     return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml") if path.stem != "background"))
 
 
@@ -435,14 +435,14 @@ def parse_classes(
     name: str = "classes",
     templates: str | Sequence[str] = "openai85",
 ) -> Ontology:
-    """Ontology from a list as typed on a command line.
+    """Ontology from a list typed on a command line.
 
     Args:
-        text: class names between commas; names that hold a comma in double quotes: ``cat, "salt, pepper"``.
-        background: words that become class 0; "default" for the documented list without the words (or
-            their plain plurals) that ``text`` names; None for no background class.
-        name: name of the ontology.
-        templates: a template set's name, or templates.
+        text: class names separated by commas; a name that contains one goes in double quotes:
+            ``cat, "salt, pepper"``.
+        background: as in ``Ontology``; "default" also leaves out plain plurals of the words in ``text``.
+        name: of the ontology.
+        templates: name of a template set, or templates.
 
     Raises:
         MaskMillError: ``ontology_invalid`` for empty or repeated names and unbalanced quotes.
@@ -472,8 +472,7 @@ def load_ontology(source: str | Path) -> Ontology:
         source: a name from ``builtin_ontologies()`` or the path of a YAML file.
 
     Raises:
-        MaskMillError: ``ontology_invalid`` if there is neither; ``ontology_invalid``, naming file and line,
-            if the file breaks a rule.
+        MaskMillError: ``ontology_invalid``, naming file and line if a file breaks a rule.
     """
     builtin = str(source) in builtin_ontologies()
     path = _FOLDER / f"{source}.yaml" if builtin else Path(source).expanduser()
@@ -496,10 +495,9 @@ def read_ontology_text(
     """Ontology from YAML text.
 
     Args:
-        text: the YAML document.
         origin: file name for errors.
-        default_name: name of the ontology if the document gives none.
-        folder: what paths of examples are relative to; the examples are then read. None leaves them alone.
+        default_name: of the ontology if the document gives none.
+        folder: that paths of examples are relative to; the examples are then read. None leaves them alone.
 
     Raises:
         MaskMillError: ``ontology_invalid``, naming origin and line.
@@ -539,7 +537,7 @@ def _lines_of(
 ) -> Iterator[tuple[Location, int]]:
     line = node.start_mark.line + 1
     if id(node) in seen:
-        # An alias is the anchored node over again: refused, since nested aliases can expand without bound.
+        # An alias repeats its anchored node: refused, as nested aliases can expand without bound.
         raise _invalid(origin, line, "YAML anchors and aliases are not supported here")
     seen.add(id(node))
     yield where, line
@@ -619,7 +617,7 @@ def _dotted(where: Location) -> str:
 
 
 def _number_forms(word: str) -> set[str]:
-    """A word with the singulars that its ending allows: shelves -> shelves, shelve, shelv, shelf."""
+    """A word and the singulars that its ending allows: shelves -> shelves, shelve, shelv, shelf."""
     word = word.casefold()
     forms = {word}
     for ending, singular in (("s", ""), ("es", ""), ("ies", "y"), ("ves", "f"), ("ves", "fe")):

@@ -1,8 +1,8 @@
-"""Colours for any number of classes, told apart with and without full colour vision.
+"""Colours for any number of classes, distinct with and without full colour vision.
 
-Each colour is chosen as far as possible from all earlier ones. The distance of two colours is measured in the
-Oklab space: their distance to normal vision, or twice that to protan or deutan vision (Machado et al. 2009,
-severity 1), whichever is less. The result depends on nothing but the colours given and the count.
+Each colour is chosen as far as possible from all earlier ones. The distance of two colours is their Oklab
+distance in normal vision, or twice that in protan or deutan vision (Machado et al. 2009, severity 1),
+whichever is less. The result depends only on the colours given and the count.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TO_LAB = np.array(
      [0.0259040371, 0.7827717662, -0.8086757660]]
 )  # fmt: skip
 
-# Farthest-point choice costs time and runs out of candidates; beyond this many, colours are only unique.
+# Farthest-point choice takes time and runs out of candidates; beyond this many, colours are only unique.
 _MAX_SPREAD = 512
 
 
@@ -55,10 +55,10 @@ def palette(given: Sequence[tuple[int, int, int] | None]) -> npt.NDArray[np.uint
     """A colour per class.
 
     Args:
-        given: per class the sRGB colour that is wanted (0..255), or None to have one chosen.
+        given: sRGB colour (0..255) per class, or None to have one chosen.
 
     Returns:
-        uint8 (N, 3): the given colours unchanged, elsewhere chosen ones, all different.
+        uint8 (N, 3): the given colours unchanged, the others chosen, all different from each other.
     """
     chosen = iter(_choose(sum(color is None for color in given), tuple(c for c in given if c is not None)))
     rows = [next(chosen) if color is None else color for color in given]
@@ -70,8 +70,8 @@ def _choose(count: int, taken: tuple[tuple[int, int, int], ...]) -> tuple[tuple[
     axis = np.linspace(0, 255, 16).round().astype(np.int64)
     candidates = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
     lightness, a, b = oklab(candidates).T
-    # Very dark or very light overlays hide the image or look like missing pixels; the shrillest colours draw
-    # the eye to whatever class has them, and doing without costs a sixth of the least distance.
+    # Very dark or very light overlays hide the image or look like missing pixels. The most saturated colours
+    # draw the eye to whatever class has them; leaving them out costs a sixth of the least distance.
     candidates = candidates[(lightness > 0.38) & (lightness < 0.93) & (np.hypot(a, b) < 0.18)]
     seen = perceived(candidates)
     avoid = [*taken, (0, 0, 0), (255, 255, 255), BACKGROUND_GREY]
@@ -100,8 +100,8 @@ def _choose(count: int, taken: tuple[tuple[int, int, int], ...]) -> tuple[tuple[
 
 def _distance(seen: Array, one: Array) -> Array:
     per_vision = np.sqrt(((seen - one) ** 2).sum(-1))
-    # Two channels cannot hold as many colours as three: half the distance is what dichromats can be given
-    # without taking any from others (measured at 14 to 171 colours against other weightings).
+    # Two channels hold fewer colours than three: half the distance is what dichromats can get without taking
+    # any from others (measured at 14 to 171 colours against other weightings).
     return np.minimum(per_vision[..., 0], 2 * per_vision.min(-1))
 
 
