@@ -58,7 +58,7 @@ class Demo:
         """
         from jobs.train import maskclip_plus
         from jobs.train.run import TrainOptions
-        from jobs.train.student_page import PAGE, SHEET, write_pages
+        from pipeline.report.training_page import PAGE, SHEET, write_student_page
 
         console = console or Console()
         output = self.output
@@ -97,7 +97,7 @@ class Demo:
         }
         _print_scores(found, console)
         record = read_student_record(student)
-        write_pages(
+        write_student_page(
             record,
             [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()],
             labels=str(results / "teacher" / "labels"),

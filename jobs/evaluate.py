@@ -34,7 +34,7 @@ from pipeline.evaluation.results import (
 from pipeline.evaluation.tables import Evaluation, ImageScore, class_lookup, evaluate_table, read_labels
 from pipeline.labelling.recipes import LabelRecipe
 from pipeline.ontology.ontology import Ontology
-from pipeline.report.panels import panel
+from pipeline.report.pictures import panel
 from pipeline.report.results_page import write_report
 from pipeline.table.record import read_table_record
 from pipeline.tracking.results import log_result

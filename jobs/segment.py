@@ -288,7 +288,7 @@ def _segment(
     """Ask all prompts of an image, write its files, and say what was found."""
     from pipeline.labelling.clipseg.labeller import stretched
     from pipeline.labelling.clipseg.prompting import probability_maps, shown_pixels
-    from pipeline.report.prompts import Found, heat_map, overlay_mask, overview
+    from pipeline.report.pictures import Found, heat_map, overlay_mask, overview
 
     entry: dict[str, Any] = {"uri": uri}
     try:

@@ -28,7 +28,7 @@ from pipeline.labelling.prepare import MASKCLIP_OPTIONS, cache_dir
 from pipeline.labelling.recipes import LabelRecipe
 from pipeline.ontology.concepts import ConceptList
 from pipeline.ontology.ontology import Ontology
-from pipeline.report.panels import prompt_panel
+from pipeline.report.pictures import prompt_panel
 
 SHOWN = 10
 """Confidence maps of one image at most."""

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from jobs.train.clipseg_page import write_pages
 from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, run_training
 from models.errors import WrongUse
 from pipeline.datasets.base import Dataset
 from pipeline.files.storage import open_storage
 from pipeline.files.versions import versions
 from pipeline.ontology.ontology import Ontology
-from pipeline.report.training_page import PAGE, SHEET
+from pipeline.report.training_page import PAGE, SHEET, write_clipseg_page
 from pipeline.tracking.tracker import TrackedDataset
 from pipeline.trained.clipseg import (
     DECODER_FILE,
@@ -118,7 +117,9 @@ def _prepare(job: TrainClipSegJob) -> Prepared:
             context="training",
         ),
         finish=functools.partial(_finish, job, make_model, samples),
-        write_pages=functools.partial(write_pages, samples=samples, seed=recipe.loop.seed, commands=commands),
+        write_pages=functools.partial(
+            write_clipseg_page, samples=samples, seed=recipe.loop.seed, commands=commands
+        ),
         commands=commands,
         # It is large, with its CLIP: who wants a copy in MLflow names it.
         log_model=functools.partial(_log_model, job.options) if job.options.register_as else None,

@@ -15,7 +15,6 @@ import numpy as np
 from rich.console import Console
 
 from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, run_training
-from jobs.train.student_page import student_commands, write_pages
 from models.clip.text import TextClassifier
 from models.errors import WrongUse
 from models.student.deeplab import DeepLab, StudentConfig, load_backbone_weights
@@ -26,7 +25,7 @@ from pipeline.files.versions import versions
 from pipeline.labelling.prepare import embed_names
 from pipeline.labelling.recipes import LabelRecipe
 from pipeline.ontology.ontology import Ontology
-from pipeline.report.training_page import PAGE, SHEET
+from pipeline.report.training_page import PAGE, SHEET, student_commands, write_student_page
 from pipeline.table.record import read_table_record
 from pipeline.tracking.names import flatten
 from pipeline.tracking.tracker import TrackedDataset
@@ -365,7 +364,7 @@ def _finish(
 
 
 def _write_pages(job: MaskClipPlusJob, folder: Path, lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    return write_pages(read_student_record(folder), lines, labels=job.labels, truth=job.truth)
+    return write_student_page(read_student_record(folder), lines, labels=job.labels, truth=job.truth)
 
 
 def student_state(checkpoint: Checkpoint, *, keep_average: bool) -> Mapping[str, torch.Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.report.page import setting
 from pipeline.report.result_files import Benchmark, Evaluation, Row, Section
 
 #: Metrics of which less is better; of all others more is.
@@ -109,19 +110,6 @@ def _settings(runs: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
     names = dict.fromkeys(name for some in fields for name in some if name.split(" ", 1)[1] not in silent)
     table = [(name, [setting(some.get(name)) for some in fields]) for name in names]
     return [(name, values) for name, values in table if len(set(values)) > 1]
-
-
-def setting(value: Any) -> str:
-    """The value of a setting as people write it."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(setting, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{key}: {setting(inner)}" for key, inner in value.items())
-    return str(value)
 
 
 def benchmarks(runs: Sequence[Benchmark]) -> list[dict[str, Any]]:

@@ -9,10 +9,8 @@ Shape letters: H W pixels of the image, T U pixels of its thumbnail.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import heapq
-import io
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +29,7 @@ from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import Ontology
 from pipeline.ontology.palette import palette
 from pipeline.report.page import put_in_place, render
+from pipeline.report.pictures import jpeg_uri, overlay_borders, viridis
 from pipeline.table import labels
 
 #: Which rows are shown, and in which order: a sample by id, or the least or greatest label quality.
@@ -305,10 +304,10 @@ def _card(row: dict[str, Any], legend: Legend, thumbnail: int) -> dict[str, Any]
         "said": said,
         "quality": float(row["quality"]),
         "unsure": _share(mask.size - area, mask.size) if area < mask.size else "",
-        "photo": None if photo is None else _jpeg(photo),
+        "photo": None if photo is None else jpeg_uri(photo),
         "reason": reason,
-        "overlay": _jpeg(_paint(small, photo, legend)),
-        "certain": _jpeg(_heat(_area(confidence, size), small == legend.ignore_index)),
+        "overlay": jpeg_uri(overlay_borders(small, photo, legend.colors)),
+        "certain": jpeg_uri(_certainty(_area(confidence, size), small == legend.ignore_index)),
     }
 
 
@@ -341,33 +340,8 @@ def _area(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BOX))
 
 
-def _paint(mask: NDArray[Any], photo: NDArray[np.uint8] | None, legend: Legend) -> NDArray[np.uint8]:
-    """Labels (T, U) in colour over the photo, borders drawn; ignored pixels without colour and dim."""
-    known = mask != legend.ignore_index
-    colors = np.full((*mask.shape, 3), 96, np.float32)
-    colors[known] = legend.colors[mask[known]]
-    if photo is not None:
-        grey = photo.astype(np.float32).mean(axis=2, keepdims=True)
-        # Colour from the label, light and dark from the photo: both can be read at once.
-        colors = np.where(known[..., None], 0.62 * colors + 0.38 * grey, 0.45 * grey)
-    edge = np.zeros(mask.shape, bool)
-    edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
-    edge[1:] |= mask[1:] != mask[:-1]
-    colors[edge] = 0.25 * colors[edge] + 0.75 * 255
-    return np.clip(np.rint(colors), 0, 255).astype(np.uint8)
-
-
-def _heat(confidence: NDArray[np.uint8], ignored: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Confidence (T, U) as colour, dark for none to yellow for 1; ignored pixels grey."""
-    import cv2
-
-    heat = cv2.cvtColor(cv2.applyColorMap(confidence, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
+def _certainty(confidence: NDArray[np.uint8], ignored: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Confidence (T, U) as a heat map (T, U, 3); ignored pixels are grey."""
+    heat = viridis()[confidence]
     heat[ignored] = heat[ignored] // 3 + 40
-    return np.asarray(heat, dtype=np.uint8)
-
-
-def _jpeg(image: NDArray[np.uint8]) -> str:
-    """A data URI."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=82, optimize=True, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return heat

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -33,3 +34,27 @@ def put_in_place(path: Path, page: str) -> None:
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.write_text(page, encoding="utf-8")
     os.replace(fresh, path)
+
+
+def setting(value: Any) -> str:
+    """The value of a setting as people write it."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(setting, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {setting(inner)}" for key, inner in value.items())
+    return str(value)
+
+
+def setting_rows(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested settings as sorted rows of dotted names and values."""
+    rows = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            rows += setting_rows(value, f"{prefix}{key}.")
+        else:
+            rows.append((f"{prefix}{key}", setting(value)))
+    return sorted(rows)

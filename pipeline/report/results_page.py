@@ -19,8 +19,9 @@ from markupsafe import Markup
 from models.errors import MaskMillError, WrongUse
 from pipeline.files.images import ERROR_CODES, ImageError, decode
 from pipeline.files.storage import Storage
-from pipeline.report import comparison, plots
-from pipeline.report.page import put_in_place, render
+from pipeline.report import charts, comparison
+from pipeline.report.page import put_in_place, render, setting
+from pipeline.report.pictures import picture_uri
 from pipeline.report.result_files import (
     Benchmark,
     Evaluation,
@@ -100,7 +101,7 @@ def write_report(folders: Sequence[str | os.PathLike[str]], output: str | os.Pat
         number=number,
         difference=difference,
         metric_name=metric_name,
-        setting=comparison.setting,
+        setting=setting,
     )
     put_in_place(path, page)
     return path
@@ -236,21 +237,21 @@ def _evaluation(storage: Storage, run: Evaluation) -> dict[str, Any]:
         "edges": any(c.boundary_iou is not None for c in run.classes),
         "groups": any(c.group for c in run.classes),
         "shares": shares if small else None,
-        "heat": plots.heat(shares) if small else None,
+        "heat": charts.heat(shares) if small else None,
         "matrix": None
         if small
-        else plots.matrix_picture(
+        else charts.matrix_picture(
             shares, f"Confusion matrix of {len(run.classes)} classes; rows are true classes"
         ),
         "confusions": _confusions(run, shares),
-        "reliability": plots.reliability(run.calibration) if run.calibration else None,
+        "reliability": charts.reliability(run.calibration) if run.calibration else None,
         "worst": [_image(storage, image) for image in run.images.worst],
         "best": [_image(storage, image) for image in run.images.best],
         "provenance": _pairs(
             ("result folder", storage.uri),
             ("created", run.created),
             ("dataset fingerprint", dataset.fingerprint),
-            *((f"weights: {key}", comparison.setting(value)) for key, value in weights.items()),
+            *((f"weights: {key}", setting(value)) for key, value in weights.items()),
         ),
     }
 
@@ -286,14 +287,14 @@ def _published(run: Evaluation) -> dict[str, Any]:
     """Published figures: charts of those that ours may stand beside, and the others apart."""
     same = [p for p in run.published if p.protocol == run.protocol]
     others = [p for p in run.published if p.protocol != run.protocol]
-    charts = []
+    panels = []
     for metric in dict.fromkeys(p.metric for p in same):
         rows: list[tuple[float, Published | None]] = [(p.value, p) for p in same if p.metric == metric]
         ours = run.metrics.get(metric)
         if ours is not None:
             rows.append((ours, None))
         rows.sort(key=lambda row: -row[0])
-        top = plots.nice_top(max(value for value, _ in rows))
+        top = charts.nice_top(max(value for value, _ in rows))
         bars = [
             {
                 "published": published,
@@ -303,8 +304,8 @@ def _published(run: Evaluation) -> dict[str, Any]:
             }
             for value, published in rows
         ]
-        charts.append({"metric": metric, "bars": bars, "top": top})
-    return {"charts": charts, "others": others}
+        panels.append({"metric": metric, "bars": bars, "top": top})
+    return {"charts": panels, "others": others}
 
 
 def _confusions(run: Evaluation, shares: np.ndarray) -> list[dict[str, Any]]:
@@ -354,7 +355,7 @@ def _picture(storage: Storage, name: str | None) -> dict[str, Any]:
         return {"uri": None, "reason": f"{name}: {ERROR_CODES[error.code]}"}
     except (MaskMillError, OSError):
         return {"uri": None, "reason": f"{name} cannot be read"}
-    uri, width, height = plots.picture_uri(pixels, longest=_LONGEST)
+    uri, width, height = picture_uri(pixels, longest=_LONGEST)
     return {"uri": uri, "width": width, "height": height}
 
 
@@ -495,7 +496,7 @@ def _range(section: Section, *metrics: str) -> tuple[float, float]:
     points = [x for v in values for x in (v.mean, v.low, v.high) if x is not None]
     points += [p for row, metric in pairs if (p := row.published.get(metric)) is not None]
     top, bottom = max(points, default=1.0), min(points, default=0.0)
-    return (-plots.nice_top(-bottom) if bottom < 0 else 0.0), plots.nice_top(top)
+    return (-charts.nice_top(-bottom) if bottom < 0 else 0.0), charts.nice_top(top)
 
 
 def _curves(section: Section, metric: str, low: float, top: float) -> dict[str, Any] | None:
@@ -522,7 +523,7 @@ def _curves(section: Section, metric: str, low: float, top: float) -> dict[str, 
     ]
     points = {name: _points(rows, metric) for name, rows in series.items()}
     told = {
-        name: [plots.Point(x, p) for x, row in rows.items() if (p := row.published.get(metric)) is not None]
+        name: [charts.Point(x, p) for x, row in rows.items() if (p := row.published.get(metric)) is not None]
         for name, rows in series.items()
     }
     xs = sorted({x for rows in series.values() for x in rows})
@@ -530,7 +531,7 @@ def _curves(section: Section, metric: str, low: float, top: float) -> dict[str, 
     panels = [
         {
             "name": name,
-            "chart": plots.curve(
+            "chart": charts.curve(
                 points[name],
                 label=f"{metric_name(metric)} of {name}: "
                 + ", ".join(f"{p.y:.3f} at {p.x:g}" for p in points[name]),
@@ -563,9 +564,9 @@ def _table_cell(row: Row | None, metric: str) -> tuple[Row | None, Value | None,
     return (None, None, None) if row is None else (row, row.values.get(metric), row.published.get(metric))
 
 
-def _points(rows: dict[float, Row], metric: str) -> list[plots.Point]:
+def _points(rows: dict[float, Row], metric: str) -> list[charts.Point]:
     values = [(x, rows[x].values.get(metric)) for x in sorted(rows)]
-    return [plots.Point(x, v.mean, v.low, v.high) for x, v in values if v is not None and v.mean is not None]
+    return [charts.Point(x, v.mean, v.low, v.high) for x, v in values if v is not None and v.mean is not None]
 
 
 # --- several runs ---

@@ -1,25 +1,86 @@
 """The page that every training leaves: how it went, pictures of what came of it, and what to do with it.
 
-What is trained says what is on it: ``pipeline.report.student_page``, ``pipeline.report.clipseg_page``.
+``TrainingPage`` is what all of them show. A student stands next to its teacher, and next to the truth where
+it is known; a CLIPSeg or a baseline answers samples of its own training.
+
+Shapes: H W pixels of an image, S of a training sample, V of CLIP's input.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
-from pipeline.report import plots
-from pipeline.report.page import put_in_place, render
-from pipeline.tracking.names import flatten
+from models.errors import MaskMillError
+from pipeline.datasets.base import Dataset
+from pipeline.evaluation.tables import plan
+from pipeline.files import images
+from pipeline.files.storage import is_remote
+from pipeline.labelling.clipseg.model import THRESHOLD
+from pipeline.ontology.ontology import Ontology
+from pipeline.report import charts
+from pipeline.report.page import put_in_place, render, setting_rows
+from pipeline.report.pictures import (
+    Found,
+    colorize,
+    contact_sheet,
+    heat_map,
+    overlay,
+    overlay_mask,
+    overview,
+    picture_uri,
+    tile,
+)
+from pipeline.table.labels import decode_mask, iter_rows
+from pipeline.table.record import read_table_record
+from pipeline.trained import clipseg as clipseg_folder
+from pipeline.trained import student as student_folder
+from pipeline.trained.clipseg import ClipSegRecord
+from pipeline.trained.student import StudentRecord
+from pipeline.training.clipseg.triplets import IGNORED, OBJECT, decode_phrase
+from pipeline.training.samples.table import class_ids
+
+if TYPE_CHECKING:
+    from models.clipseg.decoder import ClipSeg
+    from pipeline.training.clipseg.triplets import TripletSamples
 
 PAGE, SHEET = "report.html", "preview.png"
-"""Names of the page and of the picture beside it."""
+"""Names of the page and of the picture next to it."""
+SHOWN = 12
+"""Images or samples on a page."""
+ON_SHEET = 6
+"""Of a student's images, on its contact sheet."""
 _THUMBNAIL = 320
+_STUDENT_CURVES = {
+    "loss": "loss",
+    "agreement": "agreement with the teacher",
+    "guessed": "share of pixels with a label",
+    "guess_confidence": "mean confidence of the guesses",
+    "drift": "drift of the predicted classes",
+    "learning_rate": "learning rate",
+    "gradient_norm": "gradient norm",
+}
+_CLIPSEG_CURVES = {
+    "loss": "loss",
+    "iou": "IoU at 0.5, of the batches",
+    "learning_rate": "learning rate",
+    "found": "share of pixels that are found",
+    "gradient_norm": "gradient norm",
+}
+_CLIPSEG_TITLES = {"clipseg": "CLIPSeg", "clip-deconv": "CLIP-Deconv", "vitseg": "ViTSeg"}
+_LOOKED_AT = 400  # rows of a table that examples are chosen from: a table may hold millions
+
+
+# --- any training ---
 
 
 @dataclass(frozen=True)
@@ -27,7 +88,7 @@ class Card:
     """Pictures of one image, side by side.
 
     Attributes:
-        name: beneath them.
+        name: below them.
         pictures: captions and uint8 (H, W, 3); a card with fewer than others leaves its last columns empty.
     """
 
@@ -37,7 +98,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Score:
-    """Figures of one model on one set of images, to be shown beside those of others.
+    """Figures of one model on one set of images, to be compared with those of others.
 
     Attributes:
         name: of the model.
@@ -55,23 +116,23 @@ class TrainingPage:
     """What is on the page.
 
     Attributes:
-        title: of the page.
+        title: heading.
         toy: whether it is about the toy world.
         training: of the record: ``iterations``, ``seconds``, ``samples_per_second``, ``data_wait``,
             ``failed_samples``, ``stopped``; all but the first may be missing.
-        samples: what one of them is called, in the plural.
-        tiles: figures at the top, by name.
+        samples: plural of what the training calls one.
+        tiles: names and figures at the top.
         cards: pictures.
         note: a sentence about them.
-        classes: their colours, "#rrggbb" by name.
-        scores: where truth is known, of the first model that is compared to the last.
+        classes: names and colours ("#rrggbb").
+        scores: where truth is known, from the model that is compared with to the newest.
         names: of the classes in ``scores``.
-        curves: titles of the figures of ``metrics.jsonl`` that are drawn, by key.
+        curves: keys of ``metrics.jsonl`` and the titles of their charts.
         curves_note: a sentence about them.
-        marks: steps at which they have a dashed line.
-        data: what was trained on, by name.
-        files: what is where, by name.
-        commands: what to run next, by purpose.
+        marks: steps at which the charts have a dashed line.
+        data: names and values: what was trained on.
+        files: names and paths: what is where.
+        commands: purposes and commands: what to run next.
         settings: every setting, nested.
     """
 
@@ -115,10 +176,21 @@ def write_training_page(path: Path, page: TrainingPage, lines: Sequence[Mapping[
             for title, rows in (("Data", page.data), ("Time", _time(page)), ("Where things are", page.files))
             if rows
         ],
-        settings=sorted(flatten(dict(page.settings)).items()),
+        settings=setting_rows(page.settings),
     )
     put_in_place(path, text)
     return path
+
+
+def _write(
+    folder: Path, page: TrainingPage, sheet: Image.Image | None, lines: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """Write the sheet, if there is one, and the page; returns their paths, the page last."""
+    written = []
+    if sheet is not None:
+        sheet.save(folder / SHEET)
+        written.append(str(folder / SHEET))
+    return [*written, str(write_training_page(folder / PAGE, page, lines))]
 
 
 def thousands(count: Any) -> str:
@@ -159,7 +231,7 @@ def _pictures(card: Card) -> list[dict[str, Any]]:
     return [
         {"caption": caption, "uri": uri, "width": width, "height": height}
         for caption, picture in card.pictures
-        for uri, width, height in [plots.picture_uri(_large(picture), longest=_THUMBNAIL)]
+        for uri, width, height in [picture_uri(_large(picture), longest=_THUMBNAIL)]
     ]
 
 
@@ -186,10 +258,433 @@ def _curves(page: TrainingPage, lines: Sequence[Mapping[str, Any]]) -> list[dict
     curves = []
     for key, title in page.curves.items():
         points = [
-            plots.Point(float(line["step"]), float(line[key]))
+            charts.Point(float(line["step"]), float(line[key]))
             for line in lines
             if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])
         ]
         if len(points) > 1:
-            curves.append({"title": title, "chart": plots.trace(points, label=title, marks=page.marks)})
+            curves.append({"title": title, "chart": charts.trace(points, label=title, marks=page.marks)})
     return curves
+
+
+# --- a student ---
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image and what is made of it.
+
+    Attributes:
+        name: of the image.
+        image: uint8 (H, W, 3).
+        teacher: integer (H, W) class ids; ids without a colour are grey.
+        student: integer (H, W).
+        truth: integer (H, W), None where it is not known.
+    """
+
+    name: str
+    image: np.ndarray
+    teacher: np.ndarray
+    student: np.ndarray
+    truth: np.ndarray | None = None
+
+
+def student_page(
+    record: StudentRecord, examples: Sequence[Example], *, scores: Sequence[Score] = (), note: str = ""
+) -> TrainingPage:
+    """The page of a student.
+
+    Args:
+        record: of the student.
+        examples: images to show.
+        scores: of the teacher first, then of the student, where truth is known.
+        note: a sentence about the examples and scores.
+    """
+    teacher, palette = record.teacher["weights"], record.ontology.palette()
+    parts = dict.fromkeys((record.config["decoder"], record.config["backbone"]))
+    guided = record.recipe.get("selftrain", {}).get("guided", (0, 0))[1]
+    return TrainingPage(
+        title=f"Student of {teacher['model']}",
+        toy=teacher["model"] == "toyclip",
+        training=record.training,
+        samples="crops",
+        tiles=[
+            *((f"mIoU of the {score.name}", f"{100 * score.miou:.1f}") for score in scores),
+            ("student", ", ".join(parts)),
+        ],
+        cards=[_student_card(example, palette) for example in examples],
+        note=note,
+        classes=[
+            (name, "#{:02x}{:02x}{:02x}".format(*color))
+            for name, color in zip(record.ontology.names, palette.tolist(), strict=True)
+        ],
+        scores=scores,
+        names=record.ontology.names,
+        curves=_STUDENT_CURVES,
+        curves_note="By step; the dashed line is where the student began to learn from its own guesses.",
+        marks=[guided] if guided > 0 else [],
+        data=[
+            ("labels", str(record.teacher.get("labels", ""))),
+            *((f"images: {status}", thousands(n)) for status, n in record.teacher.get("counts", {}).items()),
+            ("classes", thousands(record.ontology.num_classes)),
+            *([("without truth", ", ".join(unseen))] if (unseen := record.training.get("unseen")) else []),
+        ],
+        files=[
+            ("folder", record.uri),
+            ("student", f"{student_folder.WEIGHTS_FILE}, {student_folder.RECORD_FILE}"),
+            ("curves as numbers", "metrics.jsonl"),
+            ("to go on from", "checkpoints/"),
+        ],
+        commands=student_commands(record.uri),
+        settings={"recipe": record.recipe, "teacher": teacher, "versions": record.versions},
+    )
+
+
+def student_sheet(examples: Sequence[Example], record: StudentRecord) -> Image.Image:
+    """Images, truth if it is known, teacher and student in rows."""
+    palette, shown = record.ontology.palette(), examples[:ON_SHEET]
+    toy = record.teacher["weights"]["model"] == "toyclip"
+    rows = [("images", [example.image for example in shown])]
+    truths = [example.truth for example in shown if example.truth is not None]
+    if len(truths) == len(shown):
+        rows.append(("truth", [colorize(truth, palette) for truth in truths]))
+    rows.append(("teacher (pseudo-labels)", [colorize(example.teacher, palette) for example in shown]))
+    rows.append(("student", [colorize(example.student, palette) for example in shown]))
+    caption = "toy world: a student trained on pseudo-labels of the bundled toy CLIP" if toy else ""
+    return contact_sheet(rows, names=record.ontology.names, palette=palette, caption=caption)
+
+
+def _student_card(example: Example, palette: np.ndarray) -> Card:
+    maps = [] if example.truth is None else [("truth", example.truth)]
+    maps += [("teacher", example.teacher), ("student", example.student)]
+    painted = [(caption, overlay(example.image, labels, palette)) for caption, labels in maps]
+    return Card(example.name, [("image", example.image), *painted])
+
+
+def write_student_page(
+    record: StudentRecord,
+    lines: Sequence[Mapping[str, Any]],
+    *,
+    labels: str,
+    truth: Dataset | None = None,
+    scores: Sequence[Score] = (),
+    note: str = "",
+    count: int = SHOWN,
+) -> list[str]:
+    """Write the page and the contact sheet into the student's folder.
+
+    Args:
+        record: of the student.
+        lines: of ``metrics.jsonl``.
+        labels: label table to take images and the teacher's labels from.
+        truth: of the same images, where it is known.
+        scores: see ``student_page``.
+        note: see ``student_page``.
+        count: images to show.
+
+    Returns:
+        The files, the page last; none if the folder is not local.
+    """
+    if is_remote(record.uri):
+        return []
+    examples = find_examples(record, labels=labels, truth=truth, count=count)
+    sheet = student_sheet(examples, record) if examples else None
+    return _write(Path(record.uri), student_page(record, examples, scores=scores, note=note), sheet, lines)
+
+
+def student_commands(output: str) -> dict[str, str]:
+    """What to do with a student, by purpose."""
+    folder = shlex.quote(output)
+    return {
+        "Label with it": f"maskmill label --model {folder} --images DIR --output OUT",
+        "Measure it": f"maskmill evaluate --model {folder} --dataset NAME --root DIR",
+        "See it": f"maskmill serve --model {folder}",
+    }
+
+
+def find_examples(record: StudentRecord, *, labels: str, truth: Dataset | None, count: int) -> list[Example]:
+    """Images of a label table with the teacher's, the student's and true labels; the same at every call.
+
+    Images that cannot be read any more are left out.
+    """
+    from models.device import best_device, native_precision
+    from pipeline.labelling.student import StudentLabeller
+
+    true_rows = plan(labels, truth.samples).samples if truth is not None else {}
+    teacher = _teacher_ids(labels, record.ontology)
+    labeller = StudentLabeller(
+        uri=record.uri,
+        thresholds=[0.0] * record.ontology.num_classes,
+        precision=native_precision(best_device()),
+        batch_size=1,
+        ignore_index=record.ontology.ignore_index,
+    )
+    found: list[Example] = []
+    for row in _chosen_rows(labels):
+        sample = true_rows.get(row["id"])
+        image = None if truth is not None and sample is None else _image(row, record)
+        if image is None:
+            continue
+        height, width = image.shape[:2]
+        settings = record.labelling
+        size = images.target_size(height, width, scale=settings.scale, keep_ratio=settings.keep_ratio)
+        seen = images.resize(image, size, method=settings.resize)
+        true = None
+        if truth is not None and sample is not None:
+            ids = class_ids(truth.class_names, record.ontology, truth.ignore_index)
+            true = _shown(ids[truth.truth(sample)])
+        found.append(
+            Example(
+                PurePosixPath(row["uri"]).name,
+                image,
+                _shown(teacher[decode_mask(row["mask"]["bytes"])]),
+                labeller.label([seen], [(height, width)])[0].labels,
+                true,
+            )
+        )
+        if len(found) == count:
+            break
+    return found
+
+
+def _chosen_rows(labels: str) -> list[dict[str, Any]]:
+    """Labelled rows from the beginning of a table, in an order that does not depend on how it was made."""
+    rows = []
+    for row in iter_rows(labels, ["id", "uri", "status", "sha256", "mask"]):
+        if row["status"] == "ok":
+            rows.append(row)
+        if len(rows) == _LOOKED_AT:
+            break
+    return sorted(rows, key=lambda row: hashlib.sha256(PurePosixPath(row["uri"]).name.encode()).digest())
+
+
+def _image(row: Mapping[str, Any], record: StudentRecord) -> np.ndarray | None:
+    """The image that was labelled; None if it cannot be read or has changed."""
+    try:
+        data = images.fetch(row["uri"])
+        if hashlib.sha256(data).digest() != row["sha256"]:
+            return None
+        return images.decode(data, max_pixels=record.labelling.max_pixels)
+    except images.ImageError:
+        return None
+
+
+def _teacher_ids(labels: str, ontology: Ontology) -> np.ndarray:
+    """Ids of the table → ids of the student, as in training; negative where the student has no such class."""
+    known = Ontology.from_record(read_table_record(labels)["ontology"])
+    return class_ids(known.names, ontology, known.ignore_index, words=known.prompts())
+
+
+def _shown(ids: np.ndarray) -> np.ndarray:
+    """Ids for a picture: negative ones become 65535, which has no colour."""
+    return np.where(ids < 0, 65535, ids).astype(np.uint16)
+
+
+# --- a CLIPSeg ---
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A training sample, and what the model answers.
+
+    Attributes:
+        phrase: what is asked for; "" if only by a picture.
+        text_share: weight of the words in the prompt; the rest is the example's.
+        image: uint8 (S, S, 3).
+        there: bool (S, S), the truth.
+        probability: float (S, S) in [0, 1].
+        example: uint8 (V, V, 3), as CLIP sees it; None without one.
+        known: bool (S, S), where the truth is known; other pixels are not counted. None is everywhere.
+    """
+
+    phrase: str
+    text_share: float
+    image: NDArray[np.uint8]
+    there: NDArray[np.bool_]
+    probability: NDArray[np.float32]
+    example: NDArray[np.uint8] | None = None
+    known: NDArray[np.bool_] | None = None
+
+    @property
+    def found(self) -> NDArray[np.bool_]:
+        """The mask, (S, S), at the default threshold."""
+        return np.asarray(self.probability >= THRESHOLD)
+
+    @property
+    def heat(self) -> NDArray[np.uint8]:
+        """round(255 p), (S, S)."""
+        return np.rint(self.probability * 255).astype(np.uint8)
+
+    @property
+    def caption(self) -> str:
+        """How it was asked, and how well it was answered."""
+        asked = "text" if self.text_share == 1 else f"text {self.text_share:.0%}, example"
+        there, found = self._counted(self.there), self._counted(self.found)
+        if not there.any():
+            answered = "found all the same" if found.any() else "rightly nothing found"
+            return f"{asked}; not there, and {answered}"
+        return f"{asked}; IoU {(there & found).sum() / (there | found).sum():.2f}"
+
+    @property
+    def share(self) -> float:
+        """Share of the object in the pixels whose truth is known."""
+        there = self._counted(self.there)
+        return float(there.mean()) if there.size else 0.0
+
+    def _counted(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        return mask.ravel() if self.known is None else mask[self.known]
+
+
+def clipseg_page(
+    record: ClipSegRecord, answers: Sequence[Answer], *, uri: str, commands: Mapping[str, str]
+) -> TrainingPage:
+    """The page of a trained CLIPSeg or baseline.
+
+    Args:
+        record: of its folder.
+        answers: samples to show.
+        uri: of its folder.
+        commands: what to run next, by purpose.
+    """
+    clip, config = record.clip, record.config
+    files = [("folder", uri), ("decoder", f"{clipseg_folder.DECODER_FILE}, {clipseg_folder.RECORD_FILE}")]
+    if record.hugging_face:
+        files.append(("for transformers", "model.safetensors, config.json, …"))
+    files += [("curves as numbers", "metrics.jsonl"), ("to go on from", "checkpoints/")]
+    iou = record.metrics.get("iou")
+    names = {"triplets": "pairs of image and phrase"}
+    layers = config.get("extract_layers") or [config["extract_layer"]]
+    return TrainingPage(
+        title=f"{_CLIPSEG_TITLES.get(record.model, record.model)} over {clip['model']}",
+        toy=clip["model"] == "toyclip",
+        training=record.training,
+        samples="samples",
+        tiles=[
+            *([("IoU at 0.5, last batches", f"{100 * iou:.1f}")] if isinstance(iou, float) else []),
+            ("decoder", f"{config['reduce_dim']} wide, layers {' '.join(str(each) for each in layers)}"),
+        ],
+        cards=[_answer_card(answer) for answer in answers],
+        note=f"Samples of the training: what was asked is beneath, and found is what has p ≥ {THRESHOLD:g}.",
+        curves=_CLIPSEG_CURVES,
+        curves_note="By step, on what was trained with. What it is worth elsewhere, maskmill evaluate says.",
+        data=[
+            (names.get(name, name), thousands(value))
+            for name, value in record.data.items()
+            if name != "fingerprint"
+        ],
+        files=files,
+        commands=commands,
+        settings={"recipe": record.recipe, "clip": clip, "versions": record.versions},
+    )
+
+
+def clipseg_sheet(answers: Sequence[Answer], *, columns: int = 3) -> Image.Image:
+    """All samples on one picture: image, what is there, what is found."""
+    panels = []
+    for answer in answers:
+        there = answer.there.astype(np.uint8) * 255
+        asked = answer.phrase or "(the example alone)"
+        cells = [
+            Found("there", there, answer.there, f"{answer.share:.1%} of the pixels"),
+            Found(asked, answer.heat, answer.found, answer.caption, answer.example),
+        ]
+        panels.append(overview("", answer.image, cells, side=160))
+    return tile(panels, columns=columns, gap=0)
+
+
+def _answer_card(answer: Answer) -> Card:
+    pictures = [
+        ("image", answer.image),
+        ("there", overlay_mask(answer.image, answer.there)),
+        ("found", overlay_mask(answer.image, answer.found)),
+        ("probability", np.asarray(heat_map(answer.heat).convert("RGB"))),
+    ]
+    if answer.example is not None:
+        pictures.append(("example", answer.example))
+    asked = f"“{answer.phrase}”" if answer.phrase else "the example alone"
+    return Card(f"{asked}: {answer.caption}", pictures)
+
+
+def write_clipseg_page(
+    folder: Path,
+    lines: Sequence[Mapping[str, Any]],
+    samples: TripletSamples,
+    *,
+    seed: int,
+    commands: Mapping[str, str],
+    count: int = SHOWN,
+) -> list[str]:
+    """Write the page and the picture into the model's folder.
+
+    Args:
+        folder: of the model.
+        lines: of ``metrics.jsonl``.
+        samples: what it was trained on.
+        seed: of the choice of samples.
+        commands: what to run next, by purpose.
+        count: samples to show.
+
+    Returns:
+        The files, the page last.
+    """
+    from models.device import best_device
+
+    model = clipseg_folder.load_trained(folder, device=best_device())
+    answers = find_answers(model, samples, seed=seed, count=count)
+    page = clipseg_page(
+        clipseg_folder.read_clipseg_record(folder), answers, uri=str(folder), commands=commands
+    )
+    return _write(folder, page, clipseg_sheet(answers) if answers else None, lines)
+
+
+def find_answers(model: ClipSeg, samples: TripletSamples, *, seed: int, count: int) -> list[Answer]:
+    """What a model answers to some of its training samples; the same at every call, different images first.
+
+    Args:
+        model: trained.
+        samples: what it was trained on; those that cannot be read are left out.
+        seed: of the choice and of the augmentation.
+        count: how many.
+    """
+    import torch
+
+    from models.clipseg.decoder import mix, normalize
+
+    device = model.clip.device
+    answers: list[Answer] = []
+    order = np.random.default_rng(seed).permutation(samples.order(0, seed))
+    _, first = np.unique(samples.source.pairs.image[order], return_index=True)
+    order = np.concatenate([order[np.sort(first)], np.delete(order, first)])
+    for index in order[: 4 * count].tolist():
+        if len(answers) == count:
+            break
+        try:
+            sample = samples.load(index, np.random.default_rng((seed, index)))
+            phrase, share = decode_phrase(sample["phrase"]), float(sample["text_weight"])
+            image, support = (
+                torch.from_numpy(sample[name])[None].to(device) for name in ("image", "support")
+            )
+            with torch.no_grad():
+                texts = model.encode_text([phrase]) if share > 0 else None
+                pictures = model.encode_prompt_images(normalize(support)) if share < 1 else texts
+                assert pictures is not None
+                conditional = pictures if texts is None else mix(texts, pictures, share)
+                p = model(normalize(image), conditional)[0, 0].sigmoid().cpu().numpy()
+        except MaskMillError:
+            continue
+        answers.append(
+            Answer(
+                phrase=phrase if share > 0 else "",
+                text_share=share,
+                image=_pixels(sample["image"]),
+                there=sample["mask"] == OBJECT,
+                known=sample["mask"] != IGNORED,
+                probability=p,
+                example=_pixels(sample["support"]) if share < 1 else None,
+            )
+        )
+    return answers
+
+
+def _pixels(planes: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(planes.transpose(1, 2, 0))

@@ -14,8 +14,8 @@ import numpy as np
 
 from models.errors import WrongUse
 from pipeline.files.storage import Storage, open_storage
+from pipeline.report.charts import save_confusion
 from pipeline.tracking.names import key_part, key_parts
-from pipeline.tracking.plots import plot_confusion
 from pipeline.tracking.tracker import TrackedDataset, Tracker
 
 EVALUATION, BENCHMARK = "evaluation.json", "benchmark.json"
@@ -89,7 +89,7 @@ def _log_evaluation(tracker: Tracker, record: Mapping[str, Any], temporary: Path
     rows = _class_rows(classes, confusion)
     tracker.log_artifact(_write_csv(temporary / "per_class.csv", rows))
     picture = temporary / "confusion.png"
-    plot_confusion(picture, confusion, names, title=record["title"])
+    save_confusion(picture, confusion, names, title=record["title"])
     tracker.log_artifact(picture)
     lines = [
         f"**{record['title']}** (protocol {record['protocol']}{_toy(record['model']['toy'])})",

@@ -24,13 +24,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from jobs.train.clipseg import TrainClipSegJob, _prepare, commands_for, run
-from jobs.train.clipseg_page import find_answers
 from jobs.train.run import INTERRUPTED, TrainOptions
 from models.clipseg.decoder import ClipSeg, normalize
 from models.clipseg.weights import load_clipseg
 from models.errors import MaskMillError
 from pipeline.datasets.toy import open_toyworld
-from pipeline.report.clipseg_page import preview_sheet
+from pipeline.report.training_page import clipseg_sheet, find_answers
 from pipeline.trained.clipseg import DECODER_FILE, RECORD_FILE, load_trained, read_clipseg_record
 from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES
 from pipeline.training.clipseg.sources.toy import open_toy_source
@@ -218,7 +217,7 @@ def test_the_picture_shows_what_the_model_says() -> None:
         torch.nn.init.constant_(head.get_parameter("bias"), bias)
         answers = find_answers(model, samples, seed=0, count=2)
         assert {answer.found.all() for answer in answers} == {bias > 0}
-        sheets.append(np.asarray(preview_sheet(answers)).astype(int))
+        sheets.append(np.asarray(clipseg_sheet(answers)).astype(int))
     assert sheets[0].shape == sheets[1].shape
     changed = (sheets[0] != sheets[1]).any((0, 2))
     cell = len(changed) // 2  # a panel: image, what is there, what is found

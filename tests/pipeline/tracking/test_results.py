@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from models.errors import MaskMillError
-from pipeline.tracking.plots import plot_confusion
 from pipeline.tracking.results import evaluation_metrics, log_result
 from pipeline.tracking.tracker import open_tracker
 
@@ -208,21 +207,3 @@ def test_metric_names_are_as_many_as_values() -> None:
     record = evaluation([f"class {index % 3}" for index in range(171)])
     metrics = evaluation_metrics(record)
     assert len(metrics) == 3 + 3 + 4 * 171
-
-
-@pytest.mark.parametrize("count", [1, 2, 21, 60, 171])
-def test_the_confusion_matrix_has_room_for_every_name(tmp_path: Path, count: int) -> None:
-    names = [
-        "a rather long class name, cut off at the end",
-        *[f"class $_{index}" for index in range(1, count)],
-    ]
-    confusion = np.zeros((count, count + 1), dtype=np.int64)
-    confusion[0, -1] = 5000
-    confusion[np.arange(1, count), np.arange(1, count)] = 5000
-    plot_confusion(tmp_path / "c.png", confusion, names, title="x")
-    with Image.open(tmp_path / "c.png") as image:
-        pixels = np.asarray(image.convert("RGB")).astype(int)
-    assert min(image.size) > 14 * count and max(image.size) < 5200
-    dark = (np.abs(pixels - np.array([8, 48, 107])).sum(-1) < 12).sum(0)
-    # The cells of the first row's last column and of the diagonal: full shares, the darkest blue.
-    assert (dark > 8).sum() > 8 * count
