@@ -30,23 +30,23 @@ if TYPE_CHECKING:
 
 MARKER = "made-by-maskmill-demo.txt"
 TRUTH_SEED = 1
-"""Added to the seed of the unlabelled scenes: those with truth are others."""
+"""Added to the seed of the unlabelled scenes, so that those with truth differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """All of it on the embedded toy world, offline: label images, train a student, evaluate, show."""
+    """Everything on the embedded toy world, offline: label images, train a student, evaluate, show."""
 
     output: Path = Path("demo")
-    """folder for everything it makes; that of an earlier demo is made anew."""
+    """folder for everything it makes; that of an earlier demo is replaced."""
     images: int = 500
     """number of unlabelled scenes."""
     size: int = 128
     """side of a scene in pixels."""
     seed: int = 2026
-    """of the scenes; the bundled CLIP was trained on other ones."""
+    """of the scenes; the bundled CLIP was trained on others."""
     test: int = 80
-    """number of scenes with truth to measure on; nothing is trained on them."""
+    """number of scenes with truth for evaluation; nothing is trained on them."""
     steps: int = 1000
     """of training."""
 
@@ -56,15 +56,15 @@ class Demo:
         Raises:
             MaskMillError: ``output_not_ours`` if the folder holds something else.
         """
+        output = self.output
+        empty_folder(output)
         from jobs.train import maskclip_plus
         from jobs.train.run import TrainOptions
         from pipeline.report.training_page import PAGE, SHEET, write_student_page
 
         console = console or Console()
-        output = self.output
         images, table, student = output / "images", output / "table", output / "student"
         test, results = output / "test", output / "results"
-        _fresh(output)
         ontology = load_ontology("toyworld")
         _title(
             console,
@@ -106,7 +106,7 @@ class Demo:
                 Score(name, one["metrics"]["miou"], [entry["iou"] for entry in one["classes"]])
                 for name, one in found.items()
             ],
-            note=f"{self.test} scenes that neither of them has learned from, and their true maps.",
+            note=f"{self.test} scenes that neither has learned from, and their true maps.",
         )
         Show(table=str(table), output=output / "gallery.html").run(Console(quiet=True))
         lines = [
@@ -124,7 +124,7 @@ def _title(console: Console, text: str) -> None:
 
 
 def _shortened(steps: int) -> MaskClipPlusRecipe:
-    """The recipe ``toy`` with other steps, its phases in proportion."""
+    """The recipe ``toy`` with another number of steps and its phases in proportion."""
     from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
 
     recipe = MASKCLIP_PLUS_RECIPES.recipes["toy"]
@@ -140,7 +140,12 @@ def _shortened(steps: int) -> MaskClipPlusRecipe:
     )
 
 
-def _fresh(output: Path) -> None:
+def empty_folder(output: Path) -> None:
+    """Empty the demo's folder, or make it.
+
+    Raises:
+        MaskMillError: ``output_not_ours`` if it holds something that the demo did not write.
+    """
     if output.exists() and any(output.iterdir()):
         if not (output / MARKER).exists():
             raise WrongUse(
@@ -150,7 +155,7 @@ def _fresh(output: Path) -> None:
             )
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / MARKER).write_text("maskmill demo made this folder and will make it anew when it runs again.\n")
+    (output / MARKER).write_text("maskmill demo made this folder and replaces it when it runs again.\n")
 
 
 def _draw(images: Path, truth: Path | None, *, count: int, size: int, seed: int) -> None:

@@ -14,23 +14,19 @@ from jobs.console import stderr_console
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a student as a program for other runtimes, and compare the two."""
+    """Write a student as a program for other runtimes, and check that it computes the same."""
 
     student: Positional[str]
     """the --output of maskmill train maskclip-plus."""
     format: Literal["onnx", "torch"]
     """onnx, or torch for a program of torch.export."""
     output: Path
-    """the file, .onnx or .pt2."""
+    """the file, ending in .onnx or .pt2."""
     overwrite: bool = False
-    """replace a file that is there."""
+    """replace an existing file."""
 
     def run(self, console: Console | None = None) -> int:
-        """Write the program, and say how to use it.
-
-        Raises:
-            MaskMillError: as ``pipeline.trained.export``.
-        """
+        """Write the program, and say how to use it."""
         from pipeline.trained.export import OPSET, SMALLEST, to_onnx, to_torch_export
 
         console = console or stderr_console()

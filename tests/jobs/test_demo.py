@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from jobs import demo
+from models.errors import MaskMillError
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-
+@pytest.mark.cluster
+@pytest.mark.slow
 def test_demo_labels_trains_evaluates_and_shows(
     maskmill: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
@@ -30,16 +31,17 @@ def test_demo_labels_trains_evaluates_and_shows(
     assert "IoU of every class" in text
     with Image.open(output / "student" / "preview.png") as sheet:
         assert sheet.width > 1000
-    # Its own folder, and no other one, is made anew.
+
+
+def test_the_demo_replaces_its_own_folder_only(tmp_path: Path) -> None:
+    output = tmp_path / "demo"
+    demo.empty_folder(output)
     (output / "old.txt").write_text("from before")
-    demo._fresh(output)
+    demo.empty_folder(output)
     assert [path.name for path in output.iterdir()] == [demo.MARKER]
 
-
-def test_demo_leaves_other_folders_alone(
-    maskmill: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    done = maskmill("demo", "--output", tmp_path)
-    assert done.returncode == 2 and "was not made by the demo" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(MaskMillError, match="was not made by the demo") as caught:
+        demo.Demo(output=tmp_path).run()
+    assert caught.value.code == "output_not_ours"
+    assert (tmp_path / "thesis.txt").read_text() == "mine"

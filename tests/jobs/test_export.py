@@ -18,7 +18,7 @@ from pipeline.trained.student import read_student_record
 from tests.pipeline.trained.test_student import toy_student
 
 
-def test_a_program_of_torch_labels_as_the_labeller_does(tmp_path: Path) -> None:
+def test_a_torch_program_labels_like_the_labeller(tmp_path: Path) -> None:
     model = toy_student(tmp_path / "run")
     said = io.StringIO()
     file = tmp_path / "made" / "student.pt2"
@@ -47,7 +47,7 @@ def test_a_program_of_torch_labels_as_the_labeller_does(tmp_path: Path) -> None:
     assert len(np.unique(prediction.labels)) > 2
 
 
-def test_what_is_there_stays_and_names_must_fit(tmp_path: Path) -> None:
+def test_an_existing_file_stays_and_the_suffix_must_fit(tmp_path: Path) -> None:
     kept = tmp_path / "student.onnx"
     kept.write_text("mine")
     for output, code in ((kept, "output_exists"), (tmp_path / "student.bin", "wrong_use")):
