@@ -217,8 +217,7 @@ def _teacher(model: str, precision: str):
     from models.clip.loading import load_clip
     from models.clip.text import TextClassifier
     from models.device import DTYPES, best_device
-    from models.maskclip import MaskClip, MaskClipConfig
-    from pipeline.labelling.prepare import MASKCLIP_OPTIONS
+    from models.maskclip import MaskClip
     from pipeline.labelling.recipes import RECIPES
 
     clip = load_clip(model, PRETRAINED, device=best_device(), dtype=DTYPES[precision], towers="visual")
@@ -226,19 +225,18 @@ def _teacher(model: str, precision: str):
         torch.randn(53, clip.embed_dim, generator=torch.Generator().manual_seed(0))
     )
     classes = torch.arange(53).clamp(max=20)  # as many prompts and classes as the job has
-    options = {name: getattr(RECIPES["maskclip"], name) for name in MASKCLIP_OPTIONS}
-    return MaskClip(clip, TextClassifier(rows, classes, 21), MaskClipConfig(**options))
+    return MaskClip(clip, TextClassifier(rows, classes, 21), RECIPES["maskclip"].maskclip)
 
 
 def _network_pixels(photos: list[Path]):
     from pipeline.files import images
     from pipeline.labelling.recipes import RECIPES
 
-    recipe = RECIPES["maskclip"]
+    settings = RECIPES["maskclip"].images
     for photo in photos:
         pixels = images.decode(photo.read_bytes())
-        size = images.target_size(*pixels.shape[:2], scale=recipe.scale, keep_ratio=recipe.keep_ratio)
-        yield images.resize(pixels, size, method=recipe.resize)
+        size = images.target_size(*pixels.shape[:2], scale=settings.scale, keep_ratio=settings.keep_ratio)
+        yield images.resize(pixels, size, method=settings.resize)
 
 
 def naive_script(photos: list[Path], model: str, output: Path) -> float:

@@ -24,7 +24,8 @@ from models.clip.loading import load_clip
 from models.clip.text import TextClassifier, build_text_classifier
 from models.device import DTYPES, best_device, native_precision
 from models.labelmap import label_map
-from models.maskclip import MaskClip, MaskClipConfig
+from models.maskclip import MaskClip
+from models.settings import MaskClipSettings
 
 MODEL = "ViT-B-16-quickgelu"
 NETWORK, IMAGE = (512, 683), (375, 500)
@@ -50,7 +51,7 @@ def main() -> None:
     for precision in precisions:
         clip = load_clip(MODEL, "random:0", device=device, dtype=DTYPES[precision], towers="visual")
         for profile in ("reference", "weights"):
-            model = MaskClip(clip, random_text(clip.embed_dim, 30), MaskClipConfig(profile=profile))
+            model = MaskClip(clip, random_text(clip.embed_dim, 30), MaskClipSettings(profile=profile))
             for threads in sorted({1, cores}) if device.type == "cpu" else [cores]:
                 for batch in (1, 4) if device.type == "cpu" else (1, 8, 32):
                     torch.set_num_threads(threads)
@@ -135,7 +136,7 @@ def agreements(folder: Path, device: torch.device, precisions: list[str]) -> lis
             for image in images:
                 labels = [
                     label_map(
-                        MaskClip(clip, text, MaskClipConfig()).grid_scores(image[None])[0],
+                        MaskClip(clip, text, MaskClipSettings()).grid_scores(image[None])[0],
                         network_size=(image.shape[1], image.shape[2]),
                         image_size=size,
                     )[0]

@@ -28,7 +28,8 @@ from models.clip.loading import load_clip
 from models.clip.text import TextClassifier
 from models.device import DTYPES, best_device, native_precision
 from models.labelmap import label_map
-from models.maskclip import MaskClip, MaskClipConfig
+from models.maskclip import MaskClip
+from models.settings import MaskClipSettings
 from models.student.deeplab import DeepLab, StudentConfig
 
 Network = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> scores (B, C, h, w)
@@ -118,7 +119,7 @@ def models(world: World, precision: str, device: torch.device, channels_last: bo
     """The teacher and its students."""
     clip = load_clip(*world.teacher, device=device, dtype=DTYPES[precision], towers="visual")
     text = random_text(clip.embed_dim, world.classes)
-    teacher = MaskClip(clip, text, MaskClipConfig())
+    teacher = MaskClip(clip, text, MaskClipSettings())
     name = f"MaskCLIP {world.teacher[0]}"
     found = [Model(name, teacher.grid_scores, teacher.confidence_temperature, count(clip.visual))]
     layout = torch.channels_last if channels_last else torch.contiguous_format

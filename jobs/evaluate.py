@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from pipeline.evaluation.results import (
     write_result,
 )
 from pipeline.evaluation.tables import Evaluation, ImageScore, class_lookup, evaluate_table, read_labels
-from pipeline.labelling.recipes import LabelRecipe
+from pipeline.labelling.recipes import LabelRecipe, change_recipe, recipe_from_dict
 from pipeline.ontology.ontology import Ontology
 from pipeline.report.pictures import panel
 from pipeline.report.results_page import write_report
@@ -208,7 +207,7 @@ def _is_the_benchmark(dataset: Dataset, weights: Mapping[str, Any]) -> bool:
 
 def protocol_recipe(recipe: LabelRecipe, protocol: Protocol) -> LabelRecipe:
     """The recipe with the fields that a protocol fixes."""
-    return dataclasses.replace(recipe, **protocol.recipe_overrides())
+    return change_recipe(recipe, protocol.recipe_overrides())
 
 
 def _plan(job: EvaluateJob) -> tuple[LabelRecipe, Ontology]:
@@ -278,11 +277,12 @@ def _protocol(job: EvaluateJob, recipe: Mapping[str, Any], ontology: Mapping[str
 def _differences(
     dataset: Dataset, recipe: Mapping[str, Any], ontology: Mapping[str, Any], protocol: Protocol
 ) -> list[str]:
-    wanted = protocol.recipe_overrides() | {"min_confidence": 0.0, "corruption": ""}
+    made = recipe_from_dict(recipe).effective()
+    wanted = protocol.recipe_overrides() | {"min_confidence": 0.0, "images.corruption": ""}
     differing = [
-        f"{key} is {recipe.get(key)!r}, not {value!r}"
+        f"{key} is {made[key]!r}, not {value!r}"
         for key, value in wanted.items()
-        if _plain(recipe.get(key, value)) != _plain(value)
+        if _plain(made[key]) != _plain(value)
     ]
     classes = Ontology.from_dict(dataset.classes.to_dict() | {"templates": protocol.templates})
     if ontology["templates"] != protocol.templates:

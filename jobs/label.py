@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib
@@ -31,7 +30,7 @@ from pipeline.cluster.signals import Running, interrupt
 from pipeline.corpus.manifest import build_manifest
 from pipeline.files.storage import Storage, open_storage
 from pipeline.files.versions import versions
-from pipeline.labelling.recipes import LabelRecipe
+from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe
 from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
 from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, done_ids, recover
 from pipeline.table.labels import DATASET_FILE
@@ -100,7 +99,7 @@ class Label:
                 )
         recipe, own = self.by.load()
         if self.min_confidence is not None:
-            recipe = dataclasses.replace(recipe, min_confidence=self.min_confidence)
+            recipe = change_recipe(recipe, {"min_confidence": self.min_confidence})
         return label_images(
             source,
             self._ontology(recipe, own),
@@ -256,13 +255,9 @@ def _existing(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
                 f"Name another --output, or put {DATASET_FILE} back if this is a label table.",
             )
         return None
-    # A field younger than the table has its default there.
-    theirs = LabelRecipe(name="").to_dict() | recorded["recipe"]
-    changed = [
-        f"{key}: {theirs[key]!r} there, {value!r} here"
-        for key, value in job.recipe.to_dict().items()
-        if key != "name" and theirs[key] != value
-    ]
+    theirs = table_recipe(recorded)
+    auto = job.recipe.precision == "auto"  # goes on with what the table has
+    changed = (job.recipe.replace(precision=theirs.precision) if auto else job.recipe).differences(theirs)
     if recorded["ontology"]["hash"] != job.ontology.hash:
         changed.append("the classes (ontology) differ")
     if changed:
@@ -337,7 +332,6 @@ def _label(
             ray_session(lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage)
         )
         imported.result()
-        from pipeline.files.images import ImageSettings
         from pipeline.labelling.flow import (
             build_labeller,
             run_labelling,
@@ -380,13 +374,7 @@ def _label(
                 storage,
                 manifest,
                 make_labeller=functools.partial(build_labeller, settled.labeller, **settings),
-                image_settings=ImageSettings(
-                    scale=job.recipe.scale,
-                    keep_ratio=job.recipe.keep_ratio,
-                    resize=job.recipe.resize,
-                    max_pixels=job.recipe.max_pixels,
-                    corruption=job.recipe.corruption,
-                ),
+                image_settings=job.recipe.images,
                 num_classes=job.ontology.num_classes,
                 ignore_index=job.ontology.ignore_index,
                 compute=compute,
@@ -430,11 +418,12 @@ def _hand_over_words(
 
 def _record(job: LabelJob, settled: Settled) -> dict[str, Any]:
     """What ``dataset.json`` says of a table that is yet to be made."""
+    recipe = job.recipe.replace(precision=settled.precision)
     return {
         "schema_version": SCHEMA_VERSION,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "ontology": job.ontology.to_dict() | {"hash": job.ontology.hash, "names": list(job.ontology.names)},
-        "recipe": job.recipe.to_dict() | {"hash": job.recipe.hash},
+        "recipe": recipe.to_dict() | {"hash": recipe.hash},
         "weights": settled.weights,
         "precision": settled.precision,
         "versions": versions(PACKAGES),

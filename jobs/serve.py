@@ -16,7 +16,6 @@ from rich.console import Console
 
 from models.errors import WrongUse
 from pipeline.labelling.clipseg.model import THRESHOLD, ClipSegWeights
-from pipeline.labelling.prepare import MASKCLIP_OPTIONS
 from pipeline.labelling.recipes import LabelRecipe, load_recipe
 from pipeline.ontology.ontology import default_background, load_ontology
 from pipeline.serving.limits import Limits, is_loopback
@@ -159,21 +158,15 @@ def _teacher(name: str, recipe: LabelRecipe) -> Entry:
 
     def load() -> ServedModel:
         from models.device import best_device, native_precision
-        from pipeline.files.images import ImageSettings
         from pipeline.serving.served import Teacher
 
         precision = recipe.precision if recipe.precision != "auto" else native_precision(best_device())
         return Teacher(
             model=recipe.model,
             pretrained=recipe.pretrained,
-            options={option: getattr(recipe, option) for option in MASKCLIP_OPTIONS},
+            settings=recipe.maskclip,
             templates=ontology.templates if ontology is not None else "openai85",
-            sizes=ImageSettings(
-                scale=recipe.scale,
-                keep_ratio=recipe.keep_ratio,
-                resize=recipe.resize,
-                max_pixels=recipe.max_pixels,
-            ),
+            sizes=recipe.images,
             precision=precision,
             warm=context,
         )

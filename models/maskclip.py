@@ -9,78 +9,20 @@ The order is the reference's: cosines, prompt denoising, key smoothing; resizing
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.clip.heads import Dense, KeySource, Profile, dense_encoder
+from models.clip.heads import Dense, dense_encoder
 from models.clip.loading import Clip
 from models.clip.text import TextClassifier, row_table
-from models.errors import MaskMillError, WrongUse
+from models.errors import WrongUse
+from models.settings import KeyAxis, MaskClipSettings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DENIED = -100.0
 """The score of a class that prompt denoising took out of an image."""
-
-KeyAxis = Literal["token", "channel"]
-ImageStats = Literal["imagenet", "clip"]
-
-
-@dataclass(frozen=True)
-class MaskClipConfig:
-    """Every knob of inference; the defaults are those of the reference's MaskCLIP rows.
-
-    Attributes:
-        head: a name in ``models.clip.heads.HEADS``.
-        image_stats: ``imagenet`` as the reference normalises images, or ``clip`` as the weights were trained.
-        profile: ``reference`` for erf-GELU and LayerNorm eps 1e-6 in a ViT, ``weights`` for what they were
-            trained with.
-        ks_threshold: key smoothing of pixels whose best probability is below it; 0 is off, the paper's "+KS"
-            is 1.
-        ks_axis: ``token`` divides each key channel by its norm over the tokens, as the reference code does by
-            a slip; ``channel`` divides each token's key by its norm, as the paper says.
-        ks_source: ``projected`` keys as in the reference code, or ``raw`` (a ResNet has raw ones only).
-        pd_threshold: prompt denoising: a class whose best probability in the image is below it is removed; 0
-            is off, the paper's "+PD" is 0.5.
-        temperature: of the softmax inside PD, KS and the confidence.
-        window: side of square windows in pixels, a multiple of the grid stride; 0 is the whole image.
-        window_stride: step of the windows in pixels, a multiple of the grid stride; 0 is the window itself.
-    """
-
-    head: str = "maskclip"
-    image_stats: ImageStats = "imagenet"
-    profile: Profile = "reference"
-    ks_threshold: float = 0.0
-    ks_axis: KeyAxis = "token"
-    ks_source: KeySource = "projected"
-    pd_threshold: float = 0.0
-    temperature: float = 100.0
-    window: int = 0
-    window_stride: int = 0
-
-    def __post_init__(self) -> None:
-        self._one_of("image_stats", "imagenet", "clip")
-        self._one_of("profile", "reference", "weights")
-        self._one_of("ks_axis", "token", "channel")
-        self._one_of("ks_source", "projected", "raw")
-        for name in ("ks_threshold", "pd_threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise self._wrong(name, "It is a probability: 0 (off) to 1.")
-        if not self.temperature > 0:
-            raise self._wrong("temperature", "Use a positive number; CLIP's own is 100.")
-        if self.window < 0 or not 0 <= self.window_stride <= self.window:
-            raise self._wrong("window_stride", "Use window >= window_stride >= 0.")
-
-    def _one_of(self, name: str, *values: str) -> None:
-        if getattr(self, name) not in values:
-            raise self._wrong(name, f"Use one of {', '.join(values)}.")
-
-    def _wrong(self, name: str, remedy: str) -> MaskMillError:
-        return WrongUse("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
 
 
 class MaskClip:
@@ -96,8 +38,8 @@ class MaskClip:
             ``setting_invalid``), or a classifier of another width (``weights_do_not_fit``).
     """
 
-    def __init__(self, clip: Clip, text: TextClassifier, config: MaskClipConfig | None = None) -> None:
-        config = config or MaskClipConfig()
+    def __init__(self, clip: Clip, text: TextClassifier, config: MaskClipSettings | None = None) -> None:
+        config = config or MaskClipSettings()
         if text.embeddings.shape[1] != clip.embed_dim:
             raise WrongUse(
                 "weights_do_not_fit",
@@ -189,7 +131,7 @@ class MaskClip:
         The image is padded to whole cells and the last window of a row or column is moved back to its end, so
         all windows have one size and lie on the grid. PD and KS see the assembled image.
         """
-        stride, step = self.encoder.stride, self.config.window_stride or self.config.window
+        stride, step = self.encoder.stride, self.config.window_stride
         images = F.pad(images, (0, -images.shape[-1] % stride, 0, -images.shape[-2] % stride))
         (tops, height), (lefts, width) = (_spans(n, self.config.window, step) for n in images.shape[-2:])
         h, w = images.shape[-2] // stride, images.shape[-1] // stride

@@ -20,11 +20,11 @@ from models.clip.loading import load_clip
 from models.clip.text import build_text_classifier
 from models.device import DTYPES, best_device, native_precision
 from models.labelmap import label_map
-from models.maskclip import MaskClip, MaskClipConfig
+from models.maskclip import MaskClip
 from pipeline.corpus.manifest import build_manifest
 from pipeline.evaluation.results import PICTURES
 from pipeline.files import images
-from pipeline.labelling.prepare import MASKCLIP_OPTIONS, cache_dir
+from pipeline.labelling.prepare import cache_dir
 from pipeline.labelling.recipes import LabelRecipe
 from pipeline.ontology.concepts import ConceptList
 from pipeline.ontology.ontology import Ontology
@@ -75,12 +75,12 @@ def run_concepts(request: ConceptRequest) -> tuple[dict[str, Any], list[dict[str
     clip = load_clip(recipe.model, recipe.pretrained, device=best_device(), dtype=dtype)
     templates = "toyworld" if recipe.model == "toyclip" else request.concepts.templates
     text = build_text_classifier(clip, [[name] for name in names], templates=templates, cache_dir=cache_dir())
-    model = MaskClip(clip, text, MaskClipConfig(**{key: getattr(recipe, key) for key in MASKCLIP_OPTIONS}))
+    model = MaskClip(clip, text, recipe.maskclip)
     shares, peaks, pictures = [], [], []
     (request.folder / PICTURES).mkdir(parents=True, exist_ok=True)
     for number, uri in enumerate(uris, 1):
         try:
-            image = images.decode(images.fetch(uri), max_pixels=recipe.max_pixels)
+            image = images.decode(images.fetch(uri), max_pixels=recipe.images.max_pixels)
         except images.ImageError as error:
             request.console.print(f"left out {uri}: {error}", highlight=False, soft_wrap=True)
             continue
@@ -122,8 +122,8 @@ def run_concepts(request: ConceptRequest) -> tuple[dict[str, Any], list[dict[str
 def _read(model: MaskClip, image: np.ndarray, recipe: LabelRecipe) -> tuple[np.ndarray, np.ndarray]:
     """Label map (H, W), and the confidence (C, h, w) of every class on the grid."""
     height, width = image.shape[:2]
-    size = images.target_size(height, width, scale=recipe.scale, keep_ratio=recipe.keep_ratio)
-    resized = images.resize(image, size, method=recipe.resize)
+    size = images.target_size(height, width, scale=recipe.images.scale, keep_ratio=recipe.images.keep_ratio)
+    resized = images.resize(image, size, method=recipe.images.resize)
     pixels = torch.from_numpy(np.ascontiguousarray(resized)).permute(2, 0, 1)[None]
     scores = model.grid_scores(pixels.to(model.clip.device))[0]
     temperature = model.confidence_temperature

@@ -21,14 +21,14 @@ from pipeline.datasets.registry import DATASETS, open_dataset
 from pipeline.evaluation.published import PublishedTable, load_published
 from pipeline.evaluation.results import EVALUATION_FILE, ROWS
 from pipeline.files.corruptions import CORRUPTIONS, LEVELS
-from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
+from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe, recipe_from_dict
 
 MODELS: Mapping[str, str] = {
     "ViT-B/16": "ViT-B-16-quickgelu",
     "RN50": "RN50-quickgelu",
     "RN50x16": "RN50x16-quickgelu",
 }
-FREE_SETTINGS = ("pretrained", "precision", "batch_size", "max_pixels")
+FREE_SETTINGS = ("pretrained", "precision", "batch_size", "images.max_pixels")
 """What may be set for all rows. Everything else is what makes a row the row, or is the protocol's."""
 
 METHODS: Mapping[str, dict[str, Any]] = {
@@ -319,7 +319,7 @@ def _earlier(
         if protocol in ("seed", "unified"):
             recipe = protocol_recipe(recipe, get_protocol(dataset.name, protocol))
         fingerprint = find_weights(recipe.model, recipe.pretrained).fingerprint
-        if record["model"]["recipe"]["hash"] != recipe.hash:
+        if _changed(record["model"]["recipe"], recipe):
             differs = "with another recipe"
         elif record["model"]["weights"]["fingerprint"] != fingerprint:
             differs = "with other weights"
@@ -328,6 +328,14 @@ def _earlier(
             "output_differs", f"{folder} was measured {differs}.", "Name another --output, or delete it."
         )
     return record
+
+
+def _changed(recorded: Mapping[str, Any], recipe: LabelRecipe) -> bool:
+    """Whether a result was measured with another recipe; ``auto`` precision is whatever was used."""
+    made = recipe_from_dict(recorded)
+    return bool(
+        (recipe.replace(precision=made.precision) if recipe.precision == "auto" else recipe).differences(made)
+    )
 
 
 def _note(dataset: Dataset | None, request: Request) -> str:

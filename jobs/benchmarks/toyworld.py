@@ -6,7 +6,6 @@ real images. A claim that does not show here is reported as such.
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -18,10 +17,11 @@ import numpy as np
 
 from jobs.benchmarks.rows import claim, interval, row
 from models.device import best_device, native_precision
+from models.settings import MaskClipSettings
 from pipeline.files import images
 from pipeline.files.corruptions import CORRUPTIONS, LEVELS, corrupt
 from pipeline.labelling.prepare import prepare_labeller
-from pipeline.labelling.recipes import RECIPES, LabelRecipe
+from pipeline.labelling.recipes import RECIPES, change_recipe
 from pipeline.metrics.statistics import SegmentationStatistics, summarise
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.toyworld import phrases as toyphrases
@@ -131,7 +131,7 @@ class Bench:
 
 def measure(condition: Condition, seeds: Sequence[int], scenes: int) -> dict[str, list[float]]:
     """MIoU and pixel accuracy of one condition, one figure a seed."""
-    recipe = dataclasses.replace(RECIPES["toy"], **condition.settings)
+    recipe = change_recipe(RECIPES["toy"], condition.settings)
     ontology = condition.ontology or load_ontology("toyworld")
     precision = native_precision(best_device())
     labeller = prepare_labeller(recipe, ontology, precision=precision).build(precision=precision)
@@ -143,7 +143,7 @@ def measure(condition: Condition, seeds: Sequence[int], scenes: int) -> dict[str
             if condition.corruption:
                 image = corrupt(image, *condition.corruption, seed=index)
             size = (image.shape[0], image.shape[1])
-            prediction = labeller.label([_network_image(image, recipe)], [size])[0]
+            prediction = labeller.label([_network_image(image, recipe.images)], [size])[0]
             total = total + SegmentationStatistics.of(
                 truth,
                 prediction.labels,
@@ -170,9 +170,9 @@ def _use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _network_image(image: np.ndarray, recipe: LabelRecipe) -> np.ndarray:
-    size = images.target_size(*image.shape[:2], scale=recipe.scale, keep_ratio=recipe.keep_ratio)
-    return images.resize(image, size, method=recipe.resize)
+def _network_image(image: np.ndarray, settings: images.ImageSettings) -> np.ndarray:
+    size = images.target_size(*image.shape[:2], scale=settings.scale, keep_ratio=settings.keep_ratio)
+    return images.resize(image, size, method=settings.resize)
 
 
 def heads(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -358,7 +358,7 @@ def vocabulary(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Words without a class name: how well scores find the cells that they describe."""
     from models.clip.loading import load_clip
     from models.clip.text import build_text_classifier
-    from models.maskclip import MaskClip, MaskClipConfig
+    from models.maskclip import MaskClip
 
     clip = load_clip("toyclip", "bundled")
     groups = {
@@ -368,7 +368,7 @@ def vocabulary(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     }
     phrases = [phrase for group in groups.values() for phrase in group]
     text = build_text_classifier(clip, [[phrase] for phrase in phrases], templates=("a photo of {}", "{}"))
-    model = MaskClip(clip, text, MaskClipConfig(head="value", image_stats="clip", profile="weights"))
+    model = MaskClip(clip, text, MaskClipSettings(head="value", image_stats="clip", profile="weights"))
     found: dict[str, list[float]] = {phrase: [] for phrase in phrases}
     within: dict[str, list[float]] = {phrase: [] for phrase in toyphrases.COMPOSITIONS}
     for seed in bench.seeds:

@@ -16,7 +16,8 @@ from models.clip.heads import HEADS
 from models.clip.loading import Clip
 from models.clip.text import build_text_classifier
 from models.labelmap import label_map
-from models.maskclip import MaskClip, MaskClipConfig
+from models.maskclip import MaskClip
+from models.settings import MaskClipSettings
 from pipeline.metrics.confusion import confusion_matrix, iou_per_class
 from pipeline.toyworld import phrases as toyphrases
 from pipeline.toyworld import scenes as toyworld
@@ -71,7 +72,7 @@ def evaluate(clip: Clip, *, seed: int, scenes: int, sizes: Sequence[int]) -> Sco
         All numbers of the card.
     """
     scores = Scores()
-    config = MaskClipConfig(image_stats="clip", profile="weights")
+    config = MaskClipSettings(image_stats="clip", profile="weights")
     names = [[name] for name in toyworld.CLASSES]
     text = build_text_classifier(clip, names, templates=TEMPLATES)
     for size in sizes:
@@ -85,7 +86,9 @@ def evaluate(clip: Clip, *, seed: int, scenes: int, sizes: Sequence[int]) -> Sco
             )
             _words(words, images, made.labels, scores)
         for head in HEADS:
-            labeller = MaskClip(clip, text, MaskClipConfig(head=head, image_stats="clip", profile="weights"))
+            labeller = MaskClip(
+                clip, text, MaskClipSettings(head=head, image_stats="clip", profile="weights")
+            )
             confusion = np.zeros((len(names), len(names) + 1), np.int64)
             for image, truth in zip(images, made.labels, strict=True):
                 grid = labeller.grid_scores(image[None])[0]

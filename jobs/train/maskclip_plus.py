@@ -20,10 +20,9 @@ from models.errors import WrongUse
 from models.student.deeplab import DeepLab, StudentConfig, load_backbone_weights
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.zeroshot import SPLITS
-from pipeline.files.images import ImageSettings
 from pipeline.files.versions import versions
 from pipeline.labelling.prepare import embed_names
-from pipeline.labelling.recipes import LabelRecipe
+from pipeline.labelling.recipes import LabelRecipe, recipe_from_dict, table_recipe
 from pipeline.ontology.ontology import Ontology
 from pipeline.report.training_page import PAGE, SHEET, student_commands, write_student_page
 from pipeline.table.record import read_table_record
@@ -211,7 +210,7 @@ def _text_source(
     return source, {name: recorded[name] for name in ("model", "pretrained", "fingerprint")}
 
 
-def _teacher_recipe(table: Mapping[str, Any], labels: str) -> dict[str, Any]:
+def _teacher_recipe(table: Mapping[str, Any], labels: str) -> LabelRecipe:
     """How an online teacher reads its CLIP: as the table says."""
     if "text" in table["weights"] or table["weights"]["model"] == "clipseg":
         raise WrongUse(
@@ -219,8 +218,7 @@ def _teacher_recipe(table: Mapping[str, Any], labels: str) -> dict[str, Any]:
             f"{labels} was labelled by {table['weights']['model']}, and only a CLIP can teach online.",
             "Take the guesses from the table: --set teacher=table.",
         )
-    # A field younger than the table has its default there.
-    return LabelRecipe(name="").to_dict() | table["recipe"]
+    return table_recipe(table)
 
 
 def _identity(recipe: MaskClipPlusRecipe) -> dict[str, Any]:
@@ -277,7 +275,7 @@ def build_student(
 
 
 def build_teacher(
-    recipe: Mapping[str, Any],
+    recipe: LabelRecipe,
     embeddings: np.ndarray,
     class_ids: np.ndarray,
     num_classes: int,
@@ -297,13 +295,11 @@ def build_teacher(
     import torch
 
     from models.clip.loading import load_clip
-    from models.maskclip import MaskClip, MaskClipConfig
-    from pipeline.labelling.prepare import MASKCLIP_OPTIONS
+    from models.maskclip import MaskClip
 
-    clip = load_clip(recipe["model"], recipe["pretrained"], device=device, towers="visual")
+    clip = load_clip(recipe.model, recipe.pretrained, device=device, towers="visual")
     text = TextClassifier(torch.tensor(embeddings), torch.tensor(class_ids), num_classes)
-    options = {name: recipe[name] for name in MASKCLIP_OPTIONS}
-    return MaskClip(clip, guessable_classifier(text, guessable), MaskClipConfig(**options))
+    return MaskClip(clip, guessable_classifier(text, guessable), recipe.maskclip)
 
 
 def _text_ids(settings: SelfTrainSettings, ontology: Ontology, student: StudentConfig) -> tuple[int, ...]:
@@ -341,18 +337,13 @@ def _finish(
     student.load_state_dict(student_state(checkpoint, keep_average=job.recipe.keep_average))
     last = checkpoint.lines[-1] if checkpoint.lines else {}
     metrics = {key: value for key, value in last.items() if isinstance(value, float) and key != "seconds"}
-    teacher = record["teacher"]["recipe"]
+    teacher = recipe_from_dict(record["teacher"]["recipe"])
     written = write_student_folder(
         job.options.output,
         student.eval(),
         ontology=ontology,
         recipe=record["recipe"],
-        labelling=ImageSettings(
-            scale=(teacher["scale"][0], teacher["scale"][1]),
-            keep_ratio=teacher["keep_ratio"],
-            resize=teacher["resize"],
-            max_pixels=teacher["max_pixels"],
-        ),
+        labelling=teacher.images.replace(corruption=""),
         teacher=record["teacher"],
         text=record["text"],
         metrics=metrics,

@@ -17,7 +17,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,7 @@ from torch import Tensor, nn
 from models.clip.blocks import residual_block
 from models.clip.openclip import AttentionPool2d, ModifiedResNet, QuickGELU, VisionTransformer
 from models.errors import WrongUse
-
-KeySource = Literal["projected", "raw"]
-Profile = Literal["reference", "weights"]
+from models.settings import HeadName, KeySource, Profile
 
 _TABLES_KEPT = 16  # position tables, one per grid; 2 MB each for a ViT-B/16 at 512x683 in bf16
 _QUERY, _KEY, _VALUE = range(3)
@@ -63,7 +61,11 @@ class Head:
 
 
 def dense_encoder(
-    visual: nn.Module, *, head: str = "maskclip", profile: Profile = "weights", keys: KeySource | None = None
+    visual: nn.Module,
+    *,
+    head: HeadName = "maskclip",
+    profile: Profile = "weights",
+    keys: KeySource | None = None,
 ) -> VitDense | ResNetDense:
     """Wrap a visual tower of open_clip so that it gives dense features at any image size.
 
@@ -309,7 +311,7 @@ def _maskclip_resnet(
     return pool.c_proj(pool.v_proj(x)), None if keys is None else pool.k_proj(x)
 
 
-HEADS: dict[str, Head] = {
+HEADS: dict[HeadName, Head] = {
     "maskclip": Head(_maskclip_vit, _maskclip_resnet, has_keys=True),
     "value": Head(_value_vit, _maskclip_resnet, has_keys=True),
     "plain": Head(_plain_vit, _plain_resnet, has_keys=False),

@@ -53,16 +53,16 @@ class Protocol:
     temperature: float
 
     def recipe_overrides(self) -> dict[str, Any]:
-        """The fields that the label recipe has under the same names."""
+        """What it fixes in a label recipe, by dotted name."""
         return {
-            "scale": self.scale,
-            "keep_ratio": True,
-            "resize": "opencv",
-            "image_stats": self.image_stats,
-            "profile": self.profile,
-            "window": self.window,
-            "window_stride": self.window_stride,
-            "temperature": self.temperature,
+            "images.scale": self.scale,
+            "images.keep_ratio": True,
+            "images.resize": "opencv",
+            "maskclip.image_stats": self.image_stats,
+            "maskclip.profile": self.profile,
+            "maskclip.window": self.window,
+            "maskclip.window_stride": self.window_stride,
+            "maskclip.temperature": self.temperature,
         }
 
 

@@ -16,13 +16,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from pydantic import Field, field_validator
 
+from models.settings import Settings
 from pipeline.files import corruptions
 
 if TYPE_CHECKING:
@@ -229,23 +230,32 @@ def _explain(error: Exception, data: bytes) -> ImageError:
     return ImageError("unreadable", text)
 
 
-@dataclass(frozen=True)
-class ImageSettings:
-    """How images are decoded, corrupted and resized: the fields of the recipe with these names.
+class ImageSettings(Settings):
+    """How images are decoded, corrupted and resized.
 
     Raises:
-        MaskMillError: ``setting_invalid``.
+        MaskMillError: ``setting_invalid`` for an unknown corruption.
     """
 
-    scale: tuple[int, int]
-    keep_ratio: bool
-    resize: Literal["opencv", "antialias"]
-    max_pixels: int
+    scale: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (2048, 512)
+    """Two sides in pixels: resize so that the long side is within the larger and the short side within the
+    smaller (the paper's ``img_scale``)."""
+    keep_ratio: bool = True
+    """No squashes to exactly ``scale`` (width, height)."""
+    resize: Literal["opencv", "antialias"] = "opencv"
+    """``opencv`` is bilinear without antialiasing, as in the paper's code; or ``antialias``."""
+    max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
+    """Larger images are not decoded but recorded as ``too_large``."""
     corruption: str = ""
+    """``NAME:LEVEL``, such as ``jpeg_compression:3``, done to the decoded image before it is resized, to
+    measure robustness; empty is none."""
 
-    def __post_init__(self) -> None:
-        if self.corruption:
-            corruptions.parse(self.corruption)
+    @field_validator("corruption")
+    @classmethod
+    def _known(cls, corruption: str) -> str:
+        if corruption:
+            corruptions.parse(corruption)
+        return corruption
 
 
 def target_size(

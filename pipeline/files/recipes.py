@@ -1,7 +1,7 @@
-"""Named sets of typed settings: looked up by name or read from YAML, changed by ``key=value``, validated.
+"""Recipes: named settings, looked up by name or read from YAML, changed by ``key=value``, checked once.
 
-A field of a recipe may be a dataclass of settings itself (``loop``); its fields are then written
-``loop.iterations``, or ``iterations`` alone where no other group has that name.
+A recipe may hold settings of its parts (``loop``). Their fields are written ``loop.iterations``, or
+``iterations`` alone where no other part has that name.
 """
 
 from __future__ import annotations
@@ -12,37 +12,103 @@ import difflib
 import hashlib
 import json
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 
-from models.errors import WrongUse
+from models.errors import MaskMillError, WrongUse
+from models.settings import NEUTRAL, Neutral, Settings
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What all recipes have.
+class Recipe(Settings):
+    """What all recipes have."""
 
-    Attributes:
-        name: what the recipe is called; not part of the hash.
-    """
-
-    name: str
+    name: Annotated[str, NEUTRAL] = ""
+    """What the recipe is called."""
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON values."""
-        fields: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return fields
+        return self.model_dump(mode="json")
+
+    def effective(self) -> dict[str, Any]:
+        """The fields that change the result, by dotted name, as JSON values."""
+        fields = self.to_dict()
+        return {knob.name: _at(fields, knob.name) for knob in knobs(type(self)) if knob.changes_result}
 
     @property
     def hash(self) -> str:
-        """Sha256 (hex) of every field but the name."""
-        fields = self.to_dict()
-        del fields["name"]
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        """Sha256 (hex) of the fields that change the result."""
+        return hashlib.sha256(json.dumps(self.effective(), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, recorded: Recipe) -> list[str]:
+        """The fields that make the result another than ``recorded``'s: ``images.scale: … there, … here``."""
+        theirs = recorded.effective()
+        return [
+            f"{name}: {theirs.get(name)!r} there, {value!r} here"
+            for name, value in self.effective().items()
+            if theirs.get(name) != value
+        ]
+
+
+class Knob(NamedTuple):
+    """One field of a kind of recipe, or of the settings that it holds.
+
+    Attributes:
+        name: dotted.
+        description: in one line.
+        changes_result: whether hash and comparison count it.
+    """
+
+    name: str
+    description: str
+    changes_result: bool
+
+
+class Described(NamedTuple):
+    """One field of a recipe, explained. ``default`` is None where its kind has none."""
+
+    name: str
+    value: Any
+    default: Any
+    description: str
+    changes_result: bool
+
+
+def knobs(kind: type, prefix: str = "") -> Iterator[Knob]:
+    """All fields of a kind of recipe, with those of the settings that it holds in their place."""
+    if issubclass(kind, BaseModel):
+        for name, field in kind.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and (issubclass(inner, BaseModel) or dataclasses.is_dataclass(inner)):
+                yield from knobs(inner, f"{prefix}{name}.")
+            else:
+                description = " ".join((field.description or "").split())
+                neutral = any(isinstance(mark, Neutral) for mark in field.metadata)
+                yield Knob(prefix + name, description, not neutral)
+    else:
+        hints = typing.get_type_hints(kind)
+        assert dataclasses.is_dataclass(kind)
+        for member in dataclasses.fields(kind):
+            if dataclasses.is_dataclass(hints[member.name]):
+                yield from knobs(hints[member.name], f"{prefix}{member.name}.")
+            else:
+                yield Knob(prefix + member.name, "", True)
+
+
+def describe(recipe: Recipe) -> list[Described]:
+    """Every field of a recipe, but for its name, explained."""
+    fields = recipe.to_dict()
+    defaults = type(recipe)().to_dict()
+    return [
+        Described(
+            knob.name, _at(fields, knob.name), _at(defaults, knob.name), knob.description, knob.changes_result
+        )
+        for knob in knobs(type(recipe))
+        if knob.name != "name"
+    ]
 
 
 R = TypeVar("R", bound=Recipe)
@@ -52,26 +118,16 @@ class RecipeBook(Generic[R]):
     """The recipes of one kind.
 
     Args:
-        kind: the dataclass.
+        kind: their class.
         recipes: those with a name.
         default: name of the recipe that files build on unless they say otherwise.
-        check: raises ``recipe_invalid`` for combinations that no single field forbids; is given the recipe
-            and words for where it comes from.
     """
 
-    def __init__(
-        self,
-        kind: type[R],
-        recipes: Iterable[R],
-        *,
-        default: str,
-        check: Callable[[R, str], None] = lambda _recipe, _where: None,
-    ) -> None:
+    def __init__(self, kind: type[R], recipes: Iterable[R], *, default: str) -> None:
         self.recipes: Mapping[str, R] = {recipe.name: recipe for recipe in recipes}
         self.default = default
-        self._adapter: TypeAdapter[R] = TypeAdapter(kind)
-        self._check = check
-        self._paths = _paths(kind)
+        self._kind = kind
+        self._paths = tuple(knob.name for knob in knobs(kind))
 
     def load(self, name_or_path: str, settings: Sequence[str] = ()) -> R:
         """A recipe by name or YAML file, with ``key=value`` changes applied in order.
@@ -81,14 +137,13 @@ class RecipeBook(Generic[R]):
             settings: ``key=value`` strings; the value is read as YAML.
 
         Raises:
-            MaskMillError: ``recipe_invalid`` or ``recipe_invalid``, naming the key and what is allowed.
+            MaskMillError: ``recipe_invalid``, naming the key and what is allowed.
         """
-        return self._validated(
-            _merged(self._base_fields(name_or_path), self.parse(settings)), where=name_or_path
-        )
+        fields = _merged(self._base_fields(name_or_path), self.parse(settings))
+        return self._validated(fields, where=name_or_path)
 
     def parse(self, settings: Sequence[str]) -> dict[str, Any]:
-        """``key=value`` strings as fields of a recipe; the values are read as YAML.
+        """``key=value`` strings as fields by dotted name; the values are read as YAML.
 
         Raises:
             MaskMillError: ``recipe_invalid``, naming the key and what is allowed.
@@ -104,23 +159,33 @@ class RecipeBook(Generic[R]):
                 )
             path = self._path(key.strip(), where=f"--set {setting}")
             try:
-                parsed = yaml.safe_load(value)
+                fields[path] = yaml.safe_load(value)
             except yaml.YAMLError:
-                parsed = value
-            fields = _merged(fields, _nested(path, parsed))
+                fields[path] = value
         return fields
 
     def change(self, recipe: R, fields: Mapping[str, Any]) -> R:
         """The recipe with other fields, checked as one from a file is.
 
+        Args:
+            recipe: stays as it is.
+            fields: by dotted name, by last word, or nested.
+
         Raises:
             MaskMillError: ``recipe_invalid``.
         """
-        return self._validated(_merged(recipe.to_dict(), fields), where=recipe.name)
+        changes = self._by_path(fields, where=recipe.name)
+        return self._validated(_merged(recipe.to_dict(), changes), where=recipe.name)
 
     def from_dict(self, fields: Mapping[str, Any]) -> R:
-        """The recipe that ``to_dict`` wrote."""
-        return self._validated(dict(fields), where="the recorded recipe")
+        """The recipe that ``to_dict`` wrote, or an older MaskMill, which wrote no groups.
+
+        Raises:
+            MaskMillError: ``recipe_invalid``.
+        """
+        where = "the recorded recipe"
+        written = {key: value for key, value in fields.items() if key != "hash"}
+        return self._validated(_merged({}, self._by_path(written, where=where)), where=where)
 
     def _base_fields(self, name_or_path: str) -> dict[str, Any]:
         if name_or_path in self.recipes:
@@ -156,9 +221,11 @@ class RecipeBook(Generic[R]):
                 f"Known: {', '.join(self.recipes)}.",
             )
         fields = self.recipes[base].to_dict() | {"name": path.stem}
-        for key, value in _flat(written):
-            fields = _merged(fields, _nested(self._path(key, where=str(path)), value))
-        return fields
+        return _merged(fields, self._by_path(written, where=str(path)))
+
+    def _by_path(self, fields: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
+        """Fields, nested or not, by their full dotted names."""
+        return {self._path(key, where=where): value for key, value in _flat(fields, self._paths)}
 
     def _path(self, key: str, *, where: str) -> str:
         """The full dotted name of a field, given that or its last word."""
@@ -180,9 +247,9 @@ class RecipeBook(Generic[R]):
             f"{hint}Fields: {', '.join(self._paths)}.",
         )
 
-    def _validated(self, fields: dict[str, Any], *, where: str) -> R:
+    def _validated(self, fields: Mapping[str, Any], *, where: str) -> R:
         try:
-            recipe = self._adapter.validate_python(fields)
+            return self._kind.model_validate(fields)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
@@ -191,42 +258,34 @@ class RecipeBook(Generic[R]):
                 f"{where}: {place} = {first['input']!r}: {first['msg']}.",
                 "Correct the value, or leave it out.",
             ) from error
-        self._check(recipe, where)
-        return recipe
+        except MaskMillError as error:
+            raise WrongUse("recipe_invalid", f"{where}: {error.message}", error.remedy) from error
 
 
-def _paths(kind: type, prefix: str = "") -> tuple[str, ...]:
-    """Dotted names of all fields that are no groups."""
-    hints = typing.get_type_hints(kind)
-    paths: list[str] = []
-    for field in dataclasses.fields(kind):
-        inner = hints[field.name]
-        if dataclasses.is_dataclass(inner) and isinstance(inner, type):
-            paths += _paths(inner, f"{prefix}{field.name}.")
-        else:
-            paths.append(prefix + field.name)
-    return tuple(paths)
+def _at(fields: Mapping[str, Any], path: str) -> Any:
+    value: Any = fields
+    for part in path.split("."):
+        value = value[part]
+    return value
 
 
-def _nested(path: str, value: Any) -> dict[str, Any]:
-    head, _, rest = path.partition(".")
-    return {head: _nested(rest, value) if rest else value}
-
-
-def _flat(fields: Mapping[Any, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def _flat(fields: Mapping[Any, Any], paths: Sequence[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by dotted name; a mapping that is itself the value of a field stays whole."""
     for key, value in fields.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and path not in paths:
+            yield from _flat(value, paths, f"{path}.")
         else:
-            yield f"{prefix}{key}", value
+            yield path, value
 
 
 def _merged(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested fields with changes by dotted name."""
     merged = copy.deepcopy(dict(fields))
-    for key, value in changes.items():
-        inner = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(inner, Mapping):
-            merged[key] = _merged(inner, value)
-        else:
-            merged[key] = value
+    for path, value in changes.items():
+        *groups, last = path.split(".")
+        place = merged
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = value
     return merged

@@ -5,8 +5,8 @@ Shapes: B batch, C classes, P prompts, D channels; H W the image's own size; Hn 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from models.clip.loading import load_clip
 from models.clip.text import TextClassifier
 from models.device import DTYPES, best_device
 from models.labelmap import label_map
-from models.maskclip import MaskClip, MaskClipConfig
+from models.maskclip import MaskClip
+from models.settings import MaskClipSettings
 from pipeline.labelling.labeller import Prediction
 
 
@@ -39,7 +40,7 @@ class MaskClipLabeller:
         words: gives the class names, embedded; called last, so that it may wait for them.
         num_classes: C.
         thresholds: (C,) minimum confidence per class, in [0, 1]; 0 keeps every pixel.
-        options: fields of ``models.maskclip.MaskClipConfig``.
+        settings: how the CLIP is read.
         precision: ``fp32``, ``bf16`` or ``fp16``; the softmaxes are fp32 in any case.
         batch_size: 0 chooses 1 on a CPU (measured fastest there) and 16 on a GPU.
         ignore_index: id of pixels below their threshold.
@@ -55,7 +56,7 @@ class MaskClipLabeller:
         words: Callable[[], Words],
         num_classes: int,
         thresholds: Sequence[float],
-        options: Mapping[str, Any],
+        settings: MaskClipSettings,
         precision: str,
         batch_size: int,
         ignore_index: int,
@@ -70,7 +71,7 @@ class MaskClipLabeller:
         clip = load_clip(model, pretrained, device=self.device, dtype=DTYPES[precision], towers="visual")
         embeddings, class_ids = words()
         text = TextClassifier(torch.tensor(embeddings), torch.tensor(class_ids), num_classes)
-        self._maskclip = MaskClip(clip, text, MaskClipConfig(**options))
+        self._maskclip = MaskClip(clip, text, settings)
 
     @torch.inference_mode()
     def label(self, images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.errors import MaskMillError, WrongUse
 from pipeline.files.storage import canonical_uri
-from pipeline.labelling.clipseg.prepare import refuse_examples
+from pipeline.labelling.clipseg.prepare import changed_maskclip, refuse_examples
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe, parse_settings
 from pipeline.ontology.ontology import Ontology
 
@@ -24,20 +24,6 @@ if TYPE_CHECKING:
     from pipeline.labelling.labeller import Labeller
     from pipeline.labelling.maskclip import Words
     from pipeline.trained.student import StudentRecord
-
-MASKCLIP_OPTIONS = (
-    "head",
-    "image_stats",
-    "profile",
-    "window",
-    "window_stride",
-    "ks_threshold",
-    "ks_axis",
-    "ks_source",
-    "pd_threshold",
-    "temperature",
-)
-"""Fields of a recipe that only MaskCLIP has a use for."""
 
 CheckWeights = Callable[[str], None]
 
@@ -124,9 +110,7 @@ def student_recipe(uri: str, settings: Sequence[str] = ()) -> tuple[LabelRecipe,
     from pipeline.trained.student import read_student_record
 
     record = read_student_record(uri)
-    sizes = asdict(record.labelling)
-    del sizes["corruption"]
-    recipe = LabelRecipe(name=record.name, model=record.uri, pretrained=None, **sizes)
+    recipe = LabelRecipe(name=record.name, model=record.uri, pretrained=None, images=record.labelling)
     return change_recipe(recipe, parse_settings(settings)), record.ontology
 
 
@@ -143,11 +127,14 @@ def clipseg_recipe(uri: str, settings: Sequence[str] = ()) -> LabelRecipe:
     from pipeline.trained.clipseg import read_clipseg_record
 
     # One spelling for each place: it is part of what a table was labelled with.
-    recipe = replace(RECIPES["clipseg"], pretrained=canonical_uri(uri))
+    recipe = RECIPES["clipseg"].replace(pretrained=canonical_uri(uri))
     sizes = read_clipseg_record(uri).sizes
     if sizes is not None:
         side, example = sizes
-        recipe = replace(recipe, scale=(side, side), clipseg=replace(recipe.clipseg, example_size=example))
+        recipe = recipe.replace(
+            images=recipe.images.replace(scale=(side, side)),
+            clipseg=recipe.clipseg.replace(example_size=example),
+        )
     return change_recipe(recipe, parse_settings(settings))
 
 
@@ -179,7 +166,7 @@ def _maskclip(
         pretrained=recipe.pretrained,
         num_classes=ontology.num_classes,
         thresholds=_thresholds(recipe, ontology),
-        options={name: getattr(recipe, name) for name in MASKCLIP_OPTIONS},
+        settings=recipe.maskclip,
         batch_size=recipe.batch_size,
         ignore_index=ontology.ignore_index,
     )
@@ -195,7 +182,7 @@ def _student(
     from pipeline.trained.student import read_student_record, read_student_weights
 
     record = read_student_record(recipe.model)
-    _refuse_options(recipe, (*MASKCLIP_OPTIONS, "pretrained"), "a student")
+    _refuse_settings(recipe)
     check_weights(record.fingerprint)
     read_student_weights(record)  # a damaged file is better found here than by every worker
     text = None if _same_words(record.ontology, ontology) else _other_words(record, ontology)
@@ -227,14 +214,15 @@ def _clipseg(
     return prepare_clipseg(recipe, ontology, recipe.clipseg, check_weights=check_weights)
 
 
-def _refuse_options(recipe: LabelRecipe, names: Sequence[str], kind: str) -> None:
+def _refuse_settings(recipe: LabelRecipe) -> None:
     """Settings without effect are mistakes: whoever set them expects one."""
-    usual = LabelRecipe(name="")
-    useless = [name for name in names if getattr(recipe, name) not in (getattr(usual, name), None)]
+    useless = changed_maskclip(recipe)
+    if recipe.pretrained not in (None, LabelRecipe().pretrained):
+        useless.append("pretrained")
     if useless:
         raise WrongUse(
             "recipe_invalid",
-            f"{', '.join(useless)} of recipe {recipe.name!r} mean nothing to {kind} ({recipe.model}).",
+            f"{', '.join(useless)} of recipe {recipe.name!r} mean nothing to a student ({recipe.model}).",
             "Leave them out; of a student's recipe, sizes, precision and thresholds can be changed.",
         )
 

@@ -8,8 +8,7 @@ Shapes: C classes, P prompts, D embedding channels, H W pixels of the masks, h w
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,7 +20,8 @@ from models.clip.text import TextClassifier, build_text_classifier
 from models.device import DTYPES, best_device
 from models.errors import WrongUse
 from models.labelmap import label_map
-from models.maskclip import MaskClip, MaskClipConfig
+from models.maskclip import MaskClip
+from models.settings import MaskClipSettings
 from pipeline.files.images import ImageSettings, resize, target_size
 from pipeline.labelling.clipseg.labeller import stretched
 from pipeline.labelling.clipseg.model import VISUAL_PROMPT, ClipSegWeights
@@ -80,7 +80,7 @@ class Teacher:
 
     Args:
         model, pretrained: as ``models.clip.loading.load_clip``.
-        options: fields of ``models.maskclip.MaskClipConfig``.
+        settings: how the CLIP is read.
         templates: of ``models.clip.templates``.
         sizes: how images are resized before the network sees them.
         precision: ``fp32``, ``bf16`` or ``fp16``.
@@ -92,14 +92,14 @@ class Teacher:
         *,
         model: str,
         pretrained: str | None,
-        options: Mapping[str, Any],
+        settings: MaskClipSettings,
         templates: str | Sequence[str],
         sizes: ImageSettings,
         precision: str = "fp32",
         warm: Sequence[str] = (),
     ) -> None:
         self._clip = load_clip(model, pretrained, device=best_device(), dtype=DTYPES[precision])
-        self._config = MaskClipConfig(**options)
+        self._config = settings
         self._sizes = sizes
         self._words = Words(self._clip, templates)
         if warm:

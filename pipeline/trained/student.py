@@ -11,7 +11,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,8 +74,8 @@ class StudentRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``student.json``; ``from_dict`` is the inverse."""
-        labelling = asdict(self.labelling)
-        del labelling["corruption"]  # a way to measure, no way to use a student
+        # A corruption is a way to measure, no way to use a student.
+        labelling = self.labelling.model_dump(mode="json", exclude={"corruption"})
         return {
             "schema_version": SCHEMA_VERSION,
             "kind": KIND,
@@ -85,7 +85,7 @@ class StudentRecord:
             "ontology": self.ontology.to_dict()
             | {"hash": self.ontology.hash, "names": list(self.ontology.names)},
             "recipe": dict(self.recipe),
-            "labelling": labelling | {"scale": list(self.labelling.scale)},
+            "labelling": labelling,
             "teacher": dict(self.teacher),
             "text": dict(self.text),
             "metrics": dict(self.metrics),
@@ -114,19 +114,12 @@ class StudentRecord:
             ontology = dict(data["ontology"])
             ontology_hash = ontology.pop("hash")
             del ontology["names"]
-            sizes = data["labelling"]
-            width, height = (int(side) for side in sizes["scale"])
             record = cls(
                 uri=uri,
                 created=str(data["created"]),
                 fingerprint=str(data["weights"]["fingerprint"]),
                 ontology=Ontology.from_dict(ontology, origin=f"{uri}/{RECORD_FILE}"),
-                labelling=ImageSettings(
-                    scale=(width, height),
-                    keep_ratio=bool(sizes["keep_ratio"]),
-                    resize=sizes["resize"],
-                    max_pixels=int(sizes["max_pixels"]),
-                ),
+                labelling=ImageSettings.model_validate(data["labelling"]),
                 **{name: dict(data[name]) for name in _SECTIONS},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

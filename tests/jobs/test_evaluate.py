@@ -64,7 +64,7 @@ def test_a_label_table_is_measured_against_masks_and_tracked(
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs.db")
     (run,) = client.search_runs([client.get_experiment_by_name("maskmill-evaluate").experiment_id])
     assert run.data.metrics["miou"] == pytest.approx(record["metrics"]["miou"])
-    assert run.data.params["recipe.head"] == "value"
+    assert run.data.params["recipe.maskclip.head"] == "value"
 
     attached = {entry.path for entry in client.list_artifacts(run.info.run_id, "result")}
     assert {"result/evaluation.json", "result/report.html", "result/pictures"} <= attached

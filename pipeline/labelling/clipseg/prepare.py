@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -173,11 +172,15 @@ def refuse_examples(ontology: Ontology, model: str) -> None:
         )
 
 
-def _refuse_settings(recipe: LabelRecipe) -> None:
-    from pipeline.labelling.prepare import MASKCLIP_OPTIONS
+def changed_maskclip(recipe: LabelRecipe) -> list[str]:
+    """Settings of MaskCLIP that a recipe for another model has changed, by dotted name."""
+    usual = LabelRecipe().effective()
+    changed = recipe.effective()
+    return [name for name in usual if name.startswith("maskclip.") and changed[name] != usual[name]]
 
-    defaults = {field.name: field.default for field in dataclasses.fields(LabelRecipe)}
-    given = [name for name in MASKCLIP_OPTIONS if getattr(recipe, name) != defaults[name]]
+
+def _refuse_settings(recipe: LabelRecipe) -> None:
+    given = changed_maskclip(recipe)
     if given:
         raise WrongUse(
             "recipe_invalid",

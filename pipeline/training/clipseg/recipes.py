@@ -14,7 +14,10 @@ Where the reference's reader slips, its way is a setting of ``triplets`` and the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+
+from pydantic import model_validator
+from typing_extensions import Self
 
 from models.clipseg.decoder import ClipSegConfig
 from models.errors import WrongUse
@@ -37,31 +40,27 @@ _LOOP = LoopSettings(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
 class ClipSegRecipe(Recipe):
-    """How images, prompts and masks become a CLIPSeg.
+    """How images, prompts and masks become a CLIPSeg."""
 
-    Attributes:
-        model: what is trained, and what it starts from.
-        source: which pairs of an image and a phrase there are.
-        triplets: how pairs become samples.
-        loop: optimisation.
-    """
+    model: PromptModel = PromptModel()
+    """What is trained, and what it starts from."""
+    source: SourceSettings = SourceSettings()
+    """Which pairs of an image and a phrase there are."""
+    triplets: TripletSettings = TripletSettings()
+    """How pairs become samples."""
+    loop: LoopSettings = _LOOP
+    """Optimisation."""
 
-    model: PromptModel = field(default_factory=PromptModel)
-    source: SourceSettings = field(default_factory=SourceSettings)
-    triplets: TripletSettings = field(default_factory=TripletSettings)
-    loop: LoopSettings = field(default_factory=lambda: _LOOP)
-
-
-def _check(recipe: ClipSegRecipe, where: str) -> None:
-    if recipe.model.start and recipe.model.kind != "clipseg":
-        raise WrongUse(
-            "recipe_invalid",
-            f"{where}: a {recipe.model.kind} is trained from the beginning, and start is "
-            f"{recipe.model.start!r}.",
-            "Set start to '', or kind to clipseg.",
-        )
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.model.start and self.model.kind != "clipseg":
+            raise WrongUse(
+                "setting_invalid",
+                f"a {self.model.kind} is trained from the beginning, and start is {self.model.start!r}.",
+                "Set start to '', or kind to clipseg.",
+            )
+        return self
 
 
 _PLUS = ClipSegRecipe(name="clipseg-phrasecut-plus")
@@ -97,29 +96,26 @@ CLIPSEG_RECIPES = RecipeBook(
     ClipSegRecipe,
     (
         # Phrases go in raw where nothing is mixed.
-        replace(
-            _PLUS, name="clipseg-phrasecut", triplets=TripletSettings(with_visual=False, prefix="plain")
+        _PLUS.replace(
+            name="clipseg-phrasecut", triplets=TripletSettings(with_visual=False, prefix="plain")
         ),
         _PLUS,
-        replace(
-            _PLUS,
+        _PLUS.replace(
             name="clipseg-phrasecut-plus-refined",
             model=replace(_PLUS.model, decoder=replace(_PLUS.model.decoder, refined=True)),
             loop=replace(_LOOP, iterations=50_000),
         ),
-        replace(_PLUS, name="clipseg-pascal-0shot", source=SourceSettings(unseen=("pascal-unseen10",))),
-        replace(_PLUS, name="clipseg-pascal-1shot", source=SourceSettings(unseen=("pascal5i:0",))),
+        _PLUS.replace(name="clipseg-pascal-0shot", source=SourceSettings(unseen=("pascal-unseen10",))),
+        _PLUS.replace(name="clipseg-pascal-1shot", source=SourceSettings(unseen=("pascal5i:0",))),
         # HSNet's reader: whole images, squeezed.
-        replace(
-            _PLUS,
+        _PLUS.replace(
             name="clipseg-coco",
             source=SourceSettings(unseen=("coco20i:0",), synonyms=False),
             triplets=TripletSettings(crop=False, resize="antialias", q_neg=0.0, text_weight=(0.0, 1.0)),
             loop=replace(_LOOP, iterations=7000),
         ),
         # Not of the paper: a tenth of its rate and of its updates, for data of one's own.
-        replace(
-            _PLUS,
+        _PLUS.replace(
             name="finetune",
             model=PromptModel(start=RELEASED),
             triplets=TripletSettings(resize="antialias", text_weight=(0.0, 1.0)),
@@ -131,7 +127,6 @@ CLIPSEG_RECIPES = RecipeBook(
         _TOY,
     ),
     default="clipseg-phrasecut-plus",
-    check=_check,
 )  # fmt: skip
 
 ABLATIONS: Mapping[str, tuple[str, ...]] = {

@@ -21,10 +21,10 @@ same, and cheaper.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from models.errors import WrongUse
 from models.student.deeplab import StudentConfig
@@ -34,88 +34,85 @@ from pipeline.training.maskclip_plus.task import NEVER, SelfTrainSettings
 from pipeline.training.samples.augment import AugmentSettings
 
 
-@dataclass(frozen=True, kw_only=True)
 class MaskClipPlusRecipe(Recipe):
-    """How a label table becomes a student (MaskCLIP+, arXiv 2112.01071, section 3.4).
+    """How a label table becomes a student (MaskCLIP+, arXiv 2112.01071, section 3.4)."""
 
-    Attributes:
-        student: the network; ``student.embed_dim`` is taken from the teacher's CLIP whatever it says.
-        text: CLIP whose text tower classifies, ``NAME:PRETRAINED``; empty is the teacher's own.
-        backbone_weights: what the backbone starts from: ``imagenet``, a file, or ``none``.
-        augment: how crops are made.
-        selftrain: what is learned from, when; ``selftrain.guessable`` follows from the unseen classes.
-        loop: optimisation.
-        form: ``annotation-free``, ``zero-shot`` or ``supervised``.
-        unseen: zero-shot: classes whose truth is withheld, by name; or the one name of a zero-shot split.
-        repeat_threshold: images with a class that fewer than this share of the images hold are repeated
-            (repeat-factor sampling); 0 is off.
-        min_quality: images whose labels have a lower quality score are left out.
-        void_from_truth: annotation-free, but pixels that the truth ignores are left out, as the reference
-            does; needs truth.
-        keep_average: the student is the running average of its weights (``selftrain.ema_decay``), which is
-            steadier; otherwise the weights of the last step, as the reference's.
-    """
-
-    student: StudentConfig = field(default_factory=StudentConfig)
+    student: StudentConfig = StudentConfig()
+    """The network; ``student.embed_dim`` is taken from the teacher's CLIP whatever it says."""
     text: str = ""
+    """CLIP whose text tower classifies, ``NAME:PRETRAINED``; empty is the teacher's own."""
     backbone_weights: str = "imagenet"
-    augment: AugmentSettings = field(default_factory=AugmentSettings)
-    selftrain: SelfTrainSettings = field(default_factory=SelfTrainSettings)
-    loop: LoopSettings = field(default_factory=lambda: LoopSettings(iterations=2000, batch_size=16))
+    """What the backbone starts from: ``imagenet``, a file, or ``none``."""
+    augment: AugmentSettings = AugmentSettings()
+    """How crops are made."""
+    selftrain: SelfTrainSettings = SelfTrainSettings()
+    """What is learned from, when; ``selftrain.guessable`` follows from the unseen classes."""
+    loop: LoopSettings = LoopSettings(iterations=2000, batch_size=16)
+    """Optimisation."""
     form: Literal["annotation-free", "zero-shot", "supervised"] = "annotation-free"
+    """All labels are guessed; the truth of the seen classes is given; or all truth is."""
     unseen: tuple[str, ...] = ()
+    """Zero-shot: classes whose truth is withheld, by name; or the one name of a zero-shot split."""
     repeat_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Repeat images with a class that fewer than this share of the images hold (repeat-factor sampling); 0
+    is off."""
     min_quality: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Leave out images whose labels have a lower quality score."""
     void_from_truth: bool = False
+    """Annotation-free, but pixels that the truth ignores are left out, as the paper's code does; needs
+    truth."""
     keep_average: bool = False
+    """The student is the running average of its weights (``selftrain.ema_decay``), which is steadier;
+    otherwise the weights of the last step, as in the paper's code."""
 
-
-def _check(recipe: MaskClipPlusRecipe, where: str) -> None:
-    loop, selftrain = recipe.loop, recipe.selftrain
-    ends = max(selftrain.guided[1], selftrain.self_train[0])
-    if ends > loop.iterations:
-        raise WrongUse(
-            "recipe_invalid",
-            f"{where}: the phases (guided {selftrain.guided}, self_train {selftrain.self_train}) go beyond "
-            f"the {loop.iterations} iterations.",
-            "Change --set guided=… and --set self_train=… along with iterations.",
-        )
-    if bool(recipe.unseen) != (recipe.form == "zero-shot"):
-        raise WrongUse(
-            "recipe_invalid",
-            f"{where}: the form is {recipe.form}, and the unseen classes are {list(recipe.unseen)}.",
-            "Zero-shot training has unseen classes, the other forms have none.",
-        )
-    if recipe.keep_average and not selftrain.ema_decay:
-        raise WrongUse(
-            "recipe_invalid",
-            f"{where}: keep_average needs a running average, and ema_decay is 0.",
-            "Add --set ema_decay=0.98, or --set keep_average=false.",
-        )
-    if recipe.student.learned_background and recipe.form == "annotation-free":
-        raise WrongUse(
-            "recipe_invalid",
-            f"{where}: a learned background has no words that it could be guessed by.",
-            "Train with truth for it (the other forms), or set learned_background=false.",
-        )
-    if selftrain.loss_over == "valid" and loop.accumulation > 1:
-        raise WrongUse(
-            "recipe_invalid",
-            f"{where}: loss_over=valid would weigh the {loop.accumulation} micro-batches of a step unevenly.",
-            "Set accumulation=1, or loss_over=all.",
-        )
-    if recipe.void_from_truth and recipe.form != "annotation-free":
-        raise WrongUse(
-            "recipe_invalid",
-            f"{where}: void_from_truth is for the annotation-free form; the others leave void out anyway.",
-            "Leave void_from_truth out.",
-        )
-    if (recipe.form == "supervised") != (selftrain.guided == NEVER):
-        raise WrongUse(
-            "recipe_invalid",
-            f"{where}: the form is {recipe.form}, and the guided phase is {selftrain.guided}.",
-            "Supervised training guesses nothing (guided and self_train (-1, -1)); the other forms do.",
-        )
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        loop, selftrain = self.loop, self.selftrain
+        ends = max(selftrain.guided[1], selftrain.self_train[0])
+        if ends > loop.iterations:
+            raise WrongUse(
+                "setting_invalid",
+                f"the phases (guided {selftrain.guided}, self_train {selftrain.self_train}) go beyond "
+                f"the {loop.iterations} iterations.",
+                "Change --set guided=… and --set self_train=… along with iterations.",
+            )
+        if bool(self.unseen) != (self.form == "zero-shot"):
+            raise WrongUse(
+                "setting_invalid",
+                f"the form is {self.form}, and the unseen classes are {list(self.unseen)}.",
+                "Zero-shot training has unseen classes, the other forms have none.",
+            )
+        if self.keep_average and not selftrain.ema_decay:
+            raise WrongUse(
+                "setting_invalid",
+                "keep_average needs a running average, and ema_decay is 0.",
+                "Add --set ema_decay=0.98, or --set keep_average=false.",
+            )
+        if self.student.learned_background and self.form == "annotation-free":
+            raise WrongUse(
+                "setting_invalid",
+                "a learned background has no words that it could be guessed by.",
+                "Train with truth for it (the other forms), or set learned_background=false.",
+            )
+        if selftrain.loss_over == "valid" and loop.accumulation > 1:
+            raise WrongUse(
+                "setting_invalid",
+                f"loss_over=valid would weigh the {loop.accumulation} micro-batches of a step unevenly.",
+                "Set accumulation=1, or loss_over=all.",
+            )
+        if self.void_from_truth and self.form != "annotation-free":
+            raise WrongUse(
+                "setting_invalid",
+                "void_from_truth is for the annotation-free form; the others leave void out anyway.",
+                "Leave void_from_truth out.",
+            )
+        if (self.form == "supervised") != (selftrain.guided == NEVER):
+            raise WrongUse(
+                "setting_invalid",
+                f"the form is {self.form}, and the guided phase is {selftrain.guided}.",
+                "Supervised training guesses nothing (guided and self_train (-1, -1)); the other forms do.",
+            )
+        return self
 
 
 def _guided_then_self(guided: int) -> SelfTrainSettings:
@@ -166,8 +163,7 @@ MASKCLIP_PLUS_RECIPES = RecipeBook(
     MaskClipPlusRecipe,
     (
         _VOC,
-        replace(
-            _VOC,
+        _VOC.replace(
             name="maskclip-plus-voc20-zero-shot",
             form="zero-shot",
             unseen=("voc20",),
@@ -176,8 +172,7 @@ MASKCLIP_PLUS_RECIPES = RecipeBook(
         ),
         _CONTEXT,
         # The paper's zero-shot setting on Context counts the background, which is learned as one vector.
-        replace(
-            _CONTEXT,
+        _CONTEXT.replace(
             name="maskclip-plus-context59-zero-shot",
             student=StudentConfig(decoder="deeplabv3plus", learned_background=True),
             form="zero-shot",
@@ -186,8 +181,7 @@ MASKCLIP_PLUS_RECIPES = RecipeBook(
             loop=LoopSettings(iterations=40_000, batch_size=16, learning_rate=0.004, weight_decay=1e-4),
         ),
         _COCO,
-        replace(
-            _COCO,
+        _COCO.replace(
             name="maskclip-plus-cocostuff171-zero-shot",
             form="zero-shot",
             unseen=("cocostuff171",),
@@ -195,14 +189,12 @@ MASKCLIP_PLUS_RECIPES = RecipeBook(
             loop=LoopSettings(iterations=80_000, batch_size=16),
         ),
         _TOY,
-        replace(_TOY, name="toy-zero-shot", form="zero-shot", unseen=("sand", "zebra", "fish", "cloud")),
-        replace(
-            _TOY,
+        _TOY.replace(name="toy-zero-shot", form="zero-shot", unseen=("sand", "zebra", "fish", "cloud")),
+        _TOY.replace(
             name="toy-supervised",
             form="supervised",
             selftrain=SelfTrainSettings(guided=NEVER, guided_class_power=0.8, ema_decay=0.98),
         ),
     ),
     default="maskclip-plus-voc20",
-    check=_check,
 )

@@ -30,6 +30,7 @@ from pipeline.datasets import base
 from pipeline.evaluation import tables as evaluation
 from pipeline.files import images
 from pipeline.files.storage import Storage, open_storage
+from pipeline.labelling.recipes import recipe_from_dict
 from pipeline.ontology.ontology import Ontology
 from pipeline.table.labels import DATASET_FILE, OK, decode_confidence, decode_mask, table_files
 from pipeline.training.loop.protocols import GUESS, IGNORED, Sample
@@ -367,7 +368,7 @@ def open_table_samples(
         _true=true,
         _dataset=None if truth is None else truth.reader(),
         _samples=samples,
-        _max_pixels=int(record["recipe"].get("max_pixels", images.MAX_PIXELS)),
+        _max_pixels=recipe_from_dict(record["recipe"]).images.max_pixels,
     )
 
 

@@ -63,8 +63,8 @@ def test_what_a_table_does_not_know_or_fixes_itself_is_refused(
 
 def test_all_levels_of_a_corruption_are_measured_at_the_size_of_the_protocol(request_: Request) -> None:
     recipe = maskclip._seed_recipe("context59", maskclip._recipe("MaskCLIP", "ViT-B/16", request_))
-    assert recipe.scale == (520, 520)
-    assert maskclip._seed_recipe("context60", recipe).scale == (520, 520)
+    assert recipe.images.scale == (520, 520)
+    assert maskclip._seed_recipe("context60", recipe).images.scale == (520, 520)
 
 
 def test_figures_of_a_protocol_stand_in_the_tables_of_that_protocol_only(request_: Request) -> None:
@@ -96,7 +96,7 @@ def test_a_row_is_measured_on_photographs_and_not_measured_twice(
     (value,) = rows["MaskCLIP (ViT-B/16)"]["values"]["miou"]["runs"]
     assert 0 <= value < 0.5 and "Random weights" in section["note"] and "not comparable" in section["note"]
     record = json.loads((request.folder / "rows/voc20-maskclip-vit-b-16/evaluation.json").read_text())
-    assert record["protocol"] == "seed" and record["model"]["recipe"]["scale"] == [2048, 512]
+    assert record["protocol"] == "seed" and record["model"]["recipe"]["images"]["scale"] == [2048, 512]
     assert record["metrics"]["miou"] == pytest.approx(value)
 
     def never(*_: Any) -> None:

@@ -10,7 +10,8 @@ from models.clip.loading import load_clip
 from models.clip.text import build_text_classifier
 from models.device import DTYPES, best_device, native_precision
 from models.labelmap import label_map
-from models.maskclip import MaskClip, MaskClipConfig
+from models.maskclip import MaskClip
+from models.settings import MaskClipSettings
 from pipeline.files.corruptions import corrupt
 from pipeline.ontology.ontology import load_ontology
 from pipeline.toyworld.scenes import CLASSES
@@ -33,7 +34,7 @@ def by_hand(corruption: tuple[str, int] | None, **options: object) -> list[float
     clip = load_clip("toyclip", "bundled", dtype=dtype)
     text = build_text_classifier(clip, [[name] for name in CLASSES], templates="toyworld")
     settings = {"head": "value", "image_stats": "clip", "profile": "weights", **options}
-    model = MaskClip(clip, text, MaskClipConfig(**settings))
+    model = MaskClip(clip, text, MaskClipSettings(**settings))
     found = []
     for seed in SEEDS:
         made = scene_set(seed, SCENES, 128)

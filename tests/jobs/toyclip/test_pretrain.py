@@ -26,7 +26,8 @@ from models.clip.loading import load_source
 from models.clip.text import build_text_classifier
 from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource
 from models.errors import MaskMillError
-from models.maskclip import MaskClip, MaskClipConfig
+from models.maskclip import MaskClip
+from models.settings import MaskClipSettings
 from pipeline.toyworld import scenes as toyworld
 
 TINY = PretrainRecipe(
@@ -73,7 +74,7 @@ def test_a_few_steps_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     # The vocabulary that the job writes is the bundled one, so the bundled tokenizer fits the new weights.
     assert (tmp_path / "toyclip_bpe.txt.gz").read_bytes() == toyclip.vocabulary_path().read_bytes()
     text = build_text_classifier(clip, [[name] for name in toyworld.CLASSES], templates="toyworld")
-    labeller = MaskClip(clip, text, MaskClipConfig(image_stats="clip", profile="weights"))
+    labeller = MaskClip(clip, text, MaskClipSettings(image_stats="clip", profile="weights"))
     grid = labeller.grid_scores(torch.zeros(1, 3, 32, 48, dtype=torch.uint8))
     assert grid.shape == (1, 14, 4, 6)
     assert bool(torch.isfinite(grid).all())

@@ -15,7 +15,8 @@ from models.clip import toy as toyclip
 from models.clip.loading import Clip, load_clip
 from models.clip.text import TextClassifier, build_text_classifier
 from models.labelmap import label_map
-from models.maskclip import MaskClip, MaskClipConfig
+from models.maskclip import MaskClip
+from models.settings import MaskClipSettings
 from pipeline.metrics.confusion import confusion_matrix, iou_per_class
 from pipeline.toyworld import scenes as toyworld
 
@@ -47,7 +48,7 @@ def _pixels(scenes: toyworld.ToySet) -> torch.Tensor:
 
 
 def _iou(clip: Clip, text: TextClassifier, scenes: toyworld.ToySet, head: str) -> np.ndarray:
-    labeller = MaskClip(clip, text, MaskClipConfig(head=head, image_stats="clip", profile="weights"))
+    labeller = MaskClip(clip, text, MaskClipSettings(head=head, image_stats="clip", profile="weights"))
     confusion = np.zeros((len(toyworld.CLASSES), len(toyworld.CLASSES) + 1), np.int64)
     for image, truth in zip(_pixels(scenes), scenes.labels, strict=True):
         found, _ = label_map(
@@ -159,7 +160,7 @@ def test_words_that_name_no_class_find_it(
     clip: Clip, scenes: toyworld.ToySet, phrase: str, name: str
 ) -> None:
     words = build_text_classifier(clip, [[phrase]], templates=("a photo of {}",))
-    labeller = MaskClip(clip, words, MaskClipConfig(image_stats="clip", profile="weights"))
+    labeller = MaskClip(clip, words, MaskClipSettings(image_stats="clip", profile="weights"))
     scores = labeller.grid_scores(_pixels(scenes))[:, 0].numpy()
     step = clip.stride
     there = scenes.labels[:, step // 2 :: step, step // 2 :: step] == toyworld.CLASSES.index(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 
 import numpy as np
@@ -15,7 +14,7 @@ from pipeline.datasets.oneshot import BENCHMARKS, class_areas, draw_episodes
 from pipeline.datasets.protocols import PROTOCOLS, Protocol, check_comparable, get_protocol
 from pipeline.datasets.registry import DATASETS, open_dataset
 from pipeline.datasets.zeroshot import SPLITS, zero_shot_split
-from pipeline.labelling.recipes import RECIPES, LabelRecipe, recipe_from_dict
+from pipeline.labelling.recipes import RECIPES, change_recipe
 from pipeline.ontology.ontology import load_ontology
 from pipeline.toyworld import scenes as toyworld
 
@@ -25,9 +24,9 @@ EVERY = [protocol for both in PROTOCOLS.values() for protocol in both.values()]
 @pytest.mark.parametrize("protocol", EVERY, ids=lambda protocol: f"{protocol.dataset}-{protocol.name}")
 def test_protocols_make_valid_recipes(protocol: Protocol) -> None:
     overrides = protocol.recipe_overrides()
-    assert set(overrides) <= {field.name for field in dataclasses.fields(LabelRecipe)}
-    recipe = recipe_from_dict(RECIPES["maskclip"].to_dict() | overrides)
-    assert recipe.scale == protocol.scale
+    recipe = change_recipe(RECIPES["maskclip"], overrides)
+    assert recipe.images.scale == protocol.scale
+    assert recipe.effective().items() >= _listed(protocol).items()
     assert len(get_templates(protocol.templates)) == {"seed": 85, "unified": 80}[protocol.name]
     assert PROTOCOLS[protocol.dataset][protocol.name] is protocol
     assert protocol.dataset in DATASETS
@@ -62,15 +61,15 @@ def test_scales(dataset: str, name: str, scale: tuple[int, int], size: tuple[int
 
 
 def test_recipes_of_the_project_are_the_protocols() -> None:
-    assert RECIPES["maskclip"].to_dict().items() >= _listed(get_protocol("voc20", "seed")).items()
+    assert RECIPES["maskclip"].effective().items() >= _listed(get_protocol("voc20", "seed")).items()
     windows = _listed(get_protocol("voc20", "unified"))
-    del windows["temperature"]  # the recipe leaves it at 100: labels do not change, confidences do
-    assert RECIPES["maskclip-windows"].to_dict().items() >= windows.items()
+    del windows["maskclip.temperature"]  # the recipe leaves it at 100: labels do not change, confidences do
+    assert RECIPES["maskclip-windows"].effective().items() >= windows.items()
 
 
 def _listed(protocol: Protocol) -> dict[str, object]:
     overrides = protocol.recipe_overrides()
-    return overrides | {"scale": list(overrides["scale"])}
+    return overrides | {"images.scale": list(overrides["images.scale"])}
 
 
 def test_protocols_are_kept_apart() -> None:

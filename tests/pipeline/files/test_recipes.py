@@ -1,31 +1,28 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from models.errors import MaskMillError
+from models.settings import Settings
 from pipeline.files.recipes import Recipe, RecipeBook
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loop:
+class Loop(Settings):
     steps: int = 10
     rate: float = 0.1
     size: int = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Crop:
+class Crop(Settings):
     size: tuple[int, int] = (8, 8)
     flip: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
 class Nested(Recipe):
-    loop: Loop = field(default_factory=Loop)
-    crop: Crop = field(default_factory=Crop)
+    loop: Loop = Loop()
+    crop: Crop = Crop()
     note: str = ""
 
 

@@ -1,36 +1,43 @@
 from __future__ import annotations
 
-import dataclasses
+import operator
+from typing import Any
 
 import pytest
 
 from models.errors import MaskMillError
-from pipeline.labelling.clipseg.options import ClipSegOptions
-from pipeline.labelling.recipes import RECIPES, LabelRecipe, load_recipe, recipe_from_dict
+from models.settings import MaskClipSettings
+from pipeline.files.images import ImageSettings
+from pipeline.files.recipes import describe
+from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe, load_recipe, recipe_from_dict
 
 
 @pytest.mark.parametrize(
     ("settings", "field", "expected"),
     [
-        (["pd_threshold=0.5"], "pd_threshold", 0.5),
-        (["scale=[1024, 448]"], "scale", (1024, 448)),
+        (["pd_threshold=0.5"], "maskclip.pd_threshold", 0.5),
+        (["scale=[1024, 448]"], "images.scale", (1024, 448)),
         (["pretrained=null"], "pretrained", None),
         (["pretrained=random:3"], "pretrained", "random:3"),
-        (["keep_ratio=false"], "keep_ratio", False),
-        (["window=224", "window_stride=112"], "window_stride", 112),
-        (["corruption=jpeg_compression:3"], "corruption", "jpeg_compression:3"),
-        (["ks_threshold=0.2", "ks_threshold=1"], "ks_threshold", 1.0),  # the later one holds
+        (["images.keep_ratio=false"], "images.keep_ratio", False),
+        (["window=224", "window_stride=112"], "maskclip.window_stride", 112),
+        (["corruption=jpeg_compression:3"], "images.corruption", "jpeg_compression:3"),
+        (
+            ["ks_threshold=0.2", "maskclip.ks_threshold=1"],
+            "maskclip.ks_threshold",
+            1.0,
+        ),  # the later one holds
     ],
 )
 def test_settings_are_typed(settings: list[str], field: str, expected: object) -> None:
-    assert getattr(load_recipe("maskclip", settings), field) == expected
+    assert operator.attrgetter(field)(load_recipe("maskclip", settings)) == expected
 
 
 @pytest.mark.parametrize(
     ("name", "settings", "code", "says"),
     [
         ("maskclp", [], "recipe_invalid", "Did you mean maskclip"),
-        ("maskclip", ["pd_treshold=0.5"], "recipe_invalid", "Did you mean pd_threshold"),
+        ("maskclip", ["pd_treshold=0.5"], "recipe_invalid", "Did you mean maskclip.pd_threshold"),
         ("maskclip", ["pd_threshold"], "recipe_invalid", "key=value"),
         ("maskclip", ["pd_threshold=2"], "recipe_invalid", "less than or equal to 1"),
         ("maskclip", ["head=other"], "recipe_invalid", "maskclip"),
@@ -57,7 +64,9 @@ def test_yaml_file_builds_on_a_base(tmp_path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("base: maskclip-windows\ntemperature: 40\n")
     recipe = load_recipe(str(path), ["window_stride=56"])
-    assert (recipe.name, recipe.window, recipe.window_stride, recipe.temperature) == ("mine", 224, 56, 40.0)
+    assert recipe == RECIPES["maskclip-windows"].replace(
+        name="mine", maskclip=RECIPES["maskclip-windows"].maskclip.replace(window_stride=56, temperature=40.0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -80,34 +89,43 @@ def test_yaml_mistakes_are_named(tmp_path, text: str, says: str) -> None:
 def test_round_trip_and_hash(name: str) -> None:
     recipe = RECIPES[name]
     assert recipe_from_dict(recipe.to_dict()) == recipe
-    assert dataclasses.replace(recipe, name="renamed").hash == recipe.hash
+    assert recipe.replace(name="renamed").hash == recipe.hash
 
 
-def test_every_field_but_the_name_changes_the_hash() -> None:
-    base = LabelRecipe(name="x", window=8, window_stride=8)
-    others = {
-        "model": "RN50", "pretrained": "a", "scale": (9, 9), "keep_ratio": False, "resize": "antialias",
-        "max_pixels": 9, "corruption": "spatter:1",
-        "head": "plain", "image_stats": "clip", "profile": "weights", "window": 9, "window_stride": 4,
-        "ks_threshold": 1.0, "ks_axis": "channel", "ks_source": "raw", "pd_threshold": 0.5,
-        "temperature": 9.0,        "precision": "fp32", "batch_size": 3, "min_confidence": 0.1,
-        "clipseg": ClipSegOptions(text_weight=0.1),
+def test_the_hash_counts_every_field_that_changes_the_result() -> None:
+    base = LabelRecipe(name="x", model="clipseg", maskclip=MaskClipSettings(window=8, window_stride=8))
+    others: dict[str, Any] = {
+        "model": "RN50", "pretrained": "a", "images.scale": (9, 9), "images.keep_ratio": False,
+        "images.resize": "antialias", "images.max_pixels": 9, "images.corruption": "spatter:1",
+        "maskclip.head": "plain", "maskclip.image_stats": "clip", "maskclip.profile": "weights",
+        "maskclip.window": 9, "maskclip.window_stride": 4, "maskclip.ks_threshold": 1.0,
+        "maskclip.ks_axis": "channel", "maskclip.ks_source": "raw", "maskclip.pd_threshold": 0.5,
+        "maskclip.temperature": 9.0, "clipseg.clip": "a:b", "clipseg.extract_layers": [1],
+        "clipseg.prefix": "plain", "clipseg.text_weight": 0.1, "clipseg.visual_prompt": "crop",
+        "clipseg.example_size": 9, "clipseg.background": "words", "clipseg.background_factor": 1.0,
+        "precision": "fp32", "min_confidence": 0.1,
     }  # fmt: skip
-    assert set(others) == {field.name for field in dataclasses.fields(LabelRecipe)} - {"name"}
-    hashes = {dataclasses.replace(base, **{key: value}).hash for key, value in others.items()}
+    assert set(others) == {field.name for field in describe(base) if field.changes_result}
+    hashes = {change_recipe(base, {key: value}).hash for key, value in others.items()}
     assert len(hashes) == len(others)
     assert base.hash not in hashes
+    assert base.replace(name="y", batch_size=3).hash == base.hash
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_field_is_explained(name: str) -> None:
+    for field in describe(RECIPES[name]):
+        assert 15 < len(field.description) < 250 and "\n" not in field.description, field
+        assert change_recipe(RECIPES[name], {field.name: field.value}) == RECIPES[name]
 
 
 def test_paper_protocol_is_the_default() -> None:
     recipe = RECIPES["maskclip"]
-    assert recipe.scale == (2048, 512) and recipe.resize == "opencv"
-    assert (recipe.image_stats, recipe.profile, recipe.head) == ("imagenet", "reference", "maskclip")
-    assert (recipe.ks_threshold, recipe.pd_threshold, recipe.window, recipe.temperature) == (0, 0, 0, 100)
-    refined = RECIPES["maskclip-refined"]
-    assert (refined.ks_threshold, refined.pd_threshold, refined.ks_axis, refined.ks_source) == (
-        1.0,
-        0.5,
-        "token",
-        "projected",
+    assert recipe.images == ImageSettings(scale=(2048, 512), keep_ratio=True, resize="opencv")
+    assert recipe.maskclip == MaskClipSettings(
+        head="maskclip", image_stats="imagenet", profile="reference", ks_threshold=0, pd_threshold=0,
+        window=0, window_stride=0, temperature=100,
+    )  # fmt: skip
+    assert RECIPES["maskclip-refined"].maskclip == MaskClipSettings(
+        ks_threshold=1.0, pd_threshold=0.5, ks_axis="token", ks_source="projected"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import threading
 from collections.abc import Sequence
@@ -171,7 +170,7 @@ def test_corruption_comes_between_decoding_and_resizing(tmp_path: Path, corrupti
     manifest = pa.table(
         {"id": pa.array(ids, pa.int64()), "uri": [str(tmp_path / f"{i}.png") for i in range(3)]}
     )
-    settings = dataclasses.replace(SETTINGS, corruption=corruption)
+    settings = SETTINGS.replace(corruption=corruption)
 
     def pixels(settings: ImageSettings, manifest: pa.Table) -> dict[int, bytes]:
         rows = pa.concat_tables(Decode(settings, _Sink())(manifest)).to_pylist()
@@ -190,14 +189,14 @@ def test_corruption_comes_between_decoding_and_resizing(tmp_path: Path, corrupti
 
 def test_images_differ_in_their_noise(tmp_path: Path) -> None:
     manifest = _folder(tmp_path, {"a.png": ((40, 40), 128), "b.png": ((40, 40), 128)}).slice(0, 2)
-    settings = dataclasses.replace(SETTINGS, corruption="gaussian_noise:1")
+    settings = SETTINGS.replace(corruption="gaussian_noise:1")
     first, second = pa.concat_tables(Decode(settings, _Sink())(manifest))["pixels"].to_pylist()
     assert first != second
 
 
 def test_unknown_corruptions_are_refused_before_any_image() -> None:
     with pytest.raises(MaskMillError, match="snow"):
-        dataclasses.replace(SETTINGS, corruption="snow:1")
+        SETTINGS.replace(corruption="snow:1")
 
 
 def test_fetching_runs_ahead_but_not_away() -> None:

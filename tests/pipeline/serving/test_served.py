@@ -36,7 +36,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_toy_teacher_labels_as_its_labeller() -> None:
     recipe = load_recipe("toy")
     labeller = prepare_labeller(recipe, load_ontology("toyworld"), precision="fp32").build(precision="fp32")
-    small = resize(SCENE.image, target_size(*SIZE, scale=recipe.scale))
+    small = resize(SCENE.image, target_size(*SIZE, scale=recipe.images.scale))
     (expected,) = labeller.label([small], [SIZE])
     answer = entry("toy").load().predict(SCENE.image, EVERYTHING, (), SIZE)
     assert isinstance(answer, LabelAnswer) and answer.names == toyworld.CLASSES and answer.other is None
@@ -76,7 +76,7 @@ def test_context_gives_way_to_prompts(words: list[str], prompts: list[str], left
 def test_a_student_with_its_own_classes_and_with_others(student: Path) -> None:
     served = entry(str(student)).load()
     recipe, own = student_recipe(str(student))
-    small = resize(SCENE.image, target_size(*SIZE, scale=recipe.scale))
+    small = resize(SCENE.image, target_size(*SIZE, scale=recipe.images.scale))
 
     def labelled(ontology: object) -> np.ndarray:
         labeller = prepare_labeller(recipe, ontology, precision="fp32").build(precision="fp32")  # type: ignore[arg-type]

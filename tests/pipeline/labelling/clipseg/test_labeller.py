@@ -32,7 +32,7 @@ from pipeline.labelling.clipseg.prompting import (
     visual_prompt_of,
 )
 from pipeline.labelling.prepare import prepare_labeller
-from pipeline.labelling.recipes import RECIPES, LabelRecipe
+from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.toyworld.scenes import generate
 
@@ -84,7 +84,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(weights: Path | str, **fields: Any) -> LabelRecipe:
     wanted = {"scale": (64, 48), "keep_ratio": False, "resize": "antialias", "min_confidence": 0.4} | fields
-    return LabelRecipe(name="test", model="clipseg", pretrained=str(weights), **wanted)
+    return change_recipe(LabelRecipe(name="test", model="clipseg", pretrained=str(weights)), wanted)
 
 
 def scenes(count: int, height: int = 48, width: int = 64) -> np.ndarray:

@@ -18,6 +18,7 @@ from torch import nn
 from models.clip.text import TextClassifier
 from models.errors import MaskMillError
 from models.labelmap import label_map
+from models.settings import MaskClipSettings
 from models.student.batchnorm import synchronise_batchnorm
 from models.student.deeplab import DeepLab, StudentConfig
 from pipeline.toyworld import scenes as toyworld
@@ -345,7 +346,7 @@ def test_online_teacher_guesses_among_the_guessable_classes_only(config):
     # Here, and not above, for the sake of the processes of another test: these take seconds to import.
     from models.clip.loading import load_clip
     from models.clip.text import build_text_classifier
-    from models.maskclip import MaskClip, MaskClipConfig, key_smoothing, prompt_denoising
+    from models.maskclip import MaskClip, key_smoothing, prompt_denoising
 
     clip = load_clip("toyclip", "bundled")
     text = build_text_classifier(
@@ -357,7 +358,7 @@ def test_online_teacher_guesses_among_the_guessable_classes_only(config):
         SelfTrainSettings(teacher="online", guessable=guessable),
         lambda: _student(len(toyworld.CLASSES)),
         make_teacher=lambda device: MaskClip(
-            clip, guessable_classifier(text, guessable), MaskClipConfig(**config)
+            clip, guessable_classifier(text, guessable), MaskClipSettings(**config)
         ),
     )
     module = task.build(CPU)
@@ -365,11 +366,11 @@ def test_online_teacher_guesses_among_the_guessable_classes_only(config):
     labels = torch.full((2, 64, 64), GUESS)
     guesses = task._teacher_guesses({"image": images})
 
-    whole = MaskClip(clip, text, MaskClipConfig(**{**config, "pd_threshold": 0.0, "ks_threshold": 0.0}))
+    whole = MaskClip(clip, text, MaskClipSettings(**{**config, "pd_threshold": 0.0, "ks_threshold": 0.0}))
     scores = whole.grid_scores(images)[:, list(guessable)]
     scores = prompt_denoising(scores, config.get("pd_threshold", 0.0))
     if "ks_threshold" in config:
-        with_keys = MaskClip(clip, text, MaskClipConfig(**config))
+        with_keys = MaskClip(clip, text, MaskClipSettings(**config))
         with torch.inference_mode():
             keys = with_keys.encoder((images - with_keys._mean) / with_keys._std).keys
         scores = key_smoothing(scores, keys, config["ks_threshold"], axis=config["ks_axis"])

@@ -73,7 +73,7 @@ def write_table(
         name = root.path(f"labels/part-{start:04d}-0.parquet")
         pq.write_table(table, name, filesystem=filesystem)
     fields = ontology.to_dict() | {"hash": ontology.hash, "names": list(ontology.names)}
-    root.write_json("dataset.json", {"ontology": fields, "recipe": {"max_pixels": 10_000}})
+    root.write_json("dataset.json", {"ontology": fields, "recipe": {"name": "r", "max_pixels": 10_000}})
 
 
 def make(folder: Path, count: int, **options: Any) -> str:
