@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from tyro.conf import Positional, UseAppendAction, arg
 
 from jobs.benchmarks import clipseg, maskclip, prompt_strategies
 from jobs.console import stderr_console
+from jobs.options import Repeated, Settings, Tracking, comma_separated, named_values
 from models.errors import MaskMillError, WrongUse
+from pipeline.corpus.manifest import build_manifest
 from pipeline.evaluation.results import (
     REPORT_FILE,
     ROWS,
@@ -27,57 +31,130 @@ from pipeline.evaluation.results import (
     now,
     write_result,
 )
-from pipeline.labelling.recipes import change_recipe, load_recipe
+from pipeline.labelling.recipes import load_recipe, parse_settings
 from pipeline.report.results_page import write_report
 from pipeline.tracking.results import log_result
 from pipeline.tracking.tracker import open_tracker
 
+if TYPE_CHECKING:
+    from pipeline.labelling.recipes import LabelRecipe
+    from pipeline.ontology.concepts import ConceptList
+
 TOYWORLD, CONCEPTS = "toyworld", "concepts"
+TOY_SECTIONS = (
+    "heads", "refinement", "sizes", "corruptions", "words", "vocabulary", "students", "prompts"
+)  # fmt: skip
+"""What ``--row`` of the toy world chooses from: functions of ``jobs.benchmarks.toyworld``, and trainings."""
+TOY_SEEDS = (11, 12, 13, 14, 15)
+"""Scene sets that neither the training (0) nor the model card (1) nor the demo (2026) has seen."""
 
 _TABLES = {**maskclip.TABLES, **clipseg.TABLES, **prompt_strategies.TABLES}
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkJob:
-    """Everything that a benchmark is asked for.
+class Benchmark:
+    """Run the rows of a table and print them beside the published figures. "list" lists the tables."""
 
-    Attributes:
-        name: a key of ``benchmarks()``.
-        roots: folder by dataset, ``DIR`` or ``DIR#SPLIT``.
-        labels: label table by row.
-        weights: weights by row.
-        settings: recipe fields that hold for all rows.
-        rows: only rows whose name holds one of these.
-        datasets: only these.
-        limit: images of each dataset at most; 0 is all.
-        image_sizes: CLIPSeg's tables: sides of the network's input besides the paper's.
-        images: folder, glob or list for ``concepts``.
-        concepts: name of a prompt list, or the prompts themselves.
-        recipe: for ``concepts``.
-        seeds: number of scene sets of the toy world.
-        scenes: scenes of each of them.
-        output: folder for the result; None makes one below ``results/``.
-        overwrite: whether an earlier result there may be replaced.
-        tracking: MLflow URI, None for the default, ``off`` for none.
-    """
-
-    name: str
-    roots: Mapping[str, str] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
-    weights: Mapping[str, str] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    rows: Sequence[str] = ()
-    datasets: Sequence[str] = ()
-    limit: int = 0
-    image_sizes: Sequence[int] = ()
+    name: Positional[str]
+    """toyworld, maskclip, maskclip-unified, …; list shows all."""
+    roots: Annotated[Repeated, arg(name="root", metavar="DATASET=DIR")] = ()
+    """folder of a dataset, with #SPLIT if it is not the usual one: --root voc20=DIR#train; repeat it."""
+    labels: Annotated[Repeated, arg(metavar="ROW=TABLE")] = ()
+    """a label table for a row that is not labelled here: --labels "MaskCLIP+ (RN50)@voc20=TABLE"."""
+    weights: Annotated[Repeated, arg(metavar="ROW=PATH")] = ()
+    """weights of a row's model: --weights "CLIPSeg (PC+)=rd64-uni.pth"."""
+    settings: Settings = ()
+    """a recipe field for all rows, such as pretrained=random:0 to try the path; may be repeated."""
+    rows: Annotated[Repeated, arg(name="row")] = ()
+    """only rows with this in their name, of toyworld sections (students, heads, …); may be repeated."""
+    datasets: Annotated[Repeated, arg(name="dataset")] = ()
+    """only this dataset; may be repeated."""
     images: str | None = None
+    """concepts: folder, glob or list file of images."""
     concepts: str = "sports"
+    """concepts: a list of the paper (batman, mario, sports, car-color, …) or "prompt, prompt, …"."""
     recipe: str = "maskclip"
+    """concepts: the recipe; --set changes it."""
+    limit: int = 0
+    """to try out: so many images of each dataset (one-shot: episodes; prompt-strategies: objects)."""
+    image_sizes: Annotated[UseAppendAction[tuple[int, ...]], arg(name="image-size")] = ()
+    """clipseg-…: measure at this side of the network's input as well; may be repeated."""
     seeds: int = 5
+    """toyworld: sets of scenes, for the confidence intervals."""
     scenes: int = 60
-    output: str | Path | None = None
+    """toyworld: scenes of each set."""
+    output: str | None = None
+    """folder for the result; the same again goes on where it stopped. Default: below results/."""
     overwrite: bool = False
-    tracking: str | None = "off"
+    """replace a result that is already in --output."""
+    tracking: Tracking = None
+
+    def run(self, console: Console | None = None) -> int:
+        """Run a benchmark, write its result folder, track it, print it; or list them.
+
+        Raises:
+            MaskMillError: ``dataset_unknown``, ``output_exists``, and what a single row cannot help.
+        """
+        if self.name == "list":
+            for name, description in benchmarks().items():
+                print(f"{name:22} {description}")
+            return 0
+        name = self.name.replace("_", "-")
+        if name not in benchmarks():
+            raise WrongUse(
+                "dataset_unknown", f"There is no benchmark {name!r}.", f"Known: {', '.join(benchmarks())}."
+            )
+        console = console or stderr_console()
+        folder = new_folder(self.output, name, overwrite=self.overwrite)
+        plan = {TOYWORLD: _plan_toyworld, CONCEPTS: _plan_concepts}.get(name, _plan_table)
+        measure = plan(self, name, folder, console)
+        with open_tracker(self.tracking) as tracker:
+            tracker.start("benchmark", name, params=_params(self))
+            claim_folder(folder, overwrite=self.overwrite)
+            began = time.monotonic()
+            measured = measure()
+            record = {
+                "schema_version": SCHEMA_VERSION,
+                "kind": "benchmark",
+                "name": name,
+                "title": benchmarks()[name],
+                "created": now(),
+                "command": command(),
+                "hardware": hardware(),
+                "seconds": round(time.monotonic() - began, 1),
+                "toy": name == TOYWORLD or self._asks_toy(),
+                "sections": measured.sections,
+                "claims": measured.claims,
+                "pictures": measured.pictures,
+            }
+            write_result(folder, record)
+            page = write_report([folder], folder / REPORT_FILE)
+            log_result(tracker, folder)
+            _print(record, console)
+        console.print(
+            f"Result         {folder}/benchmark.json ({record['seconds']:.0f} s)\n"
+            f"Look at it:    {page.resolve().as_uri()}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        figures = [line["values"] for section in measured.sections for line in section["rows"]]
+        return 0 if any(value["mean"] is not None for row in figures for value in row.values()) else 1
+
+    def _asks_toy(self) -> bool:
+        return self.recipe == "toy" or str(parse_settings(self.settings).get("model")).startswith("toy")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a benchmark found, in the form of ``benchmark.json``."""
+
+    sections: list[dict[str, Any]]
+    claims: list[dict[str, Any]] = field(default_factory=list)
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+
+
+Measure = Callable[[], Measured]
+"""Runs a benchmark; what is wrong with the command was told before there is one."""
 
 
 def benchmarks() -> dict[str, str]:
@@ -89,192 +166,143 @@ def benchmarks() -> dict[str, str]:
     }
 
 
-def run(job: BenchmarkJob, console: Console | None = None) -> int:
-    """Run a benchmark, write its result folder, track it, print it. Returns the exit status.
+def _params(asked: Benchmark) -> dict[str, Any]:
+    """What was asked for, as parameters of the tracked run."""
+    params = dataclasses.asdict(asked)
+    for name in ("tracking", "overwrite", "output"):
+        del params[name]
+    return {name: value for name, value in params.items() if value not in (None, (), 0)}
 
-    Raises:
-        MaskMillError: ``dataset_unknown``, ``output_exists``, and what a single row cannot help.
-    """
-    console = console or stderr_console()
-    if job.name not in benchmarks():
-        raise WrongUse(
-            "dataset_unknown",
-            f"There is no benchmark {job.name!r}.",
-            f"Known: {', '.join(benchmarks())}.",
-        )
-    if job.limit < 0 or job.scenes < 1:
-        raise WrongUse(
-            "wrong_use",
-            f"--limit {job.limit} --scenes {job.scenes}: there is no such number of images.",
-            "Use --limit 0 for all, and --scenes 1 or more.",
-        )
-    if job.image_sizes and job.name not in clipseg.TABLES:
-        raise WrongUse(
-            "wrong_use",
-            f"--image-size: {job.name} has one size, its protocol's.",
-            f"It belongs to {', '.join(clipseg.TABLES)}.",
-        )
-    asked = ("roots", "labels", "weights", "settings", "datasets", "limit")
-    if job.name == TOYWORLD and any(getattr(job, name) for name in asked):
+
+def _plan_toyworld(asked: Benchmark, _name: str, folder: Path, console: Console) -> Measure:
+    if any((asked.roots, asked.labels, asked.weights, asked.settings, asked.datasets, asked.limit)):
         raise WrongUse(
             "wrong_use",
             "The toy world's rows are fixed: only --row, --seeds and --scenes change them.",
             "Leave the other options out.",
         )
-    with open_tracker(job.tracking) as tracker:
-        folder = new_folder(job.output, job.name, overwrite=job.overwrite)
-        tracker.start("benchmark", job.name, params=_settings(job))
-        claim_folder(folder, overwrite=job.overwrite)
-        record = _record(job, folder, console)
-        write_result(folder, record)
-        page = write_report([folder], folder / REPORT_FILE)
-        log_result(tracker, folder)
-        _print(record, console)
-    console.print(
-        f"Result         {folder}/benchmark.json ({record['seconds']:.0f} s)\n"
-        f"Look at it:    {page.resolve().as_uri()}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    figures = [line["values"] for section in record["sections"] for line in section["rows"]]
-    measured = any(value["mean"] is not None for values in figures for value in values.values())
-    return 0 if measured else 1
-
-
-def _settings(job: BenchmarkJob) -> dict[str, Any]:
-    """What was asked for, as parameters of the tracked run."""
-    asked = dataclasses.asdict(job)
-    for name in ("tracking", "overwrite", "output"):
-        del asked[name]
-    return {name: value for name, value in asked.items() if value not in (None, (), {}, 0)}
-
-
-def _record(job: BenchmarkJob, folder: Path, console: Console) -> dict[str, Any]:
-    """Run the rows; the content of ``benchmark.json``."""
-    began = time.monotonic()
-    claims: list[dict[str, Any]] = []
-    pictures: list[dict[str, Any]] = []
-    if job.name == TOYWORLD:
-        sections, claims = _toyworld(job, folder, console)
-    elif job.name == CONCEPTS:
-        sections, pictures = _concepts(job, folder, console)
-    else:
-        sections = _paper(job, folder, console)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "benchmark",
-        "name": job.name,
-        "title": benchmarks()[job.name],
-        "created": now(),
-        "command": command(),
-        "hardware": hardware(),
-        "seconds": round(time.monotonic() - began, 1),
-        "toy": job.name == TOYWORLD or "toy" in (job.recipe, str(job.settings.get("model"))[:3]),
-        "sections": sections,
-        "claims": claims,
-        "pictures": pictures,
-    }
+    _refuse_sizes(asked)
+    if asked.scenes < 1:
+        raise WrongUse("wrong_use", f"--scenes {asked.scenes} shows nothing.", "Use --scenes 1 or more.")
+    if not 2 <= asked.seeds <= len(TOY_SEEDS):
+        raise WrongUse(
+            "wrong_use",
+            f"--seeds {asked.seeds} gives no confidence interval that means something.",
+            f"Use 3 to {len(TOY_SEEDS)} (2 at least).",
+        )
+    names = [name for name in TOY_SECTIONS if not asked.rows or any(row in name for row in asked.rows)]
+    if not names:
+        raise WrongUse(
+            "wrong_use",
+            f"The toy world has no section {', '.join(asked.rows)}.",
+            f"Known: {', '.join(TOY_SECTIONS)}.",
+        )
+    return functools.partial(_toyworld, names, TOY_SEEDS[: asked.seeds], asked.scenes, folder, console)
 
 
 def _toyworld(
-    job: BenchmarkJob, folder: Path, console: Console
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    from jobs.benchmarks import toy_prompts, toy_students
-    from jobs.benchmarks.toyworld import SECTIONS, SEEDS, Bench
+    names: Sequence[str], seeds: Sequence[int], scenes: int, folder: Path, console: Console
+) -> Measured:
+    from jobs.benchmarks import toy_prompts, toy_students, toyworld
 
-    if not 2 <= job.seeds <= len(SEEDS):
-        raise WrongUse(
-            "wrong_use",
-            f"--seeds {job.seeds} gives no confidence interval that means something.",
-            f"Use 3 to {len(SEEDS)} (2 at least).",
-        )
-    names = (
-        *(section.__name__ for section in SECTIONS),
-        toy_students.SECTION,
-        toy_prompts.SECTION,
-    )
-    wanted = [name for name in names if not job.rows or any(row in name for row in job.rows)]
-    if not wanted:
-        raise WrongUse(
-            "wrong_use",
-            f"The toy world has no section {', '.join(job.rows)}.",
-            f"Known: {', '.join(names)}.",
-        )
-    seeds = SEEDS[: job.seeds]
-    sections, claims = [], []
+    measured = Measured([])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("conditions", total=None)
-        bench = Bench(seeds, job.scenes, lambda done: bar.update(task, completed=done), workers=_cores())
+        cores = hardware()["cores"] or 1
+        bench = toyworld.Bench(seeds, scenes, lambda done: bar.update(task, completed=done), workers=cores)
         try:
-            for run_section in SECTIONS:
-                if run_section.__name__ not in wanted:
+            for name in names:
+                if name in (toy_students.SECTION, toy_prompts.SECTION):
                     continue
-                section, found = run_section(bench)
-                sections.append(section)
-                claims += found
+                section, claims = getattr(toyworld, name)(bench)
+                measured.sections.append(section)
+                measured.claims.extend(claims)
                 bar.update(task, description=section["title"])
         finally:
             bench.close()
     for part, train in ((toy_students, toy_students.students), (toy_prompts, toy_prompts.prompts)):
-        if part.SECTION not in wanted:
+        if part.SECTION not in names:
             continue
-        # Their own progress is shown, and a benchmark that is run again goes on with what is trained.
+        # These show their own progress, and a second run continues with what is trained.
         try:
-            made, found = train(seeds[: part.MOST_SEEDS], job.scenes, folder / ROWS / part.SECTION, console)
+            sections, claims = train(seeds[: part.MOST_SEEDS], scenes, folder / ROWS / part.SECTION, console)
         except MaskMillError as error:
             # Hours of other rows must not be lost to a training that failed.
-            made, found = [part.missing(str(error))], []
-        sections += made
-        claims += found
-    return sections, claims
+            sections, claims = [part.missing(str(error))], []
+        measured.sections.extend(sections)
+        measured.claims.extend(claims)
+    return measured
 
 
-def _paper(job: BenchmarkJob, folder: Path, console: Console) -> list[dict[str, Any]]:
+def _plan_table(asked: Benchmark, name: str, folder: Path, console: Console) -> Measure:
+    _refuse_negative_limit(asked)
+    if name not in clipseg.TABLES:
+        _refuse_sizes(asked)
     request = maskclip.Request(
         folder=folder,
         console=console,
-        roots=job.roots,
-        labels=job.labels,
-        weights=job.weights,
-        settings=job.settings,
-        rows=job.rows,
-        datasets=job.datasets,
-        limit=job.limit,
-        image_sizes=job.image_sizes,
+        roots=named_values("--root", asked.roots, last=False),
+        labels=named_values("--labels", asked.labels),
+        weights=named_values("--weights", asked.weights),
+        settings=parse_settings(asked.settings),
+        rows=asked.rows,
+        datasets=asked.datasets,
+        limit=asked.limit,
+        image_sizes=asked.image_sizes,
     )
-    return list(_TABLES[job.name][1](request))
+    sections = _TABLES[name][1](request)
+    return lambda: Measured(list(sections))
 
 
-def _concepts(
-    job: BenchmarkJob, folder: Path, console: Console
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    from jobs.benchmarks.concepts import ConceptRequest, run_concepts
+def _plan_concepts(asked: Benchmark, _name: str, folder: Path, console: Console) -> Measure:
     from pipeline.ontology.concepts import CONCEPTS as LISTS
     from pipeline.ontology.concepts import ConceptList
 
-    if job.images is None:
+    _refuse_sizes(asked)
+    _refuse_negative_limit(asked)
+    if asked.images is None:
         raise WrongUse(
             "wrong_use", "concepts needs images.", "Give --images DIR: the paper's are not distributed."
         )
-    if job.concepts in LISTS:
-        concepts = LISTS[job.concepts]
-    else:
-        prompts = tuple(dict.fromkeys(part.strip() for part in job.concepts.split(",") if part.strip()))
+    concepts = LISTS.get(asked.concepts)
+    if concepts is None:
+        prompts = comma_separated(asked.concepts)
         if len(prompts) < 2:
             raise WrongUse(
                 "wrong_use",
-                f"--concepts {job.concepts!r} is neither a list of at least two prompts nor a known name.",
+                f"--concepts {asked.concepts!r} is neither a list of at least two prompts nor a known name.",
                 f"Write --concepts 'a red car, a road', or one of {', '.join(LISTS)}.",
             )
         concepts = ConceptList(prompts, ())
-    recipe = change_recipe(load_recipe(job.recipe), job.settings)
-    section, pictures = run_concepts(ConceptRequest(job.images, concepts, recipe, job.limit, folder, console))
-    return [section], pictures
+    recipe = load_recipe(asked.recipe, asked.settings)
+    uris = build_manifest(asked.images)["uri"].to_pylist()[: asked.limit or None]
+    return functools.partial(_concepts, uris, concepts, recipe, folder, console)
 
 
-def _cores() -> int:
-    return hardware()["cores"] or 1
+def _concepts(
+    uris: Sequence[str], concepts: ConceptList, recipe: LabelRecipe, folder: Path, console: Console
+) -> Measured:
+    from jobs.benchmarks.concepts import draw_concepts
+
+    section, pictures = draw_concepts(uris, concepts, recipe, folder, console)
+    return Measured([section], pictures=pictures)
+
+
+def _refuse_sizes(asked: Benchmark) -> None:
+    if asked.image_sizes:
+        raise WrongUse(
+            "wrong_use",
+            f"--image-size: {asked.name} has one size, its protocol's.",
+            f"It belongs to {', '.join(clipseg.TABLES)}.",
+        )
+
+
+def _refuse_negative_limit(asked: Benchmark) -> None:
+    if asked.limit < 0:
+        raise WrongUse(
+            "wrong_use", f"--limit {asked.limit} is no number of images.", "Use --limit 0 for all."
+        )
 
 
 def _print(record: dict[str, Any], console: Console) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -14,15 +13,19 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from jobs.evaluate import evaluate
 from jobs.label import label_images
 from jobs.show import Show
+from jobs.train.maskclip_plus import train_student
+from jobs.train.run import TrainOptions
 from models.errors import WrongUse
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.pairs import open_pairs
 from pipeline.labelling.prepare import student_recipe
-from pipeline.labelling.recipes import RECIPES
+from pipeline.labelling.recipes import RECIPES, LabelRecipe
 from pipeline.ontology.ontology import load_ontology
-from pipeline.report.training_page import Score
+from pipeline.report.training_page import PAGE, SHEET, Score, write_student_page
+from pipeline.tracking.tracker import OFF
 from pipeline.trained.student import read_student_record
 
 if TYPE_CHECKING:
@@ -58,10 +61,6 @@ class Demo:
         """
         output = self.output
         empty_folder(output)
-        from jobs.train import maskclip_plus
-        from jobs.train.run import TrainOptions
-        from pipeline.report.training_page import PAGE, SHEET, write_student_page
-
         console = console or Console()
         images, table, student = output / "images", output / "table", output / "student"
         test, results = output / "test", output / "results"
@@ -80,12 +79,11 @@ class Demo:
             return status
 
         _title(console, "3. maskmill train maskclip-plus: a student learns from the pseudo-labels")
-        recipe = _shortened(self.steps)
-        status = maskclip_plus.run(
-            maskclip_plus.MaskClipPlusJob(
-                labels=str(table), recipe=recipe, options=TrainOptions(output=str(student))
-            ),
-            console,
+        status = train_student(
+            str(table),
+            _shortened(self.steps),
+            TrainOptions(output=str(student), tracking=OFF),
+            console=console,
         )
         if status:
             return status
@@ -170,11 +168,11 @@ def _draw(images: Path, truth: Path | None, *, count: int, size: int, seed: int)
             Image.fromarray(ids).save(truth / f"scene_{index:04d}.png")
 
 
-def _evaluate(truth: Dataset, recipe: Any, folder: Path, console: Console) -> dict[str, Any]:
-    from jobs import evaluate
-
-    job = evaluate.EvaluateJob(dataset=truth, recipe=recipe, output=folder, boundary=False, pictures=0)
-    return evaluate.evaluate(dataclasses.replace(job, ontology=load_ontology("toyworld")), console)[1]
+def _evaluate(truth: Dataset, recipe: LabelRecipe, folder: Path, console: Console) -> dict[str, Any]:
+    ontology = load_ontology("toyworld")
+    return evaluate(
+        truth, console, recipe=recipe, ontology=ontology, output=folder, boundary=False, pictures=0
+    )[1]
 
 
 def _print_scores(found: Mapping[str, Mapping[str, Any]], console: Console) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -14,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.console import stderr_console
+from jobs.label import label_images
+from jobs.options import FLAT, Address, LabellingModel, Tracking, Truth, Verbose, exactly_one
 from models.errors import FailedWork, WrongUse
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.datasets.protocols import PROTOCOLS, Protocol, get_protocol
@@ -32,7 +35,7 @@ from pipeline.evaluation.results import (
 )
 from pipeline.evaluation.tables import Evaluation, ImageScore, class_lookup, evaluate_table, read_labels
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, recipe_from_dict
-from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.report.pictures import panel
 from pipeline.report.results_page import write_report
 from pipeline.table.record import read_table_record
@@ -44,79 +47,155 @@ ON_RAY_FROM = 2000
 """Images above which Ray is worth its start."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateJob:
-    """Everything that an evaluation is asked for.
+ProtocolName = Literal["seed", "unified", "custom"]
 
-    Attributes:
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure labels against truth: a label table, or what a recipe makes of a benchmark's images."""
+
+    labels: str | None = None
+    """a label table, the --output of maskmill label; instead of it --recipe or --model labels the images
+    first."""
+    by: Annotated[LabellingModel, FLAT] = field(default_factory=LabellingModel)
+    data: Annotated[Truth, FLAT] = field(default_factory=Truth)
+    ontology: str | None = None
+    """what the values in --truth mean (default: the ontology of --labels); or with --recipe the words to
+    label with, if not those of the benchmark."""
+    protocol: ProtocolName | None = None
+    """whose figures the result may be compared with: seed (MaskCLIP's repository) or unified (its
+    successors), whose figures do not compare, or custom; default: the one that the recipe follows."""
+    zero_shot: str | None = None
+    """a split into seen and unseen classes: voc20, voc21, context60, cocostuff171, …."""
+    limit: int = 0
+    """only the first so many images, to try out."""
+    output: str | None = None
+    """folder for the result, on a disk that all nodes share if --recipe runs on a cluster; default: a new one
+    below results/."""
+    overwrite: bool = False
+    """replace a result that is already in --output."""
+    workers: int | None = None
+    """Ray tasks that compare; 0 is this process alone; default: by the number of images."""
+    boundary: bool = True
+    """with --no-boundary boundary IoU is not measured."""
+    tracking: Tracking = None
+    address: Address = None
+    verbose: Verbose = False
+
+    def run(self, console: Console | None = None) -> int:
+        """Evaluate, write the result folder, track it, print the figures."""
+        console = console or stderr_console()
+        self._check()
+        classes = load_ontology(self.ontology) if self.ontology is not None else None
+        dataset = self.data.open(classes, table=self.labels, command="evaluate")
+        if self.limit:
+            dataset = dataclasses.replace(dataset, samples=dataset.samples[: self.limit])
+        recipe = None
+        if self.labels is None:
+            recipe, own = self.by.load()
+            if classes is None and own is not None and set(dataset.class_names) <= set(own.names):
+                classes = own  # the words that the student was trained with
+        slug = _slug(dataset, recipe)
+        with open_tracker(self.tracking) as tracker:
+            # What is wrong with the command shows before a run is opened.
+            new_folder(self.output, slug, overwrite=self.overwrite)
+            tracker.start(
+                "evaluate",
+                slug,
+                params={"recipe": recipe.to_dict()} if recipe else {"labels": self.labels},
+                dataset=TrackedDataset(
+                    dataset.name,
+                    dataset.fingerprint(),
+                    source=next((sample.image for sample in dataset.samples if sample.image), None),
+                    profile={"split": dataset.split, "images": len(dataset.samples)},
+                ),
+            )
+            folder, record = evaluate(
+                dataset,
+                console,
+                labels=self.labels,
+                recipe=recipe,
+                ontology=classes if self.labels is None else None,
+                protocol=self.protocol,
+                zero_shot=self.zero_shot,
+                output=self.output,
+                overwrite=self.overwrite,
+                workers=self.workers,
+                boundary=self.boundary,
+                address=self.address,
+                verbose=self.verbose,
+            )
+            made = read_table_record(self.labels or str(folder / "labels"))
+            tracker.log_params({"ontology": {"hash": made["ontology"]["hash"]}})
+            page = write_report([folder], folder / REPORT_FILE)
+            log_result(tracker, folder)
+            _print(record, console)
+        console.print(
+            f"Result         {folder}/evaluation.json\nLook at it:    {page.resolve().as_uri()}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return 0
+
+    def _check(self) -> None:
+        """Refuse options that contradict each other."""
+        exactly_one(
+            "--labels",
+            self.labels,
+            "--recipe or --model",
+            self.by.recipe or self.by.model,
+            command="evaluate",
+        )
+        for wrong, message in (
+            (self.by.settings and self.labels, "--set changes a recipe; it says nothing about --labels."),
+            (
+                self.ontology and self.labels and self.data.dataset not in (None, "pairs", "coco-json"),
+                "--labels have an ontology already: --ontology is for --truth, or for --recipe.",
+            ),
+            (self.limit < 0, f"--limit {self.limit} is no number of images."),
+            (
+                self.workers is not None and self.workers < 0,
+                f"--workers {self.workers} is no number of tasks.",
+            ),
+        ):
+            if wrong:
+                raise WrongUse("wrong_use", message, "See maskmill evaluate --help.")
+
+
+def evaluate(
+    dataset: Dataset,
+    console: Console,
+    *,
+    labels: str | None = None,
+    recipe: LabelRecipe | None = None,
+    ontology: Ontology | None = None,
+    protocol: ProtocolName | None = None,
+    zero_shot: str | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    boundary: bool = True,
+    pictures: int = 6,
+    address: str | None = None,
+    verbose: bool = False,
+) -> tuple[Path, dict[str, Any]]:
+    """Label if need be, compare, and write the result folder.
+
+    Args:
         dataset: images and truth.
+        console: where to print.
         labels: a label table; None labels the images first.
         recipe: how to label them; needed without ``labels``.
         ontology: classes to label with; None takes the dataset's own, with the protocol's templates.
-        protocol: whose figures the result may be compared with: ``seed``, ``unified`` or ``custom``; None
-            finds out which of them the recipe follows.
+        protocol: whose figures the result may be compared with; None finds out which the recipe follows.
         zero_shot: name of a split into seen and unseen classes.
         output: folder for the result; None makes one below ``results/``.
         overwrite: whether an earlier result there may be replaced.
         workers: Ray tasks that compare; 0 is this process, None chooses.
         boundary: whether to measure boundary IoU.
         pictures: number of worst and of best images to show.
-        tracking: MLflow URI, None for the default, ``off`` for none.
-        title: of the result; None makes one.
         address: of a Ray cluster to label on.
         verbose: let Ray talk.
-    """
-
-    dataset: Dataset
-    labels: str | None = None
-    recipe: LabelRecipe | None = None
-    ontology: Ontology | None = None
-    protocol: Literal["seed", "unified", "custom"] | None = None
-    zero_shot: str | None = None
-    output: str | Path | None = None
-    overwrite: bool = False
-    workers: int | None = None
-    boundary: bool = True
-    pictures: int = 6
-    tracking: str | None = "off"
-    title: str | None = None
-    address: str | None = None
-    verbose: bool = False
-
-
-def run(job: EvaluateJob, console: Console | None = None) -> int:
-    """Evaluate, write the result folder, track it, print the figures. Returns the exit status."""
-    console = console or stderr_console()
-    with open_tracker(job.tracking) as tracker:
-        # What is wrong with the command shows before a run is opened.
-        new_folder(job.output, _slug(job), overwrite=job.overwrite)
-        tracker.start(
-            "evaluate",
-            _slug(job),
-            params={"recipe": job.recipe.to_dict()} if job.recipe else {"labels": job.labels},
-            dataset=TrackedDataset(
-                job.dataset.name,
-                job.dataset.fingerprint(),
-                source=next((sample.image for sample in job.dataset.samples if sample.image), None),
-                profile={"split": job.dataset.split, "images": len(job.dataset.samples)},
-            ),
-        )
-        folder, record = evaluate(job, console)
-        made = read_table_record(job.labels or str(folder / "labels"))
-        tracker.log_params({"ontology": {"hash": made["ontology"]["hash"]}})
-        page = write_report([folder], folder / REPORT_FILE)
-        log_result(tracker, folder)
-        _print(record, console)
-    console.print(
-        f"Result         {folder}/evaluation.json\nLook at it:    {page.resolve().as_uri()}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return 0
-
-
-def evaluate(job: EvaluateJob, console: Console) -> tuple[Path, dict[str, Any]]:
-    """Label if need be, compare, and write the result folder.
 
     Returns:
         The folder, and the content of its ``evaluation.json``.
@@ -124,21 +203,31 @@ def evaluate(job: EvaluateJob, console: Console) -> tuple[Path, dict[str, Any]]:
     Raises:
         MaskMillError: for everything that the user can mend.
     """
-    dataset = job.dataset
-    folder = new_folder(job.output, _slug(job), overwrite=job.overwrite)
-    groups = _groups(job)
-    if job.labels is None:
-        recipe, ontology = _plan(job)
-        claim_folder(folder, overwrite=job.overwrite)
-        table = _label(job, recipe, ontology, folder, console)
+    folder = new_folder(output, _slug(dataset, recipe), overwrite=overwrite)
+    groups = _groups(dataset, zero_shot)
+    if labels is None:
+        assert recipe is not None, "either labels or a recipe"
+        recipe, words = _plan(dataset, recipe, ontology, protocol)
+        claim_folder(folder, overwrite=overwrite)
+        table = str(folder / "labels")
+        label_images(
+            _image_list(dataset, folder),
+            words,
+            recipe,
+            table,
+            overwrite=overwrite,
+            max_failure_rate=1.0,  # all images are asked for below
+            address=address,
+            verbose=verbose,
+            console=console,
+        )
     else:
-        table = job.labels
+        table = labels
     made = read_table_record(table)
-    protocol = _protocol(job, made["recipe"], made["ontology"])
-    workers = job.workers
+    followed = _protocol(dataset, protocol, made["recipe"], made["ontology"])
     if workers is None:
         workers = (os.cpu_count() or 1) if len(dataset.samples) > ON_RAY_FROM else 0
-    threshold = protocol.background_threshold if protocol else 0.0
+    threshold = followed.background_threshold if followed else 0.0
     with console.status(f"comparing {len(dataset.samples):,} images") as status:
         evaluation = evaluate_table(
             table,
@@ -146,23 +235,24 @@ def evaluate(job: EvaluateJob, console: Console) -> tuple[Path, dict[str, Any]]:
             class_names=made["ontology"]["names"],
             ignore_index=made["ontology"]["ignore_index"],
             background_below=threshold,
-            boundary=job.boundary,
+            boundary=boundary,
             workers=workers,
             progress=lambda done, total: status.update(f"compared {done:,} of {total:,} images"),
         )
     whole = not (evaluation.missing or evaluation.failed)
-    if job.labels is None and not whole:
+    if labels is None and not whole:
         raise FailedWork(
             "labelling_failed",
             f"Of {len(dataset.samples):,} images {evaluation.failed.total():,} could not be labelled.",
             f"See the rows with a status in {table}; a benchmark is measured on all of its images.",
         )
-    claim_folder(folder, overwrite=job.overwrite and job.labels is not None)
-    name = protocol.name if protocol else CUSTOM
-    worst, best = _pictures(job, table, made, evaluation, folder, threshold)
+    claim_folder(folder, overwrite=overwrite and labels is not None)
+    name = followed.name if followed else CUSTOM
+    worst, best = _pictures(dataset, table, made, evaluation, folder, threshold, count=pictures)
+    setting = f"{dataset.name}/zero-shot" if zero_shot else dataset.name
     record = evaluation_record(
         evaluation,
-        title=job.title or _title(job, made),
+        title=_title(dataset, made),
         protocol=name,
         dataset={
             "name": dataset.name,
@@ -178,7 +268,7 @@ def evaluate(job: EvaluateJob, console: Console) -> tuple[Path, dict[str, Any]]:
         names=dataset.class_names,
         colors=dataset.classes.palette(),
         groups=groups,
-        published=[figure.entry() for figure in published_figures(_setting(job), None, name)]
+        published=[figure.entry() for figure in published_figures(setting, None, name)]
         if whole and _is_the_benchmark(dataset, made["weights"])
         else [],
         worst=worst,
@@ -210,38 +300,26 @@ def protocol_recipe(recipe: LabelRecipe, protocol: Protocol) -> LabelRecipe:
     return change_recipe(recipe, protocol.recipe_overrides())
 
 
-def _plan(job: EvaluateJob) -> tuple[LabelRecipe, Ontology]:
+def _plan(
+    dataset: Dataset, recipe: LabelRecipe, ontology: Ontology | None, protocol: ProtocolName | None
+) -> tuple[LabelRecipe, Ontology]:
     """How the images will be labelled; a protocol that this would break is refused here, before the work."""
-    assert job.recipe is not None, "either labels or a recipe"
-    recipe, ontology = job.recipe, job.ontology or job.dataset.classes
-    if job.protocol in ("seed", "unified"):
-        protocol = get_protocol(job.dataset.name, job.protocol)
-        recipe = protocol_recipe(recipe, protocol)
-        ontology = Ontology.from_dict(ontology.to_dict() | {"templates": protocol.templates})
+    ontology = ontology or dataset.classes
+    if protocol in ("seed", "unified"):
+        wanted = get_protocol(dataset.name, protocol)
+        recipe = protocol_recipe(recipe, wanted)
+        ontology = Ontology.from_dict(ontology.to_dict() | {"templates": wanted.templates})
     elif recipe.model == "toyclip" and ontology.templates == "openai85":
         ontology = Ontology.from_dict(ontology.to_dict() | {"templates": "toyworld"})
-    _protocol(job, recipe.to_dict(), ontology.to_dict() | {"hash": ontology.hash})
+    _protocol(dataset, protocol, recipe.to_dict(), ontology.to_dict() | {"hash": ontology.hash})
     return recipe, ontology
 
 
-def _label(job: EvaluateJob, recipe: LabelRecipe, ontology: Ontology, folder: Path, console: Console) -> str:
-    from jobs.label import label_images
-
+def _image_list(dataset: Dataset, folder: Path) -> str:
+    """A list file of the images, for labelling."""
     source = folder / "images.txt"
-    source.write_text("".join(f"{_file(job.dataset, sample, folder)}\n" for sample in job.dataset.samples))
-    table = folder / "labels"
-    label_images(
-        str(source),
-        ontology,
-        recipe,
-        str(table),
-        overwrite=job.overwrite,
-        max_failure_rate=1.0,  # evaluate asks for all of them, with words of its own
-        address=job.address,
-        verbose=job.verbose,
-        console=console,
-    )
-    return str(table)
+    source.write_text("".join(f"{_file(dataset, sample, folder)}\n" for sample in dataset.samples))
+    return str(source)
 
 
 def _file(dataset: Dataset, sample: Sample, folder: Path) -> str:
@@ -255,13 +333,18 @@ def _file(dataset: Dataset, sample: Sample, folder: Path) -> str:
     return str(path.resolve())
 
 
-def _protocol(job: EvaluateJob, recipe: Mapping[str, Any], ontology: Mapping[str, Any]) -> Protocol | None:
+def _protocol(
+    dataset: Dataset,
+    asked: ProtocolName | None,
+    recipe: Mapping[str, Any],
+    ontology: Mapping[str, Any],
+) -> Protocol | None:
     """The protocol that labels follow; checked against the one asked for."""
-    if job.protocol == CUSTOM:
+    if asked == CUSTOM:
         return None
-    if job.protocol is not None:
-        wanted = get_protocol(job.dataset.name, job.protocol)
-        differing = _differences(job.dataset, recipe, ontology, wanted)
+    if asked is not None:
+        wanted = get_protocol(dataset.name, asked)
+        differing = _differences(dataset, recipe, ontology, wanted)
         if differing:
             raise WrongUse(
                 "output_differs",
@@ -269,8 +352,8 @@ def _protocol(job: EvaluateJob, recipe: Mapping[str, Any], ontology: Mapping[str
                 f"Label with --protocol {wanted.name} and without what it rules out; or --protocol custom.",
             )
         return wanted
-    known = PROTOCOLS.get(job.dataset.name, {}).values()
-    followed = (each for each in known if not _differences(job.dataset, recipe, ontology, each))
+    known = PROTOCOLS.get(dataset.name, {}).values()
+    followed = (each for each in known if not _differences(dataset, recipe, ontology, each))
     return next(followed, None)
 
 
@@ -296,28 +379,23 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _setting(job: EvaluateJob) -> str:
-    return f"{job.dataset.name}/zero-shot" if job.zero_shot else job.dataset.name
-
-
-def _groups(job: EvaluateJob) -> list[str | None]:
-    count = len(job.dataset.class_names)
-    if job.zero_shot is None:
+def _groups(dataset: Dataset, zero_shot: str | None) -> list[str | None]:
+    count = len(dataset.class_names)
+    if zero_shot is None:
         return [None] * count
-    split = zero_shot_split(job.zero_shot)
-    if split.ontology != job.dataset.ontology:
+    split = zero_shot_split(zero_shot)
+    if split.ontology != dataset.ontology:
         raise WrongUse(
             "wrong_use",
-            f"The zero-shot split {split.name} is one of {split.ontology}; {job.dataset.name} has other "
-            "classes.",
+            f"The zero-shot split {split.name} is one of {split.ontology}; {dataset.name} has other classes.",
             f"Evaluate on --dataset {split.ontology}.",
         )
     unseen = set(split.unseen_ids)
     return ["unseen" if index in unseen else "seen" for index in range(count)]
 
 
-def _title(job: EvaluateJob, made: dict[str, Any]) -> str:
-    dataset, count = job.dataset, len(job.dataset.samples)
+def _title(dataset: Dataset, made: Mapping[str, Any]) -> str:
+    count = len(dataset.samples)
     info = DATASETS.get(dataset.name)
     whole = info.official.get(dataset.split) if info else None
     part = f", {count:,} of {whole:,} images" if whole and whole != count else ""
@@ -326,27 +404,29 @@ def _title(job: EvaluateJob, made: dict[str, Any]) -> str:
     return f"{made['recipe']['name']} on {dataset.name} ({dataset.split}{part}{random})"
 
 
-def _slug(job: EvaluateJob) -> str:
-    return "-".join([job.dataset.name, job.recipe.name if job.recipe else "labels"])
+def _slug(dataset: Dataset, recipe: LabelRecipe | None) -> str:
+    return "-".join([dataset.name, recipe.name if recipe else "labels"])
 
 
 def _pictures(
-    job: EvaluateJob,
+    dataset: Dataset,
     table: str,
     made: dict[str, Any],
     evaluation: Evaluation,
     folder: Path,
     threshold: float,
+    *,
+    count: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    lowest, highest = extremes(evaluation.images, job.pictures)
-    names = {sample.name: sample for sample in job.dataset.samples}
+    lowest, highest = extremes(evaluation.images, count)
+    names = {sample.name: sample for sample in dataset.samples}
     translate = class_lookup(
         made["ontology"]["names"],
-        job.dataset.class_names,
+        dataset.class_names,
         ignore_index=made["ontology"]["ignore_index"],
     )
     predicted = read_labels(table, [*lowest, *highest], names, background_below=threshold)
-    palette = job.dataset.classes.palette()
+    palette = dataset.classes.palette()
 
     def draw(images: Sequence[ImageScore], kind: str) -> list[dict[str, Any]]:
         entries = []
@@ -355,7 +435,7 @@ def _pictures(
             picture = f"{PICTURES}/{kind}-{rank}.png"
             (folder / PICTURES).mkdir(parents=True, exist_ok=True)
             labels = translate[predicted[image.name]]
-            panel(job.dataset.image(sample), job.dataset.truth(sample), labels, palette).save(
+            panel(dataset.image(sample), dataset.truth(sample), labels, palette).save(
                 folder / picture, optimize=True
             )
             entries.append({"name": image.name, "miou": image.miou, "picture": picture})

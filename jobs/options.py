@@ -15,6 +15,7 @@ import tyro
 from models.errors import WrongUse
 
 if TYPE_CHECKING:
+    from pipeline.datasets.base import Dataset
     from pipeline.labelling.recipes import LabelRecipe
     from pipeline.ontology.ontology import Ontology
 
@@ -77,6 +78,75 @@ class LabellingModel:
         if is_trained(self.model):
             return clipseg_recipe(self.model, self.settings), None
         return student_recipe(self.model, self.settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """Images with true masks."""
+
+    dataset: str | None = None
+    """images with truth: a benchmark by name; maskmill datasets lists them."""
+    root: str | None = None
+    """its folder (a path, or s3://…)."""
+    split: str | None = None
+    """part of it; default, where there is one: the part that papers report."""
+    images: str | None = None
+    """your own images, with --truth, instead of --dataset."""
+    truth: str | None = None
+    """folder of masks (PNG, values are class ids, 255 is ignored) for --images."""
+
+    @property
+    def given(self) -> bool:
+        """Whether there is any."""
+        return any(value is not None for value in (self.dataset, self.images, self.truth))
+
+    def open(self, classes: Ontology | None, *, table: str | None, command: str) -> Dataset:
+        """Open the images and masks.
+
+        Args:
+            classes: what the values of the masks mean; a benchmark knows it.
+            table: label table to take the classes from if there are none.
+            command: to name in messages.
+
+        Raises:
+            MaskMillError: ``wrong_use``; as ``pipeline.datasets.registry.open_dataset``.
+        """
+        from pipeline.datasets.base import Dataset
+        from pipeline.datasets.pairs import open_pairs
+        from pipeline.datasets.registry import open_dataset
+        from pipeline.ontology.ontology import Ontology
+        from pipeline.table.record import read_table_record
+
+        images = exactly_one("--dataset", self.dataset, "--images", self.images, command=command)
+        if self.dataset == "phrasecut":
+            raise WrongUse(
+                "wrong_use",
+                "PhraseCut asks for phrases, not for classes.",
+                "Run maskmill benchmark clipseg-referring.",
+            )
+        if self.dataset is not None:
+            _refuse(self.truth, "--truth belongs to --images", command)
+            takes_classes = classes is not None and self.dataset in ("pairs", "coco-json")
+            options = {"ontology": classes} if takes_classes else {}
+            opened = open_dataset(self.dataset, root=self.root, split=self.split, **options)
+            assert isinstance(opened, Dataset), "only PhraseCut is no Dataset"
+            return opened
+        _refuse(self.root or self.split, "--root and --split belong to --dataset", command)
+        if self.truth is None or (classes is None and table is None):
+            raise WrongUse(
+                "wrong_use",
+                "--images needs --truth, and an --ontology unless --labels has one.",
+                f"See maskmill {command} --help.",
+            )
+        if classes is None:
+            assert table is not None
+            classes = Ontology.from_record(read_table_record(table)["ontology"])
+        return open_pairs(images=images, masks=self.truth, ontology=classes)
+
+
+def _refuse(given: object, why: str, command: str) -> None:
+    if given:
+        raise WrongUse("wrong_use", f"{why}.", f"See maskmill {command} --help.")
 
 
 def exactly_one(first: str, one: T | None, second: str, other: T | None, *, command: str) -> T:

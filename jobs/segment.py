@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
 from rich.console import Console
+from tyro.conf import Positional, UseAppendAction, arg
 
 from jobs.console import LOG_EVERY_S, duration, stderr_console
+from jobs.options import Repeated
 from models.errors import WrongUse
 from pipeline.corpus.manifest import build_manifest
 from pipeline.files.images import MAX_PIXELS, ImageError, decode, fetch
@@ -35,53 +37,83 @@ NO_MASK = "-"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentJob:
-    """What is asked, of which images.
+class Segment:
+    """Find what words or example pictures describe (CLIPSeg): masks, heat maps and overlays.
 
-    Attributes:
-        images: files, folders, globs and list files, local or remote.
-        output: folder for everything that is made.
-        prompts: texts.
-        prompt_images: example images, each a prompt; with ``text_weight`` the n-th joins the n-th text.
-        prompt_masks: none, or one for each example image in the same order; ``-`` where one has none.
-        text_weight: share of the text in a prompt made of both, in [0, 1]; None keeps texts and examples
-            apart.
-        thresholds: least probability of a mask's pixels: none for ``THRESHOLD``, one for all prompts, or one
-            for each, texts before examples.
-        prefix: templates around texts; their mean embedding is used.
-        visual_prompt: as ``pipeline.labelling.clipseg.prompting.parse_style``, for examples with a mask.
-        example_size: side of the square that examples are squeezed to, and of what is cut out of them; None
-            takes what the model was trained on.
-        weights: decoder file, folder or hub name, as ``pipeline.labelling.clipseg.model.ClipSegWeights``,
-        as for the
-            next two.
-        clip: NAME:PRETRAINED of the CLIP beneath a decoder file; None takes what the file says.
-        extract_layers: None takes what the weights say.
-        size: side of the square that images are squeezed to; None takes what the model was trained on.
-        keep_ratio: instead the short side becomes ``size``, the long one at most four times that.
-        precision: ``auto`` is what the processor computes natively.
-        max_pixels: larger images are not decoded but recorded as ``too_large``.
-        overwrite: replace what an earlier run left in ``output``.
+    maskmill segment photos/ --prompt "a red car" --prompt-image cup.jpg --prompt-mask cup.png --output found
     """
 
-    images: tuple[str, ...]
+    images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE...")]
+    """files, folders, globs ("photos/*.jpg") and list files of images."""
     output: str
-    prompts: tuple[str, ...] = ()
-    prompt_images: tuple[str, ...] = ()
-    prompt_masks: tuple[str, ...] = ()
+    """folder for pictures and results.json."""
+    prompts: Annotated[Repeated, arg(name="prompt")] = ()
+    """words for what is looked for; may be repeated."""
+    prompt_images: Annotated[Repeated, arg(name="prompt-image")] = ()
+    """an example picture of it; may be repeated."""
+    prompt_masks: Annotated[Repeated, arg(name="prompt-mask")] = ()
+    """what to look at in the example: a picture of its size, black but for the object. If given, one for each
+    --prompt-image, in the same order; - for one without."""
     text_weight: float | None = None
-    thresholds: tuple[float, ...] = ()
+    """join the first --prompt with the first --prompt-image, and so on: the share of the words, 0 to 1 (the
+    released models were trained with up to 0.5). Default: words and pictures apart."""
+    thresholds: Annotated[UseAppendAction[tuple[float, ...]], arg(name="threshold")] = ()
+    """least probability of a mask's pixels; one for all prompts, or repeated for each, words first. Default:
+    0.3, the paper's; 0.1 finds more."""
     prefix: Prefix = "plain"
+    """put around words: nothing (plain), "a photo of a {}." (fixed), the mean over the templates of the
+    paper's training (shuffle, shuffle+)."""
     visual_prompt: str = VISUAL_PROMPT
+    """how the object of an example with a mask is brought forward: crop_blur_highlight352 (the paper's),
+    blur_highlight, blur3_highlight, blur3_highlight01, crop, crop_blur_highlight, highlight, highlight2,
+    overlay, image_only."""
+    blur: float | None = None
+    """sigma in pixels of the blur on the background; 0 is none."""
+    background: float | None = None
+    """brightness of the background: 1 as it is, 0 grey."""
+    context: float | None = None
+    """cut out the object with this share of its extent on each side."""
+    crop: bool = True
+    """with --no-crop nothing is cut."""
+    crop_size: int | None = None
+    """side that the cut is resized to; default: --example-size."""
     example_size: int | None = None
+    """side of the square that examples are squeezed to first; default: as in training, 352."""
     weights: str = RELEASED
-    clip: str | None = None
+    """a decoder file (rd64-uni.pth), the --output of maskmill train clipseg, a folder in Hugging Face's
+    layout, or a hub name."""
+    clip: Annotated[str | None, arg(name="model")] = None
+    """NAME:PRETRAINED of the CLIP beneath a decoder file; default: what the file says, or
+    ViT-B-16-quickgelu:openai."""
     extract_layers: tuple[int, ...] | None = None
+    """blocks of CLIP that the decoder reads; default: as the weights say, else 3 6 9."""
     size: int | None = None
+    """side of the square that images are squeezed to; default: as in training, 352."""
     keep_ratio: bool = False
+    """keep their shape: the short side becomes --size, the long one at most four times that."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """number format; auto is the fastest that the processor computes natively."""
     max_pixels: int = MAX_PIXELS
+    """larger images are recorded as failed (too_large)."""
     overwrite: bool = False
+    """replace what an earlier run left in --output."""
+
+    @property
+    def style(self) -> str:
+        """How examples with a mask are shown, as ``pipeline.labelling.clipseg.prompting.parse_style``."""
+        knobs = {
+            "blur": self.blur,
+            "background": self.background,
+            "context": self.context if self.crop else "none",
+            "size": self.crop_size,
+        }
+        return ",".join(
+            [self.visual_prompt, *(f"{knob}={value}" for knob, value in knobs.items() if value is not None)]
+        )
+
+    def run(self, console: Console | None = None) -> int:
+        """Segment, and print a summary; see ``segment``."""
+        return segment(self, console)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +136,7 @@ class Prompt:
     shown: Tensor | None = None
 
 
-def run(job: SegmentJob, console: Console | None = None) -> int:
+def segment(job: Segment, console: Console | None = None) -> int:
     """Segment, and print a summary.
 
     Returns:
@@ -160,7 +192,7 @@ def run(job: SegmentJob, console: Console | None = None) -> int:
             "keep_ratio": job.keep_ratio,
             "prefix": job.prefix,
             "text_weight": job.text_weight,
-            "visual_prompt": job.visual_prompt,
+            "visual_prompt": job.style,
             "example_size": example_size,
         },
         "prompts": [
@@ -193,10 +225,15 @@ def run(job: SegmentJob, console: Console | None = None) -> int:
 # --- what is asked ------------------------------------------------------------------------------------------
 
 
-def _check(job: SegmentJob) -> None:
+def _check(job: Segment) -> None:
     texts, pictures, masks = len(job.prompts), len(job.prompt_images), len(job.prompt_masks)
     asked = max(texts, pictures) if job.text_weight is not None else texts + pictures
     for wrong, message, remedy in (
+        (
+            job.context is not None and not job.crop,
+            "--context says how to crop.",
+            "Leave out either it or --no-crop.",
+        ),
         (not job.images, "No image is given.", "Name files, folders or globs: maskmill segment photos/."),
         (not asked, "Nothing is asked for.", 'Add --prompt "a red car" or --prompt-image cup.jpg.'),
         (any(not text.strip() for text in job.prompts), "A --prompt is empty.", "Give it words."),
@@ -235,11 +272,11 @@ def _check(job: SegmentJob) -> None:
             raise WrongUse("wrong_use", message, remedy)
 
 
-def _prompts(job: SegmentJob, example_size: int) -> list[Prompt]:
+def _prompts(job: Segment, example_size: int) -> list[Prompt]:
     """The questions, texts before examples; the examples are read here, before weights are waited for."""
     from pipeline.labelling.clipseg.prompting import parse_style, read_picture, visual_prompt_of
 
-    style = parse_style(job.visual_prompt, example_size)
+    style = parse_style(job.style, example_size)
     masks = [None if mask == NO_MASK else mask for mask in job.prompt_masks] or [None] * len(
         job.prompt_images
     )
@@ -276,7 +313,7 @@ def _prompts(job: SegmentJob, example_size: int) -> list[Prompt]:
 
 
 def _segment(
-    job: SegmentJob,
+    job: Segment,
     size: int,
     model: ClipSeg,
     conditionals: Tensor,

@@ -7,13 +7,14 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
+from tyro.conf import arg
 
+from jobs.options import Repeated
 from models.errors import WrongUse
 from pipeline.labelling.clipseg.model import THRESHOLD, ClipSegWeights
 from pipeline.labelling.recipes import LabelRecipe, load_recipe
@@ -36,32 +37,34 @@ _GRACE_S = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeJob:
-    """What to serve, and to whom.
+class Serve:
+    """Serve a page on this machine that shows what models find in an image."""
 
-    Attributes:
-        models: ``SPEC`` or ``NAME=SPEC``; a spec is a recipe (name or YAML file), the folder or URI of a
-            student or of a trained CLIPSeg, or CLIPSeg weights (``.pth``, ``.safetensors``, a folder in
-            Hugging Face's layout, or ``clipseg:HUB-NAME``). The first is the page's default.
-        clip: ``MODEL:PRETRAINED``, the CLIP beneath CLIPSeg decoder files; None takes the file's word, or the
-            paper's CLIP.
-        host: address to listen on.
-        port: None takes 7860 or, if that is taken, any free one; 0 any free one.
-        allow_hosts: names besides ``localhost`` and addresses under which clients may reach it.
-        limits: what clients may ask for.
-        verbose: log every request.
-    """
-
-    models: Sequence[str] = DEFAULT_MODELS
+    models: Annotated[Repeated, arg(name="model", metavar="[NAME=]SPEC")] = ()
+    """a recipe (name or YAML file), the folder or URI of a student or of a trained CLIPSeg, or CLIPSeg
+    weights (.pth, .safetensors, a folder in Hugging Face's layout, clipseg:HUB-NAME); NAME= is what the page
+    calls it; repeat it: the first is the page's default. Default: toy, which works offline."""
     clip: str | None = None
+    """MODEL:PRETRAINED beneath CLIPSeg decoder files; default: what the file says, or the paper's."""
     host: str = "127.0.0.1"
+    """address to listen on; 0.0.0.0 opens it to the network, where nobody is asked for a password."""
     port: int | None = None
-    allow_hosts: Sequence[str] = ()
-    limits: Limits = field(default_factory=Limits)
+    """default: 7860, or any free one if that is taken; 0: any free one."""
+    allow_hosts: Annotated[Repeated, arg(name="allow-host")] = ()
+    """a further name under which browsers may reach it; may be repeated."""
+    per_minute: int = 120
+    """images that one client may send; 0: no limit."""
+    upload_mb: int = 32
+    """largest request in MiB."""
     verbose: bool = False
+    """log every request."""
+
+    def run(self, console: Console | None = None) -> int:
+        """Serve until Ctrl-C; see ``serve``."""
+        return serve(self, console)
 
 
-def run(job: ServeJob, console: Console | None = None) -> int:
+def serve(job: Serve, console: Console | None = None) -> int:
     """Serve until Ctrl-C.
 
     Args:
@@ -71,14 +74,20 @@ def run(job: ServeJob, console: Console | None = None) -> int:
     Raises:
         MaskMillError: as ``entry``; ``wrong_use``; ``address_unusable`` and ``address_unusable``.
     """
+    if job.per_minute < 0 or job.upload_mb < 1:
+        raise WrongUse(
+            "wrong_use", "--per-minute and --upload-mb are positive.", "See maskmill serve --help."
+        )
+    registry = ModelRegistry([entry(spec, clip=job.clip) for spec in job.models or DEFAULT_MODELS])
+    limits = Limits(per_minute=job.per_minute, upload_bytes=job.upload_mb * 2**20)
+
     import uvicorn
 
     from pipeline.serving.app import create_app
 
     console = console or Console()
-    registry = ModelRegistry([entry(spec, clip=job.clip) for spec in job.models or DEFAULT_MODELS])
     loopback = is_loopback(job.host)
-    app = create_app(registry, job.limits, loopback=loopback, names=job.allow_hosts)
+    app = create_app(registry, limits, loopback=loopback, names=job.allow_hosts)
     listener = _listen(job.host, job.port)
     logging.basicConfig(format="%(levelname)s %(message)s")
     config = uvicorn.Config(
@@ -106,8 +115,8 @@ def entry(spec: str, *, clip: str | None = None) -> Entry:
     Nothing is loaded, but mistakes that can be seen without loading are found here.
 
     Args:
-        spec: see ``ServeJob.models``.
-        clip: see ``ServeJob.clip``.
+        spec: see ``Serve.models``.
+        clip: see ``Serve.clip``.
 
     Raises:
         MaskMillError: ``model_unknown``, ``weights_missing``; as
@@ -228,7 +237,7 @@ def _notice(name: str, model: str, pretrained: str | None) -> str:
 
 
 def _listen(host: str, port: int | None) -> socket.socket:
-    """A bound socket; see ``ServeJob.port``."""
+    """A bound socket; see ``Serve.port``."""
     if port is not None and not 0 <= port <= 65_535:
         raise WrongUse("address_unusable", f"{port} is no port.", "Choose one from 1024 to 65535, or 0.")
     for attempt in [PORT, 0] if port is None else [port]:
@@ -272,7 +281,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _announce(console: Console, registry: ModelRegistry, job: ServeJob, port: int, *, loopback: bool) -> None:
+def _announce(console: Console, registry: ModelRegistry, job: Serve, port: int, *, loopback: bool) -> None:
     def say(text: str, **style: Any) -> None:
         console.print(text, soft_wrap=True, highlight=False, markup=False, **style)
 

@@ -22,7 +22,7 @@ from jobs.benchmarks.rows import row
 from models.errors import MaskMillError, WrongUse
 from pipeline.datasets.oneshot import BENCHMARKS, draw_episodes
 from pipeline.datasets.zeroshot import zero_shot_split
-from pipeline.evaluation.published import Row, load_published
+from pipeline.evaluation.published import PublishedTable, Row, load_published
 from pipeline.metrics.breakdown import CLASS, PROMPT
 
 if TYPE_CHECKING:
@@ -47,37 +47,37 @@ _TITLES = {
 
 def referring(request: Request) -> Iterator[dict[str, Any]]:
     """Table 3: PhraseCut by text."""
-    yield from _sections("clipseg_referring", request, _phrasecut)
+    return _sections("clipseg_referring", request, _phrasecut)
 
 
 def zero_shot(request: Request) -> Iterator[dict[str, Any]]:
     """Table 4: all 21 classes of PASCAL VOC by name."""
-    yield from _sections("clipseg_zero_shot", request, _zero_shot, _zero_shot_rows)
+    return _sections("clipseg_zero_shot", request, _zero_shot, _zero_shot_rows)
 
 
 def one_shot(request: Request) -> Iterator[dict[str, Any]]:
     """Table 5: Pascal-5i by example image."""
-    yield from _sections("clipseg_one_shot_pascal", request, _one_shot)
+    return _sections("clipseg_one_shot_pascal", request, _one_shot)
 
 
 def one_shot_coco(request: Request) -> Iterator[dict[str, Any]]:
     """Table 6: COCO-20i by example image."""
-    yield from _sections("clipseg_one_shot_coco", request, _one_shot)
+    return _sections("clipseg_one_shot_coco", request, _one_shot)
 
 
 def text_pascal(request: Request) -> Iterator[dict[str, Any]]:
     """Table 7: Pascal-5i by text."""
-    yield from _sections("clipseg_text_pascal", request, _one_shot)
+    return _sections("clipseg_text_pascal", request, _one_shot)
 
 
 def generalised(request: Request) -> Iterator[dict[str, Any]]:
     """Table 8: prompts that name no class."""
-    yield from _sections("clipseg_generalised_prompts", request, _generalised)
+    return _sections("clipseg_generalised_prompts", request, _generalised)
 
 
 def ablation(request: Request) -> Iterator[dict[str, Any]]:
     """Table 9: PhraseCut by text and by example image."""
-    yield from _sections("clipseg_ablation", request, _phrasecut)
+    return _sections("clipseg_ablation", request, _phrasecut)
 
 
 # --- how a row is measured ----------------------------------------------------------------------------------
@@ -218,10 +218,14 @@ def _sections(
     """One section for each dataset of a published table, one row (or more, by ``rows``) for each method.
 
     Each is followed by its figures apart; kinds of prompts, which are settings of one dataset in some tables,
-    come last.
+    come last. Checks the request at once; the sections are measured as they are iterated over.
     """
     table = load_published(name)
-    bench = Bench(request, table)
+    return _measured(table, Bench(request, table), measure, rows)
+
+
+def _measured(table: PublishedTable, bench: Bench, measure: Measure, rows: Rows) -> Iterator[dict[str, Any]]:
+    request = bench.request
     kinds: dict[str, dict[str, Parts]] = {}
     for setting in dict.fromkeys(column.dataset for column in table.columns):
         base = setting.partition("/")[0]

@@ -7,7 +7,6 @@ prediction, and a confidence map for each prompt.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from models.clip.text import build_text_classifier
 from models.device import DTYPES, best_device, native_precision
 from models.labelmap import label_map
 from models.maskclip import MaskClip
-from pipeline.corpus.manifest import build_manifest
 from pipeline.evaluation.results import PICTURES
 from pipeline.files import images
 from pipeline.labelling.prepare import cache_dir
@@ -34,67 +32,52 @@ SHOWN = 10
 """Confidence maps of one image at most."""
 
 
-@dataclass(frozen=True)
-class ConceptRequest:
-    """What to look for, and where.
+def draw_concepts(
+    uris: Sequence[str], concepts: ConceptList, recipe: LabelRecipe, folder: Path, console: Console
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Draw a picture for each image.
 
-    Attributes:
-        source: folder, glob or list of images.
+    Args:
+        uris: the images.
         concepts: the prompts.
         recipe: how CLIP is read.
-        limit: images at most; 0 is all.
         folder: for the pictures.
         console: for progress.
-    """
-
-    source: str
-    concepts: ConceptList
-    recipe: LabelRecipe
-    limit: int
-    folder: Path
-    console: Console
-
-
-def run_concepts(request: ConceptRequest) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Draw a picture for each image.
 
     Returns:
         A section of ``benchmark.json`` with each prompt's share of the pixels and its highest confidence, and
         the entries of the pictures.
 
     Raises:
-        MaskMillError: for images, weights or words that cannot be used; a single image that cannot be read is
-            said and left out.
+        MaskMillError: for weights or words that cannot be used. An image that cannot be read is reported and
+            left out.
     """
-    uris = build_manifest(request.source)["uri"].to_pylist()
-    if request.limit:
-        uris = uris[: request.limit]
-    recipe, names = request.recipe, (*request.concepts.concepts, *request.concepts.context)
+    names = (*concepts.concepts, *concepts.context)
     palette = Ontology.from_dict({"name": "concepts", "classes": list(names)}).palette()
     dtype = DTYPES[native_precision(best_device()) if recipe.precision == "auto" else recipe.precision]
     clip = load_clip(recipe.model, recipe.pretrained, device=best_device(), dtype=dtype)
-    templates = "toyworld" if recipe.model == "toyclip" else request.concepts.templates
+    templates = "toyworld" if recipe.model == "toyclip" else concepts.templates
     text = build_text_classifier(clip, [[name] for name in names], templates=templates, cache_dir=cache_dir())
     model = MaskClip(clip, text, recipe.maskclip)
     shares, peaks, pictures = [], [], []
-    (request.folder / PICTURES).mkdir(parents=True, exist_ok=True)
+    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     for number, uri in enumerate(uris, 1):
         try:
             image = images.decode(images.fetch(uri), max_pixels=recipe.images.max_pixels)
         except images.ImageError as error:
-            request.console.print(f"left out {uri}: {error}", highlight=False, soft_wrap=True)
+            console.print(f"left out {uri}: {error}", highlight=False, soft_wrap=True)
             continue
         labels, maps = _read(model, image, recipe)
         share = np.bincount(labels.ravel(), minlength=len(names)) / labels.size
         shares.append(share)
         peaks.append(maps.max((1, 2)))
-        shown = _shown(share, len(request.concepts.concepts))
+        shown = _shown(share, len(concepts.concepts))
         file = f"{PICTURES}/concepts-{number:04d}.png"
         prompt_panel(image, labels, {names[i]: maps[i] for i in shown}, names=names, palette=palette).save(
-            request.folder / file, optimize=True
+            folder / file, optimize=True
         )
         pictures.append({"file": file, "caption": Path(uri).name})
-        request.console.print(f"{number} of {len(uris)}: {Path(uri).name}", highlight=False, soft_wrap=True)
+        console.print(f"{number} of {len(uris)}: {Path(uri).name}", highlight=False, soft_wrap=True)
     rows = [
         row(
             name,

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from jobs.benchmarks.rows import row
-from jobs.evaluate import EvaluateJob, evaluate, protocol_recipe
+from jobs.evaluate import evaluate, protocol_recipe
 from models.errors import FailedWork, MaskMillError, WrongUse
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.protocols import PROTOCOLS, get_protocol
@@ -73,26 +73,29 @@ class Request:
 
 def annotation_free(request: Request) -> Iterator[dict[str, Any]]:
     """Context-59, COCO-Stuff and VOC-20 without any annotation, by the seed protocol."""
-    yield from _table(load_published("maskclip_annotation_free"), request)
+    return _table(load_published("maskclip_annotation_free"), request)
 
 
 def unified(request: Request) -> Iterator[dict[str, Any]]:
     """Eight sets by the protocol of MaskCLIP's successors."""
-    yield from _table(load_published("unified_eight_sets"), request)
+    return _table(load_published("unified_eight_sets"), request)
 
 
 def zero_shot(request: Request) -> Iterator[dict[str, Any]]:
     """Seen and unseen classes; training-free MaskCLIP beside methods that trained on the seen ones."""
-    yield from _table(load_published("maskclip_zero_shot"), request, extra=("MaskCLIP",))
+    return _table(load_published("maskclip_zero_shot"), request, extra=("MaskCLIP",))
 
 
 def robustness(request: Request) -> Iterator[dict[str, Any]]:
     """Eight corruptions at five levels."""
+    _check(request, names=[name for name in PROTOCOLS if "seed" in PROTOCOLS[name]], rows=())
+    return _robustness(request)
+
+
+def _robustness(request: Request) -> Iterator[dict[str, Any]]:
     table = load_published("maskclip_robustness")
     known = {(figure.dataset, figure.model): figure for figure in table.figures()}
-    names = list(request.datasets) or ["context59"]
-    _check(request, names=[name for name in PROTOCOLS if "seed" in PROTOCOLS[name]], rows=())
-    for name in names:
+    for name in list(request.datasets) or ["context59"]:
         dataset, missing = _open(name, request)
         for model in _wanted(MODELS, request):
             rows = []
@@ -136,7 +139,10 @@ def robustness(request: Request) -> Iterator[dict[str, Any]]:
 
 
 def _table(table: PublishedTable, request: Request, *, extra: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """One section for each dataset of a published table, one row for each of its methods."""
+    """One section for each dataset of a published table, one row for each of its methods.
+
+    Checks the request at once; the sections are measured as they are iterated over.
+    """
     settings = [
         setting
         for setting in dict.fromkeys(column.dataset for column in table.columns)
@@ -145,6 +151,12 @@ def _table(table: PublishedTable, request: Request, *, extra: Sequence[str] = ()
     titles = [f"{line.method} ({line.model})" if line.model else line.method for line in table.rows]
     names = [setting.partition("/")[0] for setting in settings]
     _check(request, names=names, rows=[f"{title}@{name}" for title in titles for name in names])
+    return _table_sections(table, settings, request, extra)
+
+
+def _table_sections(
+    table: PublishedTable, settings: Sequence[str], request: Request, extra: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     for setting in settings:
         name, _, task = setting.partition("/")
         if request.datasets and name not in request.datasets:
@@ -273,24 +285,24 @@ def _measure(
     if dataset is None:
         return {}, missing
     folder = request.folder / ROWS / slug
-    job = EvaluateJob(
-        dataset=dataset,
-        labels=labels,
-        recipe=recipe,
-        protocol=protocol if labels is None else None,
-        zero_shot=zero_shot,
-        output=folder,
-        overwrite=labels is not None,
-        boundary=False,
-        pictures=0,
-        workers=0,
-    )
     try:
         if labels is None and (folder / EVALUATION_FILE).exists():
             record = _earlier(folder, dataset, recipe, protocol)
         else:
             request.console.print(f"[bold]{slug}[/bold]")
-            record = evaluate(job, request.console)[1]
+            record = evaluate(
+                dataset,
+                request.console,
+                labels=labels,
+                recipe=recipe,
+                protocol=protocol if labels is None else None,
+                zero_shot=zero_shot,
+                output=folder,
+                overwrite=labels is not None,
+                boundary=False,
+                pictures=0,
+                workers=0,
+            )[1]
     except MaskMillError as error:
         if isinstance(error, FailedWork) or error.code == "output_differs":
             raise  # the same command again may go on

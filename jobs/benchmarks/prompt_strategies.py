@@ -37,8 +37,11 @@ class _Found:
 
 def prompt_strategies(request: Request) -> Iterator[dict[str, Any]]:
     """Table 2 on each dataset that is given; beside LVIS, which the paper took, if there is none."""
-    settings = clip_settings(request.settings)
     _check(request)
+    return _sections(request, clip_settings(request.settings))
+
+
+def _sections(request: Request, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     table = load_published("clipseg_visual_prompts")
     loaded: list[Clip] = []
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
@@ -24,6 +23,8 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     mean = float(np.mean(runs))
     if len(runs) == 1:
         return {"mean": mean, "low": None, "high": None, "runs": runs}
+    from scipy import stats
+
     half = float(stats.t.ppf(0.975, len(runs) - 1) * np.std(runs, ddof=1) / np.sqrt(len(runs)))
     return {"mean": mean, "low": mean - half, "high": mean + half, "runs": runs}
 

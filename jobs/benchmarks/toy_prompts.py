@@ -23,7 +23,7 @@ from jobs.benchmarks.toy_students import draw_scenes
 from jobs.benchmarks.toy_tower import train_tower
 from jobs.benchmarks.toyworld import scene_set
 from jobs.label import label_images
-from jobs.train import clipseg as train_clipseg
+from jobs.train.clipseg import train_clipseg
 from jobs.train.run import INTERRUPTED, TrainOptions
 from models.clipseg import toyvit
 from models.clipseg.decoder import ClipSeg, normalize
@@ -42,6 +42,7 @@ from pipeline.metrics.foreground import (
 from pipeline.metrics.ratios import mean_of_defined, ratio
 from pipeline.ontology.ontology import load_ontology
 from pipeline.toyworld.scenes import CLASSES, THINGS, VISIBLE_SHARE
+from pipeline.tracking.tracker import OFF
 from pipeline.trained.clipseg import load_trained
 from pipeline.training.clipseg.crops import crop_example, support_image
 from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES
@@ -291,14 +292,12 @@ def _trained(
         draw_scenes(scenes / "images", scenes / "masks", seed + TRAINING_SEED, count)
         ontology = load_ontology("toyworld")
         label_images(str(scenes / "images"), ontology, RECIPES["toy"], table, console=console)
-    status = train_clipseg.run(
-        train_clipseg.TrainClipSegJob(
-            recipe=CLIPSEG_RECIPES.load("toy", changes),
-            labels=table,
-            dataset=open_toyworld(split=split, count=count) if variant.truth else None,
-            options=TrainOptions(output=str(output)),
-        ),
-        console,
+    status = train_clipseg(
+        CLIPSEG_RECIPES.load("toy", changes),
+        TrainOptions(output=str(output), tracking=OFF),
+        labels=table,
+        dataset=open_toyworld(split=split, count=count) if variant.truth else None,
+        console=console,
     )
     if status == INTERRUPTED:
         raise KeyboardInterrupt

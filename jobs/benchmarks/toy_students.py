@@ -29,6 +29,7 @@ from pipeline.labelling.recipes import RECIPES
 from pipeline.metrics.statistics import SegmentationStatistics, summarise
 from pipeline.ontology.ontology import load_ontology
 from pipeline.toyworld import scenes as toyworld
+from pipeline.tracking.tracker import OFF
 from pipeline.trained.student import load_student, read_student_record
 from pipeline.training.loop.checkpoints import CheckpointStore
 from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
@@ -158,14 +159,12 @@ def _measure_seed(
     for form, name in forms.items():
         output = folder / form
         recipe = MASKCLIP_PLUS_RECIPES.load(name, [f"loop.seed={seed}", *settings])
-        status = maskclip_plus.run(
-            maskclip_plus.MaskClipPlusJob(
-                labels=str(table),
-                recipe=recipe,
-                truth=None if form == "annotation-free" else truth,
-                options=TrainOptions(output=str(output)),
-            ),
-            console,
+        status = maskclip_plus.train_student(
+            str(table),
+            recipe,
+            TrainOptions(output=str(output), tracking=OFF),
+            truth=None if form == "annotation-free" else truth,
+            console=console,
         )
         if status == INTERRUPTED:
             raise KeyboardInterrupt

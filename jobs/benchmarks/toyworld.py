@@ -27,9 +27,6 @@ from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.toyworld import phrases as toyphrases
 from pipeline.toyworld.scenes import ToySet, generate
 
-SEEDS = (11, 12, 13, 14, 15)
-"""Scene sets that neither the training (0) nor the model card (1) nor the demo (2026) has seen."""
-
 PAPER = "Zhou et al., ECCV 2022"
 HEADS = ("maskclip", "value", "plain")
 
@@ -441,6 +438,3 @@ def _with_synonyms(ontology: Ontology, merge: str) -> Ontology:
         extra = ([f"{name}s"] if name in THINGS else []) + ([patterns[name]] if name in patterns else [])
         classes.append(entry | ({"synonyms": extra, "merge": merge} if extra else {}))
     return _with(ontology, classes=classes)
-
-
-SECTIONS = (heads, refinement, sizes, corruptions, words, vocabulary)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import functools
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
+from jobs.options import FLAT, Settings, Truth, comma_separated
 from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, run_training
 from models.errors import WrongUse
 from pipeline.datasets.base import Dataset
+from pipeline.datasets.pairs import open_pairs
+from pipeline.datasets.registry import open_dataset
 from pipeline.files.storage import open_storage
 from pipeline.files.versions import versions
-from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.report.training_page import PAGE, SHEET, write_clipseg_page
 from pipeline.tracking.tracker import TrackedDataset
 from pipeline.trained.clipseg import (
@@ -24,77 +27,154 @@ from pipeline.trained.clipseg import (
     RECORD_FILE,
     write_clipseg_folder,
 )
-from pipeline.training.clipseg.data import open_source
-from pipeline.training.clipseg.recipes import ClipSegRecipe
-from pipeline.training.clipseg.task import ClipSegTask
-from pipeline.training.clipseg.triplets import TripletSamples
 
 if TYPE_CHECKING:
     import torch
 
     from models.clipseg.decoder import ClipSeg
+    from pipeline.training.clipseg.recipes import ClipSegRecipe
+    from pipeline.training.clipseg.triplets import TripletSamples
     from pipeline.training.loop.checkpoints import Checkpoint
 
 OWN_ENTRIES = ("checkpoints", "metrics.jsonl", RECORD_FILE, DECODER_FILE, *HUGGING_FACE_FILES, SHEET, PAGE)
 """What a run makes in its output, and what ``overwrite`` may delete."""
+WHAT_TO_TRAIN_ON = (
+    "Give truth, or labels, or both.",
+    "Use --labels TABLE, --dataset NAME --root DIR --split PART, or --images DIR --truth DIR "
+    "--ontology FILE. With truth, labels are for the --unseen classes.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainClipSegJob:
-    """Everything that a training of CLIPSeg is asked for.
+class TrainClipSeg:
+    """Train CLIPSeg to find what words and example pictures describe.
 
-    Attributes:
-        recipe: how to train.
-        options: where to, and on what.
-        labels: a label table to learn from, without annotation.
-        ontology: what its classes are called; None takes the table's own.
-        dataset: images with truth or PhraseCut, instead of a table; or beside one that guesses the unseen
-            classes of the recipe.
+    The same command again goes on after a crash, from the last checkpoint.
     """
 
-    recipe: ClipSegRecipe
-    options: TrainOptions
+    recipe: str = "clipseg-phrasecut-plus"
+    """named recipe or YAML file; maskmill recipes lists them."""
+    settings: Settings = ()
+    """change one knob of the recipe: iterations=500, reduce_dim=16; may be repeated."""
     labels: str | None = None
-    ontology: Ontology | None = None
-    dataset: Dataset | None = None
+    """a label table, the --output of maskmill label: training without annotation. With truth as well, where
+    the --unseen classes are learnt from."""
+    ontology: str | None = None
+    """what the classes are called, YAML file or built-in name: of --truth, or of --labels if not the table's
+    own."""
+    data: Annotated[Truth, FLAT] = field(default_factory=Truth)
+    scenes: int | None = None
+    """of toyworld: how many; default: 2000."""
+    unseen: str | None = None
+    """classes left out of the truth (of the labels, where there is no truth): "cow, motorbike", a zero-shot
+    split (pascal-unseen10), a fold (pascal5i:0, coco20i:3), or affordances."""
+    start: str | None = None
+    """weights to go on from: a file (rd64-uni.pth), a folder, or a hub name; best with --recipe finetune."""
+    options: Annotated[TrainOptions, FLAT]
+
+    def run(self, console: Console | None = None) -> int:
+        """Train; see ``train_clipseg``."""
+        from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES
+
+        recipe = CLIPSEG_RECIPES.load(self.recipe, self.settings)
+        if self.unseen is not None:
+            recipe = CLIPSEG_RECIPES.change(recipe, {"source": {"unseen": comma_separated(self.unseen)}})
+        if self.start is not None:
+            recipe = CLIPSEG_RECIPES.change(recipe, {"model": {"start": self.start}})
+        classes = load_ontology(self.ontology) if self.ontology is not None else None
+        dataset = self._dataset(classes)
+        return train_clipseg(
+            recipe,
+            self.options,
+            labels=self.labels,
+            ontology=classes if dataset is None else None,
+            dataset=dataset,
+            console=console,
+        )
+
+    def _dataset(self, classes: Ontology | None) -> Dataset | None:
+        """The truth, if some is given; PhraseCut's as well."""
+        data = self.data
+        if data.dataset is not None and data.images is not None:
+            raise WrongUse("wrong_use", *WHAT_TO_TRAIN_ON)
+        if data.dataset is None:
+            if not data.given:
+                return None
+            if data.images is None or data.truth is None or classes is None:
+                raise WrongUse("wrong_use", "--images needs --truth and --ontology.", "Add them.")
+            return open_pairs(images=data.images, masks=data.truth, ontology=classes)
+        if data.split is None:
+            raise WrongUse(
+                "wrong_use",
+                f"{data.dataset} has parts that are kept for tests.",
+                "Name the one to train on: --split train (toyworld: --split seed-3).",
+            )
+        options: dict[str, Any] = {} if classes is None else {"ontology": classes}
+        if data.dataset == "toyworld":
+            options["count"] = 2000 if self.scenes is None else self.scenes
+        dataset: Any = open_dataset(data.dataset, root=data.root, split=data.split, **options)
+        return dataset
 
 
-def run(job: TrainClipSegJob, console: Console | None = None) -> int:
+def train_clipseg(
+    recipe: ClipSegRecipe,
+    options: TrainOptions,
+    *,
+    labels: str | None = None,
+    ontology: Ontology | None = None,
+    dataset: Dataset | None = None,
+    console: Console | None = None,
+) -> int:
     """Train a decoder and write its folder. Returns the exit status; see ``jobs.train.run.run_training``.
+
+    Args:
+        recipe: how to train.
+        options: where to.
+        labels: a label table to learn from, without annotation.
+        ontology: what its classes are called; None takes the table's own.
+        dataset: images with truth or PhraseCut, instead of a table; or besides one that guesses the unseen
+            classes of the recipe.
+        console: where to print.
 
     Raises:
         MaskMillError: ``wrong_use`` if neither a table nor a data set is given; and as ``run_training``.
     """
-    if job.labels is None and job.dataset is None:
-        raise WrongUse(
-            "wrong_use",
-            "Give what to train on: a label table, or images with truth.",
-            "Use --labels TABLE, --dataset NAME --root DIR, or --images DIR --truth DIR --ontology FILE.",
-        )
+    if labels is None and dataset is None:
+        raise WrongUse("wrong_use", *WHAT_TO_TRAIN_ON)
     return run_training(
         "clipseg",
-        job.options,
-        functools.partial(_prepare, job),
+        options,
+        functools.partial(prepare, recipe, options, labels, ontology, dataset),
         result_file=RECORD_FILE,
         own_entries=OWN_ENTRIES,
         console=console,
     )
 
 
-def _prepare(job: TrainClipSegJob) -> Prepared:
+def prepare(
+    recipe: ClipSegRecipe,
+    options: TrainOptions,
+    labels: str | None,
+    ontology: Ontology | None,
+    dataset: Dataset | None,
+) -> Prepared:
+    """Read weights and data; arguments as of ``train_clipseg``."""
     import torch
 
-    recipe = job.recipe
+    from pipeline.training.clipseg.data import open_source
+    from pipeline.training.clipseg.task import ClipSegTask
+    from pipeline.training.clipseg.triplets import TripletSamples
+
     make_model = functools.partial(recipe.model.build, seed=recipe.loop.seed)
     model = make_model(torch.device("cpu"))  # what is wrong with it shows here
-    source = open_source(recipe.source, labels=job.labels, ontology=job.ontology, dataset=job.dataset)
+    source = open_source(recipe.source, labels=labels, ontology=ontology, dataset=dataset)
     samples = TripletSamples(source, recipe.triplets)
     data = samples.record()
     record = recipe.to_dict() | {"hash": recipe.hash}
     trained = sum(p.numel() for p in model.decoder.parameters() if p.requires_grad)
     toy = " (a toy)" if model.clip.name == "toyclip" else ""
     start = f"from {recipe.model.start}, " if recipe.model.start else ""
-    commands = commands_for(job.options.output)
+    commands = commands_for(options.output)
     return Prepared(
         make_task=functools.partial(
             ClipSegTask, make_model, ahead=samples, whiten=recipe.model.whiten, keep=bool(recipe.model.start)
@@ -106,23 +186,23 @@ def _prepare(job: TrainClipSegJob) -> Prepared:
             f"Training {recipe.model.kind} over {model.clip.name}{toy}, {start}{trained:,} parameters, "
             f"{recipe.loop.iterations:,} steps of {recipe.loop.batch_size}; {source.name}: "
             f"{data['triplets']:,} pairs of {data['images']:,} images and {data['phrases']:,} phrases "
-            f"→ {job.options.output}"
+            f"→ {options.output}"
         ),
         params={"recipe": record, "data": data},
         dataset=TrackedDataset(
             source.name,
             source.fingerprint,
-            source=job.labels,
+            source=labels,
             profile={name: data[name] for name in ("images", "phrases", "triplets")},
             context="training",
         ),
-        finish=functools.partial(_finish, job, make_model, samples),
+        finish=functools.partial(_finish, recipe, options, make_model, samples),
         write_pages=functools.partial(
             write_clipseg_page, samples=samples, seed=recipe.loop.seed, commands=commands
         ),
         commands=commands,
         # It is large, with its CLIP: who wants a copy in MLflow names it.
-        log_model=functools.partial(_log_model, job.options) if job.options.register_as else None,
+        log_model=functools.partial(_log_model, options) if options.register else None,
     )
 
 
@@ -138,7 +218,8 @@ def commands_for(output: str) -> dict[str, str]:
 
 
 def _finish(
-    job: TrainClipSegJob,
+    recipe: ClipSegRecipe,
+    options: TrainOptions,
     make_model: Callable[[torch.device], ClipSeg],
     samples: TripletSamples,
     checkpoint: Checkpoint,
@@ -153,19 +234,19 @@ def _finish(
     model.decoder.load_state_dict(fold(checkpoint.module))
     last = checkpoint.lines[-1] if checkpoint.lines else {}
     metrics = {key: value for key, value in last.items() if isinstance(value, float) and key != "seconds"}
-    settings = job.recipe.model
-    storage = open_storage(job.options.output)
+    settings = recipe.model
+    storage = open_storage(options.output)
     record, reason = write_clipseg_folder(
-        job.options.output,
+        options.output,
         model,
         kind=settings.kind,
         tower_weights=settings.tower_weights if settings.kind == "vitseg" else None,
-        recipe=job.recipe.to_dict() | {"hash": job.recipe.hash},
+        recipe=recipe.to_dict() | {"hash": recipe.hash},
         data=samples.record(),
         metrics=metrics,
         training=facts,
         versions=versions(PACKAGES),
-        overwrite=job.options.overwrite,
+        overwrite=options.overwrite,
     )
     lines = [f"  decoder        {storage.uri_of(DECODER_FILE)}, {RECORD_FILE}"]
     if record.hugging_face:

@@ -7,38 +7,39 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from rich.console import Console
 
+from jobs.options import FLAT, Settings, Truth, comma_separated
 from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, run_training
-from models.clip.text import TextClassifier
 from models.errors import WrongUse
-from models.student.deeplab import DeepLab, StudentConfig, load_backbone_weights
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.zeroshot import SPLITS
 from pipeline.files.versions import versions
 from pipeline.labelling.prepare import embed_names
 from pipeline.labelling.recipes import LabelRecipe, recipe_from_dict, table_recipe
-from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.report.training_page import PAGE, SHEET, student_commands, write_student_page
 from pipeline.table.record import read_table_record
 from pipeline.tracking.names import flatten
 from pipeline.tracking.tracker import TrackedDataset
 from pipeline.trained.student import RECORD_FILE, WEIGHTS_FILE, read_student_record, write_student_folder
-from pipeline.training.maskclip_plus.recipes import MaskClipPlusRecipe
-from pipeline.training.maskclip_plus.task import MaskClipPlus, SelfTrainSettings, guessable_classifier
-from pipeline.training.samples.table import TableSamples, open_table_samples
 
 if TYPE_CHECKING:
     import torch
 
+    from models.clip.text import TextClassifier
     from models.clip.weights import WeightSource
     from models.maskclip import MaskClip
+    from models.student.deeplab import DeepLab, StudentConfig
     from pipeline.training.loop.checkpoints import Checkpoint
+    from pipeline.training.maskclip_plus.recipes import MaskClipPlusRecipe
+    from pipeline.training.maskclip_plus.task import SelfTrainSettings
+    from pipeline.training.samples.table import TableSamples
 
 COLLAPSED = "self_training_collapsed"
 OWN_ENTRIES = ("checkpoints", "metrics.jsonl", RECORD_FILE, WEIGHTS_FILE, SHEET, PAGE)
@@ -46,55 +47,105 @@ OWN_ENTRIES = ("checkpoints", "metrics.jsonl", RECORD_FILE, WEIGHTS_FILE, SHEET,
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskClipPlusJob:
-    """Everything that a training of MaskCLIP+ is asked for.
+class TrainMaskClipPlus:
+    """Train a student on a label table: MaskCLIP+.
 
-    Attributes:
-        labels: the teacher's label table.
-        recipe: how to train.
-        options: where to, and on what.
-        ontology: the student's classes; None takes the table's.
-        truth: images and masks of the same images, for the zero-shot form; None is annotation-free.
+    The same command again goes on after a crash, from the last checkpoint.
     """
 
     labels: str
-    recipe: MaskClipPlusRecipe
-    options: TrainOptions
-    ontology: Ontology | None = None
-    truth: Dataset | None = None
+    """the teacher's label table, the --output of maskmill label."""
+    recipe: str = "maskclip-plus-voc20"
+    """named recipe or YAML file; maskmill recipes lists them."""
+    settings: Settings = ()
+    """change one knob of the recipe: iterations=500, loop.batch_size=8; may be repeated."""
+    ontology: str | None = None
+    """classes to train, YAML file or built-in name; default: those of --labels."""
+    unseen: str | None = None
+    """classes whose truth is withheld: "cow, motorbike", or a zero-shot split (voc20); needs truth of the
+    seen classes, for the images of --labels."""
+    data: Annotated[Truth, FLAT] = field(default_factory=Truth)
+    options: Annotated[TrainOptions, FLAT]
+
+    def run(self, console: Console | None = None) -> int:
+        """Train; see ``train_student``."""
+        from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
+
+        recipe = MASKCLIP_PLUS_RECIPES.load(self.recipe, self.settings)
+        if self.unseen is not None:
+            changes = {"form": "zero-shot", "unseen": comma_separated(self.unseen)}
+            recipe = MASKCLIP_PLUS_RECIPES.change(recipe, changes)
+        classes = load_ontology(self.ontology) if self.ontology is not None else None
+        truth = None
+        if self.data.given:
+            # A benchmark has classes of its own; masks of one's own are of the student's.
+            own = self.data.dataset is None
+            truth = self.data.open(
+                classes if own else None,
+                table=self.labels if own else None,
+                command="train maskclip-plus",
+            )
+        return train_student(
+            self.labels, recipe, self.options, ontology=classes, truth=truth, console=console
+        )
 
 
-def run(job: MaskClipPlusJob, console: Console | None = None) -> int:
-    """Train a student and write its folder. Returns the exit status; see ``jobs.train.run.run_training``."""
+def train_student(
+    labels: str,
+    recipe: MaskClipPlusRecipe,
+    options: TrainOptions,
+    *,
+    ontology: Ontology | None = None,
+    truth: Dataset | None = None,
+    console: Console | None = None,
+) -> int:
+    """Train a student and write its folder. Returns the exit status; see ``jobs.train.run.run_training``.
+
+    Args:
+        labels: the teacher's label table.
+        recipe: how to train.
+        options: where to.
+        ontology: the student's classes; None takes the table's.
+        truth: images and masks of the same images, for the zero-shot form; None is annotation-free.
+        console: where to print.
+    """
     return run_training(
         "maskclip-plus",
-        job.options,
-        functools.partial(_prepare, job),
+        options,
+        functools.partial(_prepare, labels, recipe, options, ontology, truth),
         result_file=RECORD_FILE,
         own_entries=OWN_ENTRIES,
         console=console,
     )
 
 
-def _prepare(job: MaskClipPlusJob) -> Prepared:
-    recipe = job.recipe
-    table = read_table_record(job.labels)
-    ontology = job.ontology or Ontology.from_record(table["ontology"])
+def _prepare(
+    labels: str,
+    recipe: MaskClipPlusRecipe,
+    options: TrainOptions,
+    ontology: Ontology | None,
+    truth: Dataset | None,
+) -> Prepared:
+    from pipeline.training.maskclip_plus.task import MaskClipPlus
+    from pipeline.training.samples.table import open_table_samples
+
+    table = read_table_record(labels)
+    ontology = ontology or Ontology.from_record(table["ontology"])
     unseen = unseen_ids(recipe.unseen, ontology)
     needs_truth = recipe.form != "annotation-free" or recipe.void_from_truth
-    if needs_truth and job.truth is None:
+    if needs_truth and truth is None:
         raise WrongUse(
             "wrong_use",
             f"Recipe {recipe.name} ({recipe.form}) trains with truth, and none is given.",
             "Give --dataset NAME --root DIR (maskmill datasets lists them), or --images and --truth.",
         )
-    if job.truth is not None and not needs_truth:
+    if truth is not None and not needs_truth:
         raise WrongUse(
             "wrong_use",
-            f"Recipe {recipe.name} is annotation-free: it has no use for the truth of {job.truth.name}.",
+            f"Recipe {recipe.name} is annotation-free: it has no use for the truth of {truth.name}.",
             "Leave it out, or name the classes whose truth to withhold: --unseen 'cow, motorbike'.",
         )
-    source, text_weights = _text_source(recipe, table, job.labels)
+    source, text_weights = _text_source(recipe, table, labels)
     text = embed_names(source, ontology, "fp32")
     if recipe.student.learned_background:
         text = _without_background(text, ontology)
@@ -109,10 +160,10 @@ def _prepare(job: MaskClipPlusJob) -> Prepared:
     )
     make_student()  # what is wrong with it shows here
     samples = open_table_samples(
-        job.labels,
+        labels,
         ontology=ontology,
         augment=recipe.augment,
-        truth=job.truth,
+        truth=truth,
         unseen_ids=unseen,
         repeat_threshold=recipe.repeat_threshold,
         min_quality=recipe.min_quality,
@@ -123,7 +174,7 @@ def _prepare(job: MaskClipPlusJob) -> Prepared:
     make_teacher = None
     if settings.teacher == "online":
         make_teacher = functools.partial(
-            build_teacher, _teacher_recipe(table, job.labels), text.embeddings.numpy(),
+            build_teacher, _teacher_recipe(table, labels), text.embeddings.numpy(),
             text.class_ids.numpy(), text.num_classes, _text_ids(settings, ontology, recipe.student),
         )  # fmt: skip
     make_task = functools.partial(
@@ -139,14 +190,14 @@ def _prepare(job: MaskClipPlusJob) -> Prepared:
         "teacher": {
             "recipe": table["recipe"],
             "weights": table["weights"],
-            "labels": job.labels,
+            "labels": labels,
             "counts": table["counts"],
         },
         "text": text_weights | {"precision": "fp32"},
         "recipe": recipe.to_dict() | {"hash": recipe.hash},
     }
     table_hash = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
-    truth = "" if job.truth is None else f", truth of {job.truth.name} for the others"
+    with_truth = "" if truth is None else f", truth of {truth.name} for the others"
     count = ontology.num_classes
     guessed = f"all {count}" if guessable is None else f"{len(guessable)} of {count}"
     toy = " (a toy)" if config.backbone == "light" else ""
@@ -159,25 +210,25 @@ def _prepare(job: MaskClipPlusJob) -> Prepared:
         | {
             "classes": ontology.hash,
             "labels (what is in the table)": table_hash,
-            "truth": None if job.truth is None else job.truth.fingerprint(),
+            "truth": None if truth is None else truth.fingerprint(),
         },
         announcement=(
             f"Training {config.decoder} ({config.backbone} backbone){toy}, {recipe.loop.iterations:,} steps "
             f"of {recipe.loop.batch_size} crops from {samples.num_images:,} labelled images{left_out}; "
-            f"{guessed} classes are guessed{truth} → {job.options.output}"
+            f"{guessed} classes are guessed{with_truth} → {options.output}"
         ),
-        params={"recipe": record["recipe"], "teacher": {"weights": table["weights"]}, "labels": job.labels},
+        params={"recipe": record["recipe"], "teacher": {"weights": table["weights"]}, "labels": labels},
         dataset=TrackedDataset(
-            job.labels,
+            labels,
             table_hash,
-            source=job.labels,
+            source=labels,
             profile={"images": samples.num_images, "classes": ontology.num_classes},
             context="training",
         ),
-        finish=functools.partial(_finish, job, ontology, make_student, samples, record, unseen),
-        write_pages=functools.partial(_write_pages, job),
-        commands=student_commands(job.options.output),
-        log_model=functools.partial(_log_model, job.options),
+        finish=functools.partial(_finish, recipe, options, ontology, make_student, samples, record, unseen),
+        write_pages=functools.partial(_write_pages, labels, truth),
+        commands=student_commands(options.output),
+        log_model=functools.partial(_log_model, options),
         fallback=COLLAPSED,
     )
 
@@ -269,6 +320,9 @@ def build_student(
     """
     import torch
 
+    from models.clip.text import TextClassifier
+    from models.student.deeplab import DeepLab, load_backbone_weights
+
     student = DeepLab(config, TextClassifier(torch.tensor(embeddings), torch.tensor(class_ids), num_classes))
     load_backbone_weights(student, backbone_weights)
     return student
@@ -295,7 +349,9 @@ def build_teacher(
     import torch
 
     from models.clip.loading import load_clip
+    from models.clip.text import TextClassifier
     from models.maskclip import MaskClip
+    from pipeline.training.maskclip_plus.task import guessable_classifier
 
     clip = load_clip(recipe.model, recipe.pretrained, device=device, towers="visual")
     text = TextClassifier(torch.tensor(embeddings), torch.tensor(class_ids), num_classes)
@@ -317,12 +373,15 @@ def _without_background(text: TextClassifier, ontology: Ontology) -> TextClassif
             f"learned_background: class 0 is {ontology.names[0]!r}, not the background.",
             "Train with classes that begin with background, or set learned_background=false.",
         )
+    from models.clip.text import TextClassifier
+
     kept = text.class_ids > 0
     return TextClassifier(text.embeddings[kept], text.class_ids[kept] - 1, text.num_classes - 1)
 
 
 def _finish(
-    job: MaskClipPlusJob,
+    recipe: MaskClipPlusRecipe,
+    options: TrainOptions,
     ontology: Ontology,
     make_student: functools.partial[DeepLab],
     samples: TableSamples,
@@ -334,12 +393,12 @@ def _finish(
     """Write the student's folder."""
     # Trained weights take the place of all others: nothing is fetched for them.
     student = functools.partial(make_student.func, *make_student.args[:-1], "none")()
-    student.load_state_dict(student_state(checkpoint, keep_average=job.recipe.keep_average))
+    student.load_state_dict(student_state(checkpoint, keep_average=recipe.keep_average))
     last = checkpoint.lines[-1] if checkpoint.lines else {}
     metrics = {key: value for key, value in last.items() if isinstance(value, float) and key != "seconds"}
     teacher = recipe_from_dict(record["teacher"]["recipe"])
     written = write_student_folder(
-        job.options.output,
+        options.output,
         student.eval(),
         ontology=ontology,
         recipe=record["recipe"],
@@ -354,8 +413,10 @@ def _finish(
     return Finished([f"  student        {written.uri}/{WEIGHTS_FILE}, {RECORD_FILE}"], metrics)
 
 
-def _write_pages(job: MaskClipPlusJob, folder: Path, lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    return write_student_page(read_student_record(folder), lines, labels=job.labels, truth=job.truth)
+def _write_pages(
+    labels: str, truth: Dataset | None, folder: Path, lines: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    return write_student_page(read_student_record(folder), lines, labels=labels, truth=truth)
 
 
 def student_state(checkpoint: Checkpoint, *, keep_average: bool) -> Mapping[str, torch.Tensor]:

@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from jobs.console import TrainDisplay, duration, stderr_console
+from jobs.options import Address, SystemMetrics, Tracking, Verbose
 from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
 from pipeline.files.storage import Storage, open_storage
 from pipeline.report.training_page import PAGE
 from pipeline.table.lease import RUN_ID_VARIABLE, Lease, end_orphans
-from pipeline.tracking.tracker import OFF, TrackedDataset, Tracker, open_tracker
+from pipeline.tracking.tracker import TrackedDataset, Tracker, open_tracker
 from pipeline.training.loop.checkpoints import (
     CHECKPOINTS_DIR,
     SETTINGS_FILE,
@@ -55,28 +56,22 @@ PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """What every training run is asked for, whatever it trains.
-
-    Attributes:
-        output: folder or object-store prefix of the run; on a cluster one that all nodes reach.
-        overwrite: delete the run that is there and start anew.
-        workers: training processes; 0 is this one, None chooses.
-        address: of a Ray cluster; None joins the one around, or starts a local one.
-        tracking: MLflow URI, None for the default, ``off`` for none.
-        system_metrics: track the load of this machine as well.
-        register_as: name in MLflow's model registry; None registers nothing. A CLIPSeg, which is large with
-            its CLIP, goes into MLflow only with a name.
-        verbose: let Ray talk.
-    """
+    """Where a training writes, runs and is tracked."""
 
     output: str
-    overwrite: bool = False
+    """folder (or s3://… prefix, without a page) for the model, its checkpoints and its page; on a cluster one
+    that all nodes reach."""
     workers: int | None = None
-    address: str | None = None
-    tracking: str | None = OFF
-    system_metrics: bool = False
-    register_as: str | None = None
-    verbose: bool = False
+    """training processes; default: one for each GPU, else this process alone."""
+    overwrite: bool = False
+    """delete the run that is in --output and train anew."""
+    register: str | None = None
+    """put the model into MLflow's model registry under this name, as its challenger; a CLIPSeg, which is
+    large with its CLIP, is copied into MLflow only if this is given."""
+    tracking: Tracking = None
+    system_metrics: SystemMetrics = False
+    address: Address = None
+    verbose: Verbose = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,11 +152,15 @@ def run_training(
         MaskMillError: for everything that the user can mend.
     """
     console = console or stderr_console()
+    if options.workers is not None and options.workers < 0:
+        raise WrongUse(
+            "wrong_use", f"--workers {options.workers} is no number of processes.", "Give 0 or more."
+        )
     tracker = open_tracker(options.tracking, system_metrics=options.system_metrics)
-    if options.register_as and not tracker.on:
+    if options.register and not tracker.on:
         raise WrongUse(
             "wrong_use",
-            f"A model cannot be registered as {options.register_as} where tracking is off.",
+            f"A model cannot be registered as {options.register} where tracking is off.",
             "Leave --register out, or name an MLflow server: --tracking URI.",
         )
     storage = open_storage(options.output)
@@ -197,14 +196,14 @@ def _again(
     console: Console,
 ) -> int:
     """A run that is finished already: the same is asked for, or it is told what differs."""
-    CheckpointStore(storage).claim(_settings(prepared))
+    CheckpointStore(storage).claim(must_match(prepared))
     lines = [f"Nothing to do: the training in {storage.uri} is finished ({result_file})."]
     status = 0
     if storage.is_local and not storage.exists(PAGE):
         from pipeline.training.loop.driver import METRICS_FILE
 
         if storage.exists(METRICS_FILE):
-            pages, told = _write_pages(prepared, storage)
+            pages, told = write_pages(prepared, storage)
             lines = [
                 f"The training in {storage.uri} is finished ({result_file}); its page was missing.",
                 *told,
@@ -220,10 +219,10 @@ def _again(
             f"The training in {storage.uri} was stopped ({stopped}); its result is of the last good step.",
             "Train anew with other settings: name another --output, or add --overwrite.",
         )
-    if options.register_as and prepared.log_model is not None:
+    if options.register and prepared.log_model is not None:
         with tracker:
             _begin_tracking(tracker, kind, options, prepared, storage, workers=None)
-            lines += _log_model(prepared.log_model, tracker, options.register_as)
+            lines += log_model(prepared.log_model, tracker, options.register)
     else:
         lines.append("Name another --output for another run, or train anew with --overwrite.")
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
@@ -268,7 +267,7 @@ def _run(
     return 0
 
 
-def _settings(prepared: Prepared) -> dict[str, Any]:
+def must_match(prepared: Prepared) -> dict[str, Any]:
     """What must be the same when a run goes on, by the names that an error will list."""
     return prepared.settings.training() | dict(prepared.identity)
 
@@ -379,18 +378,18 @@ def _finish(
             raise error from None
         facts = {"iterations": checkpoint.step, "stopped": f"{error.code}: {error.message}"}
     finished = prepared.finish(checkpoint, facts)
-    pages, told = _write_pages(prepared, storage, overwritten=options.overwrite)
+    pages, told = write_pages(prepared, storage, overwritten=options.overwrite)
     tracker.log_metrics({f"final/{key}": value for key, value in finished.metrics.items()}, checkpoint.step)
     for path in (*pages, *finished.artifacts):
         tracker.log_artifact(path)
     lines = [*finished.lines, *told]
     if prepared.log_model is not None and tracker.on:
-        lines += _log_model(prepared.log_model, tracker, options.register_as)
+        lines += log_model(prepared.log_model, tracker, options.register)
     width = max(len(purpose) for purpose in prepared.commands) + 2
     return [*lines, *(f"{purpose + ':':{width}}{command}" for purpose, command in prepared.commands.items())]
 
 
-def _write_pages(
+def write_pages(
     prepared: Prepared, storage: Storage, *, overwritten: bool = False
 ) -> tuple[Sequence[str], list[str]]:
     """The files, and what to say about them. That a page cannot be made must not cost the user a model."""
@@ -419,7 +418,7 @@ def _read(store: CheckpointStore, step: int) -> Checkpoint:
         ) from damage
 
 
-def _log_model(
+def log_model(
     log_model: Callable[[str, str | None], str], tracker: Tracker, register_as: str | None
 ) -> list[str]:
     """Into MLflow, if it answers: a server that is away must not cost the user a trained model."""

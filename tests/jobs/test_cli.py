@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
-from pipeline.labelling.recipes import RECIPES, recipe_from_dict
+from pipeline.labelling.recipes import LABEL_RECIPES
+from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES
 from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -30,14 +31,22 @@ def test_label_help_explains_every_flag(maskmill_here: Run) -> None:
         assert flag in text
 
 
-def test_recipes_are_printed_whole(maskmill_here: Run) -> None:
-    printed = yaml.safe_load(maskmill_here("recipes").stdout)
-    labelling = {name: recipe_from_dict(fields) for name, fields in printed["label"].items()}
-    assert labelling == dict(RECIPES)
-    training = printed["train maskclip-plus"]
-    assert {name: MASKCLIP_PLUS_RECIPES.from_dict(fields) for name, fields in training.items()} == dict(
-        MASKCLIP_PLUS_RECIPES.recipes
-    )
+def test_recipes_are_listed_and_explained(maskmill_here: Run) -> None:
+    listed = maskmill_here("recipes").stdout
+    for book in (LABEL_RECIPES, MASKCLIP_PLUS_RECIPES, CLIPSEG_RECIPES):
+        assert all(f"  {name}" in listed for name in book.recipes)
+    assert len(listed.splitlines()) < 40
+    explained = maskmill_here("recipes", "toy").stdout
+    for command in ("label", "train maskclip-plus", "train clipseg"):
+        assert f"maskmill {command} --recipe toy" in explained
+    assert "head = value" in explained and "loop.iterations = 450" in explained
+    unknown = maskmill_here("recipes", "tyo")
+    assert unknown.returncode == 2 and "toy-zero-shot" in unknown.stderr
+
+
+def test_the_version_is_told(maskmill_here: Run) -> None:
+    done = maskmill_here("--version")
+    assert done.returncode == 0 and re.fullmatch(r"maskmill \d+\.\d+\S*\n", done.stdout)
 
 
 def test_train_help_names_what_can_be_trained(maskmill_here: Run) -> None:

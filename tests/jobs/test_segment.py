@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from rich.console import Console
 
-from jobs.segment import SegmentJob, run
+from jobs.segment import Segment
 from models.clip.loading import load_clip
 from models.clipseg.decoder import ClipSeg, ClipSegConfig, build_clipseg, mix, normalize
 from models.clipseg.visual_prompts import STYLES
@@ -63,7 +63,7 @@ def data(model: ClipSeg, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def job(data: Path, output: Path, **fields: Any) -> SegmentJob:
+def job(data: Path, output: Path, **fields: Any) -> Segment:
     wanted: dict[str, Any] = {
         "images": (str(data / "photos" / "a scene.png"),),
         "weights": str(data / "toy.safetensors"),
@@ -72,7 +72,7 @@ def job(data: Path, output: Path, **fields: Any) -> SegmentJob:
         "example_size": 64,
         "precision": "fp32",
     }
-    return SegmentJob(output=str(output), **(wanted | fields))
+    return Segment(output=str(output), **(wanted | fields))
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def test_files_hold_what_the_model_says(model: ClipSeg, data: Path, tmp_path: Pa
         prompt_masks=(str(data / "mask.png"),),
         thresholds=thresholds,
     )
-    assert run(asked, QUIET) == 1, "an image is damaged"
+    assert asked.run(QUIET) == 1, "an image is damaged"
     record = results(tmp_path / "out")
     assert record["counts"] == {"ok": 3, "truncated": 1}
     assert [Path(entry["uri"]).name for entry in record["images"]] == [
@@ -145,7 +145,7 @@ def test_files_hold_what_the_model_says(model: ClipSeg, data: Path, tmp_path: Pa
 def test_text_and_picture_are_mixed(model: ClipSeg, data: Path, tmp_path: Path) -> None:
     def highest(**fields: Any) -> float:
         where = tmp_path / str(len(list(tmp_path.iterdir())))
-        assert run(job(data, where, **fields), QUIET) == 0
+        assert job(data, where, **fields).run(QUIET) == 0
         (one,) = results(where)["images"][0]["prompts"]
         return float(one["mean_probability"])
 
@@ -166,7 +166,7 @@ def test_text_and_picture_are_mixed(model: ClipSeg, data: Path, tmp_path: Path) 
 
 def test_the_same_as_the_labeller(data: Path, tmp_path: Path) -> None:
     """One class with a threshold is the mask of its prompt."""
-    run(job(data, tmp_path / "out", prompts=("zebra",), prefix="fixed", thresholds=(0.5,)), QUIET)
+    job(data, tmp_path / "out", prompts=("zebra",), prefix="fixed", thresholds=(0.5,)).run(QUIET)
     entry = results(tmp_path / "out")["images"][0]
     inside = pixels(tmp_path / "out" / entry["prompts"][0]["files"]["mask"]) == 255
     recipe = LabelRecipe(
@@ -182,7 +182,7 @@ def test_the_same_as_the_labeller(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "network"), [(64, [64, 82]), (33, [33, 42])])
 def test_images_may_keep_their_shape(data: Path, tmp_path: Path, size: int, network: list[int]) -> None:
-    run(job(data, tmp_path / "out", prompts=("fish",), keep_ratio=True, size=size), QUIET)
+    job(data, tmp_path / "out", prompts=("fish",), keep_ratio=True, size=size).run(QUIET)
     entry = results(tmp_path / "out")["images"][0]
     assert entry["network_size"] == network
     assert pixels(tmp_path / "out" / entry["prompts"][0]["files"]["mask"]).shape == (70, 90)
@@ -190,7 +190,7 @@ def test_images_may_keep_their_shape(data: Path, tmp_path: Path, size: int, netw
 
 def test_nothing_is_overwritten_unasked(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run(job(data, out, prompts=("fish",)), QUIET)
+    job(data, out, prompts=("fish",)).run(QUIET)
     (out / "a-scene" / "mine.txt").write_text("kept")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for folder, code in (
@@ -199,12 +199,12 @@ def test_nothing_is_overwritten_unasked(data: Path, tmp_path: Path) -> None:
         (data / "mask.png", "output_exists"),
     ):
         with pytest.raises(MaskMillError) as caught:
-            run(job(data, folder, prompts=("zebra",), overwrite=folder == data), QUIET)
+            job(data, folder, prompts=("zebra",), overwrite=folder == data).run(QUIET)
         assert caught.value.code == code
     with pytest.raises(MaskMillError):  # weights that are not there cost nothing that was
-        run(job(data, out, prompts=("zebra",), weights=str(data / "no.pth"), overwrite=True), QUIET)
+        job(data, out, prompts=("zebra",), weights=str(data / "no.pth"), overwrite=True).run(QUIET)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    run(job(data, out, prompts=("zebra",), overwrite=True), QUIET)
+    job(data, out, prompts=("zebra",), overwrite=True).run(QUIET)
     names = sorted(path.name for path in out.rglob("*") if path.is_file())
     assert names == [
         "01-zebra-heat.png", "01-zebra-mask.png", "01-zebra-overlay.png", "mine.txt", "overview.png",
@@ -214,12 +214,12 @@ def test_nothing_is_overwritten_unasked(data: Path, tmp_path: Path) -> None:
 
 def test_a_record_that_names_files_elsewhere_deletes_none(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    run(job(data, out, prompts=("fish",)), QUIET)
+    job(data, out, prompts=("fish",)).run(QUIET)
     (tmp_path / "precious.txt").write_text("kept")
     record = results(out)
     record["images"][0]["overview"] = "../precious.txt"
     (out / "results.json").write_text(json.dumps(record))
-    run(job(data, out, prompts=("fish",), overwrite=True), QUIET)
+    job(data, out, prompts=("fish",), overwrite=True).run(QUIET)
     assert (tmp_path / "precious.txt").read_text() == "kept"
 
 
@@ -243,6 +243,6 @@ def test_a_record_that_names_files_elsewhere_deletes_none(data: Path, tmp_path: 
 )
 def test_wrong_use(data: Path, tmp_path: Path, fields: dict[str, Any], code: str, words: str) -> None:
     with pytest.raises(MaskMillError, match=words) as caught:
-        run(job(data, tmp_path / "out", **fields), QUIET)
+        job(data, tmp_path / "out", **fields).run(QUIET)
     assert caught.value.code == code
     assert not (tmp_path / "out").exists()

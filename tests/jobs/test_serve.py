@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from jobs import serve
-from jobs.serve import PORT, ServeJob, entry, run
+from jobs.serve import PORT, Serve, entry
 from models.errors import MaskMillError
 from tests.pipeline.trained.test_student import toy_student
 
@@ -120,17 +120,17 @@ def test_the_clip_beneath_a_decoder_is_named(
 
 def test_two_models_of_one_name_and_ports() -> None:
     with pytest.raises(MaskMillError) as caught:
-        run(ServeJob(models=("toy", "toy")), Console(file=io.StringIO()))
+        Serve(models=("toy", "toy")).run(Console(file=io.StringIO()))
     assert caught.value.code == "wrong_use"
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         with pytest.raises(MaskMillError) as caught:
-            run(ServeJob(port=other.getsockname()[1]), Console(file=io.StringIO()))
+            Serve(port=other.getsockname()[1]).run(Console(file=io.StringIO()))
         assert caught.value.code == "address_unusable"
     for host, port in (("203.0.113.9", 0), ("no.such.host.invalid", 0), ("127.0.0.1", 70_000)):
         with pytest.raises(MaskMillError) as caught:
-            run(ServeJob(host=host, port=port), Console(file=io.StringIO()))
+            Serve(host=host, port=port).run(Console(file=io.StringIO()))
         assert caught.value.code == "address_unusable"
 
 
@@ -147,10 +147,10 @@ def test_another_port_where_the_usual_one_is_taken(monkeypatch: pytest.MonkeyPat
 def test_it_says_where_it_is_serves_and_ends_when_asked(stop: signal.Signals) -> None:
     public = stop == signal.SIGTERM
     code = (
-        "import sys\nfrom jobs.serve import ServeJob, run\n"
+        "import sys\nfrom jobs.serve import Serve\n"
         "from pipeline.cluster.signals import interrupt_on_signals\n"
         "interrupt_on_signals()\n"
-        f"sys.exit(run(ServeJob(host={'0.0.0.0' if public else '127.0.0.1'!r}, port=0)))"
+        f"sys.exit(Serve(host={'0.0.0.0' if public else '127.0.0.1'!r}, port=0).run())"
     )
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "80"}
     server = subprocess.Popen(

@@ -22,8 +22,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from models.errors import Damaged, WrongUse
 from pipeline.files.storage import Storage
 from pipeline.training.loop.settings import settings_hash
@@ -275,12 +273,16 @@ def folder_name(step: int) -> str:
 
 
 def _packed(state: Mapping[str, Any]) -> bytes:
+    import torch
+
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     return buffer.getvalue()
 
 
 def _unpacked(name: str, data: bytes) -> dict[str, Any]:
+    import torch
+
     try:
         state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
@@ -290,6 +292,8 @@ def _unpacked(name: str, data: bytes) -> dict[str, Any]:
 
 def _check_plain(value: object, where: str) -> None:
     """Refuse at once what ``torch.load(weights_only=True)`` would refuse when it is too late."""
+    import torch
+
     if isinstance(value, Mapping):
         for key, inner in value.items():
             _check_plain(key, f"{where} (a key)")

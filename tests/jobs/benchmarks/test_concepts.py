@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from jobs.benchmark import BenchmarkJob, run
+from jobs.benchmark import Benchmark
 from models.errors import MaskMillError
 from pipeline.ontology.concepts import CONCEPTS
 from pipeline.report.result_files import read_results
@@ -26,14 +26,15 @@ def images(tmp_path: Path) -> Path:
 
 def test_every_image_gets_a_picture_and_what_cannot_be_read_is_said(images: Path, tmp_path: Path) -> None:
     console = Console(record=True, width=200)
-    job = BenchmarkJob(
+    job = Benchmark(
         name="concepts",
         images=str(images),
         concepts=", ".join(CLASSES),
         recipe="toy",
-        output=tmp_path / "out",
+        output=str(tmp_path / "out"),
+        tracking="off",
     )
-    assert run(job, console) == 0
+    assert job.run(console) == 0
     ((_, result),) = read_results(str(tmp_path / "out"))
     assert [picture.caption for picture in result.pictures] == ["scene0.png", "scene1.png"]
     shares = [line.values["share_of_pixels"].mean for line in result.sections[0].rows]
@@ -50,7 +51,7 @@ def test_every_image_gets_a_picture_and_what_cannot_be_read_is_said(images: Path
 )
 def test_wrong_use_says_what_to_do(options: dict, words: str, tmp_path: Path) -> None:
     with pytest.raises(MaskMillError, match=words):
-        run(BenchmarkJob(name="concepts", output=tmp_path / "o", **options), Console(quiet=True))
+        Benchmark(name="concepts", output=str(tmp_path / "o"), **options).run(Console(quiet=True))
 
 
 def test_the_paper_s_lists_have_no_name_twice() -> None:

@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from jobs.train.clipseg import TrainClipSegJob, _prepare, commands_for, run
+from jobs.train.clipseg import commands_for, prepare, train_clipseg
 from jobs.train.run import INTERRUPTED, TrainOptions
 from models.clipseg.decoder import ClipSeg, normalize
 from models.clipseg.weights import load_clipseg
@@ -49,14 +49,12 @@ def _train(
     if ray.is_initialized():
         ray.shutdown()
     said = Console(file=io.StringIO(), width=200)
-    job = TrainClipSegJob(
-        recipe=CLIPSEG_RECIPES.load("toy", (*QUICK, *settings)),
-        dataset=open_toyworld(split="seed-7", count=12, size=64),
-        options=TrainOptions(output=str(output), workers=workers, **options),
-    )
+    recipe = CLIPSEG_RECIPES.load("toy", (*QUICK, *settings))
+    dataset = open_toyworld(split="seed-7", count=12, size=64)
+    where = TrainOptions(output=str(output), workers=workers, **{"tracking": "off"} | options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", ray_address)
-        status = run(job, said)
+        status = train_clipseg(recipe, where, dataset=dataset, console=said)
     assert isinstance(said.file, io.StringIO)
     return status, said.file.getvalue()
 
@@ -201,7 +199,7 @@ def test_two_workers_go_on_from_trained_weights(trained: Path, shared_ray: str, 
 
 def test_what_is_trained_on_must_be_given() -> None:
     with pytest.raises(MaskMillError) as error:
-        run(TrainClipSegJob(recipe=CLIPSEG_RECIPES.load("toy"), options=TrainOptions(output="unused")))
+        train_clipseg(CLIPSEG_RECIPES.load("toy"), TrainOptions(output="unused"))
     assert error.value.code == "wrong_use"
 
 
@@ -260,11 +258,11 @@ def test_the_commands_name_the_folder(output: str) -> None:
 
 @pytest.mark.parametrize("name", [None, "finder"])
 def test_only_a_model_with_a_name_is_copied_into_mlflow(tmp_path: Path, name: str | None) -> None:
-    prepared = _prepare(
-        TrainClipSegJob(
-            recipe=CLIPSEG_RECIPES.load("toy", QUICK),
-            dataset=open_toyworld(split="seed-7", count=2, size=64),
-            options=TrainOptions(output=str(tmp_path), tracking=None, register_as=name),
-        )
+    prepared = prepare(
+        CLIPSEG_RECIPES.load("toy", QUICK),
+        TrainOptions(output=str(tmp_path), register=name),
+        labels=None,
+        ontology=None,
+        dataset=open_toyworld(split="seed-7", count=2, size=64),
     )
     assert (prepared.log_model is not None) == (name is not None)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from jobs.train.run import Prepared, TrainOptions, _log_model, _settings, _write_pages, run_training
+from jobs.train.run import Prepared, TrainOptions, log_model, must_match, run_training, write_pages
 from models.errors import MaskMillError
 from pipeline.files.storage import open_storage
 from pipeline.report.training_page import PAGE
@@ -31,17 +31,17 @@ def _page(folder: Path, lines: list[Mapping[str, Any]]) -> Sequence[str]:
     return [str(folder / PAGE)]
 
 
-def _prepared(write_pages: Any) -> Prepared:
+def _prepared(make_pages: Any) -> Prepared:
     unused: Any = None
     return Prepared(
         make_task=unused, samples=unused, settings=LoopSettings(iterations=1, batch_size=1),
         identity={"data": "d"}, announcement="", params={}, dataset=TrackedDataset("d", "d"), finish=unused,
-        write_pages=write_pages, commands={},
+        write_pages=make_pages, commands={},
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("curves", "write_pages", "status", "says"),
+    ("curves", "make_pages", "status", "says"),
     [
         ('{"step": 1}\n', _page, 0, "its page was missing"),
         ('{"step": 1}\n', _no_page, 1, "An image is gone."),
@@ -49,20 +49,20 @@ def _prepared(write_pages: Any) -> Prepared:
     ],
 )
 def test_a_finished_run_without_its_page(
-    tmp_path: Path, curves: str | None, write_pages: Any, status: int, says: str
+    tmp_path: Path, curves: str | None, make_pages: Any, status: int, says: str
 ) -> None:
-    prepared, said = _prepared(write_pages), io.StringIO()
-    CheckpointStore(open_storage(tmp_path)).claim(_settings(prepared))
+    prepared, said = _prepared(make_pages), io.StringIO()
+    CheckpointStore(open_storage(tmp_path)).claim(must_match(prepared))
     (tmp_path / RESULT).write_text("{}")
     if curves is not None:
         (tmp_path / "metrics.jsonl").write_text(curves)
     for _ in range(2 if curves is None else 1):  # what cannot be mended stays as it is
         got = run_training(
-            "test", TrainOptions(output=str(tmp_path)), lambda: prepared, result_file=RESULT,
+            "test", TrainOptions(output=str(tmp_path), tracking="off"), lambda: prepared, result_file=RESULT,
             own_entries=(RESULT, PAGE), console=Console(file=said, width=200),
         )  # fmt: skip
         assert got == status and says in said.getvalue()
-    assert (tmp_path / PAGE).exists() == (write_pages is _page and curves is not None)
+    assert (tmp_path / PAGE).exists() == (make_pages is _page and curves is not None)
     assert ("The same command makes it" in said.getvalue()) == (status == 1)
 
 
@@ -72,7 +72,7 @@ def test_a_finished_run_without_its_page(
 )
 def test_which_command_makes_a_page(tmp_path: Path, overwritten: bool, command: str) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    pages, told = _write_pages(_prepared(_no_page), open_storage(tmp_path), overwritten=overwritten)
+    pages, told = write_pages(_prepared(_no_page), open_storage(tmp_path), overwritten=overwritten)
     assert not pages and "An image is gone." in told[0] and command in told[1]
 
 
@@ -90,6 +90,6 @@ def test_a_model_that_is_not_in_mlflow(error: Exception, name: str | None, says:
         raise error
 
     tracker: Any = SimpleNamespace(wait_for_run=lambda _timeout: "run")
-    (line,) = _log_model(fail, tracker, name)
+    (line,) = log_model(fail, tracker, name)
     assert line.startswith("  not in MLflow  ") and says in line
     assert ("the same command with --register n" in line) == again

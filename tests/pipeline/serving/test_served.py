@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from jobs import segment
+from jobs.segment import Segment
 from jobs.serve import entry
 from models.errors import MaskMillError
 from pipeline.files.images import resize, target_size
@@ -122,17 +122,15 @@ def test_clipseg_answers_as_segment_does(toy_decoder: Path, tmp_path: Path) -> N
     Image.fromarray(SCENE.image).save(tmp_path / "scene.png")
     Image.fromarray(example.image).save(tmp_path / "example.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    status = segment.run(
-        segment.SegmentJob(
-            images=(str(tmp_path / "scene.png"),),
-            output=str(tmp_path / "out"),
-            prompts=("a red ladybug",),
-            prompt_images=(str(tmp_path / "example.png"),) * 2,
-            prompt_masks=("-", str(tmp_path / "mask.png")),
-            weights=str(toy_decoder),
-        ),
-        Console(quiet=True),
+    command = Segment(
+        images=(str(tmp_path / "scene.png"),),
+        output=str(tmp_path / "out"),
+        prompts=("a red ladybug",),
+        prompt_images=(str(tmp_path / "example.png"),) * 2,
+        prompt_masks=("-", str(tmp_path / "mask.png")),
+        weights=str(toy_decoder),
     )
+    status = command.run(Console(quiet=True))
     assert status == 0
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert record["settings"]["size"] == record["settings"]["example_size"] == 128  # the toy CLIP's own
