@@ -14,22 +14,19 @@ from rich.text import Text
 
 from jobs.console import duration
 from models.errors import WrongUse
+from pipeline.metrics.names import METRICS
 from pipeline.tracking.destination import resolve_uri, shown_uri
 from pipeline.tracking.runs import TrackedRun, choose_runs, differences, list_runs
 
 KEY_METRICS = (
-    "miou",
-    "hiou",
-    "pixel_accuracy",
-    "boundary_miou",
-    "ece",
+    *(name for name, metric in METRICS.items() if metric.key),
     "images_done",
     "images_failed",
     "images_per_second",
     "claims_shown",
     "claims_not_shown",
 )
-"""Shown in the list, in this order, as far as a run has them."""
+"""The list shows the first ``SHOWN_METRICS`` of these that a run has."""
 SHOWN_METRICS = 3
 SHORT_ID = 8
 MIN_LAST = 16

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.benchmarks.breakdowns import Parts, breakdown_sections, size_section
-from jobs.benchmarks.clipseg_bench import SIDE, STANDARD, Bench, Figures, Values, can_run, root_names
+from jobs.benchmarks.clipseg_bench import SIDE, Bench, Figures, Values, can_run, root_names
 from jobs.benchmarks.clipseg_models import row_title
 from jobs.benchmarks.kept import Progress
 from jobs.benchmarks.maskclip import Request
@@ -24,6 +24,7 @@ from pipeline.datasets.oneshot import BENCHMARKS, draw_episodes
 from pipeline.datasets.zeroshot import zero_shot_split
 from pipeline.evaluation.published import PublishedTable, Row, load_published
 from pipeline.metrics.breakdown import CLASS, PROMPT
+from pipeline.metrics.names import STANDARD
 
 if TYPE_CHECKING:
     from pipeline.datasets.phrasecut import PhraseCutDataset

@@ -28,6 +28,7 @@ from pipeline.metrics.breakdown import (
     breakdowns_to_json,
     merge_breakdowns,
 )
+from pipeline.metrics.names import STANDARD
 
 if TYPE_CHECKING:
     from models.clipseg.decoder import ClipSeg
@@ -38,8 +39,6 @@ SIDE = 352
 METHODS = ("CLIPSeg", "CLIP-Deconv", "ViTSeg")
 """Methods that can be measured here; of the others the published figures stand beside."""
 NOT_RUN = ("CLIPSeg (PC+), independent re-run",)
-STANDARD = "standard"
-"""Suffix of metrics under the standard convention."""
 COCO_JSON = "coco-json"
 
 _ROOTS: Mapping[str, tuple[str, ...]] = {

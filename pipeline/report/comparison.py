@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.metrics.names import less_is_better
 from pipeline.report.page import setting
 from pipeline.report.result_files import Benchmark, Evaluation, Row, Section
-
-#: Metrics of which less is better; of all others more is.
-LESS_IS_BETTER = frozenset({"ece"})
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ def cell(metric: str, value: float | None, first: float | None) -> Cell:
     difference = value - first
     if difference == 0:
         return Cell(value, difference)
-    return Cell(value, difference, (difference < 0) == (metric in LESS_IS_BETTER))
+    return Cell(value, difference, (difference < 0) == less_is_better(metric))
 
 
 def obstacles(first: Evaluation, other: Evaluation) -> list[str]:

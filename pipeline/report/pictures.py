@@ -303,7 +303,8 @@ def legend(names: Sequence[str], palette: Pixels, width: int) -> Image.Image:
     sheet = Image.new("RGB", (width, _LINE * (line + 1)), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for (left, line), name, color in zip(places, names, palette.tolist(), strict=True):
-        draw.rounded_rectangle((left, line * _LINE + 3, left + 16, line * _LINE + 19), 3, fill=tuple(color))
+        corners = (left, line * _LINE + 3, left + 16, line * _LINE + 19)
+        draw.rounded_rectangle(corners, 3, fill=tuple(color), outline=_FAINT)
         draw.text((left + 23, line * _LINE + 2), name, _INK, font=text)
     return sheet
 

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from models.errors import MaskMillError, WrongUse
 from pipeline.files.images import ERROR_CODES, ImageError, decode
 from pipeline.files.storage import Storage
+from pipeline.metrics.names import metric_label
 from pipeline.report import charts, comparison
 from pipeline.report.page import put_in_place, render, setting
 from pipeline.report.pictures import picture_uri
@@ -36,27 +37,6 @@ from pipeline.report.result_files import (
 
 #: What is written into every report and found again before one is replaced.
 MARK = '<meta name="generator" content="MaskMill report">'
-
-METRICS = {
-    "miou": "mIoU",
-    "pixel_accuracy": "pixel accuracy",
-    "mean_accuracy": "mean accuracy",
-    "fwiou": "frequency-weighted IoU",
-    "boundary_miou": "boundary mIoU",
-    "ece": "calibration error (ECE)",
-    "miou_seen": "mIoU, seen classes",
-    "miou_unseen": "mIoU, unseen classes",
-    "hiou": "harmonic IoU",
-    "iou": "IoU",
-    "iou_fg": "foreground IoU",
-    "iou_bin": "binary IoU",
-    "ap": "average precision",
-    "delta_probability": "change of P(object)",
-    "probability": "P(object)",
-    "map": "mean average precision",
-    "auc": "ROC AUC",
-}
-"""Names of metrics for people; others are shown as they are, without underscores."""
 
 _PROTOCOLS = {
     "seed": "the protocol of MaskCLIP's own repository",
@@ -100,7 +80,7 @@ def write_report(folders: Sequence[str | os.PathLike[str]], output: str | os.Pat
         comparisons=_comparisons(runs),
         number=number,
         difference=difference,
-        metric_name=metric_name,
+        metric_name=metric_label,
         setting=setting,
     )
     put_in_place(path, page)
@@ -122,13 +102,6 @@ def _check_replaceable(path: Path) -> None:
 
 
 # --- words and numbers ---
-
-
-def metric_name(metric: str) -> str:
-    """A metric as people call it."""
-    if metric.endswith("_standard"):
-        return f"{metric_name(metric.removesuffix('_standard'))}, standard"
-    return METRICS.get(metric, metric.replace("_", " "))
 
 
 def number(value: float | None) -> str:
@@ -269,12 +242,17 @@ def _evaluation_gaps(run: Evaluation) -> list[str]:
             f"{len(absent)} of {len(run.classes)} classes occur neither in the truth nor in the prediction "
             f"and are left out of the means: {_some(absent, 12)}."
         )
+    told = set()
     if run.calibration is None:
         gaps.append("Calibration was not measured: what was evaluated has no confidence.")
+        told.add("ece")
     if all(c.boundary_iou is None for c in run.classes):
         gaps.append("Boundary IoU was not measured.")
+        told.add("boundary_miou")
     gaps += [
-        f"{metric_name(name)} could not be computed." for name, value in run.metrics.items() if value is None
+        f"{metric_label(name)} could not be computed."
+        for name, value in run.metrics.items()
+        if value is None and name not in told
     ]
     return gaps
 
@@ -506,7 +484,7 @@ def _curves(section: Section, metric: str, low: float, top: float) -> dict[str, 
     apart: list[Row] = []
     for row in section.rows:
         if row.x is not None and (row.series is not None or not named):
-            series.setdefault(row.series or metric_name(metric), {})[row.x] = row
+            series.setdefault(row.series or metric_label(metric), {})[row.x] = row
         else:
             apart.append(row)
     # A series of one point where no other has one (clean images before levels of corruption) is no curve.
@@ -533,7 +511,7 @@ def _curves(section: Section, metric: str, low: float, top: float) -> dict[str, 
             "name": name,
             "chart": charts.curve(
                 points[name],
-                label=f"{metric_name(metric)} of {name}: "
+                label=f"{metric_label(metric)} of {name}: "
                 + ", ".join(f"{p.y:.3f} at {p.x:g}" for p in points[name]),
                 others=[other for key, other in points.items() if key != name],
                 references=levels,

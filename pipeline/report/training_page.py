@@ -301,6 +301,7 @@ def student_page(
         note: a sentence about the examples and scores.
     """
     teacher, palette = record.teacher["weights"], record.ontology.palette()
+    counts = record.teacher.get("counts", {})
     parts = dict.fromkeys((record.config["decoder"], record.config["backbone"]))
     guided = record.recipe.get("selftrain", {}).get("guided", (0, 0))[1]
     return TrainingPage(
@@ -325,7 +326,11 @@ def student_page(
         marks=[guided] if guided > 0 else [],
         data=[
             ("labels", str(record.teacher.get("labels", ""))),
-            *((f"images: {status}", thousands(n)) for status, n in record.teacher.get("counts", {}).items()),
+            *(
+                (name, thousands(counts[name]))
+                for name in ("images", "labelled", "failed")
+                if counts.get(name)
+            ),
             ("classes", thousands(record.ontology.num_classes)),
             *([("without truth", ", ".join(unseen))] if (unseen := record.training.get("unseen")) else []),
         ],

@@ -14,6 +14,7 @@ import numpy as np
 
 from models.errors import WrongUse
 from pipeline.files.storage import Storage, open_storage
+from pipeline.metrics.names import PER_CLASS, metric_label
 from pipeline.report.charts import save_confusion
 from pipeline.tracking.names import key_part, key_parts
 from pipeline.tracking.tracker import TrackedDataset, Tracker
@@ -21,20 +22,19 @@ from pipeline.tracking.tracker import TrackedDataset, Tracker
 EVALUATION, BENCHMARK = "evaluation.json", "benchmark.json"
 PICTURES = "pictures"
 KEPT_SUFFIXES = frozenset({".html", ".csv", ".md", ".png", ".jpg", ".jpeg", ".svg"})
-"""Of the files at the top of a result folder; beside them may lie tables of any size."""
-PER_CLASS = ("iou", "boundary_iou", "accuracy", "precision")
+"""Files at the top of a result folder that are attached; the folder may hold tables of any size as well."""
 NOTE_TAG = "mlflow.note.content"
 
 
 def log_result(tracker: Tracker, folder: str | os.PathLike[str]) -> None:
-    """Record everything of a result folder in a run that has been started.
+    """Record everything in a result folder in a run that has been started.
 
     Args:
         tracker: of the run.
-        folder: local or remote; with ``evaluation.json`` or ``benchmark.json``.
+        folder: local or remote, with ``evaluation.json`` or ``benchmark.json``.
 
     Raises:
-        MaskMillError: ``result_missing`` if it holds neither; see ``Storage.read_json`` as well.
+        WrongUse: ``result_missing`` if it holds neither.
     """
     storage = open_storage(folder)
     found = [name for name in (EVALUATION, BENCHMARK) if storage.exists(name)]
@@ -96,7 +96,11 @@ def _log_evaluation(tracker: Tracker, record: Mapping[str, Any], temporary: Path
         "",
         *_markdown(
             ("metric", "value"),
-            ((key, f"{value:.4f}") for key, value in record["metrics"].items() if value is not None),
+            (
+                (metric_label(key), f"{value:.4f}")
+                for key, value in record["metrics"].items()
+                if value is not None
+            ),
         ),
     ]
     if record["published"]:
@@ -213,7 +217,7 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 def _published(record: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
     for entry in record["published"]:
         value = f"{entry['value']:.4f}"
-        yield entry["method"], entry["metric"], value, entry["protocol"], entry["source"]
+        yield entry["method"], metric_label(entry["metric"]), value, entry["protocol"], entry["source"]
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:

@@ -97,7 +97,7 @@ def _student(**training: Any) -> StudentRecord:
         labelling=ImageSettings(scale=(512, 128), keep_ratio=True, resize="antialias", max_pixels=10**6),
         teacher={
             "weights": {"model": "ViT-B-16", "pretrained": "openai"}, "labels": "tables/pets",
-            "counts": {"ok": 4321},
+            "counts": {"images": 4321, "failed": 0, "status": {"ok": 4321}},
         },
         text={},
         metrics={},
@@ -130,7 +130,7 @@ def test_the_page_of_a_student(tmp_path: Path, truth: bool) -> None:
     assert page.count("<svg") == 3 and page.count('class="reference"') == 3  # where self-training began
     for part in ("Student of ViT-B-16", "a note", "4,321", "tables/pets", "maskmill label --model runs/pets"):
         assert part in page, part
-    assert not made.toy and made.data[-1] == ("without truth", "sky")
+    assert not made.toy and made.data[1] == ("images", "4,321") and made.data[-1] == ("without truth", "sky")
 
 
 def test_the_sheet_has_a_row_for_each_kind() -> None:

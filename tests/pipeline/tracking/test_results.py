@@ -150,7 +150,7 @@ def test_an_evaluation_is_filed_whole(
     assert (run["params"]["recipe.scale"], run["params"]["weights.fingerprint"]) == ("[2048, 512]", "w" * 64)
     assert json.loads(run["params"]["ontology.classes"]) == HOSTILE
     assert [dataset.name for dataset in run["datasets"]] == ["odd"]
-    assert "| MaskCLIP | miou | 0.4950 | seed | Table 1 |" in run["tags"]["mlflow.note.content"]
+    assert "| MaskCLIP | mIoU | 0.4950 | seed | Table 1 |" in run["tags"]["mlflow.note.content"]
     assert run["tags"]["toy"] == "true"
 
     local = run["client"].download_artifacts(run["id"], "", str(tmp_path / "got"))
