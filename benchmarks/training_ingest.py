@@ -1,9 +1,10 @@
-"""Samples per second that the ingest of MaskCLIP+ gives, without any training.
+"""Samples per second that loading for MaskCLIP+ gives, without any training: DataLoader against Ray Data.
 
-    python -m benchmarks.training_ingest [--labels TABLE] [--crop 512 512] [--loaders 1 2] [--seconds 20]
+    python -m benchmarks.training_ingest [--labels TABLE] [--crop 512 512] [--loaders 1 2] [--seconds 10]
 
-Without --labels it makes a table of toy scenes, whose labels stand in for a teacher's. The first second after
-start-up is left out: blocks that were loaded meanwhile would count as loaded in no time.
+Without --labels it makes a table of toy scenes, whose labels stand in for a teacher's. All ways take turns,
+``--rounds`` times. The first seconds after start-up are left out: batches that were loaded meanwhile would
+count as loaded in no time. CPU time is that of this process and all below it.
 """
 
 from __future__ import annotations
@@ -12,25 +13,35 @@ import argparse
 import contextlib
 import hashlib
 import io
+import os
+import statistics
 import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.label_job import processor, versions
 from pipeline.cluster.session import ray_session
+from pipeline.files.images import use_one_thread
 from pipeline.files.storage import open_storage
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.table.labels import LABEL_SCHEMA, ok_row
 from pipeline.toyworld import scenes as toyworld
 from pipeline.training.samples.augment import AugmentSettings
 from pipeline.training.samples.table import TableSamples, open_table_samples
+
+WARM_S = 2.0
+POSITIONS = 100_000
+"""Positions of one run; never reached."""
 
 
 def main() -> None:
@@ -44,10 +55,10 @@ def main() -> None:
     parser.add_argument("--crop", type=int, nargs=2, default=[512, 512])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--loaders", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=15.0, help="how long to measure each")
+    parser.add_argument("--seconds", type=float, default=10.0, help="how long to measure each")
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     augment = AugmentSettings(scale=tuple(arguments.scale), crop=tuple(arguments.crop))
-    rows = []
     with contextlib.ExitStack() as stack:
         table = arguments.labels
         if table is None:
@@ -56,51 +67,122 @@ def main() -> None:
         fields = open_storage(table).read_json("dataset.json")["ontology"]
         ontology = Ontology.from_dict({k: v for k, v in fields.items() if k not in ("hash", "names")})
         samples = open_table_samples(table, ontology=ontology, augment=augment)
-        rows.append(("in one process, no Ray", bare(samples, arguments.seconds), 0.0))
-        with ray_session(uuid.uuid4().hex, address=None, verbose=False):
+        stack.enter_context(ray_session(uuid.uuid4().hex, address=None, verbose=False))
+        found: dict[str, list[tuple[float, float, float]]] = {}
+        loads = []
+        for _ in range(arguments.rounds):
+            found.setdefault("a loop in one process", []).append(bare(samples, arguments.seconds))
             for loaders in arguments.loaders:
-                rate, startup = measure(samples, arguments.batch, loaders, arguments.seconds)
-                rows.append((f"Ray Data, {loaders} loader(s)", rate, startup))
+                for name, make in (("DataLoader", with_dataloader), ("Ray Data", with_ray_data)):
+                    loads.append(os.getloadavg()[0])
+                    measured = measure(make, samples, arguments.batch, loaders, arguments.seconds)
+                    found.setdefault(f"{name}, {loaders} loader(s)", []).append(measured)
     print(f"\n{processor()}, {versions()}")
     print("command: python -m benchmarks.training_ingest " + " ".join(sys.argv[1:]))
-    print(f"{samples.num_images:,} images, crops of {augment.crop[0]} x {augment.crop[1]}\n")
-    print("| ingest alone | samples/s | ratio to one process | seconds until the first batch |")
+    print(
+        f"{samples.num_images:,} images, crops of {augment.crop[0]} x {augment.crop[1]}, batches of "
+        f"{arguments.batch}, {arguments.rounds} rounds, load average {min(loads):.1f} to {max(loads):.1f}\n"
+    )
+    print("| loading alone | samples/s, median (range) | CPU ms a sample | s until the first batch |")
     print("|---|---|---|---|")
-    for name, rate, startup in rows:
-        print(f"| {name} | {rate:.1f} | {rate / rows[0][1]:.2f} | {startup:.1f} |")
+    for name, rows in found.items():
+        rates, cpu, startup = zip(*rows, strict=True)
+        print(
+            f"| {name} | {statistics.median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f}) "
+            f"| {statistics.median(cpu):.1f} | {statistics.median(startup):.1f} |"
+        )
 
 
-def bare(samples: TableSamples, seconds: float) -> float:
-    """Samples per second of ``TableSamples.load`` in a loop."""
-    from pipeline.files.images import use_one_thread
-
+def bare(samples: TableSamples, seconds: float) -> tuple[float, float, float]:
+    """``TableSamples.load`` in a loop; see ``measure``."""
     use_one_thread()
-    began, count = time.perf_counter(), 0
+    began, busy, count = time.perf_counter(), cpu_seconds(), 0
     while time.perf_counter() - began < seconds:
         for index in samples.order(count, 0)[:32].tolist():
             samples.load(index, np.random.default_rng(count))
             count += 1
-    return count / (time.perf_counter() - began)
+    return count / (time.perf_counter() - began), 1000 * (cpu_seconds() - busy) / count, 0.0
 
 
-def measure(samples: TableSamples, batch: int, loaders: int, seconds: float) -> tuple[float, float]:
-    """Samples per second of a consumer that does nothing, and seconds until it gets the first batch."""
+def measure(
+    make: Callable[[TableSamples, int, int], Iterator[Any]],
+    samples: TableSamples,
+    batch: int,
+    loaders: int,
+    seconds: float,
+) -> tuple[float, float, float]:
+    """Samples/s of a consumer that does nothing, CPU ms a sample, and seconds until the first batch."""
+    began = time.perf_counter()
+    found = make(samples, batch, loaders)
+    next(found)
+    startup = time.perf_counter() - began
+    began = time.perf_counter()
+    while time.perf_counter() - began < WARM_S:
+        next(found)
+    began, busy, count = time.perf_counter(), cpu_seconds(), 0
+    while time.perf_counter() - began < seconds:
+        next(found)
+        count += batch
+    took = time.perf_counter() - began
+    busy = cpu_seconds() - busy
+    del found
+    return count / took, 1000 * busy / count, startup
+
+
+def with_dataloader(samples: TableSamples, batch: int, loaders: int) -> Iterator[Any]:
+    """What training uses."""
     from pipeline.training.loop.ingest import batches
 
-    began = time.perf_counter()
-    found = batches(
-        samples, seed=0, start_step=0, stop_step=10**6 // batch, batch_size=batch, loaders=loaders
+    return batches(
+        samples, seed=0, start_step=0, stop_step=POSITIONS // batch, batch_size=batch, loaders=loaders
     )
-    with contextlib.closing(found):
-        next(found)
-        startup = time.perf_counter() - began
-        began = time.perf_counter()
-        while time.perf_counter() - began < 1:
-            next(found)
-        began, count = time.perf_counter(), 0
-        while time.perf_counter() - began < seconds:
-            count += len(next(found)["position"])
-        return count / (time.perf_counter() - began), startup
+
+
+def with_ray_data(samples: TableSamples, batch: int, loaders: int) -> Iterator[Any]:
+    """The plain way with Ray Data: indices in order, a pool of actors, batches in order."""
+    import ray
+
+    order = np.concatenate([samples.order(epoch, 0) for epoch in range(POSITIONS // samples.num_images)])
+    table = pa.table({"position": np.arange(len(order)), "index": order})
+    block = max(1, 64 // batch) * batch
+    dataset = ray.data.from_arrow([table.slice(at, block) for at in range(0, 200 * block, block)])
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.enable_progress_bars = False
+    dataset = dataset.map_batches(
+        RayLoader,
+        fn_constructor_args=(ray.put(samples),),
+        batch_size=None,
+        num_cpus=0,
+        compute=ray.data.ActorPoolStrategy(size=loaders, max_tasks_in_flight_per_actor=2),
+    )
+    return iter(dataset.iter_torch_batches(batch_size=batch, prefetch_batches=1))
+
+
+class RayLoader:
+    """Loads the samples of a block in an actor of Ray Data."""
+
+    def __init__(self, samples: Any) -> None:
+        import ray
+
+        use_one_thread()
+        self.samples = ray.get(samples)
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        loaded = [
+            self.samples.load(int(index), np.random.default_rng((0, int(position))))
+            for position, index in zip(rows["position"], rows["index"], strict=True)
+        ]
+        return {name: np.stack([sample[name] for sample in loaded]) for name in loaded[0]}
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of all below it that are alive."""
+    here, total = psutil.Process(), 0.0
+    for process in (here, *here.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def make_table(folder: Path, count: int, size: int) -> None:

@@ -1,4 +1,6 @@
-"""What all ``maskmill train`` commands share: one run on Ray Train, from the lease to the summary.
+"""What all ``maskmill train`` commands share: one run, from the lease to the summary.
+
+A run of one process trains right here; one of several workers, or on a cluster, on Ray Train.
 
 What is trained (``prepare``) and what becomes of it (``Prepared.finish``) are the trainer's own:
 ``jobs.train.maskclip_plus``, ``jobs.train.clipseg``.
@@ -6,12 +8,13 @@ What is trained (``prepare``) and what becomes of it (``Prepared.finish``) are t
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from pipeline.training.loop.checkpoints import Checkpoint
     from pipeline.training.loop.driver import Outcome
     from pipeline.training.loop.protocols import Samples, Task
+    from pipeline.training.loop.resources import TrainingCompute
     from pipeline.training.loop.settings import LoopSettings
 
 INTERRUPTED = 130
@@ -300,22 +304,16 @@ def _train(
     console: Console,
 ) -> tuple[Prepared, Outcome | None, MaskMillError | None]:
     """Run the loop; the third is an error after which there is a result all the same."""
-    from pipeline.cluster.session import ray_session
-    from pipeline.training.loop.resources import plan_training
-
     display = TrainDisplay(console)
-    plan = functools.partial(plan_training, workers=options.workers)
     with display.live(), ThreadPoolExecutor(1) as pool:
-        display.stage("reading weights and labels, starting Ray")
+        display.stage("reading weights and labels")
         preparing = pool.submit(prepare)
-        with ray_session(
-            lease.run_id, address=options.address, verbose=options.verbose, notice=display.stage, plan=plan
-        ) as compute:
+        with _compute(options, lease, display) as compute:
             from pipeline.training.loop.driver import train
 
             prepared = preparing.result()
             if options.overwrite:
-                # Only now, when weights, labels and Ray are known to be there.
+                # Only now that weights, labels and Ray are known to be there.
                 for entry in own_entries:
                     storage.delete(entry)
             _begin_tracking(tracker, kind, options, prepared, storage, workers=compute.workers)
@@ -344,6 +342,27 @@ def _train(
                     raise
                 return prepared, None, error
     return prepared, outcome, None
+
+
+@contextlib.contextmanager
+def _compute(options: TrainOptions, lease: Lease, display: TrainDisplay) -> Iterator[TrainingCompute]:
+    """What the run trains on; Ray is started or joined only if there are workers."""
+    from pipeline.cluster.session import joins_cluster, ray_session
+    from pipeline.training.loop.resources import plan_in_process, plan_training
+
+    here = None if joins_cluster(options.address) else plan_in_process(options.workers)
+    if here is not None:
+        os.environ[RUN_ID_VARIABLE] = lease.run_id  # marks the loaders, in case this process is killed
+        yield here
+        return
+    with ray_session(
+        lease.run_id,
+        address=options.address,
+        verbose=options.verbose,
+        notice=display.stage,
+        plan=functools.partial(plan_training, workers=options.workers),
+    ) as compute:
+        yield compute
 
 
 def _finish(

@@ -1,4 +1,4 @@
-"""Where workers and driver meet while a run is under way: figures one way, the wish to stop the other.
+"""What workers and driver tell each other during a run: figures one way, the wish to stop the other.
 
 ``ray.train.report`` would do for the figures, but each call of it is a barrier for all workers that waits
 until Ray's controller polls, every two seconds by default.
@@ -14,12 +14,12 @@ Line = dict[str, Any]
 
 @dataclass
 class News:
-    """What has happened since somebody last looked.
+    """What happened since the last look.
 
     Attributes:
-        attempt: counts the starts of the workers.
-        step: updates that had been done when they started.
-        lines: figures; all of them since the start of the run if ``attempt`` is a new one.
+        attempt: number of the workers' latest start.
+        step: updates that were done when they started.
+        lines: new figures; if ``attempt`` is new, all figures since the start of the run.
         notes: texts for the user.
     """
 
@@ -30,7 +30,7 @@ class News:
 
 
 class Board:
-    """Kept in the driver's process, or in an actor for workers of their own."""
+    """Lives in the driver's process if that trains, else in an actor."""
 
     def __init__(self) -> None:
         self._attempt = 0
@@ -40,17 +40,17 @@ class Board:
         self._stop = ""
 
     def begin(self, step: int, lines: list[Line]) -> None:
-        """Workers start, from the checkpoint of a step (0: from none) that has these figures."""
+        """Workers start from the checkpoint of a step (0: from none) that has these figures."""
         self._attempt += 1
         self._step = step
         self._lines = list(lines)
 
     def add(self, line: Line) -> None:
-        """One more line of figures."""
+        """Add a line of figures."""
         self._lines.append(line)
 
     def note(self, text: str) -> None:
-        """Something that the user should read."""
+        """Tell the user something."""
         self._notes.append(text)
 
     def stop(self, reason: str) -> None:
@@ -58,17 +58,21 @@ class Board:
         self._stop = reason
 
     def stop_reason(self) -> str:
-        """Why the workers should stop; empty while they should not."""
+        """Why the workers should stop, or an empty string."""
         return self._stop
 
     def news(self, attempt: int, lines: int, notes: int) -> News:
-        """What is new to somebody who has seen so many lines of an attempt, and so many notes."""
+        """What is new after so many lines of an attempt, and so many notes."""
         seen = lines if attempt == self._attempt else 0
         return News(self._attempt, self._step, self._lines[seen:], self._notes[notes:])
 
 
+class BoardLost(Exception):
+    """The board cannot be reached."""
+
+
 class BoardLink:
-    """Calls a board, wherever it is; what it is told is never waited for.
+    """Calls a board, wherever it is.
 
     Args:
         board: a ``Board``, or the handle of an actor.
@@ -85,12 +89,12 @@ class BoardLink:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        # Beside the driver: other nodes may be taken away.
+        # On the driver's node: others may be taken away.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         return cls(ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote())
 
     def tell(self, method: str, *arguments: Any) -> None:
-        """Call ``begin``, ``add``, ``note`` or ``stop``."""
+        """Call ``begin``, ``add``, ``note`` or ``stop``, without waiting for it."""
         if isinstance(self._board, Board):
             getattr(self._board, method)(*arguments)
         else:
@@ -100,10 +104,14 @@ class BoardLink:
         """Call ``news`` or ``stop_reason``.
 
         Raises:
-            ray.exceptions.RayError: the board cannot be reached.
+            BoardLost: it cannot be reached.
         """
         if isinstance(self._board, Board):
             return getattr(self._board, method)(*arguments)
         import ray
+        from ray.exceptions import RayError
 
-        return ray.get(getattr(self._board, method).remote(*arguments), timeout=30)
+        try:
+            return ray.get(getattr(self._board, method).remote(*arguments), timeout=30)
+        except RayError as error:
+            raise BoardLost(str(error)) from error

@@ -1,49 +1,44 @@
-"""The training loop that MaskCLIP+ and CLIPSeg share, on Ray Train: the driver's side.
+"""The training loop that MaskCLIP+ and CLIPSeg share: the driver's side.
 
-``train`` starts the workers (``pipeline.training.loop.worker``), keeps ``metrics.jsonl`` up to date while
-they
-run, and hands back how it ended. A run is a folder, here or on S3: started again with the same settings it
-goes on from its newest whole checkpoint, whatever ended it before.
+``train`` starts the workers (``pipeline.training.loop.worker``) on Ray Train, or trains in this process. It
+keeps ``metrics.jsonl`` up to date meanwhile and returns how the run ended. A run is a folder, here or on S3:
+started again with the same settings it resumes from its newest whole checkpoint, whatever ended it before.
 
-* A worker that dies is started again by Ray Train, with all others, from the newest checkpoint.
-* A mistake (``MaskMillError``) in a worker ends the run at once, and is raised here as it was there.
+* When a worker dies, Ray Train starts all of them again from the newest checkpoint.
+* A ``MaskMillError`` in a worker ends the run at once and is raised here as it was there.
 * SIGTERM or Ctrl-C to this process: the workers write a checkpoint and stop.
-* Notice that a node will be taken away: the workers write a checkpoint and go on; when the node is gone, Ray
-  Train starts them elsewhere from that checkpoint.
+* When Ray announces that a node will go away, the workers write a checkpoint and go on; once the node is
+  gone, Ray Train starts them elsewhere from that checkpoint.
 """
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import json
-import logging
 import os
+import signal
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
-
-import ray
-import ray.train
-from ray.train.torch import TorchTrainer
 
 from models.errors import FailedWork, MaskMillError, WrongUse
 from pipeline.files.storage import Storage, open_storage
-from pipeline.training.loop.board import BoardLink, News
+from pipeline.training.loop.board import BoardLink, BoardLost, News
 from pipeline.training.loop.checkpoints import CheckpointStore
-from pipeline.training.loop.meter import Meter
+from pipeline.training.loop.figures import Meter
 from pipeline.training.loop.protocols import Samples, Task
 from pipeline.training.loop.resources import TrainingCompute
 from pipeline.training.loop.settings import LoopSettings
-from pipeline.training.loop.stopping import INTERRUPTED, stop_on_signals
 from pipeline.training.loop.worker import Job, work
 
 __all__ = ["METRICS_FILE", "LoopSettings", "Outcome", "train"]
 
 METRICS_FILE = "metrics.jsonl"
+TERMINATED, INTERRUPTED = "terminated", "interrupted"
 
 
 @dataclass(frozen=True)
@@ -97,7 +92,8 @@ def train(
     notice: Callable[[str], None],
     identity: Mapping[str, Any] | None = None,
 ) -> Outcome:
-    """Train, or go on training, until the last step. Call with Ray started and the lease on ``output`` held.
+    """Train, or resume, until the last step. Call with the lease on ``output`` held, and Ray started if
+    ``compute`` has workers.
 
     Args:
         make_task: builds the task in each worker; picklable.
@@ -111,14 +107,13 @@ def train(
             ``samples_per_second``, ``data_wait``, ``failed_samples``, ``seconds``. After workers were
             started again, steps after their checkpoint come once more.
         notice: told what the user should know: damaged checkpoints, restarts.
-        identity: whatever else must not change between the calls of one run (recipe, data), JSON-able; by
-            the names under which an error will list it.
+        identity: whatever else must not change between the calls of one run (recipe, data), JSON-able; keys
+            are the names that an error will list.
 
     Raises:
         MaskMillError: ``output_differs``, ``checkpoint_damaged``, ``setting_invalid``,
-            ``model_unsupported``, ``training_failed``, ``training_failed``, ``output_not_shared``, any that
-            task or samples raise, and ``training_failed`` for what is nobody's mistake (workers died more
-            than ``settings.max_failures`` times).
+            ``model_unsupported``, ``output_not_shared``, any that task or samples raise; ``training_failed``,
+            also where workers died more than ``settings.max_failures`` times.
     """
     settings.check_workers(compute.workers)
     if settings.precision == "fp16" and not compute.gpu:
@@ -135,8 +130,8 @@ def train(
     board = BoardLink.start(in_process=compute.workers == 0)
     reader = _Reader(board, storage, report, notice)
     job = Job(make_task, samples, settings, storage.uri, fingerprint, compute, board)
-    with tempfile.TemporaryDirectory(prefix="maskmill-train-") as scratch, stop_on_signals() as request:
-        run = _Run(job, scratch)
+    with stop_on_signals() as request:
+        run = _Run(job)
         run.start()
         told = False
         try:
@@ -187,74 +182,93 @@ def _outcome(
 
 
 class _Run(threading.Thread):
-    """``TorchTrainer.fit`` in a thread: in the main one it would put a Ctrl-C handler of its own in place,
-    which ends the workers without a checkpoint.
+    """The training itself, in a thread: in the main one Ray Train would install a Ctrl-C handler that ends
+    the workers without a checkpoint.
     """
 
-    def __init__(self, job: Job, scratch: str) -> None:
+    def __init__(self, job: Job) -> None:
         super().__init__(name="training", daemon=True)
         self.result: dict[str, Any] | None = None
         self.error: Exception | None = None
         self._job = job
-        self._scratch = scratch
 
     def run(self) -> None:
         try:
-            self.result = _trainer(self._job, self._scratch).fit().return_value
+            self.result = work(self._job) if self._job.compute.workers == 0 else _work_on_ray(self._job)
         except Exception as error:
             self.error = error
 
 
-def _trainer(job: Job, scratch: str) -> _Trainer:
+def _work_on_ray(job: Job) -> dict[str, Any]:
+    """``work`` in every worker; what that of rank 0 returns."""
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    class EndOnMistake(ray.train.UserCallback):
+        """Ray Train would start workers again after any exception; an error of a callback ends the run."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for error in worker_exceptions.values():
+                if isinstance(error, MaskMillError):
+                    raise error
+
     # Relative paths of samples must mean the same in workers as in the driver.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # How often Ray Train looks after its workers; two seconds by default, for start and end as well.
+    # How often Ray Train checks its workers; two seconds by default, for start and end as well.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     compute = job.compute
-    resources = {"CPU": compute.worker_cpus} | ({"GPU": 1.0} if compute.gpu else {})
-
-    def run() -> dict[str, Any]:
-        return work(job)
-
-    return _Trainer(
-        run,
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=compute.workers,
-            use_gpu=compute.gpu,
-            resources_per_worker=resources if compute.workers else None,
-        ),
-        run_config=ray.train.RunConfig(
-            name="run",
-            # Nothing but marker files of Ray's gets there; checkpoints are written by the workers.
-            storage_path=scratch,
-            failure_config=ray.train.FailureConfig(max_failures=job.settings.max_failures),
-            callbacks=[_EndOnMistake()],
-        ),
-    )
+    with tempfile.TemporaryDirectory(prefix="maskmill-train-") as scratch:
+        trainer = TorchTrainer(
+            lambda: work(job),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=compute.workers,
+                use_gpu=compute.gpu,
+                resources_per_worker={"CPU": compute.worker_cpus} | ({"GPU": 1.0} if compute.gpu else {}),
+            ),
+            run_config=ray.train.RunConfig(
+                name="run",
+                # Nothing but marker files of Ray's gets there; the workers write checkpoints themselves.
+                storage_path=scratch,
+                failure_config=ray.train.FailureConfig(max_failures=job.settings.max_failures),
+                callbacks=[EndOnMistake()],
+            ),
+        )
+        result: dict[str, Any] = trainer.fit().return_value
+        return result
 
 
-class _Trainer(TorchTrainer):
-    """``TorchTrainer`` for a Ray without dashboard as well.
+class StopRequest:
+    """Whether the user or the system has asked this process to end."""
 
-    Should the controller die, an actor of Ray Train's frees its processors. It asks the dashboard whether the
-    controller is alive; where there is none, it fails, and each run waits 12 s for it in the end. A Ray
-    without dashboard is one of our own, which ends with this process.
+    def __init__(self) -> None:
+        self.reason = ""
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal; raises ``KeyboardInterrupt`` on the second Ctrl-C."""
+        if number == signal.SIGINT:
+            if self.reason == INTERRUPTED:
+                raise KeyboardInterrupt
+            self.reason = INTERRUPTED
+        else:
+            self.reason = TERMINATED
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Take SIGTERM and the first Ctrl-C as the wish to stop soon; a second Ctrl-C interrupts as usual.
+
+    Outside the main thread, where Python allows no handlers, signals stay as they are.
     """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks: list[Any] = super()._create_default_callbacks()
-        if ray._private.worker.get_dashboard_url():
-            return callbacks
-        return [one for one in callbacks if type(one).__name__ != "PlacementGroupCleanerCallback"]
-
-
-class _EndOnMistake(ray.train.UserCallback):
-    """Ray Train would start workers again after any exception; an error of its own callbacks ends the run."""
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for error in worker_exceptions.values():
-            if isinstance(error, MaskMillError):
-                raise error
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 class _Reader:
@@ -283,8 +297,8 @@ class _Reader:
     def look(self, *, last: bool = False) -> None:
         try:
             news: News = self._board.ask("news", self._attempt, len(self._lines), self._notes)
-        except ray.exceptions.RayError:
-            return  # it went with the driver's node, or Ray is being shut down
+        except BoardLost:
+            return  # Ray is being shut down
         for text in news.notes:
             self._notice(text)
         self._notes += len(news.notes)
@@ -311,26 +325,8 @@ def _write_lines(storage: Storage, lines: Sequence[Mapping[str, Any]]) -> None:
     storage.write_bytes(METRICS_FILE, text.encode())
 
 
-def _let_go(error: BaseException) -> None:
-    """Empty the frames that an error was raised through.
-
-    In local mode they are those of the worker: its pipeline would outlive Ray with the error, and whatever
-    touches Ray after its end takes the whole process with it.
-    """
-    logging.getLogger(__name__).debug("training ended with an error", exc_info=error)
-    chain: list[BaseException | None] = [error]
-    while chain:
-        if (link := chain.pop()) is None:
-            continue
-        traceback.clear_frames(link.__traceback__)
-        link.__traceback__ = None
-        chain += [link.__cause__, link.__context__]
-        link.__cause__ = link.__context__ = None
-    gc.collect()
-
-
 def _explained(error: Exception) -> MaskMillError:
-    """The mistake that ended the run, or what else did, in words."""
+    """The ``MaskMillError`` that ended the run, or one that says what did."""
     causes: list[BaseException] = [error]
     while causes:
         cause = causes.pop(0)

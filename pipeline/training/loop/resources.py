@@ -1,7 +1,8 @@
-"""How a training run shares out a cluster: workers that train, and tasks that load samples for them."""
+"""How a training run uses its machines: workers that train, and processes that load samples for them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ class TrainingCompute:
         gpu: whether each of them has a GPU of its own.
         worker_cpus: logical CPUs of each worker.
         threads: CPU threads of each worker; 0 leaves torch's choice.
-        loaders: processes that load samples, for each worker; they ask for no logical CPUs.
+        loaders: processes that load samples, for each worker; Ray does not count them.
     """
 
     workers: int
@@ -30,13 +31,13 @@ class TrainingCompute:
 def plan_training(
     nodes: Sequence[tuple[float, float]], *, cores: int | None, workers: int | None
 ) -> TrainingCompute:
-    """Share out what a cluster has.
+    """Share out what a cluster, or this machine, has.
 
     Args:
         nodes: (logical CPUs, GPUs) of each node that is alive.
         cores: real cores of this machine if Ray was started here for this run alone, else None.
-        workers: how many are asked for; None takes one for each GPU, else the driver's process alone here
-            and one worker on a cluster.
+        workers: how many the user asks for; None takes one for each GPU, and without GPUs the driver's
+            process on this machine, or one worker on a cluster.
 
     Raises:
         MaskMillError: ``cluster_too_small``.
@@ -75,3 +76,18 @@ def plan_training(
     return TrainingCompute(
         workers, gpu, 1.0 if not gpu or cpus > 2 * share else 0.5, threads, min(loaders, 16)
     )
+
+
+def plan_in_process(workers: int | None) -> TrainingCompute | None:
+    """Training in this process, which needs no Ray; None if ``workers`` ask for more, or several GPUs do.
+
+    Args:
+        workers: as for ``plan_training``.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if workers or (workers is None and gpus > 1):
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return plan_training([(cores, gpus)], cores=cores, workers=0)

@@ -25,7 +25,7 @@ class LoopSettings:
         min_learning_rate: what the schedule falls to.
         momentum: of SGD.
         weight_decay: of all parameters alike; decoupled for AdamW.
-        schedule: ``poly``, ``cosine`` or ``constant``; see ``pipeline.training.loop.schedule``.
+        schedule: ``poly``, ``cosine`` or ``constant``; see ``pipeline.training.loop.optimisation``.
         power: exponent of ``poly``.
         warmup: updates over which the learning rate rises linearly from 0.
         clip_norm: largest L2 norm of the gradient of all parameters; 0 does not clip.

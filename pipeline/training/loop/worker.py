@@ -1,8 +1,8 @@
 """What runs in each training process: forward, backward, update, figures, checkpoints.
 
 All workers take every decision alike, since each rests on figures that they have added up
-(``pipeline.training.loop.meter``): one small all-reduce a step carries whether somebody was asked to stop and
-whether a loss is NaN, next to the figures that are logged.
+(``pipeline.training.loop.figures``): one small all-reduce a step carries whether somebody was asked to stop
+and whether a loss is NaN, next to the figures that are logged.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +26,11 @@ from pipeline.files.storage import open_storage
 from pipeline.training.loop import rng
 from pipeline.training.loop.board import BoardLink
 from pipeline.training.loop.checkpoints import Checkpoint, CheckpointStore
+from pipeline.training.loop.figures import Agreement, Meter
 from pipeline.training.loop.ingest import batches
-from pipeline.training.loop.meter import Agreement, Meter
+from pipeline.training.loop.optimisation import learning_rate, make_optimizer
 from pipeline.training.loop.protocols import Samples, Task
 from pipeline.training.loop.resources import TrainingCompute
-from pipeline.training.loop.schedule import learning_rate
 from pipeline.training.loop.settings import LoopSettings
 
 NOTICE_S = 5.0
@@ -62,29 +61,29 @@ class Job:
 
 
 def work(job: Job) -> dict[str, Any]:
-    """Train until the last step or until asked to stop; called within Ray Train, in every worker.
+    """Train until the last step or until asked to stop: in every worker of Ray Train, or in the driver's
+    process if there are none.
 
     Returns:
         ``step`` (updates done), ``stopped`` (why before the last one, or empty) and the state of ``meter``.
 
     Raises:
-        MaskMillError: ``training_failed``, ``training_failed``, ``checkpoint_damaged``,
-        ``output_not_shared``,
-            and those of samples and task.
+        MaskMillError: ``training_failed``, ``checkpoint_damaged``, ``output_not_shared``, and those of
+            samples and task.
     """
-    import ray.train
-    import ray.train.torch
+    rank, world, device = 0, 1, torch.device("cpu")
+    if job.compute.workers:
+        import ray.train
+        import ray.train.torch
 
-    context = ray.train.get_context()
-    in_process = job.compute.workers == 0
-    device = torch.device("cpu")
-    if job.compute.gpu:
-        device = (
-            torch.device("cuda", torch.cuda.current_device()) if in_process else ray.train.torch.get_device()
-        )
+        context = ray.train.get_context()
+        rank, world = context.get_world_rank(), context.get_world_size()
+        device = ray.train.torch.get_device() if job.compute.gpu else device
+    elif job.compute.gpu:
+        device = torch.device("cuda", torch.cuda.current_device())
     with _process_settings(job, device):
         try:
-            return _Worker(job, context.get_world_rank(), context.get_world_size(), device).run()
+            return _Worker(job, rank, world, device).run()
         except torch.OutOfMemoryError as error:
             raise FailedWork(
                 "training_failed",
@@ -115,7 +114,7 @@ class _Worker:
             module = synchronise_batchnorm(module)
         self.bare = module
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.optimizer = _optimizer(self.parameters, settings)
+        self.optimizer = make_optimizer(self.parameters, settings)
         self.scaler = torch.amp.GradScaler(device.type) if settings.precision == "fp16" else None
         self.module: nn.Module = module
         rng.seed_all(settings.seed, rank + 1)
@@ -157,9 +156,9 @@ class _Worker:
             rank=self.rank,
             world_size=self.world,
             loaders=self.job.compute.loaders,
+            pin_memory=self.device.type == "cuda",
+            notice=lambda text: self.job.board.tell("note", text),
         )
-        if self.device.type == "cuda":
-            data = _pinned(data)
         first, noticed, asked_at = self.step, False, time.monotonic()
         with contextlib.closing(data):
             while True:
@@ -198,7 +197,7 @@ class _Worker:
                 notice = False
                 if self.ask:
                     self.ask, asked_at = False, time.monotonic()
-                    notice = _notice() and not noticed
+                    notice = self._node_goes() and not noticed
                     noticed |= notice
                 if due or self.stop or notice:
                     self._settle(all_of_them=True)
@@ -262,6 +261,14 @@ class _Worker:
             self.stop |= figures.stop
             self.ask |= figures.ask
 
+    def _node_goes(self) -> bool:
+        """Whether a node of ours will soon be taken away. A barrier: all workers ask, or none."""
+        if not self.job.compute.workers:
+            return False
+        import ray.train
+
+        return ray.train.get_preemption_info() is not None
+
     def _checkpoint(self) -> None:
         task = self.task.state_dict()
         states: list[Any] = [None] * self.world
@@ -288,8 +295,6 @@ class _Worker:
         self.store.prune(self.step, self.settings.keep)
 
     def _resume(self) -> None:
-        from ray.train.collective import broadcast_from_rank_zero
-
         if not self.store.sees(self.job.fingerprint):
             raise WrongUse(
                 "output_not_shared",
@@ -301,6 +306,8 @@ class _Worker:
             found = self.store.newest(self.job.fingerprint, lambda text: self.job.board.tell("note", text))
         step = found.step if found else 0
         if self.world > 1:
+            from ray.train.collective import broadcast_from_rank_zero
+
             step = broadcast_from_rank_zero(step)
         if self.rank and step:
             found = self.store.read(step, self.job.fingerprint)
@@ -322,20 +329,6 @@ class _Worker:
             rng.restore(states[self.rank])
         else:
             rng.seed_all(self.settings.seed, self.rank + 1, self.step)
-
-
-def _pinned(data: Generator[dict[str, Tensor], None, None]) -> Generator[dict[str, Tensor], None, None]:
-    """Batches in memory from which a GPU copies while it computes; one is prepared ahead."""
-
-    def prepare() -> dict[str, Tensor] | None:
-        batch = next(data, None)
-        return batch and {name: column.pin_memory() for name, column in batch.items()}
-
-    with contextlib.closing(data), ThreadPoolExecutor(1, "pinning") as pool:
-        upcoming = pool.submit(prepare)
-        while batch := upcoming.result():
-            upcoming = pool.submit(prepare)
-            yield batch
 
 
 class _StopWatch:
@@ -366,24 +359,6 @@ class _StopWatch:
         self._over.set()
         if self._thread:
             self._thread.join()
-
-
-def _notice() -> bool:
-    """Whether a node of ours is about to be taken away. A barrier: all workers ask, or none."""
-    import ray.train
-
-    return ray.train.get_preemption_info() is not None
-
-
-def _optimizer(parameters: list[nn.Parameter], settings: LoopSettings) -> torch.optim.Optimizer:
-    if settings.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(
-        parameters,
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from pipeline.training.clipseg.data import SourceSettings, open_source, seen_ids
 from pipeline.training.clipseg.recipes import ABLATIONS, CLIPSEG_RECIPES
 from pipeline.training.clipseg.sources.benchmarks import training_classes
 from pipeline.training.clipseg.triplets import OBJECT
-from pipeline.training.loop.schedule import learning_rate
+from pipeline.training.loop.optimisation import learning_rate
 from tests.pipeline.training.samples.test_table import SEED, SIZE, make, teacher_of
 
 PAPER = [name for name in CLIPSEG_RECIPES.recipes if name.startswith("clipseg-")]

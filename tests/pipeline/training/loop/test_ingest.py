@@ -1,21 +1,23 @@
-"""The sequence of training samples through a real Ray, on which every logical CPU is taken."""
+"""The sequence of training samples through real loader processes."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -32,27 +34,6 @@ from pipeline.training.samples.table import TableSamples, open_table_samples
 
 ROOT = Path(__file__).resolve().parents[4]
 SEED = 5
-
-
-@pytest.fixture(scope="module")
-def session() -> Iterator[None]:
-    """A Ray whose two CPUs belong to training workers: loading must go on all the same."""
-    ray = pytest.importorskip("ray")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_BACKEND_LOG_LEVEL", "fatal")
-        patch.setenv("RAY_ADDRESS", "")
-        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        worker = ray.remote(num_cpus=2)(Worker).remote()
-        ray.get(worker.ready.remote())
-        yield
-        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-        ray.shutdown()
-
-
-class Worker:
-    def ready(self) -> bool:
-        return True
 
 
 @dataclass(frozen=True)
@@ -140,10 +121,10 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> TableSamples:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "stop", "rank", "world", "loaders"),
-    [(0, 9, 0, 1, 2), (0, 9, 1, 2, 1), (0, 9, 2, 4, 3), (4, 9, 0, 2, 2)],
+    [(0, 9, 0, 1, 2), (4, 9, 2, 4, 1)],
 )
 def test_position_decides_whatever_workers_loaders_and_restarts(
-    session: None, table: TableSamples, start: int, stop: int, rank: int, world: int, loaders: int
+    table: TableSamples, start: int, stop: int, rank: int, world: int, loaders: int
 ) -> None:
     """All shares are those of one reference, so they are those of each other."""
     found = ingest.batches(
@@ -154,17 +135,7 @@ def test_position_decides_whatever_workers_loaders_and_restarts(
 
 
 @pytest.mark.slow
-def test_long_runs_are_cut_into_legs(session: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ingest, "_BLOCK_SAMPLES", 3)  # less than a share: batches are put together
-    monkeypatch.setattr(ingest, "_LEG_BLOCKS", 6)
-    monkeypatch.setattr(ingest, "_LEG_LEAD", 2)
-    samples = Numbers(10)
-    found = list(ingest.batches(samples, seed=SEED, start_step=1, stop_step=9, batch_size=4, loaders=2))
-    assert_is_share(found, samples, 1, 9, 4, 0, 1)
-
-
-@pytest.mark.slow
-def test_failed_samples_are_blank_and_counted(session: None) -> None:
+def test_failed_samples_are_blank_and_counted() -> None:
     samples = Numbers(8, failing=(2, 5))
     found = list(
         ingest.batches(
@@ -186,7 +157,6 @@ def test_failed_samples_are_blank_and_counted(session: None) -> None:
     assert (values[failed] == 0).all() and (values[~failed] > 0).all()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "error", "text"),
     [
@@ -196,57 +166,127 @@ def test_failed_samples_are_blank_and_counted(session: None) -> None:
         ("shape", TypeError, "blank"),
     ],
 )
-def test_what_goes_wrong_is_told_as_it_is(
-    session: None, wrong: str, error: type[Exception], text: str
-) -> None:
-    samples = Numbers(2, failing=(1,), wrong=wrong)
+def test_what_goes_wrong_is_told_as_it_is(wrong: str, error: type[Exception], text: str) -> None:
+    loading = ingest.Loading(Numbers(2, failing=(1,), wrong=wrong), 0)
+    failures = ingest.Failures(0.2, 20)
     with pytest.raises(error) as caught:
-        list(
-            ingest.batches(
-                samples, seed=0, start_step=0, stop_step=50, batch_size=2, loaders=1, max_failure_rate=0.2,
-                failure_window=20,
-            )
-        )  # fmt: skip
+        for position in range(10):
+            found, _, failure = loading[position, position % 2]
+            failures.add([found], [failure])
     assert text in str(caught.value)
     if isinstance(caught.value, MaskMillError):
         assert caught.value.code == "training_failed" and "5 of the last" in str(caught.value)
 
 
-@pytest.mark.slow
-def test_a_slow_consumer_is_not_overrun(
-    session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Memory is bounded, the waiting costs no processor, and closing ends it; nobody's settings change."""
-    import ray
+def started(folder: Path) -> int:
+    """How many samples were begun to be loaded."""
+    return len(os.listdir(folder))
 
-    before = ray.data.DataContext.get_current().copy()
-    monkeypatch.setattr(ingest, "_BLOCK_SAMPLES", 2)
-    samples = Numbers(1000, size=100_000, folder=str(tmp_path))
+
+@pytest.mark.slow
+def test_a_slow_consumer_is_not_overrun(tmp_path: Path) -> None:
+    """Loaders stop when two batches each are waiting, and end when nobody wants the others."""
+    samples = Numbers(1000, size=1000, folder=str(tmp_path))
     found = ingest.batches(samples, seed=0, start_step=0, stop_step=1000, batch_size=2, loaders=2)
     for _ in range(3):
         next(found)
-    loaded = -1
-    while len(os.listdir(tmp_path)) != loaded:  # loaders take their time where others are busy
-        loaded = len(os.listdir(tmp_path))
-        time.sleep(2)
-    busy = time.process_time()
-    time.sleep(1.5)
-    busy = time.process_time() - busy
-    assert len(os.listdir(tmp_path)) == loaded  # it has come to rest
-    # In blocks: three taken, one being made up into a batch and one ahead of it, the pipeline's own eight,
-    # and what two loaders had begun before it was full.
-    assert loaded / 2 <= 3 + 2 + 8 + 4
-    assert busy < 0.75  # a loop without pauses takes all of 1.5 s
-    began = time.monotonic()
+    expected = 2 * (3 + 2 * 2)  # what was taken, and what is waiting
+    deadline = time.monotonic() + 60
+    while started(tmp_path) < expected and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert started(tmp_path) == expected
     found.close()
-    assert time.monotonic() - began < 20
-    after = ray.data.DataContext.get_current()
-    assert after.execution_options.preserve_order == before.execution_options.preserve_order
-    assert after.custom_execution_callback_classes == before.custom_execution_callback_classes
+    assert not [process for process in psutil.Process().children() if is_loader(process)]
+
+
+def is_loader(process: psutil.Process) -> bool:
+    return "spawn_main" in " ".join(process.cmdline())
 
 
 @pytest.mark.slow
-def test_a_short_run_of_nothing_but_failures_fails(session: None) -> None:
+def test_large_batches_wait_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One loader with one batch where a second would be too much; and without shared memory."""
+    monkeypatch.setattr(ingest, "AHEAD_BYTES", 20_000)
+    monkeypatch.setattr(ingest, "free_shared_memory", lambda: 1000)
+    samples = Numbers(1000, size=1000)
+    found = ingest.batches(samples, seed=SEED, start_step=0, stop_step=3, batch_size=2, loaders=8)
+    first = next(found)
+    assert len([process for process in psutil.Process().children() if is_loader(process)]) == 1
+    assert_is_share([first, *found], samples, 0, 3, 2, 0, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_killed_loader_is_replaced_and_three_are_too_many(tmp_path: Path, times: int) -> None:
+    samples = Suicidal(8, folder=str(tmp_path), times=times)
+    notices: list[str] = []
+    found = ingest.batches(
+        samples, seed=SEED, start_step=0, stop_step=6, batch_size=4, loaders=1, notice=notices.append
+    )
+    if times == 1:
+        assert_is_share(list(found), Numbers(8), 0, 6, 4, 0, 1)
+        assert len(notices) == 1 and "died" in notices[0]
+    else:
+        with pytest.raises(MaskMillError, match="died 3 times") as caught:
+            list(found)
+        assert caught.value.code == "training_failed" and len(notices) == 2
+
+
+@dataclass(frozen=True)
+class Suicidal(Numbers):
+    """Kills the process that loads sample 5, so many times."""
+
+    times: int = 1
+
+    def load(self, index: int, rng: np.random.Generator) -> Sample:
+        marks = Path(self.folder)
+        if index == 5 and started(marks) < self.times:
+            (marks / f"{time.monotonic_ns()}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Numbers(self.count, self.size).load(index, rng)
+
+
+ORPHANED = """
+import sys, time
+from tests.pipeline.training.loop.test_ingest import Numbers
+from pipeline.training.loop import ingest
+found = ingest.batches(Numbers(9), seed=0, start_step=0, stop_step=9999, batch_size=2, loaders=1)
+next(found)
+print("loading", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_loaders_survive_ctrl_c_and_end_with_their_worker() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", ORPHANED],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as worker:
+        assert worker.stdout is not None and worker.stdout.readline()
+        (loader,) = filter(is_loader, psutil.Process(worker.pid).children())
+        loader.send_signal(signal.SIGINT)
+        with pytest.raises(psutil.TimeoutExpired):
+            loader.wait(0.5)
+        worker.kill()
+    psutil.wait_procs([loader], 60)
+    assert not loader.is_running()
+
+
+def test_training_s_random_numbers_are_left_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    list(ingest.batches(Numbers(4), seed=0, start_step=0, stop_step=1, batch_size=2, loaders=1))
+    assert torch.rand(1) == expected
+
+
+@pytest.mark.slow
+def test_a_short_run_of_nothing_but_failures_fails() -> None:
     samples = Numbers(4, failing=(0, 1, 2, 3))
     found = ingest.batches(samples, seed=0, start_step=0, stop_step=2, batch_size=2, loaders=1)
     assert next(found)["failed"].all()  # far below the limit of 1000 samples
@@ -254,54 +294,35 @@ def test_a_short_run_of_nothing_but_failures_fails(session: None) -> None:
         next(found)
 
 
-# --- without Ray ---
+# --- without loaders ---
 
 
-@given(st.integers(0, 60), st.integers(1, 40), st.integers(1, 12), st.integers(0, 3))
-def test_indices_follow_the_epochs(start: int, length: int, count: int, seed: int) -> None:
+@given(st.integers(0, 9), st.integers(1, 30), st.sampled_from([1, 2, 3, 6]), st.integers(1, 12))
+def test_shares_follow_the_epochs(start: int, steps: int, world: int, count: int) -> None:
+    """The ranks' shares of each step, one after the other, are the sequence of all epochs."""
     samples = Numbers(count)
-    positions = np.arange(start, start + length, dtype=np.int64)
-    found = ingest._Sequence(samples, seed)(positions)
-    order = np.concatenate([samples.order(epoch, seed) for epoch in range(110)])
-    assert found.tolist() == order[positions].tolist()
-
-
-@given(st.integers(1, 10**9), st.integers(1, 200))
-def test_blocks_are_small_and_fit_batches(sample_bytes: int, share: int) -> None:
-    size = ingest._block_samples(sample_bytes, share)
-    assert 1 <= size <= 64 and (size == 1 or size * sample_bytes <= 32 << 20)
-    assert size % share == 0 or size <= share
-    if size < share:  # parts of a share are about equal: no last one of a single sample
-        assert -(-share // size) * size - share < -(-share // size)
-
-
-@given(st.integers(0, 9), st.integers(1, 30), st.sampled_from([1, 2, 3, 6]), st.integers(1, 7))
-def test_legs_hold_every_position_of_a_rank_once(start: int, steps: int, world: int, size: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ingest, "_LEG_BLOCKS", 3)
-        share = 6 // world
-        seen: list[int] = []
-        for rank in range(world):
-            legs = list(ingest._legs(Numbers(5), 0, start, start + steps, 6, share, rank, size))
-            blocks = [block for leg in legs for block in leg]
-            own = np.concatenate([block.positions for block in blocks]).tolist()
-            assert own == sorted(own) and all(0 <= p % 6 - rank * share < share for p in own)
-            assert all(len(leg) <= 3 + share for leg in legs)
-            assert all(sum(len(block.positions) for block in leg) % share == 0 for leg in legs)
-            seen += own
-    assert sorted(seen) == list(range(6 * start, 6 * (start + steps)))
+    order = np.concatenate([samples.order(epoch, SEED) for epoch in range(250)]).tolist()
+    shares = [
+        ingest.shares_of(
+            samples, seed=SEED, start_step=start, stop_step=start + steps, batch_size=6, rank=rank,
+            world_size=world,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    keys = [key for step in zip(*shares, strict=True) for share in step for key in share]
+    assert keys == [(position, order[position]) for position in range(6 * start, 6 * (start + steps))]
 
 
 def test_failures_are_counted_in_a_window() -> None:
-    bad = ingest._pickled(MaskMillError("not_found", "gone", "x"))
-    failures = ingest._Failures(0.2, 10)
+    bad = ingest.pickled_error(MaskMillError("not_found", "gone", "x"))
+    failures = ingest.Failures(0.2, 10)
     for _ in range(30):
         failures.add(range(5), [bad, b"", b"", b"", b""])  # always 2 of the latest 10
     failures.end()
     with pytest.raises(MaskMillError) as caught:
         failures.add([150, 151], [bad, bad])  # the first takes the place of one that failed as well
     assert caught.value.code == "training_failed" and "gone" in str(caught.value)
-    few = ingest._Failures(0.2, 1000)
+    few = ingest.Failures(0.2, 1000)
     few.add(range(3), [bad] * 3)
     with pytest.raises(MaskMillError):
         few.end()  # far below the limit of the window, but all there is
@@ -312,7 +333,7 @@ def test_errors_that_cannot_be_pickled_keep_their_words() -> None:
         pass
 
     with pytest.raises(RuntimeError, match="Local: the disk is on fire"):
-        ingest._Failures(0.1, 10).add([0], [ingest._pickled(Local("the disk is on fire"))])
+        ingest.Failures(0.1, 10).add([0], [ingest.pickled_error(Local("the disk is on fire"))])
 
 
 @pytest.mark.parametrize(
@@ -331,12 +352,5 @@ def test_wrong_options(options: dict[str, Any], code: str) -> None:
 
 def test_no_samples() -> None:
     with pytest.raises(MaskMillError) as caught:
-        ingest._Sequence(Numbers(0), 0)
+        next(ingest.batches(Numbers(0), seed=0, start_step=0, stop_step=1, batch_size=1))
     assert caught.value.code == "training_data_empty"
-
-
-def test_loaders_do_not_load_torch() -> None:
-    modules = "pipeline.training.loop.ingest, pipeline.training.samples.table"
-    code = f"import sys, {modules}; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from models.errors import MaskMillError
-from pipeline.training.loop.schedule import learning_rate
+from pipeline.training.loop.optimisation import learning_rate
 from pipeline.training.loop.settings import LoopSettings
 
 

@@ -1,10 +1,30 @@
-"""The learning rate of each update, as a pure function: a run that goes on needs no state for it."""
+"""The optimiser, and the learning rate of each update.
+
+The rate is a pure function of the step, so a run that resumes needs no state for it. To add an optimiser or a
+schedule: name it in ``LoopSettings.optimizer`` or ``LoopSettings.schedule``, and add a branch here.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
 
 from pipeline.training.loop.settings import LoopSettings
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], settings: LoopSettings) -> torch.optim.Optimizer:
+    """The optimiser that the settings name; the loop sets its rate before each update."""
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(
+        parameters,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
 
 
 def learning_rate(step: int, settings: LoopSettings) -> float:
