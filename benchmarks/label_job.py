@@ -235,8 +235,7 @@ def _network_pixels(photos: list[Path]):
     settings = RECIPES["maskclip"].images
     for photo in photos:
         pixels = images.decode(photo.read_bytes())
-        size = images.target_size(*pixels.shape[:2], scale=settings.scale, keep_ratio=settings.keep_ratio)
-        yield images.resize(pixels, size, method=settings.resize)
+        yield images.fit(pixels, settings)
 
 
 def naive_script(photos: list[Path], model: str, output: Path) -> float:

@@ -7,8 +7,6 @@ driver, which only waits, need never import it.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
 import pickle
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,8 +15,7 @@ from typing import Any
 
 from jobs.apart import POSSIBLE, Apart
 from models.errors import WrongUse
-from pipeline.cluster.collector import without_collection
-from pipeline.labelling.prepare import labeller_module, prepare_labeller
+from pipeline.labelling.prepare import prepare_labeller
 from pipeline.labelling.recipes import LabelRecipe
 from pipeline.ontology.ontology import Ontology
 
@@ -70,13 +67,6 @@ def prepare(request: Request) -> Iterator[Settled | bytes]:
         weights than
             the table's.
     """
-    with without_collection():
-        importlib.import_module(labeller_module(request.recipe))
-    from models.device import best_device, native_precision
-
-    precision = request.precision
-    if precision == "auto":
-        precision = native_precision(best_device())
 
     def same_weights(fingerprint: str) -> None:
         if request.fingerprint not in (None, fingerprint):
@@ -88,12 +78,9 @@ def prepare(request: Request) -> Iterator[Settled | bytes]:
             )
 
     prepared = prepare_labeller(
-        request.recipe, request.ontology, precision=precision, check_weights=same_weights
+        request.recipe, request.ontology, precision=request.precision, check_weights=same_weights
     )
-    make = functools.partial(prepared.make, precision=precision)
-    yield Settled(pickle.dumps(make), prepared.embed is not None, prepared.weights, precision)
-    if prepared.embed is not None:
-        yield pickle.dumps(prepared.embed())
+    yield Settled(pickle.dumps(prepared.build), False, prepared.weights, prepared.precision)
 
 
 @contextlib.contextmanager

@@ -22,14 +22,14 @@ from jobs.console import LOG_EVERY_S, duration, stderr_console
 from jobs.options import Repeated
 from models.errors import WrongUse
 from pipeline.corpus.manifest import build_manifest
-from pipeline.files.images import MAX_PIXELS, ImageError, decode, fetch
+from pipeline.files.images import MAX_PIXELS, ImageError, decode, fetch, target_size
 from pipeline.labelling.clipseg.model import THRESHOLD, VISUAL_PROMPT, ClipSegWeights
 from pipeline.labelling.clipseg.options import PREFIXES, RELEASED, Prefix
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from models.clipseg.decoder import ClipSeg
+    from pipeline.labelling.clipseg.prompting import Finder
 
 SCHEMA_VERSION = 1
 RESULT_FILE = "results.json"
@@ -151,30 +151,31 @@ def segment(job: Segment, console: Console | None = None) -> int:
         dict.fromkeys(uri for source in job.images for uri in build_manifest(source)["uri"].to_pylist())
     )
     weights = ClipSegWeights(job.weights, job.clip, job.extract_layers)
-    size, example_size = (
-        given or trained for given, trained in zip((job.size, job.example_size), weights.sizes(), strict=True)
-    )
-    prompts = _prompts(job, example_size)
     folder = Path(job.output)
     earlier = _earlier_files(folder, overwrite=job.overwrite)
 
-    from models.device import DTYPES, best_device, native_precision
-    from pipeline.labelling.clipseg.prompting import embed_prompts
+    from pipeline.labelling.clipseg.prompting import Finder
 
+    finder = Finder(
+        weights,
+        precision=job.precision,
+        size=job.size,
+        keep_ratio=job.keep_ratio,
+        example_size=job.example_size,
+        visual_prompt=job.style,
+    )
+    prompts = _prompts(job, finder)
     began = time.monotonic()
-    device = best_device()
-    precision = native_precision(device) if job.precision == "auto" else job.precision
     beneath = weights.beneath()
     toy = " (a toy: it knows the toy world only)" if beneath and beneath[0] == "toyclip" else ""
     _say(console, f"{_count(uris, 'image')}, {_count(prompts, 'prompt')}, {job.weights}{toy} → {folder}")
     with console.status("reading the weights"):
-        model = weights.load(device=device, dtype=DTYPES[precision])
-        conditionals = embed_prompts(
-            model,
+        conditionals = finder.embed(
             [(one.text, one.shown) for one in prompts],
             PREFIXES[job.prefix],
             text_weight=job.text_weight or 0.0,
         )
+        model = finder.model
     _remove(earlier, folder)  # only now, when weights and examples are known to be there
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
@@ -184,16 +185,16 @@ def segment(job: Segment, console: Console | None = None) -> int:
             "clip": model.clip.name,
             "extract_layers": list(model.decoder.extract_layers),
             "fingerprint": model.fingerprint,
-            "precision": precision,
-            "device": device.type,
+            "precision": finder.precision,
+            "device": model.clip.device.type,
         },
         "settings": {
-            "size": size,
+            "size": finder.size,
             "keep_ratio": job.keep_ratio,
             "prefix": job.prefix,
             "text_weight": job.text_weight,
             "visual_prompt": job.style,
-            "example_size": example_size,
+            "example_size": finder.example_size,
         },
         "prompts": [
             {
@@ -211,9 +212,7 @@ def segment(job: Segment, console: Console | None = None) -> int:
     try:
         with _progress(console, len(uris)) as report:
             for done, uri in enumerate(uris, start=1):
-                record["images"].append(
-                    _segment(job, size, model, conditionals, prompts, uri, folder, names[uri])
-                )
+                record["images"].append(_segment(job, finder, conditionals, prompts, uri, folder, names[uri]))
                 report(done)
     finally:  # what is there when a run is stopped is known, and can be overwritten
         status = Counter(entry["status"] for entry in record["images"])
@@ -272,17 +271,15 @@ def _check(job: Segment) -> None:
             raise WrongUse("wrong_use", message, remedy)
 
 
-def _prompts(job: Segment, example_size: int) -> list[Prompt]:
-    """The questions, texts before examples; the examples are read here, before weights are waited for."""
-    from pipeline.labelling.clipseg.prompting import parse_style, read_picture, visual_prompt_of
+def _prompts(job: Segment, finder: Finder) -> list[Prompt]:
+    """The questions, texts before examples; reads the examples, before anything waits for weights."""
+    from pipeline.labelling.clipseg.prompting import read_picture
 
-    style = parse_style(job.style, example_size)
     masks = [None if mask == NO_MASK else mask for mask in job.prompt_masks] or [None] * len(
         job.prompt_images
     )
     shown = [
-        visual_prompt_of(read_picture(image, mask), style, example_size)
-        for image, mask in zip(job.prompt_images, masks, strict=True)
+        finder.show(read_picture(image, mask)) for image, mask in zip(job.prompt_images, masks, strict=True)
     ]
     asked: list[tuple[str | None, int | None]]
     if job.text_weight is not None:
@@ -314,8 +311,7 @@ def _prompts(job: Segment, example_size: int) -> list[Prompt]:
 
 def _segment(
     job: Segment,
-    size: int,
-    model: ClipSeg,
+    finder: Finder,
     conditionals: Tensor,
     prompts: Sequence[Prompt],
     uri: str,
@@ -323,8 +319,7 @@ def _segment(
     name: str,
 ) -> dict[str, Any]:
     """Ask all prompts of an image, write its files, and say what was found."""
-    from pipeline.labelling.clipseg.labeller import stretched
-    from pipeline.labelling.clipseg.prompting import probability_maps, shown_pixels
+    from pipeline.labelling.clipseg.prompting import shown_pixels
     from pipeline.report.pictures import Found, heat_map, overlay_mask, overview
 
     entry: dict[str, Any] = {"uri": uri}
@@ -333,12 +328,12 @@ def _segment(
     except ImageError as error:
         return entry | {"status": error.code, "error": error.message}
     height, width = image.shape[:2]
-    probabilities = probability_maps(model, image, conditionals, size=size, keep_ratio=job.keep_ratio)
+    sizes = finder.images
     here = folder / name
     here.mkdir(parents=True, exist_ok=True)
     found, results = [], []
-    for number, (prompt, probability) in enumerate(zip(prompts, probabilities, strict=True), start=1):
-        p = stretched(probability[None], (height, width))[0].clamp(0, 1).cpu().numpy()
+    maps = finder.find(image, conditionals, (height, width))
+    for number, (prompt, p) in enumerate(zip(prompts, maps, strict=True), start=1):
         mask = p >= prompt.threshold
         level = np.rint(p * 255).astype(np.uint8)
         files = {
@@ -376,7 +371,7 @@ def _segment(
         "status": "ok",
         "height": height,
         "width": width,
-        "network_size": list(probabilities.shape[1:]),
+        "network_size": list(target_size(height, width, scale=sizes.scale, keep_ratio=sizes.keep_ratio)),
         "overview": sheet,
         "prompts": results,
     }

@@ -18,13 +18,13 @@ from jobs.options import Repeated
 from models.errors import WrongUse
 from pipeline.labelling.clipseg.model import THRESHOLD, ClipSegWeights
 from pipeline.labelling.recipes import LabelRecipe, load_recipe
-from pipeline.ontology.ontology import default_background, load_ontology
+from pipeline.ontology.ontology import Ontology, default_background, load_ontology
 from pipeline.serving.limits import Limits, is_loopback
-from pipeline.serving.models import Entry, ModelInfo, ModelRegistry
+from pipeline.serving.registry import Entry, ModelInfo, ModelRegistry
 from pipeline.trained.clipseg import is_trained
 
 if TYPE_CHECKING:
-    from pipeline.serving.models import ServedModel
+    from pipeline.serving.registry import ServedModel
 
 PORT = 7860
 DEFAULT_MODELS = ("toy",)
@@ -154,31 +154,24 @@ def entry(spec: str, *, clip: str | None = None) -> Entry:
 def _teacher(name: str, recipe: LabelRecipe) -> Entry:
     toy = recipe.model == "toyclip"
     name = name or recipe.name
-    ontology = load_ontology("toyworld") if toy else None
-    context = ontology.names if ontology is not None else tuple(default_background())
+    toyworld = load_ontology("toyworld")
+    words = toyworld.names if toy else default_background()
+    context: dict[str, Any] = {"name": "context", "classes": list(words)}
+    if toy:
+        context["templates"] = toyworld.templates
     info = ModelInfo(
         name=name,
         kind="teacher",
         title=f"MaskCLIP, no training: {recipe.model}",
         notice=_notice(name, recipe.model, recipe.pretrained),
-        suggestions=ontology.names if ontology is not None else (),
-        context=context,
+        suggestions=words if toy else (),
+        context=words,
     )
 
     def load() -> ServedModel:
-        from models.device import best_device, native_precision
-        from pipeline.serving.served import Teacher
+        from pipeline.serving.served import load_teacher
 
-        precision = recipe.precision if recipe.precision != "auto" else native_precision(best_device())
-        return Teacher(
-            model=recipe.model,
-            pretrained=recipe.pretrained,
-            settings=recipe.maskclip,
-            templates=ontology.templates if ontology is not None else "openai85",
-            sizes=recipe.images,
-            precision=precision,
-            warm=context,
-        )
+        return load_teacher(recipe, Ontology.from_dict(context))
 
     return Entry(info, load)
 
@@ -200,10 +193,9 @@ def _student(name: str, source: str) -> Entry:
     )
 
     def load() -> ServedModel:
-        from models.device import best_device, native_precision
-        from pipeline.serving.served import Student
+        from pipeline.serving.served import load_student
 
-        return Student(record, precision=native_precision(best_device()))
+        return load_student(source)
 
     return Entry(info, load)
 
@@ -222,10 +214,10 @@ def _clipseg(name: str, source: str, clip: str | None) -> Entry:
     )
 
     def load() -> ServedModel:
-        from models.device import best_device, native_precision
-        from pipeline.serving.served import PromptModel
+        from pipeline.labelling.clipseg.prompting import Finder
+        from pipeline.serving.served import load_clipseg
 
-        return PromptModel(weights, precision=native_precision(best_device()))
+        return load_clipseg(Finder(weights))
 
     return Entry(info, load)
 

@@ -104,13 +104,13 @@ def draw_concepts(
 
 def _read(model: MaskClip, image: np.ndarray, recipe: LabelRecipe) -> tuple[np.ndarray, np.ndarray]:
     """Label map (H, W), and the confidence (C, h, w) of every class on the grid."""
-    height, width = image.shape[:2]
-    size = images.target_size(height, width, scale=recipe.images.scale, keep_ratio=recipe.images.keep_ratio)
-    resized = images.resize(image, size, method=recipe.images.resize)
+    resized = images.fit(image, recipe.images)
     pixels = torch.from_numpy(np.ascontiguousarray(resized)).permute(2, 0, 1)[None]
     scores = model.grid_scores(pixels.to(model.clip.device))[0]
     temperature = model.confidence_temperature
-    labels, _ = label_map(scores, network_size=size, image_size=(height, width), temperature=temperature)
+    labels, _ = label_map(
+        scores, network_size=resized.shape[:2], image_size=image.shape[:2], temperature=temperature
+    )
     if temperature:
         shares = (scores * temperature).softmax(0)
     else:

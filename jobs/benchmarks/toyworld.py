@@ -140,7 +140,7 @@ def measure(condition: Condition, seeds: Sequence[int], scenes: int) -> dict[str
             if condition.corruption:
                 image = corrupt(image, *condition.corruption, seed=index)
             size = (image.shape[0], image.shape[1])
-            prediction = labeller.label([_network_image(image, recipe.images)], [size])[0]
+            prediction = labeller.label([images.fit(image, recipe.images)], [size])[0]
             total = total + SegmentationStatistics.of(
                 truth,
                 prediction.labels,
@@ -165,11 +165,6 @@ def _use_one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
-
-
-def _network_image(image: np.ndarray, settings: images.ImageSettings) -> np.ndarray:
-    size = images.target_size(*image.shape[:2], scale=settings.scale, keep_ratio=settings.keep_ratio)
-    return images.resize(image, size, method=settings.resize)
 
 
 def heads(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -315,6 +315,21 @@ def resize(
     raise ValueError(f"unknown method {method!r}: opencv or antialias")
 
 
+def fit(image: NDArray[np.uint8], settings: ImageSettings) -> NDArray[np.uint8]:
+    """The image at the size at which the network sees it.
+
+    Args:
+        image: uint8 (H, W, 3).
+        settings: scale, ratio and method; decoding and corruption are not repeated here.
+
+    Returns:
+        uint8 (Hn, Wn, 3), C-contiguous; ``image`` itself if it fits already.
+    """
+    height, width = image.shape[:2]
+    size = target_size(height, width, scale=settings.scale, keep_ratio=settings.keep_ratio)
+    return resize(image, size, method=settings.resize)
+
+
 def use_one_thread() -> None:
     """Make OpenCV use the calling thread only, in the whole process.
 

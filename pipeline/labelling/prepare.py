@@ -1,6 +1,7 @@
 """From a recipe and an ontology to a Labeller: weights found, class names embedded, settings checked.
 
-One function for each kind of Labeller; ``prepare_labeller`` chooses by what the recipe calls its model.
+One function for each kind of Labeller; ``prepare_labeller`` chooses by what the recipe calls its model. For a
+new kind see ``pipeline.labelling.labeller``.
 """
 
 from __future__ import annotations
@@ -8,93 +9,164 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from models.errors import MaskMillError, WrongUse
 from pipeline.files.storage import canonical_uri
-from pipeline.labelling.clipseg.prepare import changed_maskclip, refuse_examples
+from pipeline.labelling.clipseg.options import RELEASED
+from pipeline.labelling.labeller import LabellerSettings, PreparedLabeller
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe, parse_settings
 from pipeline.ontology.ontology import Ontology
 
 if TYPE_CHECKING:
+    import torch
+
+    from models.clip.loading import Clip
     from models.clip.text import TextClassifier
     from models.clip.weights import WeightSource
-    from pipeline.labelling.labeller import Labeller
-    from pipeline.labelling.maskclip import Words
     from pipeline.trained.student import StudentRecord
 
+CLIPSEG = "clipseg"
+"""What a recipe's ``model`` says for CLIPSeg; its ``pretrained`` names the weights."""
+
 CheckWeights = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class PreparedLabeller:
-    """A Labeller that any process can build.
-
-    Attributes:
-        make: builds it; picklable. Takes ``precision`` and, on a CPU, ``threads``; and ``words``, a function
-            that gives what ``embed`` does and may wait for it, unless that is None.
-        weights: model, the word that chose the weights, and their fingerprint; of a student also ``text``,
-            the CLIP (with the same three) that its class names are embedded by.
-        embed: embeds the class names, which takes seconds unless they are in the cache; raises as
-            ``models.clip.text.build_text_classifier``.
-    """
-
-    make: Callable[..., Labeller]
-    weights: dict[str, Any]
-    embed: Callable[[], Words] | None = None
-
-    def build(self, **settings: Any) -> Labeller:
-        """The Labeller, in this process.
-
-        Args:
-            settings: of ``make``, without ``words``.
-
-        Raises:
-            MaskMillError: as ``make`` and ``embed`` do.
-        """
-        return self.make(**settings) if self.embed is None else self.make(**settings, words=self.embed)
 
 
 def prepare_labeller(
     recipe: LabelRecipe,
     ontology: Ontology,
     *,
-    precision: str = "auto",
+    precision: str | None = None,
     check_weights: CheckWeights = lambda _fingerprint: None,
 ) -> PreparedLabeller:
-    """Find the weights, and read those that preparing needs, so that mistakes show early.
+    """Find the weights and embed the class names, so that mistakes show before workers start.
 
     Args:
         recipe: which model, and how its scores are read. The model is a student if it is a path or URI of a
             student's folder, CLIPSeg if it is ``clipseg``, and otherwise a CLIP that labels as MaskCLIP.
         ontology: the classes.
-        precision: of the run that it is for; ``auto`` if that is yet to be decided.
+        precision: overrides the recipe's; ``auto`` is what this machine computes natively.
         check_weights: is given the fingerprint before the class names are embedded; may raise.
 
     Raises:
-        MaskMillError: see ``models.clip.weights.find_weights``, ``models.clip.loading.load_source`` and
-            ``pipeline.trained.student.read_student_record``; ``recipe_invalid`` for settings that the model
-            has no use for, ``classes_differ`` for classes that it cannot take.
+        MaskMillError: ``recipe_invalid`` for settings that the model has no use for, ``classes_differ`` for
+            classes that it cannot take; as ``models.clip.weights.find_weights``,
+            ``models.clip.loading.load_source``, ``models.clip.text.build_text_classifier`` and
+            ``pipeline.trained.student.read_student_record``.
     """
-    if recipe.model == "clipseg":
-        return _clipseg(recipe, ontology, precision, check_weights)
-    refuse_examples(ontology, recipe.model)
-    if _names_student(recipe.model):
-        return _student(recipe, ontology, precision, check_weights)
-    return _maskclip(recipe, ontology, precision, check_weights)
+    from models.device import best_device, native_precision
+
+    precision = precision or recipe.precision
+    thresholds = ontology.thresholds(default=recipe.min_confidence)
+    settings = LabellerSettings(
+        num_classes=ontology.num_classes,
+        ignore_index=ontology.ignore_index,
+        thresholds=() if thresholds is None else tuple(thresholds.tolist()),
+        precision=native_precision(best_device()) if precision == "auto" else precision,
+        batch_size=recipe.batch_size,
+    )
+    if recipe.model == CLIPSEG:
+        prepare = _prepare_clipseg
+    else:
+        _refuse_examples(ontology, recipe.model)
+        prepare = _prepare_student if _names_student(recipe.model) else _prepare_maskclip
+    return prepare(recipe, ontology, settings, check_weights)
 
 
-def labeller_module(recipe: LabelRecipe) -> str:
-    """Where the Labeller of ``prepare_labeller`` is: what takes a process seconds to import.
+def _prepare_maskclip(
+    recipe: LabelRecipe, ontology: Ontology, settings: LabellerSettings, check_weights: CheckWeights
+) -> PreparedLabeller:
+    """The training-free teacher: a CLIP by name."""
+    from models.clip.weights import find_weights
+    from pipeline.labelling.maskclip import MaskClipLabeller
 
-    Raises:
-        MaskMillError: as ``pipeline.trained.student.is_student``.
-    """
-    if recipe.model == "clipseg":
-        return "pipeline.labelling.clipseg.labeller"
-    return "pipeline.labelling.student" if _names_student(recipe.model) else "pipeline.labelling.maskclip"
+    source = find_weights(recipe.model, recipe.pretrained)
+    check_weights(source.fingerprint)
+    make = functools.partial(
+        MaskClipLabeller,
+        model=recipe.model,
+        pretrained=recipe.pretrained,
+        text=embed_names(source, ontology, settings.precision),
+        reading=recipe.maskclip,
+    )
+    weights = {"model": recipe.model, "pretrained": recipe.pretrained, "fingerprint": source.fingerprint}
+    return PreparedLabeller(make, settings, weights)
+
+
+def _prepare_student(
+    recipe: LabelRecipe, ontology: Ontology, settings: LabellerSettings, check_weights: CheckWeights
+) -> PreparedLabeller:
+    """A trained student: its own classes as it was trained, any others through its CLIP's text tower."""
+    from pipeline.labelling.student import StudentLabeller
+    from pipeline.trained.student import read_student_record, read_student_weights
+
+    record = read_student_record(recipe.model)
+    useless = _changed_maskclip(recipe)
+    if recipe.pretrained not in (None, LabelRecipe().pretrained):
+        useless.append("pretrained")
+    if useless:
+        raise WrongUse(
+            "recipe_invalid",
+            f"{', '.join(useless)} of recipe {recipe.name!r} mean nothing to a student ({recipe.model}).",
+            "Leave them out; of a student's recipe, sizes, precision and thresholds can be changed.",
+        )
+    check_weights(record.fingerprint)
+    read_student_weights(record)  # a damaged file is better found here than by every worker
+    text = None
+    if not _same_words(record.ontology, ontology):
+        text = embed_names(student_text_source(record), ontology, record.text["precision"])
+    make = functools.partial(StudentLabeller, uri=record.uri, fingerprint=record.fingerprint, text=text)
+    weights = {
+        "model": f"student:{record.uri}",
+        "pretrained": None,
+        "fingerprint": record.fingerprint,
+        "text": {name: record.text[name] for name in ("model", "pretrained", "fingerprint")},
+    }
+    return PreparedLabeller(make, settings, weights)
+
+
+def _prepare_clipseg(
+    recipe: LabelRecipe, ontology: Ontology, settings: LabellerSettings, check_weights: CheckWeights
+) -> PreparedLabeller:
+    """CLIPSeg: each class is asked for by its words or by examples, which are embedded in fp32."""
+    import torch
+
+    from models.clip.text import TextClassifier
+    from models.device import best_device
+    from pipeline.labelling.clipseg.labeller import ClipSegLabeller, resolution_of
+    from pipeline.labelling.clipseg.model import ClipSegWeights
+    from pipeline.labelling.clipseg.prompting import class_conditionals, parse_style
+
+    options = recipe.clipseg
+    useless = _changed_maskclip(recipe)
+    if useless:
+        raise WrongUse(
+            "recipe_invalid",
+            f"CLIPSeg has no {', '.join(useless)}.",
+            "Start from --recipe clipseg, and leave these settings out.",
+        )
+    limits = settings.thresholds or (0.0,) * settings.num_classes
+    resolution = resolution_of(ontology, options, limits)
+    parse_style(options.visual_prompt)
+    weights = ClipSegWeights(recipe.pretrained or RELEASED, options.clip, options.extract_layers)
+    model = weights.load(device=best_device())
+    check_weights(model.fingerprint)
+    prompts = [
+        class_conditionals(model, ontology, class_id, options).cpu() for class_id in resolution.class_ids
+    ]
+    rows = torch.arange(len(prompts)).repeat_interleave(torch.tensor([len(rows) for rows in prompts]))
+    make = functools.partial(
+        ClipSegLabeller,
+        weights=weights,
+        text=TextClassifier(torch.cat(prompts), rows, len(prompts)),
+        resolution=resolution,
+    )
+    described = {"model": recipe.model, "pretrained": weights.weights, "fingerprint": model.fingerprint}
+    return PreparedLabeller(make, settings, described)
+
+
+# --- recipes of what was trained ----------------------------------------------------------------------------
 
 
 def student_recipe(uri: str, settings: Sequence[str] = ()) -> tuple[LabelRecipe, Ontology]:
@@ -138,6 +210,9 @@ def clipseg_recipe(uri: str, settings: Sequence[str] = ()) -> LabelRecipe:
     return change_recipe(recipe, parse_settings(settings))
 
 
+# --- what a model can take ----------------------------------------------------------------------------------
+
+
 def _names_student(model: str) -> bool:
     from pipeline.trained.student import is_student
 
@@ -145,85 +220,20 @@ def _names_student(model: str) -> bool:
     return "://" in model or (os.sep in model and Path(model).is_dir()) or is_student(model)
 
 
-def _maskclip(
-    recipe: LabelRecipe, ontology: Ontology, precision: str, check_weights: CheckWeights
-) -> PreparedLabeller:
-    """The training-free teacher: a CLIP by name."""
-    from models.clip.weights import find_weights
-    from pipeline.labelling.maskclip import MaskClipLabeller, Words
-
-    source = find_weights(recipe.model, recipe.pretrained)
-    check_weights(source.fingerprint)
-    embed_text = _text_embedder(source, ontology, precision)
-
-    def embed() -> Words:
-        text = embed_text()
-        return Words(text.embeddings.cpu().numpy(), text.class_ids.cpu().numpy())
-
-    make = functools.partial(
-        MaskClipLabeller,
-        model=recipe.model,
-        pretrained=recipe.pretrained,
-        num_classes=ontology.num_classes,
-        thresholds=_thresholds(recipe, ontology),
-        settings=recipe.maskclip,
-        batch_size=recipe.batch_size,
-        ignore_index=ontology.ignore_index,
-    )
-    weights = {"model": recipe.model, "pretrained": recipe.pretrained, "fingerprint": source.fingerprint}
-    return PreparedLabeller(make, weights, embed)
+def _changed_maskclip(recipe: LabelRecipe) -> list[str]:
+    """Settings of MaskCLIP that a recipe for another model sets, expecting an effect."""
+    usual, changed = LabelRecipe().effective(), recipe.effective()
+    return [name for name in usual if name.startswith("maskclip.") and changed[name] != usual[name]]
 
 
-def _student(
-    recipe: LabelRecipe, ontology: Ontology, _precision: str, check_weights: CheckWeights
-) -> PreparedLabeller:
-    """A trained student: its own classes as it was trained, any others through its CLIP's text tower."""
-    from pipeline.labelling.student import StudentLabeller
-    from pipeline.trained.student import read_student_record, read_student_weights
-
-    record = read_student_record(recipe.model)
-    _refuse_settings(recipe)
-    check_weights(record.fingerprint)
-    read_student_weights(record)  # a damaged file is better found here than by every worker
-    text = None if _same_words(record.ontology, ontology) else _other_words(record, ontology)
-    make = functools.partial(
-        StudentLabeller,
-        uri=record.uri,
-        fingerprint=record.fingerprint,
-        embeddings=None if text is None else text.embeddings.cpu().numpy(),
-        class_ids=None if text is None else text.class_ids.cpu().numpy(),
-        thresholds=_thresholds(recipe, ontology),
-        batch_size=recipe.batch_size,
-        ignore_index=ontology.ignore_index,
-    )
-    weights = {
-        "model": f"student:{record.uri}",
-        "pretrained": None,
-        "fingerprint": record.fingerprint,
-        "text": {name: record.text[name] for name in ("model", "pretrained", "fingerprint")},
-    }
-    return PreparedLabeller(make, weights)
-
-
-def _clipseg(
-    recipe: LabelRecipe, ontology: Ontology, _precision: str, check_weights: CheckWeights
-) -> PreparedLabeller:
-    """CLIPSeg: every class is asked for by its words or by examples."""
-    from pipeline.labelling.clipseg.prepare import prepare_clipseg
-
-    return prepare_clipseg(recipe, ontology, recipe.clipseg, check_weights=check_weights)
-
-
-def _refuse_settings(recipe: LabelRecipe) -> None:
-    """Settings without effect are mistakes: whoever set them expects one."""
-    useless = changed_maskclip(recipe)
-    if recipe.pretrained not in (None, LabelRecipe().pretrained):
-        useless.append("pretrained")
-    if useless:
+def _refuse_examples(ontology: Ontology, model: str) -> None:
+    """MaskCLIP and students read names only."""
+    shown = [name for name, given in zip(ontology.names, ontology.examples(), strict=True) if given]
+    if shown:
         raise WrongUse(
-            "recipe_invalid",
-            f"{', '.join(useless)} of recipe {recipe.name!r} mean nothing to a student ({recipe.model}).",
-            "Leave them out; of a student's recipe, sizes, precision and thresholds can be changed.",
+            "model_unsupported",
+            f"{model} reads class names only, and the ontology gives examples for {', '.join(shown[:5])}.",
+            "Label with CLIPSeg (--recipe clipseg), or take the examples out of the ontology.",
         )
 
 
@@ -232,8 +242,16 @@ def _same_words(own: Ontology, other: Ontology) -> bool:
     return (own.prompts(), own.merges(), own.templates) == (other.prompts(), other.merges(), other.templates)
 
 
-def _other_words(record: StudentRecord, ontology: Ontology) -> TextClassifier:
-    """The classifier of classes that the student was not trained for."""
+# --- class names --------------------------------------------------------------------------------------------
+
+
+def student_text_source(record: StudentRecord) -> WeightSource:
+    """The CLIP that embeds classes that a student was not trained for.
+
+    Raises:
+        MaskMillError: ``classes_differ`` for a student that takes no other classes, ``weights_differ`` if
+            only other weights of that CLIP are here; as ``models.clip.weights.find_weights``.
+    """
     from models.clip.weights import find_weights
 
     own = f"Or label with its own classes: {', '.join(record.ontology.names[:8])}"
@@ -259,7 +277,7 @@ def _other_words(record: StudentRecord, ontology: Ontology) -> TextClassifier:
             f"was trained with ({record.text['fingerprint'][:12]}): its features mean nothing to them.",
             f"Put the same weights in place. {own}",
         )
-    return embed_names(source, ontology, record.text["precision"])
+    return source
 
 
 def embed_names(source: WeightSource, ontology: Ontology, precision: str) -> TextClassifier:
@@ -268,39 +286,46 @@ def embed_names(source: WeightSource, ontology: Ontology, precision: str) -> Tex
     Args:
         source: the CLIP.
         ontology: the classes.
-        precision: of the run that it is for; ``auto`` if that is yet to be decided.
+        precision: of the run, or ``auto``.
 
     Raises:
-        MaskMillError: see ``models.clip.loading.load_source`` and ``models.clip.text.build_text_classifier``.
+        MaskMillError: as ``models.clip.loading.load_source`` and ``models.clip.text.build_text_classifier``.
     """
-    return _text_embedder(source, ontology, precision)()
-
-
-def _text_embedder(source: WeightSource, ontology: Ontology, precision: str) -> Callable[[], TextClassifier]:
-    """``embed_names`` in two steps: the text tower is read now, unless the cache has the answer."""
-    from models.clip.loading import load_source
     from models.clip.text import build_text_classifier, cached_text_classifier
+
+    text = cached_text_classifier(
+        source.fingerprint,
+        ontology.prompts(),
+        templates=ontology.templates,
+        merge=ontology.merges(),
+        cache_dir=cache_dir(),
+        dtype=text_dtype(precision),
+    )
+    if text is not None:
+        return text
+    return build_text_classifier(
+        load_text_tower(source, precision),
+        ontology.prompts(),
+        templates=ontology.templates,
+        merge=ontology.merges(),
+        cache_dir=cache_dir(),
+    )
+
+
+def load_text_tower(source: WeightSource, precision: str) -> Clip:
+    """The text tower of a CLIP, ready to embed words for a run of this precision."""
+    from models.clip.loading import load_source
+    from models.device import best_device
+
+    return load_source(source, device=best_device(), dtype=text_dtype(precision), towers="text")
+
+
+def text_dtype(precision: str) -> torch.dtype:
+    """What text towers compute in: as asked for, or fp32 where this machine would have to emulate that."""
     from models.device import DTYPES, best_device, native_precision
 
-    device = best_device()
-    # With the arithmetic that is asked for, unless this machine would have to emulate it.
-    native = native_precision(device)
-    dtype = DTYPES[native if precision in ("auto", native) else "fp32"]
-    words: dict[str, Any] = {
-        "templates": ontology.templates,
-        "merge": ontology.merges(),
-        "cache_dir": cache_dir(),
-    }
-    text = cached_text_classifier(source.fingerprint, ontology.prompts(), **words, dtype=dtype)
-    if text is not None:
-        return lambda: text
-    clip = load_source(source, device=device, dtype=dtype, towers="text")
-    return lambda: build_text_classifier(clip, ontology.prompts(), **words)
-
-
-def _thresholds(recipe: LabelRecipe, ontology: Ontology) -> list[float]:
-    thresholds = ontology.thresholds(default=recipe.min_confidence)
-    return [0.0] * ontology.num_classes if thresholds is None else thresholds.tolist()
+    native = native_precision(best_device())
+    return DTYPES[native if precision in ("auto", native) else "fp32"]
 
 
 def cache_dir() -> Path:

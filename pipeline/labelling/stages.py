@@ -20,7 +20,7 @@ import pyarrow as pa
 from models.errors import FailedWork
 from pipeline.files import corruptions, images
 from pipeline.files.images import ImageSettings
-from pipeline.labelling.labeller import Labeller, Prediction
+from pipeline.labelling.labeller import Labeller, Prediction, label_dtype
 from pipeline.table import labels
 
 _T = TypeVar("_T")
@@ -87,15 +87,14 @@ class Decode:
             name, level = corruptions.parse(settings.corruption)
             image = corruptions.corrupt(image, name, level, seed=row_id % 2**64)  # ids are signed
         height, width = image.shape[:2]
-        network = images.target_size(height, width, scale=settings.scale, keep_ratio=settings.keep_ratio)
-        resized = images.resize(image, network, method=settings.resize)
+        resized = images.fit(image, settings)
         return row | {
             "status": "ok",
             "height": height,
             "width": width,
             "pixels": np.ascontiguousarray(resized).tobytes(),
-            "network_height": network[0],
-            "network_width": network[1],
+            "network_height": resized.shape[0],
+            "network_width": resized.shape[1],
         }
 
 
@@ -178,8 +177,7 @@ class Encode:
 
     def __init__(self, ignore_index: int, num_classes: int, board: Any) -> None:
         self._ignore_index = ignore_index
-        # As ``models.labelmap.label_map`` chooses.
-        self._dtype = np.uint16 if num_classes > 254 or ignore_index > 255 else np.uint8
+        self._dtype = label_dtype(num_classes)
         self._board = board
 
     def __call__(self, table: pa.Table) -> pa.Table:

@@ -413,27 +413,23 @@ def find_examples(record: StudentRecord, *, labels: str, truth: Dataset | None, 
     Images that cannot be read any more are left out.
     """
     from models.device import best_device, native_precision
+    from pipeline.labelling.labeller import LabellerSettings
     from pipeline.labelling.student import StudentLabeller
 
     true_rows = plan(labels, truth.samples).samples if truth is not None else {}
     teacher = _teacher_ids(labels, record.ontology)
-    labeller = StudentLabeller(
-        uri=record.uri,
-        thresholds=[0.0] * record.ontology.num_classes,
-        precision=native_precision(best_device()),
-        batch_size=1,
+    settings = LabellerSettings(
+        num_classes=record.ontology.num_classes,
         ignore_index=record.ontology.ignore_index,
+        precision=native_precision(best_device()),
     )
+    labeller = StudentLabeller(settings, uri=record.uri)
     found: list[Example] = []
     for row in _chosen_rows(labels):
         sample = true_rows.get(row["id"])
         image = None if truth is not None and sample is None else _image(row, record)
         if image is None:
             continue
-        height, width = image.shape[:2]
-        settings = record.labelling
-        size = images.target_size(height, width, scale=settings.scale, keep_ratio=settings.keep_ratio)
-        seen = images.resize(image, size, method=settings.resize)
         true = None
         if truth is not None and sample is not None:
             ids = class_ids(truth.class_names, record.ontology, truth.ignore_index)
@@ -443,7 +439,7 @@ def find_examples(record: StudentRecord, *, labels: str, truth: Dataset | None, 
                 PurePosixPath(row["uri"]).name,
                 image,
                 _shown(teacher[decode_mask(row["mask"]["bytes"])]),
-                labeller.label([seen], [(height, width)])[0].labels,
+                labeller.label([images.fit(image, record.labelling)], [image.shape[:2]])[0].labels,
                 true,
             )
         )

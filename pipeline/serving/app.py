@@ -39,7 +39,7 @@ from pipeline.files import images
 from pipeline.files.images import ImageError
 from pipeline.ontology.palette import palette
 from pipeline.serving.limits import Gate, Limits, RateLimiter, Refused, bounded, check_host, check_origin
-from pipeline.serving.models import (
+from pipeline.serving.registry import (
     Answer,
     HeatAnswer,
     ImagePrompt,

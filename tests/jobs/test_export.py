@@ -11,7 +11,7 @@ from rich.console import Console
 
 from jobs.export import Export
 from models.errors import MaskMillError
-from pipeline.labelling.student import StudentLabeller
+from pipeline.labelling.prepare import prepare_labeller, student_recipe
 from pipeline.toyworld.scenes import generate
 from pipeline.trained.export import SMALLEST
 from pipeline.trained.student import read_student_record
@@ -39,9 +39,8 @@ def test_a_torch_program_labels_like_the_labeller(tmp_path: Path) -> None:
 
     image = generate(3, 1, 96).images[0]
     logits = program(torch.from_numpy(image).permute(2, 0, 1)[None])[0]
-    (prediction,) = StudentLabeller(
-        uri=record.uri, thresholds=[0.0] * 14, precision="fp32", batch_size=0, ignore_index=255
-    ).label([image], [(96, 96)])
+    labeller = prepare_labeller(*student_recipe(record.uri), precision="fp32").build()
+    (prediction,) = labeller.label([image], [(96, 96)])
     assert (logits.argmax(0).numpy() == prediction.labels).mean() > 0.999
     assert np.abs(255 * logits.softmax(0).amax(0).numpy() - prediction.confidence).max() < 1
     assert len(np.unique(prediction.labels)) > 2

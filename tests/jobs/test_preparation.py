@@ -26,9 +26,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASKMILL_CACHE", str(tmp_path / "cache"))
 
 
-def labels_of(settled: object, words: object) -> np.ndarray:
-    assert isinstance(settled, Settled) and isinstance(words, bytes)
-    labeller = pickle.loads(settled.labeller)(threads=1, words=lambda: pickle.loads(words))
+def labels_of(settled: object) -> np.ndarray:
+    assert isinstance(settled, Settled)
+    labeller = pickle.loads(settled.labeller)(threads=1)
     prediction = labeller.label([generate(3, 1, 64).images[0]], [(64, 64)])[0]
     return prediction.labels
 
@@ -45,11 +45,11 @@ def test_here_and_apart_the_same_is_prepared(tmp_path: Path) -> None:
 
 
 def test_what_is_settled() -> None:
-    settled, _words = prepare(replace(REQUEST, precision="auto"))
-    assert isinstance(settled, Settled) and settled.words_to_come
+    (settled,) = prepare(replace(REQUEST, precision="auto"))
+    assert isinstance(settled, Settled)
     assert settled.precision == native_precision(best_device())
     assert settled.weights["model"] == "toyclip"
-    again, _words = prepare(replace(REQUEST, fingerprint=settled.weights["fingerprint"]))
+    (again,) = prepare(replace(REQUEST, fingerprint=settled.weights["fingerprint"]))
     assert isinstance(again, Settled) and again.weights == settled.weights
 
 

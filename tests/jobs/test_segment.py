@@ -21,7 +21,7 @@ from models.clipseg.visual_prompts import STYLES
 from models.clipseg.weights import save_decoder
 from models.errors import MaskMillError
 from pipeline.labelling.clipseg.options import ClipSegOptions
-from pipeline.labelling.clipseg.prepare import prepare_clipseg
+from pipeline.labelling.prepare import prepare_labeller
 from pipeline.labelling.recipes import LabelRecipe
 from pipeline.ontology.ontology import Ontology
 from pipeline.toyworld.scenes import generate
@@ -170,10 +170,14 @@ def test_the_same_as_the_labeller(data: Path, tmp_path: Path) -> None:
     entry = results(tmp_path / "out")["images"][0]
     inside = pixels(tmp_path / "out" / entry["prompts"][0]["files"]["mask"]) == 255
     recipe = LabelRecipe(
-        name="r", model="clipseg", pretrained=str(data / "toy.safetensors"), min_confidence=0.5
+        name="r",
+        model="clipseg",
+        pretrained=str(data / "toy.safetensors"),
+        min_confidence=0.5,
+        clipseg=ClipSegOptions(clip=TOY),
     )
     ontology = Ontology.from_dict({"name": "n", "classes": ["zebra"], "background": ["none"]})
-    labeller = prepare_clipseg(recipe, ontology, ClipSegOptions(clip=TOY)).make(precision="fp32")
+    labeller = prepare_labeller(recipe, ontology, precision="fp32").build()
     small = np.array(Image.open(entry["uri"]).resize((64, 64), Image.Resampling.BILINEAR))
     (prediction,) = labeller.label([small], [(70, 90)])
     assert 0 < inside.mean() < 1

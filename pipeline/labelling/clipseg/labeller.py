@@ -1,26 +1,28 @@
-"""CLIPSeg as a Labeller: every class is asked for by itself, and one label is made of the answers.
+"""CLIPSeg as a Labeller: each class is asked for separately, and the answers become one label map.
 
-Shapes: B batch, K classes that are asked for, P prompts, E joint embedding; H W the image's own size; Hn Wn
-the network's.
+Shapes: B batch, C classes, K classes that are asked for, P prompts, E joint embedding; H W the image's own
+size; Hn Wn the network's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from models.clip.loading import Activations
-from models.device import DTYPES, best_device
+from models.clip.text import TextClassifier, row_table
+from models.errors import WrongUse
+from pipeline.labelling.base import BaseLabeller
 from pipeline.labelling.clipseg.model import ClipSegWeights
-from pipeline.labelling.clipseg.prompting import check_finite, network_pixels
-from pipeline.labelling.labeller import Prediction
+from pipeline.labelling.clipseg.options import ClipSegOptions
+from pipeline.labelling.clipseg.prompting import check_finite, network_pixels, stretched
+from pipeline.labelling.labeller import LabellerSettings
+from pipeline.ontology.ontology import Ontology
 
-_BAND_BYTES = {"cpu": 16_000_000, "cuda": 256_000_000}
+BAND_BYTES = {"cpu": 16_000_000, "cuda": 256_000_000}
+"""Of probabilities that are resized at a time."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,7 @@ class Resolution:
 
     Attributes:
         class_ids: K ids of the classes, increasing.
-        thresholds: K, in [0, 1].
-        factors: K, above 0; they matter for which is highest, not for thresholds or confidence.
+        factors: K, above 0; they decide which is highest, and do not touch thresholds or confidence.
         none_id: where no class is a candidate: the ignore index, or the id of a background that is defined
             as what is left.
         none_is_a_class: the background that is left. Its confidence is one minus the highest probability;
@@ -42,39 +43,72 @@ class Resolution:
     """
 
     class_ids: tuple[int, ...]
-    thresholds: tuple[float, ...]
     factors: tuple[float, ...]
     none_id: int
     none_is_a_class: bool
 
 
-def resolve(probabilities: Tensor, size: tuple[int, int], how: Resolution, *, wide: bool) -> Prediction:
+def resolution_of(ontology: Ontology, options: ClipSegOptions, thresholds: Sequence[float]) -> Resolution:
+    """Which classes are asked for, and how the answers become one label.
+
+    Args:
+        ontology: the classes.
+        options: what to do about the background.
+        thresholds: C, in [0, 1].
+
+    Raises:
+        MaskMillError: ``recipe_invalid`` where the background is the rest, and thresholds leave no rest.
+    """
+    ids = tuple(range(ontology.num_classes))
+    if ontology.background is None:
+        return Resolution(ids, (1.0,) * len(ids), ontology.ignore_index, False)
+    if options.background == "words":
+        factors = (options.background_factor, *(1.0,) * (len(ids) - 1))
+        return Resolution(ids, factors, ontology.ignore_index, False)
+    boundless = [ontology.names[index] for index in ids[1:] if not thresholds[index]]
+    if boundless:
+        raise WrongUse(
+            "recipe_invalid",
+            f"There can be no background beside {', '.join(boundless[:5])}: without a threshold "
+            f"{'they are' if len(boundless) > 1 else 'it is'} everywhere.",
+            "Set min_confidence (the paper has 0.1 to 0.3) or a threshold for each class; or ask for the "
+            "background by its words: --set clipseg.background=words.",
+        )
+    return Resolution(ids[1:], (1.0,) * (len(ids) - 1), 0, True)
+
+
+def resolve(
+    probabilities: Tensor, size: tuple[int, int], how: Resolution, thresholds: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     """One label per pixel from the probabilities of K classes.
 
-    The probabilities are brought to image size bilinearly (align_corners False) in bands of rows, so that
-    memory does not grow with the image times K.
+    The probabilities are resized bilinearly (align_corners False) in bands of rows, so that memory does not
+    grow with the image times K.
 
     Args:
         probabilities: fp32 (K, Hn, Wn) in [0, 1], on any device.
         size: (H, W).
         how: the rule.
-        wide: whether ids need 16 bits.
+        thresholds: K, in [0, 1].
+
+    Returns:
+        Labels int32 and confidence uint8, both (H, W), on the device of the probabilities.
     """
     device = probabilities.device
     count, height, width = len(probabilities), *size
-    thresholds, factors = (
+    limits, factors = (
         torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
-        for values in (how.thresholds, how.factors)
+        for values in (thresholds, how.factors)
     )
     ids = torch.tensor(how.class_ids, dtype=torch.int32, device=device)
     labels = torch.empty(height, width, dtype=torch.int32, device=device)
     confidence = torch.empty(height, width, dtype=torch.uint8, device=device)
-    rows = max(1, _BAND_BYTES.get(device.type, 16_000_000) // (4 * count * width))
+    rows = max(1, BAND_BYTES.get(device.type, 16_000_000) // (4 * count * width))
     for top in range(0, height, rows):
         bottom = min(height, top + rows)
         p = stretched(probabilities, size, top, bottom)
         score = p * factors
-        best, index = torch.where(p >= thresholds, score, -1.0).max(0)
+        best, index = torch.where(p >= limits, score, -1.0).max(0)
         found = best >= 0
         label = torch.where(found, ids[index], how.none_id)
         highest = score.argmax(0, keepdim=True)
@@ -82,98 +116,57 @@ def resolve(probabilities: Tensor, size: tuple[int, int], how: Resolution, *, wi
         sure = torch.where(found, p.gather(0, index[None])[0], otherwise)
         labels[top:bottom] = label
         confidence[top:bottom] = (sure.clamp(0, 1) * 255).round_()
-    return Prediction(labels.cpu().numpy().astype(np.uint16 if wide else np.uint8), confidence.cpu().numpy())
+    return labels, confidence
 
 
-def stretched(maps: Tensor, size: tuple[int, int], top: int = 0, bottom: int | None = None) -> Tensor:
-    """Rows ``top`` to ``bottom`` of ``F.interpolate(maps, size, bilinear, align_corners=False)``.
-
-    Args:
-        maps: float (K, h, w).
-        size: (H, W) of the whole.
-        top: first row.
-        bottom: one past the last row; None is H.
-
-    Returns:
-        (K, bottom - top, W).
-    """
-    height, width = size
-    source = maps.shape[1]
-    wanted = torch.arange(top, height if bottom is None else bottom, device=maps.device, dtype=torch.float64)
-    position = ((wanted + 0.5) * (source / height) - 0.5).clamp_(min=0)
-    low = position.floor().long().clamp_(max=source - 1)
-    part = (position - low).to(maps.dtype)[:, None]
-    high = (low + 1).clamp_(max=source - 1)
-    between = torch.lerp(maps[:, low], maps[:, high], part)
-    return F.interpolate(between[None], (len(wanted), width), mode="bilinear", align_corners=False)[0]
-
-
-class ClipSegLabeller:
+class ClipSegLabeller(BaseLabeller):
     """CLIPSeg with a list of prompts (arXiv 2112.10003).
 
     Args:
+        settings: of every Labeller.
         weights: which CLIPSeg.
-        conditionals: (P, E) float32, what is asked.
-        rows: (P,) int64, the class each is of as an index into ``resolution.class_ids``; every one occurs.
-            Of several for one class the highest logit counts.
-        resolution: how one label is made.
-        precision: ``fp32``, ``bf16`` or ``fp16``; logits and probabilities are fp32 in any case.
-        batch_size: images whose tower runs together; 0 chooses 1 on a CPU and 8 on a GPU.
-        num_classes: C, background included.
-        ignore_index: id of pixels without a label.
-        threads: CPU threads of each call of ``label``, of which several may run at a time in threads of their
-            own; 0 leaves torch's choice.
+        text: K classes of ``resolution``, not of the ontology; the rows are conditionals and keep their
+            length. Of several rows for one class the highest logit counts.
+        resolution: how the answers become one label.
+
+    Raises:
+        MaskMillError: as ``ClipSegWeights.load``.
     """
+
+    GPU_BATCH = 8
 
     def __init__(
         self,
+        settings: LabellerSettings,
         *,
         weights: ClipSegWeights,
-        conditionals: np.ndarray,
-        rows: np.ndarray,
+        text: TextClassifier,
         resolution: Resolution,
-        precision: str,
-        batch_size: int,
-        num_classes: int,
-        ignore_index: int,
-        threads: int = 0,
     ) -> None:
-        self._threads = threads
-        self.device = best_device()
-        self.batch_size = batch_size or (1 if self.device.type == "cpu" else 8)
-        self._pad_batches = self.device.type != "cpu"
+        super().__init__(settings)
         self._resolution = resolution
-        self._wide = num_classes > 254 or ignore_index > 255  # as the stages that encode the table
-        self._conditionals = torch.from_numpy(conditionals).to(self.device)
-        self._rows = torch.from_numpy(rows).to(self.device)
-        self._model = weights.load(device=self.device, dtype=DTYPES[precision], towers="visual")
+        self._conditionals = text.embeddings.to(self.device)
+        self._row_table = row_table(text).to(self.device)
+        self._model = weights.load(device=self.device, dtype=self.dtype, towers="visual")
 
-    @torch.inference_mode()
-    def label(self, images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
-        """See ``Labeller.label``."""
-        if self._threads:
-            torch.set_num_threads(self._threads)  # holds for the calling thread
-        count = len(images)
-        batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        if self._pad_batches and count < self.batch_size:
-            # One shape for every batch: the same kernels run, so that an image's labels do not depend on
-            # how many others were in its batch. The decoder gets one image at a time anyway.
-            batch = torch.cat([batch, batch[-1:].expand(self.batch_size - count, -1, -1, -1)])
-        activations = self._model.encode_image(network_pixels(batch, self._model))
-        return [
-            resolve(self._probabilities(activations, index), size, self._resolution, wide=self._wide)
-            for index, size in enumerate(sizes)
-        ]
+    def scores(self, images: Tensor) -> Iterator[Tensor]:
+        """Probabilities fp32 (K, Hn, Wn) of each image.
 
-    def _probabilities(self, activations: Activations, index: int) -> Tensor:
-        """fp32 (K, Hn, Wn) of one image of the batch."""
-        layers = tuple(layer[index : index + 1] for layer in activations.layers)
-        logits = self._model.decode(activations._replace(layers=layers), self._conditionals)[0]
-        check_finite(logits)
-        if len(self._rows) > len(self._resolution.class_ids):
-            merged = logits.new_full((len(self._resolution.class_ids), *logits.shape[1:]), -torch.inf)
-            where = self._rows[:, None, None].expand_as(logits)
-            logits = merged.scatter_reduce(0, where, logits, "amax")
-        else:
-            logits = logits[self._rows.argsort()]
-        return logits.float().sigmoid()
+        The tower reads all images together, the decoder one at a time: its memory grows with the prompts.
+        """
+        activations = self._model.encode_image(network_pixels(images, self._model))
+        for index in range(len(images)):
+            layers = tuple(layer[index : index + 1] for layer in activations.layers)
+            logits = self._model.decode(activations._replace(layers=layers), self._conditionals)[0]
+            check_finite(logits)
+            if self._row_table.shape[1] > 1:
+                logits = logits[self._row_table].amax(1)
+            yield logits.float().sigmoid()
+
+    def label_of(
+        self, scores: Tensor, network_size: tuple[int, int], size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """See ``BaseLabeller.label_of``: the rule is ``Resolution``."""
+        limits = self.settings.thresholds or (0.0,) * self.settings.num_classes
+        thresholds = [limits[class_id] for class_id in self._resolution.class_ids]
+        return resolve(scores, size, self._resolution, thresholds)

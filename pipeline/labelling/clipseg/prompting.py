@@ -6,9 +6,9 @@ Shapes: B images, P prompts, E joint embedding, H W pixels, S side of a visual p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.clip.templates import fill
+from models.clip.templates import fill, get_templates
 from models.clipseg.decoder import ClipSeg, mix, normalize
 from models.clipseg.visual_prompts import STYLES, VisualPrompt, visual_prompt
-from models.errors import FailedWork, MaskMillError, WrongUse
+from models.device import DTYPES, best_device, native_precision
+from models.errors import FailedWork, WrongUse
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
-from pipeline.files.images import ImageError, decode, fetch, resize, target_size
+from pipeline.files.images import MAX_PIXELS, ImageError, ImageSettings, decode, fetch, fit
+from pipeline.labelling.clipseg.model import VISUAL_PROMPT, ClipSegWeights
+from pipeline.labelling.clipseg.options import PREFIXES, ClipSegOptions
+from pipeline.ontology.ontology import Ontology
 
 Style = Callable[[Tensor, Tensor], Tensor]
 """Normalised images (B, 3, H, W) and masks (B, H, W) to visual prompts (B, 3, S, S)."""
@@ -56,66 +60,55 @@ def read_picture(image: str, mask: str | None = None) -> Picture:
         mask: of an image of the same size; what is not black is the object.
 
     Raises:
-        MaskMillError: as ``decode_picture``.
+        MaskMillError: ``example_unreadable``; as ``as_picture``.
     """
-    return decode_picture(
-        _fetched(image), None if mask is None else _fetched(mask), names=(image, mask or "")
-    )
+    return as_picture(_read(image), None if mask is None else _read(mask), names=(mask or "", image))
 
 
-def decode_picture(
-    image: bytes, mask: bytes | None = None, *, names: tuple[str, str] = ("given", "given")
+def as_picture(
+    image: NDArray[np.uint8],
+    mask: NDArray[np.uint8] | None = None,
+    *,
+    names: tuple[str, str] = ("of the example", "itself"),
 ) -> Picture:
-    """An example from the bytes of its files.
+    """An example from decoded images.
 
     Args:
-        image: of a picture.
-        mask: of one of the same size; what is not black is the object.
-        names: what to call the two where something is wrong with them.
+        image: uint8 (H, W, 3) RGB.
+        mask: the same; what is not black is the object.
+        names: what to call the mask and the image in messages.
 
     Raises:
-        MaskMillError: ``example_unreadable``; ``mask_invalid`` if the sizes differ; ``mask_invalid``.
+        MaskMillError: ``mask_invalid`` if the sizes differ, or the mask is black.
     """
-    pixels = _decoded(image, names[0])
     if mask is None:
-        return Picture(pixels)
-    inside = np.asarray(_decoded(mask, names[1]).any(axis=2), np.bool_)
-    if inside.shape != pixels.shape[:2]:
-        sizes = [f"{shape[1]} x {shape[0]}" for shape in (inside.shape, pixels.shape)]
+        return Picture(image)
+    inside = np.asarray(mask.any(axis=2), np.bool_)
+    if inside.shape != image.shape[:2]:
+        sizes = [f"{shape[1]} x {shape[0]}" for shape in (inside.shape, image.shape)]
         raise WrongUse(
             "mask_invalid",
-            f"The mask {names[1]} has {sizes[0]} pixels, and its image {names[0]} has {sizes[1]}.",
+            f"The mask {names[0]} has {sizes[0]} pixels, and the example {names[1]} has {sizes[1]}.",
             "Give the mask in the image's size.",
         )
     if not inside.any():
         raise WrongUse(
             "mask_invalid",
-            f"The mask {names[1]} is black everywhere.",
-            "Paint the object in any other colour.",
+            f"The mask {names[0]} is black everywhere.",
+            "Paint the object in any other colour, or leave the mask out.",
         )
-    return Picture(pixels, inside)
+    return Picture(image, inside)
 
 
-def _fetched(path: str) -> bytes:
+def _read(path: str) -> NDArray[np.uint8]:
     try:
-        return fetch(path)
+        return decode(fetch(path))
     except ImageError as error:
-        raise _unreadable(path, error) from error
-
-
-def _decoded(data: bytes, name: str) -> NDArray[np.uint8]:
-    try:
-        return decode(data)
-    except ImageError as error:
-        raise _unreadable(name, error) from error
-
-
-def _unreadable(name: str, error: ImageError) -> MaskMillError:
-    return WrongUse(
-        "example_unreadable",
-        f"The example {name} cannot be read: {error.message} ({error.code}).",
-        "Give a picture such as a JPEG or PNG.",
-    )
+        raise WrongUse(
+            "example_unreadable",
+            f"The example {path} cannot be read: {error.message} ({error.code}).",
+            "Give a picture such as a JPEG or PNG.",
+        ) from error
 
 
 def parse_style(text: str, size: int | None = None) -> Style:
@@ -249,6 +242,38 @@ def embed_prompts(
     return torch.stack(rows)
 
 
+@torch.no_grad()
+def class_conditionals(model: ClipSeg, ontology: Ontology, class_id: int, options: ClipSegOptions) -> Tensor:
+    """The conditionals of a class, fp32 (P, E).
+
+    Without examples there is one prompt per word. With examples there is one per example: the picture's
+    embedding, mixed with the mean embedding of the words (``text_weight``). A class that merges by its mean
+    has one prompt, the mean.
+
+    Raises:
+        MaskMillError: ``prompt_too_long``; as ``read_picture``; ``example_unreadable`` if a picture has
+            changed since the ontology was made.
+    """
+    prefix = options.prefix
+    templates = get_templates(ontology.templates) if prefix == "ontology" else PREFIXES[prefix]
+    examples = ontology.examples()[class_id]
+    for example in examples:
+        example.check_unchanged()
+    embedded = None
+    if not examples or options.text_weight:
+        embedded = embed_words(model, ontology.prompts()[class_id], templates)
+    if examples:
+        style = parse_style(options.visual_prompt, options.example_size)
+        pictures = [read_picture(example.image, example.mask) for example in examples]
+        shown = [visual_prompt_of(picture, style, options.example_size) for picture in pictures]
+        of_pictures = embed_pictures(model, shown)
+        embedded = (
+            of_pictures if embedded is None else mix(embedded.mean(0), of_pictures, options.text_weight)
+        )
+    assert embedded is not None, "a class has a name"
+    return embedded.mean(0, keepdim=True) if ontology.merges()[class_id] == "mean" else embedded
+
+
 # --- images -------------------------------------------------------------------------------------------------
 
 
@@ -271,27 +296,109 @@ def check_finite(logits: Tensor) -> None:
         )
 
 
-@torch.inference_mode()
-def probability_maps(
-    model: ClipSeg, image: NDArray[np.uint8], conditionals: Tensor, *, size: int, keep_ratio: bool = False
-) -> Tensor:
-    """What is where in an image, fp32 (P, h, w) in [0, 1] at network size.
-
-    ``pipeline.labelling.clipseg.labeller.stretched`` brings it to the image's size.
+def stretched(maps: Tensor, size: tuple[int, int], top: int = 0, bottom: int | None = None) -> Tensor:
+    """Rows ``top`` to ``bottom`` of ``F.interpolate(maps, size, bilinear, align_corners=False)``.
 
     Args:
-        model: see there.
-        image: uint8 (H, W, 3) RGB.
-        conditionals: (P, E), what is asked.
-        size: side of the square that the image is squeezed to.
-        keep_ratio: instead its short side becomes ``size``, the long one at most four times that.
+        maps: float (K, h, w).
+        size: (H, W) of the whole.
+        top: first row.
+        bottom: one past the last row; None is H.
+
+    Returns:
+        (K, bottom - top, W).
+    """
+    height, width = size
+    source = maps.shape[1]
+    wanted = torch.arange(top, height if bottom is None else bottom, device=maps.device, dtype=torch.float64)
+    position = ((wanted + 0.5) * (source / height) - 0.5).clamp_(min=0)
+    low = position.floor().long().clamp_(max=source - 1)
+    part = (position - low).to(maps.dtype)[:, None]
+    high = (low + 1).clamp_(max=source - 1)
+    between = torch.lerp(maps[:, low], maps[:, high], part)
+    return F.interpolate(between[None], (len(wanted), width), mode="bilinear", align_corners=False)[0]
+
+
+class Finder:
+    """CLIPSeg asked prompt by prompt: each gets a probability map, for ``segment``, the page and MLflow.
+
+    Args:
+        weights: which CLIPSeg; it is loaded when ``model`` is first used.
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
+        size: side of the square that images are squeezed to; None is that of its training.
+        keep_ratio: instead the short side becomes ``size``, the long one at most four times that.
+        example_size: side of the square that examples are squeezed to; None is that of its training.
+        visual_prompt: what is done to an example with a mask; see ``parse_style``.
 
     Raises:
-        MaskMillError: ``scores_not_finite``.
+        MaskMillError: ``setting_invalid`` for the visual prompt; as ``ClipSegWeights.sizes``.
     """
-    scale = (4 * size, size) if keep_ratio else (size, size)
-    network = target_size(image.shape[0], image.shape[1], scale=scale, keep_ratio=keep_ratio)
-    small = torch.from_numpy(np.array(resize(image, network, method="antialias"))).permute(2, 0, 1)
-    logits = model(network_pixels(small[None], model), conditionals)[0]
-    check_finite(logits)
-    return logits.float().sigmoid()
+
+    def __init__(
+        self,
+        weights: ClipSegWeights,
+        *,
+        precision: str = "auto",
+        size: int | None = None,
+        keep_ratio: bool = False,
+        example_size: int | None = None,
+        visual_prompt: str = VISUAL_PROMPT,
+    ) -> None:
+        self._weights = weights
+        self._device = best_device()
+        self.precision = native_precision(self._device) if precision == "auto" else precision
+        trained, trained_example = weights.sizes()
+        self.size, self.example_size = size or trained, example_size or trained_example
+        self.images = ImageSettings(
+            scale=(4 * self.size if keep_ratio else self.size, self.size),
+            keep_ratio=keep_ratio,
+            resize="antialias",
+            max_pixels=MAX_PIXELS,
+        )
+        self._style = parse_style(visual_prompt, self.example_size)
+
+    @cached_property
+    def model(self) -> ClipSeg:
+        """The model, loaded on first use.
+
+        Raises:
+            MaskMillError: as ``ClipSegWeights.load``.
+        """
+        return self._weights.load(device=self._device, dtype=DTYPES[self.precision])
+
+    def show(self, picture: Picture) -> Tensor:
+        """What CLIP gets to see of an example, fp32 (3, S, S); does not need the model."""
+        return visual_prompt_of(picture, self._style, self.example_size)
+
+    def embed(
+        self,
+        prompts: Sequence[tuple[str | None, Tensor | None]],
+        templates: Sequence[str] = ("{}",),
+        *,
+        text_weight: float = 0.5,
+    ) -> Tensor:
+        """Conditionals (P, E); see ``embed_prompts``."""
+        return embed_prompts(self.model, prompts, templates, text_weight=text_weight)
+
+    @torch.inference_mode()
+    def find(
+        self, image: NDArray[np.uint8], conditionals: Tensor, size: tuple[int, int]
+    ) -> Iterator[NDArray[np.float32]]:
+        """The probability of each prompt at each pixel.
+
+        Args:
+            image: uint8 (h, w, 3) RGB.
+            conditionals: (P, E), of ``embed``.
+            size: (H, W) of the maps.
+
+        Yields:
+            P times fp32 (H, W) in [0, 1].
+
+        Raises:
+            MaskMillError: ``scores_not_finite``.
+        """
+        small = torch.from_numpy(np.array(fit(image, self.images))).permute(2, 0, 1)
+        logits = self.model(network_pixels(small[None], self.model), conditionals)[0]
+        check_finite(logits)
+        for p in logits.float().sigmoid():
+            yield stretched(p[None], size)[0].clamp(0, 1).cpu().numpy()

@@ -1,9 +1,9 @@
 """A trained CLIPSeg as an MLflow model: images and prompts in, masks and probabilities out.
 
 The saved model is complete (``pipeline.serving.flavours.common``), with the CLIP beneath the decoder. One
-row is one question to one image: words, an example picture, or both:
+row asks one question about one image, with words, an example picture, or both:
 
-    model = mlflow.pyfunc.load_model("models:/finder@champion")
+    model = mlflow.pyfunc.load_model("models:/finder@champion", model_config={"paths": True})
     out = model.predict([
         {"image": "street.jpg", "text": "a red car"},
         {"image": "street.jpg", "example": "cup.jpg", "example_mask": "cup.png"},
@@ -11,36 +11,34 @@ row is one question to one image: words, an example picture, or both:
     mask = np.asarray(PIL.Image.open(io.BytesIO(out["mask"][0])))   # 255 where it is, at image size
 
 Rows of the same image share one pass through CLIP. ``mlflow models serve`` takes the same rows as JSON,
-pictures as ``data:`` URIs, and answers with the PNGs in base64. Strings are opened with the rights of the
-process that serves: who may send paths and URIs to it may see the outlines of any image that it can read.
+pictures as ``data:`` URIs, and answers with the PNGs in base64.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 import torch
-from mlflow.pyfunc import PythonModel
 
-from models.clipseg.decoder import ClipSeg
 from models.errors import MaskMillError, WrongUse
 from pipeline.files import images
 from pipeline.files.storage import open_storage
-from pipeline.labelling.clipseg.labeller import stretched
-from pipeline.labelling.clipseg.model import THRESHOLD, VISUAL_PROMPT, ClipSegWeights
-from pipeline.labelling.clipseg.prompting import (
-    decode_picture,
-    embed_prompts,
-    parse_style,
-    probability_maps,
-    visual_prompt_of,
+from pipeline.labelling.clipseg.model import THRESHOLD, ClipSegWeights
+from pipeline.labelling.clipseg.prompting import Finder, as_picture
+from pipeline.serving.flavours.common import (
+    ImageModel,
+    LoggedModel,
+    Row,
+    example_picture,
+    log_model,
+    save_model,
+    told,
 )
-from pipeline.serving.flavours.common import LoggedModel, encoded, example_picture, log_model, save_model
 from pipeline.table.labels import encode_confidence, encode_mask
 from pipeline.trained.clipseg import DECODER_FILE, HUGGING_FACE_FILES, RECORD_FILE, read_clipseg_record
 
@@ -48,139 +46,83 @@ if TYPE_CHECKING:
     from mlflow.models import Model
     from mlflow.tracking import MlflowClient
 
-OUTPUT_COLUMNS = ("mask", "probability", "max_probability", "height", "width", "error")
-_ARTIFACT = "clipseg"
-_TEXT_WEIGHT = 0.5
-_CONFIG = {"precision": "auto", "threads": 0}
 
+class ClipSegModel(ImageModel):
+    """A mask and a probability map for each row.
 
-class ClipSegModel(PythonModel):
-    """What MLflow calls.
-
-    ``model_config`` of ``mlflow.pyfunc.load_model`` may set ``precision`` (``auto``, ``fp32``, ``bf16``,
-    ``fp16``) and ``threads`` (of the CPU; 0 leaves torch's choice).
+    A row needs ``text`` or ``example`` (None, NaN, NA or "" is none). ``example_mask`` is of its example's
+    size, not black on the object; without one the whole example shows it. ``mask``: PNG, 255 where it is and
+    0 elsewhere, at image size; ``probability``: PNG of round(255 p). ``threshold``: least probability of the
+    mask's pixels; ``text_weight``: share of the words where a row has words and an example.
     """
 
-    _model: ClipSeg
-    _size: int
-    _example_size: int
-    _threads: int
+    ARTIFACT = "clipseg"
+    INPUTS = ("text", "example", "example_mask")
+    OUTPUTS: ClassVar = {"mask": "binary", "probability": "binary", "max_probability": "double"}
+    PARAMS: ClassVar = {"threshold": THRESHOLD, "text_weight": 0.5}
 
-    def load_context(self, context: Any) -> None:
-        """Load the model from the artifacts.
+    _finder: Finder
 
-        Raises:
-            MaskMillError: ``setting_invalid``; as ``ClipSegWeights.load``.
-        """
-        from models.device import DTYPES, best_device, native_precision
+    def load(self, folder: str) -> None:
+        """See ``ImageModel.load``."""
+        self._finder = Finder(ClipSegWeights(folder), precision=self.config["precision"])
+        assert self._finder.model is not None, "loaded now"
 
-        config: dict[str, Any] = _CONFIG | dict(context.model_config or {})
-        device = best_device()
-        precision = native_precision(device) if config["precision"] == "auto" else config["precision"]
-        if precision not in DTYPES:
-            raise WrongUse(
-                "setting_invalid",
-                f"model_config: there is no precision {precision!r}.",
-                f"Use auto, {', '.join(DTYPES)}.",
-            )
-        weights = ClipSegWeights(context.artifacts[_ARTIFACT])
-        self._model = weights.load(device=device, dtype=DTYPES[precision])
-        self._size, self._example_size = weights.sizes()
-        self._threads = int(config["threads"])
-
-    def predict(
-        self, context: Any, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None
-    ) -> pd.DataFrame:
-        """Look for what each row asks for in its image.
-
-        Args:
-            context: MLflow's; not used.
-            model_input: column ``image``, and ``text``, ``example`` and ``example_mask``, of which a row
-                needs ``text`` or ``example`` (None, NaN, NA or "" is none). ``text``: words. The pictures are
-                the bytes of a file, or a string: a path or URI, or a ``data:`` URI in base64, as JSON clients
-                need it. ``example_mask`` is of its example's size, not black on the object; without one the
-                whole example shows it.
-            params: ``threshold`` in [0, 1], least probability of the mask's pixels; ``text_weight`` in
-                [0, 1], share of the words where a row has words and an example.
-
-        Returns:
-            One row for each question, in the same order and with the same index: ``mask``, PNG bytes, 255
-            where it is and 0 elsewhere, at image size; ``probability``, PNG bytes of round(255 p);
-            ``max_probability``; ``height`` and ``width`` in pixels after the EXIF orientation is applied;
-            ``error``, None or "code: message", with the others None.
-
-        Raises:
-            MaskMillError: ``threshold_invalid``, ``text_weight_invalid``.
-        """
-        threshold = _share(params, "threshold", THRESHOLD)
-        text_weight = _share(params, "text_weight", _TEXT_WEIGHT)
-        if self._threads:
-            torch.set_num_threads(self._threads)
-        absent = pd.Series([None] * len(model_input), index=model_input.index, dtype=object)
-        cells = {name: list(model_input.get(name, absent)) for name in ("image", *_PROMPT)}
-        rows: list[dict[str, Any]] = [dict.fromkeys(OUTPUT_COLUMNS) for _ in range(len(model_input))]
+    def answer(
+        self, rows: list[Row], cells: Mapping[str, Sequence[Any]], params: Mapping[str, float]
+    ) -> None:
+        """See ``ImageModel.answer``."""
         known: dict[Hashable, torch.Tensor | str] = {}
         for members in _grouped(cells["image"]).values():
             asked = {}
             for index in members:
-                prompt = tuple(cells[name][index] for name in _PROMPT)
+                prompt = [cells[name][index] for name in self.INPUTS]
                 key = tuple(_key(cell, index) for cell in prompt)
                 if key not in known:
-                    known[key] = self._conditional(*prompt, text_weight=text_weight)
+                    known[key] = self._conditional(*prompt, text_weight=params["text_weight"])
                 conditional = known[key]
                 if isinstance(conditional, str):
                     rows[index]["error"] = conditional
                 else:
                     asked[index] = conditional
-            self._answer(cells["image"][members[0]], asked, threshold, rows)
-        table = pd.DataFrame(rows, columns=list(OUTPUT_COLUMNS), index=model_input.index, dtype=object)
-        return table.astype({"height": "Int64", "width": "Int64", "max_probability": "Float64"})
+            if asked:
+                self._find(cells["image"][members[0]], asked, params["threshold"], rows)
 
     def _conditional(self, text: Any, example: Any, mask: Any, *, text_weight: float) -> torch.Tensor | str:
         """(E,), or what is wrong with the prompt."""
         try:
-            if _is_none(text) and _is_none(example):
+            if text is None and example is None:
                 raise WrongUse("prompt_invalid", "there is neither text nor example", "Give one.")
-            if _is_none(example) and not _is_none(mask):
-                raise WrongUse(
-                    "example_unreadable", "there is an example_mask without its example", "Give both."
-                )
+            if example is None and mask is not None:
+                raise WrongUse("prompt_invalid", "there is an example_mask without its example", "Give both.")
             shown = None
-            if not _is_none(example):
-                picture = decode_picture(encoded(example), None if _is_none(mask) else encoded(mask))
-                style = parse_style(VISUAL_PROMPT, self._example_size)
-                shown = visual_prompt_of(picture, style, self._example_size)
-            words = None if _is_none(text) else str(text)
-            return embed_prompts(self._model, [(words, shown)], text_weight=text_weight)[0]
+            if example is not None:
+                picture = as_picture(self.decode(example), None if mask is None else self.decode(mask))
+                shown = self._finder.show(picture)
+            words = None if text is None else str(text)
+            return self._finder.embed([(words, shown)], text_weight=text_weight)[0]
         except (MaskMillError, images.ImageError) as error:
-            return f"{error.code}: {error.message}"
+            return told(error)
 
-    def _answer(
-        self, cell: Any, asked: Mapping[int, torch.Tensor], threshold: float, rows: list[dict[str, Any]]
-    ) -> None:
+    def _find(self, cell: Any, asked: Mapping[int, torch.Tensor], threshold: float, rows: list[Row]) -> None:
         """Fill the rows of one image; those that have an error keep it."""
-        if not asked:
-            return
         try:
-            image = images.decode(encoded(cell))
+            image = self.decode(cell)
         except images.ImageError as error:
             for index in asked:
-                rows[index]["error"] = f"{error.code}: {error.message}"
+                rows[index]["error"] = told(error)
             return
-        height, width = image.shape[:2]
-        maps = probability_maps(self._model, image, torch.stack([*asked.values()]), size=self._size)
-        for index, small in zip(asked, maps, strict=True):
-            p = stretched(small[None], (height, width))[0].clamp(0, 1).cpu().numpy()
+        size = image.shape[0], image.shape[1]
+        for index, p in zip(
+            asked, self._finder.find(image, torch.stack([*asked.values()]), size), strict=True
+        ):
             rows[index] |= {
                 "mask": encode_mask((p >= threshold).astype(np.uint8) * 255),
                 "probability": encode_confidence(np.rint(p * 255).astype(np.uint8)),
                 "max_probability": float(p.max()),
-                "height": height,
-                "width": width,
+                "height": size[0],
+                "width": size[1],
             }
-
-
-_PROMPT = ("text", "example", "example_mask")
 
 
 def save_clipseg_model(folder: str | Path, path: str | Path, *, mlflow_model: Model | None = None) -> None:
@@ -206,7 +148,7 @@ def save_clipseg_model(folder: str | Path, path: str | Path, *, mlflow_model: Mo
         )
     storage = open_storage(folder)
     with tempfile.TemporaryDirectory() as made:
-        files = Path(made, _ARTIFACT)
+        files = Path(made, ClipSegModel.ARTIFACT)
         files.mkdir()
         for name in (RECORD_FILE, DECODER_FILE, *HUGGING_FACE_FILES):
             if storage.exists(name):
@@ -215,9 +157,13 @@ def save_clipseg_model(folder: str | Path, path: str | Path, *, mlflow_model: Mo
             path,
             ClipSegModel,
             files=files,
-            signature=_signature(),
-            example=_example(),
-            config=_CONFIG,
+            example=pd.DataFrame(
+                {
+                    "image": [example_picture()] * 2,
+                    "text": ["something red", ""],
+                    "example": ["", example_picture()],
+                }
+            ),
             described={"clip": record.clip["model"], "decoder_fingerprint": record.fingerprint},
             mlflow_model=mlflow_model,
         )
@@ -236,14 +182,14 @@ def log_clipseg(
     return log_model(
         client,
         lambda path, described: save_clipseg_model(folder, path, mlflow_model=described),
-        name=_ARTIFACT,
+        name=ClipSegModel.ARTIFACT,
         params={"decoder_fingerprint": record.fingerprint, "clip_fingerprint": record.clip["fingerprint"]},
         run_id=run_id,
         register_as=register_as,
     )
 
 
-def _grouped(cells: list[Any]) -> dict[Hashable, list[int]]:
+def _grouped(cells: Sequence[Any]) -> dict[Hashable, list[int]]:
     """Positions of the rows of each image, in order."""
     groups: dict[Hashable, list[int]] = {}
     for index, cell in enumerate(cells):
@@ -252,59 +198,5 @@ def _grouped(cells: list[Any]) -> dict[Hashable, list[int]]:
 
 
 def _key(cell: Any, index: int) -> Hashable:
-    """What is the same where cells are; odd ones are like no other."""
-    if _is_none(cell):
-        return None
-    return (type(cell).__name__, cell) if isinstance(cell, str | bytes) else index
-
-
-def _is_none(cell: Any) -> bool:
-    return bool(pd.isna(cell) or cell == "") if pd.api.types.is_scalar(cell) else False
-
-
-def _share(params: Mapping[str, Any] | None, name: str, default: float) -> float:
-    value = float((params or {}).get(name, default))
-    if not 0 <= value <= 1:
-        raise WrongUse(
-            "setting_invalid", f"{name} {value:g} is not between 0 and 1.", "Give one from 0 to 1."
-        )
-    return value
-
-
-def _signature() -> Any:
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-    from mlflow.types.schema import AnyType
-
-    return ModelSignature(
-        # Bytes or text: MLflow's typed columns hold one kind only.
-        inputs=Schema(
-            [
-                ColSpec(AnyType(), "image"),
-                *(ColSpec(AnyType(), name, required=False) for name in _PROMPT),
-            ]
-        ),
-        outputs=Schema(
-            [
-                ColSpec(DataType.binary, "mask", required=False),
-                ColSpec(DataType.binary, "probability", required=False),
-                ColSpec(DataType.double, "max_probability", required=False),
-                ColSpec(DataType.long, "height", required=False),
-                ColSpec(DataType.long, "width", required=False),
-                ColSpec(DataType.string, "error", required=False),
-            ]
-        ),
-        params=ParamSchema(
-            [
-                ParamSpec("threshold", DataType.double, THRESHOLD),
-                ParamSpec("text_weight", DataType.double, _TEXT_WEIGHT),
-            ]
-        ),
-    )
-
-
-def _example() -> tuple[pd.DataFrame, dict[str, float]]:
-    """One image, asked with words and with a picture, as JSON clients send it, and the parameters."""
-    picture = example_picture()
-    rows = pd.DataFrame({"image": [picture] * 2, "text": ["something red", ""], "example": ["", picture]})
-    return rows, {"threshold": THRESHOLD, "text_weight": _TEXT_WEIGHT}
+    """Equal for equal cells; a cell that is neither text nor bytes equals no other."""
+    return (type(cell).__name__, cell) if cell is None or isinstance(cell, str | bytes) else index

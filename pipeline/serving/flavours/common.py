@@ -1,26 +1,37 @@
-"""What our models have in common in MLflow: a folder that is complete, and a place in a run and the registry.
+"""What our MLflow models share: rows of images in, rows of results out, a folder that is complete.
 
 A saved model holds its files as artifacts, the code of ``models`` and ``pipeline``, and the names of the
 packages that they need; the model itself is a file of code ("models from code"), and nothing in it is
 pickled. It loads without MaskMill installed.
+
+Images are the bytes of a file or, for JSON clients, a ``data:`` URI in base64. Paths and other URIs would be
+opened with the rights of the process that serves, so they are refused unless whoever loads the model asks for
+them: ``mlflow.pyfunc.load_model(uri, model_config={"paths": True})``. Errors never quote what a file holds.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import io
 import tempfile
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlflow
 import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
+import torch
 from mlflow.pyfunc import PythonModel
+from numpy.typing import NDArray
+from PIL import Image
 
-from models.errors import WrongUse
+from models.device import DTYPES
+from models.errors import MaskMillError, WrongUse
 from pipeline.files import images
 
 if TYPE_CHECKING:
@@ -45,6 +56,178 @@ REQUIREMENTS = (
     "torchvision",
 )
 """Distributions that the saved code imports."""
+
+
+Row = dict[str, Any]
+
+
+class ImageModel(PythonModel):
+    """What MLflow calls: rows with an image in, one row of results for each out.
+
+    ``model_config`` of ``mlflow.pyfunc.load_model`` may set ``precision`` (``auto``, ``fp32``, ``bf16``,
+    ``fp16``), ``threads`` (of the CPU; 0 leaves torch's choice) and ``paths`` (whether strings may name files
+    and objects); a subclass may have more in ``CONFIG``.
+
+    Attributes:
+        ARTIFACT: name of the folder with the model's files.
+        INPUTS: columns beside ``image``; a row may leave them out.
+        OUTPUTS: columns that the subclass fills, by the name of their MLflow type. ``height`` and ``width``
+            of the upright image in pixels, and ``error``, None or "code: message", follow.
+        PARAMS: numbers in [0, 1] that ``predict`` takes, and their defaults.
+    """
+
+    ARTIFACT: ClassVar[str]
+    CONFIG: ClassVar[dict[str, Any]] = {"precision": "auto", "threads": 0, "paths": False}
+    INPUTS: ClassVar[tuple[str, ...]] = ()
+    OUTPUTS: ClassVar[dict[str, str]]
+    PARAMS: ClassVar[dict[str, float]]
+
+    config: dict[str, Any]
+
+    @abstractmethod
+    def load(self, folder: str) -> None:
+        """Load the model from its files, as ``self.config`` says."""
+
+    @abstractmethod
+    def answer(
+        self, rows: list[Row], cells: Mapping[str, Sequence[Any]], params: Mapping[str, float]
+    ) -> None:
+        """Fill the results.
+
+        Args:
+            rows: one for each row of the input, with every output column; a row with an error has no others.
+            cells: input columns; what a client left out is None.
+            params: see ``PARAMS``.
+        """
+
+    @classmethod
+    def columns(cls) -> dict[str, str]:
+        """All output columns and their MLflow types."""
+        return {**cls.OUTPUTS, "height": "long", "width": "long", "error": "string"}
+
+    def load_context(self, context: Any) -> None:
+        """Load the model from the artifacts.
+
+        Raises:
+            MaskMillError: ``setting_invalid``; as ``load``.
+        """
+        self.config = self.CONFIG | dict(context.model_config or {})
+        if self.config["precision"] not in ("auto", *DTYPES):
+            raise WrongUse(
+                "setting_invalid",
+                f"model_config: there is no precision {self.config['precision']!r}.",
+                f"Use auto, {', '.join(DTYPES)}.",
+            )
+        self.load(context.artifacts[self.ARTIFACT])
+
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: Mapping[str, Any] | None = None
+    ) -> pd.DataFrame:
+        """Answer each row.
+
+        Args:
+            context: MLflow's; not used.
+            model_input: column ``image`` and those of ``INPUTS``.
+            params: see ``PARAMS``.
+
+        Returns:
+            One row for each, in the same order and with the same index, with ``columns``.
+
+        Raises:
+            MaskMillError: ``setting_invalid`` for a parameter.
+        """
+        given = {name: _share(name, (params or {}).get(name, usual)) for name, usual in self.PARAMS.items()}
+        if self.config["threads"]:
+            torch.set_num_threads(int(self.config["threads"]))
+        absent = pd.Series([None] * len(model_input), index=model_input.index, dtype=object)
+        cells = {
+            name: [None if _is_none(cell) else cell for cell in model_input.get(name, absent)]
+            for name in ("image", *self.INPUTS)
+        }
+        columns = self.columns()
+        rows: list[Row] = [dict.fromkeys(columns) for _ in range(len(model_input))]
+        self.answer(rows, cells, given)
+        table = pd.DataFrame(rows, columns=list(columns), index=model_input.index, dtype=object)
+        numbers = {"long": "Int64", "double": "Float64"}
+        return table.astype({name: numbers[kind] for name, kind in columns.items() if kind in numbers})
+
+    def decode(self, cell: Any, *, max_pixels: int = images.MAX_PIXELS) -> NDArray[np.uint8]:
+        """The image in a cell, uint8 (H, W, 3).
+
+        Raises:
+            ImageError: with a message that quotes nothing of the file.
+        """
+        data = _encoded(cell, paths=bool(self.config["paths"]))
+        try:
+            return images.decode(data, max_pixels=max_pixels)
+        except images.ImageError as error:
+            raise images.ImageError(error.code, images.ERROR_CODES[error.code]) from None
+
+    @classmethod
+    def signature(cls) -> ModelSignature:
+        """Of ``predict``."""
+        from mlflow.models import ModelSignature
+        from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+        from mlflow.types.schema import AnyType
+
+        return ModelSignature(
+            # Bytes or text: MLflow's typed columns hold one kind only.
+            inputs=Schema(
+                [
+                    ColSpec(AnyType(), "image"),
+                    *(ColSpec(AnyType(), name, required=False) for name in cls.INPUTS),
+                ]
+            ),
+            outputs=Schema(
+                [ColSpec(DataType[kind], name, required=False) for name, kind in cls.columns().items()]
+            ),
+            params=ParamSchema(
+                [ParamSpec(name, DataType.double, usual) for name, usual in cls.PARAMS.items()]
+            ),
+        )
+
+
+def told(error: MaskMillError | images.ImageError) -> str:
+    """An error as the column ``error`` has it."""
+    return f"{error.code}: {error.message}"
+
+
+def _encoded(cell: Any, *, paths: bool) -> bytes:
+    if isinstance(cell, bytes | bytearray | memoryview):
+        return bytes(cell)
+    if not isinstance(cell, str):
+        raise images.ImageError("not_an_image", f"{type(cell).__name__} is neither bytes nor a data: URI")
+    if cell.startswith("data:"):
+        head, _, body = cell.partition(",")
+        try:
+            if not head.endswith(";base64"):
+                raise ValueError("it is not in base64")
+            return base64.b64decode(body, validate=True)
+        except (ValueError, binascii.Error) as error:
+            raise images.ImageError("unreadable", f"data URI: {error}") from error
+    if not paths:
+        raise images.ImageError(
+            "unsupported_uri",
+            "paths and URIs are not opened unless the model is loaded with model_config={'paths': True}; "
+            "send the bytes, or a data: URI in base64",
+        )
+    try:
+        return images.fetch(cell)
+    except images.ImageError as error:
+        raise images.ImageError(error.code, images.ERROR_CODES[error.code]) from None
+
+
+def _is_none(cell: Any) -> bool:
+    return bool(pd.isna(cell) or cell == "") if pd.api.types.is_scalar(cell) else False
+
+
+def _share(name: str, value: Any) -> float:
+    share = float(value)
+    if not 0 <= share <= 1:
+        raise WrongUse(
+            "setting_invalid", f"{name} {share:g} is not between 0 and 1.", "Give one from 0 to 1."
+        )
+    return share
 
 
 @dataclass(frozen=True)
@@ -73,12 +256,10 @@ class LoggedModel:
 
 def save_model(
     path: str | Path,
-    model: type[PythonModel],
+    model: type[ImageModel],
     *,
     files: Path,
-    signature: ModelSignature,
-    example: tuple[Any, Mapping[str, Any]],
-    config: Mapping[str, Any],
+    example: pd.DataFrame,
     described: Mapping[str, Any],
     mlflow_model: Model | None = None,
 ) -> None:
@@ -87,10 +268,8 @@ def save_model(
     Args:
         path: of the folder; must not exist, or be empty.
         model: a class of ``pipeline`` that is made without arguments.
-        files: local folder that becomes the model's artifact, of the same name.
-        signature: of ``predict``.
-        example: an input and its parameters.
-        config: default of ``model_config``.
+        files: local folder that becomes the model's artifact.
+        example: an input.
         described: metadata of the model.
         mlflow_model: MLflow's description that the model is added to; None starts a new one.
 
@@ -105,7 +284,7 @@ def save_model(
         raise WrongUse("output_exists", f"There is something at {path} already.", "Name another path.")
     source = Path(__file__).resolve().parents[3]
     with tempfile.TemporaryDirectory() as made:
-        entry = Path(made, f"{files.name}_model.py")
+        entry = Path(made, f"{model.ARTIFACT}_model.py")
         entry.write_text(
             f"import mlflow\n\nfrom {model.__module__} import {model.__name__}\n\n"
             f"mlflow.models.set_model({model.__name__}())\n"
@@ -113,12 +292,12 @@ def save_model(
         mlflow.pyfunc.save_model(
             path=str(path),
             python_model=str(entry),
-            artifacts={files.name: str(files)},
+            artifacts={model.ARTIFACT: str(files)},
             code_paths=[str(source / "models"), str(source / "pipeline")],
-            signature=signature,
-            input_example=example,
+            signature=model.signature(),
+            input_example=(example, dict(model.PARAMS)),
             pip_requirements=_requirements(),
-            model_config=dict(config),
+            model_config=dict(model.CONFIG),
             metadata=dict(described),
             mlflow_model=mlflow_model,
         )
@@ -193,35 +372,13 @@ def log_model(
     return LoggedModel(logged.model_id, uri, register_as, str(version), alias)
 
 
-def encoded(cell: Any) -> bytes:
-    """The bytes of an image file, from what a row holds: them, a path or URI, or a ``data:`` URI in base64.
-
-    Raises:
-        ImageError: ``not_an_image``, ``unreadable``; as ``pipeline.files.images.fetch``.
-    """
-    if isinstance(cell, bytes | bytearray | memoryview):
-        return bytes(cell)
-    if not isinstance(cell, str):
-        raise images.ImageError("not_an_image", f"{type(cell).__name__} is neither bytes nor an address")
-    if cell.startswith("data:"):
-        head, _, body = cell.partition(",")
-        try:
-            if not head.endswith(";base64"):
-                raise ValueError("it is not in base64")
-            return base64.b64decode(body, validate=True)
-        except (ValueError, binascii.Error) as error:
-            raise images.ImageError("unreadable", f"data URI: {error}") from error
-    return images.fetch(cell)
-
-
 def example_picture() -> str:
     """A small picture as JSON clients send it."""
-    import cv2
-
     ramp = np.linspace(0, 255, 32, dtype=np.uint8)
     picture = np.stack([*np.meshgrid(ramp, ramp), np.full((32, 32), 128, np.uint8)], 2)
-    data = cv2.imencode(".png", picture)[1].tobytes()
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _ensure_registered(client: MlflowClient, name: str) -> None:

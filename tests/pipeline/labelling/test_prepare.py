@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,14 @@ from numpy.testing import assert_equal
 from PIL import Image
 
 from jobs.label import label_images
-from models.clip import loading as clip
 from models.clip.loading import load_clip
 from models.clipseg.decoder import ClipSegConfig, build_clipseg
+from models.device import best_device, native_precision
 from models.errors import MaskMillError
 from pipeline.files.images import ImageSettings
-from pipeline.labelling.clipseg.labeller import ClipSegLabeller
-from pipeline.labelling.maskclip import MaskClipLabeller, Words
-from pipeline.labelling.prepare import clipseg_recipe, labeller_module, prepare_labeller, student_recipe
+from pipeline.labelling.labeller import LabellerSettings
+from pipeline.labelling.maskclip import MaskClipLabeller
+from pipeline.labelling.prepare import clipseg_recipe, prepare_labeller, student_recipe
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
 from pipeline.labelling.student import StudentLabeller
 from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
@@ -36,16 +35,8 @@ OTHERS = parse_classes("zebra, striped animal, sky", background=None, templates=
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("student") / "run"
-    toy_student(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MASKMILL_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+def folder(student_folder: Path) -> Path:
+    return student_folder
 
 
 def edited(folder: Path, target: Path, **changes: Any) -> str:
@@ -77,46 +68,29 @@ def test_the_recipe_of_a_student_names_it_and_its_sizes(
     assert caught.value.code == "recipe_invalid"
 
 
-def test_the_names_may_be_embedded_when_all_else_is_done() -> None:
-    recipe = RECIPES["toy"]
-    prepared = prepare_labeller(recipe, OTHERS)
-    assert prepared.embed is not None
-    asked = []
-
-    def words() -> Words:
-        asked.append(True)
-        assert prepared.embed is not None
-        return prepared.embed()
-
-    early = pickle.loads(pickle.dumps(prepared.make))(precision="fp32", threads=1, words=words)
-    scene, sizes = [generate(3, 1, 64)[0][0]], [(64, 64)]
-    assert asked == [True]
-    late = prepared.build(precision="fp32", threads=1)
-    assert_equal(early.label(scene, sizes)[0].labels, late.label(scene, sizes)[0].labels)
+def test_words_that_are_too_long_show_before_anything_is_built() -> None:
     long = parse_classes("zebra, " + " ".join(["word"] * 60), background=None, templates="toyworld")
     with pytest.raises(MaskMillError) as caught:
-        prepare_labeller(recipe, long).build(precision="fp32")
+        prepare_labeller(RECIPES["toy"], long)
     assert caught.value.code == "prompt_too_long"
 
 
-def test_cached_names_need_no_text_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASKMILL_CACHE", str(tmp_path))
-    first = prepare_labeller(RECIPES["toy"], OTHERS).embed
-    assert first is not None
-    words = first()
-    monkeypatch.setattr(clip, "load_source", None)
-    again = prepare_labeller(RECIPES["toy"], OTHERS).embed
-    assert again is not None
-    assert_equal(again().embeddings, words.embeddings)
-    assert_equal(again().class_ids, words.class_ids)
+def test_cached_names_need_no_text_tower(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = generate(3, 1, 64).images[0]
+    first, again = [], []
+    for found in (first, again):
+        labeller = prepare_labeller(RECIPES["toy"], OTHERS, precision="fp32").build()
+        found.append(labeller.label([image], [(64, 64)])[0].labels)
+        monkeypatch.setattr("pipeline.labelling.prepare.load_text_tower", None)
+    assert_equal(again, first)
 
 
-def test_workers_know_what_to_import_before_the_labeller_is_prepared(folder: Path) -> None:
-    recipe, own = student_recipe(str(folder))
-    assert labeller_module(recipe) == StudentLabeller.__module__
-    assert type(prepare_labeller(recipe, own).build(precision="fp32")) is StudentLabeller
-    assert labeller_module(RECIPES["toy"]) == MaskClipLabeller.__module__
-    assert labeller_module(RECIPES["clipseg"]) == ClipSegLabeller.__module__
+@pytest.mark.parametrize("given", [None, "auto", "fp32", "bf16"])
+def test_the_precision_of_a_run_is_settled(given: str | None) -> None:
+    native = native_precision(best_device())
+    for recipe, usual in ((RECIPES["toy"], native), (RECIPES["toy"].replace(precision="fp16"), "fp16")):
+        prepared = prepare_labeller(recipe, OTHERS, precision=given)
+        assert prepared.precision == {None: usual, "auto": native}.get(given, given)
 
 
 def test_a_student_with_its_own_words_needs_no_clip(folder: Path, tmp_path: Path) -> None:
@@ -139,17 +113,11 @@ def test_a_student_with_its_own_words_needs_no_clip(folder: Path, tmp_path: Path
             "fingerprint": read_student_record(folder).text["fingerprint"],
         },
     }
-    # In another process and working directory.
-    labeller = pickle.loads(pickle.dumps(prepared.make))(precision="fp32", threads=1)
+    labeller = prepared.build(precision="fp32")
     assert isinstance(labeller, StudentLabeller)
     image = generate(3, 1, 64).images[0]
-    direct = StudentLabeller(
-        uri=str(folder),
-        thresholds=[0.9, *[0.1] * 13],
-        precision="fp32",
-        batch_size=0,
-        ignore_index=255,
-    )
+    settings = LabellerSettings(num_classes=14, thresholds=(0.9, *[0.1] * 13))
+    direct = StudentLabeller(settings, uri=str(folder))
     ((got,), (wanted,)) = (each.label([image], [(64, 64)]) for each in (labeller, direct))
     assert (got.labels == wanted.labels).all() and 0 < (got.labels == 255).sum() < got.labels.size
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 from pipeline.serving.app import create_app
 from pipeline.serving.limits import Limits
-from pipeline.serving.models import Entry, ModelRegistry
+from pipeline.serving.registry import Entry, ModelRegistry
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

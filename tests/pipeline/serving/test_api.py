@@ -17,7 +17,7 @@ from PIL import Image
 
 from models.errors import MaskMillError
 from pipeline.serving.limits import Limits
-from pipeline.serving.models import Entry, HeatAnswer, ModelInfo
+from pipeline.serving.registry import Entry, HeatAnswer, ModelInfo
 from pipeline.toyworld import scenes as toyworld
 from tests.pipeline.serving.harness import Reply, Server, maps, png
 
@@ -357,7 +357,7 @@ def test_samples_preview_and_documentation(toy: Server) -> None:
 
 
 def test_ids_above_a_byte_come_in_two_maps(start: Callable[..., Server]) -> None:
-    from pipeline.serving.models import LabelAnswer
+    from pipeline.serving.registry import LabelAnswer
 
     class Many:
         def predict(self, image: Any, prompts: Any, context: Any, size: tuple[int, int]) -> LabelAnswer:

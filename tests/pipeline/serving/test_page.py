@@ -15,7 +15,7 @@ from PIL import Image
 from jobs.serve import entry
 from models.errors import MaskMillError
 from pipeline.serving.limits import Limits
-from pipeline.serving.models import Entry, ModelInfo
+from pipeline.serving.registry import Entry, ModelInfo
 from pipeline.toyworld import scenes as toyworld
 from tests.pipeline.serving.harness import Page, Server, png
 from tests.pipeline.trained.test_student import toy_student

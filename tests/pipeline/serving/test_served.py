@@ -17,7 +17,7 @@ from pipeline.files.images import resize, target_size
 from pipeline.labelling.prepare import prepare_labeller, student_recipe
 from pipeline.labelling.recipes import load_recipe
 from pipeline.ontology.ontology import load_ontology, parse_classes
-from pipeline.serving.models import HeatAnswer, ImagePrompt, LabelAnswer, TextPrompt, unclaimed
+from pipeline.serving.registry import HeatAnswer, ImagePrompt, LabelAnswer, TextPrompt, unclaimed
 from pipeline.toyworld import scenes as toyworld
 from tests.pipeline.trained.test_student import toy_student
 

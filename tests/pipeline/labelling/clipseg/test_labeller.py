@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,21 @@ import torch.nn.functional as F
 from PIL import Image
 
 from models.clip.loading import load_clip
-from models.clipseg.decoder import ClipSeg, ClipSegConfig, build_clipseg, mix, normalize
+from models.clipseg.decoder import ClipSeg, mix, normalize
 from models.clipseg.visual_prompts import STYLES, visual_prompt
 from models.clipseg.weights import load_clipseg, save_decoder
 from models.errors import MaskMillError
-from pipeline.labelling.clipseg.labeller import Resolution, resolve, stretched
+from pipeline.labelling.clipseg.labeller import Resolution, resolution_of, resolve
 from pipeline.labelling.clipseg.model import ClipSegWeights, split_clip
 from pipeline.labelling.clipseg.options import PREFIXES, ClipSegOptions
-from pipeline.labelling.clipseg.prepare import class_conditionals, prepare_clipseg, resolution_of
 from pipeline.labelling.clipseg.prompting import (
     Picture,
+    class_conditionals,
     embed_words,
     parse_style,
     read_picture,
     shown_pixels,
+    stretched,
     visual_prompt_of,
 )
 from pipeline.labelling.prepare import prepare_labeller
@@ -41,21 +43,8 @@ OPTIONS = ClipSegOptions(clip=TOY, prefix="plain", example_size=64)
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A decoder over the bundled CLIP whose answers differ between prompts, and leave some pixels to none."""
-    model = build_clipseg(
-        load_clip("toyclip", "bundled"),
-        ClipSegConfig(reduce_dim=16, extract_layers=(0, 1, 2), feedforward=32),
-    )
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, tensor in model.decoder.state_dict().items():
-            if name.startswith("film") or name == "trans_conv.weight":
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) * tensor.shape[0] ** -0.5)
-        model.decoder.state_dict()["trans_conv.bias"].fill_(-0.5)
-    path = tmp_path_factory.mktemp("clipseg") / "toy.safetensors"
-    save_decoder(model, path)
-    return path
+def weights(clipseg_file: Path) -> Path:
+    return clipseg_file
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +71,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(weights: Path | str, **fields: Any) -> LabelRecipe:
+def recipe(weights: Path | str, options: ClipSegOptions = OPTIONS, **fields: Any) -> LabelRecipe:
     wanted = {"scale": (64, 48), "keep_ratio": False, "resize": "antialias", "min_confidence": 0.4} | fields
-    return change_recipe(LabelRecipe(name="test", model="clipseg", pretrained=str(weights)), wanted)
+    plain = LabelRecipe(name="test", model="clipseg", pretrained=str(weights), clipseg=options)
+    return change_recipe(plain, wanted)
 
 
 def scenes(count: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -96,9 +86,9 @@ def scenes(count: int, height: int = 48, width: int = 64) -> np.ndarray:
 # --- one label of many answers ------------------------------------------------------------------------------
 
 
-def by_hand(p: np.ndarray, how: Resolution) -> tuple[int, float]:
+def by_hand(p: np.ndarray, how: Resolution, thresholds: Sequence[float]) -> tuple[int, float]:
     """Label and confidence of one pixel."""
-    candidates = [k for k in range(len(p)) if p[k] >= np.float32(how.thresholds[k])]
+    candidates = [k for k in range(len(p)) if p[k] >= np.float32(thresholds[k])]
     weighted = [p[k] * np.float32(how.factors[k]) for k in range(len(p))]
     if candidates:
         best = max(candidates, key=lambda k: (weighted[k], -k))
@@ -122,20 +112,19 @@ def by_hand(p: np.ndarray, how: Resolution) -> tuple[int, float]:
 def test_resolution_is_that_of_every_pixel(
     ids: tuple[int, ...], thresholds: tuple[float, ...], factors: tuple[float, ...], none_id: int, left: bool
 ) -> None:
-    how = Resolution(ids, thresholds, factors, none_id, left)
+    how = Resolution(ids, factors, none_id, left)
     # Probabilities of few values, so that ties and values equal to a threshold occur.
     p = torch.from_numpy(
         np.random.default_rng(0).integers(0, 11, (len(ids), 23, 31)).astype(np.float32) / np.float32(10)
     )
-    wide = max(ids) > 254
-    found = resolve(p, (23, 31), how, wide=wide)
-    assert found.labels.dtype == (np.uint16 if wide else np.uint8)
+    labels, confidence = resolve(p, (23, 31), how, thresholds)
+    assert labels.dtype == torch.int32 and confidence.dtype == torch.uint8
     for y in range(23):
         for x in range(31):
-            label, confidence = by_hand(p[:, y, x].numpy(), how)
-            assert found.labels[y, x] == label
-            assert abs(int(found.confidence[y, x]) - 255 * confidence) <= 0.51
-    assert not left or set(ids) | {none_id} >= set(np.unique(found.labels).tolist())
+            label, sure = by_hand(p[:, y, x].numpy(), how, thresholds)
+            assert labels[y, x] == label
+            assert abs(int(confidence[y, x]) - 255 * sure) <= 0.51
+    assert not left or set(ids) | {none_id} >= set(labels.unique().tolist())
 
 
 @pytest.mark.parametrize("size", [(48, 64), (7, 5), (200, 333), (1, 1), (1000, 3)])
@@ -149,12 +138,11 @@ def test_stretched_is_interpolate_cut_into_bands(size: tuple[int, int]) -> None:
 
 def test_large_images_are_labelled_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     p = torch.rand(4, 16, 16, generator=torch.Generator().manual_seed(1))
-    how = Resolution((0, 1, 2, 3), (0.5,) * 4, (1.0,) * 4, 255, False)
-    whole = resolve(p, (150, 90), how, wide=False)
-    monkeypatch.setattr("pipeline.labelling.clipseg.labeller._BAND_BYTES", {"cpu": 4 * 4 * 90 * 7})
-    cut = resolve(p, (150, 90), how, wide=False)
-    assert (whole.labels == cut.labels).all()
-    assert (whole.confidence == cut.confidence).all()
+    how, thresholds = Resolution((0, 1, 2, 3), (1.0,) * 4, 255, False), (0.5,) * 4
+    whole = resolve(p, (150, 90), how, thresholds)
+    monkeypatch.setattr("pipeline.labelling.clipseg.labeller.BAND_BYTES", {"cpu": 4 * 4 * 90 * 7})
+    cut = resolve(p, (150, 90), how, thresholds)
+    assert torch.equal(whole[0], cut[0]) and torch.equal(whole[1], cut[1])
 
 
 # --- the labeller -------------------------------------------------------------------------------------------
@@ -166,7 +154,7 @@ def test_labels_are_those_of_a_plain_loop_over_prompts(
 ) -> None:
     ontology = load_ontology(pictures / "shown.yaml")
     options = ClipSegOptions(clip=TOY, prefix="fixed", example_size=64, background=background)  # type: ignore[arg-type]
-    labeller = prepare_clipseg(recipe(weights), ontology, options).make(precision="fp32")
+    labeller = prepare_labeller(recipe(weights, options), ontology).build(precision="fp32")
     images, sizes = scenes(3), [(40, 52), (24, 32), (30, 17)]
     predictions = labeller.label(list(images), sizes)
 
@@ -192,9 +180,10 @@ def test_labels_are_those_of_a_plain_loop_over_prompts(
     }
     if background == "rest":
         del asked[0]
-        how = Resolution((1, 2, 3), (0.35, 0.4, 0.4), (1.0,) * 3, 0, True)
+        how, thresholds = Resolution((1, 2, 3), (1.0,) * 3, 0, True), [0.35, 0.4, 0.4]
     else:
-        how = Resolution((0, 1, 2, 3), (0.4, 0.35, 0.4, 0.4), (3.0, 1.0, 1.0, 1.0), 255, False)
+        how = Resolution((0, 1, 2, 3), (3.0, 1.0, 1.0, 1.0), 255, False)
+        thresholds = [0.4, 0.35, 0.4, 0.4]
     seen: set[int] = set()
     for image, size, prediction in zip(images, sizes, predictions, strict=True):
         pixels = normalize(torch.from_numpy(image).permute(2, 0, 1)[None])
@@ -205,7 +194,7 @@ def test_labels_are_those_of_a_plain_loop_over_prompts(
                 answers.append(torch.stack(each).amax(0))
             p = F.interpolate(torch.stack(answers, 1), size, mode="bilinear", align_corners=False)[0].numpy()
         assert prediction.labels.shape == prediction.confidence.shape == size
-        expected = [[by_hand(p[:, y, x], how) for x in range(size[1])] for y in range(size[0])]
+        expected = [[by_hand(p[:, y, x], how, thresholds) for x in range(size[1])] for y in range(size[0])]
         labels = np.array([[label for label, _ in row] for row in expected])
         confidence = np.array([[255 * sure for _, sure in row] for row in expected])
         same = prediction.labels == labels
@@ -213,27 +202,6 @@ def test_labels_are_those_of_a_plain_loop_over_prompts(
         assert np.abs(prediction.confidence[same] - confidence[same]).max() < 0.6
         seen |= set(np.unique(labels).tolist())
     assert len(seen) >= 3, "an image with one label would hide mistakes"
-
-
-def test_labels_do_not_depend_on_the_batch(weights: Path) -> None:
-    ontology = load_ontology("toyworld")
-    prepared = prepare_clipseg(recipe(weights, batch_size=4), ontology, OPTIONS)
-    labeller = prepared.make(precision="fp32", threads=1)
-    images = list(scenes(4))
-    sizes = [(60 + index, 80) for index in range(4)]
-    together = labeller.label(images, sizes)
-    for index in (3, 1):
-        alone = labeller.label([images[index]], [sizes[index]])[0]
-        assert (alone.labels == together[index].labels).mean() > 0.999
-        difference = alone.confidence.astype(int) - together[index].confidence
-        assert np.abs(difference).max() <= 1
-
-
-@pytest.mark.parametrize("size", [(40, 56), (37, 61), (8, 8)])
-def test_any_network_size(weights: Path, size: tuple[int, int]) -> None:
-    labeller = prepare_clipseg(recipe(weights), load_ontology("toyworld"), OPTIONS).make(precision="fp32")
-    prediction = labeller.label([scenes(1, *size)[0]], [(33, 71)])[0]
-    assert prediction.labels.shape == (33, 71)
 
 
 def test_absent_objects_are_not_made_up(weights: Path, tmp_path: Path) -> None:
@@ -244,21 +212,11 @@ def test_absent_objects_are_not_made_up(weights: Path, tmp_path: Path) -> None:
     save_decoder(model, tmp_path / "low.safetensors")
     for background, label, confidence in ((["ground"], 0, 255), (None, 255, 0)):
         ontology = Ontology.from_dict({"name": "n", "classes": ["zebra", "fish"], "background": background})
-        labeller = prepare_clipseg(recipe(tmp_path / "low.safetensors"), ontology, OPTIONS).make(
-            precision="fp32"
-        )
+        prepared = prepare_labeller(recipe(tmp_path / "low.safetensors"), ontology, precision="fp32")
+        labeller = prepared.build()
         prediction = labeller.label([scenes(1)[0]], [(20, 30)])[0]
         assert (prediction.labels == label).all()
         assert (prediction.confidence == confidence).all()
-
-
-def test_bf16_labels_like_fp32(weights: Path) -> None:
-    prepared = prepare_clipseg(recipe(weights), load_ontology("toyworld"), OPTIONS)
-    exact, rough = (
-        prepared.make(precision=precision).label([scenes(1)[0]], [(48, 64)])[0].labels
-        for precision in ("fp32", "bf16")
-    )
-    assert (exact == rough).mean() > 0.9
 
 
 # --- what is asked ------------------------------------------------------------------------------------------
@@ -380,7 +338,7 @@ def test_an_object_thinner_than_the_sampling_is_not_lost() -> None:
 def refused(weights: Path, options: ClipSegOptions = OPTIONS, ontology: Any = None, **fields: Any) -> str:
     ontology = ontology or load_ontology("toyworld")
     with pytest.raises(MaskMillError) as caught:
-        prepare_clipseg(recipe(weights, **fields), ontology, options)
+        prepare_labeller(recipe(weights, options, **fields), ontology)
     return caught.value.code
 
 
@@ -392,7 +350,7 @@ def test_settings_without_a_meaning_are_refused(weights: Path) -> None:
     assert refused(weights, ontology=beside, min_confidence=0.0) == "recipe_invalid"
     assert refused(weights, ClipSegOptions(clip=TOY, visual_prompt="sharpen")) == "setting_invalid"
     asked = ClipSegOptions(clip=TOY, background="words")
-    assert resolution_of(recipe(weights, min_confidence=0.0), beside, asked).factors == (3.0, 1.0)
+    assert resolution_of(beside, asked, (0.0, 0.0)).factors == (3.0, 1.0)
 
 
 def test_weights_are_checked_before_anything_is_embedded(weights: Path, model: ClipSeg) -> None:
@@ -401,7 +359,7 @@ def test_weights_are_checked_before_anything_is_embedded(weights: Path, model: C
         raise MaskMillError("output_differs", "", "")
 
     with pytest.raises(MaskMillError) as caught:
-        prepare_clipseg(recipe(weights), load_ontology("toyworld"), OPTIONS, check_weights=other)
+        prepare_labeller(recipe(weights), load_ontology("toyworld"), check_weights=other)
     assert caught.value.code == "output_differs"
     assert refused(weights.with_name("none.pth")) == "weights_missing"
     assert refused(weights, ClipSegOptions(clip="toyclip:random:3")) == "weights_differ"

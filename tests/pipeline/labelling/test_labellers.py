@@ -1,0 +1,159 @@
+"""What every Labeller promises; a new kind needs nothing but a recipe in ``recipe``."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.labelling.base import BaseLabeller
+from pipeline.labelling.clipseg.options import ClipSegOptions
+from pipeline.labelling.labeller import PreparedLabeller
+from pipeline.labelling.prepare import prepare_labeller, student_recipe
+from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
+from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.toyworld.scenes import generate
+
+KINDS = ("maskclip", "student", "clipseg")
+ON_GPU = torch.cuda.is_available()
+PRECISIONS = ("fp32", "bf16", "fp16") if ON_GPU else ("fp32", "bf16")
+TOYWORLD = load_ontology("toyworld")
+Prepare = Callable[..., PreparedLabeller]
+
+
+@pytest.fixture(params=KINDS)
+def recipe(request: pytest.FixtureRequest, student_folder: Path, clipseg_file: Path) -> LabelRecipe:
+    if request.param == "student":
+        return student_recipe(str(student_folder))[0]
+    if request.param == "maskclip":
+        return change_recipe(RECIPES["toy"], {"temperature": 20.0})  # unsure of some pixels
+    return LabelRecipe(
+        name="test",
+        model="clipseg",
+        pretrained=str(clipseg_file),
+        clipseg=ClipSegOptions(clip="toyclip:bundled", prefix="plain"),
+    )
+
+
+@pytest.fixture
+def prepare(recipe: LabelRecipe) -> Prepare:
+    def prepare(ontology: Ontology = TOYWORLD, precision: str = "fp32", **changes: Any) -> PreparedLabeller:
+        return prepare_labeller(recipe.replace(**changes), ontology, precision=precision)
+
+    return prepare
+
+
+def many(count: int, **fields: Any) -> Ontology:
+    names = [f"thing number {index}" for index in range(count)]
+    return Ontology.from_dict({"name": "many", "classes": names, "templates": ["{}"], **fields})
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("batch_size", [3, 8])
+def test_labels_do_not_depend_on_the_batch(prepare: Prepare, precision: str, batch_size: int) -> None:
+    labeller = prepare(precision=precision, batch_size=batch_size).build(threads=1)
+    assert labeller.batch_size == batch_size
+    images, sizes = list(generate(9, 5, 64).images), [(64 + index, 80) for index in range(5)]
+    alone = [labeller.label([image], [size])[0] for image, size in zip(images, sizes, strict=True)]
+    for start in range(0, 5, batch_size):
+        together = labeller.label(images[start : start + batch_size], sizes[start : start + batch_size])
+        for one, other in zip(together, alone[start : start + batch_size], strict=True):
+            np.testing.assert_array_equal(one.labels, other.labels)
+            np.testing.assert_array_equal(one.confidence, other.confidence)
+
+
+def test_it_is_the_same_wherever_it_is_built(prepare: Prepare) -> None:
+    prepared = prepare()
+    image, size = generate(3, 1, 64).images[0], (61, 83)
+    first, second, sent = (
+        each.build(threads=1).label([image], [size])[0]
+        for each in (prepared, prepare(), pickle.loads(pickle.dumps(prepared)))
+    )
+    assert first.labels.shape == first.confidence.shape == size
+    assert first.labels.dtype == first.confidence.dtype == np.uint8
+    assert len(np.unique(first.labels)) > 1, "one label everywhere would prove little"
+    for other in (second, sent):
+        np.testing.assert_array_equal(first.labels, other.labels)
+        np.testing.assert_array_equal(first.confidence, other.confidence)
+
+
+def test_unsure_pixels_are_ignored(prepare: Prepare) -> None:
+    image, size = generate(3, 1, 64).images[0], (64, 64)
+    labeller = prepare().build()
+    assert isinstance(labeller, BaseLabeller)
+    (free,) = labeller.label([image], [size])
+    limit = (float(np.quantile(free.confidence, 0.3, method="lower")) + 0.5) / 255
+    fields = TOYWORLD.to_dict() | {"ignore_index": 200}
+    for entry in fields["classes"]:
+        entry["threshold"] = limit
+    for limited, ignore in (
+        (prepare(min_confidence=limit).build(), 255),
+        (prepare(Ontology.from_dict(fields), min_confidence=0.999).build(), 200),
+        (labeller.with_thresholds([limit] * TOYWORLD.num_classes), 255),
+    ):
+        (found,) = limited.label([image], [size])
+        ignored = found.labels == ignore
+        assert 0.2 < ignored.mean() < 0.8
+        np.testing.assert_array_equal(ignored, free.confidence < 255 * limit)
+        np.testing.assert_array_equal(found.labels[~ignored], free.labels[~ignored])
+        np.testing.assert_array_equal(found.confidence, free.confidence)  # before any threshold
+    (again,) = labeller.label([image], [size])
+    np.testing.assert_array_equal(again.labels, free.labels)
+
+
+@pytest.mark.parametrize(
+    ("ontology", "dtype"),
+    [
+        (many(254), np.uint8),
+        (many(255), np.uint16),
+    ],
+)
+def test_ids_take_16_bits_where_8_do_not_hold_them(prepare: Prepare, ontology: Ontology, dtype: Any) -> None:
+    labeller = prepare(ontology, min_confidence=1.0).build()
+    (found,) = labeller.label([generate(3, 1, 32).images[0]], [(20, 30)])
+    assert found.labels.dtype == dtype
+    assert (found.labels[found.confidence < 255] == ontology.ignore_index).all()
+
+
+def test_several_threads_may_label_at_a_time(prepare: Prepare) -> None:
+    labeller = prepare().build(threads=1)
+    # More sizes than MaskCLIP keeps position tables of, so that threads evict each other's.
+    images = [generate(3, 1, 16 * side).images[0] for side in range(2, 13) for _ in range(2)]
+
+    def label(image: np.ndarray) -> tuple[np.ndarray, int]:
+        return labeller.label([image], [image.shape[:2]])[0].labels, torch.get_num_threads()
+
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(label, images))
+        assert {threads for _, threads in together} == {1}
+        for image, (labels, _) in zip(images, together, strict=True):
+            np.testing.assert_array_equal(pool.submit(label, image).result()[0], labels)
+
+
+def test_bf16_agrees_with_fp32(prepare: Prepare) -> None:
+    prepared = prepare()
+    image = generate(4, 1, 64).images[0]
+    exact, coarse = (
+        prepared.build(precision=precision).label([image], [(64, 64)])[0] for precision in ("fp32", "bf16")
+    )
+    assert (exact.labels == coarse.labels).mean() > 0.9
+    assert not (exact.confidence == coarse.confidence).all(), "it was computed otherwise"
+
+
+@pytest.mark.parametrize("size", [(40, 56), (37, 61), (16, 16)])
+def test_any_network_size(prepare: Prepare, size: tuple[int, int]) -> None:
+    image = generate(3, 1, 64).images[0][: size[0], : size[1]]
+    (found,) = prepare().build().label([image], [(33, 71)])
+    assert found.labels.shape == (33, 71)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
+def test_on_a_gpu_batches_are_larger(prepare: Prepare) -> None:
+    assert prepare().build().batch_size >= 8
