@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib
-import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,28 +21,29 @@ from rich.console import Console
 
 from jobs.console import LabelDisplay, duration, stderr_console
 from jobs.options import FLAT, Address, LabellingModel, SystemMetrics, Tracking, Verbose, exactly_one
-from jobs.preparation import Request, Settled, preparing
-from models.errors import MaskMillError, WrongUse
-from pipeline.cluster.session import WORKER_MALLOC, joins_cluster, ray_session, worker_precision
-from pipeline.cluster.signals import Running, interrupt
+from models.errors import FailedWork, WrongUse
+from pipeline.cluster.session import joins_cluster, ray_session, worker_precision
+from pipeline.cluster.signals import interrupt, signals_held
 from pipeline.corpus.manifest import build_manifest
 from pipeline.files.storage import Storage, open_storage
 from pipeline.files.versions import versions
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe
 from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
-from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, done_ids, recover
+from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, discard_leftovers, done_ids, part_files
 from pipeline.table.labels import DATASET_FILE
-from pipeline.table.lease import RUN_ID_VARIABLE, Lease
+from pipeline.table.lease import Lease
 from pipeline.tracking.names import record_params
 from pipeline.tracking.progress import ProgressLog
 from pipeline.tracking.tracker import OFF, TrackedDataset, Tracker, open_tracker
 
 if TYPE_CHECKING:
     from pipeline.cluster.progress import Progress
+    from pipeline.cluster.resources import Compute
+    from pipeline.labelling.labeller import PreparedLabeller
 
 SCHEMA_VERSION = 1
 OWN_ENTRIES = (DATASET_FILE, LABELS_DIR, CHECKPOINT_DIR, "manifest")
-"""What a labelling run makes in its output, and what ``overwrite`` may delete."""
+"""What ``overwrite`` may delete: what a run makes in its output, in older versions two folders more."""
 PACKAGES = (
     "maskmill",
     "torch",
@@ -201,11 +200,10 @@ def run(job: LabelJob, console: Console | None = None) -> int:
     tracker = open_tracker(job.tracking, system_metrics=job.system_metrics)
     manifest = build_manifest(job.source)
     storage = open_storage(job.output)
-    on_cluster = joins_cluster(job.address)
-    with Lease.acquire(storage, on_lost=_abandon, cluster=on_cluster) as lease:
+    with Lease.acquire(storage, on_lost=_abandon, cluster=joins_cluster(job.address)) as lease:
         recorded = _existing(storage, job)
-        replaced = job.overwrite and storage.exists(DATASET_FILE)
-        todo = manifest if replaced else _without(manifest, _done(storage, console))
+        replaces = job.overwrite and storage.exists(DATASET_FILE)
+        todo = manifest if replaces else _without(manifest, _done(storage, console))
         if todo.num_rows == 0:
             console.print(
                 f"Nothing new: all {manifest.num_rows:,} images are labelled in {storage.uri}.\n"
@@ -215,23 +213,41 @@ def run(job: LabelJob, console: Console | None = None) -> int:
             )
             return 0
         console.print(_announcement(job, manifest.num_rows, todo.num_rows), soft_wrap=True, highlight=False)
-        before = set(storage.list(LABELS_DIR))
-        with tracker:
-            _begin_tracking(tracker, job, manifest, todo.num_rows)
-            progress, startup_s, busy = _label(
-                job,
-                storage,
-                lease,
-                todo,
-                recorded,
-                console,
-                began,
-                tracker,
-                on_cluster=on_cluster,
-                replaced=replaced,
+        with tracker, contextlib.ExitStack() as stack:
+            display = LabelDisplay(todo.num_rows, console)
+            stack.enter_context(display.live())
+            thread = ThreadPoolExecutor(1)
+            stack.callback(thread.shutdown, wait=False)  # after Ctrl-C nobody needs what it prepares
+
+            display.stage("reading weights")
+            precision = recorded["precision"] if recorded else job.recipe.precision
+            # On a cluster, the machines that will do the work decide what "auto" is.
+            asks_cluster = precision == "auto" and joins_cluster(job.address)
+            preparing = None if asks_cluster else _begin_preparing(thread, job, precision, recorded)
+            display.stage("embedding class names, starting Ray")
+            compute = stack.enter_context(
+                ray_session(lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage)
             )
-            outcome = _count_status(storage, sorted(set(storage.list(LABELS_DIR)) - before))
+            if preparing is None:
+                preparing = _begin_preparing(thread, job, worker_precision(compute), recorded)
+            prepared = preparing.result()
+
+            # From here on there is something to keep.
+            _begin_tracking(tracker, job, manifest, todo.num_rows)
+            if replaces:
+                for entry in OWN_ENTRIES:
+                    storage.delete(entry)
+            if recorded is None:
+                storage.write_json(DATASET_FILE, _new_record(job, prepared))
+            before = set(part_files(storage))
+            display.stage(f"starting {_workers(compute)}")
+            startup_s = time.monotonic() - began
+            progress = _label(job, storage, lease, todo, prepared, compute, _reporting(display, tracker))
+            startup_s += progress.first_s or 0.0
+            _refuse_gaps(storage, todo)
+            outcome = _count_status(storage, sorted(set(part_files(storage)) - before))
             record = _record_counts(storage)
+            busy = _busy(progress, compute)
             _end_tracking(tracker, record, outcome, progress, startup_s=startup_s, busy=busy)
     speed = (
         f" ({progress.rate:.1f} images/s after {duration(startup_s)} of start-up)" if progress.rate else ""
@@ -243,7 +259,11 @@ def run(job: LabelJob, console: Console | None = None) -> int:
 
 
 def _existing(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
-    """The record of the table that is already there, if it may be added to."""
+    """The record of the table that is already there; None for a new one.
+
+    Raises:
+        MaskMillError: ``output_differs`` or ``output_not_ours`` if it cannot be added to.
+    """
     recorded: dict[str, Any] | None = storage.read_json(DATASET_FILE, None)
     if recorded is not None and job.overwrite:
         return None
@@ -272,11 +292,11 @@ def _existing(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
 
 
 def _done(storage: Storage, console: Console) -> np.ndarray:
-    """Ids of the images that need no more work; what a crash left half-done is put in order first."""
-    recovery = recover(storage)
-    if recovery.parts_discarded:
+    """Ids of the images that have a row, after what a crash left half-written is removed."""
+    discarded = discard_leftovers(storage)
+    if discarded:
         console.print(
-            f"Took up a run that was cut off: {recovery.parts_discarded} half-written part(s) discarded.",
+            f"Resuming a run that was cut off: {discarded} half-written part(s) discarded.",
             soft_wrap=True,
             highlight=False,
         )
@@ -294,151 +314,103 @@ def _announcement(job: LabelJob, total: int, todo: int) -> str:
     return f"Labelling {new} with {job.ontology.num_classes} classes, {job.recipe.model}{toy} → {job.output}"
 
 
+def _begin_preparing(
+    thread: ThreadPoolExecutor, job: LabelJob, precision: str, recorded: dict[str, Any] | None
+) -> Future[PreparedLabeller]:
+    """Find the weights, then embed the class names in a thread; returns as soon as the weights are known.
+
+    Raises:
+        MaskMillError: as ``pipeline.labelling.prepare.prepare_labeller`` until the weights are known;
+            ``output_differs`` for other weights than those of the table. The future raises the rest.
+    """
+    known: Future[None] = Future()
+
+    def check(fingerprint: str) -> None:
+        theirs = recorded["weights"]["fingerprint"] if recorded else fingerprint
+        if theirs != fingerprint:
+            raise WrongUse(
+                "output_differs",
+                f"{job.output} was labelled with other weights of {job.recipe.model} ({theirs[:12]}, now "
+                f"{fingerprint[:12]}).",
+                "Give the same weights, or name another --output.",
+            )
+        known.set_result(None)
+
+    def prepare() -> PreparedLabeller:
+        from pipeline.labelling.prepare import prepare_labeller
+
+        return prepare_labeller(job.recipe, job.ontology, precision=precision, check_weights=check)
+
+    preparing = thread.submit(prepare)
+    first: list[Future[Any]] = [known, preparing]
+    wait(first, return_when=FIRST_COMPLETED)
+    if preparing.done():
+        preparing.result()
+    return preparing
+
+
+def _workers(compute: Compute) -> str:
+    at_once = f", {compute.calls} images at a time" if compute.calls > 1 else ""
+    return f"{compute.actors} CLIP worker(s) on {'GPU' if compute.gpus else 'CPU'}{at_once}"
+
+
 def _label(
     job: LabelJob,
     storage: Storage,
     lease: Lease,
     todo: pa.Table,
-    recorded: dict[str, Any] | None,
-    console: Console,
-    began: float,
-    tracker: Tracker,
-    *,
-    on_cluster: bool,
-    replaced: bool,
-) -> tuple[Progress, float, float]:
-    """Run the flow; returns its progress, the seconds until it flowed, and the busy share of the actors."""
-    display = LabelDisplay(todo.num_rows, console)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(display.live())
-        handing_over = stack.enter_context(ThreadPoolExecutor(1))
-        importing = stack.enter_context(ThreadPoolExecutor(1))
+    prepared: PreparedLabeller,
+    compute: Compute,
+    report: Callable[[Progress], None],
+) -> Progress:
+    with signals_held():
+        from pipeline.labelling.flow import run_labelling
+        from pipeline.labelling.stages import Write
+    return run_labelling(
+        todo,
+        make_labeller=functools.partial(prepared.build, threads=compute.threads),
+        image_settings=job.recipe.images,
+        write=Write(
+            storage,
+            lease.run_id,
+            ignore_index=job.ontology.ignore_index,
+            num_classes=job.ontology.num_classes,
+        ),
+        compute=compute,
+        report=report,
+    )
 
-        def begin_preparing(precision: str) -> Iterator[Settled | bytes]:
-            fingerprint = recorded["weights"]["fingerprint"] if recorded else None
-            request = Request(job.recipe, job.ontology, job.output, precision, fingerprint)
-            # Tunables that are set stay; another run of this process may have left its id.
-            environment = WORKER_MALLOC | os.environ | {RUN_ID_VARIABLE: lease.run_id}
-            return stack.enter_context(preparing(request, environment))
 
-        precision = recorded["precision"] if recorded else job.recipe.precision
-        # On a cluster, "auto" is what a machine that will do the work makes of it.
-        asks_cluster = on_cluster and precision == "auto"
-        preparation = None if asks_cluster else begin_preparing(precision)
-        display.stage("starting Ray")
-        # Of Ray's start most is waiting.
-        imported = importing.submit(importlib.import_module, "pipeline.labelling.flow")
-        compute = stack.enter_context(
-            ray_session(lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage)
-        )
-        imported.result()
-        from pipeline.labelling.flow import (
-            build_labeller,
-            run_labelling,
-            start_board,
-            words_to_come,
-            write_run_manifest,
+def _busy(progress: Progress, compute: Compute) -> float:
+    """Share of the time in which the actors labelled, start-up left out; 0 for a run too short to tell."""
+    flowing = (progress.last_s or 0.0) - (progress.first_s or 0.0)
+    return min(1.0, progress.label_s / (compute.actors * compute.calls * flowing)) if flowing > 1 else 0.0
+
+
+def _refuse_gaps(storage: Storage, todo: pa.Table) -> None:
+    """Every image must have its row now: a last check, since a retried task may fail on other images."""
+    missing = _without(todo, done_ids(storage)).num_rows
+    if missing:
+        raise FailedWork(
+            "labelling_failed",
+            f"{missing:,} images got no row, because Ray ran some work twice with different results.",
+            "Run the same command again: it labels them.",
         )
 
-        board = start_board()
-        if preparation is None:
-            # Before the flow takes its GPUs.
-            preparation = begin_preparing(worker_precision(compute))
-        display.stage("reading weights")
-        settled = next(preparation)
-        assert isinstance(settled, Settled), "what is settled comes first"
-        if replaced:
-            display.stage("embedding class names")
-            preparation = iter(list(preparation))
-            # Only now, when weights, words and Ray are known to be there.
-            for entry in OWN_ENTRIES:
-                storage.delete(entry)
-        record = None if recorded else _record(job, settled)
-        if record is not None and not settled.words_to_come:
-            storage.write_json(DATASET_FILE, record)
-        run_name = f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{lease.run_id[:8]}"
-        manifest = write_run_manifest(storage, run_name, todo, compute.actors * compute.calls)
-        at_once = f", {compute.calls} images at a time" if compute.calls > 1 else ""
-        kind = "GPU" if compute.gpus else "CPU"
-        embedding = "embedding class names, " if settled.words_to_come and not replaced else ""
-        display.stage(f"{embedding}starting {compute.actors} CLIP worker(s) on {kind}{at_once}")
-        running = stack.enter_context(Running())
-        before_flow = time.monotonic() - began
-        try:
-            settings: dict[str, Any] = {"threads": compute.threads}
-            if settled.words_to_come:
-                settings["words"] = words_to_come(board)
-                # The workers read their weights while the class names are embedded.
-                handing_over.submit(_hand_over_words, board, preparation, running, storage, record)
-            progress = run_labelling(
-                storage,
-                manifest,
-                make_labeller=functools.partial(build_labeller, settled.labeller, **settings),
-                image_settings=job.recipe.images,
-                num_classes=job.ontology.num_classes,
-                ignore_index=job.ontology.ignore_index,
-                compute=compute,
-                board=board,
-                report=_reporting(display, tracker),
-            )
-        except BaseException:
-            running.end()
-            if running.failure is not None:
-                _leave_nothing(storage, manifest)
-                raise running.failure from running.failure.__cause__
-            raise
-        flowing = (progress.last_s or 0.0) - (progress.first_s or 0.0)
-        busy = progress.label_s / (compute.actors * compute.calls * flowing) if flowing > 1 else 0.0
-    return progress, before_flow + (progress.first_s or 0.0), min(busy, 1.0)
 
-
-def _hand_over_words(
-    board: Any,
-    preparation: Iterator[Settled | bytes],
-    running: Running,
-    storage: Storage,
-    record: dict[str, Any] | None,
-) -> None:
-    """Give the workers the words that they wait for, when a new table has its record: then it can begin."""
-    from pipeline.labelling.flow import hand_over_words
-
-    def hand_over(words: bytes) -> None:
-        if record is not None:
-            storage.write_json(DATASET_FILE, record)
-        hand_over_words(board, words)
-
-    try:
-        words = next(preparation)
-        assert isinstance(words, bytes), "after what is settled come the words"
-        running.do(lambda: hand_over(words))
-    except BaseException as failure:
-        # The workers would wait for ever; and if they failed, Ray would tell of it at length.
-        running.fail(failure)
-
-
-def _record(job: LabelJob, settled: Settled) -> dict[str, Any]:
+def _new_record(job: LabelJob, prepared: PreparedLabeller) -> dict[str, Any]:
     """What ``dataset.json`` says of a table that is yet to be made."""
-    recipe = job.recipe.replace(precision=settled.precision)
+    recipe = job.recipe.replace(precision=prepared.precision)
     return {
         "schema_version": SCHEMA_VERSION,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "ontology": job.ontology.to_dict() | {"hash": job.ontology.hash, "names": list(job.ontology.names)},
         "recipe": recipe.to_dict() | {"hash": recipe.hash},
-        "weights": settled.weights,
-        "precision": settled.precision,
+        "weights": prepared.weights,
+        "precision": prepared.precision,
         "versions": versions(PACKAGES),
         "counts": {},
     }
-
-
-def _leave_nothing(storage: Storage, manifest: str) -> None:
-    """Remove what a run that could not begin has put beside what was there; never raises."""
-    with contextlib.suppress(MaskMillError, OSError):
-        storage.delete(manifest)
-    if storage.is_local:  # elsewhere there are no folders
-        for entry in OWN_ENTRIES:
-            with contextlib.suppress(OSError):
-                os.rmdir(storage.path(entry))  # only an empty folder
 
 
 def _reporting(display: LabelDisplay, tracker: Tracker) -> Callable[[Progress], None]:
@@ -510,7 +482,7 @@ def _record_counts(storage: Storage) -> dict[str, Any]:
 
 
 def _count_status(storage: Storage, parts: list[str]) -> Counter[str]:
-    """Rows by status, counted on disk: what workers report is counted twice if one dies at a bad moment."""
+    """Rows by status, counted on disk: what workers report may be counted twice if one of them dies."""
     counts: Counter[str] = Counter()
     for part in parts:
         table = pq.read_table(storage.path(part), columns=["status"], filesystem=storage.arrow_filesystem())

@@ -1,9 +1,8 @@
-"""How far a labelling run has come, and the board between the driver and its stages."""
+"""How far a labelling run has come."""
 
 from __future__ import annotations
 
-import threading
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -12,7 +11,7 @@ class Progress:
     """What a run has done so far.
 
     Attributes:
-        done: rows encoded, failures included.
+        done: rows written, failures included.
         failures: count by error code.
         first_s, last_s: seconds from the start of the flow to the first and the latest rows; None before.
         first_done: rows in the first report; the steady rate leaves them out.
@@ -20,7 +19,7 @@ class Progress:
     """
 
     done: int = 0
-    failures: dict[str, int] = field(default_factory=dict)
+    failures: Mapping[str, int] = field(default_factory=dict)
     first_s: float | None = None
     last_s: float | None = None
     first_done: int = 0
@@ -35,59 +34,27 @@ class Progress:
             return None
         return (self.done - self.first_done) / max(self.last_s - self.first_s, 1e-9)
 
-
-class Board:
-    """Where the stages report to, and where the words wait that are embedded while the stages start.
-
-    A crash of it costs the display; before the words have come it ends the run. It never costs a row.
-    """
-
-    def __init__(self) -> None:
-        self._words: bytes | None = None
-        self._words_have_come = threading.Event()
-        self._progress = Progress()
-        self._origin = time.monotonic()
-
-    def hand_over_words(self, words: bytes) -> None:
-        """The words, which were still to come."""
-        self._words = words
-        self._words_have_come.set()
-
-    def words(self) -> bytes:
-        """The words; blocks until they are handed over, so it needs a thread of its own."""
-        self._words_have_come.wait()
-        assert self._words is not None
-        return self._words
-
-    def begin(self, origin: float) -> None:
-        """The flow began at ``origin``: ``time.monotonic()``, which all processes of a machine share."""
-        self._origin = origin
-
-    def add(
+    def plus(
         self,
         *,
-        done: int = 0,
-        failures: dict[str, int] | None = None,
-        decode_s: float = 0.0,
-        label_s: float = 0.0,
-        encode_s: float = 0.0,
-    ) -> None:
-        old = self._progress
-        merged = dict(old.failures)
-        for code, count in (failures or {}).items():
+        done: int,
+        failures: Mapping[str, int],
+        at_s: float,
+        decode_s: float,
+        label_s: float,
+        encode_s: float,
+    ) -> Progress:
+        """The progress after ``done`` more rows, written ``at_s`` seconds after the start of the flow."""
+        merged = dict(self.failures)
+        for code, count in failures.items():
             merged[code] = merged.get(code, 0) + count
-        now = time.monotonic() - self._origin
-        first = done > 0 and old.first_s is None
-        self._progress = Progress(
-            done=old.done + done,
+        return Progress(
+            done=self.done + done,
             failures=merged,
-            first_s=now if first else old.first_s,
-            last_s=now if done else old.last_s,
-            first_done=done if first else old.first_done,
-            decode_s=old.decode_s + decode_s,
-            label_s=old.label_s + label_s,
-            encode_s=old.encode_s + encode_s,
+            first_s=at_s if self.first_s is None else self.first_s,
+            last_s=at_s,
+            first_done=done if self.first_s is None else self.first_done,
+            decode_s=self.decode_s + decode_s,
+            label_s=self.label_s + label_s,
+            encode_s=self.encode_s + encode_s,
         )
-
-    def snapshot(self) -> Progress:
-        return self._progress

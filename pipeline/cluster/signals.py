@@ -1,4 +1,4 @@
-"""Ending the run of the main thread: on a signal, and from another thread."""
+"""Ending a process on SIGINT (Ctrl-C) and SIGTERM in good order."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
 PATIENCE_S = 5.0
 LONGEST_HOLD_S = 10.0
+TERMINATED, INTERRUPTED = "terminated", "interrupted"
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AGAIN_S = 0.05
 _holds = 0
 
 
 def interrupt_on_signals() -> None:
-    """Let SIGTERM, a polite request to end, do what Ctrl-C does: the run stops cleanly and can be taken up.
+    """Make SIGTERM do what Ctrl-C does: the run stops cleanly and can be resumed.
 
-    That takes seconds. An impatient second Ctrl-C meanwhile would leave processes behind that no one ends,
-    so for ``PATIENCE_S`` none is heeded. The first waits while ``signals_held``, and while Python imports,
-    but no longer than ``LONGEST_HOLD_S``.
+    Stopping takes seconds. An impatient second Ctrl-C would leave processes behind, so signals are ignored
+    for ``PATIENCE_S`` after the first one. The first is deferred within ``signals_held`` and while Python
+    imports a module, for ``LONGEST_HOLD_S`` at most.
     """
     asked: float | None = None
     heeded = -math.inf
@@ -45,17 +47,16 @@ def interrupt_on_signals() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupted)
-    # A shell starts what it puts in the background with Ctrl-C ignored.
+    # A shell starts background jobs with Ctrl-C ignored.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, interrupted)
 
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Let the signals of ``interrupt_on_signals`` wait until this is over.
+    """Defer the signals of ``interrupt_on_signals`` until this context ends. For the main thread.
 
-    For the main thread, while much begins at once. An interruption that is raised somewhere in it may be lost
-    (in a callback, a destructor), or leave a lock behind that others wait for: of imports, of logging.
+    For code in which an interruption may get lost (in a callback, a destructor) or leave a lock behind.
     """
     global _holds
     _holds += 1
@@ -66,6 +67,7 @@ def signals_held() -> Iterator[None]:
 
 
 def _imports(frame: FrameType | None) -> bool:
+    """Whether an import is under way: importlib runs callbacks, in which an exception is lost."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
@@ -73,13 +75,27 @@ def _imports(frame: FrameType | None) -> bool:
     return False
 
 
-def end_process(status: int) -> NoReturn:
-    """End this process with a status, whatever signals still come.
+@contextlib.contextmanager
+def handlers_kept() -> Iterator[None]:
+    """Restore this process's signal handlers at the end, for code that installs its own, such as Ray."""
+    if threading.current_thread() is not threading.main_thread():  # only there Python allows handlers
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
-    While threads are waited for, a signal ends it at once. Later none is heeded: it would put its own number
-    in place of the status, or break what libraries do at the end.
+
+def end_process(status: int) -> NoReturn:
+    """Exit with a status that no later signal changes.
+
+    While Python waits for threads, a signal ends the process at once. After that signals are ignored: they
+    would replace the status, or interrupt the teardown of libraries.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda *_: os._exit(status))
             atexit.register(signal.signal, number, signal.SIG_IGN)
@@ -87,44 +103,37 @@ def end_process(status: int) -> NoReturn:
 
 
 def interrupt() -> None:
-    """Do what Ctrl-C does."""
-    # A shell starts what it puts in the background with Ctrl-C ignored; the command heeds SIGTERM then.
+    """Do what Ctrl-C does, from any thread."""
+    # With Ctrl-C ignored, as in a background job, the process still heeds SIGTERM.
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
 
 
-class Running:
-    """A run of the main thread, for the threads that work for it. A context that lasts as long as it goes on.
-
-    Attributes:
-        failure: what another thread ended the run with; None as long as none did.
-    """
+class StopRequest:
+    """Whether the user or the system has asked this process to end: ``reason`` is empty if not."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._over = False
-        self.failure: BaseException | None = None
+        self.reason = ""
 
-    def __enter__(self) -> Running:
-        return self
+    def ask(self, number: int, _frame: FrameType | None) -> None:
+        """A signal handler. A second Ctrl-C raises KeyboardInterrupt."""
+        if number != signal.SIGINT:
+            self.reason = TERMINATED
+        elif self.reason == INTERRUPTED:
+            raise KeyboardInterrupt
+        else:
+            self.reason = INTERRUPTED
 
-    def __exit__(self, *_error: object) -> None:
-        self.end()
 
-    def do(self, work: Callable[[], None]) -> None:
-        """For other threads: do something that only a run that goes on may do, such as asking Ray."""
-        with self._lock:
-            if not self._over:
-                work()
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Take SIGTERM and the first Ctrl-C as a request to stop soon, such as after the next checkpoint.
 
-    def fail(self, failure: BaseException) -> None:
-        """For other threads: end the run, unless it has ended."""
-        with self._lock:
-            if not self._over and self.failure is None:
-                self.failure = failure
-                interrupt()
-
-    def end(self) -> None:
-        """Let no other thread do more for the run; waits for what one is doing."""
-        with self._lock:
-            self._over = True
+    Outside the main thread, where Python allows no handlers, signals keep their effect.
+    """
+    request = StopRequest()
+    with handlers_kept():
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                signal.signal(number, request.ask)
+        yield request

@@ -1,7 +1,7 @@
-"""The stages of the labelling flow, callables on Arrow tables: decode, label, encode. No Ray in here.
+"""The stages of the labelling flow, callables on Arrow tables: decode, label, write. No Ray in here.
 
-Images travel between the stages as raw bytes beside their shape, which Arrow hands from process to process
-without a copy. Each stage tells a progress board what it did (``pipeline.cluster.progress``).
+Images travel between the stages as raw bytes beside their shape, which Arrow passes between processes without
+a copy. Rows carry the seconds that each stage spent on them, so that the last stage can report all of it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ import pyarrow as pa
 from models.errors import FailedWork
 from pipeline.files import corruptions, images
 from pipeline.files.images import ImageSettings
+from pipeline.files.storage import Storage
 from pipeline.labelling.labeller import Labeller, Prediction, label_dtype
 from pipeline.table import labels
+from pipeline.table.committed import write_part
+from pipeline.table.lease import refuse_other_holder
 
 _T = TypeVar("_T")
 _CHUNK_BYTES = 64 << 20
@@ -35,6 +38,7 @@ _DECODED = pa.schema(
         ("pixels", pa.binary()),
         ("network_height", pa.int32()),
         ("network_width", pa.int32()),
+        ("decode_s", pa.float32()),
     ]
 )
 _LABELLED = pa.schema(
@@ -42,20 +46,29 @@ _LABELLED = pa.schema(
         *(labels.LABEL_SCHEMA.field(name) for name in _KNOWN),
         ("labels", pa.binary()),
         ("confidence", pa.binary()),
+        ("decode_s", pa.float32()),
+        ("label_s", pa.float32()),
+    ]
+)
+_WRITTEN = pa.schema(
+    [
+        ("done", pa.int64()),
+        ("failures", pa.list_(pa.string())),
+        ("decode_s", pa.float64()),
+        ("label_s", pa.float64()),
+        ("encode_s", pa.float64()),
     ]
 )
 
 
 class Decode:
-    """(id, uri) → decoded, resized images; what fails becomes a row with its code."""
+    """(id, uri) → decoded, resized images; an image that fails becomes a row with an error code."""
 
-    def __init__(self, settings: ImageSettings, board: Any) -> None:
+    def __init__(self, settings: ImageSettings) -> None:
         self._settings = settings
-        self._board = board
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         images.use_one_thread()
-        busy = 0.0
         rows: list[dict[str, Any]] = []
         size = 0
         entries = table.to_pylist()
@@ -63,7 +76,7 @@ class Decode:
             for entry, future in zip(entries, _ahead(pool, _fetch, entries, _FETCHES_AHEAD), strict=True):
                 start = time.perf_counter()
                 row = self._row(entry["id"], entry["uri"], future)
-                busy += time.perf_counter() - start
+                row["decode_s"] = time.perf_counter() - start
                 rows.append(row)
                 size += len(row["pixels"] or b"")
                 if size >= _CHUNK_BYTES:
@@ -71,7 +84,6 @@ class Decode:
                     rows, size = [], 0
         if rows:
             yield pa.Table.from_pylist(rows, schema=_DECODED)
-        self._board.add.remote(decode_s=busy)
 
     def _row(self, row_id: int, uri: str, fetched: Future[bytes]) -> dict[str, Any]:
         settings = self._settings
@@ -101,13 +113,11 @@ class Decode:
 class Label:
     """Decoded images → raw label and confidence maps, on one actor."""
 
-    def __init__(self, make_labeller: Callable[[], Labeller], board: Any) -> None:
+    def __init__(self, make_labeller: Callable[[], Labeller]) -> None:
         self._labeller = make_labeller()
-        self._board = board
         self._succeeded = self._failed = 0
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
-        start = time.perf_counter()
         columns = {name: table[name].to_pylist() for name in _DECODED.names if name != "pixels"}
         pixels = table["pixels"]
         rows: list[dict[str, Any]] = []
@@ -126,8 +136,11 @@ class Label:
                     for index in chosen
                 ]
                 sizes = [(columns["height"][index], columns["width"][index]) for index in chosen]
-                for index, outcome in zip(chosen, self._outcomes(batch, sizes), strict=True):
-                    row = _passed_on(columns, index)
+                start = time.perf_counter()
+                outcomes = self._outcomes(batch, sizes)
+                label_s = (time.perf_counter() - start) / len(chosen)
+                for index, outcome in zip(chosen, outcomes, strict=True):
+                    row = _passed_on(columns, index) | {"label_s": label_s}
                     if isinstance(outcome, Prediction):
                         row["labels"] = outcome.labels.tobytes()
                         row["confidence"] = outcome.confidence.tobytes()
@@ -143,12 +156,11 @@ class Label:
                     rows, size = [], 0
         if rows:
             yield pa.Table.from_pylist(rows, schema=_LABELLED)
-        self._board.add.remote(label_s=time.perf_counter() - start)
 
     def _outcomes(
         self, batch: list[np.ndarray], sizes: list[tuple[int, int]]
     ) -> Sequence[Prediction | Exception]:
-        """A prediction or an error for each image: one that cannot be labelled must not take others along."""
+        """A prediction or an error for each image: one that cannot be labelled must not fail its batch."""
         try:
             predictions = self._labeller.label(batch, sizes)
         except Exception as error:
@@ -156,7 +168,7 @@ class Label:
                 return [self._outcomes([image], [size])[0] for image, size in zip(batch, sizes, strict=True)]
             self._failed += 1
             if not self._succeeded and self._failed >= _HOPELESS:
-                # Not these images are at fault: tell it now, not after a million of them.
+                # The images are not at fault: fail now, not after a million of them.
                 raise FailedWork(
                     "labelling_failed",
                     f"None of {self._failed} images could be labelled: {type(error).__name__}: {error}",
@@ -168,40 +180,52 @@ class Label:
 
 
 def _passed_on(columns: dict[str, list[Any]], index: int) -> dict[str, Any]:
-    row = {name: columns[name][index] for name in _KNOWN}
-    return row | {"labels": None, "confidence": None}
+    row = {name: columns[name][index] for name in (*_KNOWN, "decode_s")}
+    return row | {"labels": None, "confidence": None, "label_s": 0.0}
 
 
-class Encode:
-    """Raw maps → rows of the label table."""
+class Write:
+    """Raw maps → a committed part of the label table, and one row about it.
 
-    def __init__(self, ignore_index: int, num_classes: int, board: Any) -> None:
+    Args:
+        storage: the output.
+        run_id: of the run, which must still hold the lease of the output.
+        ignore_index: id of unsure pixels.
+        num_classes: C, background included.
+    """
+
+    def __init__(self, storage: Storage, run_id: str, *, ignore_index: int, num_classes: int) -> None:
+        self._storage = storage
+        self._run_id = run_id
         self._ignore_index = ignore_index
         self._dtype = label_dtype(num_classes)
-        self._board = board
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        """Raises ``output_in_use`` if another run has taken the lease over."""
         start = time.perf_counter()
-        rows: list[dict[str, Any]] = []
-        failures: dict[str, int] = {}
-        for row in table.to_pylist():
-            known = {name: row[name] for name in ("id", "uri", "sha256", "height", "width")}
-            if row["status"] != "ok":
-                failures[row["status"]] = failures.get(row["status"], 0) + 1
-                rows.append(labels.failed_row(**known, status=row["status"], error=row["error"]))
-                continue
-            shape = row["height"], row["width"]
-            rows.append(
-                labels.ok_row(
-                    **known,
-                    labels=np.frombuffer(row["labels"], self._dtype).reshape(shape),
-                    confidence=np.frombuffer(row["confidence"], np.uint8).reshape(shape),
-                    ignore_index=self._ignore_index,
-                )
-            )
-        encoded = pa.Table.from_pylist(rows, schema=labels.LABEL_SCHEMA)
-        self._board.add.remote(done=len(rows), failures=failures, encode_s=time.perf_counter() - start)
-        return encoded
+        rows = pa.Table.from_pylist([self._row(row) for row in table.to_pylist()], schema=labels.LABEL_SCHEMA)
+        refuse_other_holder(self._storage, self._run_id)
+        write_part(self._storage, rows)
+        report = {
+            "done": rows.num_rows,
+            "failures": [status for status in rows["status"].to_pylist() if status != labels.OK],
+            "decode_s": sum(table["decode_s"].to_pylist()),
+            "label_s": sum(table["label_s"].to_pylist()),
+            "encode_s": time.perf_counter() - start,
+        }
+        return pa.Table.from_pylist([report], schema=_WRITTEN)
+
+    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
+        known = {name: row[name] for name in ("id", "uri", "sha256", "height", "width")}
+        if row["status"] != labels.OK:
+            return labels.failed_row(**known, status=row["status"], error=row["error"])
+        shape = row["height"], row["width"]
+        return labels.ok_row(
+            **known,
+            labels=np.frombuffer(row["labels"], self._dtype).reshape(shape),
+            confidence=np.frombuffer(row["confidence"], np.uint8).reshape(shape),
+            ignore_index=self._ignore_index,
+        )
 
 
 def _batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -215,7 +239,7 @@ def _fetch(entry: dict[str, Any]) -> bytes:
 def _ahead(
     pool: ThreadPoolExecutor, work: Callable[[_T], bytes], items: Iterable[_T], depth: int
 ) -> Iterator[Future[bytes]]:
-    """Futures of ``work`` in order, at most ``depth`` of them running or waiting to be read."""
+    """Futures of ``work`` in order, at most ``depth`` of them unread."""
     waiting: deque[Future[bytes]] = deque()
     source = iter(items)
     for item in itertools.islice(source, depth):

@@ -1,14 +1,20 @@
-"""What is done, and what a crash left half-done, beside a label table.
+"""Parts of a label table: what a run commits, what is done, and what a crash leaves behind.
 
-Ray Data writes each part of the table in two phases: ``checkpoint/X.pending.parquet`` with the ids, then
-``labels/X-0.parquet`` with the rows, then it renames the first to ``checkpoint/X.parquet``. Everything here
-works on those names, without Ray, so that a run with nothing to do need not start a cluster.
+A part is one Parquet file in ``labels/``, named after the ids in it and put in place atomically. A task that
+Ray runs again therefore writes the same file again, and an image is done when a part holds its id. Only a
+temporary file can be half-written. Two parts can share an id only if a run went on after it had lost its
+lease, or if a task that Ray ran again could read other images than before and cut its parts elsewhere;
+``done_ids`` removes the second row.
+
+Tables of older versions have a ``checkpoint/`` folder: ``checkpoint/X.pending.parquet`` marks parts
+``labels/X-N.parquet`` that may be torn.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -23,96 +29,79 @@ _PENDING = ".pending.parquet"
 _SUFFIX = ".parquet"
 
 
-@dataclass(frozen=True)
-class Recovery:
-    """What ``recover`` put right.
+def part_name(ids: np.ndarray) -> str:
+    """Name of the part with these ids, int64 (n,), in any order."""
+    digest = hashlib.sha256(np.sort(ids).astype("<i8").tobytes()).hexdigest()
+    return f"part-{digest[:32]}{_SUFFIX}"
 
-    Attributes:
-        parts_discarded: half-written parts that were removed; their images will be labelled again.
-        parts_forgotten: checkpoints whose part of the table is missing; likewise.
-        parts_adopted: parts of the table that had lost their checkpoint and got it back.
+
+def write_part(storage: Storage, rows: pa.Table) -> None:
+    """Commit rows of ``pipeline.table.labels.LABEL_SCHEMA`` as a part: a reader sees all of them or none."""
+    buffer = io.BytesIO()
+    pq.write_table(rows, buffer)
+    storage.write_bytes(f"{LABELS_DIR}/{part_name(rows['id'].to_numpy())}", buffer.getvalue())
+
+
+def discard_leftovers(storage: Storage) -> int:
+    """Remove what killed runs left half-written. Call only while holding the lease.
+
+    Returns:
+        How many parts were removed; their images will be labelled again.
     """
-
-    parts_discarded: int = 0
-    parts_forgotten: int = 0
-    parts_adopted: int = 0
-
-
-def recover(storage: Storage) -> Recovery:
-    """Bring table and checkpoint to agree after a crash. Call only while holding the lease.
-
-    Three states can be left behind: a part still pending (the crash hit between the phases, or during the
-    retry of a task that had already committed: then both names exist, and the part may be torn), a
-    checkpoint without its part (somebody deleted a file), a part without checkpoint (somebody deleted that).
-
-    Raises:
-        MaskMillError: ``table_damaged`` if a part without checkpoint cannot be read.
-    """
-    checkpoints = _names(storage, CHECKPOINT_DIR)
-    parts = _names(storage, LABELS_DIR)
-    pending = {name.removesuffix(_PENDING) for name in checkpoints if name.endswith(_PENDING)}
-    committed = {name.removesuffix(_SUFFIX) for name in checkpoints if not name.endswith(_PENDING)}
-
-    for part in parts:
-        if _stem(part) in pending:
-            storage.delete(f"{LABELS_DIR}/{part}")
-    # The part goes first, then the commit, the pending mark last: a crash in here repeats from the start.
-    for stem in pending & committed:
-        storage.delete(f"{CHECKPOINT_DIR}/{stem}{_SUFFIX}")
-    for stem in pending:
-        storage.delete(f"{CHECKPOINT_DIR}/{stem}{_PENDING}")
-
-    stems = {_stem(part) for part in parts} - pending
-    forgotten = committed - pending - stems
-    for stem in forgotten:
-        storage.delete(f"{CHECKPOINT_DIR}/{stem}{_SUFFIX}")
-    adopted = stems - committed
-    for stem in adopted:
-        _adopt(storage, stem, [part for part in parts if _stem(part) == stem])
-    return Recovery(len(pending), len(forgotten), len(adopted))
+    discarded = 0
+    for name in storage.list(LABELS_DIR):
+        # See ``Storage.write_bytes``.
+        if name.rpartition("/")[2].startswith(".") and name.endswith(".tmp"):
+            storage.delete(name)
+            discarded += 1
+    pending = [name for name in storage.list(CHECKPOINT_DIR) if name.endswith(_PENDING)]
+    for mark in pending:
+        stem = mark.rpartition("/")[2].removesuffix(_PENDING)
+        for part in part_files(storage):
+            if part.removesuffix(_SUFFIX).rpartition("-")[0] == f"{LABELS_DIR}/{stem}":
+                storage.delete(part)
+        # The mark goes last: a crash before that repeats all of it.
+        storage.delete(mark)
+    return discarded + len(pending)
 
 
 def done_ids(storage: Storage) -> np.ndarray:
-    """Ids of all committed rows, sorted: int64 (n,)."""
-    names = [name for name in _names(storage, CHECKPOINT_DIR) if not name.endswith(_PENDING)]
-    if not names:
-        return np.empty(0, np.int64)
-    filesystem = storage.arrow_filesystem()
+    """Sorted ids of all images that have a row: int64 (n,). Call only while holding the lease.
 
-    def read(name: str) -> np.ndarray:
-        path = storage.path(f"{CHECKPOINT_DIR}/{name}")
-        return pq.read_table(path, columns=["id"], filesystem=filesystem)["id"].to_numpy()
+    Second rows of an id are removed from the table.
 
+    Raises:
+        MaskMillError: ``table_damaged`` if a part cannot be read.
+    """
+    parts = part_files(storage)
     # Many small files; on an object store each costs a round trip.
     with ThreadPoolExecutor(16) as pool:
-        return np.sort(np.concatenate(list(pool.map(read, names))))
+        found = list(pool.map(lambda part: _read(storage, part, ["id"])["id"].to_numpy(), parts))
+    ids, first = np.unique(np.concatenate([np.empty(0, np.int64), *found]), return_index=True)
+    start = 0
+    for part, each in zip(parts, found, strict=True):
+        keep = np.isin(np.arange(start, start + len(each)), first)
+        start += len(each)
+        if not keep.all():
+            # A crash between the two steps leaves doubled rows again, and nothing lost.
+            if keep.any():
+                write_part(storage, _read(storage, part).filter(pa.array(keep)))
+            storage.delete(part)
+    return ids
 
 
-def _adopt(storage: Storage, stem: str, parts: list[str]) -> None:
-    filesystem = storage.arrow_filesystem()
+def part_files(storage: Storage) -> list[str]:
+    """Sorted names of all parts, relative to the output."""
+    names = storage.list(LABELS_DIR)
+    return [name for name in names if name.endswith(_SUFFIX) and name.rpartition("/")[2][0] not in "._"]
+
+
+def _read(storage: Storage, part: str, columns: list[str] | None = None) -> pa.Table:
     try:
-        tables = [
-            pq.read_table(storage.path(f"{LABELS_DIR}/{part}"), columns=["id"], filesystem=filesystem)
-            for part in parts
-        ]
+        return pq.read_table(storage.path(part), columns=columns, filesystem=storage.arrow_filesystem())
     except (OSError, pa.ArrowException) as error:
         raise Damaged(
             "table_damaged",
-            f"{storage.uri}/{LABELS_DIR}: {', '.join(parts)} cannot be read and has no checkpoint: {error}",
+            f"{storage.uri_of(part)} cannot be read: {error}",
             "Move the file away; its images will then be labelled again.",
         ) from error
-    filesystem.create_dir(storage.path(CHECKPOINT_DIR), recursive=True)
-    pq.write_table(
-        pa.concat_tables(tables),
-        storage.path(f"{CHECKPOINT_DIR}/{stem}{_SUFFIX}"),
-        filesystem=filesystem,
-    )
-
-
-def _names(storage: Storage, folder: str) -> list[str]:
-    return [name.rpartition("/")[2] for name in storage.list(folder) if name.endswith(_SUFFIX)]
-
-
-def _stem(part: str) -> str:
-    """``X-0.parquet`` belongs to checkpoint ``X``."""
-    return part.removesuffix(_SUFFIX).rsplit("-", 1)[0]

@@ -1,8 +1,8 @@
-"""One run at a time on one output: a lease with a heartbeat beside the label table.
+"""One run at a time on one output: a lease with a heartbeat in the output.
 
-Ray Data's checkpoint has no fence of its own: the clean-up of a second run would delete the files that a
-first one is writing. The lease is a small JSON object; its holder refreshes it, and a lease whose holder is
-gone (same host: the process is dead; elsewhere: no heartbeat for ``LEASE_TTL_S``) may be taken over.
+Without it two runs would label the same images, and each clean up the files that the other is writing. The
+lease is a small JSON file. Its holder refreshes it; a lease whose holder is gone (same host: the process is
+dead; elsewhere: no heartbeat for ``LEASE_TTL_S``) may be taken over. The run id in it is the fencing token.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pipeline.files.storage import Storage
 LEASE_FILE = "lease.json"
 LEASE_TTL_S = 60.0
 RUN_ID_VARIABLE = "MASKMILL_RUN_ID"
-"""Set in the environment of every process that a run starts, so that its orphans can be told."""
+"""Set in the environment of every process that a run starts, so that its orphans can be found."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,14 @@ class Lease:
         storage: the output that the lease guards.
         holder: this run.
         on_lost: called once, from the heartbeat thread, when another run has taken the lease over.
+        made_folder: whether the output is a folder that this run has made; it is removed if it stays empty.
     """
 
-    def __init__(self, storage: Storage, holder: Holder, on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self, storage: Storage, holder: Holder, on_lost: Callable[[], None], *, made_folder: bool = False
+    ) -> None:
         self.run_id = holder.run_id
+        self._made_folder = made_folder
         self._storage = storage
         self._holder = holder
         self._on_lost = on_lost
@@ -87,8 +91,8 @@ class Lease:
     def acquire(cls, storage: Storage, *, on_lost: Callable[[], None], cluster: bool = False) -> Lease:
         """Take the lease of an output.
 
-        A lease left by a dead run is taken over, after the processes which that run left on this host have
-        been ended: one of them could otherwise still finish a write.
+        A lease left by a dead run is taken over, after its processes on this host have been killed: one of
+        them could still finish a write.
 
         Args:
             storage: the output.
@@ -99,6 +103,7 @@ class Lease:
             MaskMillError: ``output_in_use`` while another run holds it.
         """
         holder = Holder.me(uuid.uuid4().hex, cluster=cluster)
+        made_folder = storage.is_local and not storage.exists()
         if not storage.create_bytes(LEASE_FILE, json.dumps(vars(holder)).encode()):
             other = _read(storage)
             if other is not None and other.is_alive():
@@ -123,7 +128,7 @@ class Lease:
                     f"Another run has just started to write to {storage.uri}.",
                     "Wait for it, or name another --output.",
                 )
-        return cls(storage, holder, on_lost)
+        return cls(storage, holder, on_lost, made_folder=made_folder)
 
     def __enter__(self) -> Lease:
         self._thread.start()
@@ -140,6 +145,9 @@ class Lease:
         current = _read(self._storage)
         if current is not None and current.run_id == self.run_id:
             self._storage.delete(LEASE_FILE)
+            if self._made_folder:
+                with contextlib.suppress(OSError):  # it has files
+                    os.rmdir(self._storage.path())
 
     def _beat(self) -> None:
         last = time.time()
@@ -153,11 +161,22 @@ class Lease:
                 self._storage.write_json(LEASE_FILE, holder)
                 last = time.time()
             except OSError:
-                # A passing storage fault must not kill a run of days, but a run whose sign of life is too
-                # old must count itself out: by now another may have taken over.
+                # A passing storage fault must not kill a run of days, but a run whose heartbeat is too old
+                # must give up: by now another may have taken over.
                 if time.time() - last > LEASE_TTL_S * 0.8:
                     self._on_lost()
                     return
+
+
+def refuse_other_holder(storage: Storage, run_id: str) -> None:
+    """Raise ``output_in_use`` if another run than this one holds the lease: it has been taken over."""
+    current = _read(storage)
+    if current is not None and current.run_id != run_id:
+        raise FailedWork(
+            "output_in_use",
+            f"The lease of {storage.uri} was taken over by process {current.pid} on {current.host}.",
+            "Let that run finish, or stop it and run the same command again.",
+        )
 
 
 def _read(storage: Storage) -> Holder | None:
@@ -171,11 +190,11 @@ def _read(storage: Storage) -> Holder | None:
 
 
 def end_orphans(run_id: str, *, timeout_s: float = 20.0) -> int:
-    """End the processes that a dead run left on this host, and wait until they are gone.
+    """Kill the processes that a dead run left on this host, and wait until they are gone.
 
     Args:
-        run_id: of the dead run; its processes carry it in their environment, or are children of those (Ray's
-            agents write their titles over it).
+        run_id: of the dead run. Its processes have it in their environment, or are children of those that
+            do: Ray's agents overwrite their environment with their titles.
         timeout_s: how long to wait for them.
 
     Returns:

@@ -23,9 +23,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from models.errors import MaskMillError
+from models.errors import FailedWork, WrongUse
 from pipeline.files.storage import Storage
-from pipeline.labelling import prepare as labellers
+from pipeline.labelling import prepare as preparation
 from pipeline.table.labels import LABEL_SCHEMA
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,8 +193,12 @@ def test_overwriting_keeps_the_old_table_until_the_new_one_can_be_made(
         *toy(listing, mine, "--overwrite", "--set", "head=plain", "--max-failure-rate", "0.5")
     )
     assert done.returncode == 0, done.stderr
-    assert not set(before) & {path.name for path in (mine / "labels").iterdir()}
-    assert read_table(mine).num_rows == read_table(output).num_rows
+    assert json.loads((mine / "dataset.json").read_text())["recipe"]["head"] == "plain"
+    old, new = (
+        dict(zip(*read_table(folder).select(["id", "mask"]).to_pydict().values(), strict=True))
+        for folder in (output, mine)
+    )
+    assert old.keys() == new.keys() and old != new
 
 
 def test_foreign_folders_are_left_alone(maskmill_here: Run, toy_images: Path, tmp_path: Path) -> None:
@@ -228,36 +232,33 @@ def test_wrong_use_is_told_before_work_starts(
     assert not (tmp_path / "table").exists()
 
 
-def test_missing_weights_are_told_before_work_starts(
-    maskmill: Run, shared_ray: str, toy_images: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--classes", "cat"],  # weights that would have to be downloaded
+        ["--classes", "cat", "--set", "pretrained=wieghts.pt"],
+        ["--classes", "cat", "--model", "wieghts.pt"],
+    ],
+)
+def test_missing_weights_are_told_before_anything_is_made(
+    maskmill_here: Run, toy_images: Path, tmp_path: Path, wrong: list[str]
 ) -> None:
-    done = maskmill(
-        "label", "--images", toy_images, "--classes", "cat", "--output", tmp_path / "table",
-        HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"), RAY_ADDRESS=shared_ray,
+    done = maskmill_here(
+        "label", "--images", toy_images, "--output", tmp_path / "table", *wrong,
+        HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"), MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/runs.db",
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "ViT-B-16" in done.stderr
-    assert "CLIP worker" not in done.stderr
-    assert not list((tmp_path / "table").iterdir())
+    assert "Traceback" not in done.stderr and "starting Ray" not in done.stderr
+    assert "wieghts.pt" in done.stderr or "ViT-B-16" in done.stderr
+    assert not (tmp_path / "table").exists() and not (tmp_path / "runs.db").exists()
 
 
-@pytest.fixture
-def prepared_here() -> None:
-    """Where torch is imported, the class names are embedded in the same process."""
-    import torch  # noqa: F401
-
-
-def _lose_words() -> NoReturn:
-    raise MaskMillError("words_lost", "The words were lost.", "Find them.")
+def _lose_words(*_arguments: Any, **_settings: Any) -> NoReturn:
+    raise WrongUse("wrong_use", "The words were lost.", "Find them.")
 
 
 def test_preparing_in_vain_leaves_all_that_was_there(
-    maskmill_joined: Run,
-    toy_images: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    prepared_here: None,
+    maskmill_joined: Run, toy_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a table, and of folders that only have the names of a table's."""
     table = tmp_path / "table"
@@ -269,10 +270,25 @@ def test_preparing_in_vain_leaves_all_that_was_there(
         (tmp_path / "data" / theirs).write_text("mine")
     before = contents(tmp_path)
 
-    monkeypatch.setattr(labellers, "_text_embedder", lambda *_arguments: _lose_words)
+    monkeypatch.setattr(preparation, "prepare_labeller", _lose_words)
     for output in (table, tmp_path / "data"):
         done = maskmill_joined(*toy(toy_images, output))
         assert done.returncode == 2 and "The words were lost." in done.stderr
+    assert contents(tmp_path) == before
+
+
+def test_other_weights_than_the_table_s_are_refused(
+    maskmill_here: Run, labelled: tuple[Path, Path, str], toy_images: Path, tmp_path: Path
+) -> None:
+    _, output, _ = labelled
+    shutil.copytree(output, tmp_path / "table")
+    record = json.loads((output / "dataset.json").read_text())
+    record["weights"]["fingerprint"] = "f" * 64
+    (tmp_path / "table" / "dataset.json").write_text(json.dumps(record))
+    before = contents(tmp_path)
+    done = maskmill_here(*toy(toy_images, tmp_path / "table"))
+    assert done.returncode == 2 and "other weights" in done.stderr and "ffffffffffff" in done.stderr
+    assert "starting Ray" not in done.stderr
     assert contents(tmp_path) == before
 
 
@@ -283,27 +299,13 @@ def test_a_record_that_cannot_be_written_is_told(
 
     def refuse(storage: Storage, name: str, value: Any) -> None:
         if name == "dataset.json":
-            raise MaskMillError("storage_unreachable", "The disk is full.", "Make room.")
+            raise FailedWork("storage_unreachable", "The disk is full.", "Make room.")
         write(storage, name, value)
 
     monkeypatch.setattr(Storage, "write_json", refuse)
     done = maskmill_joined(*toy(toy_images, tmp_path / "table"))
-    assert done.returncode == 2 and "The disk is full." in done.stderr
-    assert not list((tmp_path / "table").iterdir())
-
-
-def test_weights_that_are_missing_are_told_in_the_background_too(
-    maskmill_environment: dict[str, str], shared_ray: str, toy_images: Path, tmp_path: Path
-) -> None:
-    """A shell starts "command &" with Ctrl-C ignored."""
-    done = subprocess.run(
-        [sys.executable, "-m", "jobs.cli", "label", "--images", str(toy_images), "--classes", "cat",
-         "--output", str(tmp_path / "table"), "--set", "pretrained=wieghts.pt"],
-        cwd=ROOT, env=maskmill_environment | {"RAY_ADDRESS": shared_ray}, capture_output=True, text=True,
-        timeout=300, check=False, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "wieghts.pt" in done.stderr
+    assert done.returncode == 1 and "The disk is full." in done.stderr
+    assert not (tmp_path / "table").exists()
 
 
 def test_labels_of_others_in_folders_are_left_alone(
@@ -317,145 +319,30 @@ def test_labels_of_others_in_folders_are_left_alone(
     assert theirs.exists()
 
 
-def test_what_turns_out_late_ends_the_waiting_workers(
-    maskmill_joined: Run,
-    toy_images: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    prepared_here: None,
-) -> None:
-    def fail() -> NoReturn:
-        time.sleep(8)  # the workers have come by then
-        _lose_words()
-
-    monkeypatch.setattr(labellers, "_text_embedder", lambda *_arguments: fail)
-    done = maskmill_joined(*toy(toy_images, tmp_path / "table"))
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-2:] == ["maskmill: The words were lost.", "Find them. [words_lost]"]
-    assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "table").iterdir()), "what could not begin leaves nothing"
-
-
-@pytest.mark.parametrize("torch_is_here", [False, True])
-def test_the_driver_needs_no_torch(
-    maskmill_environment: dict[str, str],
-    shared_ray: str,
-    toy_images: Path,
-    tmp_path: Path,
-    torch_is_here: bool,
-) -> None:
-    """Where a program of a user's has it already, its own thread prepares what else a process does."""
-    few = tmp_path / "few.txt"
-    few.write_text("".join(f"{path}\n" for path in sorted(toy_images.iterdir())[:2]))
-    program = """
-import sys
-from jobs.cli import main
-if sys.argv.pop(1) == "True":
-    import torch
-before = "torch" in sys.modules
-try:
-    main()
-finally:
-    print(before, "torch" in sys.modules)
-"""
-    arguments = [str(argument) for argument in toy(few, tmp_path / "table")]
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(torch_is_here), *arguments],
-        cwd=ROOT, env=maskmill_environment | {"RAY_ADDRESS": shared_ray}, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(torch_is_here)] * 2
-    assert set(read_table(tmp_path / "table")["status"].to_pylist()) == {"ok"}
-
-
 def test_ctrl_c_while_names_are_embedded(
-    maskmill_joined: Run,
-    toy_images: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    prepared_here: None,
+    maskmill_joined: Run, toy_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embedder, ended = labellers._text_embedder, []
+    prepare = preparation.prepare_labeller
 
-    def slow_embedder(*arguments: Any) -> Callable[[], Any]:
-        embed = embedder(*arguments)
+    def interrupted(*arguments: Any, **settings: Any) -> Any:
+        prepared = prepare(*arguments, **settings)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+        return prepared
 
-        def slowly() -> Any:
-            time.sleep(1)
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
-            ended.append(time.monotonic())
-            return embed()
-
-        return slowly
-
-    monkeypatch.setattr(labellers, "_text_embedder", slow_embedder)
+    monkeypatch.setattr(preparation, "prepare_labeller", interrupted)
     done = maskmill_joined(*toy(toy_images, tmp_path / "table"))
     assert done.returncode == 130
-    assert "Stopped." in done.stderr and ended
-    assert not (tmp_path / "table" / "dataset.json").exists(), "a run that was stopped writes no more"
+    assert "Stopped." in done.stderr
+    assert not (tmp_path / "table").exists(), "a run that was stopped writes no more"
 
 
 @pytest.mark.parametrize(
-    ("whom", "how", "status", "says"),
+    ("number", "stage", "after_s"),
     [
-        ("driver", signal.SIGINT, 130, "Stopped."),
-        ("process that prepares", signal.SIGKILL, 1, "was killed"),
-    ],
-)
-@pytest.mark.parametrize("precision", ["auto", "fp32"])  # begun when the cluster is joined, or before
-def test_a_stop_while_names_are_embedded_elsewhere(
-    maskmill_environment: dict[str, str],
-    shared_ray: str,
-    toy_images: Path,
-    tmp_path: Path,
-    whom: str,
-    how: signal.Signals,
-    status: int,
-    says: str,
-    precision: str,
-) -> None:
-    run = subprocess.Popen(
-        [sys.executable, "-m", "jobs.cli", "label", "--images", str(toy_images), "--output",
-         str(tmp_path / "table"), "--classes", ", ".join(f"animal {index}" for index in range(60)),
-         "--set", "model=ViT-B-32", "--set", "pretrained=random:0", "--set", f"precision={precision}"],
-        cwd=ROOT, stderr=subprocess.PIPE, text=True,
-        env=maskmill_environment | {"RAY_ADDRESS": shared_ray, "MASKMILL_CACHE": str(tmp_path / "cache")},
-    )  # fmt: skip
-    preparing = _wait_for_child(psutil.Process(run.pid), "jobs.apart")
-    while not list((tmp_path / "table" / "manifest").glob("*.parquet")):  # until the workers are asked for
-        assert run.poll() is None
-        time.sleep(0.05)
-    (psutil.Process(run.pid) if whom == "driver" else preparing).send_signal(how)
-    _, said = run.communicate(timeout=300)
-    assert run.returncode == status, said
-    assert says in said and "Traceback" not in said
-    assert not preparing.is_running()
-    assert not (tmp_path / "table" / "dataset.json").exists()
-    assert not list((tmp_path / "table").glob("labels/*.parquet"))
-
-
-def test_what_breaks_elsewhere_is_told_with_its_place(
-    maskmill: Run, shared_ray: str, toy_images: Path, tmp_path: Path
-) -> None:
-    """A bug, that is; and it leaves nothing."""
-    (tmp_path / "cache").write_text("no folder")
-    done = maskmill(
-        *toy(toy_images, tmp_path / "table"), RAY_ADDRESS=shared_ray, MASKMILL_CACHE=str(tmp_path / "cache")
-    )
-    assert done.returncode == 1
-    assert "in write_text_classifier" in done.stderr and "FileExistsError" in done.stderr
-    assert not list((tmp_path / "table").iterdir())
-
-
-@pytest.mark.parametrize(
-    ("number", "after_s", "again_s"),
-    [
-        (signal.SIGINT, 0.5, 0.3),
-        (signal.SIGTERM, 1.5, 0.05),
-        (signal.SIGINT, 2.5, 0.001),
-        (signal.SIGINT, 4, 0.001),
+        (signal.SIGINT, "reading weights", 0.5),
+        (signal.SIGTERM, "starting Ray", 1.5),
+        (signal.SIGINT, "CLIP worker", 0.2),
     ],
 )
 def test_a_stop_while_ray_and_the_flow_start(
@@ -463,32 +350,27 @@ def test_a_stop_while_ray_and_the_flow_start(
     toy_images: Path,
     tmp_path: Path,
     number: signal.Signals,
+    stage: str,
     after_s: float,
-    again_s: float,
 ) -> None:
     """By someone impatient, who presses it twice."""
     large = ("--set", "scale=[1024, 512]")  # so that it takes some time
     run = _start(toy_images, tmp_path / "table", maskmill_environment, *large)
-    preparing = _wait_for_child(psutil.Process(run.pid), "jobs.apart")
+    assert run.stderr is not None
+    before = ""
+    while stage not in before:
+        line = run.stderr.readline()
+        assert line, before
+        before += line
     time.sleep(after_s)
     started = psutil.Process(run.pid).children(recursive=True)
     run.send_signal(number)
-    time.sleep(again_s)
+    time.sleep(0.05)
     run.send_signal(number)
     _, said = run.communicate(timeout=300)
     assert run.returncode == 130, said
     assert "Stopped." in said and "Traceback" not in said
-    assert not preparing.is_running()
     assert not psutil.wait_procs(started, timeout=60)[1], "left behind"
-
-
-def _wait_for_child(process: psutil.Process, program: str) -> psutil.Process:
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        for child in process.children():
-            if program in " ".join(child.cmdline()):
-                return child
-        time.sleep(0.02)
-    raise AssertionError(f"{program} was not started")
 
 
 @pytest.fixture(scope="module")
@@ -544,9 +426,7 @@ def _start(images: Path, output: Path, environment: dict[str, str], *more: objec
 def _wait_for_parts(output: Path, process: subprocess.Popen[str], count: int = 1) -> None:
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
-        # What is pending is discarded if the run is stopped now.
-        parts = [path for path in (output / "checkpoint").glob("*.parquet") if ".pending." not in path.name]
-        if len(parts) >= count:
+        if len(list((output / "labels").glob("*.parquet"))) >= count:
             return
         time.sleep(0.05)
 

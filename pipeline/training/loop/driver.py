@@ -13,19 +13,17 @@ started again with the same settings it resumes from its newest whole checkpoint
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from models.errors import FailedWork, MaskMillError, WrongUse
+from pipeline.cluster.signals import INTERRUPTED, stop_on_signals
 from pipeline.files.storage import Storage, open_storage
 from pipeline.training.loop.board import BoardLink, BoardLost, News
 from pipeline.training.loop.checkpoints import CheckpointStore
@@ -38,7 +36,6 @@ from pipeline.training.loop.worker import Job, work
 __all__ = ["METRICS_FILE", "LoopSettings", "Outcome", "train"]
 
 METRICS_FILE = "metrics.jsonl"
-TERMINATED, INTERRUPTED = "terminated", "interrupted"
 
 
 @dataclass(frozen=True)
@@ -235,40 +232,6 @@ def _work_on_ray(job: Job) -> dict[str, Any]:
         )
         result: dict[str, Any] = trainer.fit().return_value
         return result
-
-
-class StopRequest:
-    """Whether the user or the system has asked this process to end."""
-
-    def __init__(self) -> None:
-        self.reason = ""
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """Take a signal; raises ``KeyboardInterrupt`` on the second Ctrl-C."""
-        if number == signal.SIGINT:
-            if self.reason == INTERRUPTED:
-                raise KeyboardInterrupt
-            self.reason = INTERRUPTED
-        else:
-            self.reason = TERMINATED
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Take SIGTERM and the first Ctrl-C as the wish to stop soon; a second Ctrl-C interrupts as usual.
-
-    Outside the main thread, where Python allows no handlers, signals stay as they are.
-    """
-    request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    before = {number: signal.signal(number, request.handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 class _Reader:

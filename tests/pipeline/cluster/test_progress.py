@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.cluster.progress import Board, Progress
+from pipeline.cluster.progress import Progress
 
 
 @pytest.mark.parametrize(
@@ -17,16 +17,13 @@ def test_the_rate_leaves_the_start_out(progress: Progress, rate: float | None) -
     assert progress.rate == rate
 
 
-def test_the_board_sums_what_it_is_told() -> None:
-    board = Board()
-    board.add(decode_s=1.5)
-    assert board.snapshot().first_s is None
-    board.add(done=3, failures={"empty": 1}, encode_s=0.5)
-    board.add(done=5, failures={"empty": 2, "not_found": 1}, label_s=2.0)
-    progress = board.snapshot()
-    assert (progress.done, progress.first_done) == (8, 3)
+def test_progress_sums_what_parts_report() -> None:
+    progress = Progress()
+    progress = progress.plus(done=3, failures={"empty": 1}, at_s=2.0, decode_s=1.5, label_s=0.0, encode_s=0.5)
+    progress = progress.plus(
+        done=5, failures={"empty": 2, "not_found": 1}, at_s=4.0, decode_s=0.0, label_s=2.0, encode_s=0.0
+    )
+    assert (progress.done, progress.first_done, progress.first_s, progress.last_s) == (8, 3, 2.0, 4.0)
     assert progress.failures == {"empty": 3, "not_found": 1}
     assert (progress.decode_s, progress.label_s, progress.encode_s) == (1.5, 2.0, 0.5)
-    assert (
-        progress.first_s is not None and progress.last_s is not None and progress.first_s <= progress.last_s
-    )
+    assert progress.rate == 2.5

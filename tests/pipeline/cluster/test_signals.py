@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 
 from pipeline.cluster import signals as interruption
-from pipeline.cluster.signals import Running, interrupt, interrupt_on_signals, signals_held
+from pipeline.cluster.signals import (
+    INTERRUPTED,
+    TERMINATED,
+    handlers_kept,
+    interrupt,
+    interrupt_on_signals,
+    signals_held,
+    stop_on_signals,
+)
 
 
 def wait_for_the_end() -> None:
@@ -78,7 +86,7 @@ def test_signals_wait_while_they_are_held(number: signal.Signals, handlers_resto
     assert done == ["work"]
 
 
-def test_one_signal_is_not_held_for_ever(monkeypatch: pytest.MonkeyPatch, handlers_restored: None) -> None:
+def test_one_signal_is_not_held_forever(monkeypatch: pytest.MonkeyPatch, handlers_restored: None) -> None:
     monkeypatch.setattr(interruption, "LONGEST_HOLD_S", 0.3)
     monkeypatch.setattr(interruption, "PATIENCE_S", 0.0)
     interrupt_on_signals()
@@ -137,42 +145,31 @@ end_process(3)
     assert (done.returncode, done.stderr) == (3, "")
 
 
-def test_a_failure_elsewhere_ends_the_run_once() -> None:
-    first = OSError("first")
-    with pytest.raises(KeyboardInterrupt), Running() as running:
-        in_another_thread(running.fail, first)
-        wait_for_the_end()
-    assert running.failure is first
-    # It has ended: nothing is interrupted any more, and nothing done.
-    in_another_thread(running.fail, OSError("second"))
-    done: list[int] = []
-    running.do(lambda: done.append(1))
-    time.sleep(0.1)
-    assert running.failure is first and not done
-
-
-def test_work_for_a_run_ends_before_the_run() -> None:
-    done: list[str] = []
-
-    def slowly() -> None:
-        began.set()
-        time.sleep(0.3)
-        done.append("work")
-
-    began = threading.Event()
-    running = Running()
-    thread = threading.Thread(target=running.do, args=(slowly,))
-    thread.start()
-    began.wait()
-    running.end()
-    done.append("end")
-    thread.join()
-    assert done == ["work", "end"]
-
-
 def test_where_ctrl_c_is_ignored_the_run_still_ends(handlers_restored: None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     interrupt_on_signals()
     with pytest.raises(KeyboardInterrupt):
         in_another_thread(interrupt)
         wait_for_the_end()
+
+
+def test_handlers_of_libraries_do_not_stay(handlers_restored: None) -> None:
+    interrupt_on_signals()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with handlers_kept():
+        for number in before:
+            signal.signal(number, lambda *_: None)
+    assert {number: signal.getsignal(number) for number in before} == before
+    in_another_thread(handlers_kept().__enter__)
+
+
+def test_a_stop_is_asked_for_once_and_then_insisted_on() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(KeyboardInterrupt), stop_on_signals() as request:
+        assert not request.reason
+        for number, reason in ((signal.SIGTERM, TERMINATED), (signal.SIGINT, INTERRUPTED)):
+            os.kill(os.getpid(), number)
+            assert request.reason == reason
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for_the_end()
+    assert {number: signal.getsignal(number) for number in before} == before

@@ -7,35 +7,24 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from models.errors import MaskMillError
 from pipeline.files import corruptions, images
 from pipeline.files.images import ImageSettings
+from pipeline.files.storage import Storage, open_storage
 from pipeline.labelling import stages
 from pipeline.labelling.labeller import Prediction
-from pipeline.labelling.stages import Decode, Encode, Label
-from pipeline.table.labels import LABEL_SCHEMA, decode_confidence, decode_mask
+from pipeline.labelling.stages import Decode, Label, Write
+from pipeline.table.committed import LABELS_DIR, part_files
+from pipeline.table.labels import LABEL_SCHEMA, decode_confidence, decode_mask, iter_rows
+from pipeline.table.lease import Lease
 from pipeline.toyworld import scenes as toyworld
-
-
-class _Sink:
-    """Stands where the progress actor's handle stands, and keeps what is reported."""
-
-    def __init__(self) -> None:
-        self.add = self
-        self.reports: list[dict[str, Any]] = []
-
-    def remote(self, **report: Any) -> None:
-        self.reports.append(report)
-
-    def total(self, key: str) -> float:
-        return sum(report.get(key, 0) for report in self.reports)
 
 
 class _BrightnessLabeller:
@@ -58,6 +47,10 @@ class _BrightnessLabeller:
 
 
 SETTINGS = ImageSettings(scale=(64, 32), keep_ratio=True, resize="opencv", max_pixels=10_000)
+
+
+def _write(storage: Storage, run_id: str = "run") -> Write:
+    return Write(storage, run_id, ignore_index=255, num_classes=2)
 
 
 def _folder(root: Path, pictures: dict[str, tuple[tuple[int, int], int] | bytes]) -> pa.Table:
@@ -85,12 +78,14 @@ def test_images_go_through_all_stages(tmp_path: Path) -> None:
             "empty.png": b"",
         },
     )
-    sink = _Sink()
     labeller = _BrightnessLabeller()
-    decoded = pa.concat_tables(Decode(SETTINGS, sink)(manifest))
-    labelled = pa.concat_tables(Label(lambda: labeller, sink)(decoded))
-    encoded = Encode(255, 2, sink)(labelled)
+    decoded = pa.concat_tables(Decode(SETTINGS)(manifest))
+    labelled = pa.concat_tables(Label(lambda: labeller)(decoded))
+    storage = open_storage(tmp_path / "table")
+    (report,) = _write(storage)(labelled).to_pylist()
 
+    (part,) = part_files(storage)
+    encoded = pq.read_table(storage.path(part))
     assert encoded.schema.equals(LABEL_SCHEMA)
     rows = {Path(row["uri"]).name: row for row in encoded.to_pylist()}
     assert {name: row["status"] for name, row in rows.items()} == {
@@ -111,32 +106,50 @@ def test_images_go_through_all_stages(tmp_path: Path) -> None:
     # Batches hold one size each; the failed one was tried again image by image.
     assert all(len(set(shapes)) == 1 for shapes in labeller.shapes)
     assert max(map(len, labeller.shapes)) == 3
-    assert sink.total("done") == 9
-    assert {key: value for report in sink.reports for key, value in report.get("failures", {}).items()} == {
-        "label_failed": 1,
-        "too_large": 1,
-        "empty": 1,
-        "not_found": 1,
-    }
+    assert report["done"] == 9
+    assert sorted(report["failures"]) == ["empty", "label_failed", "not_found", "too_large"]
+    assert min(report[f"{stage}_s"] for stage in ("decode", "label", "encode")) > 0
+
+
+def test_writing_again_writes_the_same_file(tmp_path: Path) -> None:
+    manifest = _folder(tmp_path, {"a.png": ((40, 40), 128), "b.png": ((40, 40), 60)})
+    labelled = pa.concat_tables(Label(_BrightnessLabeller)(pa.concat_tables(Decode(SETTINGS)(manifest))))
+    storage = open_storage(tmp_path / "table")
+    _write(storage)(labelled)
+    (part,) = part_files(storage)
+    before = storage.read_bytes(part)
+    _write(storage)(labelled)
+    assert part_files(storage) == [part] and storage.read_bytes(part) == before
+    assert storage.list(LABELS_DIR) == [part]  # no temporary file either
+
+
+def test_a_run_that_lost_its_lease_writes_no_more(tmp_path: Path) -> None:
+    manifest = _folder(tmp_path, {"a.png": ((40, 40), 128)})
+    labelled = pa.concat_tables(Label(_BrightnessLabeller)(pa.concat_tables(Decode(SETTINGS)(manifest))))
+    storage = open_storage(tmp_path / "table")
+    with Lease.acquire(storage, on_lost=lambda: None) as lease:
+        with pytest.raises(MaskMillError, match="taken over") as caught:
+            _write(storage, "an older run")(labelled)
+        assert caught.value.code == "output_in_use" and not part_files(storage)
+        _write(storage, lease.run_id)(labelled)
+        assert len(part_files(storage)) == 1
 
 
 def test_a_labeller_that_never_works_stops_the_run(tmp_path: Path) -> None:
     manifest = _folder(tmp_path, {f"{index}.png": ((40, 40), 0) for index in range(20)})
-    sink = _Sink()
-    decoded = pa.concat_tables(Decode(SETTINGS, sink)(manifest))
+    decoded = pa.concat_tables(Decode(SETTINGS)(manifest))
     with pytest.raises(MaskMillError, match="all black") as caught:
-        list(Label(_BrightnessLabeller, sink)(decoded))
+        list(Label(_BrightnessLabeller)(decoded))
     assert caught.value.code == "labelling_failed"
 
 
 def test_stages_cut_their_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = _folder(tmp_path, {f"{index}.png": ((40, 40), 10 + index) for index in range(10)})
     monkeypatch.setattr(stages, "_CHUNK_BYTES", 3 * 32 * 32 * 3)
-    sink = _Sink()
-    tables = list(Decode(SETTINGS, sink)(manifest))
+    tables = list(Decode(SETTINGS)(manifest))
     assert [table.num_rows for table in tables] == [3, 3, 3, 2]
     monkeypatch.setattr(stages, "_CHUNK_BYTES", 4 * 40 * 40 * 2)
-    labelled = list(Label(lambda: _BrightnessLabeller(1), sink)(pa.concat_tables(tables)))
+    labelled = list(Label(lambda: _BrightnessLabeller(1))(pa.concat_tables(tables)))
     assert sum(table.num_rows for table in labelled) == 11
     assert len(labelled) == 3
 
@@ -156,7 +169,7 @@ def test_byte_ranges_of_a_shard_are_images(tmp_path: Path) -> None:
             "length": pa.array([len(member) for member in members], pa.int64()),
         }
     )
-    decoded = pa.concat_tables(Decode(SETTINGS, _Sink())(manifest)).to_pylist()
+    decoded = pa.concat_tables(Decode(SETTINGS)(manifest)).to_pylist()
     assert [row["status"] for row in decoded] == ["ok", "ok"]
     assert [np.frombuffer(row["pixels"], np.uint8)[0] for row in decoded] == [40, 200]
 
@@ -173,7 +186,7 @@ def test_corruption_comes_between_decoding_and_resizing(tmp_path: Path, corrupti
     settings = SETTINGS.replace(corruption=corruption)
 
     def pixels(settings: ImageSettings, manifest: pa.Table) -> dict[int, bytes]:
-        rows = pa.concat_tables(Decode(settings, _Sink())(manifest)).to_pylist()
+        rows = pa.concat_tables(Decode(settings)(manifest)).to_pylist()
         assert [(row["height"], row["width"], row["network_height"]) for row in rows] == [(96, 96, 32)] * 3
         return {row["id"]: row["pixels"] for row in rows}
 
@@ -190,7 +203,7 @@ def test_corruption_comes_between_decoding_and_resizing(tmp_path: Path, corrupti
 def test_images_differ_in_their_noise(tmp_path: Path) -> None:
     manifest = _folder(tmp_path, {"a.png": ((40, 40), 128), "b.png": ((40, 40), 128)}).slice(0, 2)
     settings = SETTINGS.replace(corruption="gaussian_noise:1")
-    first, second = pa.concat_tables(Decode(settings, _Sink())(manifest))["pixels"].to_pylist()
+    first, second = pa.concat_tables(Decode(settings)(manifest))["pixels"].to_pylist()
     assert first != second
 
 
@@ -219,16 +232,17 @@ def test_fetching_runs_ahead_but_not_away() -> None:
 
 
 @pytest.mark.parametrize(("num_classes", "ignore_index"), [(2, 255), (300, 65_535)])
-def test_masks_are_as_wide_as_their_ids(num_classes: int, ignore_index: int) -> None:
+def test_masks_are_as_wide_as_their_ids(tmp_path: Path, num_classes: int, ignore_index: int) -> None:
     dtype = np.uint8 if ignore_index == 255 else np.uint16
     mask = np.array([[1, ignore_index]], dtype)
     table = pa.Table.from_pylist(
         [
             {"id": 1, "uri": "/x", "sha256": bytes(32), "height": 1, "width": 2, "status": "ok",
-             "labels": mask.tobytes(), "confidence": bytes([200, 9])}
-        ],
-        schema=stages._LABELLED,
+             "labels": mask.tobytes(), "confidence": bytes([200, 9]), "decode_s": 0.0, "label_s": 0.0}
+        ]
     )  # fmt: skip
-    row = Encode(ignore_index, num_classes, _Sink())(table).to_pylist()[0]
+    storage = open_storage(tmp_path)
+    Write(storage, "run", ignore_index=ignore_index, num_classes=num_classes)(table)
+    (row,) = iter_rows(storage)
     assert decode_mask(row["mask"]["bytes"]).tolist() == mask.tolist()
     assert [segment["class_id"] for segment in row["segments"]] == [1]

@@ -37,6 +37,16 @@ def test_a_second_run_is_refused_until_the_first_is_done(tmp_path: Path) -> None
         pass
 
 
+def test_a_run_that_makes_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    mine, theirs, used = (open_storage(tmp_path / name) for name in ("mine", "theirs", "used"))
+    (tmp_path / "theirs").mkdir()
+    for storage in (mine, theirs, used):
+        with Lease.acquire(storage, on_lost=_never):
+            if storage is used:
+                storage.write_bytes("labels/part.parquet", b"")
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["theirs", "used"]
+
+
 @pytest.mark.parametrize(
     ("change", "alive"),
     [
