@@ -10,7 +10,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from models.clip.openclip import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+
 from models.errors import WrongUse
 
 HUB = "huggingface.co"

@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
+from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
 from models.clip.blocks import residual_block
-from models.clip.openclip import AttentionPool2d, ModifiedResNet, QuickGELU, VisionTransformer
 from models.errors import WrongUse
 from models.settings import HeadName, KeySource, Profile
 

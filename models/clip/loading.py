@@ -10,23 +10,23 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.clip.blocks import residual_block
 from models.clip.heads import ResNetDense, VitDense, dense_encoder
-from models.clip.openclip import ModifiedResNet, VisionTransformer, open_clip, with_the_rest
-from models.clip.prompt_tree import encode_tokens, shares_prefixes
-from models.clip.skeleton import shapes_only
 from models.clip.weights import WeightSource, check_supported, find_weights, read_state
 from models.errors import WrongUse
 
 Towers = Literal["both", "visual", "text"]
 
-_TOKENS_PER_BATCH = 8192  # of a text tower that reads the full context
+_PROMPTS_AT_ONCE = 128
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids", "attn_mask", "logit_bias")
 
 
@@ -166,10 +166,6 @@ class Clip:
     def encode_text(self, prompts: Sequence[str], *, normalize: bool = True) -> Tensor:
         """Embed prompts.
 
-        Under the causal mask, what prompts begin with in common is computed once
-        (``models.clip.prompt_tree``),
-        which gives what the full context gives. Other text towers read the full context.
-
         Args:
             prompts: P texts.
             normalize: scale every row to length 1.
@@ -190,14 +186,13 @@ class Clip:
             return torch.empty(0, self.embed_dim, device=self.device)
         unique = list(dict.fromkeys(prompts))
         tokens = self.tokenize(unique)
-        if shares_prefixes(self.model):
-            embeddings = encode_tokens(self.model, tokens)
-        else:
-            batches = tokens.split(max(1, _TOKENS_PER_BATCH // tokens.shape[1]))
-            embeddings = torch.cat([self.model.encode_text(batch.to(self.device)) for batch in batches])  # type: ignore[operator]
+        # Batches of prompts of like length, since each batch is as long as its longest prompt.
+        order = (tokens != 0).sum(1).argsort(stable=True)
+        batches = tokens[order].split(_PROMPTS_AT_ONCE)
+        embeddings = torch.cat([_encode_tokens(self.model, batch.to(self.device)) for batch in batches])
         embeddings = F.normalize(embeddings.float(), dim=-1) if normalize else embeddings.float()
-        position = {prompt: row for row, prompt in enumerate(unique)}
-        return embeddings[torch.tensor([position[prompt] for prompt in prompts], dtype=torch.long)]
+        row = dict(zip([unique[i] for i in order.tolist()], range(len(unique)), strict=True))
+        return embeddings[[row[prompt] for prompt in prompts]]
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Tokens int64 (P, context) of prompts.
@@ -219,6 +214,26 @@ class Clip:
                     "Shorten the class name or the template.",
                 )
         return tokens
+
+
+def _encode_tokens(model: Any, tokens: Tensor) -> Tensor:
+    """``model.encode_text`` of tokens (P, context) to (P, D), cut to the longest prompt where possible.
+
+    CLIP's text tower is causal and reads off the end-of-text token, the highest of all, so the padding behind
+    it changes nothing. Towers of another kind read the full context.
+    """
+    causal = isinstance(model, open_clip.CLIP) and model.attn_mask is not None
+    if not causal or model.text_pool_type != "argmax":
+        return model.encode_text(tokens)
+    ends = tokens.argmax(1)
+    length = int(ends.max()) + 1
+    x = model.token_embedding(tokens[:, :length]) + model.positional_embedding[:length]
+    x = model.transformer(x, attn_mask=model.attn_mask[:length, :length])
+    x = model.ln_final(x[torch.arange(len(x), device=x.device), ends])
+    projection = model.text_projection
+    if projection is None:
+        return x
+    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
 
 def load_clip(
@@ -317,13 +332,12 @@ def _build(source: WeightSource) -> nn.Module:
     text = config["text_cfg"]
     foreign_text = "hf_model_name" in text
     if foreign_text:
-        with_the_rest()
         config["text_cfg"] = {**text, "hf_model_pretrained": False}
     custom = source.config.get("custom_text", False) or foreign_text
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     try:
         # Hugging Face text towers compute buffers when they are built, so they need real memory.
-        with torch.device("cpu") if foreign_text else shapes_only():
+        with torch.device("cpu" if foreign_text else "meta"):
             return kind(**config)
     except Exception as error:
         remedy = "Check the configuration against open_clip's own model_configs."

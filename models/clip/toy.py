@@ -15,10 +15,8 @@ from __future__ import annotations
 import gzip
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from open_clip import SimpleTokenizer
+import open_clip
 
 MODEL_NAME = "toyclip"
 PRETRAINED = "bundled"
@@ -43,19 +41,15 @@ def vocabulary_path() -> Path:
 
 def register() -> None:
     """Make ``open_clip.create_model("toyclip")`` possible; a second call does nothing."""
-    from models.clip.openclip import open_clip
-
     if MODEL_NAME not in open_clip.list_models():
         open_clip.add_model_config(config_path())
 
 
-def tokenizer() -> SimpleTokenizer:
+def tokenizer() -> open_clip.SimpleTokenizer:
     """open_clip's tokenizer with the cut merge table and this model's context length.
 
     Calling it with P strings gives int64 (P, context_length), as with any open_clip tokenizer.
     """
-    from models.clip.openclip import open_clip
-
     register()
     return open_clip.get_tokenizer(MODEL_NAME, bpe_path=str(vocabulary_path()))
 
@@ -73,8 +67,6 @@ def used_merges(texts: Iterable[str], *, common: int = 0) -> list[tuple[str, str
         Pairs as in the merge table. Every merge of the full table makes a string that no other one makes,
         so the pieces of an encoded text tell which merges were taken.
     """
-    from models.clip.openclip import open_clip
-
     full = open_clip.SimpleTokenizer()
     made_by = {first + second: (first, second) for first, second in full.bpe_ranks}
     used = {pair for pair, rank in full.bpe_ranks.items() if rank < common}

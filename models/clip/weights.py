@@ -23,16 +23,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
+from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
+from open_clip.pretrained import download_pretrained_from_hf
 from torch import Tensor
 
-from models.clip.openclip import (
-    HF_CONFIG_NAME,
-    HF_SAFE_WEIGHTS_NAME,
-    HF_WEIGHTS_NAME,
-    download_pretrained_from_hf,
-    open_clip,
-)
 from models.errors import Damaged, MaskMillError, WrongUse
 from models.hub import download, hub_cache_folder, in_hub_cache
 

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.clip.loading import Activations, Clip
-from models.clip.openclip import VisionTransformer
 from models.errors import MaskMillError, WrongUse
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
 

@@ -16,13 +16,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import torch
+from open_clip.pretrained import download_pretrained_from_hf
 from torch import Tensor
 
 from models.clip import toy as toyclip
 from models.clip.loading import Clip, load_source
-from models.clip.openclip import download_pretrained_from_hf, open_clip
-from models.clip.skeleton import shapes_only
 from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource, read_state
 from models.clipseg.baselines import ClipDeconvConfig, ViTSegConfig, build_clip_deconv, build_vitseg
 from models.clipseg.decoder import IMAGE_SIZE, ClipSeg, ClipSegConfig, ClipSegDecoder, tower_shape
@@ -257,7 +257,7 @@ def _settings_of(config: type[ClipDeconvConfig | ViTSegConfig], told: dict[str, 
 def _decoder(
     config: ClipSegConfig, state: Mapping[str, Tensor], where: Path, *, width: int, embed_dim: int, patch: int
 ) -> ClipSegDecoder:
-    with shapes_only():
+    with torch.device("meta"):
         decoder = ClipSegDecoder(config, width=width, embed_dim=embed_dim, patch=patch)
     expected = decoder.state_dict()
     _check_names(where, expected, state)

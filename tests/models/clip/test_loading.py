@@ -209,7 +209,19 @@ def test_precision_is_that_of_the_weights(small: open_clip.CLIP, tmp_path: Path,
 # --- text -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", [{}, {"no_causal_mask": True}], ids=["causal", "all"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        {},
+        {"no_causal_mask": True},
+        {"ls_init_value": 0.5},
+        {"proj_bias": True},
+        {"pool_type": "eos", "eos_id": 49407},
+        {"pool_type": "last"},
+        {"pool_type": "first"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_text_embeddings_are_those_of_the_full_context(text: dict[str, Any], normalize: bool) -> None:
     config = {**CONFIG, "text_cfg": {**CONFIG["text_cfg"], **text}}
