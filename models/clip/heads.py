@@ -25,7 +25,6 @@ from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
-from models.clip.blocks import residual_block
 from models.errors import WrongUse
 from models.settings import HeadName, KeySource, Profile
 
@@ -155,7 +154,10 @@ class VitDense(nn.Module):
     def whole_patches(self, images: Tensor) -> Tensor:
         """Images in the tower's dtype, (B, 3, H', W') with H', W' multiples of the patch."""
         right, below = -images.shape[-1] % self.stride, -images.shape[-2] % self.stride
-        return F.pad(images.to(self.visual.conv1.weight.dtype), (0, right, 0, below))
+        # One memory layout for all: the convolution of an image that was cut out of a batch, or decoded with
+        # its channels last, would take another kernel, which rounds differently in bf16.
+        padded = F.pad(images.to(self.visual.conv1.weight.dtype), (0, right, 0, below))
+        return padded.contiguous()
 
     def encode(self, images: Tensor, positions: Tensor) -> Dense:
         """The arithmetic alone, for ``torch.compile``: whole patches and their position table (1 + L, W_)."""
@@ -163,7 +165,7 @@ class VitDense(nn.Module):
         blocks = list(self.visual.transformer.resblocks)
         x = self.tokens(images, positions)
         for block in blocks[:-1]:
-            x = residual_block(block, x)
+            x = block(x)
         patches, keys = self._head.vit(blocks[-1], x, self._keys)
         features = self._project(self.visual.ln_post(patches))
         return Dense(features.transpose(1, 2).unflatten(2, (h, w)), keys)
@@ -176,7 +178,7 @@ class VitDense(nn.Module):
         x = self.whole_patches(images)
         x = self.tokens(x, self.position_table((x.shape[-2] // self.stride, x.shape[-1] // self.stride)))
         for block in self.visual.transformer.resblocks:
-            x = residual_block(block, x)
+            x = block(x)
         return self.pooled(x)
 
     def pooled(self, x: Tensor) -> Tensor:
@@ -266,7 +268,7 @@ class ResNetDense(nn.Module):
     def _trunk(self, images: Tensor) -> Tensor:
         visual = self.visual
         right, below = max(0, self.stride - images.shape[-1]), max(0, self.stride - images.shape[-2])
-        x = visual.stem(F.pad(images.to(visual.conv1.weight.dtype), (0, right, 0, below)))
+        x = visual.stem(F.pad(images.to(visual.conv1.weight.dtype), (0, right, 0, below)).contiguous())
         return visual.layer4(visual.layer3(visual.layer2(visual.layer1(x))))
 
 
@@ -274,7 +276,7 @@ class ResNetDense(nn.Module):
 
 
 def _plain_vit(block: Any, x: Tensor, keys: KeySource | None) -> tuple[Tensor, Tensor | None]:
-    return residual_block(block, x)[:, 1:], None
+    return block(x)[:, 1:], None
 
 
 def _plain_resnet(pool: AttentionPool2d, x: Tensor, keys: KeySource | None) -> tuple[Tensor, Tensor | None]:

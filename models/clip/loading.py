@@ -19,7 +19,6 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.clip.blocks import residual_block
 from models.clip.heads import ResNetDense, VitDense, dense_encoder
 from models.clip.weights import WeightSource, check_supported, find_weights, read_state
 from models.errors import WrongUse
@@ -153,7 +152,7 @@ class Clip:
         x = tower.tokens(whole, tower.position_table(grid))
         taken = []
         for index, block in enumerate(self.visual.transformer.resblocks[: max(layers) + 1]):
-            x = residual_block(block, x)
+            x = block(x)
             if index in layers:
                 taken.append(x)
         return Activations(tuple(taken), grid, (images.shape[-2], images.shape[-1]))

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.clip.blocks import residual_block
 from models.clip.heads import VitDense, dense_encoder
 from models.clip.loading import Clip
 from models.errors import WrongUse
@@ -59,20 +58,21 @@ def masked_embedding(clip: Clip, images: Tensor, masks: Tensor, how: AttentionMa
         )
     whole = tower.whole_patches(images)
     grid = (whole.shape[-2] // tower.stride, whole.shape[-1] // tower.stride)
-    allowed = _allowed(masks, grid, how).to(whole.device)
     x = tower.tokens(whole, tower.position_table(grid))
     blocks = list(tower.visual.transformer.resblocks)
+    hidden = _hidden(masks, grid, how).to(x)
+    mask = hidden.repeat_interleave(blocks[0].attn.num_heads, dim=0)
     for index, block in enumerate(blocks):
         masked = how.layers == "all" or index == len(blocks) - 1
-        x = residual_block(block, x, mask=allowed if masked else None)
+        x = block(x, attn_mask=mask if masked else None)
     return tower.pooled(x)
 
 
-def _allowed(masks: Tensor, grid: tuple[int, int], how: AttentionMask) -> Tensor:
-    """Bool (B, 1, N, N): which token (row) sees which (column)."""
+def _hidden(masks: Tensor, grid: tuple[int, int], how: AttentionMask) -> Tensor:
+    """fp32 (B, N, N), added to the scores: -inf where a token (row) does not see another one (column)."""
     inside = F.interpolate((masks != 0).float()[:, None], grid, mode="nearest").flatten(1) > 0
     seen = F.pad(inside, (1, 0), value=True)[:, None, :]  # (B, 1, N); the class token is seen by all
-    rows = torch.arange(seen.shape[-1], device=masks.device) > 0
+    rows = torch.arange(seen.shape[-1], device=seen.device) > 0
     if how.tokens == "cls":
         rows = ~rows
-    return (seen | ~rows[:, None])[:, None]
+    return torch.zeros(len(seen), len(rows), len(rows)).masked_fill_(~seen & rows[:, None], -torch.inf)

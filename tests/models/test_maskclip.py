@@ -6,17 +6,21 @@ The re-derivation works on the tensors of the state dict alone, in fp64, and sha
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from models.clip.heads import Dense, dense_encoder
 from models.clip.loading import Clip, load_clip
 from models.clip.text import TextClassifier
 from models.errors import MaskMillError
+from models.labelmap import label_map
 from models.maskclip import DENIED, MaskClip, key_smoothing, prompt_denoising
 from models.settings import MaskClipSettings
 
@@ -24,6 +28,8 @@ MEAN = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64)
 STD = torch.tensor([58.395, 57.12, 57.375], dtype=torch.float64)
 SIZES = [(320, 480), (333, 500)]
 CLASSES = 20
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "voc2012_subset" / "JPEGImages"
+PHOTOGRAPHS = sorted(DATA.glob("*.jpg"))[:6]
 
 
 # --- the re-derivation ----------------------------------------------------------------------------------
@@ -387,6 +393,23 @@ def test_scores_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
     images = photographs(61, 90, batch=4)
     together = model.grid_scores(images)
     assert torch.equal(together, torch.cat([model.grid_scores(image[None]) for image in images]))
+
+
+@pytest.mark.skipif(not PHOTOGRAPHS, reason="no photographs in shared/data")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_labels_of_photographs_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    """Laid out as Labellers stack decoded images: channels last, so that one of a batch has odd strides."""
+    clip = load_clip("ViT-B-16-quickgelu", "random:0", dtype=dtype, towers="visual")
+    model = MaskClip(clip, classifier(unit_rows(CLASSES, clip.embed_dim)))
+    images = [np.asarray(Image.open(path).convert("RGB").resize((96, 80))) for path in PHOTOGRAPHS]
+
+    def labels(some: list[np.ndarray]) -> list[Tensor]:
+        scores = model.grid_scores(torch.from_numpy(np.stack(some)).permute(0, 3, 1, 2))
+        return [torch.stack(label_map(s, network_size=(80, 96), image_size=(160, 192))) for s in scores]
+
+    alone = [labels([image])[0] for image in images]
+    for one, other in zip(alone, labels(images), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
