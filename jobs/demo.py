@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.evaluate import evaluate
-from jobs.label import label_images
+from jobs.label import LabelJob, label_images
 from jobs.show import Show
 from jobs.train.maskclip_plus import train_student
 from jobs.train.run import TrainOptions
@@ -74,7 +74,8 @@ class Demo:
         truth = open_pairs(images=str(test / "images"), masks=str(test / "truth"), ontology=ontology)
 
         _title(console, "2. maskmill label: class names in, pseudo-labels out")
-        status = label_images(str(images), ontology, RECIPES["toy"], str(table), console=console)
+        job = LabelJob(source=str(images), ontology=ontology, recipe=RECIPES["toy"], output=str(table))
+        status = label_images(job, console)
         if status:
             return status
 

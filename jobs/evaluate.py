@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.console import stderr_console
-from jobs.label import label_images
+from jobs.label import LabelJob, label_images
 from jobs.options import FLAT, Address, LabellingModel, Tracking, Truth, Verbose, exactly_one
 from models.errors import FailedWork, WrongUse
 from pipeline.datasets.base import Dataset, Sample
@@ -210,17 +210,17 @@ def evaluate(
         recipe, words = _plan(dataset, recipe, ontology, protocol)
         claim_folder(folder, overwrite=overwrite)
         table = str(folder / "labels")
-        label_images(
-            _image_list(dataset, folder),
-            words,
-            recipe,
-            table,
+        job = LabelJob(
+            source=_image_list(dataset, folder),
+            ontology=words,
+            recipe=recipe,
+            output=table,
             overwrite=overwrite,
             max_failure_rate=1.0,  # all images are asked for below
             address=address,
             verbose=verbose,
-            console=console,
         )
+        label_images(job, console)
     else:
         table = labels
     made = read_table_record(table)

@@ -8,7 +8,7 @@ import hashlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 
 from jobs.console import LabelDisplay, duration, stderr_console
@@ -29,8 +28,8 @@ from pipeline.files.storage import Storage, open_storage
 from pipeline.files.versions import versions
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe
 from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
-from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, discard_leftovers, done_ids, part_files
-from pipeline.table.labels import DATASET_FILE
+from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, discard_leftovers, done_ids
+from pipeline.table.labels import DATASET_FILE, iter_rows
 from pipeline.table.lease import Lease
 from pipeline.tracking.names import record_params
 from pipeline.tracking.progress import ProgressLog
@@ -99,19 +98,19 @@ class Label:
         recipe, own = self.by.load()
         if self.min_confidence is not None:
             recipe = change_recipe(recipe, {"min_confidence": self.min_confidence})
-        return label_images(
-            source,
-            self._ontology(recipe, own),
-            recipe,
-            self.output,
+        job = LabelJob(
+            source=source,
+            ontology=self._ontology(recipe, own),
+            recipe=recipe,
+            output=self.output,
             overwrite=self.overwrite,
             max_failure_rate=self.max_failure_rate,
             address=self.address,
             verbose=self.verbose,
             tracking=self.tracking,
             system_metrics=self.system_metrics,
-            console=console,
         )
+        return label_images(job, console)
 
     def _ontology(self, recipe: LabelRecipe, own: Ontology | None) -> Ontology:
         """The classes asked for, else those of the model."""
@@ -127,34 +126,37 @@ class Label:
         return ontology if self.background else Ontology.from_dict(ontology.to_dict() | {"background": None})
 
 
-def label_images(
-    source: str,
-    ontology: Ontology,
-    recipe: LabelRecipe,
-    output: str,
-    *,
-    overwrite: bool = False,
-    max_failure_rate: float = 0.05,
-    address: str | None = None,
-    verbose: bool = False,
-    tracking: str | None = OFF,
-    system_metrics: bool = False,
-    console: Console | None = None,
-) -> int:
-    """Label what is new. Prints a summary.
+@dataclass(frozen=True, kw_only=True)
+class LabelJob:
+    """What a labelling run is asked for.
 
-    Args:
+    Attributes:
         source: folder, glob, list file or manifest of the images.
         ontology: the classes.
         recipe: every knob that changes the labels.
         output: folder or object-store prefix that gets the table.
         overwrite: delete an existing table of another recipe or ontology first.
         max_failure_rate: share of failed images beyond which the run counts as failed.
-        address: of a Ray cluster; None joins the one around, or starts a local one.
-        verbose: let Ray talk.
+        address: of a Ray cluster; None joins the one that RAY_ADDRESS names, or starts a local one.
+        verbose: show Ray's own messages.
         tracking: MLflow URI, None for the default, ``off`` for none.
         system_metrics: track the load of this machine as well.
-        console: where to print.
+    """
+
+    source: str
+    ontology: Ontology
+    recipe: LabelRecipe
+    output: str
+    overwrite: bool = False
+    max_failure_rate: float = 0.05
+    address: str | None = None
+    verbose: bool = False
+    tracking: str | None = OFF
+    system_metrics: bool = False
+
+
+def label_images(job: LabelJob, console: Console | None = None) -> int:
+    """Label what is new. Prints a summary.
 
     Returns:
         0, or 1 if more than ``max_failure_rate`` of the images of this run failed.
@@ -162,46 +164,13 @@ def label_images(
     Raises:
         MaskMillError: for everything that the user can mend.
     """
-    job = LabelJob(
-        source=source,
-        ontology=ontology,
-        recipe=recipe,
-        output=output,
-        overwrite=overwrite,
-        max_failure_rate=max_failure_rate,
-        address=address,
-        verbose=verbose,
-        tracking=tracking,
-        system_metrics=system_metrics,
-    )
-    return run(job, console)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelJob:
-    """A labelling run; the fields are the arguments of ``label_images``."""
-
-    source: str
-    ontology: Ontology
-    recipe: LabelRecipe
-    output: str
-    overwrite: bool
-    max_failure_rate: float
-    address: str | None
-    verbose: bool
-    tracking: str | None
-    system_metrics: bool
-
-
-def run(job: LabelJob, console: Console | None = None) -> int:
-    """See ``label_images``."""
     console = console or stderr_console()
     began = time.monotonic()
     tracker = open_tracker(job.tracking, system_metrics=job.system_metrics)
     manifest = build_manifest(job.source)
     storage = open_storage(job.output)
     with Lease.acquire(storage, on_lost=_abandon, cluster=joins_cluster(job.address)) as lease:
-        recorded = _existing(storage, job)
+        recorded = recorded_table(storage, job)
         replaces = job.overwrite and storage.exists(DATASET_FILE)
         todo = manifest if replaces else _without(manifest, _done(storage, console))
         if todo.num_rows == 0:
@@ -213,39 +182,23 @@ def run(job: LabelJob, console: Console | None = None) -> int:
             )
             return 0
         console.print(_announcement(job, manifest.num_rows, todo.num_rows), soft_wrap=True, highlight=False)
-        with tracker, contextlib.ExitStack() as stack:
-            display = LabelDisplay(todo.num_rows, console)
-            stack.enter_context(display.live())
-            thread = ThreadPoolExecutor(1)
-            stack.callback(thread.shutdown, wait=False)  # after Ctrl-C nobody needs what it prepares
-
-            display.stage("reading weights")
-            precision = recorded["precision"] if recorded else job.recipe.precision
-            # On a cluster, the machines that will do the work decide what "auto" is.
-            asks_cluster = precision == "auto" and joins_cluster(job.address)
-            preparing = None if asks_cluster else _begin_preparing(thread, job, precision, recorded)
-            display.stage("embedding class names, starting Ray")
-            compute = stack.enter_context(
-                ray_session(lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage)
-            )
-            if preparing is None:
-                preparing = _begin_preparing(thread, job, worker_precision(compute), recorded)
-            prepared = preparing.result()
-
-            # From here on there is something to keep.
-            _begin_tracking(tracker, job, manifest, todo.num_rows)
-            if replaces:
-                for entry in OWN_ENTRIES:
-                    storage.delete(entry)
-            if recorded is None:
-                storage.write_json(DATASET_FILE, _new_record(job, prepared))
-            before = set(part_files(storage))
-            display.stage(f"starting {_workers(compute)}")
-            startup_s = time.monotonic() - began
-            progress = _label(job, storage, lease, todo, prepared, compute, _reporting(display, tracker))
-            startup_s += progress.first_s or 0.0
+        display = LabelDisplay(todo.num_rows, console)
+        with tracker:
+            with display.live(), _started(job, lease, recorded, display) as (prepared, compute):
+                # From here on there is something to keep.
+                _begin_tracking(tracker, job, manifest, todo.num_rows)
+                if replaces:
+                    for entry in OWN_ENTRIES:
+                        storage.delete(entry)
+                if recorded is None:
+                    storage.write_json(DATASET_FILE, _new_record(job, prepared))
+                display.stage(f"starting {_workers(compute)}")
+                startup_s = time.monotonic() - began
+                report = _reporting(display, tracker)
+                progress = _label(job, storage, lease, todo, prepared, compute, report)
+                startup_s += progress.first_s or 0.0
             _refuse_gaps(storage, todo)
-            outcome = _count_status(storage, sorted(set(part_files(storage)) - before))
+            outcome = _count_status(storage, todo)
             record = _record_counts(storage)
             busy = _busy(progress, compute)
             _end_tracking(tracker, record, outcome, progress, startup_s=startup_s, busy=busy)
@@ -258,7 +211,7 @@ def run(job: LabelJob, console: Console | None = None) -> int:
     return _summary(job, storage, outcome, lines, console)
 
 
-def _existing(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
+def recorded_table(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
     """The record of the table that is already there; None for a new one.
 
     Raises:
@@ -312,6 +265,28 @@ def _announcement(job: LabelJob, total: int, todo: int) -> str:
     new = f"{todo:,} images" if todo == total else f"{todo:,} new of {total:,} images"
     toy = " (a toy: it knows the toy world only)" if job.recipe.model == "toyclip" else ""
     return f"Labelling {new} with {job.ontology.num_classes} classes, {job.recipe.model}{toy} → {job.output}"
+
+
+@contextlib.contextmanager
+def _started(
+    job: LabelJob, lease: Lease, recorded: dict[str, Any] | None, display: LabelDisplay
+) -> Iterator[tuple[PreparedLabeller, Compute]]:
+    """Ray, while class names are embedded in a thread. Nothing is started before the weights are found."""
+    precision = recorded["precision"] if recorded else job.recipe.precision
+    # On a cluster, the machines that will do the work decide what "auto" is.
+    asks_cluster = precision == "auto" and joins_cluster(job.address)
+    with contextlib.ExitStack() as stack:
+        thread = ThreadPoolExecutor(1)
+        stack.callback(thread.shutdown, wait=False)  # after Ctrl-C nobody needs what it prepares
+        display.stage("reading weights")
+        preparing = None if asks_cluster else _begin_preparing(thread, job, precision, recorded)
+        display.stage("embedding class names, starting Ray")
+        compute = stack.enter_context(
+            ray_session(lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage)
+        )
+        if preparing is None:
+            preparing = _begin_preparing(thread, job, worker_precision(compute), recorded)
+        yield preparing.result(), compute
 
 
 def _begin_preparing(
@@ -481,13 +456,11 @@ def _record_counts(storage: Storage) -> dict[str, Any]:
     return record
 
 
-def _count_status(storage: Storage, parts: list[str]) -> Counter[str]:
-    """Rows by status, counted on disk: what workers report may be counted twice if one of them dies."""
-    counts: Counter[str] = Counter()
-    for part in parts:
-        table = pq.read_table(storage.path(part), columns=["status"], filesystem=storage.arrow_filesystem())
-        counts.update(table["status"].to_pylist())
-    return counts
+def _count_status(storage: Storage, todo: pa.Table) -> Counter[str]:
+    """Rows of this run by status, counted on disk: workers may report one twice if one of them dies."""
+    wanted = set(todo["id"].to_pylist())
+    rows = iter_rows(storage, ["id", "status"], batch_size=4096)
+    return Counter(row["status"] for row in rows if row["id"] in wanted)
 
 
 def _summary(

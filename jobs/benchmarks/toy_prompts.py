@@ -22,7 +22,7 @@ from jobs.benchmarks.rows import claim, row
 from jobs.benchmarks.toy_students import draw_scenes
 from jobs.benchmarks.toy_tower import train_tower
 from jobs.benchmarks.toyworld import scene_set
-from jobs.label import label_images
+from jobs.label import LabelJob, label_images
 from jobs.train.clipseg import train_clipseg
 from jobs.train.run import INTERRUPTED, TrainOptions
 from models.clipseg import toyvit
@@ -291,7 +291,8 @@ def _trained(
         table = str(output.with_name("table"))
         draw_scenes(scenes / "images", scenes / "masks", seed + TRAINING_SEED, count)
         ontology = load_ontology("toyworld")
-        label_images(str(scenes / "images"), ontology, RECIPES["toy"], table, console=console)
+        source = str(scenes / "images")
+        label_images(LabelJob(source=source, ontology=ontology, recipe=RECIPES["toy"], output=table), console)
     status = train_clipseg(
         CLIPSEG_RECIPES.load("toy", changes),
         TrainOptions(output=str(output), tracking=OFF),

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from jobs.benchmarks.rows import claim, row
 from jobs.benchmarks.toyworld import scene_set
-from jobs.label import label_images
+from jobs.label import LabelJob, label_images
 from jobs.train import maskclip_plus
 from jobs.train.run import INTERRUPTED, TrainOptions
 from models.device import best_device, native_precision
@@ -150,7 +150,8 @@ def _measure_seed(
     ontology = load_ontology("toyworld")
     images, masks, table = folder / "images", folder / "masks", folder / "table"
     draw_scenes(images, masks, seed + TRAINING_SEED, unlabelled)
-    label_images(str(images), ontology, RECIPES["toy"], str(table), console=console)
+    job = LabelJob(source=str(images), ontology=ontology, recipe=RECIPES["toy"], output=str(table))
+    label_images(job, console)
     truth = open_pairs(images=str(images), masks=str(masks), ontology=ontology)
     precision = native_precision(best_device())
     teacher = prepare_labeller(RECIPES["toy"], ontology, precision=precision).build(precision=precision)

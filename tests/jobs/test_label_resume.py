@@ -22,11 +22,8 @@ def existing(folder: Path, recorded: dict[str, Any], recipe: LabelRecipe) -> dic
     """The record that a job with ``recipe`` finds in a table labelled with the ``recorded`` fields."""
     record = {"recipe": recorded, "precision": "bf16", "ontology": CLASSES.to_dict() | {"hash": CLASSES.hash}}
     (folder / label.DATASET_FILE).write_text(json.dumps(record))
-    job = label.LabelJob(
-        source="images", ontology=CLASSES, recipe=recipe, output=str(folder), overwrite=False,
-        max_failure_rate=0.05, address=None, verbose=False, tracking=None, system_metrics=False,
-    )  # fmt: skip
-    return label._existing(open_storage(str(folder)), job)
+    job = label.LabelJob(source="images", ontology=CLASSES, recipe=recipe, output=str(folder))
+    return label.recorded_table(open_storage(str(folder)), job)
 
 
 @pytest.mark.parametrize("name", RECIPES)

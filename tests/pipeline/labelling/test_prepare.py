@@ -13,7 +13,7 @@ import pytest
 from numpy.testing import assert_equal
 from PIL import Image
 
-from jobs.label import label_images
+from jobs.label import LabelJob, label_images
 from models.clip.loading import load_clip
 from models.clipseg.decoder import ClipSegConfig, build_clipseg
 from models.device import best_device, native_precision
@@ -209,14 +209,15 @@ def test_the_label_job_runs_a_student(folder: Path, shared_ray: str, tmp_path: P
     (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted(images.iterdir())))
     recipe, _ = student_recipe(str(folder), ["precision=fp32"])
     output = tmp_path / "table"
-    status = label_images(
-        str(tmp_path / "list.txt"),
-        OTHERS,  # the longer way: the words travel to the workers
-        recipe,
-        str(output),
+    job = LabelJob(
+        source=str(tmp_path / "list.txt"),
+        ontology=OTHERS,  # the longer way: the words travel to the workers
+        recipe=recipe,
+        output=str(output),
         max_failure_rate=0.5,
         address=shared_ray,
     )
+    status = label_images(job)
     assert status == 0
     record = json.loads((output / "dataset.json").read_text())
     assert record["weights"]["model"] == f"student:{folder}"
