@@ -1,4 +1,4 @@
-"""What the bundled small CLIP can do, measured on scenes that it never saw, and its model card."""
+"""Evaluate the bundled small CLIP on unseen scenes, and write its model card."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ TEMPLATES = "toyworld"
 PHRASES = (*toyphrases.PATTERN_WORDS, *toyphrases.COLOUR_WORDS)
 
 _HEADS = (
-    "Which reading of the last block is best depends on the training. Patch dropout and the token swap"
-    " favour what its values say: the head `value` (value and last projection alone, as the paper describes"
-    " MaskCLIP) is what the recipe `toy` takes. The head `maskclip` keeps the block's residual and MLP, as"
-    " the reference's code does, and the unmodified tokens (`plain`) are worse than a CLIP trained in the"
-    " plain way has them: read the gaps between the heads with that in mind.",
+    "Which reading of the last block works best depends on the training. Patch dropout and the token swap"
+    " favour its values, so the recipe `toy` takes the head `value` (value and last projection only, as the"
+    " paper describes MaskCLIP). The head `maskclip` keeps the block's residual and MLP, as the reference"
+    " code does. The unmodified tokens (`plain`) are worse than those of a CLIP trained the usual way. Read"
+    " the gaps between the heads with that in mind.",
     "Tried, and worse for the head `maskclip` at 128 px: phases of 800, 300 and 200 steps (0.36); patch"
     " dropout 0.85 throughout (0.27); the token swap without the last phase (0.35); 600 steps in the last"
-    " phase (0.38); the mean of the dense features as the picture's embedding (0.22). An aim of 0.60 for"
+    " phase (0.38); the mean of the dense features as the picture's embedding (0.22). The goal of 0.60 for"
     " this head was missed.",
 )
 
 
 @dataclass
 class Scores:
-    """What the card says about a network, on scenes that it never saw.
+    """Results on unseen scenes.
 
     Attributes:
-        top1: share of the scenes whose best-scoring class is in the picture (class token).
-        recall: of the k classes a scene shows, the share among its k best-scoring ones, mean over scenes.
-        auc: per class, how often a scene with it outranks a scene without (class token).
-        iou: head → side in pixels → IoU of each class.
-        words: phrase → how often a grid cell it describes outranks one it does not (default head, AUC).
+        top1: share of scenes whose best-scoring class is in the picture (class token).
+        recall: share of a scene's k classes among its k best-scoring ones, mean over scenes (class token).
+        auc: ROC AUC of each class being in the picture (class token).
+        iou: IoU of each class, by head and side in pixels.
+        words: by phrase, ROC AUC of a grid cell being described by it (default head).
     """
 
     top1: float = 0.0
@@ -60,16 +60,12 @@ class Scores:
 
 
 def evaluate(clip: Clip, *, seed: int, scenes: int, sizes: Sequence[int]) -> Scores:
-    """Measure a trained network.
+    """Evaluate a trained network.
 
     Args:
-        clip: the network.
         seed: of the scenes.
         scenes: their number.
         sizes: sides in pixels at which label maps are compared; the first is used for everything else.
-
-    Returns:
-        All numbers of the card.
     """
     scores = Scores()
     config = MaskClipSettings(image_stats="clip", profile="weights")
@@ -127,21 +123,20 @@ def card(scores: Scores | None, table: Mapping[str, str], *, seed: int, scenes: 
     """The model card (Markdown).
 
     Args:
-        scores: what was measured, if anything.
         table: facts and settings of the training.
-        seed: of the scenes that were measured on.
+        seed: of the scenes that ``scores`` are from.
         scenes: their number.
     """
     parts = [
         "# toyclip: the bundled small CLIP",
         "**A toy.** It knows the procedural toy world of this project (`pipeline/toyworld/`) and nothing"
-        " else. It is there so that tests and the demo mean something without a download; its numbers say"
-        " nothing about photographs.",
+        " else. It gives meaning to tests and to the demo without a download; its numbers say nothing about"
+        " photographs.",
         "An open_clip `CLIP` (ViT with a class token), trained from scratch with open_clip's `ClipLoss` on"
-        " pairs of picture and caption. Label maps took no part in training or in choosing weights: the last"
-        " step is what is kept. The tokenizer is open_clip's over a cut merge table"
+        " pairs of picture and caption. Label maps were used neither for training nor for choosing weights:"
+        " the last step is kept. The tokenizer is open_clip's with a shortened merge table"
         " (`toyclip_bpe.txt.gz`, see `models/clip/toy.py`).",
-        "Made anew by `python -m jobs.toyclip.pretrain --output DIR`.",
+        "Reproduce it with `python -m jobs.toyclip.pretrain --output DIR`.",
         *_HEADS,
         "## Training",
         _table(["", ""], [[key, value] for key, value in table.items()]),
@@ -162,26 +157,22 @@ def _measured(scores: Scores, *, seed: int, scenes: int) -> list[str]:
     ]
     return [
         f"## Measured on {scenes} fresh scenes",
-        f"Scenes of set {seed}, which training never saw; weights as stored"
-        f" (fp16), computed in fp32;"
+        f"Scenes of set {seed}, which training never saw; weights as stored (fp16), computed in fp32;"
         f" prompt templates `{TEMPLATES}`.",
-        f"Class token, {first} px: the best-scoring class is in the picture in"
-        f" {scores.top1:.1%} of the scenes;"
-        f" of the k classes a scene shows, {scores.recall:.1%} are among its k best; mean ROC AUC of presence"
-        f" {np.mean(scores.auc):.3f} (lowest {min(scores.auc):.3f}).",
-        f"Label maps, mean IoU over {len(classes)} classes; nothing is told about the"
-        f" scene, and `plain` are the"
-        " patch tokens of the unmodified CLIP:",
+        f"Class token, {first} px: the best-scoring class is in the picture in {scores.top1:.1%} of the"
+        f" scenes; of the k classes a scene shows, {scores.recall:.1%} are among its k best; mean ROC AUC of"
+        f" presence {np.mean(scores.auc):.3f} (lowest {min(scores.auc):.3f}).",
+        f"Label maps, mean IoU over {len(classes)} classes, all of them candidates in every scene; `plain`"
+        " are the patch tokens of the unmodified CLIP:",
         _table(
             ["head", *(f"{size} px" for size in sizes)],
             [[h, *row] for h, row in zip(heads, means, strict=True)],
         ),
         f"IoU per class, {first} px, and ROC AUC of the class token:",
         _table(["class", *heads, "class token AUC"], classes),
-        f"Words without a class name, `maskclip` head, {first} px: how often a grid cell"
-        f" that the words describe"
-        " outranks one that they do not (ROC AUC, 0.5 is chance; colours judged by the hue of the cell's mean"
-        " colour):",
+        f"Words without a class name, `maskclip` head, {first} px: how often a grid cell that the words"
+        " describe outranks one that they do not (ROC AUC, 0.5 is chance; colours are judged by the hue of"
+        " the cell's mean colour):",
         _table(["prompt", "AUC"], [[phrase, f"{value:.3f}"] for phrase, value in scores.words.items()]),
     ]
 

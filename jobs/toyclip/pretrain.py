@@ -1,11 +1,10 @@
 """Train the bundled small CLIP from captions on the toy world (``--output DIR``).
 
-Plain CLIP: open_clip's architecture, tokenizer and ``ClipLoss``, pairs of picture and caption, nothing
-else. Label maps are drawn with the scenes and thrown away; they come back only after training, for the
-numbers of the model card.
+Plain CLIP: open_clip's architecture, tokenizer and ``ClipLoss`` on pairs of picture and caption. Label maps
+are not used for training, only for the evaluation in the model card.
 
-Two things make the patch tokens local, and so the dense head good. Patch dropout: a class token that sees a
-few patches only has to find each named thing in whatever patch of it is left. Token swap: see
+Two things make the patch tokens local, and so the dense heads good. Patch dropout: a class token that sees
+only a few patches has to find each named thing in whatever patch of it is left. Token swap: see
 ``_token_swap``.
 """
 
@@ -45,28 +44,27 @@ from pipeline.toyworld import scenes as toyworld
 from pipeline.toyworld.captions import caption_words
 
 COMMON_MERGES = 2000
-"""First merges of the full table that stay, so that words from outside the world are a few pieces long."""
+"""Number of first merges of the full table to keep, so that other words take only a few tokens."""
 
 
 @dataclass(frozen=True)
 class PretrainRecipe:
-    """Every knob of the training.
+    """Settings of the training.
 
     Attributes:
-        seed: of the weights, the batches and the training scenes (set ``seed``; the card uses set ``seed +
-        1``).
-        scenes: training scenes, drawn once and kept in memory (48 KiB each at 128 px).
-        size: their side in pixels; the network's own size.
-        steps: optimiser steps of each phase. A phase starts with a fresh optimiser and the weights it finds.
+        seed: of the weights, the batches and the training scenes; the card uses scenes of ``seed + 1``.
+        scenes: number of training scenes, drawn once and kept in memory (48 KiB each at 128 px).
+        size: their side in pixels, and the input size of the network.
+        steps: optimiser steps of each phase. A phase starts with a new optimiser.
         batch: pairs per step, by phase.
         learning_rate: peak of each phase, after ``warmup`` steps; it falls to zero along a cosine.
         warmup: steps of linear rise, by phase.
-        weight_decay: on matrices only.
+        weight_decay: of matrices only.
         patch_dropout: share of the patches that a step leaves out, by phase; below 1.
         token_swap: share of the pictures whose class token is swapped (``_token_swap``), by phase.
         patch_size, width, layers, head_width, embed_dim: of the image tower.
         text_width, text_layers, context_length: of the text tower.
-        card_scenes: fresh scenes behind every number of the card; 0 writes a card without numbers.
+        card_scenes: number of fresh scenes for the card's evaluation; 0 leaves it out.
     """
 
     seed: int = 0
@@ -101,7 +99,7 @@ class PretrainRecipe:
 
 
 def model_config(recipe: PretrainRecipe, vocab_size: int) -> dict[str, Any]:
-    """The open_clip configuration of the trained network; patch dropout belongs to training alone."""
+    """The open_clip configuration of the trained network, without patch dropout."""
     return {
         "embed_dim": recipe.embed_dim,
         "quick_gelu": False,
@@ -123,28 +121,20 @@ def model_config(recipe: PretrainRecipe, vocab_size: int) -> dict[str, Any]:
 
 
 def new_model(recipe: PretrainRecipe, config: dict[str, Any]) -> open_clip.CLIP:
-    """The untrained network, with patch dropout; its weights depend on ``recipe.seed`` alone."""
+    """The untrained network, with patch dropout; its weights depend only on ``recipe.seed``."""
     torch.manual_seed(recipe.seed)
     vision = {**config["vision_cfg"], "patch_dropout": max(recipe.patch_dropout)}
     return open_clip.CLIP(**{**config, "vision_cfg": vision}, output_dict=True)
 
 
 def corpus(recipe: PretrainRecipe, *, workers: int) -> tuple[Tensor, list[str]]:
-    """The training pairs.
-
-    Args:
-        recipe: how many, how large, which seed.
-        workers: processes that draw.
-
-    Returns:
-        uint8 (n, 3, s, s) RGB, and n captions. The label maps are dropped here.
-    """
+    """The training pairs, drawn by ``workers`` processes: uint8 (n, 3, s, s) RGB, and n captions."""
     chunk = 250
     starts = range(0, recipe.scenes, chunk)
     jobs = [(recipe.seed, min(chunk, recipe.scenes - start), recipe.size, start) for start in starts]
     images = np.empty((recipe.scenes, 3, recipe.size, recipe.size), np.uint8)
     captions: list[str] = []
-    # Spawned, not forked: the parent may hold a CUDA context and torch's threads.
+    # Not forked: the parent may hold a CUDA context and torch's threads.
     with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
         parts = map(_draw, jobs) if pool is None else pool.imap(_draw, jobs)
         for part_images, part_captions in parts:
@@ -173,12 +163,10 @@ def train(
     """One phase of contrastive training, in place.
 
     Args:
-        model: with ``output_dict`` and, where the phase wants dropout, a ``PatchDropout``; on ``device``.
-        images: uint8 (n, 3, s, s).
+        model: on ``device``, as ``new_model`` makes it.
+        images: uint8 (n, 3, s, s); moved to ``device`` as a whole.
         tokens: int64 (n, context_length).
-        recipe: steps, rates, dropout.
-        phase: which of the recipe's phases, from 0. Its random numbers depend on nothing that came before.
-        device: where the steps run; the corpus goes there whole when it is a GPU.
+        phase: counted from 0. Its random numbers do not depend on earlier phases.
 
     Returns:
         The loss of every step.
@@ -238,12 +226,12 @@ def train(
 
 
 def _token_swap(share: float) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """Let the class token of some pictures enter the last block as a copy of a random patch token.
+    """Replace the class token of some pictures with a random patch token before the last block.
 
-    A class token collects in every block, and what it has found before the last one never passes through the
-    values that dense labels are read from. Without its past it must find all of it in the last block's
-    values; with a patch's residual in its place, the residual and the MLP that the dense head keeps are in
-    training too.
+    A class token collects information in every block, and what it found before the last one never passes
+    through the values that dense labels are read from. Without its past it has to find everything in the last
+    block's values. With a patch's residual in its place, the residual and the MLP that the dense head keeps
+    are trained too.
     """
 
     def hook(block: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -262,7 +250,7 @@ def _phase_seed(recipe: PretrainRecipe, phase: int) -> int:
 
 
 def _batches(count: int, steps: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Index batches int64 (batch,): shuffled passes over ``count`` pairs, none twice inside a pass."""
+    """Index batches int64 (batch,): shuffled passes over ``count`` pairs."""
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
         while len(order) < batch:
@@ -281,10 +269,9 @@ def _rate(step: int, steps: int, warmup: int) -> float:
 
 @contextmanager
 def _fast_arithmetic(device: torch.device) -> Iterator[None]:
-    """bf16 where the processor has it, and on CPU the plain attention.
+    """bf16 where the processor has it, and plain attention on a CPU.
 
-    Why the latter: measured on 65 tokens, the backward pass of the CPU flash kernel alone took 40 % of a
-    step.
+    With 65 tokens the backward pass of the CPU flash kernel alone took 40 % of a step.
     """
     if device.type == "cuda":
         with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -299,13 +286,11 @@ def pretrain(recipe: PretrainRecipe, output: Path, *, device: torch.device, work
     """Draw the scenes, train, write weights, configuration, vocabulary and card to a folder.
 
     Args:
-        recipe: all settings.
-        output: folder; files of an earlier training in it are replaced at the very end.
-        device: where to train.
+        output: files of an earlier training in it are replaced at the end.
         workers: processes that draw the scenes.
 
     Returns:
-        The numbers of the card, or None if ``recipe.card_scenes`` is 0.
+        The evaluation in the card, or None if ``recipe.card_scenes`` is 0.
     """
     began = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
@@ -366,15 +351,15 @@ def _machine(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Arguments:
-    """Train the bundled small CLIP anew.
+    """Train the bundled small CLIP.
 
     Attributes:
         output: folder for weights, configuration, vocabulary and card; must not hold weights yet.
-        bundled: write over the files that come with the project, instead of --output.
-        overwrite: allow --output to hold weights of an earlier training.
+        bundled: replace the files that come with the project, instead of --output.
+        overwrite: replace the weights of an earlier training in --output.
         device: auto takes a GPU if there is one.
         workers: processes that draw scenes; 0 is one per processor.
-        recipe: all settings of the training.
+        recipe: settings of the training.
     """
 
     output: Path | None = None
@@ -389,9 +374,7 @@ def destination(arguments: Arguments) -> Path:
     """The folder to write to.
 
     Raises:
-        MaskMillError: ``wrong_use``, ``wrong_use`` or ``output_exists``: nothing is ever
-        written over
-            unless it was asked for.
+        WrongUse: ``wrong_use``; ``output_exists`` if it holds weights that nobody asked to replace.
     """
     assets = toyclip.weights_path().parent
     if arguments.bundled:
@@ -399,20 +382,20 @@ def destination(arguments: Arguments) -> Path:
     if arguments.output is None:
         raise WrongUse(
             "wrong_use",
-            "There is no folder for the weights.",
+            "No folder for the weights was given.",
             "Name one with --output DIR, or replace the project's own with --bundled.",
         )
     if arguments.output.resolve() == assets:
         raise WrongUse(
             "wrong_use",
             f"{arguments.output} holds the weights that come with the project.",
-            "Say --bundled if they shall be replaced, or name another folder.",
+            "Give --bundled to replace them, or name another folder.",
         )
     if (arguments.output / toyclip.weights_path().name).exists() and not arguments.overwrite:
         raise WrongUse(
             "output_exists",
-            f"{arguments.output} holds weights already.",
-            "Name another folder, or say --overwrite.",
+            f"{arguments.output} already holds weights.",
+            "Name another folder, or give --overwrite.",
         )
     return arguments.output
 

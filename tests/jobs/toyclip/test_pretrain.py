@@ -71,7 +71,7 @@ def test_a_few_steps_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     weights = tmp_path / "toyclip.safetensors"
     source = WeightSource(toyclip.MODEL_NAME, str(weights), config, weights, None, OPENAI_MEAN, OPENAI_STD)
     clip = load_source(source)
-    # The vocabulary that the job writes is the bundled one, so the bundled tokenizer fits the new weights.
+    # The vocabulary is the bundled one, so the bundled tokenizer fits the new weights.
     assert (tmp_path / "toyclip_bpe.txt.gz").read_bytes() == toyclip.vocabulary_path().read_bytes()
     text = build_text_classifier(clip, [[name] for name in toyworld.CLASSES], templates="toyworld")
     labeller = MaskClip(clip, text, MaskClipSettings(image_stats="clip", profile="weights"))
@@ -81,7 +81,7 @@ def test_a_few_steps_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_training_learns_and_repeats() -> None:
-    """The loss falls below that of guessing, and equal settings give equal weights."""
+    """The loss falls below that of guessing, and the same settings give the same weights."""
     recipe = replace(
         TINY,
         steps=(40,),
@@ -107,7 +107,7 @@ def test_training_learns_and_repeats() -> None:
     assert np.mean(losses[-5:]) < 0.85 * np.log(recipe.batch[0])
 
 
-def test_the_corpus_is_captions_and_pictures_whatever_the_workers() -> None:
+def test_the_corpus_does_not_depend_on_the_number_of_workers() -> None:
     recipe = replace(TINY, scenes=270)
     images, captions = corpus(recipe, workers=1)
     shared, words = corpus(recipe, workers=2)
@@ -118,7 +118,7 @@ def test_the_corpus_is_captions_and_pictures_whatever_the_workers() -> None:
 
 
 @pytest.mark.parametrize("rest", [[], ["--output", str(toyclip.weights_path().parent)]])
-def test_the_bundled_weights_are_not_overwritten_by_chance(
+def test_the_bundled_weights_are_not_overwritten_by_accident(
     rest: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = toyclip.weights_path().stat().st_mtime_ns
@@ -127,7 +127,7 @@ def test_the_bundled_weights_are_not_overwritten_by_chance(
     assert toyclip.weights_path().stat().st_mtime_ns == before
 
 
-def test_earlier_weights_are_kept_unless_named(tmp_path: Path) -> None:
+def test_earlier_weights_are_kept_without_overwrite(tmp_path: Path) -> None:
     (tmp_path / "toyclip.safetensors").write_bytes(b"kept")
     with pytest.raises(MaskMillError, match="already") as caught:
         destination(Arguments(output=tmp_path))
@@ -136,7 +136,7 @@ def test_earlier_weights_are_kept_unless_named(tmp_path: Path) -> None:
     assert destination(Arguments(bundled=True)) == toyclip.weights_path().parent
 
 
-def test_phases_have_one_value_of_each() -> None:
+def test_every_setting_has_one_value_per_phase() -> None:
     with pytest.raises(
         MaskMillError,
         match="steps, batch, learning_rate, warmup, patch_dropout, token_swap have 4, 3",
