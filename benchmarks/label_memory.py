@@ -86,12 +86,8 @@ def _family(pid: int) -> list[tuple[psutil.Process, str]]:
         for child in driver.children(recursive=True):
             command = child.cmdline()
             title = command[0] if command else ""
-            if "jobs.apart" in " ".join(command):
-                members.append((child, "process that prepares (ends at the start)"))
-                continue
             for mark, role in (
                 ("MapWorker", "CLIP worker"),
-                ("Board", "progress actor"),
                 ("ray::", "decode and encode worker"),
                 ("raylet", "raylet"),
                 ("gcs_server", "gcs server"),
