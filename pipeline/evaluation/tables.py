@@ -335,7 +335,6 @@ def _on_ray(parts: Sequence[str], settings: dict[str, Any], workers: int) -> Ite
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        context.checkpoint_config = None  # that of a labelling run in the same process
         shared = ray.put(settings)
 
         def score(row: dict[str, str]) -> dict[str, bytes]:
