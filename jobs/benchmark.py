@@ -15,7 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from tyro.conf import Positional, UseAppendAction, arg
 
-from jobs.benchmarks import clipseg, maskclip, prompt_strategies
+from jobs.benchmarks import maskclip
+from jobs.benchmarks.clipseg import tables as clipseg
+from jobs.benchmarks.clipseg import visual_prompts
+from jobs.benchmarks.tables import Request
 from jobs.console import stderr_console
 from jobs.options import Repeated, Settings, Tracking, comma_separated, named_values
 from models.errors import MaskMillError, WrongUse
@@ -44,11 +47,11 @@ TOYWORLD, CONCEPTS = "toyworld", "concepts"
 TOY_SECTIONS = (
     "heads", "refinement", "sizes", "corruptions", "words", "vocabulary", "students", "prompts"
 )  # fmt: skip
-"""What ``--row`` of the toy world chooses from: functions of ``jobs.benchmarks.toyworld``, and trainings."""
+"""What ``--row`` of the toy world chooses: functions of ``toyworld.labelling``, and trainings."""
 TOY_SEEDS = (11, 12, 13, 14, 15)
 """Scene sets that neither the training (0) nor the model card (1) nor the demo (2026) has seen."""
 
-_TABLES = {**maskclip.TABLES, **clipseg.TABLES, **prompt_strategies.TABLES}
+_TABLES = {**maskclip.TABLES, **clipseg.TABLES, **visual_prompts.TABLES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,25 +206,25 @@ def _plan_toyworld(asked: Benchmark, _name: str, folder: Path, console: Console)
 def _toyworld(
     names: Sequence[str], seeds: Sequence[int], scenes: int, folder: Path, console: Console
 ) -> Measured:
-    from jobs.benchmarks import toy_prompts, toy_students, toyworld
+    from jobs.benchmarks.toyworld import labelling, prompts, students
 
     measured = Measured([])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("conditions", total=None)
         cores = hardware()["cores"] or 1
-        bench = toyworld.Bench(seeds, scenes, lambda done: bar.update(task, completed=done), workers=cores)
+        bench = labelling.Bench(seeds, scenes, lambda done: bar.update(task, completed=done), workers=cores)
         try:
             for name in names:
-                if name in (toy_students.SECTION, toy_prompts.SECTION):
+                if name in (students.SECTION, prompts.SECTION):
                     continue
-                section, claims = getattr(toyworld, name)(bench)
+                section, claims = getattr(labelling, name)(bench)
                 measured.sections.append(section)
                 measured.claims.extend(claims)
                 bar.update(task, description=section["title"])
         finally:
             bench.close()
-    for part, train in ((toy_students, toy_students.students), (toy_prompts, toy_prompts.prompts)):
+    for part, train in ((students, students.students), (prompts, prompts.prompts)):
         if part.SECTION not in names:
             continue
         # These show their own progress, and a second run continues with what is trained.
@@ -239,7 +242,7 @@ def _plan_table(asked: Benchmark, name: str, folder: Path, console: Console) -> 
     _refuse_negative_limit(asked)
     if name not in clipseg.TABLES:
         _refuse_sizes(asked)
-    request = maskclip.Request(
+    request = Request(
         folder=folder,
         console=console,
         roots=named_values("--root", asked.roots, last=False),

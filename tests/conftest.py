@@ -33,7 +33,7 @@ LONGEST = (
     "test_loop.py",
     "test_train_clipseg.py",
     "test_label.py",
-    "test_toy_prompts.py",
+    "test_prompts.py",
 )
 """Files that take minutes, those that take most first."""
 

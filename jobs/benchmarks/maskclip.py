@@ -6,18 +6,24 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from jobs.benchmarks.rows import row
+from jobs.benchmarks.tables import (
+    RANDOM_WEIGHTS,
+    Request,
+    needs_root,
+    of_other_images,
+    open_root,
+    random_weights,
+    why_not_measured,
+)
 from jobs.evaluate import evaluate, protocol_recipe
-from models.errors import FailedWork, MaskMillError, WrongUse
+from models.errors import MaskMillError, WrongUse
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.protocols import PROTOCOLS, get_protocol
-from pipeline.datasets.registry import DATASETS, open_dataset
+from pipeline.datasets.registry import DATASETS
 from pipeline.evaluation.published import PublishedTable, load_published
 from pipeline.evaluation.results import EVALUATION_FILE, ROWS
 from pipeline.files.corruptions import CORRUPTIONS, LEVELS
@@ -40,35 +46,6 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "MaskCLIP + KS + PD": {"ks_threshold": 1.0, "pd_threshold": 0.5},
 }
 """Training-free rows of the tables: what they change in the recipe ``maskclip``."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the user wants of a table.
-
-    Attributes:
-        roots: folder by dataset.
-        labels: label table by row, written ``METHOD (MODEL)@DATASET`` or ``METHOD@DATASET``.
-        weights: weights file or folder by row, for rows whose model is given rather than made.
-        settings: recipe fields that hold for all rows.
-        rows: only rows whose name holds one of these; all if empty.
-        datasets: only these; all of the table if empty.
-        limit: images of each dataset at most; 0 is all.
-        image_sizes: of CLIPSeg's tables: sides of the network's input to measure at besides the paper's.
-        folder: for the result; each row's own result lies below it.
-        console: for progress.
-    """
-
-    folder: Path
-    console: Console
-    roots: Mapping[str, str] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
-    weights: Mapping[str, str] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    rows: Sequence[str] = ()
-    datasets: Sequence[str] = ()
-    limit: int = 0
-    image_sizes: Sequence[int] = ()
 
 
 def annotation_free(request: Request) -> Iterator[dict[str, Any]]:
@@ -148,7 +125,7 @@ def _table(table: PublishedTable, request: Request, *, extra: Sequence[str] = ()
         for setting in dict.fromkeys(column.dataset for column in table.columns)
         if setting.partition("/")[0] in DATASETS
     ]
-    titles = [f"{line.method} ({line.model})" if line.model else line.method for line in table.rows]
+    titles = [line.title for line in table.rows]
     names = [setting.partition("/")[0] for setting in settings]
     _check(request, names=names, rows=[f"{title}@{name}" for title in titles for name in names])
     return _table_sections(table, settings, request, extra)
@@ -161,19 +138,14 @@ def _table_sections(
         name, _, task = setting.partition("/")
         if request.datasets and name not in request.datasets:
             continue
-        columns = [i for i, column in enumerate(table.columns) if column.dataset == setting]
-        metrics = [table.columns[i].metric for i in columns]
+        metrics = table.metrics(setting)
         dataset, missing = _open(name, request)
         rows = []
         published = [(line.method, line.model, line) for line in table.rows]
         ours = [(method, model, None) for method in extra for model in MODELS]
         for method, model, line in [*published, *ours]:
             title = f"{method} ({model})" if model else method
-            figures = {
-                table.columns[i].metric: line.values[i] / 100  # type: ignore[operator]
-                for i in columns
-                if line is not None and line.values[i] is not None
-            }
+            figures = table.shares(line, setting) if line is not None else {}
             values: dict[str, list[float]] = {}
             lacking: str | None = None
             if not (figures or _runs(method, model) or method.startswith("MaskCLIP+")):
@@ -258,12 +230,11 @@ def _recipe(method: str, model: str | None, request: Request) -> LabelRecipe:
 def _open(name: str, request: Request) -> tuple[Dataset | None, str | None]:
     """A dataset, or what is missing."""
     if name not in request.roots:
-        return None, f"needs {DATASETS[name].source.title}: --root {name}=DIR"
-    root, _, split = request.roots[name].partition("#")
+        return None, f"needs {needs_root(name)}"
     try:
-        dataset: Any = open_dataset(name, root=root, split=split or None)
+        dataset = open_root(request, name)
     except MaskMillError as error:
-        return None, f"{error.code}: {error.message}"
+        return None, why_not_measured(error)
     if request.limit:
         dataset = dataclasses.replace(dataset, samples=dataset.samples[: request.limit])
     return dataset, None
@@ -304,9 +275,7 @@ def _measure(
                 workers=0,
             )[1]
     except MaskMillError as error:
-        if isinstance(error, FailedWork) or error.code == "output_differs":
-            raise  # the same command again may go on
-        return {}, f"{error.code}: {error.message}"
+        return {}, why_not_measured(error)
     images = record["images"]
     if images["missing"] or images["failed"]:
         lost = images["missing"] + images["failed"]
@@ -353,17 +322,11 @@ def _changed(recorded: Mapping[str, Any], recipe: LabelRecipe) -> bool:
 def _note(dataset: Dataset | None, request: Request) -> str:
     """What a reader must know before comparing."""
     notes = []
-    if str(request.settings.get("pretrained", "")).startswith("random"):
-        notes.append("Random weights: these figures prove that the path works, and mean nothing else.")
+    if random_weights(request.settings):
+        notes.append(RANDOM_WEIGHTS)
     if dataset is not None:
-        info, count = DATASETS[dataset.name], len(dataset.samples)
-        whole = info.official.get(info.default_split)
-        if dataset.split != info.default_split:
-            notes.append(f"Measured on {dataset.split}, not on {info.default_split}: not comparable.")
-        elif whole not in (None, count):
-            notes.append(f"{count:,} of the benchmark's {whole:,} images: not comparable with it.")
-        else:
-            notes.append(f"{count:,} images.")
+        other = of_other_images(dataset, DATASETS[dataset.name].default_split)
+        notes.append(other or f"{len(dataset.samples):,} images.")
     return " ".join(notes)
 
 

@@ -1,7 +1,7 @@
 """A ViT for the toy world with the shape of the bundled CLIP's visual tower, known to timm as ``toyvit``.
 
 It is to ViTSeg at toy scale what an ImageNet ViT is in the paper: a tower that has learnt from image labels
-and has never seen a text. It has no weights of its own; ``jobs.benchmarks.toy_tower`` trains some.
+and has never seen a text. It has no weights of its own; ``jobs.benchmarks.toyworld.tower`` trains some.
 """
 
 from __future__ import annotations

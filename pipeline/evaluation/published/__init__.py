@@ -97,6 +97,11 @@ class Row(_Record):
     source: Source | None = None
     note: Text | None = None
 
+    @property
+    def title(self) -> str:
+        """The method, and in brackets the model where the table tells models apart."""
+        return f"{self.method} ({self.model})" if self.model else self.method
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -166,6 +171,18 @@ class PublishedTable(_Record):
     def source_of(self, row: Row) -> Source:
         """Where a row of this table is printed."""
         return row.source or self.source
+
+    def metrics(self, dataset: str) -> list[str]:
+        """Metrics of the columns for a dataset with its setting."""
+        return [column.metric for column in self.columns if column.dataset == dataset]
+
+    def shares(self, row: Row, dataset: str) -> dict[str, float]:
+        """Figures of a row for a dataset with its setting, as shares by metric, without those not found."""
+        return {
+            column.metric: round(value / 100, 6)
+            for column, value in zip(self.columns, row.values, strict=True)
+            if column.dataset == dataset and value is not None
+        }
 
     def figures(self) -> Iterator[Figure]:
         """All numbers, row by row; those not found are left out."""

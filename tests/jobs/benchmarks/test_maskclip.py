@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from jobs.benchmarks import maskclip
-from jobs.benchmarks.maskclip import Request
+from jobs.benchmarks.tables import Request
 from models.errors import MaskMillError
 from pipeline.datasets.registry import open_dataset
 from pipeline.evaluation.published import load_published

@@ -19,7 +19,7 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 
-from jobs.benchmarks.toy_students import draw_scenes
+from jobs.benchmarks.toyworld.students import draw_scenes
 from pipeline.files.storage import open_storage
 from pipeline.metrics.confusion import confusion_matrix, mean_iou
 from pipeline.toyworld.scenes import CLASSES

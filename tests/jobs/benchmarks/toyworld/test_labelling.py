@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from jobs.benchmarks.toyworld import Bench, Condition, measure, refinement, scene_set, vocabulary
+from jobs.benchmarks.toyworld.labelling import Bench, Condition, measure, refinement, scene_set, vocabulary
 from models.clip.loading import load_clip
 from models.clip.text import build_text_classifier
 from models.device import DTYPES, best_device, native_precision

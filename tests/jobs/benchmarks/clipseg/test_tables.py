@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from jobs.benchmarks.clipseg import TABLES
-from jobs.benchmarks.clipseg_bench import Bench
-from jobs.benchmarks.maskclip import Request
+from jobs.benchmarks.clipseg.bench import Bench
+from jobs.benchmarks.clipseg.tables import TABLES
+from jobs.benchmarks.tables import Request
 from models.clip.loading import load_clip
 from models.clipseg.baselines import ClipDeconvConfig, build_clip_deconv, build_vitseg
 from models.clipseg.decoder import ClipSeg, ClipSegConfig, build_clipseg
@@ -60,7 +60,7 @@ from tests.pipeline.evaluation.prompts.test_protocols import (
     write_voc,
 )
 
-DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
+DATA = Path(__file__).resolve().parents[5] / "shared" / "data"
 RUN = {
     "clipseg-referring": ("clipseg_referring", "phrasecut"),
     "clipseg-zero-shot": ("clipseg_zero_shot", "voc21"),
@@ -193,7 +193,7 @@ def test_referring(phrasecut_root: str, small: Any, decoders: Any, tmp_path: Pat
     section = sections["phrasecut"]
     rows = rows_of(section)
     assert section["metrics"] == ["miou", "iou_fg", "ap", "miou_standard", "iou_fg_standard", "ap_standard"]
-    assert "random weights" in section["note"] and "352" in section["note"]
+    assert "Random weights" in section["note"] and "352" in section["note"]
     assert "phrasecut CLIPSeg (PC+)" in said.getvalue()
 
     # From the logits of one prompt at a time, at the paper's threshold.

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jobs.benchmarks.maskclip import Request
-from jobs.benchmarks.prompt_strategies import TABLES
+from jobs.benchmarks.clipseg.visual_prompts import TABLES
+from jobs.benchmarks.tables import Request
 from models.clip.loading import load_clip
 from models.errors import MaskMillError
 from pipeline.datasets.registry import open_dataset

@@ -19,9 +19,9 @@ import torch
 from rich.console import Console
 
 from jobs.benchmarks.rows import claim, row
-from jobs.benchmarks.toy_students import draw_scenes
-from jobs.benchmarks.toy_tower import train_tower
-from jobs.benchmarks.toyworld import scene_set
+from jobs.benchmarks.toyworld.labelling import scene_set
+from jobs.benchmarks.toyworld.students import draw_scenes
+from jobs.benchmarks.toyworld.tower import train_tower
 from jobs.label import LabelJob, label_images
 from jobs.train.clipseg import train_clipseg
 from jobs.train.run import INTERRUPTED, TrainOptions

@@ -9,17 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.benchmarks.breakdowns import Parts, parts_of
-from jobs.benchmarks.clipseg_models import RowModels, clip_settings, random_weights, row_title
-from jobs.benchmarks.kept import Progress, kept, shown_progress
-from jobs.benchmarks.maskclip import Request
+from jobs.benchmarks.clipseg.breakdowns import Parts, parts_of
+from jobs.benchmarks.clipseg.models import RowModels, clip_settings
+from jobs.benchmarks.resume import Progress, measure_once, shown_progress
+from jobs.benchmarks.tables import (
+    RANDOM_WEIGHTS,
+    Request,
+    needs_root,
+    of_other_images,
+    open_root,
+    random_weights,
+)
 from models.errors import WrongUse
 from pipeline.datasets.base import shown
 from pipeline.datasets.cocojson import open_coco_root
 from pipeline.datasets.generalised import MatchedPrompt, generalised_prompts, match_prompts
 from pipeline.datasets.lvis import NAME as LVIS
 from pipeline.datasets.oneshot import BENCHMARKS, class_areas
-from pipeline.datasets.registry import DATASETS, open_dataset
 from pipeline.evaluation.published import PublishedTable, Row
 from pipeline.metrics.breakdown import (
     Breakdowns,
@@ -101,7 +107,7 @@ class Bench:
     def __init__(self, request: Request, table: PublishedTable) -> None:
         self.request = request
         self.table = table
-        known = [row_title(line) for line in table.rows if can_run(line)]
+        known = [line.title for line in table.rows if can_run(line)]
         unknown = [name for name in request.weights if name not in known]
         if unknown:
             raise WrongUse(
@@ -123,10 +129,10 @@ class Bench:
 
     def lacking(self, setting: str, line: Row) -> str | None:
         """What must be given before a row can be measured."""
-        title, names = row_title(line), root_names(setting)
+        title, names = line.title, root_names(setting)
         parts = []
         if not any(name in self.request.roots for name in names):
-            parts.append(f"{DATASETS[names[0]].source.title}: --root {names[0]}=DIR{_split_hint(setting)}")
+            parts.append(f"{needs_root(names[0])}{_split_hint(setting)}")
         if title not in self.request.weights:
             parts.append(f"its weights: --weights '{title}=PATH'{_weights_hint(setting, line)}")
         return f"needs {'; and '.join(parts)}" if parts else None
@@ -136,14 +142,14 @@ class Bench:
         name = setting.partition("/")[0]
         if name not in self._datasets:
             given = next(root for root in root_names(setting) if root in self.request.roots)
-            root, _, split = self.request.roots[given].partition("#")
             if given == COCO_JSON:
                 # Every category is a class: prompts choose among them, not an ontology.
+                root, _, split = self.request.roots[given].partition("#")
                 where = {"split": split} if split else {}
                 self._datasets[name] = open_coco_root(root, ontology=None, **where)
             else:
                 usual = BENCHMARKS[name].split if name in BENCHMARKS else None
-                self._datasets[name] = open_dataset(given, root=root, split=split or usual)
+                self._datasets[name] = open_root(self.request, given, usual_split=usual)
         return self._datasets[name]
 
     def areas(self, setting: str) -> np.ndarray:
@@ -200,7 +206,7 @@ class Bench:
                 | {"breakdowns": breakdowns_to_json(parts)}
             )
 
-        name = f"{setting} {row_title(line)}" + ("" if fold is None else f" fold {fold}")
+        name = f"{setting} {line.title}" + ("" if fold is None else f" fold {fold}")
         found = self.measured(
             name, [self.dataset(setting).fingerprint(), model.fingerprint, threshold], unit, run, side=side
         )
@@ -218,16 +224,12 @@ class Bench:
             meant: the metric that stands in a column, where the table calls it something else.
         """
         values = {}
-        for column in self.columns(setting):
+        for column in self.table.metrics(setting):
             metric = (meant or {}).get(column, column)
             for suffix in ("", f"_{STANDARD}"):
                 values[column + suffix] = float(np.mean([run.values[metric + suffix] for run in runs]))
         parts = merge_breakdowns(run.breakdowns for run in runs)
         return Figures(values, parts_of(parts, runs[0].threshold))
-
-    def columns(self, setting: str) -> list[str]:
-        """Metrics of the table for a setting."""
-        return [column.metric for column in self.table.columns if column.dataset == setting]
 
     def measured(
         self,
@@ -238,11 +240,11 @@ class Bench:
         *,
         side: int = SIDE,
     ) -> dict[str, Any]:
-        """See ``kept``; the limit, the precision and the image size are part of what a result depends on."""
+        """``measure_once`` with the limit, the precision and the image size as part of the identity."""
         key = [*identity, self.request.limit, str(self.settings["precision"])]
         if side != SIDE:
             name = f"{name} at {side} pixels"
-        return kept(self.request.folder, self.request.console, name, key, unit, run)
+        return measure_once(self.request.folder, self.request.console, name, key, unit, run)
 
     def note(self, setting: str) -> str:
         """What to know about a section before comparing."""
@@ -250,12 +252,16 @@ class Bench:
         parts = []
         dataset = self._datasets.get(name)
         if dataset is not None:
-            parts += self._of_the_data(name, dataset)
+            if dataset.name == COCO_JSON:
+                parts.append(f"On {dataset.split} with {len(dataset.class_names):,} classes, not on LVIS.")
+            else:
+                proper = BENCHMARKS[name].split if name in BENCHMARKS else dataset.split
+                parts.append(of_other_images(dataset, proper))
             if self.request.limit:
                 unit = "episodes of each fold" if name in BENCHMARKS else "images"
                 parts.append(f"Only {self.request.limit:,} {unit}: not comparable with published figures.")
             if random_weights(self.settings):
-                parts.append("The CLIP has random weights: this proves the path and says nothing else.")
+                parts.append(RANDOM_WEIGHTS)
             placeholder = _placeholder(setting)
             shared = [title for title, path in self.request.weights.items() if placeholder not in path]
             if placeholder and shared:
@@ -272,19 +278,7 @@ class Bench:
                     for match in self.generalised(setting)
                     if match.lacking
                 ]
-        return " ".join([*parts, *self.table.notes])
-
-    def _of_the_data(self, name: str, dataset: Any) -> list[str]:
-        """Where the data are not those of the benchmark."""
-        if dataset.name == COCO_JSON:
-            return [f"On {dataset.split} with {len(dataset.class_names):,} classes, not on LVIS."]
-        whole = DATASETS[dataset.name].official.get(dataset.split)
-        proper = BENCHMARKS[name].split if name in BENCHMARKS else dataset.split
-        if dataset.split != proper:
-            return [f"On {dataset.split}, not on {proper}: not comparable with the benchmark."]
-        if whole is not None and whole != len(dataset.samples):
-            return [f"{len(dataset.samples):,} of the benchmark's {whole:,} images: not comparable with it."]
-        return []
+        return " ".join(filter(None, [*parts, *self.table.notes]))
 
 
 def can_run(line: Row) -> bool:

@@ -1,6 +1,6 @@
 """CLIPSeg's tables: referring expressions, generalised zero-shot, one-shot, text and generalised prompts.
 
-A row is measured when its dataset and its weights are given (``jobs.benchmarks.clipseg_models``). ``{fold}``
+A row is measured when its dataset and its weights are given (``jobs.benchmarks.clipseg.models``). ``{fold}``
 in a path of weights stands for the fold (0 to 3), ``{unseen}`` for the number of unseen classes: the paper
 trained one model for each. Behind each table its figures stand apart, by object size, class, phrase and kind
 of prompt, as far as there are such, and by image size if others than the paper's are asked for.
@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.benchmarks.breakdowns import Parts, breakdown_sections, size_section
-from jobs.benchmarks.clipseg_bench import SIDE, Bench, Figures, Values, can_run, root_names
-from jobs.benchmarks.clipseg_models import row_title
-from jobs.benchmarks.kept import Progress
-from jobs.benchmarks.maskclip import Request
+from jobs.benchmarks.clipseg.bench import SIDE, Bench, Figures, Values, can_run, root_names
+from jobs.benchmarks.clipseg.breakdowns import Parts, breakdown_sections, size_section
+from jobs.benchmarks.resume import Progress
 from jobs.benchmarks.rows import row
+from jobs.benchmarks.tables import Request, why_not_measured
 from models.errors import MaskMillError, WrongUse
 from pipeline.datasets.oneshot import BENCHMARKS, draw_episodes
 from pipeline.datasets.zeroshot import zero_shot_split
@@ -133,14 +132,14 @@ def _zero_shot(bench: Bench, setting: str, line: Row, side: int) -> Figures:
     dataset = bench.dataset(setting)
     unseen = setting.partition("/unseen")[2]
     model = bench.model(line, unseen=unseen)
-    own = "{unseen}" in bench.request.weights[row_title(line)]
+    own = "{unseen}" in bench.request.weights[line.title]
 
     def run(progress: Progress) -> dict[str, Any]:
         found = zero_shot_confusion(model, dataset, limit=bench.request.limit, side=side, progress=progress)
         return {"confusion": found.tolist()}
 
     # One model for both numbers of unseen classes is run once.
-    name = f"voc21 {f'unseen{unseen} ' if own else ''}{row_title(line)}"
+    name = f"voc21 {f'unseen{unseen} ' if own else ''}{line.title}"
     found = bench.measured(name, [dataset.fingerprint(), model.fingerprint], "images", run, side=side)
     confusion = np.array(found["confusion"], np.int64)
     split = f"pascal-unseen{unseen}"
@@ -232,20 +231,15 @@ def _measured(table: PublishedTable, bench: Bench, measure: Measure, rows: Rows)
         base = setting.partition("/")[0]
         if request.datasets and not {*root_names(setting), setting, base} & set(request.datasets):
             continue
-        columns = [i for i, column in enumerate(table.columns) if column.dataset == setting]
-        metrics = bench.columns(setting)
+        metrics = table.metrics(setting)
         found: list[dict[str, Any]] = []
         parts: dict[str, Parts] = {}
         sides: dict[str, dict[int, tuple[Values, str | None]]] = {}
         for line in table.rows:
-            published = {
-                table.columns[i].metric: round(value / 100, 6)
-                for i in columns
-                if (value := line.values[i]) is not None
-            }
+            published = table.shares(line, setting)
             if not published and not can_run(line):
                 continue  # a method that the paper compares with on another of the sets
-            title = row_title(line)
+            title = line.title
             figures, missing = _attempt(bench, setting, line, measure, SIDE)
             source = str(table.source_of(line)) if published else None
             found += rows(title, figures.values, published, source, missing)
@@ -286,7 +280,7 @@ def _attempt(
     rows = bench.request.rows
     if not can_run(line):
         return Figures(), None
-    if rows and not any(part in row_title(line) for part in rows):
+    if rows and not any(part in line.title for part in rows):
         return Figures(), "not asked for"
     lacking = bench.lacking(setting, line)
     if lacking:
@@ -294,9 +288,7 @@ def _attempt(
     try:
         return measure(bench, setting, line, side), None
     except MaskMillError as error:
-        if error.code == "output_differs":
-            raise
-        return Figures(), f"{error.code}: {error.message}"
+        return Figures(), why_not_measured(error)
 
 
 TABLES: Mapping[str, tuple[str, Callable[[Request], Iterator[dict[str, Any]]]]] = {

@@ -10,8 +10,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from jobs.benchmarks import toy_prompts, toy_tower
-from jobs.benchmarks.toy_prompts import ask, prompts
+from jobs.benchmarks.toyworld import prompts as toy_prompts
+from jobs.benchmarks.toyworld import tower as toy_tower
+from jobs.benchmarks.toyworld.prompts import ask, prompts
 from models.clip.loading import load_clip
 from models.clipseg.baselines import ViTSegConfig, build_vitseg
 from models.clipseg.decoder import normalize

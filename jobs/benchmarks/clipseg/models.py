@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.benchmarks.tables import random_weights
 from models.errors import WrongUse
 from pipeline.evaluation.published import Row
 
@@ -44,11 +45,6 @@ def clip_settings(given: Mapping[str, Any]) -> dict[str, Any]:
             f"Use one of {', '.join(PRECISIONS)}.",
         )
     return settings
-
-
-def random_weights(settings: Mapping[str, Any]) -> bool:
-    """Whether the CLIP has random weights."""
-    return str(settings["pretrained"]).startswith("random:")
 
 
 def settings_clip(settings: Mapping[str, Any]) -> Clip:
@@ -91,7 +87,7 @@ class RowModels:
         Raises:
             MaskMillError: as ``models.clipseg.weights.load_clipseg``; ``weights_missing``.
         """
-        path, _, blocks = self._weights[row_title(line)].partition("#")
+        path, _, blocks = self._weights[line.title].partition("#")
         for name, number in numbers.items():
             path = path.replace(f"{{{name}}}", number)
         key = (line.method, path, _layers(blocks))
@@ -130,11 +126,6 @@ class RowModels:
     @cached_property
     def _clip(self) -> Clip:
         return settings_clip(self._settings)
-
-
-def row_title(line: Row) -> str:
-    """A row's name: the method, and in brackets the weights where the table tells them apart."""
-    return f"{line.method} ({line.model})" if line.model else line.method
 
 
 def _clip_deconv(clip: Clip, path: Path, layers: tuple[int, ...] | None) -> ClipSeg:

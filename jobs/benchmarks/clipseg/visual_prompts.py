@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.benchmarks.clipseg_models import clip_settings, random_weights, settings_clip
-from jobs.benchmarks.kept import Progress, kept_parts
-from jobs.benchmarks.maskclip import Request
+from jobs.benchmarks.clipseg.models import clip_settings, settings_clip
+from jobs.benchmarks.resume import Progress, measure_parts_once
 from jobs.benchmarks.rows import interval, row
+from jobs.benchmarks.tables import (
+    RANDOM_WEIGHTS,
+    Request,
+    needs_root,
+    open_root,
+    random_weights,
+    why_not_measured,
+)
 from models.errors import MaskMillError, WrongUse
-from pipeline.datasets.registry import DATASETS, open_dataset
+from pipeline.datasets.registry import DATASETS
 from pipeline.evaluation.published import PublishedTable, load_published
 
 if TYPE_CHECKING:
@@ -115,8 +122,7 @@ def _measure(
         return _Found({}, None, "")
     count = min(request.limit or SAMPLES, SAMPLES)
     try:
-        root, _, split = request.roots.get(name, "").partition("#")
-        dataset: Any = open_dataset(name, root=root or None, split=split or None)
+        dataset = open_root(request, name)
         model = clip()
 
         def run(progress: Progress, absent: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -127,7 +133,7 @@ def _measure(
             )
             return {method: {"probabilities": values} for method, values in probabilities.items()}
 
-        parts = kept_parts(
+        parts = measure_parts_once(
             request.folder,
             request.console,
             f"{name} visual prompts",
@@ -138,14 +144,9 @@ def _measure(
         )
         found = {method: part["probabilities"] for method, part in parts.items()}
     except MaskMillError as error:
-        if error.code == "output_differs":
-            raise
         if error.code == "dataset_missing" and name not in request.roots:
-            title = DATASETS[name].source.title
-            return _Found(
-                {}, f"needs {title}: --root {name}=DIR, or any dataset with masks of several things", ""
-            )
-        return _Found({}, f"{error.code}: {error.message}", "")
+            return _Found({}, f"needs {needs_root(name)}, or any dataset with masks of several things", "")
+        return _Found({}, why_not_measured(error), "")
     drawn = len(found[UNMODIFIED])
     if not drawn:
         return _Found(
@@ -159,7 +160,7 @@ def _measure(
     if name != "lvis" or drawn < SAMPLES:
         notes.append("Other images than the paper's: not comparable with the published figures.")
     if random_weights(settings):
-        notes.append("The CLIP has random weights: this proves the path and says nothing else.")
+        notes.append(RANDOM_WEIGHTS)
     return _Found(found, None, " ".join(notes))
 
 

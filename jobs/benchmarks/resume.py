@@ -1,4 +1,4 @@
-"""Figures that a benchmark measured, kept in its folder, so that the same command again goes on."""
+"""Figures that a benchmark has measured are stored in its folder, so that the same command resumes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from models.errors import WrongUse
 from pipeline.evaluation.results import ROWS
 
 Progress = Callable[[int, int], None]
-"""Is told how much is done, and of how much."""
+"""Callback with the work done so far and the total."""
 
 
-def kept(
+def measure_once(
     folder: Path,
     console: Console,
     name: str,
@@ -29,26 +29,26 @@ def kept(
     unit: str,
     run: Callable[[Progress], dict[str, Any]],
 ) -> dict[str, Any]:
-    """What ``run`` finds, or found in an earlier run into the same folder.
+    """Measure something, unless an earlier run into the same folder did.
 
     Args:
         folder: of the result.
         console: for progress.
         name: of what is measured, unique in the folder.
-        identity: everything that it depends on, as JSON has it.
-        unit: what is counted meanwhile.
-        run: does the work; its values are JSON, or NaN.
+        identity: everything that it depends on, as JSON.
+        unit: what progress counts.
+        run: does the work; its values are JSON or NaN.
 
     Raises:
-        MaskMillError: ``output_differs`` if the earlier run was of something else.
+        WrongUse: ``output_differs`` if the earlier run measured something else.
     """
-    found = kept_parts(
+    found = measure_parts_once(
         folder, console, name, [""], identity, unit, lambda progress, _absent: {"": run(progress)}
     )
     return found[""]
 
 
-def kept_parts(
+def measure_parts_once(
     folder: Path,
     console: Console,
     name: str,
@@ -57,22 +57,22 @@ def kept_parts(
     unit: str,
     run: Callable[[Progress, Sequence[str]], Mapping[str, dict[str, Any]]],
 ) -> dict[str, dict[str, Any]]:
-    """Like ``kept``, for parts that are measured together and kept apart: others may be asked for later.
+    """Like ``measure_once``, for parts that are measured together but stored one by one.
 
     Args:
-        folder: as ``kept``.
-        console: as ``kept``.
-        name: as ``kept``, of the whole.
-        parts: what is wanted of it.
-        identity: as ``kept``, of every part.
-        unit: as ``kept``.
-        run: finds the parts that it is given; those that no earlier run found.
+        folder: of the result.
+        console: for progress.
+        name: of the whole, unique in the folder.
+        parts: the parts to measure; a later run may ask for others.
+        identity: everything that each of them depends on, as JSON.
+        unit: what progress counts.
+        run: measures the parts that it is given, which no earlier run has measured.
 
     Returns:
         What ``run`` found, by part.
 
     Raises:
-        MaskMillError: as ``kept``.
+        WrongUse: ``output_differs`` if the earlier run measured something else.
     """
     files = {part: folder / ROWS / f"{slug(f'{name} {part}')}.json" for part in parts}
     found = {part: _earlier(file, identity) for part, file in files.items() if file.exists()}
@@ -107,7 +107,7 @@ def _earlier(file: Path, identity: Sequence[Any]) -> dict[str, Any]:
 
 @contextmanager
 def shown_progress(console: Console, name: str, unit: str) -> Iterator[Progress]:
-    """A line on a terminal, or one every so often in a log, that says how far the work is."""
+    """Show progress: a status line on a terminal, in a log a line every ``LOG_EVERY_S``."""
     console.print(f"[bold]{name}[/bold]", highlight=False)
     began = last = time.monotonic()
     with console.status(name) as status:

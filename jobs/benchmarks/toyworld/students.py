@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from jobs.benchmarks.rows import claim, row
-from jobs.benchmarks.toyworld import scene_set
+from jobs.benchmarks.toyworld.labelling import scene_set
 from jobs.label import LabelJob, label_images
 from jobs.train import maskclip_plus
 from jobs.train.run import INTERRUPTED, TrainOptions

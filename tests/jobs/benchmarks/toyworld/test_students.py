@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from jobs.benchmarks.toy_students import measured, students
-from jobs.benchmarks.toyworld import scene_set
+from jobs.benchmarks.toyworld.labelling import scene_set
+from jobs.benchmarks.toyworld.students import measured, students
 from pipeline.toyworld.scenes import CLASSES
 
 

@@ -1,0 +1,1 @@
+"""CLIPSeg's tables (arXiv 2112.10003)."""
