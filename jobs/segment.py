@@ -25,6 +25,7 @@ from pipeline.corpus.manifest import build_manifest
 from pipeline.files.images import MAX_PIXELS, ImageError, decode, fetch, target_size
 from pipeline.labelling.clipseg.model import THRESHOLD, VISUAL_PROMPT, ClipSegWeights
 from pipeline.labelling.clipseg.options import PREFIXES, RELEASED, Prefix
+from pipeline.labelling.clipseg.pictures import read_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -273,8 +274,6 @@ def _check(job: Segment) -> None:
 
 def _prompts(job: Segment, finder: Finder) -> list[Prompt]:
     """The questions, texts before examples; reads the examples, before anything waits for weights."""
-    from pipeline.labelling.clipseg.prompting import read_picture
-
     masks = [None if mask == NO_MASK else mask for mask in job.prompt_masks] or [None] * len(
         job.prompt_images
     )

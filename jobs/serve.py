@@ -51,7 +51,8 @@ class Serve:
     port: int | None = None
     """default: 7860, or any free one if that is taken; 0: any free one."""
     allow_hosts: Annotated[Repeated, arg(name="allow-host")] = ()
-    """a further name under which browsers may reach it; may be repeated."""
+    """a further name under which browsers may reach it, or *.DOMAIN; may be repeated. Requests for other
+    names are refused with 400 (addresses and localhost are fine)."""
     per_minute: int = 120
     """images that one client may send; 0: no limit."""
     upload_mb: int = 32
@@ -78,6 +79,13 @@ def serve(job: Serve, console: Console | None = None) -> int:
         raise WrongUse(
             "wrong_use", "--per-minute and --upload-mb are positive.", "See maskmill serve --help."
         )
+    for name in job.allow_hosts:
+        if "*" in name.removeprefix("*.") and name != "*":
+            raise WrongUse(
+                "wrong_use",
+                f"--allow-host {name} is no host name.",
+                "Give a name such as studio.local, or *.example.org for all of a domain.",
+            )
     registry = ModelRegistry([entry(spec, clip=job.clip) for spec in job.models or DEFAULT_MODELS])
     limits = Limits(per_minute=job.per_minute, upload_bytes=job.upload_mb * 2**20)
 
@@ -87,7 +95,7 @@ def serve(job: Serve, console: Console | None = None) -> int:
 
     console = console or Console()
     loopback = is_loopback(job.host)
-    app = create_app(registry, limits, loopback=loopback, names=job.allow_hosts)
+    app = create_app(registry, limits, loopback=loopback, names=(*job.allow_hosts, job.host))
     listener = _listen(job.host, job.port)
     logging.basicConfig(format="%(levelname)s %(message)s")
     config = uvicorn.Config(

@@ -32,13 +32,15 @@ from pydantic import Field, ValidationError
 from starlette.datastructures import FormData, Headers, MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.errors import FailedWork, MaskMillError, WrongUse
 from pipeline.files import images
 from pipeline.files.images import ImageError
+from pipeline.labelling.clipseg.pictures import as_picture
 from pipeline.ontology.palette import palette
-from pipeline.serving.limits import Gate, Limits, RateLimiter, Refused, bounded, check_host, check_origin
+from pipeline.serving.limits import Gate, Limits, RateLimiter, Refused, bounded, check_origin, is_address
 from pipeline.serving.registry import (
     Answer,
     HeatAnswer,
@@ -88,27 +90,48 @@ class _InMemoryParser(MultiPartParser):
     spool_max_size = 0  # no bound of its own: the body as a whole has one
 
 
-class Guard:
-    """Wraps the app: checks host and origin first, adds the security headers to every answer, and keeps what
-    went wrong inside to the log.
+class TrustedHosts:
+    """Refuses requests that were meant for another name (DNS rebinding), with 400.
+
+    A page that makes its name resolve to this machine sends that name. An address literal cannot be rebound,
+    so a server that is open to the network is right under every address: it need not know its own.
 
     Args:
         app: what it protects.
         loopback: whether the server is open to this machine only.
-        names: host names besides ``localhost`` and address literals.
+        names: host names besides ``localhost``.
     """
 
     def __init__(self, app: ASGIApp, *, loopback: bool, names: Collection[str]) -> None:
         self._app = app
         self._loopback = loopback
-        self._names = names
+        known = ["localhost", "127.0.0.1", "[::1]", *names]
+        self._named = TrustedHostMiddleware(app, allowed_hosts=known, www_redirect=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        by_address = scope["type"] == "http" and is_address(Headers(scope=scope).get("host"))
+        app = self._app if by_address and not self._loopback else self._named
+        await app(scope, receive, send)
+
+
+class Guard:
+    """Refuses what other sites send, keeps inner errors to the log, and adds the security headers.
+
+    Plain ASGI: behind starlette's ``BaseHTTPMiddleware`` a request does not notice that its client has gone.
+
+    Args:
+        app: what it protects.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-
         started = False
 
         async def send_guarded(message: Message) -> None:
@@ -119,20 +142,16 @@ class Guard:
             await send(message)
 
         headers = Headers(scope=scope)
-        host = headers.get("host")
         try:
-            check_host(host, loopback=self._loopback, names=self._names)
             check_origin(
                 scope["method"],
-                host=host,
+                host=headers.get("host"),
                 origin=headers.get("origin"),
                 site=headers.get("sec-fetch-site"),
             )
+            await self._app(scope, receive, send_guarded)
         except Refused as refused:
             await _error_response(refused, refused.status)(scope, receive, send_guarded)
-            return
-        try:
-            await self._app(scope, receive, send_guarded)
         except Exception:
             log.exception("%s %s failed", scope["method"], scope["path"])
             if started:
@@ -308,21 +327,8 @@ class _Server:
             return TextPrompt(_clean(asked.text))
         assert asked.image is not None, "checked with the request"
         example = self.decode(parts, asked.image)
-        mask = None
-        if asked.mask is not None:
-            mask = self.decode(parts, asked.mask).max(axis=2) > 0
-            if mask.shape != example.shape[:2]:
-                raise WrongUse(
-                    "mask_invalid",
-                    f"The mask has {mask.shape[1]} x {mask.shape[0]} pixels, its example "
-                    f"{example.shape[1]} x {example.shape[0]}.",
-                    "Send a mask of the example's size.",
-                )
-            if not mask.any():
-                raise WrongUse(
-                    "mask_invalid", "The mask of an example is empty.", "Mark the object, or send no mask."
-                )
-        return ImagePrompt(_clean(asked.name or "example"), example, mask)
+        mask = None if asked.mask is None else self.decode(parts, asked.mask)
+        return ImagePrompt(_clean(asked.name or "example"), as_picture(example, mask))
 
     def decode(self, parts: dict[str, bytes], name: str) -> NDArray[np.uint8]:
         """An image of the form."""
@@ -375,11 +381,12 @@ def create_app(
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.add_middleware(Guard, loopback=loopback, names=names)
+    app.add_middleware(TrustedHosts, loopback=loopback, names=names)
+    app.add_middleware(Guard)
     _add_page(app)
     _add_samples(app)
     errors: dict[int | str, dict[str, Any]] = {
-        status: {"model": ErrorReply} for status in (400, 403, 408, 413, 415, 421, 429, 500, 503)
+        status: {"model": ErrorReply} for status in (400, 403, 408, 413, 415, 429, 500, 503)
     }
 
     @app.get("/health")

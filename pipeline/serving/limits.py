@@ -2,8 +2,8 @@
 
 The page listens on the loopback interface by default, and still has enemies there: any web site that the user
 has open can send requests to it. A site cannot read the answers (no CORS headers are sent), unless it makes
-its own name resolve to this machine (DNS rebinding), which the ``Host`` header gives away; and what it can
-send blindly is refused by ``Origin``.
+its own name resolve to this machine (DNS rebinding), which the ``Host`` header gives away
+(``pipeline.serving.app.TrustedHosts``); and what it can send blindly is refused by ``Origin``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import asyncio
 import ipaddress
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from models.errors import MaskMillError
 
@@ -216,38 +217,6 @@ async def _discard(stream: AsyncIterator[bytes], most: int) -> None:
         return
 
 
-def check_host(host: str | None, *, loopback: bool, names: Collection[str] = ()) -> None:
-    """Refuse a request that was meant for another name (DNS rebinding).
-
-    A page that rebinds its name sends that name. An address literal cannot be rebound, so where the server is
-    open to the network every literal is right.
-
-    Args:
-        host: the ``Host`` header.
-        loopback: whether the server is open to this machine only.
-        names: further names that this server goes by.
-
-    Raises:
-        Refused: 421 ``host_not_allowed``.
-    """
-    name = _host_name(host or "")
-    if name == "localhost" or name in {allowed.casefold() for allowed in names}:
-        return
-    try:
-        address = ipaddress.ip_address(name)
-    except ValueError:
-        pass
-    else:
-        if address.is_loopback or not loopback:
-            return
-    raise Refused(
-        421,
-        "host_not_allowed",
-        f"This server is not called {name[:100]!r}.",
-        "Open it under the address that it printed, or start it with --allow-host NAME.",
-    )
-
-
 def check_origin(method: str, *, host: str | None, origin: str | None, site: str | None) -> None:
     """Refuse what another web site sends (cross-site request forgery).
 
@@ -273,12 +242,14 @@ def check_origin(method: str, *, host: str | None, origin: str | None, site: str
         )
 
 
-def _host_name(host: str) -> str:
-    """The name in a ``Host`` header, without port and brackets."""
-    host = host.strip().casefold()
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.rpartition(":")[0] if host.count(":") == 1 else host
+def is_address(host: str | None) -> bool:
+    """Whether a ``Host`` header is an address literal, with or without a port."""
+    try:
+        parts = urlsplit(f"//{host or ''}")
+        ipaddress.ip_address(parts.hostname or "")
+    except ValueError:
+        return False
+    return parts.username is None
 
 
 def is_loopback(host: str) -> bool:

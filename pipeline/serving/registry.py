@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import MaskMillError, WrongUse
+from pipeline.labelling.clipseg.pictures import Picture
 
 log = logging.getLogger("maskmill.serve")
 
@@ -37,13 +38,11 @@ class ImagePrompt:
 
     Attributes:
         name: what to call it in the legend.
-        image: uint8 (h, w, 3) RGB.
-        mask: bool (h, w), where in it the object is; None is the whole image.
+        picture: the example.
     """
 
     name: str
-    image: NDArray[np.uint8]
-    mask: NDArray[np.bool_] | None = None
+    picture: Picture
 
 
 Prompt = TextPrompt | ImagePrompt

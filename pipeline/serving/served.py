@@ -20,7 +20,7 @@ from models.clip.loading import Clip
 from models.clip.text import TextClassifier, build_text_classifier
 from models.clip.weights import find_weights
 from pipeline.files.images import ImageSettings, fit
-from pipeline.labelling.clipseg.prompting import Finder, Picture
+from pipeline.labelling.clipseg.prompting import Finder
 from pipeline.labelling.maskclip import MaskClipLabeller
 from pipeline.labelling.prepare import load_text_tower, prepare_labeller, student_recipe, student_text_source
 from pipeline.labelling.recipes import LabelRecipe
@@ -156,7 +156,7 @@ class PromptModel:
         asked = [
             (prompt.text, None)
             if isinstance(prompt, TextPrompt)
-            else (None, self._finder.show(Picture(prompt.image, prompt.mask)))
+            else (None, self._finder.show(prompt.picture))
             for prompt in prompts
         ]
         maps = self._finder.find(image, self._finder.embed(asked), size)

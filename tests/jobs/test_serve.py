@@ -118,6 +118,13 @@ def test_the_clip_beneath_a_decoder_is_named(
     assert info.notice.startswith(notice) and bool(info.notice) == bool(notice)
 
 
+@pytest.mark.parametrize("name", ["a*b", "*local", "*.*.org"])
+def test_a_host_name_that_is_none(name: str) -> None:
+    with pytest.raises(MaskMillError) as caught:
+        serve(Serve(allow_hosts=(name,)), Console(file=io.StringIO()))
+    assert caught.value.code == "wrong_use" and name in caught.value.message
+
+
 def test_two_models_of_one_name_and_ports() -> None:
     with pytest.raises(MaskMillError) as caught:
         Serve(models=("toy", "toy")).run(Console(file=io.StringIO()))

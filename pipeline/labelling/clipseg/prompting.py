@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -23,9 +22,10 @@ from models.clipseg.visual_prompts import STYLES, VisualPrompt, visual_prompt
 from models.device import DTYPES, best_device, native_precision
 from models.errors import FailedWork, WrongUse
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
-from pipeline.files.images import MAX_PIXELS, ImageError, ImageSettings, decode, fetch, fit
+from pipeline.files.images import MAX_PIXELS, ImageSettings, fit
 from pipeline.labelling.clipseg.model import VISUAL_PROMPT, ClipSegWeights
 from pipeline.labelling.clipseg.options import PREFIXES, ClipSegOptions
+from pipeline.labelling.clipseg.pictures import Picture, read_picture
 from pipeline.ontology.ontology import Ontology
 
 Style = Callable[[Tensor, Tensor], Tensor]
@@ -37,78 +37,6 @@ _KNOBS = tuple(field.name for field in dataclasses.fields(VisualPrompt))
 
 
 # --- prompts ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Picture:
-    """An example.
-
-    Attributes:
-        image: uint8 (H, W, 3) RGB.
-        mask: bool (H, W), true on the object; None where the whole image shows it.
-    """
-
-    image: NDArray[np.uint8]
-    mask: NDArray[np.bool_] | None = None
-
-
-def read_picture(image: str, mask: str | None = None) -> Picture:
-    """Read an example.
-
-    Args:
-        image: path or URI.
-        mask: of an image of the same size; what is not black is the object.
-
-    Raises:
-        MaskMillError: ``example_unreadable``; as ``as_picture``.
-    """
-    return as_picture(_read(image), None if mask is None else _read(mask), names=(mask or "", image))
-
-
-def as_picture(
-    image: NDArray[np.uint8],
-    mask: NDArray[np.uint8] | None = None,
-    *,
-    names: tuple[str, str] = ("of the example", "itself"),
-) -> Picture:
-    """An example from decoded images.
-
-    Args:
-        image: uint8 (H, W, 3) RGB.
-        mask: the same; what is not black is the object.
-        names: what to call the mask and the image in messages.
-
-    Raises:
-        MaskMillError: ``mask_invalid`` if the sizes differ, or the mask is black.
-    """
-    if mask is None:
-        return Picture(image)
-    inside = np.asarray(mask.any(axis=2), np.bool_)
-    if inside.shape != image.shape[:2]:
-        sizes = [f"{shape[1]} x {shape[0]}" for shape in (inside.shape, image.shape)]
-        raise WrongUse(
-            "mask_invalid",
-            f"The mask {names[0]} has {sizes[0]} pixels, and the example {names[1]} has {sizes[1]}.",
-            "Give the mask in the image's size.",
-        )
-    if not inside.any():
-        raise WrongUse(
-            "mask_invalid",
-            f"The mask {names[0]} is black everywhere.",
-            "Paint the object in any other colour, or leave the mask out.",
-        )
-    return Picture(image, inside)
-
-
-def _read(path: str) -> NDArray[np.uint8]:
-    try:
-        return decode(fetch(path))
-    except ImageError as error:
-        raise WrongUse(
-            "example_unreadable",
-            f"The example {path} cannot be read: {error.message} ({error.code}).",
-            "Give a picture such as a JPEG or PNG.",
-        ) from error
 
 
 def parse_style(text: str, size: int | None = None) -> Style:

@@ -29,7 +29,8 @@ from models.errors import MaskMillError, WrongUse
 from pipeline.files import images
 from pipeline.files.storage import open_storage
 from pipeline.labelling.clipseg.model import THRESHOLD, ClipSegWeights
-from pipeline.labelling.clipseg.prompting import Finder, as_picture
+from pipeline.labelling.clipseg.pictures import as_picture
+from pipeline.labelling.clipseg.prompting import Finder
 from pipeline.serving.flavours.common import (
     ImageModel,
     LoggedModel,

@@ -13,7 +13,8 @@ from rich.console import Console
 from jobs.segment import Segment
 from jobs.serve import entry
 from models.errors import MaskMillError
-from pipeline.files.images import resize, target_size
+from pipeline.files.images import fit
+from pipeline.labelling.clipseg.pictures import Picture
 from pipeline.labelling.prepare import prepare_labeller, student_recipe
 from pipeline.labelling.recipes import load_recipe
 from pipeline.ontology.ontology import load_ontology, parse_classes
@@ -36,7 +37,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_toy_teacher_labels_as_its_labeller() -> None:
     recipe = load_recipe("toy")
     labeller = prepare_labeller(recipe, load_ontology("toyworld"), precision="fp32").build(precision="fp32")
-    small = resize(SCENE.image, target_size(*SIZE, scale=recipe.images.scale))
+    small = fit(SCENE.image, recipe.images)
     (expected,) = labeller.label([small], [SIZE])
     answer = entry("toy").load().predict(SCENE.image, EVERYTHING, (), SIZE)
     assert isinstance(answer, LabelAnswer) and answer.names == toyworld.CLASSES and answer.other is None
@@ -76,7 +77,7 @@ def test_context_gives_way_to_prompts(words: list[str], prompts: list[str], left
 def test_a_student_with_its_own_classes_and_with_others(student: Path) -> None:
     served = entry(str(student)).load()
     recipe, own = student_recipe(str(student))
-    small = resize(SCENE.image, target_size(*SIZE, scale=recipe.images.scale))
+    small = fit(SCENE.image, recipe.images)
 
     def labelled(ontology: object) -> np.ndarray:
         labeller = prepare_labeller(recipe, ontology, precision="fp32").build(precision="fp32")  # type: ignore[arg-type]
@@ -139,9 +140,9 @@ def test_clipseg_answers_as_segment_does(toy_decoder: Path, tmp_path: Path) -> N
         for one in record["images"][0]["prompts"]
     ]
     prompts = [
-        ImagePrompt("whole", example.image),
+        ImagePrompt("whole", Picture(example.image)),
         TextPrompt("a red ladybug"),
-        ImagePrompt("marked", example.image, mask),
+        ImagePrompt("marked", Picture(example.image, mask)),
     ]
     served = entry(str(toy_decoder))
     assert {one["threshold"] for one in record["prompts"]} == {served.info.threshold} == {0.3}
@@ -159,7 +160,12 @@ def test_a_thin_stroke_is_still_a_mark(toy_decoder: Path) -> None:
     heat = (
         entry(str(toy_decoder))
         .load()
-        .predict(SCENE.image, [ImagePrompt("a", example), ImagePrompt("b", example, stroke)], (), SIZE)
+        .predict(
+            SCENE.image,
+            [ImagePrompt("a", Picture(example)), ImagePrompt("b", Picture(example, stroke))],
+            (),
+            SIZE,
+        )
         .heat
     )
     assert (heat[0] != heat[1]).any()

@@ -23,12 +23,11 @@ from models.errors import MaskMillError
 from pipeline.labelling.clipseg.labeller import Resolution, resolution_of, resolve
 from pipeline.labelling.clipseg.model import ClipSegWeights, split_clip
 from pipeline.labelling.clipseg.options import PREFIXES, ClipSegOptions
+from pipeline.labelling.clipseg.pictures import Picture, read_picture
 from pipeline.labelling.clipseg.prompting import (
-    Picture,
     class_conditionals,
     embed_words,
     parse_style,
-    read_picture,
     shown_pixels,
     stretched,
     visual_prompt_of,
