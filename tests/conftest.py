@@ -6,6 +6,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,31 +15,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Ray's workers usually stand far back (15) behind all else on a machine. Here that is other tests, beside
-# which they would get nothing; but a Ray that starts goes first, as it gives up after some seconds.
+# Ray runs its workers at niceness 15, where they would starve beside the tests of another process.
 os.environ.setdefault("RAY_worker_niceness", "5")
-# As every Ray that is started here has it by itself; who joins one (shared_ray) must be told.
+# Tests join a cluster (shared_ray) by this token.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
-# Machines are shared, if only by the tests that run side by side: how long an example takes shows nothing.
+# Machines are shared, if only with other tests: how long an example takes shows nothing.
 hypothesis.settings.register_profile(
     "shared", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("shared")
 
-LONGEST = (
-    "test_label_kills.py",
-    "test_train.py",
-    "test_loop.py",
-    "test_train_clipseg.py",
-    "test_label.py",
-    "test_prompts.py",
-)
-"""Files that take minutes, those that take most first."""
-
 CLUSTER_CPUS = 3
-"""Of the cluster that tests share: enough for a job's stages, and one thread for each of two workers."""
+"""CPUs of the cluster that tests share: enough for the stages of a job, and for two training workers."""
 
 CLUSTER = f"""
 import sys
@@ -51,9 +41,9 @@ sys.stdin.read()
 
 @pytest.fixture(scope="session")
 def shared_ray() -> Iterator[str]:
-    """Address of a cluster that outlives the jobs that join it, for tests that are not about its start.
+    """Address of a cluster that outlives the jobs joining it, for tests that are not about starting Ray.
 
-    A process of its own holds it, and ends it when this one is gone, however that came about.
+    A subprocess holds it, and ends it when this process is gone, even if it was killed.
     """
     with tempfile.TemporaryDirectory(prefix="cache-") as cache:
         environment = os.environ | {
@@ -88,12 +78,6 @@ def shared_ray() -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, so that at the end no process works on one while the others have nothing to do."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-
-    def rank(item: pytest.Item) -> int:
-        if item.path.name in LONGEST:
-            return LONGEST.index(item.path.name)
-        return len(LONGEST) + (item.path not in slow)
-
-    items.sort(key=rank)
+    """Files with the most slow tests first, so that no process is left with a long one at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])

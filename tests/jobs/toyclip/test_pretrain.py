@@ -50,6 +50,7 @@ TINY = PretrainRecipe(
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_a_few_steps_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = pretrain(TINY, tmp_path, device=CPU, workers=1)
     assert "phase 2/2  step 4/4" in capsys.readouterr().out
@@ -80,6 +81,7 @@ def test_a_few_steps_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert bool(torch.isfinite(grid).all())
 
 
+@pytest.mark.slow
 def test_training_learns_and_repeats() -> None:
     """The loss falls below that of guessing, and the same settings give the same weights."""
     recipe = replace(
@@ -107,6 +109,7 @@ def test_training_learns_and_repeats() -> None:
     assert np.mean(losses[-5:]) < 0.85 * np.log(recipe.batch[0])
 
 
+@pytest.mark.slow
 def test_the_corpus_does_not_depend_on_the_number_of_workers() -> None:
     recipe = replace(TINY, scenes=270)
     images, captions = corpus(recipe, workers=1)

@@ -28,6 +28,7 @@ def run(folder: Path, **fields: Any) -> list[dict[str, Any]]:
     return sections
 
 
+@pytest.mark.slow
 def test_rows_on_the_toy_world(tmp_path: Path) -> None:
     run(tmp_path, datasets=["toyworld"], settings=TOY, limit=6, rows=["mask CLS"])  # others may follow
     (section,) = run(tmp_path, datasets=["toyworld"], settings=TOY, limit=6, rows=["crop", "mask CLS"])

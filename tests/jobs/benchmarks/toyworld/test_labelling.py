@@ -55,6 +55,7 @@ def by_hand(corruption: tuple[str, int] | None, **options: object) -> list[float
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("condition", "corruption", "options"),
     [
@@ -68,6 +69,7 @@ def test_a_condition_gives_the_figure_of_the_model(condition, corruption, option
     assert measure(condition, SEEDS, SCENES)["miou"] == pytest.approx(by_hand(corruption, **options))
 
 
+@pytest.mark.slow
 def test_a_section_compares_rows_on_the_same_scenes_and_measures_each_once(bench: Bench) -> None:
     section, claims = refinement(bench)
     assert len(section["rows"]) == 10 and len(claims) == 3

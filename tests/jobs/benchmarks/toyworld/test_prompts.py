@@ -64,6 +64,7 @@ def source() -> ToySource:
     return open_toy_source(open_toyworld(split="seed-91", count=12))
 
 
+@pytest.mark.slow
 def test_answers_that_are_right(source: ToySource) -> None:
     answers = ask(Knowing(source), source, seed=0)  # type: ignore[arg-type]
     assert foreground_iou(answers.present["text"], STANDARD) == pytest.approx(np.ones(len(THRESHOLDS)))
@@ -82,6 +83,7 @@ def test_answers_that_are_right(source: ToySource) -> None:
     assert foreground_iou(answers.present["picture"], STANDARD)[24] == pytest.approx(share)
 
 
+@pytest.mark.slow
 def test_a_phrase_that_finds_nothing_and_one_that_always_finds(source: ToySource) -> None:
     answers = ask(Knowing(source, silent=["grass"]), source, seed=0)  # type: ignore[arg-type]
     names = toy_prompts._only(answers.present["text"], KINDS.index("names"))
