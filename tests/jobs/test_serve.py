@@ -121,7 +121,7 @@ def test_the_clip_beneath_a_decoder_is_named(
 @pytest.mark.parametrize("name", ["a*b", "*local", "*.*.org"])
 def test_a_host_name_that_is_none(name: str) -> None:
     with pytest.raises(MaskMillError) as caught:
-        serve(Serve(allow_hosts=(name,)), Console(file=io.StringIO()))
+        Serve(allow_hosts=(name,)).run(Console(file=io.StringIO()))
     assert caught.value.code == "wrong_use" and name in caught.value.message
 
 
