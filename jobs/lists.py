@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,10 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from models.errors import WrongUse
-from pipeline.files.recipes import Recipe, RecipeBook
-from pipeline.tracking.names import flatten
+from pipeline.files.recipes import Recipe, RecipeBook, describe
+
+WIDTH = 92
+"""Columns of text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class Recipes:
             for command, book in books.items():
                 _print(console, f"maskmill {command} --recipe …")
                 for name, recipe in book.recipes.items():
-                    _print(console, f"  {name:28} {_summary(recipe, book)}")
+                    _print(console, f"  {name:36} {_summary(recipe, book, WIDTH)}")
                 _print(console, "")
             _print(console, "Every field of one: maskmill recipes NAME. Change one: --set FIELD=VALUE.")
             return 0
@@ -58,7 +61,7 @@ class Recipes:
             )
         for command, book in books.items():
             if self.name in book.recipes:
-                _explain(console, command, book.recipes[self.name], book)
+                _explain(console, command, book.recipes[self.name])
         return 0
 
 
@@ -75,32 +78,34 @@ def _books() -> dict[str, RecipeBook[Any]]:
     }
 
 
-def _summary(recipe: Recipe, book: RecipeBook[Any]) -> str:
-    """What the recipe sets otherwise than the default one."""
+def _summary(recipe: Recipe, book: RecipeBook[Any], width: int) -> str:
+    """What the recipe sets otherwise than the default one, as far as the line goes."""
     if recipe.name == book.default:
         return "the default"
-    usual = flatten(book.recipes[book.default].to_dict())
-    return " ".join(
-        f"{field}={_text(value)}"
-        for field, value in flatten(recipe.to_dict()).items()
-        if field != "name" and value != usual.get(field)
-    )
+    usual = {field.name: field.value for field in describe(book.recipes[book.default])}
+    changes = [
+        f"{field.name}={_text(field.value)}"
+        for field in describe(recipe)
+        if field.value != usual.get(field.name)
+    ]
+    return textwrap.shorten(" ".join(changes), width, placeholder=" …")
 
 
-def _explain(console: Console, command: str, recipe: Recipe, book: RecipeBook[Any]) -> None:
-    usual = flatten(book.recipes[book.default].to_dict())
+def _explain(console: Console, command: str, recipe: Recipe) -> None:
     _print(console, f"maskmill {command} --recipe {recipe.name}")
-    for field, value in flatten(recipe.to_dict()).items():
-        if field == "name":
-            continue
-        default = usual.get(field)
-        other = "" if value == default else f"    ({book.default}: {_text(default)})"
-        _print(console, f"  {field} = {_text(value)}{other}")
+    for field in describe(recipe):
+        default = "" if field.value == field.default else f"    (default: {_text(field.default)})"
+        _print(console, f"\n  {field.name} = {_text(field.value)}{default}")
+        note = "" if field.changes_result else " Does not change the result."
+        _print(
+            console,
+            textwrap.indent(textwrap.fill((field.description + note).replace("``", ""), WIDTH), "      "),
+        )
     _print(console, "")
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if value and isinstance(value, str) else json.dumps(value)
 
 
 def _print(console: Console, text: str) -> None:

@@ -22,7 +22,7 @@ from models.labelmap import label_map
 from models.maskclip import MaskClip
 from pipeline.evaluation.results import PICTURES
 from pipeline.files import images
-from pipeline.labelling.prepare import cache_dir
+from pipeline.files.storage import cache_dir
 from pipeline.labelling.recipes import LabelRecipe
 from pipeline.ontology.concepts import ConceptList
 from pipeline.ontology.ontology import Ontology

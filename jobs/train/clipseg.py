@@ -159,15 +159,17 @@ def prepare(
     dataset: Dataset | None,
 ) -> Prepared:
     """Read weights and data; arguments as of ``train_clipseg``."""
+    from pipeline.training.clipseg.data import open_source
+    from pipeline.training.clipseg.triplets import TripletSamples
+
+    source = open_source(recipe.source, labels=labels, ontology=ontology, dataset=dataset)
+
     import torch
 
-    from pipeline.training.clipseg.data import open_source
     from pipeline.training.clipseg.task import ClipSegTask
-    from pipeline.training.clipseg.triplets import TripletSamples
 
     make_model = functools.partial(recipe.model.build, seed=recipe.loop.seed)
     model = make_model(torch.device("cpu"))  # what is wrong with it shows here
-    source = open_source(recipe.source, labels=labels, ontology=ontology, dataset=dataset)
     samples = TripletSamples(source, recipe.triplets)
     data = samples.record()
     record = recipe.to_dict() | {"hash": recipe.hash}

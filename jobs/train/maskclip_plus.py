@@ -126,9 +126,6 @@ def _prepare(
     ontology: Ontology | None,
     truth: Dataset | None,
 ) -> Prepared:
-    from pipeline.training.maskclip_plus.task import MaskClipPlus
-    from pipeline.training.samples.table import open_table_samples
-
     table = read_table_record(labels)
     ontology = ontology or Ontology.from_record(table["ontology"])
     unseen = unseen_ids(recipe.unseen, ontology)
@@ -145,6 +142,9 @@ def _prepare(
             f"Recipe {recipe.name} is annotation-free: it has no use for the truth of {truth.name}.",
             "Leave it out, or name the classes whose truth to withhold: --unseen 'cow, motorbike'.",
         )
+    from pipeline.training.maskclip_plus.task import MaskClipPlus
+    from pipeline.training.samples.table import open_table_samples
+
     source, text_weights = _text_source(recipe, table, labels)
     text = embed_names(source, ontology, "fp32")
     if recipe.student.learned_background:

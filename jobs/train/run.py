@@ -15,7 +15,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,7 +142,7 @@ def run_training(
     Args:
         kind: of training, for the name of the run.
         options: see there.
-        prepare: finds weights and data, so that mistakes show before work starts; runs beside Ray's start.
+        prepare: finds weights and data, so that mistakes show before Ray starts and before anything is made.
         result_file: what a finished run has in its output, last of all.
         own_entries: what a run makes there, and ``overwrite`` may delete.
         console: where to print.
@@ -169,11 +168,14 @@ def run_training(
         )
     storage = open_storage(options.output)
     on_cluster = bool(options.address or os.environ.get("RAY_ADDRESS"))
+    _refuse_foreign(storage, result_file, own_entries)
+    with console.status("reading weights and labels"):
+        prepared = prepare()
     with Lease.acquire(storage, on_lost=_abandon, cluster=on_cluster) as lease:
         _refuse_foreign(storage, result_file, own_entries)
         if storage.exists(result_file) and not options.overwrite:
-            return _again(kind, options, prepare(), result_file, storage, tracker, console)
-        return _run(kind, options, prepare, storage, lease, own_entries, tracker, console)
+            return _again(kind, options, prepared, result_file, storage, tracker, console)
+        return _run(kind, options, prepared, storage, lease, own_entries, tracker, console)
 
 
 def _refuse_foreign(storage: Storage, result_file: str, own_entries: Sequence[str]) -> None:
@@ -236,7 +238,7 @@ def _again(
 def _run(
     kind: str,
     options: TrainOptions,
-    prepare: Callable[[], Prepared],
+    prepared: Prepared,
     storage: Storage,
     lease: Lease,
     own_entries: Sequence[str],
@@ -245,9 +247,7 @@ def _run(
 ) -> int:
     began = time.monotonic()
     with tracker:
-        prepared, outcome, error = _train(
-            kind, options, prepare, storage, lease, own_entries, tracker, console
-        )
+        outcome, error = _train(kind, options, prepared, storage, lease, own_entries, tracker, console)
         if outcome is not None and not outcome.finished:
             tracker.close("KILLED")
             console.print(
@@ -296,22 +296,20 @@ def _begin_tracking(
 def _train(
     kind: str,
     options: TrainOptions,
-    prepare: Callable[[], Prepared],
+    prepared: Prepared,
     storage: Storage,
     lease: Lease,
     own_entries: Sequence[str],
     tracker: Tracker,
     console: Console,
-) -> tuple[Prepared, Outcome | None, MaskMillError | None]:
-    """Run the loop; the third is an error after which there is a result all the same."""
+) -> tuple[Outcome | None, MaskMillError | None]:
+    """Run the loop; the second is an error after which there is a result all the same."""
     display = TrainDisplay(console)
-    with display.live(), ThreadPoolExecutor(1) as pool:
-        display.stage("reading weights and labels")
-        preparing = pool.submit(prepare)
+    with display.live():
+        display.stage("starting")
         with _compute(options, lease, display) as compute:
             from pipeline.training.loop.driver import train
 
-            prepared = preparing.result()
             if options.overwrite:
                 # Only now that weights, labels and Ray are known to be there.
                 for entry in own_entries:
@@ -340,8 +338,8 @@ def _train(
             except MaskMillError as error:
                 if error.code != prepared.fallback:
                     raise
-                return prepared, None, error
-    return prepared, outcome, None
+                return None, error
+    return outcome, None
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import fsspec
+import platformdirs
 
 from models.errors import Damaged, FailedWork, WrongUse
 
@@ -63,6 +64,12 @@ def _absolute(path: str) -> str:
     # POSIX lets two leading slashes mean something else than one; Linux and macOS do not.
     path = os.path.abspath(path)
     return "/" + path.lstrip("/") if path.startswith("//") else path
+
+
+def cache_dir() -> Path:
+    """This user's cache: ``$MASKMILL_CACHE``, else where the platform has it (``~/.cache/maskmill``)."""
+    own = os.environ.get("MASKMILL_CACHE")
+    return Path(own) if own else platformdirs.user_cache_path("maskmill", appauthor=False)
 
 
 def is_remote(uri: str) -> bool:

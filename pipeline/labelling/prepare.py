@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.errors import MaskMillError, WrongUse
-from pipeline.files.storage import canonical_uri
+from pipeline.files.storage import cache_dir, canonical_uri
 from pipeline.labelling.clipseg.options import RELEASED
 from pipeline.labelling.labeller import LabellerSettings, PreparedLabeller
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe, parse_settings
@@ -326,11 +326,3 @@ def text_dtype(precision: str) -> torch.dtype:
 
     native = native_precision(best_device())
     return DTYPES[native if precision in ("auto", native) else "fp32"]
-
-
-def cache_dir() -> Path:
-    """Where text embeddings are kept: ``$MASKMILL_CACHE``, else below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    own = os.environ.get("MASKMILL_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maskmill"

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.files.redaction import redact, redact_tree
+from pipeline.files.storage import cache_dir
 
 JOURNAL, FILES = "journal.jsonl", "files"
 ABANDONED_S = 3600.0
@@ -39,17 +40,8 @@ Event = dict[str, Any]
 
 
 def journal_folders() -> list[Path]:
-    """Where journals may lie: below ``$MASKMILL_CACHE``, else ``$XDG_CACHE_HOME`` or ``~/.cache``.
-
-    The last one, in the folder for temporary files, is for machines where the others are read-only.
-    """
-    folders = []
-    if own := os.environ.get("MASKMILL_CACHE"):
-        folders.append(Path(own))
-    else:
-        cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        folders.append(Path(cache, "maskmill"))
-    folders.append(Path(tempfile.gettempdir(), f"maskmill-{os.getuid()}"))
+    """Where journals may lie: in the cache, or where that is read-only in the folder for temporary files."""
+    folders = [cache_dir(), Path(tempfile.gettempdir(), f"maskmill-{os.getuid()}")]
     return [folder.absolute() / "tracking" for folder in folders]
 
 

@@ -1,0 +1,130 @@
+"""Wrong use is reported at once: no heavy imports, no Ray, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "ray", "mlflow", "open_clip", "matplotlib", "transformers", "uvicorn")
+
+CASES = {
+    # label
+    "label --images photos --classes cat --output out --recipe maskclp": "Did you mean maskclip?",
+    "label --images photos --classes cat --output out --set had=value": "Did you mean maskclip.head?",
+    "label --images photos --classes cat --output out --set head=vale": "recipe_invalid",
+    "label --images nowhere --classes cat --output out": "nowhere",
+    "label --images photos --ontology voc2 --output out": "voc2",
+    "label --images photos --ontology voc20 --classes cat --output out": "--classes or --ontology, not both",
+    "label --classes cat --output out": "--images or --manifest",
+    "label --images photos --classes cat --output out --model nowhere": "nowhere",
+    "label --images photos --classes cat --output out --model x --recipe toy": "Give one of them.",
+    "label --images photos --classes cat --output out --max-failure-rate 5": "--max-failure-rate",
+    "label --images photos --classes cat --output out --set pretrained=./no.pt": "weights_missing",
+    # train
+    "train maskclip-plus --labels nowhere --output out": "nowhere",
+    "train maskclip-plus --labels nowhere --output out --recipe maskclip-plus": "Did you mean",
+    "train maskclip-plus --labels nowhere --output out --set iteratons=5": "Did you mean loop.iterations?",
+    "train maskclip-plus --labels nowhere --output out --ontology voc2": "voc2",
+    "train maskclip-plus --labels nowhere --output out --workers -1": "--workers -1",
+    "train clipseg --output out": "Give truth, or labels, or both.",
+    "train clipseg --output out --labels nowhere": "nowhere",
+    "train clipseg --output out --labels nowhere --recipe tyo": "Did you mean toy?",
+    "train clipseg --output out --labels nowhere --set iteratons=5": "Did you mean loop.iterations?",
+    "train clipseg --output out --dataset phrasecut": "--split train",
+    "train clipseg --output out --dataset phrasecut --split train --root nowhere": "nowhere",
+    "train clipseg --output out --dataset voc20 --images photos": "Give truth",
+    # evaluate
+    "evaluate --dataset voc20 --root nowhere --recipe tyo --output out": "Did you mean toy?",
+    "evaluate --dataset voc20 --root nowhere --recipe toy --output out": "nowhere",
+    "evaluate --dataset voc2 --recipe toy --output out": "voc2",
+    "evaluate --dataset toyworld --recipe toy --set had=plain --output out": "Did you mean maskclip.head?",
+    "evaluate --dataset toyworld --labels nowhere --output out": "nowhere",
+    "evaluate --dataset toyworld --output out": "--labels or --recipe",
+    "evaluate --dataset toyworld --recipe toy --zero-shot voc20 --output out": "zero-shot split voc20",
+    "evaluate --dataset toyworld --recipe toy --set pretrained=./no.pt --output out": "weights_missing",
+    # benchmark
+    "benchmark toyword": "toyword",
+    "benchmark toyworld --row nonsense --output out": "nonsense",
+    "benchmark toyworld --seeds 1 --output out": "--seeds 1",
+    "benchmark toyworld --set head=plain --output out": "rows are fixed",
+    "benchmark maskclip --dataset voc2 --output out": "voc2",
+    "benchmark maskclip --root voc20 --output out": "NAME=VALUE",
+    "benchmark maskclip --set head=plain --output out": "--set",
+    "benchmark clipseg-referring --weights CLIPSeg=x.pth --output out": "--weights",
+    "benchmark prompt-strategies --dataset voc20 --output out": "voc20",
+    "benchmark concepts --images nowhere --output out": "nowhere",
+    "benchmark concepts --images photos --recipe tyo --output out": "Did you mean toy?",
+    # the others
+    "segment photos --output out": "Nothing is asked for.",
+    "segment nowhere --prompt cat --output out": "nowhere",
+    "segment photos --prompt cat --output out --weights no.pth": "weights_missing",
+    "segment photos --prompt cat --output out --threshold 2": "--threshold",
+    "serve --model nowhere": "nowhere",
+    "serve --model toy --per-minute -1": "--per-minute",
+    "export nowhere --format onnx --output out.onnx": "nowhere",
+    "export nowhere --format torch --output out.onnx": ".pt2",
+    "report nowhere": "nowhere",
+    "show nowhere": "nowhere",
+    "runs --limit 0": "--limit 0",
+    "runs --compare one": "--compare RUN RUN",
+    "recipes tyo": "tyo",
+    # what the parser refuses
+    "label --images photos": "--output",
+    "label --outptu out": "--output",
+    "train": "maskclip-plus",
+    "nonsense": "nonsense",
+}
+
+PROGRAM = f"""
+import contextlib, io, json, pathlib, shlex, sys
+from jobs.cli import main
+
+def traces():
+    files = {{str(path) for path in pathlib.Path().rglob("*")}}
+    return files | {{f"import {{name}}" for name in {HEAVY} if name in sys.modules}}
+
+answers, before = {{}}, traces()
+for line in sys.stdin:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            main(shlex.split(line))
+        except SystemExit as end:
+            status = end.code
+    after = traces()
+    answers[line.strip()] = status, said.getvalue(), sorted(after - before)
+    before = after
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, list[str]]]:
+    """Exit status, output, and new files and imports, by command line."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "photos").mkdir()
+    (folder / "photos" / "cat.jpg").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "", "COLUMNS": "200"},
+        input="\n".join(CASES),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: dict[str, tuple[int, str, list[str]]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize(("line", "words"), CASES.items())
+def test_it_is_told_at_once(line: str, words: str, answers: dict[str, tuple[int, str, list[str]]]) -> None:
+    status, said, traces = answers[line]
+    assert status == 2 and words in said and "Traceback" not in said
+    assert not traces
