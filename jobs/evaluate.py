@@ -16,7 +16,16 @@ from rich.table import Table
 
 from jobs.console import stderr_console
 from jobs.label import LabelJob, label_images
-from jobs.options import FLAT, Address, LabellingModel, Tracking, Truth, Verbose, exactly_one
+from jobs.options import (
+    FLAT,
+    Address,
+    LabellingModel,
+    Tracking,
+    Truth,
+    Verbose,
+    exactly_one,
+    refuse_missing_file,
+)
 from models.errors import FailedWork, WrongUse
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.datasets.protocols import PROTOCOLS, Protocol, get_protocol
@@ -34,6 +43,7 @@ from pipeline.evaluation.results import (
     write_result,
 )
 from pipeline.evaluation.tables import Evaluation, ImageScore, class_lookup, evaluate_table, read_labels
+from pipeline.labelling.prepare import require_weights
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, recipe_from_dict
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.report.pictures import panel
@@ -86,19 +96,18 @@ class Evaluate:
         """Evaluate, write the result folder, track it, print the figures."""
         console = console or stderr_console()
         self._check()
+        recipe, own = (None, None) if self.labels is not None else self.by.load()
         classes = load_ontology(self.ontology) if self.ontology is not None else None
         dataset = self.data.open(classes, table=self.labels, command="evaluate")
         if self.limit:
             dataset = dataclasses.replace(dataset, samples=dataset.samples[: self.limit])
-        recipe = None
-        if self.labels is None:
-            recipe, own = self.by.load()
-            if classes is None and own is not None and set(dataset.class_names) <= set(own.names):
-                classes = own  # the words that the student was trained with
+        if classes is None and own is not None and set(dataset.class_names) <= set(own.names):
+            classes = own  # the words that the student was trained with
         slug = _slug(dataset, recipe)
+        # What is wrong with the command shows before a run is opened.
+        new_folder(self.output, slug, overwrite=self.overwrite)
+        self._check_against(dataset, recipe, classes)
         with open_tracker(self.tracking) as tracker:
-            # What is wrong with the command shows before a run is opened.
-            new_folder(self.output, slug, overwrite=self.overwrite)
             tracker.start(
                 "evaluate",
                 slug,
@@ -136,6 +145,17 @@ class Evaluate:
             soft_wrap=True,
         )
         return 0
+
+    def _check_against(self, dataset: Dataset, recipe: LabelRecipe | None, words: Ontology | None) -> None:
+        """Refuse what does not fit the data, and weights that are not there."""
+        _groups(dataset, self.zero_shot)
+        if recipe is None:
+            made = read_table_record(str(self.labels))
+            _protocol(dataset, self.protocol, made["recipe"], made["ontology"])
+        else:
+            refuse_missing_file(recipe.pretrained)
+            _plan(dataset, recipe, words, self.protocol)
+            require_weights(recipe)
 
     def _check(self) -> None:
         """Refuse options that contradict each other."""

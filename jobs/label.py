@@ -19,7 +19,16 @@ import pyarrow as pa
 from rich.console import Console
 
 from jobs.console import LabelDisplay, duration, stderr_console
-from jobs.options import FLAT, Address, LabellingModel, SystemMetrics, Tracking, Verbose, exactly_one
+from jobs.options import (
+    FLAT,
+    Address,
+    LabellingModel,
+    SystemMetrics,
+    Tracking,
+    Verbose,
+    exactly_one,
+    refuse_missing_file,
+)
 from models.errors import FailedWork, WrongUse
 from pipeline.cluster.session import joins_cluster, ray_session, worker_precision
 from pipeline.cluster.signals import interrupt, signals_held
@@ -166,6 +175,7 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
     """
     console = console or stderr_console()
     began = time.monotonic()
+    refuse_missing_file(job.recipe.pretrained)
     tracker = open_tracker(job.tracking, system_metrics=job.system_metrics)
     manifest = build_manifest(job.source)
     storage = open_storage(job.output)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 FLAT = tyro.conf.arg(name="")
 Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
 Settings = Annotated[
@@ -147,6 +149,17 @@ class Truth:
 def _refuse(given: object, why: str, command: str) -> None:
     if given:
         raise WrongUse("wrong_use", f"{why}.", f"See maskmill {command} --help.")
+
+
+def refuse_missing_file(weights: str | None) -> None:
+    """Refuse a weights file that does not exist; what else can be wrong with weights shows with torch.
+
+    Raises:
+        MaskMillError: ``weights_missing``.
+    """
+    path = Path(weights or "").expanduser()
+    if path.suffix in WEIGHT_SUFFIXES and "://" not in str(weights) and not path.exists():
+        raise WrongUse("weights_missing", f"There is no weights file {weights}.", "Check the path.")
 
 
 def exactly_one(first: str, one: T | None, second: str, other: T | None, *, command: str) -> T:

@@ -19,7 +19,7 @@ from rich.console import Console
 from tyro.conf import Positional, UseAppendAction, arg
 
 from jobs.console import LOG_EVERY_S, duration, stderr_console
-from jobs.options import Repeated
+from jobs.options import Repeated, refuse_missing_file
 from models.errors import WrongUse
 from pipeline.corpus.manifest import build_manifest
 from pipeline.files.images import MAX_PIXELS, ImageError, decode, fetch, target_size
@@ -148,6 +148,7 @@ def segment(job: Segment, console: Console | None = None) -> int:
     """
     console = console or stderr_console()
     _check(job)
+    refuse_missing_file(job.weights)
     uris = list(
         dict.fromkeys(uri for source in job.images for uri in build_manifest(source)["uri"].to_pylist())
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
-from jobs.options import FLAT, Settings, Truth, comma_separated
+from jobs.options import FLAT, Settings, Truth, comma_separated, refuse_missing_file
 from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, run_training
 from models.errors import WrongUse
 from pipeline.datasets.base import Dataset
@@ -139,6 +139,7 @@ def train_clipseg(
     Raises:
         MaskMillError: ``wrong_use`` if neither a table nor a data set is given; and as ``run_training``.
     """
+    refuse_missing_file(recipe.model.start)
     if labels is None and dataset is None:
         raise WrongUse("wrong_use", *WHAT_TO_TRAIN_ON)
     return run_training(

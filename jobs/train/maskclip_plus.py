@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from rich.console import Console
 
-from jobs.options import FLAT, Settings, Truth, comma_separated
+from jobs.options import FLAT, Settings, Truth, comma_separated, refuse_missing_file
 from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, run_training
 from models.errors import WrongUse
 from pipeline.datasets.base import Dataset
@@ -109,6 +109,7 @@ def train_student(
         truth: images and masks of the same images, for the zero-shot form; None is annotation-free.
         console: where to print.
     """
+    refuse_missing_file(recipe.backbone_weights)
     return run_training(
         "maskclip-plus",
         options,

@@ -74,6 +74,25 @@ def prepare_labeller(
     return prepare(recipe, ontology, settings, check_weights)
 
 
+def require_weights(recipe: LabelRecipe) -> None:
+    """Find the weights of a recipe, and fetch them if need be; those of CLIPSeg are found when it is loaded.
+
+    Raises:
+        MaskMillError: as ``models.clip.weights.find_weights`` and
+            ``pipeline.trained.student.read_student_record``.
+    """
+    if recipe.model == CLIPSEG:
+        return
+    if _names_student(recipe.model):
+        from pipeline.trained.student import read_student_record
+
+        read_student_record(recipe.model)
+    else:
+        from models.clip.weights import find_weights
+
+        find_weights(recipe.model, recipe.pretrained)
+
+
 def _prepare_maskclip(
     recipe: LabelRecipe, ontology: Ontology, settings: LabellerSettings, check_weights: CheckWeights
 ) -> PreparedLabeller:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.errors import Damaged
+from models.errors import WrongUse
 from pipeline.files.storage import open_storage
 from pipeline.table.labels import DATASET_FILE
 
@@ -13,13 +13,13 @@ def read_table_record(table: str) -> dict[str, Any]:
     """What ``dataset.json`` says about a label table.
 
     Raises:
-        MaskMillError: ``table_damaged`` if there is none.
+        MaskMillError: ``table_missing`` if there is none.
     """
     storage = open_storage(table)
     record: dict[str, Any] | None = storage.read_json(DATASET_FILE, None)
     if record is None:
-        raise Damaged(
-            "table_damaged",
+        raise WrongUse(
+            "table_missing",
             f"There is no {DATASET_FILE} in {storage.uri}, so what its ids mean is unknown.",
             "Give the --output of maskmill label.",
         )

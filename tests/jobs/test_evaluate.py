@@ -97,7 +97,7 @@ def test_a_recipe_labels_a_benchmark_first_and_the_same_command_does_not_overwri
         (["--recipe", "toy", "--images", "x"], "--images needs --truth"),
         (["--recipe", "toy", "--dataset", "voc02"], "Did you mean voc2"),
         (["--recipe", "toy", "--dataset", "voc20", "--root", "/nowhere"], "dataset_missing"),
-        (["--labels", "/nowhere", "--dataset", "toyworld"], "table_damaged"),
+        (["--labels", "/nowhere", "--dataset", "toyworld"], "table_missing"),
         (["--labels", "/nowhere", "--dataset", "toyworld", "--set", "head=plain"], "--set changes a recipe"),
         (["--recipe", "toy", "--dataset", "toyworld", "--limit", "-1"], "--limit -1"),
         (["--recipe", "toy", "--dataset", "toyworld", "--protocol", "seed"], "dataset_unknown"),

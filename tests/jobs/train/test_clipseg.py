@@ -130,7 +130,7 @@ def test_a_trained_model_is_registered_and_needs_its_folder_no_more(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     store = f"sqlite:///{tmp_path}/runs.db"
-    status, said = _train(trained, tracking=store, register_as="finder")
+    status, said = _train(trained, tracking=store, register="finder")
     assert status == 0 and "finder version 1 (challenger)" in said, said
     scene = open_toyworld(size=64).scene(open_toyworld(size=64).samples[0]).image
     Image.fromarray(scene).save("scene.png")
