@@ -5,8 +5,8 @@ Shapes: C classes, h w grid, H W image pixels.
 The reference resizes the scores of all classes twice, bilinearly with align_corners False, from the grid to
 the size that went through the network and from there to the image, and takes the argmax: 171 classes on
 4000x3000 pixels are 8 GB. Both steps are linear and separable, so here they are composed into one banded
-matrix per axis (in fp64), and the image is made in tiles that fit the cache, each finished down to label and
-confidence.
+matrix per axis (in fp64, a part of the axis at a time), and the image is made in tiles that fit the cache,
+each finished down to label and confidence.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from models.errors import FailedWork
 _CPU_TILE_BYTES = 1_000_000  # of scores: half of a common second-level cache
 _CPU_TILE_COLUMNS = 512
 _GPU_TILE_BYTES = 256_000_000
+_PART = 1024  # rows or columns whose interpolation is one matrix, however long and thin the image is
 _NEGLIGIBLE = 30.0  # a class this many nats below another one everywhere adds under 1e-13 to a softmax
 
 
@@ -84,11 +86,6 @@ def _tiled(
     scores = scores[kept].float()
     if temperature is not None:
         scores = scores * temperature  # once here, rather than at every pixel; the order stays
-    (rows, row_spans), (columns, _) = (
-        _axis(grid, network, image)
-        for grid, network, image in zip((h, w), network_size, image_size, strict=True)
-    )
-    rows, columns = rows.to(device), columns.to(device).T.contiguous()
     limits = None if limits is None else limits[kept]
     wide = classes > 254 or ignore_index > 255
     ids = kept.to(torch.int32) if wide else kept.to(torch.uint8)
@@ -97,27 +94,34 @@ def _tiled(
     labels = torch.empty(height, width, dtype=torch.int32 if wide else torch.uint8, device=device)
     confidence = torch.empty(height, width, dtype=torch.uint8, device=device)
     tile_bytes = _CPU_TILE_BYTES if device.type == "cpu" else _GPU_TILE_BYTES
-    tile_columns = min(width, _CPU_TILE_COLUMNS) if device.type == "cpu" else width
+    tile_columns = min(width, _CPU_TILE_COLUMNS if device.type == "cpu" else _PART)
     count = len(kept)
-    tile_rows = min(height, max(1, tile_bytes // (4 * count * tile_columns)))
+    tile_rows = min(height, _PART, max(1, tile_bytes // (4 * count * tile_columns)))
     # Taken once: fresh pages for each tile would cost more than the arithmetic.
     memory = torch.empty(tile_rows * count * tile_columns, device=device)
     by_row = scores.permute(1, 0, 2).reshape(h * count, w)
     for left in range(0, width, tile_columns):
         right = min(width, left + tile_columns)
-        stretched = (by_row @ columns[:, left:right]).view(h, count * (right - left))
-        for top in range(0, height, tile_rows):
-            bottom = min(height, top + tile_rows)
-            low, high = row_spans[top][0], row_spans[bottom - 1][1]
-            shape = (bottom - top, count, right - left)
-            tile = memory[: shape[0] * shape[1] * shape[2]].view(shape[0], -1)
-            torch.mm(rows[top:bottom, low:high], stretched[low:high], out=tile)
-            index, p = _decide(tile.view(shape), share=temperature is None)
-            label = ids[index]
-            if limits is not None:
-                label = torch.where(p < limits[index], ignore_index, label)
-            labels[top:bottom, left:right] = label
-            confidence[top:bottom, left:right] = p.mul_(255).round_()
+        columns = _axis(w, network_size[1], width, left, right)
+        across = columns.weights.T.contiguous().to(device)
+        stretched = (by_row[:, columns.first : columns.last] @ across).view(h, count * (right - left))
+        for start in range(0, height, _PART):
+            stop = min(height, start + _PART)
+            rows = _axis(h, network_size[0], height, start, stop)
+            down = rows.weights.to(device)
+            for top in range(start, stop, tile_rows):
+                bottom = min(stop, top + tile_rows)
+                low, high = rows.spans[top - start][0], rows.spans[bottom - 1 - start][1]
+                shape = (bottom - top, count, right - left)
+                tile = memory[: shape[0] * shape[1] * shape[2]].view(shape[0], -1)
+                weights = down[top - start : bottom - start, low - rows.first : high - rows.first]
+                torch.mm(weights, stretched[low:high], out=tile)
+                index, p = _decide(tile.view(shape), share=temperature is None)
+                label = ids[index]
+                if limits is not None:
+                    label = torch.where(p < limits[index], ignore_index, label)
+                labels[top:bottom, left:right] = label
+                confidence[top:bottom, left:right] = p.mul_(255).round_()
     return labels.to(torch.uint16) if wide else labels, confidence
 
 
@@ -176,26 +180,44 @@ def _contenders(scores: Tensor, temperature: float | None) -> Tensor:
     return (temperature * (highest - lowest.max()) > -_NEGLIGIBLE).nonzero().flatten()
 
 
+class _Axis(NamedTuple):
+    """Both resizes for a part of an axis.
+
+    Attributes:
+        weights: fp32 (positions, cells).
+        first, last: the grid cells [first, last) that this part reads.
+        spans: the cells [first, last) that each position reads.
+    """
+
+    weights: Tensor
+    first: int
+    last: int
+    spans: tuple[tuple[int, int], ...]
+
+
 @lru_cache(maxsize=64)
-def _axis(grid: int, network: int, image: int) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
-    """One axis of both resizes: fp32 (image, grid), and the grid cells [first, last) of each row."""
-    outer, inner = _bilinear(network, image), _bilinear(grid, network)
-    at = torch.arange(network)
-    dense = torch.zeros(network, grid, dtype=torch.float64)
+def _axis(grid: int, network: int, image: int, start: int, stop: int) -> _Axis:
+    """Both resizes, grid to network to image, for the image's positions [start, stop)."""
+    outer = _bilinear(network, image, start, stop)
+    begin, end = int(outer[0][0].min()), int(outer[1][0].max()) + 1
+    inner = _bilinear(grid, network, begin, end)
+    first, last = int(inner[0][0].min()), int(inner[1][0].max()) + 1
+    dense = torch.zeros(end - begin, last - first, dtype=torch.float64)
+    at = torch.arange(end - begin)
     for index, weight in inner:
-        dense.index_put_((at, index), weight, accumulate=True)
-    matrix = sum(
-        (weight[:, None] * dense[index] for index, weight in outer), torch.zeros((), dtype=torch.float64)
-    )
+        dense.index_put_((at, index - first), weight, accumulate=True)
+    matrix = outer[0][1][:, None] * dense[outer[0][0] - begin]
+    matrix += outer[1][1][:, None] * dense[outer[1][0] - begin]
     used = matrix != 0
-    first = used.int().argmax(1)
-    last = grid - used.flip(1).int().argmax(1)
-    return matrix.float(), tuple(zip(first.tolist(), last.tolist(), strict=True))
+    low = first + used.int().argmax(1)
+    high = last - used.flip(1).int().argmax(1)
+    return _Axis(matrix.float(), first, last, tuple(zip(low.tolist(), high.tolist(), strict=True)))
 
 
-def _bilinear(source: int, target: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The two (source index, weight) pairs of every target position, as F.interpolate has them, in fp64."""
-    position = ((torch.arange(target, dtype=torch.float64) + 0.5) * (source / target) - 0.5).clamp_(min=0)
+def _bilinear(source: int, target: int, start: int, stop: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Two (source index, weight) pairs for the target positions [start, stop), as F.interpolate has them."""
+    position = torch.arange(start, stop, dtype=torch.float64)
+    position = ((position + 0.5) * (source / target) - 0.5).clamp_(min=0)
     low = position.floor().long().clamp_(max=source - 1)
     part = position - low
     return (low, 1 - part), ((low + 1).clamp_(max=source - 1), part)

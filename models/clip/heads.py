@@ -1,10 +1,11 @@
 """Dense features from the last block of CLIP's visual tower, by the name of the head.
 
-``plain`` reads the patch tokens as CLIP computes them. ``maskclip`` (arXiv 2112.01071, §3.2) takes the mixing
-of tokens out of the last attention: each token keeps its own value vector, run through the output
-projection; the block's residual and its MLP stay, as in the reference code.
+To add a head, write one function per kind of tower with the signatures of ``Head``, enter them in ``HEADS``
+at the end of this module, and add the name to ``HeadName`` in ``models.settings``; recipes, tables and
+benchmarks then know it. ``_value_vit`` is an example in four lines. Everything before the last block and the
+projection behind it are shared.
 
-open_clip's own modules do the work; nothing of them is copied, and no parameter is written to.
+open_clip's own modules do the work; no parameter is written to.
 
 Shapes: B batch, D embedding channels, H W pixels, h w grid, L = h*w, N = 1 + L tokens, W_ tower width, K key
 channels.
@@ -29,7 +30,7 @@ from models.errors import WrongUse
 from models.settings import HeadName, KeySource, Profile
 
 _TABLES_KEPT = 16  # position tables, one per grid; 2 MB each for a ViT-B/16 at 512x683 in bf16
-_QUERY, _KEY, _VALUE = range(3)
+_KEY, _VALUE = 1, 2  # places in the packed q, k, v
 
 
 class Dense(NamedTuple):
@@ -46,18 +47,18 @@ class Dense(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """One reading of the last block.
+    """One reading of the last layer.
 
     Attributes:
-        vit: (last block, its input (B, N, W_), key source or None) -> its output for the patches (B, L, W_),
-            keys.
-        resnet: (attention pool, layer4 (B, L, W_), key source or None) -> embedding (B, L, D), keys.
-        has_keys: whether the head can give keys at all.
+        vit: (last residual block, its input (B, N, W_), class token first) -> patches (B, L, W_), which go on
+            to the tower's final norm and projection.
+        resnet: (attention pool, output of layer4 (B, L, W_)) -> embeddings (B, L, D).
+        has_keys: whether key smoothing makes sense with it.
     """
 
-    vit: Callable[[Any, Tensor, KeySource | None], tuple[Tensor, Tensor | None]]
-    resnet: Callable[[AttentionPool2d, Tensor, KeySource | None], tuple[Tensor, Tensor | None]]
-    has_keys: bool
+    vit: Callable[[Any, Tensor], Tensor]
+    resnet: Callable[[AttentionPool2d, Tensor], Tensor]
+    has_keys: bool = True
 
 
 def dense_encoder(
@@ -166,8 +167,8 @@ class VitDense(nn.Module):
         x = self.tokens(images, positions)
         for block in blocks[:-1]:
             x = block(x)
-        patches, keys = self._head.vit(blocks[-1], x, self._keys)
-        features = self._project(self.visual.ln_post(patches))
+        features = self._project(self.visual.ln_post(self._head.vit(blocks[-1], x)))
+        keys = None if self._keys is None else _keys_vit(blocks[-1], x, self._keys)
         return Dense(features.transpose(1, 2).unflatten(2, (h, w)), keys)
 
     def image_embedding(self, images: Tensor) -> Tensor:
@@ -250,8 +251,9 @@ class ResNetDense(nn.Module):
             images: float (B, 3, H, W).
         """
         x = self._trunk(images)
-        embedding, keys = self._head.resnet(self.visual.attnpool, x.flatten(2).transpose(1, 2), self._keys)
-        return Dense(embedding.transpose(1, 2).unflatten(2, x.shape[-2:]), keys)
+        pool, tokens = self.visual.attnpool, x.flatten(2).transpose(1, 2)
+        features = self._head.resnet(pool, tokens).transpose(1, 2).unflatten(2, x.shape[-2:])
+        return Dense(features, None if self._keys is None else pool.k_proj(tokens))
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """CLIP's own embedding (B, D) of whole images at any size; the pool's position table is resized."""
@@ -275,53 +277,34 @@ class ResNetDense(nn.Module):
 # --- heads --------------------------------------------------------------------------------------------------
 
 
-def _plain_vit(block: Any, x: Tensor, keys: KeySource | None) -> tuple[Tensor, Tensor | None]:
-    return block(x)[:, 1:], None
+def _plain_vit(block: Any, x: Tensor) -> Tensor:
+    return block(x)[:, 1:]
 
 
-def _plain_resnet(pool: AttentionPool2d, x: Tensor, keys: KeySource | None) -> tuple[Tensor, Tensor | None]:
-    # The reference's baseline (attn_pooling) keeps the mean token in the attention and leaves the positions
-    # out.
-    return _attention_pool(pool, x, None)[:, 1:], None
+def _plain_resnet(pool: AttentionPool2d, x: Tensor) -> Tensor:
+    # The reference's baseline keeps the mean token in the attention and leaves the positions out.
+    return _attention_pool(pool, x, None)[:, 1:]
 
 
-def _maskclip_vit(block: Any, x: Tensor, keys: KeySource | None) -> tuple[Tensor, Tensor | None]:
-    # No token sees another one from here on, so the class token can go.
-    x = x[:, 1:]
-    y = block.ln_1(x)
-    value = _after_mixing(block, _in_projection(block, y, _VALUE))
-    z = x + block.ls_1(value)
-    z = z + block.ls_2(block.mlp(block.ln_2(z)))
-    if keys is None:
-        return z, None
-    key = _in_projection(block, y, _KEY)
-    return z, _after_mixing(block, key) if keys == "projected" else key
+def _value_vit(block: Any, x: Tensor) -> Tensor:
+    patches = block.ln_1(x[:, 1:])
+    return _after_mixing(block, _in_projection(block, patches, _VALUE))
 
 
-def _value_vit(block: Any, x: Tensor, keys: KeySource | None) -> tuple[Tensor, Tensor | None]:
-    x = x[:, 1:]
-    y = block.ln_1(x)
-    value = _after_mixing(block, _in_projection(block, y, _VALUE))
-    if keys is None:
-        return value, None
-    key = _in_projection(block, y, _KEY)
-    return value, _after_mixing(block, key) if keys == "projected" else key
+def _value_resnet(pool: AttentionPool2d, x: Tensor) -> Tensor:
+    return pool.c_proj(pool.v_proj(x))
 
 
-def _maskclip_resnet(
-    pool: AttentionPool2d, x: Tensor, keys: KeySource | None
-) -> tuple[Tensor, Tensor | None]:
-    return pool.c_proj(pool.v_proj(x)), None if keys is None else pool.k_proj(x)
+def _maskclip_vit(block: Any, x: Tensor) -> Tensor:
+    # No token sees another one from here on, so the class token is left out.
+    z = x[:, 1:] + block.ls_1(_value_vit(block, x))
+    return z + block.ls_2(block.mlp(block.ln_2(z)))
 
 
-HEADS: dict[HeadName, Head] = {
-    "maskclip": Head(_maskclip_vit, _maskclip_resnet, has_keys=True),
-    "value": Head(_value_vit, _maskclip_resnet, has_keys=True),
-    "plain": Head(_plain_vit, _plain_resnet, has_keys=False),
-}
-"""Dense heads by name. ``maskclip`` is the reference's code, which for a ViT keeps the last block's residual
-and MLP; ``value`` is value and last projection alone, as the paper's text and several later methods have it.
-On a ResNet the two are one. ``plain`` are the tokens of the unmodified CLIP."""
+def _keys_vit(block: Any, x: Tensor, source: KeySource) -> Tensor:
+    """Keys (B, L, W_) of the patches in the last attention, raw or run through the output projection."""
+    key = _in_projection(block, block.ln_1(x[:, 1:]), _KEY)
+    return _after_mixing(block, key) if source == "projected" else key
 
 
 def _in_projection(block: Any, y: Tensor, part: int) -> Tensor:
@@ -356,3 +339,14 @@ def _attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor | None) 
     ]
     mixed = F.scaled_dot_product_attention(split[0], split[1], split[2])
     return pool.c_proj(mixed.transpose(1, 2).flatten(-2))
+
+
+HEADS: dict[HeadName, Head] = {
+    "maskclip": Head(_maskclip_vit, _value_resnet),
+    "value": Head(_value_vit, _value_resnet),
+    "plain": Head(_plain_vit, _plain_resnet, has_keys=False),
+}
+"""Dense heads by name. ``maskclip`` (arXiv 2112.01071, §3.2) takes the mixing of tokens out of the last
+attention: each token keeps its own value, run through the output projection. As in the reference code, a ViT
+keeps the block's residual and MLP. ``value`` drops those two, as the paper's text and several later methods
+have it; on a ResNet both are the same. ``plain`` reads the tokens of the unmodified CLIP."""

@@ -4,9 +4,8 @@ Three steps, each usable alone: ``find_weights`` turns a model name and a ``pret
 ``WeightSource`` (architecture, file, image statistics) and downloads the file through open_clip where it
 must; ``WeightSource.fingerprint`` names the weights; ``read_state`` gives the tensors.
 
-Pickles are read with ``weights_only=True``. OpenAI's archives are TorchScript, which that mode refuses and
-``torch.jit.load`` would compile; they are read here as what they are, a zip of raw storages beside a pickle,
-with an unpickler that knows tensors and inert holders and nothing else.
+Pickles are read with ``weights_only=True``. TorchScript archives hold code, which ``torch.jit.load``
+compiles: OpenAI's own files are read, known by the SHA-256 in their addresses, and others are refused.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ import difflib
 import hashlib
 import json
 import os
-import pickle
 import zipfile
-from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,11 +65,7 @@ class WeightSource:
         """SHA-256 of the weights file in hex, or ``random:SEED:NAME``."""
         if self.path is None:
             return f"random:{self.seed}:{self.name}"
-        digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-        return digest.hexdigest()
+        return sha256(self.path)
 
 
 def find_weights(model: str, pretrained: str | None, *, cache_dir: str | Path | None = None) -> WeightSource:
@@ -148,6 +141,21 @@ def check_supported(name: str, config: dict[str, Any]) -> None:
             f"MaskMill cannot take dense features from {name}: {reason}.",
             f"Use one of {SUPPORTED}.",
         )
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def openai_archives() -> frozenset[str]:
+    """SHA-256 of the files that OpenAI published, which their addresses contain."""
+    urls = [open_clip.get_pretrained_url(name, "openai") for name in open_clip.list_openai_models()]
+    return frozenset(url.split("/")[-2] for url in urls if url)
 
 
 def is_torchscript(path: Path) -> bool:
@@ -435,79 +443,12 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     return state
 
 
-class _Holder:
-    """Stands for any class of a TorchScript archive: takes its state, does nothing."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.state = state
-
-
-def _rebuild_tensor(
-    storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> Tensor:
-    return storage.as_strided(size, stride, offset)
-
-
-def _rebuild_list(values: list[Any]) -> list[Any]:
-    return values
-
-
-_STORAGE_TYPES = {
-    "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}  # fmt: skip
-
-
-class _ArchiveUnpickler(pickle.Unpickler):
-    """Reads ``data.pkl`` of a TorchScript archive; every name outside a short list is refused."""
-
-    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
-        super().__init__(archive.open(f"{root}/data.pkl"))
-        self._archive = archive
-        self._root = root
-        self._storages: dict[str, Tensor] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("__torch__"):
-            return _Holder
-        if module == "torch" and name in _STORAGE_TYPES:
-            return _STORAGE_TYPES[name]
-        allowed: dict[tuple[str, str], Any] = {
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch.jit._pickle", "build_intlist"): _rebuild_list,
-            ("torch.jit._pickle", "build_boollist"): _rebuild_list,
-            ("torch.jit._pickle", "build_doublelist"): _rebuild_list,
-            ("torch.jit._pickle", "build_tensorlist"): _rebuild_list,
-        }
-        if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"the archive asks for {module}.{name}, which weights do not need")
-        return allowed[module, name]
-
-    def persistent_load(self, pid: Any) -> Tensor:
-        _, dtype, key, _device, _count = pid
-        if key not in self._storages:
-            data = bytearray(self._archive.read(f"{self._root}/data/{key}"))
-            self._storages[key] = torch.frombuffer(data, dtype=dtype)
-        return self._storages[key]
-
-
 def _read_torchscript(path: Path) -> dict[str, Tensor]:
-    with zipfile.ZipFile(path) as archive:
-        root = next(name for name in archive.namelist() if name.split("/", 1)[-1] == "constants.pkl").split(
-            "/"
-        )[0]
-        top = _ArchiveUnpickler(archive, root).load()
-    state: dict[str, Tensor] = {}
-
-    def walk(holder: _Holder, prefix: str) -> None:
-        for name, value in holder.state.items():
-            if isinstance(value, Tensor):
-                state[prefix + name] = value
-            elif isinstance(value, _Holder):
-                walk(value, f"{prefix}{name}.")
-
-    walk(top, "")
-    return state
+    if sha256(path) not in openai_archives():
+        raise WrongUse(
+            "model_unsupported",
+            f"{path} is a TorchScript archive, which holds code, and none of those that OpenAI published.",
+            "If you trust it, convert it with torch.jit.load and safetensors.torch.save_file, and name the "
+            ".safetensors file.",
+        )
+    return dict(torch.jit.load(path, map_location="cpu").state_dict())

@@ -35,6 +35,8 @@ def random_scores(classes: int, h: int, w: int, seed: int = 0) -> Tensor:
         ((1, 1), (16, 16), (50, 20)),
         ((7, 3), (112, 33), (1, 1)),
         ((2, 90), (32, 1440), (30, 1351)),
+        ((128, 1), (2048, 16), (5000, 3)),
+        ((1, 128), (16, 2048), (2, 3000)),
     ],
 )
 def test_equals_naive_except_at_ties(
@@ -131,6 +133,23 @@ print(labels.shape, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(result.stdout.split()[-1]) < 200_000, "KB"
+
+
+@pytest.mark.parametrize("thin", [(1_000_000, 1), (1, 1_000_000)])
+def test_long_thin_images_take_memory_by_their_pixels(thin: tuple[int, int]) -> None:
+    """Dense interpolation matrices took 3.5 GB and a minute."""
+    code = f"""
+import resource, torch
+from models.labelmap import label_map
+height, width = {thin}
+grid = torch.randn(20, max(1, height // 16), max(1, width // 16)) * 0.05
+label_map(grid[:, :4, :4], network_size=(64, 64), image_size=(64, 64))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+labels, _ = label_map(grid, network_size=(height, width), image_size=(height, width))
+print(labels.shape, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(result.stdout.split()[-1]) < 300_000, "KB"
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models import hub
+from models.clip import weights
 from models.clip.loading import Clip, Towers, load_clip, load_source
 from models.clip.weights import (
     OPENAI_MEAN,
     OPENAI_STD,
     WeightSource,
     find_weights,
-    is_torchscript,
+    openai_archives,
     read_state,
+    sha256,
 )
 from models.errors import MaskMillError
 
@@ -66,7 +69,9 @@ def openai_archive(model: nn.Module, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pt", "checkpoint", "legacy", "archive"])
-def test_every_kind_of_file(small: open_clip.CLIP, tmp_path: Path, kind: str) -> None:
+def test_every_kind_of_file(
+    small: open_clip.CLIP, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = {name: tensor.clone() for name, tensor in small.state_dict().items()}
     folder = write_folder(tmp_path / "model")
     if kind == "safetensors":
@@ -74,6 +79,7 @@ def test_every_kind_of_file(small: open_clip.CLIP, tmp_path: Path, kind: str) ->
         save_file(state, path)
     elif kind == "archive":
         path = openai_archive(small.half(), folder / "archive.pt")
+        monkeypatch.setattr(weights, "openai_archives", lambda: {sha256(path)})
         state = {name: tensor.half().float() for name, tensor in state.items()}
         small.load_state_dict(state)
     else:
@@ -99,15 +105,19 @@ def test_every_kind_of_file(small: open_clip.CLIP, tmp_path: Path, kind: str) ->
     assert clip.fingerprint == find_weights(f"local-dir:{folder}", None).fingerprint
 
 
-def test_archive_has_what_torchscript_has(small: open_clip.CLIP, tmp_path: Path) -> None:
+def test_archives_of_others_are_refused(small: open_clip.CLIP, tmp_path: Path) -> None:
+    """TorchScript is code."""
     path = openai_archive(small, tmp_path / "archive.pt")
-    assert is_torchscript(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        expected = torch.jit.load(str(path)).state_dict()
-    state = read_state(path)
-    for name, tensor in expected.items():
-        assert torch.equal(state[name], tensor), name
+    with pytest.raises(MaskMillError, match="none of those that OpenAI published") as caught:
+        read_state(path)
+    assert caught.value.code == "model_unsupported"
+    assert "safetensors" in caught.value.remedy
+
+
+def test_published_archives_are_known_by_their_hash() -> None:
+    known = openai_archives()
+    assert "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f" in known  # ViT-B-16
+    assert all(len(name) == 64 for name in known)
 
 
 class Evil:
@@ -118,15 +128,13 @@ class Evil:
 def test_pickles_do_not_run_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"weight": torch.zeros(1), "evil": Evil()}, tmp_path / "evil.pt")
     archive = tmp_path / "archive.pt"
-    import zipfile
-
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("a/data.pkl", pickle.dumps({"evil": Evil()}))
         file.writestr("a/constants.pkl", b"")
-    for path in (tmp_path / "evil.pt", archive):
+    for path, code in ((tmp_path / "evil.pt", "model_damaged"), (archive, "model_unsupported")):
         with pytest.raises(MaskMillError) as caught:
             read_state(path)
-        assert caught.value.code == "model_damaged"
+        assert caught.value.code == code
     assert "ran code" not in capsys.readouterr().out
 
 
