@@ -11,7 +11,7 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES
 from torch import Tensor
 
 from models.clip.loading import Clip, load_source
-from models.clip.templates import IMAGENET80, SCENE5, TEMPLATE_SETS, fill, get_templates
+from models.clip.templates import TEMPLATE_SETS, fill, get_templates
 from models.clip.text import build_text_classifier, cached_text_classifier, read_text_classifier
 from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource
 from models.errors import MaskMillError
@@ -42,8 +42,8 @@ def one_name(model: Clip, name: str, templates: tuple[str, ...]) -> Tensor:
 
 def test_template_sets() -> None:
     assert len(TEMPLATE_SETS["openai85"]) == len(set(TEMPLATE_SETS["openai85"])) == 85
-    assert set(IMAGENET80) == {template("{}") for template in OPENAI_IMAGENET_TEMPLATES}
-    assert all(template.endswith("in the scene.") for template in SCENE5)
+    assert set(TEMPLATE_SETS["imagenet80"]) == {template("{}") for template in OPENAI_IMAGENET_TEMPLATES}
+    assert all(template.endswith("in the scene.") for template in TEMPLATE_SETS["scene5"])
     assert get_templates(["one {}"]) == ("one {}",)
     assert fill(("a {}.",), "{odd} {} name") == ["a {odd} {} name."]
     for templates in TEMPLATE_SETS.values():
