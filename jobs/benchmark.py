@@ -56,40 +56,43 @@ _TABLES = {**maskclip.TABLES, **clipseg.TABLES, **visual_prompts.TABLES}
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Run the rows of a table and print them beside the published figures. "list" lists the tables."""
+    """Run the rows of a table and print them beside the published figures. "list" lists the tables.
+
+    Attributes:
+        name: toyworld, maskclip, maskclip-unified, …; list shows all.
+        roots: folder of a dataset, with #SPLIT if it is not the usual one: --root voc20=DIR#train; repeat it.
+        labels: a label table for a row that is not labelled here: --labels "MaskCLIP+ (RN50)@voc20=TABLE".
+        weights: weights of a row's model: --weights "CLIPSeg (PC+)=rd64-uni.pth".
+        settings: a recipe field for all rows, such as pretrained=random:0 to try the path; may be repeated.
+        rows: only rows with this in their name, of toyworld sections (students, heads, …); may be repeated.
+        datasets: only this dataset; may be repeated.
+        images: concepts: folder, glob or list file of images.
+        concepts: concepts: a list of the paper (batman, mario, sports, car-color, …) or "prompt, prompt, …".
+        recipe: concepts: the recipe; --set changes it.
+        limit: to try out: so many images of each dataset (one-shot: episodes; prompt-strategies: objects).
+        image_sizes: clipseg-…: measure at this side of the network's input as well; may be repeated.
+        seeds: toyworld: sets of scenes, for the confidence intervals.
+        scenes: toyworld: scenes of each set.
+        output: folder for the result; the same again goes on where it stopped. Default: below results/.
+        overwrite: replace a result that is already in --output.
+    """
 
     name: Positional[str]
-    """toyworld, maskclip, maskclip-unified, …; list shows all."""
     roots: Annotated[Repeated, arg(name="root", metavar="DATASET=DIR")] = ()
-    """folder of a dataset, with #SPLIT if it is not the usual one: --root voc20=DIR#train; repeat it."""
     labels: Annotated[Repeated, arg(metavar="ROW=TABLE")] = ()
-    """a label table for a row that is not labelled here: --labels "MaskCLIP+ (RN50)@voc20=TABLE"."""
     weights: Annotated[Repeated, arg(metavar="ROW=PATH")] = ()
-    """weights of a row's model: --weights "CLIPSeg (PC+)=rd64-uni.pth"."""
     settings: Settings = ()
-    """a recipe field for all rows, such as pretrained=random:0 to try the path; may be repeated."""
     rows: Annotated[Repeated, arg(name="row")] = ()
-    """only rows with this in their name, of toyworld sections (students, heads, …); may be repeated."""
     datasets: Annotated[Repeated, arg(name="dataset")] = ()
-    """only this dataset; may be repeated."""
     images: str | None = None
-    """concepts: folder, glob or list file of images."""
     concepts: str = "sports"
-    """concepts: a list of the paper (batman, mario, sports, car-color, …) or "prompt, prompt, …"."""
     recipe: str = "maskclip"
-    """concepts: the recipe; --set changes it."""
     limit: int = 0
-    """to try out: so many images of each dataset (one-shot: episodes; prompt-strategies: objects)."""
     image_sizes: Annotated[UseAppendAction[tuple[int, ...]], arg(name="image-size")] = ()
-    """clipseg-…: measure at this side of the network's input as well; may be repeated."""
     seeds: int = 5
-    """toyworld: sets of scenes, for the confidence intervals."""
     scenes: int = 60
-    """toyworld: scenes of each set."""
     output: str | None = None
-    """folder for the result; the same again goes on where it stopped. Default: below results/."""
     overwrite: bool = False
-    """replace a result that is already in --output."""
     tracking: Tracking = None
 
     def run(self, console: Console | None = None) -> int:

@@ -17,6 +17,7 @@ from jobs.evaluate import Evaluate
 from jobs.export import Export
 from jobs.label import Label
 from jobs.lists import Datasets, Recipes
+from jobs.options import FLAT
 from jobs.report import Report
 from jobs.runs import Runs
 from jobs.segment import Segment
@@ -33,10 +34,11 @@ from pipeline.cluster.signals import end_process, interrupt_on_signals
 class Train:
     """Train a model on labels, on this machine or a Ray cluster."""
 
-    model: (
+    model: Annotated[
         Annotated[TrainMaskClipPlus, subcommand("maskclip-plus")]
-        | Annotated[TrainClipSeg, subcommand("clipseg")]
-    )
+        | Annotated[TrainClipSeg, subcommand("clipseg")],
+        FLAT,
+    ]
 
     def run(self) -> int:
         """Train it."""

@@ -38,20 +38,23 @@ TRUTH_SEED = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Everything on the embedded toy world, offline: label images, train a student, evaluate, show."""
+    """Everything on the embedded toy world, offline: label images, train a student, evaluate, show.
+
+    Attributes:
+        output: folder for everything it makes; that of an earlier demo is replaced.
+        images: number of unlabelled scenes.
+        size: side of a scene in pixels.
+        seed: of the scenes; the bundled CLIP was trained on others.
+        test: number of scenes with truth for evaluation; nothing is trained on them.
+        steps: of training.
+    """
 
     output: Path = Path("demo")
-    """folder for everything it makes; that of an earlier demo is replaced."""
     images: int = 500
-    """number of unlabelled scenes."""
     size: int = 128
-    """side of a scene in pixels."""
     seed: int = 2026
-    """of the scenes; the bundled CLIP was trained on others."""
     test: int = 80
-    """number of scenes with truth for evaluation; nothing is trained on them."""
     steps: int = 1000
-    """of training."""
 
     def run(self, console: Console | None = None) -> int:
         """Make scenes, label them, train a student on the labels, measure both on scenes with truth.

@@ -62,32 +62,35 @@ ProtocolName = Literal["seed", "unified", "custom"]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure labels against truth: a label table, or what a recipe makes of a benchmark's images."""
+    """Measure labels against truth: a label table, or what a recipe makes of a benchmark's images.
+
+    Attributes:
+        labels: a label table, the --output of maskmill label; instead of it --recipe or --model labels the
+            images first.
+        ontology: what the values in --truth mean (default: the ontology of --labels); or with --recipe the
+            words to label with, if not those of the benchmark.
+        protocol: whose figures the result may be compared with: seed (MaskCLIP's repository) or unified (its
+            successors), whose figures do not compare, or custom; default: the one that the recipe follows.
+        zero_shot: a split into seen and unseen classes: voc20, voc21, context60, cocostuff171, ….
+        limit: only the first so many images, to try out.
+        output: folder for the result, on a disk that all nodes share if --recipe runs on a cluster; default:
+            a new one below results/.
+        overwrite: replace a result that is already in --output.
+        workers: Ray tasks that compare; 0 is this process alone; default: by the number of images.
+        boundary: with --no-boundary boundary IoU is not measured.
+    """
 
     labels: str | None = None
-    """a label table, the --output of maskmill label; instead of it --recipe or --model labels the images
-    first."""
     by: Annotated[LabellingModel, FLAT] = field(default_factory=LabellingModel)
     data: Annotated[Truth, FLAT] = field(default_factory=Truth)
     ontology: str | None = None
-    """what the values in --truth mean (default: the ontology of --labels); or with --recipe the words to
-    label with, if not those of the benchmark."""
     protocol: ProtocolName | None = None
-    """whose figures the result may be compared with: seed (MaskCLIP's repository) or unified (its
-    successors), whose figures do not compare, or custom; default: the one that the recipe follows."""
     zero_shot: str | None = None
-    """a split into seen and unseen classes: voc20, voc21, context60, cocostuff171, …."""
     limit: int = 0
-    """only the first so many images, to try out."""
     output: str | None = None
-    """folder for the result, on a disk that all nodes share if --recipe runs on a cluster; default: a new one
-    below results/."""
     overwrite: bool = False
-    """replace a result that is already in --output."""
     workers: int | None = None
-    """Ray tasks that compare; 0 is this process alone; default: by the number of images."""
     boundary: bool = True
-    """with --no-boundary boundary IoU is not measured."""
     tracking: Tracking = None
     address: Address = None
     verbose: Verbose = False

@@ -14,16 +14,19 @@ from jobs.console import stderr_console
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a student as a program for other runtimes, and check that it computes the same."""
+    """Write a student as a program for other runtimes, and check that it computes the same.
+
+    Attributes:
+        student: the --output of maskmill train maskclip-plus.
+        format: onnx, or torch for a program of torch.export.
+        output: the file, ending in .onnx or .pt2.
+        overwrite: replace an existing file.
+    """
 
     student: Positional[str]
-    """the --output of maskmill train maskclip-plus."""
     format: Literal["onnx", "torch"]
-    """onnx, or torch for a program of torch.export."""
     output: Path
-    """the file, ending in .onnx or .pt2."""
     overwrite: bool = False
-    """replace an existing file."""
 
     def run(self, console: Console | None = None) -> int:
         """Write the program, and say how to use it."""

@@ -69,27 +69,29 @@ class Label:
     """Label images with class names: images in, a label table (Parquet) out.
 
     The same command again goes on after a crash and labels what is new.
+
+    Attributes:
+        images: folder, glob ("photos/*.jpg") or list file (.txt, one path or URI a line) of images.
+        manifest: manifest in Parquet (columns id, uri), instead of --images.
+        output: folder (or s3://… prefix) for the label table.
+        classes: class names between commas: "cat, dog, grass". Everything else becomes "background".
+        ontology: YAML file of classes, or a built-in name (voc21, context59, …), instead of --classes.
+        background: with --no-background every pixel gets one of the classes of --classes.
+        min_confidence: pixels less sure than this (0 to 1) become "ignore" (255).
+        max_failure_rate: exit with 1 if a larger share of the images fails.
+        overwrite: delete a table that is already in --output and start anew.
     """
 
     images: str | None = None
-    """folder, glob ("photos/*.jpg") or list file (.txt, one path or URI a line) of images."""
     manifest: str | None = None
-    """manifest in Parquet (columns id, uri), instead of --images."""
     output: str
-    """folder (or s3://… prefix) for the label table."""
     classes: str | None = None
-    """class names between commas: "cat, dog, grass". Everything else becomes "background"."""
     ontology: str | None = None
-    """YAML file of classes, or a built-in name (voc21, context59, …), instead of --classes."""
     by: Annotated[LabellingModel, FLAT] = field(default_factory=LabellingModel)
     background: bool = True
-    """with --no-background every pixel gets one of the classes of --classes."""
     min_confidence: float | None = None
-    """pixels less sure than this (0 to 1) become "ignore" (255)."""
     max_failure_rate: float = 0.05
-    """exit with 1 if a larger share of the images fails."""
     overwrite: bool = False
-    """delete a table that is already in --output and start anew."""
     tracking: Tracking = None
     system_metrics: SystemMetrics = False
     address: Address = None

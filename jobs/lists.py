@@ -33,10 +33,13 @@ class Datasets:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipes:
-    """List the recipes of label and train, or explain the fields of one."""
+    """List the recipes of label and train, or explain the fields of one.
+
+    Attributes:
+        name: the recipe to explain; default: list all.
+    """
 
     name: Positional[str | None] = None
-    """the recipe to explain; default: list all."""
 
     def run(self, console: Console | None = None) -> int:
         """Print them.

@@ -46,16 +46,19 @@ SystemMetrics = Annotated[bool, tyro.conf.arg(help="track the load of this machi
 
 @dataclass(frozen=True, kw_only=True)
 class LabellingModel:
-    """What labels."""
+    """What labels.
+
+    Attributes:
+        recipe: named recipe or YAML file: every knob that changes the labels; maskmill recipes lists them.
+            Default: maskclip.
+        model: a trained model, the --output of maskmill train, instead of --recipe; a student brings its
+            classes along. Or clipseg, the released one.
+        settings: change one knob of the recipe: head=value; may be repeated.
+    """
 
     recipe: str | None = None
-    """named recipe or YAML file: every knob that changes the labels; maskmill recipes lists them. Default:
-    maskclip."""
     model: str | None = None
-    """a trained model, the --output of maskmill train, instead of --recipe; a student brings its classes
-    along. Or clipseg, the released one."""
     settings: Settings = ()
-    """change one knob of the recipe: head=value; may be repeated."""
 
     def load(self) -> tuple[LabelRecipe, Ontology | None]:
         """The recipe, and the classes of a student.
@@ -84,18 +87,21 @@ class LabellingModel:
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """Images with true masks."""
+    """Images with true masks.
+
+    Attributes:
+        dataset: images with truth: a benchmark by name; maskmill datasets lists them.
+        root: its folder (a path, or s3://…).
+        split: part of it; default, where there is one: the part that papers report.
+        images: your own images, with --truth, instead of --dataset.
+        truth: folder of masks (PNG, values are class ids, 255 is ignored) for --images.
+    """
 
     dataset: str | None = None
-    """images with truth: a benchmark by name; maskmill datasets lists them."""
     root: str | None = None
-    """its folder (a path, or s3://…)."""
     split: str | None = None
-    """part of it; default, where there is one: the part that papers report."""
     images: str | None = None
-    """your own images, with --truth, instead of --dataset."""
     truth: str | None = None
-    """folder of masks (PNG, values are class ids, 255 is ignored) for --images."""
 
     @property
     def given(self) -> bool:

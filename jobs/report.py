@@ -14,12 +14,15 @@ from pipeline.report.results_page import write_report
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Make one page of result folders: figures beside published ones, curves, worst and best images."""
+    """Make one page of result folders: figures beside published ones, curves, worst and best images.
+
+    Attributes:
+        results: folders of maskmill evaluate or maskmill benchmark.
+        output: the page; default: report.html in the first folder, or here if that is remote.
+    """
 
     results: Positional[tuple[str, ...]]
-    """folders of maskmill evaluate or maskmill benchmark."""
     output: Path | None = None
-    """the page; default: report.html in the first folder, or here if that is remote."""
 
     def run(self, console: Console | None = None) -> int:
         """Write the page.

@@ -36,16 +36,19 @@ STYLES = {"FINISHED": "green", "RUNNING": "cyan", "FAILED": "red", "KILLED": "ye
 
 @dataclass(frozen=True, kw_only=True)
 class Runs:
-    """List the tracked runs, or compare some of them."""
+    """List the tracked runs, or compare some of them.
+
+    Attributes:
+        tracking: MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db.
+        experiment: only this one, or this kind of job: label, evaluate, benchmark, train.
+        limit: runs in the list.
+        compare: ids (or their first letters) or names of at least two runs: what differs between them.
+    """
 
     tracking: str | None = None
-    """MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db."""
     experiment: str | None = None
-    """only this one, or this kind of job: label, evaluate, benchmark, train."""
     limit: int = 20
-    """runs in the list."""
     compare: tuple[str, ...] = ()
-    """ids (or their first letters) or names of at least two runs: what differs between them."""
 
     def run(self, console: Console | None = None) -> int:
         """List the newest runs, or say how several differ.

@@ -42,62 +42,64 @@ class Segment:
     """Find what words or example pictures describe (CLIPSeg): masks, heat maps and overlays.
 
     maskmill segment photos/ --prompt "a red car" --prompt-image cup.jpg --prompt-mask cup.png --output found
+
+    Attributes:
+        images: files, folders, globs ("photos/*.jpg") and list files of images.
+        output: folder for pictures and results.json.
+        prompts: words for what is looked for; may be repeated.
+        prompt_images: an example picture of it; may be repeated.
+        prompt_masks: what to look at in the example: a picture of its size, black but for the object. If
+            given, one for each --prompt-image, in the same order; - for one without.
+        text_weight: join the first --prompt with the first --prompt-image, and so on: the share of the words,
+            0 to 1 (the released models were trained with up to 0.5). Default: words and pictures apart.
+        thresholds: least probability of a mask's pixels; one for all prompts, or repeated for each, words
+            first. Default: 0.3, the paper's; 0.1 finds more.
+        prefix: put around words: nothing (plain), "a photo of a {}." (fixed), the mean over the templates of
+            the paper's training (shuffle, shuffle+).
+        visual_prompt: how the object of an example with a mask is brought forward: crop_blur_highlight352
+            (the paper's), blur_highlight, blur3_highlight, blur3_highlight01, crop, crop_blur_highlight,
+            highlight, highlight2, overlay, image_only.
+        blur: sigma in pixels of the blur on the background; 0 is none.
+        background: brightness of the background: 1 as it is, 0 grey.
+        context: cut out the object with this share of its extent on each side.
+        crop: with --no-crop nothing is cut.
+        crop_size: side that the cut is resized to; default: --example-size.
+        example_size: side of the square that examples are squeezed to first; default: as in training, 352.
+        weights: a decoder file (rd64-uni.pth), the --output of maskmill train clipseg, a folder in Hugging
+            Face's layout, or a hub name.
+        clip: NAME:PRETRAINED of the CLIP beneath a decoder file; default: what the file says, or
+            ViT-B-16-quickgelu:openai.
+        extract_layers: blocks of CLIP that the decoder reads; default: as the weights say, else 3 6 9.
+        size: side of the square that images are squeezed to; default: as in training, 352.
+        keep_ratio: keep their shape: the short side becomes --size, the long one at most four times that.
+        precision: number format; auto is the fastest that the processor computes natively.
+        max_pixels: larger images are recorded as failed (too_large).
+        overwrite: replace what an earlier run left in --output.
     """
 
     images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE...")]
-    """files, folders, globs ("photos/*.jpg") and list files of images."""
     output: str
-    """folder for pictures and results.json."""
     prompts: Annotated[Repeated, arg(name="prompt")] = ()
-    """words for what is looked for; may be repeated."""
     prompt_images: Annotated[Repeated, arg(name="prompt-image")] = ()
-    """an example picture of it; may be repeated."""
     prompt_masks: Annotated[Repeated, arg(name="prompt-mask")] = ()
-    """what to look at in the example: a picture of its size, black but for the object. If given, one for each
-    --prompt-image, in the same order; - for one without."""
     text_weight: float | None = None
-    """join the first --prompt with the first --prompt-image, and so on: the share of the words, 0 to 1 (the
-    released models were trained with up to 0.5). Default: words and pictures apart."""
     thresholds: Annotated[UseAppendAction[tuple[float, ...]], arg(name="threshold")] = ()
-    """least probability of a mask's pixels; one for all prompts, or repeated for each, words first. Default:
-    0.3, the paper's; 0.1 finds more."""
     prefix: Prefix = "plain"
-    """put around words: nothing (plain), "a photo of a {}." (fixed), the mean over the templates of the
-    paper's training (shuffle, shuffle+)."""
     visual_prompt: str = VISUAL_PROMPT
-    """how the object of an example with a mask is brought forward: crop_blur_highlight352 (the paper's),
-    blur_highlight, blur3_highlight, blur3_highlight01, crop, crop_blur_highlight, highlight, highlight2,
-    overlay, image_only."""
     blur: float | None = None
-    """sigma in pixels of the blur on the background; 0 is none."""
     background: float | None = None
-    """brightness of the background: 1 as it is, 0 grey."""
     context: float | None = None
-    """cut out the object with this share of its extent on each side."""
     crop: bool = True
-    """with --no-crop nothing is cut."""
     crop_size: int | None = None
-    """side that the cut is resized to; default: --example-size."""
     example_size: int | None = None
-    """side of the square that examples are squeezed to first; default: as in training, 352."""
     weights: str = RELEASED
-    """a decoder file (rd64-uni.pth), the --output of maskmill train clipseg, a folder in Hugging Face's
-    layout, or a hub name."""
     clip: Annotated[str | None, arg(name="model")] = None
-    """NAME:PRETRAINED of the CLIP beneath a decoder file; default: what the file says, or
-    ViT-B-16-quickgelu:openai."""
     extract_layers: tuple[int, ...] | None = None
-    """blocks of CLIP that the decoder reads; default: as the weights say, else 3 6 9."""
     size: int | None = None
-    """side of the square that images are squeezed to; default: as in training, 352."""
     keep_ratio: bool = False
-    """keep their shape: the short side becomes --size, the long one at most four times that."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """number format; auto is the fastest that the processor computes natively."""
     max_pixels: int = MAX_PIXELS
-    """larger images are recorded as failed (too_large)."""
     overwrite: bool = False
-    """replace what an earlier run left in --output."""
 
     @property
     def style(self) -> str:

@@ -38,27 +38,31 @@ _GRACE_S = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Serve:
-    """Serve a page on this machine that shows what models find in an image."""
+    """Serve a page on this machine that shows what models find in an image.
+
+    Attributes:
+        models: a recipe (name or YAML file), the folder or URI of a student or of a trained CLIPSeg, or
+            CLIPSeg weights (.pth, .safetensors, a folder in Hugging Face's layout, clipseg:HUB-NAME); NAME=
+            is what the page calls it; repeat it: the first is the page's default. Default: toy, which works
+            offline.
+        clip: MODEL:PRETRAINED beneath CLIPSeg decoder files; default: what the file says, or the paper's.
+        host: address to listen on; 0.0.0.0 opens it to the network, where nobody is asked for a password.
+        port: default: 7860, or any free one if that is taken; 0: any free one.
+        allow_hosts: a further name under which browsers may reach it, or *.DOMAIN; may be repeated. Requests
+            for other names are refused with 400 (addresses and localhost are fine).
+        per_minute: images that one client may send; 0: no limit.
+        upload_mb: largest request in MiB.
+        verbose: log every request.
+    """
 
     models: Annotated[Repeated, arg(name="model", metavar="[NAME=]SPEC")] = ()
-    """a recipe (name or YAML file), the folder or URI of a student or of a trained CLIPSeg, or CLIPSeg
-    weights (.pth, .safetensors, a folder in Hugging Face's layout, clipseg:HUB-NAME); NAME= is what the page
-    calls it; repeat it: the first is the page's default. Default: toy, which works offline."""
     clip: str | None = None
-    """MODEL:PRETRAINED beneath CLIPSeg decoder files; default: what the file says, or the paper's."""
     host: str = "127.0.0.1"
-    """address to listen on; 0.0.0.0 opens it to the network, where nobody is asked for a password."""
     port: int | None = None
-    """default: 7860, or any free one if that is taken; 0: any free one."""
     allow_hosts: Annotated[Repeated, arg(name="allow-host")] = ()
-    """a further name under which browsers may reach it, or *.DOMAIN; may be repeated. Requests for other
-    names are refused with 400 (addresses and localhost are fine)."""
     per_minute: int = 120
-    """images that one client may send; 0: no limit."""
     upload_mb: int = 32
-    """largest request in MiB."""
     verbose: bool = False
-    """log every request."""
 
     def run(self, console: Console | None = None) -> int:
         """Serve until Ctrl-C; see ``serve``."""

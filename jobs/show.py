@@ -14,14 +14,17 @@ from pipeline.report.gallery import write_gallery
 
 @dataclass(frozen=True, kw_only=True)
 class Show:
-    """Make a page of pictures from a label table: overlays, coverage, confidence, failures."""
+    """Make a page of pictures from a label table: overlays, coverage, confidence, failures.
+
+    Attributes:
+        table: the --output of maskmill label.
+        output: the page; default: gallery.html in the table's folder, or here if the table is remote.
+        limit: images on the page.
+    """
 
     table: Positional[str]
-    """the --output of maskmill label."""
     output: Path | None = None
-    """the page; default: gallery.html in the table's folder, or here if the table is remote."""
     limit: int = 60
-    """images on the page."""
 
     def run(self, console: Console | None = None) -> int:
         """Write the page.

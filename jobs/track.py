@@ -15,12 +15,15 @@ EXIT_KEPT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Track:
-    """List the runs that did not reach their tracking server; with --flush send them."""
+    """List the runs that did not reach their tracking server; with --flush send them.
+
+    Attributes:
+        flush: send them now.
+        tracking: send them to this MLflow URI instead of where they were meant to go.
+    """
 
     flush: bool = False
-    """send them now."""
     tracking: str | None = None
-    """send them to this MLflow URI instead of where they were meant to go."""
 
     def run(self, console: Console | None = None) -> int:
         """List what waits to be sent, or send it.

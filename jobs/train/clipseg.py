@@ -50,26 +50,29 @@ class TrainClipSeg:
     """Train CLIPSeg to find what words and example pictures describe.
 
     The same command again goes on after a crash, from the last checkpoint.
+
+    Attributes:
+        recipe: named recipe or YAML file; maskmill recipes lists them.
+        settings: change one knob of the recipe: iterations=500, reduce_dim=16; may be repeated.
+        labels: a label table, the --output of maskmill label: training without annotation. With truth as
+            well, where the --unseen classes are learnt from.
+        ontology: what the classes are called, YAML file or built-in name: of --truth, or of --labels if not
+            the table's own.
+        scenes: of toyworld: how many; default: 2000.
+        unseen: classes left out of the truth (of the labels, where there is no truth): "cow, motorbike", a
+            zero-shot split (pascal-unseen10), a fold (pascal5i:0, coco20i:3), or affordances.
+        start: weights to go on from: a file (rd64-uni.pth), a folder, or a hub name; best with --recipe
+            finetune.
     """
 
     recipe: str = "clipseg-phrasecut-plus"
-    """named recipe or YAML file; maskmill recipes lists them."""
     settings: Settings = ()
-    """change one knob of the recipe: iterations=500, reduce_dim=16; may be repeated."""
     labels: str | None = None
-    """a label table, the --output of maskmill label: training without annotation. With truth as well, where
-    the --unseen classes are learnt from."""
     ontology: str | None = None
-    """what the classes are called, YAML file or built-in name: of --truth, or of --labels if not the table's
-    own."""
     data: Annotated[Truth, FLAT] = field(default_factory=Truth)
     scenes: int | None = None
-    """of toyworld: how many; default: 2000."""
     unseen: str | None = None
-    """classes left out of the truth (of the labels, where there is no truth): "cow, motorbike", a zero-shot
-    split (pascal-unseen10), a fold (pascal5i:0, coco20i:3), or affordances."""
     start: str | None = None
-    """weights to go on from: a file (rd64-uni.pth), a folder, or a hub name; best with --recipe finetune."""
     options: Annotated[TrainOptions, FLAT]
 
     def run(self, console: Console | None = None) -> int:

@@ -51,19 +51,21 @@ class TrainMaskClipPlus:
     """Train a student on a label table: MaskCLIP+.
 
     The same command again goes on after a crash, from the last checkpoint.
+
+    Attributes:
+        labels: the teacher's label table, the --output of maskmill label.
+        recipe: named recipe or YAML file; maskmill recipes lists them.
+        settings: change one knob of the recipe: iterations=500, loop.batch_size=8; may be repeated.
+        ontology: classes to train, YAML file or built-in name; default: those of --labels.
+        unseen: classes whose truth is withheld: "cow, motorbike", or a zero-shot split (voc20); needs truth
+            of the seen classes, for the images of --labels.
     """
 
     labels: str
-    """the teacher's label table, the --output of maskmill label."""
     recipe: str = "maskclip-plus-voc20"
-    """named recipe or YAML file; maskmill recipes lists them."""
     settings: Settings = ()
-    """change one knob of the recipe: iterations=500, loop.batch_size=8; may be repeated."""
     ontology: str | None = None
-    """classes to train, YAML file or built-in name; default: those of --labels."""
     unseen: str | None = None
-    """classes whose truth is withheld: "cow, motorbike", or a zero-shot split (voc20); needs truth of the
-    seen classes, for the images of --labels."""
     data: Annotated[Truth, FLAT] = field(default_factory=Truth)
     options: Annotated[TrainOptions, FLAT]
 

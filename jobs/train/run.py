@@ -59,18 +59,21 @@ PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Where a training writes, runs and is tracked."""
+    """Where a training writes, runs and is tracked.
+
+    Attributes:
+        output: folder (or s3://… prefix, without a page) for the model, its checkpoints and its page; on a
+            cluster one that all nodes reach.
+        workers: training processes; default: one for each GPU, else this process alone.
+        overwrite: delete the run that is in --output and train anew.
+        register: put the model into MLflow's model registry under this name, as its challenger; a CLIPSeg,
+            which is large with its CLIP, is copied into MLflow only if this is given.
+    """
 
     output: str
-    """folder (or s3://… prefix, without a page) for the model, its checkpoints and its page; on a cluster one
-    that all nodes reach."""
     workers: int | None = None
-    """training processes; default: one for each GPU, else this process alone."""
     overwrite: bool = False
-    """delete the run that is in --output and train anew."""
     register: str | None = None
-    """put the model into MLflow's model registry under this name, as its challenger; a CLIPSeg, which is
-    large with its CLIP, is copied into MLflow only if this is given."""
     tracking: Tracking = None
     system_metrics: SystemMetrics = False
     address: Address = None
