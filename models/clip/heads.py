@@ -81,7 +81,7 @@ def dense_encoder(
             both.
 
     Raises:
-        MaskMillError: ``setting_invalid``, ``setting_invalid``, ``setting_invalid``, ``model_unsupported``.
+        MaskMillError: ``setting_invalid``, ``model_unsupported``.
     """
     if head not in HEADS:
         raise WrongUse(

@@ -131,7 +131,7 @@ class Clip:
         """Outputs of residual blocks at any image size.
 
         Images are padded and the position table is resized as for dense features (``models.clip.heads``).
-        Blocks behind the deepest one asked for are not run.
+        Blocks after the deepest one asked for are not run.
 
         Args:
             images: normalised, float (B, 3, H, W).
@@ -253,13 +253,12 @@ def load_clip(
             brings the weights.
         device: where the model goes.
         dtype: float32, bfloat16, float16 or float64. Weights are converted; there is no autocast.
-        towers: ``visual`` leaves the text tower out, which takes no memory then; ``text`` the other.
+        towers: load only the ``visual`` or the ``text`` tower; the other takes no memory.
         cache_dir: where open_clip keeps downloads.
 
     Raises:
-        MaskMillError: see ``models.clip.weights.find_weights`` and ``read_state``; ``weights_do_not_fit``
-        if the
-            tensors are not those of the model.
+        MaskMillError: as ``models.clip.weights.find_weights`` and ``read_state``; ``weights_do_not_fit`` if
+            the tensors are not those of the model.
     """
     return load_source(
         find_weights(model, pretrained, cache_dir=cache_dir), device=device, dtype=dtype, towers=towers
@@ -274,14 +273,12 @@ def load_source(
     towers: Towers = "both",
     state: dict[str, Tensor] | None = None,
 ) -> Clip:
-    """``load_clip`` for weights that were found already, or read already.
+    """``load_clip`` for weights that were already found or read.
 
     Args:
-        source: see ``models.clip.weights.find_weights``.
-        device: see ``load_clip``, and so are the next two.
-        dtype: see there.
-        towers: see there.
-        state: the tensors in open_clip's names, of both towers unless only the visual one is wanted.
+        source: from ``models.clip.weights.find_weights``.
+        device, dtype, towers: as for ``load_clip``.
+        state: the tensors under open_clip's names, of both towers unless ``towers`` is ``visual``.
     """
     check_supported(source.name, source.config)
     skeleton = _build(source)
@@ -326,7 +323,7 @@ def load_source(
 
 
 def _build(source: WeightSource) -> nn.Module:
-    """The model without weights: on the meta device, which saves 2.5 s of random numbers for a ViT-B/16."""
+    """The model on the meta device: no memory and no random numbers for weights that are read anyway."""
     config = {key: value for key, value in source.config.items() if key != "custom_text"}
     text = config["text_cfg"]
     foreign_text = "hf_model_name" in text
@@ -352,7 +349,7 @@ def _build(source: WeightSource) -> nn.Module:
 
 
 def _fitting(model: nn.Module, state: dict[str, Tensor], towers: Towers) -> dict[str, Tensor]:
-    """The tensors under this model's names; without what is no weight or of another tower."""
+    """The tensors under this model's names, without those of another tower or that are no weights."""
     if towers == "visual":
         state = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
     expected = model.state_dict()

@@ -30,8 +30,8 @@ def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
         The templates, each with exactly one ``{}``.
 
     Raises:
-        MaskMillError: unknown name (``templates_invalid``), no template, or a template without exactly one
-            ``{}`` (``templates_invalid``).
+        MaskMillError: ``templates_invalid`` for an unknown name, no template, or one without exactly one
+            ``{}``.
     """
     if isinstance(templates, str):
         if templates in TEMPLATE_SETS:

@@ -81,10 +81,10 @@ def build_text_classifier(
             names of class 0 where the ontology wants a background.
         templates: a set of ``models.clip.templates`` or the templates themselves.
         merge: one rule for all classes, or one per class; see the module.
-        cache_dir: where to keep the result; None keeps nothing.
+        cache_dir: where to cache the result; None does not.
 
     Raises:
-        MaskMillError: ``ontology_invalid``, ``templates_invalid``, ``templates_invalid``,
+        MaskMillError: ``ontology_invalid``, ``templates_invalid``,
             ``prompt_too_long``, ``model_unsupported``.
     """
     texts, merges = get_templates(templates), _merges(merge, class_prompts)
@@ -129,19 +129,16 @@ def cached_text_classifier(
     dtype: torch.dtype = torch.float32,
     embed_dim: int | None = None,
 ) -> TextClassifier | None:
-    """The classifier that ``build_text_classifier`` kept for the same weights and words; needs no text tower.
+    """The classifier that ``build_text_classifier`` cached for the same weights and words; needs no tower.
 
     Args:
         fingerprint: of the CLIP weights (``Clip.fingerprint``).
-        class_prompts: as for ``build_text_classifier``, and so are the next three.
-        templates: see there.
-        merge: see there.
-        cache_dir: see there.
-        dtype: the text tower computed in (``Clip.dtype``).
-        embed_dim: D, checked where it is known.
+        class_prompts, templates, merge, cache_dir: as for ``build_text_classifier``.
+        dtype: that the text tower computed in (``Clip.dtype``).
+        embed_dim: D, checked if given.
 
     Returns:
-        None if there is none, or if its file is damaged or of another shape: it is then to be computed again.
+        None if there is none, or if its file is damaged or has another shape; compute it again then.
     """
     texts, merges = get_templates(templates), _merges(merge, class_prompts)
     if cache_dir is None:

@@ -3,11 +3,9 @@
 It is an open_clip ``CLIP`` (ViT with a class token) that was trained from captions on the procedural toy
 world (``jobs/toyclip/pretrain.py``; numbers in ``assets/MODEL_CARD.md``). It is a toy: it knows nothing else.
 
-Its tokenizer is open_clip's ``SimpleTokenizer`` over a *cut* merge table. Byte-pair encoding is closed
-under removing
-merges: a word whose merges were all kept gets exactly the pieces of the full table, and any other word
-falls back to shorter pieces and at last to single bytes, so no text is without an encoding and no
-unknown-token is needed.
+Its tokenizer is open_clip's ``SimpleTokenizer`` over a *cut* merge table: a word whose merges were all kept
+gets the pieces of the full table, and any other word falls back to shorter pieces and at last to single
+bytes. So every text has an encoding, and no unknown token is needed.
 """
 
 from __future__ import annotations
@@ -59,8 +57,7 @@ def used_merges(texts: Iterable[str], *, common: int = 0) -> list[tuple[str, str
 
     Args:
         texts: anything the model shall read as the full tokenizer would.
-        common: how many of the table's first merges to keep in any case: with a few thousand of them any
-        English
+        common: how many of the table's first merges to keep in any case; with a few thousand, any English
             word is a few pieces long, and prompts fit the context.
 
     Returns:

@@ -79,8 +79,8 @@ def find_weights(model: str, pretrained: str | None, *, cache_dir: str | Path | 
         cache_dir: where open_clip keeps downloads; None is its own choice.
 
     Raises:
-        MaskMillError: ``model_unknown``, ``model_unsupported``, ``model_unknown``,
-            ``model_unsupported``, ``weights_missing`` (with the file to get and the place to put it).
+        MaskMillError: ``model_unknown``, ``model_unsupported``, ``weights_missing`` (with the file to get and
+            where to put it).
     """
     schema, identifier = _schema(model)
     cache = None if cache_dir is None else str(cache_dir)
@@ -104,8 +104,8 @@ def read_state(path: Path, *, prefix: str = "") -> dict[str, Tensor]:
             disk).
 
     Raises:
-        MaskMillError: ``model_damaged`` if the file is damaged, no weights file, or holds more than
-            weights.
+        MaskMillError: ``model_damaged`` if the file is damaged, no weights file, or holds more than weights;
+            ``model_unsupported`` for a TorchScript archive that OpenAI did not publish.
     """
     try:
         if path.suffix == ".safetensors":

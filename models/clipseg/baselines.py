@@ -213,7 +213,7 @@ def build_vitseg(
 
     Raises:
         MaskMillError: ``model_unknown`` if timm has no such ViT with a class token; ``weights_missing``,
-            ``model_damaged``, ``weights_do_not_fit``; ``weights_do_not_fit``.
+            ``model_damaged``, ``weights_do_not_fit``.
     """
     config = config or ViTSegConfig()
     tower = _timm_tower(config.tower, weights)

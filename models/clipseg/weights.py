@@ -75,11 +75,10 @@ def load_clipseg(
         In evaluation mode.
 
     Raises:
-        MaskMillError: ``weights_missing`` for a decoder without a CLIP; ``weights_missing``;
-            ``model_damaged``; ``weights_do_not_fit`` with the names of missing and unexpected tensors;
-            ``model_unsupported`` for a configuration that is no CLIPSeg that open_clip can run;
-            ``weights_do_not_fit`` if CLIP and decoder are not of one kind; ``weights_differ`` if a file of
-            ``save_decoder`` was trained on other weights of CLIP.
+        MaskMillError: ``weights_missing``, also for a decoder without a CLIP; ``model_damaged``;
+            ``weights_do_not_fit`` with the names of missing and unexpected tensors, or if CLIP and decoder
+            are of different kinds; ``model_unsupported`` for a configuration that open_clip cannot run;
+            ``weights_differ`` if a file of ``save_decoder`` was trained on other weights of CLIP.
     """
     path = Path(weights).expanduser()
     if path.is_file():

@@ -108,8 +108,7 @@ def build_backbone(name: str, *, width: int, depth: int) -> tuple[nn.Module, tup
 
     Args:
         name: one of ``BACKBONES``.
-        width: of ``light``; not used by the others.
-        depth: likewise.
+        width, depth: of ``light``; the others do not use them.
 
     Returns:
         The module, normalised images to ``[low, high]``; and the channels of the two.

@@ -47,7 +47,8 @@ class CrossReplicaBatchNorm2d(nn.BatchNorm2d):
         local = self.running_mean is not None and not self.training
         if local or world_size() == 1:
             return super().forward(input)
-        self._check_input_dim(input)
+        if input.ndim != 4:
+            raise ValueError(f"Images (B, C, H, W) are expected, not {input.ndim} dimensions.")
         # Half precision overflows in sums; torch's own keeps its statistics in fp32 as well.
         x = input if input.dtype == torch.float64 else input.float()
         sums = torch.cat([x.sum((0, 2, 3)), x.new_tensor([x.numel() // x.shape[1]])])
