@@ -50,7 +50,6 @@ TINY = PretrainRecipe(
 CPU = torch.device("cpu")
 
 
-@pytest.mark.slow
 def test_a_few_steps_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = pretrain(TINY, tmp_path, device=CPU, workers=1)
     assert "phase 2/2  step 4/4" in capsys.readouterr().out
@@ -81,7 +80,6 @@ def test_a_few_steps_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert bool(torch.isfinite(grid).all())
 
 
-@pytest.mark.slow
 def test_training_learns_and_repeats() -> None:
     """The loss falls below that of guessing, and the same settings give the same weights."""
     recipe = replace(
