@@ -28,8 +28,9 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pipeline.cluster.session import WORKER_MALLOC
 
@@ -258,7 +259,7 @@ def _bare(
         queue.put(len(photos) / (time.perf_counter() - began))
 
 
-def _teacher(model: str, precision: str):
+def _teacher(model: str, precision: str) -> Any:
     import torch
 
     from models.clip.loading import load_clip
@@ -275,7 +276,7 @@ def _teacher(model: str, precision: str):
     return MaskClip(clip, TextClassifier(rows, classes, 21), RECIPES["maskclip"].maskclip)
 
 
-def _network_pixels(photos: list[Path]):
+def _network_pixels(photos: list[Path]) -> Iterator[Any]:
     from pipeline.files import images
     from pipeline.labelling.recipes import RECIPES
 
