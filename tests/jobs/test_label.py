@@ -193,7 +193,7 @@ def test_overwriting_keeps_the_old_table_until_the_new_one_can_be_made(
         *toy(listing, mine, "--overwrite", "--set", "head=plain", "--max-failure-rate", "0.5")
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads((mine / "dataset.json").read_text())["recipe"]["head"] == "plain"
+    assert json.loads((mine / "dataset.json").read_text())["recipe"]["maskclip"]["head"] == "plain"
     old, new = (
         dict(zip(*read_table(folder).select(["id", "mask"]).to_pydict().values(), strict=True))
         for folder in (output, mine)
