@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from models.clip.loading import load_clip
-from models.clipseg.decoder import IMAGE_SIZE, ClipSeg, ClipSegConfig, build_clipseg
+from models.clipseg.decoder import IMAGE_SIZE, ClipSeg, build_clipseg
 from models.clipseg.weights import hugging_face_config, hugging_face_state
 from models.device import best_device
+from models.settings import ClipSegConfig
 
 MODEL, PRETRAINED = "ViT-B-16-quickgelu", "random:0"
 WITHIN = 1e-4

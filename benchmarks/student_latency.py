@@ -29,8 +29,8 @@ from models.clip.text import TextClassifier
 from models.device import DTYPES, best_device, native_precision
 from models.labelmap import label_map
 from models.maskclip import MaskClip
-from models.settings import MaskClipSettings
-from models.student.deeplab import DeepLab, StudentConfig
+from models.settings import MaskClipSettings, StudentConfig
+from models.student.deeplab import DeepLab
 
 Network = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> scores (B, C, h, w)
 
@@ -124,7 +124,7 @@ def models(world: World, precision: str, device: torch.device, channels_last: bo
     found = [Model(name, teacher.grid_scores, teacher.confidence_temperature, count(clip.visual))]
     layout = torch.channels_last if channels_last else torch.contiguous_format
     for decoder, backbone in world.students:
-        config = StudentConfig(decoder, backbone, clip.embed_dim)  # type: ignore[arg-type]
+        config = StudentConfig(decoder=decoder, backbone=backbone, embed_dim=clip.embed_dim)  # type: ignore[arg-type]
         student = DeepLab(config, text).to(device, DTYPES[precision]).to(memory_format=layout).eval()
         student.set_classifier(text)  # in fp32 again, as a student that is read from its file
 

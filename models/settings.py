@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from typing_extensions import Self
 
-from models.errors import WrongUse
+from models.errors import MaskMillError, WrongUse
 
 HeadName = Literal["maskclip", "value", "plain"]
 ImageStats = Literal["imagenet", "clip"]
@@ -23,20 +32,70 @@ class Neutral:
 NEUTRAL = Neutral()
 
 
+class Knob(NamedTuple):
+    """One field of settings, or of settings within them.
+
+    Attributes:
+        name: dotted.
+        description: in one line.
+        changes_result: whether hash and comparison count it.
+    """
+
+    name: str
+    description: str
+    changes_result: bool
+
+
 class Settings(BaseModel):
     """Base of all settings: immutable, without unknown fields. A field's docstring is its description.
 
     Raises:
-        pydantic.ValidationError: a field has a wrong type or is out of range.
-        MaskMillError: fields contradict each other (``setting_invalid``).
+        MaskMillError: ``setting_invalid``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise WrongUse(
+                "setting_invalid",
+                f"{place} = {first['input']!r}: {first['msg']}.",
+                "Correct the value, or leave it out.",
+            ) from error
+
+    def effective(self) -> dict[str, Any]:
+        """The fields that change the result, by dotted name, as JSON values."""
+        fields = self.model_dump(mode="json")
+        return {knob.name: value_at(fields, knob.name) for knob in knobs(type(self)) if knob.changes_result}
+
     def replace(self, **changes: Any) -> Self:
         """A checked copy with other values; nested settings are given whole."""
         fields = {name: getattr(self, name) for name in type(self).model_fields}
-        return self.model_validate(fields | changes)
+        return type(self)(**(fields | changes))
+
+
+def knobs(kind: type[Settings], prefix: str = "") -> Iterator[Knob]:
+    """All fields of settings, with those of settings within them in their place."""
+    for name, field in kind.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Settings):
+            yield from knobs(inner, f"{prefix}{name}.")
+        else:
+            description = " ".join((field.description or "").split())
+            neutral = any(isinstance(mark, Neutral) for mark in field.metadata)
+            yield Knob(prefix + name, description, not neutral)
+
+
+def value_at(fields: Mapping[str, Any], path: str) -> Any:
+    """The value of a field, by dotted name, in settings as JSON has them."""
+    value: Any = fields
+    for part in path.split("."):
+        value = value[part]
+    return value
 
 
 class MaskClipSettings(Settings):
@@ -81,4 +140,90 @@ class MaskClipSettings(Settings):
                 f"window {self.window} needs 0 < window_stride <= window, not {self.window_stride}.",
                 f"Set window_stride={max(1, self.window // 2)}." if self.window else "Set window_stride=0.",
             )
+        return self
+
+
+class ClipSegConfig(Settings):
+    """The decoder."""
+
+    reduce_dim: Annotated[int, Field(ge=2)] = 64
+    """D, the decoder's width; 64, 16 and 128 in the paper."""
+    extract_layers: tuple[int, ...] = (3, 6, 9)
+    """0-based blocks of the tower whose outputs are read, increasing. The released weights run with (3, 6,
+    9); the paper and its training settings have (3, 7, 9)."""
+    refined: bool = False
+    """The head of three convolutions instead of one linear map per token."""
+    heads: Annotated[int, Field(ge=1)] = 4
+    """Heads of the attention."""
+    feedforward: Annotated[int, Field(ge=1)] = 2048
+    """Hidden width of the blocks' MLP."""
+    cond_layer: Annotated[int, Field(ge=0)] = 0
+    """The decoder block that is conditioned on the prompt; 0 is the deepest."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Dropout in training: of attention weights, after attention, inside and after the MLP."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        layers = self.extract_layers
+        if not layers or layers[0] < 0 or list(layers) != sorted(set(layers)):
+            raise self._wrong("extract_layers", "Use increasing 0-based block indices, as in (3, 6, 9).")
+        if self.reduce_dim % self.heads:
+            raise self._wrong("reduce_dim", f"Use a multiple of the {self.heads} attention heads.")
+        if self.cond_layer >= len(layers):
+            raise self._wrong("cond_layer", f"There are {len(layers)} decoder blocks, counted from 0.")
+        return self
+
+    def _wrong(self, name: str, remedy: str) -> MaskMillError:
+        return WrongUse("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
+
+
+PAPER = ClipSegConfig(extract_layers=(3, 7, 9))
+"""As trained in the paper."""
+
+
+Decoder = Literal["deeplabv2", "deeplabv3plus", "light"]
+Backbone = Literal["resnet50c", "resnet101c", "resnet50", "resnet101", "light"]
+DILATIONS = {"deeplabv2": (6, 12, 18, 24), "deeplabv3plus": (1, 12, 24, 36), "light": (1, 3, 6)}
+"""What a decoder has where none are given."""
+
+
+class StudentConfig(Settings):
+    """What a student is made of; the defaults are the reference's ResNet-101."""
+
+    decoder: Decoder = "deeplabv2"
+    """``deeplabv2``, ``deeplabv3plus`` or ``light``."""
+    backbone: Backbone = "resnet101c"
+    """``resnet50c`` and ``resnet101c`` (the reference's ResNetV1c), ``resnet50``, ``resnet101``, or
+    ``light``, which trains on a CPU."""
+    embed_dim: Annotated[int, Field(ge=1)] = 512
+    """D, that of the CLIP whose text embeddings classify."""
+    dilations: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(validate_default=True)] = ()
+    """Dilations of the decoder's parallel convolutions; empty is the decoder's own, (6, 12, 18, 24),
+    (1, 12, 24, 36) or (1, 3, 6)."""
+    width: Annotated[int, Field(ge=1)] = 16
+    """First channels of the light backbone."""
+    depth: Annotated[int, Field(ge=1)] = 3
+    """Residual blocks of the light backbone at stride 8."""
+    normalize_features: bool = False
+    """Scores are cosines with the features; the reference takes features as they are."""
+    logit_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Factor of the scores; the reference has none."""
+    learned_background: bool = False
+    """Class 0 is one learned vector, and the named classes follow."""
+
+    @field_validator("dilations")
+    @classmethod
+    def _own(cls, dilations: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        # Where the decoder is none, that is the error.
+        return dilations or DILATIONS.get(info.data.get("decoder", ""), ())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, default in (("width", 16), ("depth", 3)):
+            if self.backbone != "light" and getattr(self, name) != default:
+                raise WrongUse(
+                    "setting_invalid",
+                    f"{name} cannot be {getattr(self, name)!r}.",
+                    f"It is a setting of the backbone light; {self.backbone} has none.",
+                )
         return self

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -155,6 +157,16 @@ def train_clipseg(
     )
 
 
+def _recipe_hash(recipe: ClipSegRecipe, output: str) -> str:
+    """What checkpoints call the recipe: its hash, or in those of an older MaskMill that of all its fields."""
+    from pipeline.training.loop.checkpoints import CHECKPOINTS_DIR, SETTINGS_FILE
+
+    recorded = open_storage(output).child(CHECKPOINTS_DIR).read_json(SETTINGS_FILE, None) or {}
+    fields = {name: value for name, value in recipe.to_dict().items() if name != "name"}
+    former = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return former if recorded.get("recipe") == former else recipe.hash
+
+
 def prepare(
     recipe: ClipSegRecipe,
     options: TrainOptions,
@@ -170,9 +182,9 @@ def prepare(
 
     import torch
 
-    from pipeline.training.clipseg.task import ClipSegTask
+    from pipeline.training.clipseg.task import ClipSegTask, build_model
 
-    make_model = functools.partial(recipe.model.build, seed=recipe.loop.seed)
+    make_model = functools.partial(build_model, recipe.model, seed=recipe.loop.seed)
     model = make_model(torch.device("cpu"))  # what is wrong with it shows here
     samples = TripletSamples(source, recipe.triplets)
     data = samples.record()
@@ -187,7 +199,11 @@ def prepare(
         ),
         samples=samples,
         settings=recipe.loop,
-        identity={"recipe": recipe.hash, "model": model.fingerprint, "data": source.fingerprint},
+        identity={
+            "recipe": _recipe_hash(recipe, options.output),
+            "model": model.fingerprint,
+            "data": source.fingerprint,
+        },
         announcement=(
             f"Training {recipe.model.kind} over {model.clip.name}{toy}, {start}{trained:,} parameters, "
             f"{recipe.loop.iterations:,} steps of {recipe.loop.batch_size}; {source.name}: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -35,10 +34,10 @@ if TYPE_CHECKING:
     from models.clip.text import TextClassifier
     from models.clip.weights import WeightSource
     from models.maskclip import MaskClip
-    from models.student.deeplab import DeepLab, StudentConfig
+    from models.settings import StudentConfig
+    from models.student.deeplab import DeepLab
     from pipeline.training.loop.checkpoints import Checkpoint
-    from pipeline.training.maskclip_plus.recipes import MaskClipPlusRecipe
-    from pipeline.training.maskclip_plus.task import SelfTrainSettings
+    from pipeline.training.maskclip_plus.recipes import MaskClipPlusRecipe, SelfTrainSettings
     from pipeline.training.samples.table import TableSamples
 
 COLLAPSED = "self_training_collapsed"
@@ -152,7 +151,7 @@ def _prepare(
     text = embed_names(source, ontology, "fp32")
     if recipe.student.learned_background:
         text = _without_background(text, ontology)
-    config = dataclasses.replace(recipe.student, embed_dim=text.embeddings.shape[1])
+    config = recipe.student.replace(embed_dim=text.embeddings.shape[1])
     make_student = functools.partial(
         build_student,
         config,
@@ -173,7 +172,7 @@ def _prepare(
         void_from_truth=recipe.void_from_truth,
     )
     guessable = {"annotation-free": None, "zero-shot": tuple(unseen), "supervised": ()}[recipe.form]
-    settings = dataclasses.replace(recipe.selftrain, guessable=guessable)
+    settings = recipe.selftrain.replace(guessable=guessable)
     make_teacher = None
     if settings.teacher == "online":
         make_teacher = functools.partial(

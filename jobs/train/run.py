@@ -276,7 +276,7 @@ def _run(
 
 def must_match(prepared: Prepared) -> dict[str, Any]:
     """What must be the same when a run goes on, by the names that an error will list."""
-    return prepared.settings.training() | dict(prepared.identity)
+    return prepared.settings.effective() | dict(prepared.identity)
 
 
 def _begin_tracking(

@@ -9,13 +9,13 @@ Shapes: as in ``models.clipseg.decoder``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -24,7 +24,6 @@ from models.clip.weights import read_state
 from models.clipseg import toyvit
 from models.clipseg.decoder import (
     ClipSeg,
-    ClipSegConfig,
     ClipSegDecoder,
     PromptDecoder,
     plain_head,
@@ -32,28 +31,18 @@ from models.clipseg.decoder import (
     upsample,
 )
 from models.errors import MaskMillError, WrongUse
+from models.settings import ClipSegConfig, Settings
 
 
-@dataclass(frozen=True)
-class ClipDeconvConfig:
-    """CLIP-Deconv.
+class ClipDeconvConfig(Settings):
+    """CLIP-Deconv."""
 
-    Attributes:
-        reduce_dim: D.
-        reduce2_dim: hidden width of the two-layer map behind the conditioning.
-        extract_layer: the one block whose output is read.
-    """
-
-    reduce_dim: int = 64
-    reduce2_dim: int = 64
-    extract_layer: int = 9
-
-    def __post_init__(self) -> None:
-        for name, least in (("reduce_dim", 1), ("reduce2_dim", 1), ("extract_layer", 0)):
-            if getattr(self, name) < least:
-                raise WrongUse(
-                    "setting_invalid", f"{name} cannot be {getattr(self, name)}.", f"Use at least {least}."
-                )
+    reduce_dim: Annotated[int, Field(ge=1)] = 64
+    """D."""
+    reduce2_dim: Annotated[int, Field(ge=1)] = 64
+    """Hidden width of the two-layer map behind the conditioning."""
+    extract_layer: Annotated[int, Field(ge=0)] = 9
+    """The one block whose output is read."""
 
 
 class ClipDeconvDecoder(PromptDecoder):
@@ -101,16 +90,13 @@ def build_clip_deconv(clip: Clip, config: ClipDeconvConfig | None = None, *, see
     return ClipSeg(clip, decoder.eval())
 
 
-@dataclass(frozen=True)
 class ViTSegConfig(ClipSegConfig):
-    """ViTSeg: the decoder of CLIPSeg over a ViT that was trained on ImageNet's labels.
-
-    Attributes:
-        tower: a timm ViT with a class token.
-    """
+    """ViTSeg: the decoder of CLIPSeg over a ViT that was trained on ImageNet's labels."""
 
     extract_layers: tuple[int, ...] = (3, 7, 9)
+    """0-based blocks of the tower whose outputs are read, increasing."""
     tower: str = "vit_base_patch16_384"
+    """A timm ViT with a class token."""
 
 
 class ViTSegDecoder(ClipSegDecoder):

@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,8 +24,9 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from models.clip.loading import Activations, Clip
-from models.errors import MaskMillError, WrongUse
+from models.errors import WrongUse
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
+from models.settings import PAPER, ClipSegConfig
 
 IMAGE_SIZE = 352
 """Side of the square that training and evaluation squeeze images to: 22 x 22 tokens of 16 pixels."""
@@ -35,54 +35,12 @@ PROMPTS_AT_ONCE = 64
 """Prompts in one decoder batch at inference; their activations then take less than 0.4 GB at 352 x 352."""
 
 
-@dataclass(frozen=True)
-class ClipSegConfig:
-    """The decoder.
-
-    Attributes:
-        reduce_dim: D, the decoder's width; 64, 16 and 128 in the paper.
-        extract_layers: 0-based blocks of the tower whose outputs are read, increasing. The released weights
-            run with (3, 6, 9); the paper and its training settings have (3, 7, 9).
-        refined: the head of three convolutions instead of one linear map per token.
-        heads: of the attention.
-        feedforward: hidden width of the blocks' MLP.
-        cond_layer: which decoder block the prompt is brought in before, 0 the deepest.
-        dropout: in training; attention weights, after attention, inside and after the MLP.
-    """
-
-    reduce_dim: int = 64
-    extract_layers: tuple[int, ...] = (3, 6, 9)
-    refined: bool = False
-    heads: int = 4
-    feedforward: int = 2048
-    cond_layer: int = 0
-    dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        layers = self.extract_layers
-        if not layers or layers[0] < 0 or list(layers) != sorted(set(layers)):
-            raise self._wrong("extract_layers", "Use increasing 0-based block indices, as in (3, 6, 9).")
-        if self.heads < 1 or self.reduce_dim < 2 or self.reduce_dim % self.heads:
-            raise self._wrong("reduce_dim", f"Use a multiple of the {self.heads} attention heads.")
-        if self.feedforward < 1:
-            raise self._wrong("feedforward", "Use at least 1.")
-        if not 0 <= self.cond_layer < len(layers):
-            raise self._wrong("cond_layer", f"There are {len(layers)} decoder blocks, counted from 0.")
-        if not 0 <= self.dropout < 1:
-            raise self._wrong("dropout", "It is a probability below 1.")
-
-    def _wrong(self, name: str, remedy: str) -> MaskMillError:
-        return WrongUse("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
-
-
-PAPER = ClipSegConfig(extract_layers=(3, 7, 9))
-"""As trained in the paper."""
 ABLATIONS = {
     "base": PAPER,
-    "d16": replace(PAPER, reduce_dim=16),
-    "d128": replace(PAPER, reduce_dim=128),
-    "layer3": replace(PAPER, extract_layers=(3,)),
-    "refined": replace(PAPER, refined=True),
+    "d16": PAPER.replace(reduce_dim=16),
+    "d128": PAPER.replace(reduce_dim=128),
+    "layer3": PAPER.replace(extract_layers=(3,)),
+    "refined": PAPER.replace(refined=True),
 }
 """Decoders of the paper's tables by name. Its row without CLIP pre-training is ``base`` over
 ``load_clip(NAME, "random:SEED")``; the rows about negatives, visual prompts and highlighting are settings of
@@ -299,7 +257,7 @@ class ClipSeg:
     def fingerprint(self) -> str:
         """SHA-256 in hex over CLIP's fingerprint, the settings and the decoder's tensors."""
         digest = hashlib.sha256()
-        settings = [type(self.decoder).__name__, self.clip.fingerprint, asdict(self.decoder.config)]
+        settings = [type(self.decoder).__name__, self.clip.fingerprint, self.decoder.config.model_dump()]
         digest.update(json.dumps(settings, sort_keys=True).encode())
         for module in self._fingerprinted():
             for name, tensor in sorted(module.state_dict().items()):

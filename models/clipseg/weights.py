@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ from models.clip import toy as toyclip
 from models.clip.loading import Clip, load_source
 from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource, read_state
 from models.clipseg.baselines import ClipDeconvConfig, ViTSegConfig, build_clip_deconv, build_vitseg
-from models.clipseg.decoder import IMAGE_SIZE, ClipSeg, ClipSegConfig, ClipSegDecoder, tower_shape
+from models.clipseg.decoder import IMAGE_SIZE, ClipSeg, ClipSegDecoder, tower_shape
 from models.errors import MaskMillError, WrongUse
 from models.hub import download, hub_cache_folder, in_hub_cache
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
+from models.settings import ClipSegConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -178,7 +179,7 @@ def save_decoder(model: ClipSeg, path: str | Path, *, overwrite: bool = False) -
     _refuse_existing([path], overwrite)
     decoder = model.decoder
     told = {
-        **asdict(decoder.config),
+        **decoder.config.model_dump(),
         "kind": type(decoder).__name__,
         "clip": model.clip.name,
         "clip_fingerprint": model.clip.fingerprint,
@@ -245,12 +246,7 @@ def _check_clip(path: Path, clip: Clip) -> None:
 
 
 def _settings_of(config: type[ClipDeconvConfig | ViTSegConfig], told: dict[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(config)}
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in told.items()
-        if name in names
-    }
+    return {name: value for name, value in told.items() if name in config.model_fields}
 
 
 def _decoder(
@@ -273,7 +269,7 @@ def _with_layers(decoder: ClipSegDecoder, layers: tuple[int, ...]) -> ClipSegDec
             f"The weights have {len(decoder.extract_layers)} decoder blocks, and extract_layers is {layers}.",
             f"Name {len(decoder.extract_layers)} blocks of the tower.",
         )
-    decoder.config = replace(decoder.config, extract_layers=tuple(layers))
+    decoder.config = decoder.config.replace(extract_layers=layers)
     decoder.extract_layers = decoder.config.extract_layers
     return decoder
 

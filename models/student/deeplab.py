@@ -13,97 +13,21 @@ of its name. The embeddings are buffers, never trained: other class names can ta
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.clip.text import TextClassifier, row_table
-from models.errors import MaskMillError, WrongUse
-from models.student.backbones import BACKBONES, LIGHT, build_backbone, conv_bn, load_weights
+from models.errors import WrongUse
+from models.settings import StudentConfig
+from models.student.backbones import build_backbone, conv_bn, load_weights
 
-Decoder = Literal["deeplabv2", "deeplabv3plus", "light"]
-
-_DILATIONS = {"deeplabv2": (6, 12, 18, 24), "deeplabv3plus": (1, 12, 24, 36), "light": (1, 3, 6)}
 _SKIP_CHANNELS = 48
 # ImageNet's, in thousandths of a grey level: whole numbers, which a change of the model's dtype leaves alone.
 _MEAN = (123_675, 116_280, 103_530)
 _STD = (58_395, 57_120, 57_375)
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """What a student is made of; the defaults are the reference's ResNet-101.
-
-    Attributes:
-        decoder: ``deeplabv2``, ``deeplabv3plus`` or ``light``.
-        backbone: ``resnet50c`` and ``resnet101c`` (the reference's ResNetV1c), ``resnet50``, ``resnet101``,
-            or ``light``, which trains on a CPU.
-        embed_dim: D, that of the CLIP whose text embeddings classify.
-        dilations: of the decoder's parallel convolutions; empty is the decoder's own, (6, 12, 18, 24),
-            (1, 12, 24, 36) or (1, 3, 6).
-        width: first channels of the light backbone.
-        depth: residual blocks of the light backbone at stride 8.
-        normalize_features: scores are cosines with the features; the reference takes features as they are.
-        logit_scale: factor of the scores; the reference has none.
-        learned_background: class 0 is one learned vector, and the named classes follow.
-    """
-
-    decoder: Decoder = "deeplabv2"
-    backbone: str = "resnet101c"
-    embed_dim: int = 512
-    dilations: tuple[int, ...] = ()
-    width: int = 16
-    depth: int = 3
-    normalize_features: bool = False
-    logit_scale: float = 1.0
-    learned_background: bool = False
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("decoder", get_args(Decoder)), ("backbone", BACKBONES)):
-            if getattr(self, name) not in allowed:
-                raise self._wrong(name, f"Use one of {', '.join(allowed)}.")
-        object.__setattr__(self, "dilations", tuple(self.dilations) or _DILATIONS[self.decoder])
-        if not all(_whole(dilation) for dilation in self.dilations):
-            raise self._wrong("dilations", "Use whole numbers from 1.")
-        for name in ("embed_dim", "width", "depth"):
-            if not _whole(getattr(self, name)):
-                raise self._wrong(name, "Use a whole number from 1.")
-        if not self.logit_scale > 0:
-            raise self._wrong("logit_scale", "Use a positive number.")
-        if self.backbone != LIGHT:
-            for field in fields(self):
-                if field.name in ("width", "depth") and getattr(self, field.name) != field.default:
-                    raise self._wrong(
-                        field.name, f"It is a setting of the backbone light; {self.backbone} has none."
-                    )
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; ``StudentConfig.from_dict`` reads it."""
-        return {**asdict(self), "dilations": list(self.dilations)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> StudentConfig:
-        """What ``to_dict`` gave.
-
-        Raises:
-            MaskMillError: ``setting_invalid``, also for names that are no settings.
-        """
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise WrongUse(
-                "setting_invalid",
-                f"A student has no setting {', '.join(unknown)}.",
-                f"There are {', '.join(field.name for field in fields(cls))}.",
-            )
-        return cls(**{**values, "dilations": tuple(values.get("dilations", ()))})
-
-    def _wrong(self, name: str, remedy: str) -> MaskMillError:
-        return WrongUse("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
 
 
 class DeepLab(nn.Module):

@@ -18,7 +18,8 @@ from safetensors.torch import load, save
 
 from models.clip.text import TextClassifier
 from models.errors import Damaged, MaskMillError, WrongUse
-from models.student.deeplab import DeepLab, StudentConfig
+from models.settings import StudentConfig
+from models.student.deeplab import DeepLab
 
 FILE = "model.safetensors"
 _ENTRY = "maskmill_student"  # one entry: safetensors writes several in any order, and fingerprints would vary
@@ -39,7 +40,7 @@ def write_student(folder: Path, model: DeepLab) -> Path:
     """
     data = save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
-        {_ENTRY: json.dumps({"version": _VERSION, "config": model.config.to_dict()})},
+        {_ENTRY: json.dumps({"version": _VERSION, "config": model.config.model_dump()})},
     )
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
@@ -89,7 +90,7 @@ def read_student(
             "Use the version of MaskMill that trained it, or train it again with this one.",
         )
     try:
-        config = StudentConfig.from_dict(about["config"])
+        config = StudentConfig(**about["config"])
         class_ids = tensors["text_class_ids"]
         text = TextClassifier(tensors["text_rows"].float(), class_ids, int(class_ids.max()) + 1)
         with torch.random.fork_rng(devices=[]):  # reading a file is no reason for other random numbers

@@ -7,20 +7,17 @@ A recipe may hold settings of its parts (``loop``). Their fields are written ``l
 from __future__ import annotations
 
 import copy
-import dataclasses
 import difflib
 import hashlib
 import json
-import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
 
 from models.errors import MaskMillError, WrongUse
-from models.settings import NEUTRAL, Neutral, Settings
+from models.settings import NEUTRAL, Settings, knobs, value_at
 
 
 class Recipe(Settings):
@@ -32,11 +29,6 @@ class Recipe(Settings):
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON values."""
         return self.model_dump(mode="json")
-
-    def effective(self) -> dict[str, Any]:
-        """The fields that change the result, by dotted name, as JSON values."""
-        fields = self.to_dict()
-        return {knob.name: _at(fields, knob.name) for knob in knobs(type(self)) if knob.changes_result}
 
     @property
     def hash(self) -> str:
@@ -53,20 +45,6 @@ class Recipe(Settings):
         ]
 
 
-class Knob(NamedTuple):
-    """One field of a kind of recipe, or of the settings that it holds.
-
-    Attributes:
-        name: dotted.
-        description: in one line.
-        changes_result: whether hash and comparison count it.
-    """
-
-    name: str
-    description: str
-    changes_result: bool
-
-
 class Described(NamedTuple):
     """One field of a recipe, explained. ``default`` is None where its kind has none."""
 
@@ -77,35 +55,12 @@ class Described(NamedTuple):
     changes_result: bool
 
 
-def knobs(kind: type, prefix: str = "") -> Iterator[Knob]:
-    """All fields of a kind of recipe, with those of the settings that it holds in their place."""
-    if issubclass(kind, BaseModel):
-        for name, field in kind.model_fields.items():
-            inner = field.annotation
-            if isinstance(inner, type) and (issubclass(inner, BaseModel) or dataclasses.is_dataclass(inner)):
-                yield from knobs(inner, f"{prefix}{name}.")
-            else:
-                description = " ".join((field.description or "").split())
-                neutral = any(isinstance(mark, Neutral) for mark in field.metadata)
-                yield Knob(prefix + name, description, not neutral)
-    else:
-        hints = typing.get_type_hints(kind)
-        assert dataclasses.is_dataclass(kind)
-        for member in dataclasses.fields(kind):
-            if dataclasses.is_dataclass(hints[member.name]):
-                yield from knobs(hints[member.name], f"{prefix}{member.name}.")
-            else:
-                yield Knob(prefix + member.name, "", True)
-
-
 def describe(recipe: Recipe) -> list[Described]:
     """Every field of a recipe, but for its name, explained."""
     fields = recipe.to_dict()
     defaults = type(recipe)().to_dict()
     return [
-        Described(
-            knob.name, _at(fields, knob.name), _at(defaults, knob.name), knob.description, knob.changes_result
-        )
+        Described(knob.name, value_at(fields, knob.name), value_at(defaults, knob.name), *knob[1:])
         for knob in knobs(type(recipe))
         if knob.name != "name"
     ]
@@ -249,24 +204,9 @@ class RecipeBook(Generic[R]):
 
     def _validated(self, fields: Mapping[str, Any], *, where: str) -> R:
         try:
-            return self._kind.model_validate(fields)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise WrongUse(
-                "recipe_invalid",
-                f"{where}: {place} = {first['input']!r}: {first['msg']}.",
-                "Correct the value, or leave it out.",
-            ) from error
+            return self._kind(**fields)
         except MaskMillError as error:
             raise WrongUse("recipe_invalid", f"{where}: {error.message}", error.remedy) from error
-
-
-def _at(fields: Mapping[str, Any], path: str) -> Any:
-    value: Any = fields
-    for part in path.split("."):
-        value = value[part]
-    return value
 
 
 def _flat(fields: Mapping[Any, Any], paths: Sequence[str], prefix: str = "") -> Iterator[tuple[str, Any]]:

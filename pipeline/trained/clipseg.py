@@ -149,7 +149,7 @@ def write_clipseg_folder(
     record = ClipSegRecord(
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         model=kind,
-        config=asdict(model.decoder.config),
+        config=model.decoder.config.model_dump(mode="json"),
         clip=clip if tower_weights is None else clip | {"tower_weights": tower_weights},
         fingerprint=fingerprint,
         hugging_face=len(files) > 1,

@@ -41,7 +41,7 @@ class StudentRecord:
         uri: canonical URI of the folder; not in the file.
         created: UTC, ISO 8601.
         fingerprint: SHA-256 (hex) of ``model.safetensors``.
-        config: ``models.student.deeplab.StudentConfig.to_dict``.
+        config: ``models.student.deeplab.StudentConfig``.
         ontology: the classes of the stored classifier.
         recipe: of the training, all fields and ``hash``.
         labelling: how images are decoded and resized before the student sees them.
@@ -196,7 +196,7 @@ def write_student_folder(
         uri=storage.uri,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         fingerprint=hashlib.sha256(weights).hexdigest(),
-        config=model.config.to_dict(),
+        config=model.config.model_dump(mode="json"),
         ontology=ontology,
         recipe=recipe,
         labelling=labelling,

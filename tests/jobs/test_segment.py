@@ -16,10 +16,11 @@ from rich.console import Console
 
 from jobs.segment import Segment
 from models.clip.loading import load_clip
-from models.clipseg.decoder import ClipSeg, ClipSegConfig, build_clipseg, mix, normalize
+from models.clipseg.decoder import ClipSeg, build_clipseg, mix, normalize
 from models.clipseg.visual_prompts import STYLES
 from models.clipseg.weights import save_decoder
 from models.errors import MaskMillError
+from models.settings import ClipSegConfig
 from pipeline.labelling.clipseg.options import ClipSegOptions
 from pipeline.labelling.prepare import prepare_labeller
 from pipeline.labelling.recipes import LabelRecipe

@@ -69,8 +69,9 @@ class ClipSegWeights:
         import torch
 
         from models.clip.loading import load_clip
-        from models.clipseg.decoder import ClipSegConfig, build_clipseg
+        from models.clipseg.decoder import build_clipseg
         from models.clipseg.weights import load_clipseg
+        from models.settings import ClipSegConfig
 
         dtype = dtype or torch.float32
         if self._is_folder:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Annotated
 
 from pydantic import Field
 
 from models.errors import WrongUse
+from models.settings import Settings
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.cocojson import CocoDataset
 from pipeline.datasets.cocoobject import coco_object_ontology
@@ -31,32 +31,27 @@ from pipeline.training.clipseg.unseen import affordance_phrases, class_phrases, 
 AFFORDANCES = "affordances"
 
 
-@dataclass(frozen=True, kw_only=True)
-class SourceSettings:
-    """Which pairs of an image and a phrase there are.
-
-    Attributes:
-        unseen: classes that are left out of the truth, or of the table where there is no truth: names; a
-            zero-shot split (``pascal-unseen10``); the test classes of a one-shot fold (``pascal5i:0``,
-            ``coco20i:3``); ``affordances``, the paper's list of words. Of referring expressions those that
-            name such a class are left out: for a class of PASCAL VOC whatever WordNet knows below it, for
-            others the word itself in singular and plural.
-        toy_phrases: of the toy world: which kinds of phrases are asked; see
-            ``pipeline.training.clipseg.sources.toy``.
-        synonyms: classes are called by their synonyms as well.
-        min_area: of label maps: pixels of a class below which an image does not show it.
-        min_quality: of a label table: least quality score of an image's labels.
-        min_share: of a label table: least share of an image that a class must have to be asked for.
-        min_confidence: of a label table: least mean confidence of a class in an image, likewise.
-    """
+class SourceSettings(Settings):
+    """Which pairs of an image and a phrase there are."""
 
     unseen: tuple[str, ...] = ()
+    """Classes that are left out of the truth, or of the table where there is no truth: names; a zero-shot
+    split (``pascal-unseen10``); the test classes of a one-shot fold (``pascal5i:0``, ``coco20i:3``);
+    ``affordances``, the paper's list of words. Of referring expressions those that name such a class are
+    left out: for a class of PASCAL VOC whatever WordNet knows below it, for others the word itself in
+    singular and plural."""
     toy_phrases: tuple[Kind, ...] = KINDS
+    """Toy world: which kinds of phrases are asked; see ``pipeline.training.clipseg.sources.toy``."""
     synonyms: bool = True
+    """Classes are called by their synonyms as well."""
     min_area: Annotated[int, Field(ge=1)] = 1
+    """Label maps: pixels of a class below which an image does not show it."""
     min_quality: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Label table: least quality score of an image's labels."""
     min_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Label table: least share of an image that a class must have to be asked for."""
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Label table: least mean confidence of a class in an image to be asked for."""
 
 
 def open_source(

@@ -14,17 +14,16 @@ Where the reference's reader slips, its way is a setting of ``triplets`` and the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from models.clipseg.decoder import ClipSegConfig
 from models.errors import WrongUse
+from models.settings import PAPER, ClipSegConfig, Settings
 from pipeline.files.recipes import Recipe, RecipeBook
-from pipeline.labelling.clipseg.options import RELEASED
+from pipeline.labelling.clipseg.options import CLIP, RELEASED
 from pipeline.training.clipseg.data import SourceSettings
-from pipeline.training.clipseg.task import PromptModel
 from pipeline.training.clipseg.triplets import TripletSettings
 from pipeline.training.loop.settings import LoopSettings
 
@@ -38,6 +37,34 @@ _LOOP = LoopSettings(
     schedule="cosine",
     precision="fp16",
 )
+
+
+class PromptModel(Settings):
+    """Which model is trained, and what it starts from; picklable, so that every worker can build it."""
+
+    kind: Literal["clipseg", "clip-deconv", "vitseg"] = "clipseg"
+    """``clipseg``, or a baseline of the paper: ``clip-deconv`` or ``vitseg``."""
+    clip: str = CLIP
+    """NAME:PRETRAINED of the frozen CLIP, as ``models.clip.loading.load_clip`` takes them; the paper's row
+    "no CLIP pre-training" is ``ViT-B-16-quickgelu:random:0``. With ``start`` in Hugging Face's layout,
+    which holds a CLIP, it is not used."""
+    decoder: ClipSegConfig = PAPER
+    """Of a new decoder. CLIP-Deconv takes its width and its deepest layer."""
+    start: str = ""
+    """Weights of a CLIPSeg to go on from, as ``models.clipseg.weights.load_clipseg`` takes them (file,
+    folder, hub name), in place of a new decoder; "" is a new one. Its settings, apart from
+    ``decoder.dropout``, are those of the weights."""
+    start_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Blocks of the tower that ``start`` reads; None takes what the weights say, and (3, 6, 9) for the
+    authors' files."""
+    tower: str = "vit_base_patch16_384"
+    """ViTSeg: a timm ViT with a class token."""
+    tower_weights: str = "pretrained"
+    """ViTSeg: weights of the tower: ``pretrained`` (timm's own), a file, or ``random:SEED``."""
+    whiten: Annotated[int, Field(ge=0)] = 0
+    """Samples that show how to whiten what the decoder reads (``models.clipseg.whitening``); 0 leaves it as
+    it is, as the paper does. What they do not show to vary counts little at first, so their phrases and
+    examples should be many and different."""
 
 
 class ClipSegRecipe(Recipe):
@@ -102,8 +129,8 @@ CLIPSEG_RECIPES = RecipeBook(
         _PLUS,
         _PLUS.replace(
             name="clipseg-phrasecut-plus-refined",
-            model=replace(_PLUS.model, decoder=replace(_PLUS.model.decoder, refined=True)),
-            loop=replace(_LOOP, iterations=50_000),
+            model=_PLUS.model.replace(decoder=_PLUS.model.decoder.replace(refined=True)),
+            loop=_LOOP.replace(iterations=50_000),
         ),
         _PLUS.replace(name="clipseg-pascal-0shot", source=SourceSettings(unseen=("pascal-unseen10",))),
         _PLUS.replace(name="clipseg-pascal-1shot", source=SourceSettings(unseen=("pascal5i:0",))),
@@ -112,15 +139,15 @@ CLIPSEG_RECIPES = RecipeBook(
             name="clipseg-coco",
             source=SourceSettings(unseen=("coco20i:0",), synonyms=False),
             triplets=TripletSettings(crop=False, resize="antialias", q_neg=0.0, text_weight=(0.0, 1.0)),
-            loop=replace(_LOOP, iterations=7000),
+            loop=_LOOP.replace(iterations=7000),
         ),
         # Not of the paper: a tenth of its rate and of its updates, for data of one's own.
         _PLUS.replace(
             name="finetune",
             model=PromptModel(start=RELEASED),
             triplets=TripletSettings(resize="antialias", text_weight=(0.0, 1.0)),
-            loop=replace(
-                _LOOP, iterations=2000, batch_size=32, learning_rate=1e-4, min_learning_rate=1e-5, warmup=50,
+            loop=_LOOP.replace(
+iterations=2000, batch_size=32, learning_rate=1e-4, min_learning_rate=1e-5, warmup=50,
                 precision="fp32", checkpoint_every=500,
             ),
         ),

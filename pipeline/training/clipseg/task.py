@@ -12,22 +12,20 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from models.clip.loading import load_clip
 from models.clipseg.baselines import ClipDeconvConfig, ViTSegConfig, build_clip_deconv, build_vitseg
-from models.clipseg.decoder import PAPER, ClipSeg, ClipSegConfig, PromptDecoder, build_clipseg, mix, normalize
+from models.clipseg.decoder import ClipSeg, PromptDecoder, build_clipseg, mix, normalize
 from models.clipseg.whitening import whiten
 from models.errors import MaskMillError, WrongUse
 from pipeline.labelling.clipseg.model import ClipSegWeights, split_clip
-from pipeline.labelling.clipseg.options import CLIP
+from pipeline.training.clipseg.recipes import PromptModel
 from pipeline.training.clipseg.triplets import IGNORED, OBJECT, decode_phrase
 from pipeline.training.loop.protocols import Samples
 
@@ -36,79 +34,49 @@ _READ_AHEAD = 32  # samples at a time
 _AHEAD_SEED = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromptModel:
-    """Which model is trained, and what it starts from; picklable, so that every worker can build it.
+def build_model(settings: PromptModel, device: torch.device, *, seed: int = 0) -> ClipSeg:
+    """The model as training begins, CLIP and decoder in fp32.
 
-    Attributes:
-        kind: ``clipseg``, or a baseline of the paper: ``clip-deconv`` or ``vitseg``.
-        clip: NAME:PRETRAINED of the frozen CLIP, as ``models.clip.loading.load_clip`` takes them; the
-        paper's row "no
-            CLIP pre-training" is ``ViT-B-16-quickgelu:random:0``. With ``start`` in Hugging Face's layout,
-            which holds a CLIP, it is not used.
-        decoder: of a new decoder. CLIP-Deconv takes its width and its deepest layer.
-        start: weights of a CLIPSeg to go on from, as ``models.clipseg.weights.load_clipseg`` takes them
-            (file, folder, hub name), in place of a new decoder; "" is a new one. Its settings, apart from
-            ``decoder.dropout``, are those of the weights.
-        start_layers: blocks of the tower that ``start`` reads; None takes what the weights say, and (3, 6, 9)
-            for the authors' files.
-        tower: of ViTSeg; a timm ViT with a class token.
-        tower_weights: of ViTSeg's tower: ``pretrained`` (timm's own), a file, or ``random:SEED``.
-        whiten: samples that show how to whiten what the decoder reads (``models.clipseg.whitening``); 0
-        leaves it as
-            it is, as the paper does. What they do not show to vary counts little at first, so their phrases
-            and examples should be many and different.
+    Args:
+        settings: which model.
+        device: where to.
+        seed: of a new decoder.
+
+    Raises:
+        MaskMillError: as ``load_clip``, ``load_clipseg`` and the baselines' ``build_*``;
+            ``model_unsupported`` for a baseline that is to start from weights.
     """
+    if settings.start:
+        return _started(settings, device)
+    name, pretrained = split_clip(settings.clip)
+    clip = load_clip(name, pretrained, device=device)
+    if settings.kind == "clip-deconv":
+        layer = settings.decoder.extract_layers[-1]
+        width = settings.decoder.reduce_dim
+        deconv = ClipDeconvConfig(reduce_dim=width, reduce2_dim=width, extract_layer=layer)
+        return build_clip_deconv(clip, deconv, seed=seed)
+    if settings.kind == "vitseg":
+        config = ViTSegConfig(**settings.decoder.model_dump(), tower=settings.tower)
+        return build_vitseg(clip, config, weights=settings.tower_weights, seed=seed)
+    return build_clipseg(clip, settings.decoder, seed=seed)
 
-    kind: Literal["clipseg", "clip-deconv", "vitseg"] = "clipseg"
-    clip: str = CLIP
-    decoder: ClipSegConfig = field(default_factory=lambda: PAPER)
-    start: str = ""
-    start_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    tower: str = "vit_base_patch16_384"
-    tower_weights: str = "pretrained"
-    whiten: Annotated[int, Field(ge=0)] = 0
 
-    def build(self, device: torch.device, *, seed: int = 0) -> ClipSeg:
-        """The model as training begins, CLIP and decoder in fp32.
-
-        Args:
-            device: where to.
-            seed: of a new decoder.
-
-        Raises:
-            MaskMillError: as ``load_clip``, ``load_clipseg`` and the baselines' ``build_*``;
-                ``model_unsupported`` for a baseline that is to start from weights.
-        """
-        if self.start:
-            return self._started(device)
-        name, pretrained = split_clip(self.clip)
-        clip = load_clip(name, pretrained, device=device)
-        if self.kind == "clip-deconv":
-            layer = self.decoder.extract_layers[-1]
-            width = self.decoder.reduce_dim
-            return build_clip_deconv(clip, ClipDeconvConfig(width, width, layer), seed=seed)
-        if self.kind == "vitseg":
-            config = ViTSegConfig(**vars(self.decoder), tower=self.tower)
-            return build_vitseg(clip, config, weights=self.tower_weights, seed=seed)
-        return build_clipseg(clip, self.decoder, seed=seed)
-
-    def _started(self, device: torch.device) -> ClipSeg:
-        if self.kind != "clipseg":
-            raise WrongUse(
-                "model_unsupported",
-                f"A {self.kind} is trained from the beginning; {self.start} cannot be its start.",
-                "Leave model.start out, or train kind clipseg.",
-            )
-        model = ClipSegWeights(self.start, self.clip, self.start_layers).load(device=device)
-        decoder = model.decoder
-        decoder.config = replace(decoder.config, dropout=self.decoder.dropout)
-        for module in decoder.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = self.decoder.dropout
-            elif isinstance(module, nn.MultiheadAttention):
-                module.dropout = self.decoder.dropout
-        return model
+def _started(settings: PromptModel, device: torch.device) -> ClipSeg:
+    if settings.kind != "clipseg":
+        raise WrongUse(
+            "model_unsupported",
+            f"A {settings.kind} is trained from the beginning; {settings.start} cannot be its start.",
+            "Leave model.start out, or train kind clipseg.",
+        )
+    model = ClipSegWeights(settings.start, settings.clip, settings.start_layers).load(device=device)
+    decoder = model.decoder
+    decoder.config = decoder.config.replace(dropout=settings.decoder.dropout)
+    for module in decoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = settings.decoder.dropout
+        elif isinstance(module, nn.MultiheadAttention):
+            module.dropout = settings.decoder.dropout
+    return model
 
 
 class ClipSegTask:

@@ -4,7 +4,7 @@ What to look for is a phrase, an example image of the same thing (the *support*)
 share of the samples are negatives: a phrase and a support that don't belong to the image, with nothing to be
 found. Phrases, images and masks come from a ``TripletSource``; everything random is drawn here.
 
-Where the reference's code slips, its way is a setting and the sane one the default: ``negative_rule``,
+Where the paper's code slips, its way is a setting and the sane one the default: ``negative_rule``,
 ``support`` and ``grouped``.
 
 Shapes: N pairs of an image and a phrase, P phrases, S side of the query, V side of the support, H W pixels.
@@ -16,12 +16,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
-from models.errors import MaskMillError, WrongUse
+from models.errors import WrongUse
+from models.settings import Settings
 from pipeline.labelling.clipseg.options import PREFIXES, Prefix
 from pipeline.training.loop.protocols import Sample
 from pipeline.training.samples.augment import MEAN_COLOUR
@@ -39,83 +42,72 @@ _TRIES = 100
 _Ids = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, kw_only=True)
-class TripletSettings:
-    """How pairs become samples. The defaults are PhraseCut+ of the paper.
+class TripletSettings(Settings):
+    """How pairs become samples. The defaults are PhraseCut+ of the paper."""
 
-    Attributes:
-        size: S; the paper has 352.
-        support_size: V, also of a support that is cropped.
-        crop: cut a square as large as the image's short side out at random, around the object; False squeezes
-            the whole image to a square.
-        crop_share: a crop is taken if the object has more than this share of the *image's* pixels in it; if
-            none of ``crop_tries`` has, the one with most of the object is.
-        crop_tries: see there.
-        resize: ``corners`` is bilinear with aligned corners and without antialiasing, as the reference reads
-            PhraseCut; ``antialias`` averages over what a pixel covers, as it reads COCO.
-        flip: probability of a horizontal flip of a query or a support; the paper does not flip.
-        q_neg: probability that a sample is a negative.
-        negative_rule: ``absent`` draws the phrase of a negative among those that are not known to be true of
-            the image; ``other`` among all but the sample's own, as the reference does, so that some negatives
-            are none. ``support`` is what the reference's COCO data makes of negatives: phrase and mask stay,
-            and the support is an image of another phrase with nothing marked in it.
-        prefix: set of templates, of which one is drawn around each phrase: a key of
-            ``pipeline.labelling.clipseg.options.PREFIXES``. The reference has ``shuffle+`` where text and
-            image are mixed, and ``plain`` elsewhere.
-        with_visual: give supports; False is the ablation without visual prompts.
-        only_visual: ask with supports alone; pairs whose phrase occurs only once are left out.
-        visual_prompt: how a support is made of image and mask: see
-        ``pipeline.labelling.clipseg.prompting.parse_style``.
-        support: a support is drawn from all pairs of the phrase but the sample itself (``other``), or from
-            all, as the reference does (``any``), which then shows the answer.
-        text_weight: least and greatest share of the text in the prompt; one is drawn uniformly per sample.
-            The released models have (0, 0.5), the paper writes (0, 1). Without a support it is 1.
-        grouped: the reference's order: images shuffled once, the same in every epoch, and all phrases of an
-            image one after the other. False shuffles pairs anew for each epoch.
-    """
-
-    size: int = 352
-    support_size: int = 352
+    size: Annotated[int, Field(ge=1)] = 352
+    """Side of the query image in pixels; the paper has 352."""
+    support_size: Annotated[int, Field(ge=1)] = 352
+    """Side of the support image in pixels, also of one that is cropped."""
     crop: bool = True
-    crop_share: float = 0.05
-    crop_tries: int = 50
+    """Cut a square as large as the image's short side out at random, around the object; False squeezes the
+    whole image to a square."""
+    crop_share: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """A crop is taken if the object has more than this share of the *image's* pixels in it; if none of
+    ``crop_tries`` has, the one with most of the object is."""
+    crop_tries: Annotated[int, Field(ge=1)] = 50
+    """How often a crop is drawn to find one with enough of the object."""
     resize: Resize = "corners"
-    flip: float = 0.0
-    q_neg: float = 0.2
+    """``corners`` is bilinear with aligned corners and without antialiasing, as the reference reads
+    PhraseCut; ``antialias`` averages over what a pixel covers, as it reads COCO."""
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Probability of a horizontal flip of a query or a support; the paper does not flip."""
+    q_neg: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Probability that a sample is a negative."""
     negative_rule: NegativeRule = "absent"
+    """``absent`` draws the phrase of a negative among those that are not known to be true of the image;
+    ``other`` among all but the sample's own, as the paper's code does, so that some negatives are none.
+    ``support`` is what the reference's COCO data makes of negatives: phrase and mask stay, and the support
+    is an image of another phrase with nothing marked in it."""
     prefix: Prefix = "shuffle+"
+    """Set of templates, of which one is drawn around each phrase: a key of
+    ``pipeline.labelling.clipseg.options.PREFIXES``. The reference has ``shuffle+`` where text and image are
+    mixed, and ``plain`` elsewhere."""
     with_visual: bool = True
+    """Give supports; False is the ablation without visual prompts."""
     only_visual: bool = False
+    """Ask with supports alone; pairs whose phrase occurs only once are left out."""
     visual_prompt: str = "crop_blur_highlight352"
+    """How a support is made of image and mask: see ``pipeline.labelling.clipseg.prompting.parse_style``."""
     support: SupportRule = "other"
-    text_weight: tuple[float, float] = (0.0, 0.5)
+    """A support is drawn from all pairs of the phrase but the sample itself (``other``), or from all, as
+    the reference does (``any``), which then shows the answer."""
+    text_weight: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 0.5)
+    """Least and greatest share of the text in the prompt; one is drawn uniformly per sample. The released
+    models have (0, 0.5), the paper writes (0, 1). Without a support it is 1."""
     grouped: bool = False
+    """The reference's order: images shuffled once, the same in every epoch, and all phrases of an image one
+    after the other. False shuffles pairs anew for each epoch."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "text_weight", tuple(self.text_weight))  # recipe files have lists
-        for name in ("size", "support_size", "crop_tries"):
-            if getattr(self, name) < 1:
-                raise self._wrong(name, "Use 1 or more.")
-        for name in ("crop_share", "flip", "q_neg"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise self._wrong(name, "Use a number from 0 to 1.")
-        for name, values in (
-            ("resize", get_args(Resize)),
-            ("negative_rule", get_args(NegativeRule)),
-            ("prefix", tuple(PREFIXES)),
-            ("support", get_args(SupportRule)),
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, wrong, remedy in (
+            ("text_weight", self.text_weight[0] > self.text_weight[1], "Give the lesser number first."),
+            (
+                "only_visual",
+                self.only_visual and not self.with_visual,
+                "It needs supports: set with_visual as well.",
+            ),
+            (
+                "negative_rule",
+                self.negative_rule == "support" and self.q_neg and not self.with_visual,
+                "It needs supports: set with_visual, or q_neg to 0.",
+            ),
         ):
-            if getattr(self, name) not in values:
-                raise self._wrong(name, f"Use one of {', '.join(values)}.")
-        if len(self.text_weight) != 2 or not 0 <= self.text_weight[0] <= self.text_weight[1] <= 1:
-            raise self._wrong("text_weight", "Use two numbers from 0 to 1, the lesser first.")
-        if self.only_visual and not self.with_visual:
-            raise self._wrong("only_visual", "It needs supports: set with_visual as well.")
-        if self.negative_rule == "support" and self.q_neg and not self.with_visual:
-            raise self._wrong("negative_rule", "It needs supports: set with_visual, or q_neg to 0.")
-
-    def _wrong(self, name: str, remedy: str) -> MaskMillError:
-        return WrongUse("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
+            if wrong:
+                message = f"{name} cannot be {getattr(self, name)!r}."
+                raise WrongUse("setting_invalid", message, remedy)
+        return self
 
 
 class Example(NamedTuple):

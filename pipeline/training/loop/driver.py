@@ -117,7 +117,7 @@ def train(
         raise WrongUse("model_unsupported", "fp16 trains on GPUs only.", "Set the precision to bf16 or fp32.")
     storage = open_storage(output)
     store = CheckpointStore(storage)
-    fingerprint = store.claim(settings.training() | dict(identity or {}))
+    fingerprint = store.claim(settings.effective() | dict(identity or {}))
     if store.steps()[-1:] == [settings.iterations]:
         finished = store.newest(fingerprint, notice)
         if finished and finished.step == settings.iterations:

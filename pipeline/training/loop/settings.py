@@ -5,86 +5,61 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
 
 from models.errors import WrongUse
+from models.settings import NEUTRAL, Settings
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoopSettings:
-    """How ``pipeline.training.loop.driver.train`` trains.
+class LoopSettings(Settings):
+    """How ``pipeline.training.loop.driver.train`` trains."""
 
-    Attributes:
-        iterations: optimiser updates; the learning rate ends with the last one.
-        batch_size: samples of one update, all workers and micro-batches together.
-        accumulation: micro-batches that a worker cuts its share of a batch into, one after the other; saves
-            memory. Batch normalisation sees one micro-batch at a time.
-        optimizer: ``sgd`` or ``adamw`` (betas 0.9, 0.999).
-        learning_rate: of the first update after the warm-up.
-        min_learning_rate: what the schedule falls to.
-        momentum: of SGD.
-        weight_decay: of all parameters alike; decoupled for AdamW.
-        schedule: ``poly``, ``cosine`` or ``constant``; see ``pipeline.training.loop.optimisation``.
-        power: exponent of ``poly``.
-        warmup: updates over which the learning rate rises linearly from 0.
-        clip_norm: largest L2 norm of the gradient of all parameters; 0 does not clip.
-        precision: ``fp32``, or autocast to ``bf16`` or ``fp16``; the latter needs a GPU and scales the loss.
-        sync_batchnorm: batch statistics over all workers' samples.
-        seed: of initial weights, order of samples, augmentation and dropout.
-        checkpoint_every: updates between two checkpoints; the last update has one in any case.
-        keep: newest checkpoints that are kept; milestones are kept as well.
-        log_every: updates that one line of figures stands for.
-        max_failures: how often workers that died are started again before the run gives up; -1 is without
-            limit. Nodes taken away with notice are not counted.
-    """
-
-    iterations: int
-    batch_size: int
-    accumulation: int = 1
+    iterations: Annotated[int, Field(ge=1)]
+    """Optimiser updates; the learning rate ends with the last one."""
+    batch_size: Annotated[int, Field(ge=1)]
+    """Samples of one update, all workers and micro-batches together."""
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    """Micro-batches that a worker cuts its share of a batch into, one after the other; saves memory. Batch
+    normalisation sees one micro-batch at a time."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: float = 0.01
-    min_learning_rate: float = 1e-4
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    """``sgd`` or ``adamw`` (betas 0.9, 0.999)."""
+    learning_rate: Annotated[float, Field(ge=0)] = 0.01
+    """Learning rate of the first update after the warm-up."""
+    min_learning_rate: Annotated[float, Field(ge=0)] = 1e-4
+    """Learning rate that the schedule falls to."""
+    momentum: Annotated[float, Field(ge=0)] = 0.9
+    """Momentum of SGD."""
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Weight decay of all parameters; decoupled for AdamW."""
     schedule: Literal["poly", "cosine", "constant"] = "poly"
-    power: float = 0.9
-    warmup: int = 0
-    clip_norm: float = 0.0
+    """``poly``, ``cosine`` or ``constant``; see ``pipeline.training.loop.optimisation``."""
+    power: Annotated[float, Field(ge=0)] = 0.9
+    """Exponent of ``poly``."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Updates over which the learning rate rises linearly from 0."""
+    clip_norm: Annotated[float, Field(ge=0)] = 0.0
+    """Largest L2 norm of the gradient of all parameters; 0 does not clip."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """``fp32``, or autocast to ``bf16`` or ``fp16``; the latter needs a GPU and scales the loss."""
     sync_batchnorm: bool = True
-    seed: int = 0
-    checkpoint_every: int = 1000
-    keep: int = 2
-    log_every: int = 50
-    max_failures: int = 3
+    """Batch norms use the statistics of all workers' samples."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of initial weights, order of samples, augmentation and dropout."""
+    checkpoint_every: Annotated[int, Field(ge=1), NEUTRAL] = 1000
+    """Updates between two checkpoints; the last update has one in any case."""
+    keep: Annotated[int, Field(ge=1), NEUTRAL] = 2
+    """Newest checkpoints that are kept; milestones are kept as well."""
+    log_every: Annotated[int, Field(ge=1), NEUTRAL] = 50
+    """Updates that one line of figures stands for."""
+    max_failures: Annotated[int, Field(ge=-1), NEUTRAL] = 3
+    """How often workers that died are started again before the run gives up; -1 is without limit. Nodes
+    taken away with notice are not counted."""
 
-    def __post_init__(self) -> None:
-        at_least = {
-            "iterations": 1, "batch_size": 1, "accumulation": 1, "learning_rate": 0.0, "momentum": 0.0,
-            "min_learning_rate": 0.0, "weight_decay": 0.0, "power": 0.0, "warmup": 0, "clip_norm": 0.0,
-            "seed": 0, "checkpoint_every": 1, "keep": 1, "log_every": 1, "max_failures": -1,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            # Written so that NaN is refused as well.
-            if not getattr(self, name) >= least:
-                raise WrongUse(
-                    "setting_invalid",
-                    f"{name} is {getattr(self, name)}, less than {least}.",
-                    f"Set {name} to {least} or more.",
-                )
-        known = {
-            "optimizer": ("sgd", "adamw"),
-            "schedule": ("poly", "cosine", "constant"),
-            "precision": ("fp32", "bf16", "fp16"),
-        }
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise WrongUse(
-                    "setting_invalid",
-                    f"{name} is {getattr(self, name)!r}.",
-                    f"Choose one of {', '.join(values)}.",
-                )
+    @model_validator(mode="after")
+    def _falls(self) -> Self:
         if self.min_learning_rate > self.learning_rate:
             raise WrongUse(
                 "setting_invalid",
@@ -92,6 +67,7 @@ class LoopSettings:
                 f"{self.learning_rate:g}.",
                 "The schedule falls from the latter to the former: set the smaller one as the minimum.",
             )
+        return self
 
     def check_workers(self, workers: int) -> None:
         """Refuse a number of workers among which a batch cannot be shared evenly.
@@ -107,11 +83,6 @@ class LoopSettings:
                 f"{self.accumulation} micro-batch(es) each.",
                 f"Set the batch size to a multiple of {parts}, or change the workers or the accumulation.",
             )
-
-    def training(self) -> dict[str, Any]:
-        """The settings that alter what is learned: a run that goes on must have the same."""
-        free = {"checkpoint_every", "keep", "log_every", "max_failures"}
-        return {name: value for name, value in asdict(self).items() if name not in free}
 
 
 def settings_hash(record: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ Every recipe has two forms. *Annotation-free*: all labels are guessed. *Zero-sho
 of the seen classes is given, and the unseen ones are guessed where it is withheld. A third, *supervised*, is
 what both are measured against.
 
-Where the reference's code slips, its way is a setting and the sane one the default:
+Where the paper's code slips, its way is a setting and the sane one the default:
 
 * ``augment.guess_is_category``: pixels to be guessed count as one category when a crop is chosen.
 * ``selftrain.threshold_overwrites_seen``: unsure pixels are ignored even where the truth is known.
@@ -26,12 +26,144 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from models.errors import WrongUse
-from models.student.deeplab import StudentConfig
+from models.errors import MaskMillError, WrongUse
+from models.settings import Settings, StudentConfig
 from pipeline.files.recipes import Recipe, RecipeBook
 from pipeline.training.loop.settings import LoopSettings
-from pipeline.training.maskclip_plus.task import NEVER, SelfTrainSettings
 from pipeline.training.samples.augment import AugmentSettings
+
+Phase = Literal["truth", "guided", "self"]
+ThresholdRule = Literal["fixed", "relative", "quantile"]
+NEVER = (-1, -1)
+
+
+class SelfTrainSettings(Settings):
+    """What is learned from, when. The defaults are the reference's annotation-free form.
+
+    A span of steps is (first, last), counted from 1, both included; last = -1 is the end of training and
+    (-1, -1) is never.
+    """
+
+    guided: tuple[int, int] = (1, -1)
+    """The steps that learn from the teacher; they begin with step 1."""
+    self_train: tuple[int, int] = NEVER
+    """The steps that learn from the student's own guesses; they follow at once. After both, and without
+    them, only truth is learned from."""
+    teacher: Literal["table", "online"] = "table"
+    """``table`` takes the batch's ``teacher`` and ``confidence``; ``online`` runs the frozen CLIP on the
+    augmented crop, as the paper's code does."""
+    guessable: tuple[int, ...] | None = None
+    """Ids of the classes that may be guessed, and whose truth must never be seen: the unseen ones of a
+    zero-shot split. None is all."""
+    guided_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Teacher's guesses that are less sure are ignored, 0 to 1; 0 is off."""
+    self_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The same for the student's guesses."""
+    threshold_rule: ThresholdRule = "fixed"
+    """How ``self_threshold`` (not 0) becomes one threshold per class, see
+    ``pipeline.training.maskclip_plus.thresholds``."""
+    threshold_keep: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Rule ``quantile``: the share of each class's guesses that is kept at least."""
+    threshold_overwrites_seen: bool = False
+    """Unsure pixels are ignored even where the truth is known, which is what the paper's code does."""
+    confidence_weight: bool = False
+    """Guessed pixels weigh in the loss by the confidence of their guess."""
+    guided_class_power: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """A class weighs in the loss by its frequency to the power of minus this, scaled to a mean of 1 over
+    the pixels; 0 is off. Frequencies are those of the teacher's labels: with a teacher that hardly ever
+    names a class whose truth is known, leave it off. Holds for the guided phase, for truth alone, and for
+    ``anchor``."""
+    self_class_power: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The same for the self-training phase. There it feeds back, rare classes growing at the expense of
+    others: on the toy world 0.8 ends in collapse."""
+    anchor: Annotated[float, Field(ge=0)] = 0.0
+    """Adds so many times the guided phase's loss to that of self-training, which holds the student by its
+    teacher; 0 is off."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """The student's guesses come from the running average of its weights, in evaluation mode, with this
+    decay per step; 0 takes them from the training pass itself, as the paper's code does."""
+    freeze_batchnorm: bool = False
+    """In self-training, batch norms use and keep the statistics of the guided phase."""
+    loss_over: Literal["all", "valid"] = "all"
+    """The loss is the mean over ``all`` pixels, the ignored ones included, as in the paper's code, or over
+    the ``valid`` ones of all workers' batches."""
+    drift_bound: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Self-training stops when the shares of the classes among the student's predictions have changed by
+    more than this since the end of the guided phase, 0 to 1, each class counting alike
+    (``pipeline.training.maskclip_plus.drift.relative_change``); 1 never stops."""
+    drift_patience: Annotated[int, Field(ge=1)] = 20
+    """Steps in a row for which ``drift_bound`` must be passed."""
+    statistics_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
+    """Decay per step of the running averages behind thresholds and drift. They reach back some 1 /
+    (1 - decay) steps, which should hold every class often enough for its share to be steady."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.threshold_rule != "fixed" and self.self_threshold == 0:
+            raise self._wrong(
+                "threshold_rule", "It adapts self_threshold, which is 0 (off): set that as well."
+            )
+        self._check_spans()
+        guessable = self.guessable
+        if guessable is not None and (len(set(guessable)) < len(guessable) or min(guessable, default=0) < 0):
+            raise self._wrong("guessable", "Give class ids, each once.")
+        if guessable == () and self.guided != NEVER:
+            raise self._wrong("guessable", "Name classes to guess, or set guided and self_train to (-1, -1).")
+        return self
+
+    def _check_spans(self) -> None:
+        for name in ("guided", "self_train"):
+            first, last = getattr(self, name)
+            if (first, last) != NEVER and (first < 1 or (last != -1 and last < first)):
+                raise self._wrong(
+                    name,
+                    "Use (first, last), (first, -1) to the end, or (-1, -1) for never; steps count from 1.",
+                )
+        if self.guided == NEVER:
+            if self.self_train != NEVER:
+                raise self._wrong(
+                    "self_train",
+                    "A student that never had a teacher would teach itself noise: begin with a guided phase.",
+                )
+            return
+        if self.guided[0] != 1:
+            raise self._wrong("guided", "Nothing would be guessed before it: let it begin with step 1.")
+        if self.self_train == NEVER:
+            return
+        if self.guided[1] == -1:
+            raise self._wrong("self_train", "The guided phase never ends: give it a last step.")
+        if self.self_train[0] != self.guided[1] + 1:
+            kind = "overlaps" if self.self_train[0] <= self.guided[1] else "leaves a gap after"
+            raise self._wrong(
+                "self_train",
+                f"It {kind} the guided phase {self.guided}: let it begin with step {self.guided[1] + 1}.",
+            )
+
+    def phase(self, step: int) -> Phase:
+        """The phase of a step, counted from 1."""
+        names: tuple[tuple[Phase, tuple[int, int]], ...] = (
+            ("guided", self.guided),
+            ("self", self.self_train),
+        )
+        for name, (first, last) in names:
+            if first != -1 and first <= step and (step <= last or last == -1):
+                return name
+        return "truth"
+
+    def guessable_ids(self, num_classes: int) -> tuple[int, ...]:
+        """The guessable classes of C, ascending.
+
+        Raises:
+            MaskMillError: ``setting_invalid`` for an id that is no class.
+        """
+        if self.guessable is None:
+            return tuple(range(num_classes))
+        if max(self.guessable, default=0) >= num_classes:
+            raise self._wrong("guessable", f"The classes are 0 to {num_classes - 1}.")
+        return tuple(sorted(self.guessable))
+
+    def _wrong(self, name: str, remedy: str) -> MaskMillError:
+        return WrongUse("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
 
 
 class MaskClipPlusRecipe(Recipe):

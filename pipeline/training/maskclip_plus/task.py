@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,175 +24,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.clip.text import TextClassifier
-from models.errors import FailedWork, MaskMillError, WrongUse
+from models.errors import FailedWork, WrongUse
 from pipeline.training.loop.protocols import GUESS, IGNORED
 from pipeline.training.maskclip_plus.drift import DriftAlarm
-from pipeline.training.maskclip_plus.thresholds import ThresholdRule, class_thresholds, confidence_counts
+from pipeline.training.maskclip_plus.recipes import NEVER, Phase, SelfTrainSettings
+from pipeline.training.maskclip_plus.thresholds import class_thresholds, confidence_counts
 
 if TYPE_CHECKING:
     from models.maskclip import MaskClip
 
-Phase = Literal["truth", "guided", "self"]
-Teacher = Literal["table", "online"]
-LossOver = Literal["all", "valid"]
-
-NEVER = (-1, -1)
 _PHASE_NUMBERS: dict[Phase, float] = {"truth": 0.0, "guided": 1.0, "self": 2.0}
 _RAREST = 0.01  # of an even share: classes with less weigh as much as one with this
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelfTrainSettings:
-    """What is learned from, when. The defaults are the reference's annotation-free form.
-
-    A span of steps is (first, last), counted from 1, both included; last = -1 is the end of training and
-    (-1, -1) is never.
-
-    Attributes:
-        guided: the steps that learn from the teacher; they begin with step 1.
-        self_train: the steps that learn from the student's own guesses; they follow at once. After both, and
-            without them, only truth is learned from.
-        teacher: ``table`` takes the batch's ``teacher`` and ``confidence``; ``online`` runs the frozen CLIP
-            on the augmented crop, as the reference does.
-        guessable: ids of the classes that may be guessed, and whose truth must never be seen: the unseen ones
-            of a zero-shot split. None is all.
-        guided_threshold: teacher's guesses that are less sure are ignored, 0 to 1; 0 is off.
-        self_threshold: the same for the student's guesses.
-        threshold_rule: how ``self_threshold`` (not 0) becomes one threshold per class, see
-            ``pipeline.training.maskclip_plus.thresholds``.
-        threshold_keep: of the rule ``quantile``: the share of each class's guesses that is kept at least.
-        threshold_overwrites_seen: unsure pixels are ignored even where the truth is known, which is what the
-            reference's code does.
-        confidence_weight: guessed pixels weigh in the loss by the confidence of their guess.
-        guided_class_power: a class weighs in the loss by its frequency to the power of minus this, scaled to
-            a mean of 1 over the pixels; 0 is off. Frequencies are those of the teacher's labels: with a
-            teacher that hardly ever names a class whose truth is known, leave it off. Holds for the guided
-            phase, for truth alone, and for ``anchor``.
-        self_class_power: the same for the self-training phase. There it feeds back, rare classes growing at
-            the expense of others: on the toy world 0.8 ends in collapse.
-        anchor: adds so many times the guided phase's loss to that of self-training, which holds the student
-            by its teacher; 0 is off.
-        ema_decay: the student's guesses come from the running average of its weights, in evaluation mode,
-            with this decay per step; 0 takes them from the training pass itself, as the reference does.
-        freeze_batchnorm: in self-training, batch norms use and keep the statistics of the guided phase.
-        loss_over: the loss is the mean over ``all`` pixels, the ignored ones included, as in the reference,
-            or over the ``valid`` ones of all workers' batches.
-        drift_bound: self-training stops when the shares of the classes among the student's predictions have
-            changed by more than this since the end of the guided phase, 0 to 1, each class counting alike
-            (``pipeline.training.maskclip_plus.drift.relative_change``); 1 never stops.
-        drift_patience: for how many steps in a row it must be.
-        statistics_decay: per step, of the running averages behind thresholds and drift. They reach back some
-            1 / (1 - decay) steps, which should hold every class often enough for its share to be steady.
-    """
-
-    guided: tuple[int, int] = (1, -1)
-    self_train: tuple[int, int] = NEVER
-    teacher: Teacher = "table"
-    guessable: tuple[int, ...] | None = None
-    guided_threshold: float = 0.0
-    self_threshold: float = 0.0
-    threshold_rule: ThresholdRule = "fixed"
-    threshold_keep: float = 0.5
-    threshold_overwrites_seen: bool = False
-    confidence_weight: bool = False
-    guided_class_power: float = 0.0
-    self_class_power: float = 0.0
-    anchor: float = 0.0
-    ema_decay: float = 0.0
-    freeze_batchnorm: bool = False
-    loss_over: LossOver = "all"
-    drift_bound: float = 0.25
-    drift_patience: int = 20
-    statistics_decay: float = 0.98
-
-    def __post_init__(self) -> None:
-        for name in ("guided", "self_train", "guessable"):  # recipe files have lists
-            value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else tuple(value))
-        for name, values in (
-            ("teacher", get_args(Teacher)),
-            ("threshold_rule", get_args(ThresholdRule)),
-            ("loss_over", get_args(LossOver)),
-        ):
-            if getattr(self, name) not in values:
-                raise self._wrong(name, f"Use one of {', '.join(values)}.")
-        for name in ("guided_threshold", "self_threshold", "guided_class_power", "self_class_power"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise self._wrong(name, "Use 0 (off) to 1.")
-        for name in ("ema_decay", "statistics_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise self._wrong(name, "Use a number from 0 to below 1, such as 0.99.")
-        for name in ("threshold_keep", "drift_bound"):
-            if not 0 < getattr(self, name) <= 1:
-                raise self._wrong(name, "Use a number above 0, up to 1.")
-        if self.threshold_rule != "fixed" and self.self_threshold == 0:
-            raise self._wrong(
-                "threshold_rule", "It adapts self_threshold, which is 0 (off): set that as well."
-            )
-        if not self.anchor >= 0:
-            raise self._wrong("anchor", "Use 0 (off) or a positive number.")
-        if self.drift_patience < 1:
-            raise self._wrong("drift_patience", "Use 1 or more steps.")
-        self._check_spans()
-        guessable = self.guessable
-        if guessable is not None and (len(set(guessable)) < len(guessable) or min(guessable, default=0) < 0):
-            raise self._wrong("guessable", "Give class ids, each once.")
-        if guessable == () and self.guided != NEVER:
-            raise self._wrong("guessable", "Name classes to guess, or set guided and self_train to (-1, -1).")
-
-    def _check_spans(self) -> None:
-        for name in ("guided", "self_train"):
-            first, last = getattr(self, name)
-            if (first, last) != NEVER and (first < 1 or (last != -1 and last < first)):
-                raise self._wrong(
-                    name,
-                    "Use (first, last), (first, -1) to the end, or (-1, -1) for never; steps count from 1.",
-                )
-        if self.guided == NEVER:
-            if self.self_train != NEVER:
-                raise self._wrong(
-                    "self_train",
-                    "A student that never had a teacher would teach itself noise: begin with a guided phase.",
-                )
-            return
-        if self.guided[0] != 1:
-            raise self._wrong("guided", "Nothing would be guessed before it: let it begin with step 1.")
-        if self.self_train == NEVER:
-            return
-        if self.guided[1] == -1:
-            raise self._wrong("self_train", "The guided phase never ends: give it a last step.")
-        if self.self_train[0] != self.guided[1] + 1:
-            kind = "overlaps" if self.self_train[0] <= self.guided[1] else "leaves a gap after"
-            raise self._wrong(
-                "self_train",
-                f"It {kind} the guided phase {self.guided}: let it begin with step {self.guided[1] + 1}.",
-            )
-
-    def phase(self, step: int) -> Phase:
-        """The phase of a step, counted from 1."""
-        names: tuple[tuple[Phase, tuple[int, int]], ...] = (
-            ("guided", self.guided),
-            ("self", self.self_train),
-        )
-        for name, (first, last) in names:
-            if first != -1 and first <= step and (step <= last or last == -1):
-                return name
-        return "truth"
-
-    def guessable_ids(self, num_classes: int) -> tuple[int, ...]:
-        """The guessable classes of C, ascending.
-
-        Raises:
-            MaskMillError: ``setting_invalid`` for an id that is no class.
-        """
-        if self.guessable is None:
-            return tuple(range(num_classes))
-        if max(self.guessable, default=0) >= num_classes:
-            raise self._wrong("guessable", f"The classes are 0 to {num_classes - 1}.")
-        return tuple(sorted(self.guessable))
-
-    def _wrong(self, name: str, remedy: str) -> MaskMillError:
-        return WrongUse("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
 
 
 class Guesses(NamedTuple):

@@ -16,12 +16,10 @@ confidence. It consists of counts, so workers add theirs up and all come to the 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-ThresholdRule = Literal["fixed", "relative", "quantile"]
+from pipeline.training.maskclip_plus.recipes import ThresholdRule
 
 LEVELS = 256
 

@@ -8,14 +8,14 @@ share the image's geometry and never get a value that was not there or is not th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, field_validator
 
-from models.errors import WrongUse
+from models.settings import Settings
 from pipeline.files.images import resize, target_size
 from pipeline.training.loop.protocols import GUESS
 
@@ -32,50 +32,34 @@ _STRETCH = (0.5, 1.5)  # of contrast and of saturation
 _HUE = 18  # of OpenCV's 180 steps
 
 
-@dataclass(frozen=True)
-class AugmentSettings:
-    """How a training crop is made.
+class AugmentSettings(Settings):
+    """How a training crop is made."""
 
-    Attributes:
-        scale: two numbers of pixels that the image is made to fit, whichever way round, times the ratio.
-        ratio_range: least and greatest factor on ``scale``; one is drawn uniformly for each sample.
-        crop: (height, width) of the result in pixels; smaller images are padded at the right and the bottom.
-        max_category_share: a crop in which one class has this share of the counted pixels, or more, or in
-            which there is only one class, is drawn again, up to 10 times; 1 takes the first crop.
-        guess_is_category: count pixels to be guessed as if they were a class of their own. That is a slip of
-            the reference: without annotation every pixel is to be guessed, all redraws fail, and the crop is
-            as good as unchecked. If False such pixels don't count, and where a crop has no known pixel the
-            teacher's classes are counted instead.
-        flip: probability of a horizontal flip.
-        photometric: whether brightness, contrast, saturation and hue are changed.
-
-    Raises:
-        MaskMillError: ``wrong_use``.
-    """
-
-    scale: tuple[int, int] = (2048, 512)
+    scale: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (2048, 512)
+    """Two numbers of pixels that the image is made to fit, whichever way round, times the ratio."""
     ratio_range: tuple[float, float] = (0.5, 2.0)
-    crop: tuple[int, int] = (512, 512)
-    max_category_share: float = 0.75
+    """Least and greatest factor on ``scale``; one is drawn uniformly for each sample."""
+    crop: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (512, 512)
+    """(height, width) of the result in pixels; smaller images are padded at the right and the bottom."""
+    max_category_share: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """A crop in which one class has this share of the counted pixels, or more, or in which there is only
+    one class, is drawn again, up to 10 times; 1 takes the first crop."""
     guess_is_category: bool = False
-    flip: float = 0.5
+    """Count pixels to be guessed as if they were a class of their own. That is a slip of the reference:
+    without annotation every pixel is to be guessed, all redraws fail, and the crop is as good as unchecked.
+    If False such pixels don't count, and where a crop has no known pixel the teacher's classes are counted
+    instead."""
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability of a horizontal flip."""
     photometric: bool = True
+    """Whether brightness, contrast, saturation and hue are changed."""
 
-    def __post_init__(self) -> None:
-        (low, high), share = self.ratio_range, self.max_category_share
-        wrong = [
-            text
-            for text, right in (
-                (f"scale {self.scale}: two positive numbers of pixels", min(self.scale) >= 1),
-                (f"ratio_range {self.ratio_range}: 0 < least <= greatest", 0 < low <= high < float("inf")),
-                (f"crop {self.crop}: two positive numbers of pixels", min(self.crop) >= 1),
-                (f"max_category_share {share}: in (0, 1]", 0 < share <= 1),
-                (f"flip {self.flip}: a probability", 0 <= self.flip <= 1),
-            )
-            if not right
-        ]
-        if wrong:
-            raise WrongUse("wrong_use", "; ".join(wrong) + " is asked for.", "Correct the recipe.")
+    @field_validator("ratio_range")
+    @classmethod
+    def _ordered(cls, ratio_range: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < ratio_range[0] <= ratio_range[1] < float("inf"):
+            raise ValueError("give two positive numbers, the lesser first")
+        return ratio_range
 
 
 def augment(

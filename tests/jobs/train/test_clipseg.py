@@ -10,7 +10,7 @@ import shlex
 import signal
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from pipeline.report.training_page import clipseg_sheet, find_answers
 from pipeline.trained.clipseg import DECODER_FILE, RECORD_FILE, load_trained, read_clipseg_record
 from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES
 from pipeline.training.clipseg.sources.toy import open_toy_source
+from pipeline.training.clipseg.task import build_model
 from pipeline.training.clipseg.triplets import IGNORED, Example, TripletSamples, TripletSource
 
 STEPS = 12
@@ -208,7 +209,7 @@ def test_the_picture_shows_what_the_model_says() -> None:
     source = open_toy_source(open_toyworld(split="seed-7", count=2, size=64))
     recipe = CLIPSEG_RECIPES.load("toy", QUICK)
     samples = TripletSamples(source, recipe.triplets)
-    model: ClipSeg = recipe.model.build(torch.device("cpu"))
+    model: ClipSeg = build_model(recipe.model, torch.device("cpu"))
     sheets = []
     for bias in (-100.0, 100.0):
         head = model.decoder.get_submodule("trans_conv")
@@ -240,8 +241,8 @@ def test_the_page_shows_different_images(grouped: bool) -> None:
     recipe = CLIPSEG_RECIPES.load("toy", QUICK)
     source = open_toy_source(open_toyworld(split="seed-7", count=5, size=64))
     half = _HalfKnown(source.name, source.fingerprint, source.pairs, source)
-    samples = TripletSamples(half, replace(recipe.triplets, grouped=grouped))
-    model: ClipSeg = recipe.model.build(torch.device("cpu"))
+    samples = TripletSamples(half, recipe.triplets.replace(grouped=grouped))
+    model: ClipSeg = build_model(recipe.model, torch.device("cpu"))
     answers = find_answers(model, samples, seed=3, count=7)
     shown = [answer.image.tobytes() for answer in answers]
     assert len(shown) == 7 and len(set(shown[:5])) == 5

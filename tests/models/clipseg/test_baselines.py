@@ -21,9 +21,10 @@ from models.clipseg.baselines import (
     build_clip_deconv,
     build_vitseg,
 )
-from models.clipseg.decoder import ClipSeg, ClipSegConfig, build_clipseg
+from models.clipseg.decoder import ClipSeg, build_clipseg
 from models.clipseg.weights import load_baseline, load_clipseg, save_clipseg, save_decoder
 from models.errors import MaskMillError
+from models.settings import ClipSegConfig
 
 SMALL: dict[str, Any] = {
     "embed_dim": 32,

@@ -20,7 +20,6 @@ from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource
 from models.clipseg.decoder import (
     ABLATIONS,
     ClipSeg,
-    ClipSegConfig,
     ClipSegDecoder,
     build_clipseg,
     mix,
@@ -29,6 +28,7 @@ from models.clipseg.decoder import (
 )
 from models.clipseg.weights import hugging_face_config, hugging_face_state
 from models.errors import MaskMillError
+from models.settings import ClipSegConfig
 
 SMALL: dict[str, Any] = {
     "embed_dim": 32,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models import hub
 from models.clip.loading import Clip, load_clip, load_source
 from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource
-from models.clipseg.decoder import ClipSeg, ClipSegConfig, build_clipseg, mix, normalize
+from models.clipseg.decoder import ClipSeg, build_clipseg, mix, normalize
 from models.clipseg.weights import (
     hugging_face_config,
     hugging_face_state,
@@ -26,6 +26,7 @@ from models.clipseg.weights import (
     save_decoder,
 )
 from models.errors import MaskMillError
+from models.settings import ClipSegConfig
 
 RELEASED = Path(__file__).resolve().parents[4] / "shared" / "data" / "clipseg" / "rd16-uni.pth"
 SMALL: dict[str, Any] = {

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.clipseg.baselines import ClipDeconvConfig, ClipDeconvDecoder, ViTSegConfig, ViTSegDecoder
-from models.clipseg.decoder import ClipSegConfig, ClipSegDecoder, PromptDecoder
+from models.clipseg.decoder import ClipSegDecoder, PromptDecoder
 from models.clipseg.whitening import WhitenedLinear, fold, whiten
+from models.settings import ClipSegConfig
 
 WIDTH, EMBED, PATCH, GRID = 12, 10, 4, (3, 2)
 SETTINGS = {"reduce_dim": 8, "extract_layers": (0, 2), "feedforward": 16, "dropout": 0.0}
@@ -20,7 +21,10 @@ MAKE: dict[str, Callable[[], PromptDecoder]] = {
     "clipseg": lambda: ClipSegDecoder(ClipSegConfig(**SETTINGS), width=WIDTH, embed_dim=EMBED, patch=PATCH),
     "vitseg": lambda: ViTSegDecoder(ViTSegConfig(**SETTINGS), width=WIDTH, embed_dim=EMBED, patch=PATCH),
     "clip-deconv": lambda: ClipDeconvDecoder(
-        ClipDeconvConfig(8, 8, 2), width=WIDTH, embed_dim=EMBED, patch=PATCH
+        ClipDeconvConfig(reduce_dim=8, reduce2_dim=8, extract_layer=2),
+        width=WIDTH,
+        embed_dim=EMBED,
+        patch=PATCH,
     ),
 }
 

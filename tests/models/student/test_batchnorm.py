@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.clip.text import TextClassifier
+from models.settings import StudentConfig
 from models.student.batchnorm import CrossReplicaBatchNorm2d, synchronise_batchnorm, world_size
-from models.student.deeplab import DeepLab, StudentConfig
+from models.student.deeplab import DeepLab
 
 WORLD = 2
 CHANNELS = 3
@@ -46,7 +47,7 @@ def inputs(rank: int, step: int) -> tuple[Tensor, Tensor]:
 def student() -> nn.Module:
     torch.manual_seed(1)
     text = TextClassifier(F.normalize(torch.randn(4, 16), dim=1), torch.arange(4), 4)
-    return DeepLab(StudentConfig("light", "light", 16, width=4), text).double()
+    return DeepLab(StudentConfig(decoder="light", backbone="light", embed_dim=16, width=4), text).double()
 
 
 def student_batch() -> tuple[Tensor, Tensor]:

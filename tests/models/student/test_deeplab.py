@@ -6,9 +6,9 @@ The re-derivations work on the tensors of the state dict alone, in fp64, and sha
 from __future__ import annotations
 
 import copy
-import json
 import math
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,14 +19,21 @@ from torch.export import Dim
 
 from models.clip.text import TextClassifier
 from models.errors import MaskMillError
-from models.student.deeplab import DeepLab, StudentConfig, load_backbone_weights
+from models.settings import StudentConfig
+from models.student.deeplab import DeepLab, load_backbone_weights
 
 D = 16
-LIGHT = StudentConfig("light", "light", D, width=4)
+
+
+def light(**fields: Any) -> StudentConfig:
+    return StudentConfig(**({"decoder": "light", "backbone": "light", "embed_dim": D, "width": 4} | fields))
+
+
+LIGHT = light()
 CONFIGS = [
     LIGHT,
-    StudentConfig("deeplabv2", "light", D, width=4),
-    StudentConfig("deeplabv3plus", "light", D, width=4),
+    StudentConfig(decoder="deeplabv2", backbone="light", embed_dim=D, width=4),
+    StudentConfig(decoder="deeplabv3plus", backbone="light", embed_dim=D, width=4),
 ]
 MEAN = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64)[:, None, None]
 STD = torch.tensor([58.395, 57.12, 57.375], dtype=torch.float64)[:, None, None]
@@ -211,7 +218,7 @@ def test_an_image_s_scores_do_not_depend_on_its_batch() -> None:
 
 
 def test_the_text_is_never_trained() -> None:
-    model = student(StudentConfig("light", "light", D, width=4, learned_background=True)).train()
+    model = student(light(learned_background=True)).train()
     before = model.text_rows.clone()
     assert "text_rows" not in dict(model.named_parameters()) and "text_rows" in model.state_dict()
     optimiser = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, weight_decay=0.1)
@@ -243,7 +250,9 @@ def test_it_learns() -> None:
 
 @pytest.mark.parametrize("background", [False, True])
 def test_other_classes_are_as_if_built_with_them(background: bool) -> None:
-    config = StudentConfig("light", "light", D, width=4, learned_background=background)
+    config = StudentConfig(
+        decoder="light", backbone="light", embed_dim=D, width=4, learned_background=background
+    )
     other = classifier([0, 0, 1, 2, 2, 2], seed=5)
     model, built = student(config), student(config, other)
     images = pictures(1, 3, 40, 40)
@@ -276,7 +285,9 @@ def test_permuted_classes_permute_scores() -> None:
 @pytest.mark.parametrize("background", [False, True])
 def test_a_class_scores_the_best_of_its_rows(background: bool) -> None:
     ids = [0, 0, 0, 1, 2, 2]
-    config = StudentConfig("light", "light", D, width=4, learned_background=background)
+    config = StudentConfig(
+        decoder="light", backbone="light", embed_dim=D, width=4, learned_background=background
+    )
     model = student(config, classifier(ids))
     features = model.features(pictures(2, 3, 32, 32)).detach()
     rows = torch.einsum("pd,bdhw->bphw", model.text_rows, features)
@@ -289,7 +300,9 @@ def test_a_class_scores_the_best_of_its_rows(background: bool) -> None:
 
 def test_the_learned_background_starts_as_a_normal_vector() -> None:
     torch.manual_seed(0)
-    config = StudentConfig("light", "light", 4096, width=4, learned_background=True)
+    config = StudentConfig(
+        decoder="light", backbone="light", embed_dim=4096, width=4, learned_background=True
+    )
     vector = DeepLab(config, classifier([0, 1], dim=4096)).background
     assert vector.requires_grad and vector.shape == (1, 4096)
     assert abs(vector.mean()) < 0.1 and abs(vector.std() - 1) < 0.1
@@ -298,7 +311,7 @@ def test_the_learned_background_starts_as_a_normal_vector() -> None:
 def test_scale_and_normalisation() -> None:
     images = pictures(1, 3, 32, 32)
     plain, cosine = student(), student(
-        StudentConfig("light", "light", D, width=4, normalize_features=True, logit_scale=30.0)
+        light(normalize_features=True, logit_scale=30.0)
     )  # fmt: skip
     features = plain.features(images).detach()
     length = features.square().sum(1, keepdim=True).sqrt()
@@ -340,10 +353,19 @@ def test_the_seed_makes_the_weights() -> None:
 
 
 def test_settings_survive_json() -> None:
-    config = StudentConfig("light", "light", 128, (1, 2), 24, 4, True, 10.0, True)
-    assert StudentConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert StudentConfig("deeplabv3plus").dilations == (1, 12, 24, 36)
-    assert StudentConfig.from_dict({}) == StudentConfig()
+    config = StudentConfig(
+        decoder="light",
+        backbone="light",
+        embed_dim=128,
+        dilations=(1, 2),
+        width=24,
+        depth=4,
+        normalize_features=True,
+        logit_scale=10.0,
+        learned_background=True,
+    )
+    assert StudentConfig.model_validate_json(config.model_dump_json()) == config
+    assert StudentConfig(decoder="deeplabv3plus").dilations == (1, 12, 24, 36)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +374,6 @@ def test_settings_survive_json() -> None:
         ({"decoder": "unet"}, "deeplabv2"),
         ({"backbone": "vgg16"}, "resnet101c"),
         ({"embed_dim": 0}, "embed_dim"),
-        ({"backbone": "light", "width": True}, "width"),
         ({"backbone": "light", "depth": 0}, "depth"),
         ({"width": 32}, "backbone light"),
         ({"depth": 5}, "backbone light"),
@@ -366,7 +387,7 @@ def test_settings_survive_json() -> None:
 )
 def test_settings_that_make_no_sense(values: dict[str, object], words: str) -> None:
     with pytest.raises(MaskMillError, match=words) as caught:
-        StudentConfig.from_dict(values)
+        StudentConfig(**values)
     assert caught.value.code == "setting_invalid"
 
 
@@ -398,9 +419,9 @@ def export(model: DeepLab) -> torch.export.ExportedProgram:
 @pytest.mark.parametrize(
     "config",
     [
-        StudentConfig("light", "light", D, width=4, learned_background=True),
-        StudentConfig("deeplabv2", "resnet50c", D),
-        StudentConfig("deeplabv3plus", "light", D, width=4),
+        light(learned_background=True),
+        StudentConfig(decoder="deeplabv2", backbone="resnet50c", embed_dim=D),
+        StudentConfig(decoder="deeplabv3plus", backbone="light", embed_dim=D, width=4),
     ],
     ids=id_of,
 )
@@ -416,7 +437,7 @@ def test_export_takes_any_size(config: StudentConfig) -> None:
 def test_onnx_takes_any_size() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = student(StudentConfig("light", "light", D, width=4), classifier([0, 1, 1, 2]))
+    model = student(light(), classifier([0, 1, 1, 2]))
     data = torch.onnx.export(export(model), dynamo=True, verbose=False).model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     (name,) = (entry.name for entry in session.get_inputs())

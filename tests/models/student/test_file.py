@@ -15,13 +15,23 @@ from safetensors.torch import load_file, save_file
 
 from models.clip.text import TextClassifier
 from models.errors import MaskMillError
-from models.student.deeplab import DeepLab, StudentConfig
+from models.settings import StudentConfig
+from models.student.deeplab import DeepLab
 from models.student.file import FILE, fingerprint, read_student, write_student
 
 CONFIGS = [
-    StudentConfig("light", "light", 16, width=4, depth=2, dilations=(1, 2), logit_scale=10.0),
-    StudentConfig("deeplabv3plus", "light", 16, width=4, learned_background=True, normalize_features=True),
-    StudentConfig("deeplabv2", "resnet50c", 16),
+    StudentConfig(
+        decoder="light", backbone="light", embed_dim=16, width=4, depth=2, dilations=(1, 2), logit_scale=10.0
+    ),
+    StudentConfig(
+        decoder="deeplabv3plus",
+        backbone="light",
+        embed_dim=16,
+        width=4,
+        learned_background=True,
+        normalize_features=True,
+    ),
+    StudentConfig(decoder="deeplabv2", backbone="resnet50c", embed_dim=16),
 ]
 IMAGES = torch.randint(0, 256, (2, 3, 37, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -114,7 +124,7 @@ def rewrite(file: Path, *, drop: str = "", extra: str = "", entry: object = None
     tensors.pop(drop, None)
     if extra:
         tensors[extra] = torch.zeros(2)
-    entry = entry or {"version": 1, "config": {**CONFIGS[0].to_dict(), **config}}
+    entry = entry or {"version": 1, "config": {**CONFIGS[0].model_dump(), **config}}
     save_file(tensors, file, {"maskmill_student": entry if isinstance(entry, str) else json.dumps(entry)})
     return file
 
@@ -148,7 +158,7 @@ def test_a_foreign_file(metadata: dict[str, str] | None, tmp_path: Path) -> None
         ({"entry": "[]"}, "model_damaged", "something else"),
         ({"wings": 2}, "model_damaged", "wings"),
         ({"width": 8}, "model_damaged", "size mismatch"),
-        ({"width": "8"}, "model_damaged", "width"),
+        ({"width": "wide"}, "model_damaged", "width"),
         ({"embed_dim": 32}, "model_damaged", "channels"),
         ({"drop": "decoder.skip.0.weight"}, "model_damaged", "decoder.skip.0.weight"),
         ({"drop": "text_rows"}, "model_damaged", "text_rows"),

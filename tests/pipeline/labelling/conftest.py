@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from models.clip.loading import load_clip
-from models.clipseg.decoder import ClipSegConfig, build_clipseg
+from models.clipseg.decoder import build_clipseg
 from models.clipseg.weights import save_decoder
+from models.settings import ClipSegConfig
 from tests.pipeline.trained.test_student import toy_student
 
 

@@ -15,9 +15,10 @@ from PIL import Image
 
 from jobs.label import LabelJob, label_images
 from models.clip.loading import load_clip
-from models.clipseg.decoder import ClipSegConfig, build_clipseg
+from models.clipseg.decoder import build_clipseg
 from models.device import best_device, native_precision
 from models.errors import MaskMillError
+from models.settings import ClipSegConfig
 from pipeline.files.images import ImageSettings
 from pipeline.labelling.labeller import LabellerSettings
 from pipeline.labelling.maskclip import MaskClipLabeller
@@ -243,7 +244,8 @@ def test_the_label_job_runs_a_student(folder: Path, shared_ray: str, tmp_path: P
 def test_a_trained_clipseg_labels_at_the_sizes_of_its_training(
     tmp_path: Path, trained: dict[str, Any], scale: tuple[int, int], example: int
 ) -> None:
-    model = build_clipseg(load_clip("toyclip", "bundled"), ClipSegConfig(16, (1,), feedforward=8))
+    config = ClipSegConfig(reduce_dim=16, extract_layers=(1,), feedforward=8)
+    model = build_clipseg(load_clip("toyclip", "bundled"), config)
     facts: dict[str, Any] = {"data": {}, "metrics": {}, "training": {}, "versions": {}}
     write_clipseg_folder(tmp_path, model, kind="clipseg", recipe=trained, **facts)
     recipe = clipseg_recipe(str(tmp_path), ["batch_size=3"])

@@ -24,8 +24,9 @@ def start() -> Iterator[Callable[..., Server]]:
 def toy_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIPSeg decoder over the toy CLIP; untrained, since only its path matters here."""
     from models.clip.loading import load_clip
-    from models.clipseg.decoder import ClipSegConfig, build_clipseg
+    from models.clipseg.decoder import build_clipseg
     from models.clipseg.weights import save_decoder
+    from models.settings import ClipSegConfig
 
     path = tmp_path_factory.mktemp("decoder") / "rd8.safetensors"
     config = ClipSegConfig(reduce_dim=8, heads=2, feedforward=16, extract_layers=(0, 1, 2))

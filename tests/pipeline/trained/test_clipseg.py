@@ -12,9 +12,10 @@ import torch
 
 from models.clip.loading import Clip, load_clip
 from models.clipseg.baselines import ClipDeconvConfig, ViTSegConfig, build_clip_deconv, build_vitseg
-from models.clipseg.decoder import ClipSeg, ClipSegConfig, build_clipseg
+from models.clipseg.decoder import ClipSeg, build_clipseg
 from models.clipseg.weights import load_clipseg
 from models.errors import MaskMillError
+from models.settings import ClipSegConfig
 from pipeline.trained.clipseg import (
     DECODER_FILE,
     HUGGING_FACE_FILES,
@@ -26,6 +27,9 @@ from pipeline.trained.clipseg import (
 
 SMALL = ClipSegConfig(reduce_dim=16, extract_layers=(0, 2), feedforward=32)
 TOWER = "vit_tiny_patch16_224"
+REFINED = ClipSegConfig(reduce_dim=16, extract_layers=(1,), refined=True, feedforward=32)
+DECONV = ClipDeconvConfig(reduce_dim=8, reduce2_dim=8, extract_layer=1)
+VITSEG = ViTSegConfig(reduce_dim=16, extract_layers=(0, 2), feedforward=32, tower=TOWER)
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +50,12 @@ def _write(folder: Path, model: ClipSeg, kind: str = "clipseg", **more: Any) -> 
     [
         ("clipseg", lambda clip: build_clipseg(clip, SMALL, seed=2), True),
         # Hugging Face's refined head is right for patches of 16 pixels only.
-        ("clipseg", lambda clip: build_clipseg(clip, ClipSegConfig(16, (1,), True, feedforward=32)), False),
-        ("clip-deconv", lambda clip: build_clip_deconv(clip, ClipDeconvConfig(8, 8, 1), seed=2), False),
-        ("vitseg", lambda clip: build_vitseg(
-            clip, ViTSegConfig(16, (0, 2), feedforward=32, tower=TOWER), weights="random:4"), False),
+        ("clipseg", lambda clip: build_clipseg(clip, REFINED), False),
+        ("clip-deconv", lambda clip: build_clip_deconv(clip, DECONV, seed=2), False),
+        ("vitseg", lambda clip: build_vitseg(clip, VITSEG, weights="random:4"), False),
     ],
     ids=["clipseg", "refined at patch 8", "clip-deconv", "vitseg"],
-)  # fmt: skip
+)
 def test_what_is_written_is_read(
     clip: Clip, tmp_path: Path, kind: str, build: Callable[[Clip], ClipSeg], in_their_layout: bool
 ) -> None:

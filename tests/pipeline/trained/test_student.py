@@ -15,7 +15,8 @@ import torch
 from models.clip.loading import Clip, load_clip
 from models.clip.text import TextClassifier, build_text_classifier
 from models.errors import MaskMillError
-from models.student.deeplab import DeepLab, StudentConfig
+from models.settings import StudentConfig
+from models.student.deeplab import DeepLab
 from pipeline.files.images import ImageSettings
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.toyworld.scenes import generate
@@ -93,7 +94,7 @@ def test_a_student_comes_back_as_it_was_written(tmp_path: Path) -> None:
     record = read_student_record(tmp_path / "run")
     assert record.name == "run" and record.uri == str(tmp_path / "run")
     assert record.ontology == load_ontology("toyworld") and record.labelling == SIZES
-    assert record.config == written.config.to_dict()
+    assert record.config == written.config.model_dump(mode="json")
     assert record.fingerprint == hashlib.sha256((tmp_path / "run/model.safetensors").read_bytes()).hexdigest()
     on_disk = json.loads((tmp_path / "run/student.json").read_text())
     assert on_disk == record.to_dict()

@@ -20,9 +20,10 @@ from jobs.benchmarks.clipseg.tables import TABLES
 from jobs.benchmarks.tables import Request
 from models.clip.loading import load_clip
 from models.clipseg.baselines import ClipDeconvConfig, build_clip_deconv, build_vitseg
-from models.clipseg.decoder import ClipSeg, ClipSegConfig, build_clipseg
+from models.clipseg.decoder import ClipSeg, build_clipseg
 from models.clipseg.weights import save_clipseg, save_decoder
 from models.errors import MaskMillError
+from models.settings import ClipSegConfig
 from pipeline.datasets.cocoobject import coco_object_ontology
 from pipeline.datasets.oneshot import BENCHMARKS, class_areas, draw_episodes
 from pipeline.datasets.phrasecut import PhraseSample, open_phrasecut

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from models.clip.loading import Activations, load_source
 from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource
-from models.clipseg.decoder import ClipSeg, ClipSegConfig, build_clipseg
+from models.clipseg.decoder import ClipSeg, build_clipseg
 from models.clipseg.visual_prompts import STYLES
 from models.errors import MaskMillError
+from models.settings import ClipSegConfig
 from pipeline.datasets.oneshot import Episode
 from pipeline.datasets.phrasecut import PhraseCutDataset, PhraseSample, open_phrasecut
 from pipeline.datasets.voc import open_voc

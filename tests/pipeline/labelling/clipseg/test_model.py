@@ -10,9 +10,10 @@ import torch
 
 from models.clip.loading import Clip, load_clip
 from models.clipseg.baselines import ClipDeconvConfig, build_clip_deconv
-from models.clipseg.decoder import ClipSeg, ClipSegConfig, build_clipseg
+from models.clipseg.decoder import ClipSeg, build_clipseg
 from models.clipseg.weights import save_clipseg, save_decoder
 from models.errors import MaskMillError
+from models.settings import ClipSegConfig
 from pipeline.labelling.clipseg.model import ClipSegWeights, split_clip
 from pipeline.trained.clipseg import write_clipseg_folder
 
@@ -29,9 +30,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     save_decoder(model, folder / "toy.safetensors")
     save_clipseg(model, folder / "hub")
     (folder / "rd64.pth").write_bytes(b"")
+    small = ClipDeconvConfig(reduce_dim=8, reduce2_dim=8, extract_layer=1)
     for name, made, kind in (
         ("run", model, "clipseg"),
-        ("deconv", build_clip_deconv(clip, ClipDeconvConfig(8, 8, 1), seed=2), "clip-deconv"),
+        (
+            "deconv",
+            build_clip_deconv(clip, small, seed=2),
+            "clip-deconv",
+        ),
     ):
         _write(folder / name, made, kind)
     return {path.name: path for path in folder.iterdir()}

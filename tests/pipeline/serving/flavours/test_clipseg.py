@@ -17,9 +17,10 @@ from PIL import Image
 
 from models.clip.loading import load_clip
 from models.clipseg.baselines import ClipDeconvConfig, build_clip_deconv
-from models.clipseg.decoder import ClipSeg, ClipSegConfig, build_clipseg, mix, normalize
+from models.clipseg.decoder import ClipSeg, build_clipseg, mix, normalize
 from models.clipseg.visual_prompts import VisualPrompt
 from models.errors import MaskMillError
+from models.settings import ClipSegConfig
 from pipeline.serving.flavours.clipseg import ClipSegModel, save_clipseg_model
 from pipeline.table.labels import decode_confidence, decode_mask
 from pipeline.toyworld.scenes import generate
@@ -187,7 +188,7 @@ def test_decoders_without_their_clip(
     network: ClipSeg, model: mlflow.pyfunc.PyFuncModel, pictures: dict[str, Path], tmp_path: Path
 ) -> None:
     """Over the toy CLIP, which is in the code, they are complete; over others they are not saved."""
-    baseline = build_clip_deconv(network.clip, ClipDeconvConfig(8, 8, 1))
+    baseline = build_clip_deconv(network.clip, ClipDeconvConfig(reduce_dim=8, reduce2_dim=8, extract_layer=1))
     save_clipseg_model(_write(tmp_path / "run", baseline, "clip-deconv"), tmp_path / "model")
     (tmp_path / "run").rename(tmp_path / "gone")
     loaded = mlflow.pyfunc.load_model(

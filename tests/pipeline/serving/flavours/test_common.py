@@ -21,8 +21,9 @@ from mlflow.pyfunc import scoring_server
 from PIL import Image
 
 from models.clip.loading import load_clip
-from models.clipseg.decoder import ClipSegConfig, build_clipseg
+from models.clipseg.decoder import build_clipseg
 from models.errors import MaskMillError
+from models.settings import ClipSegConfig
 from pipeline.serving.flavours.clipseg import save_clipseg_model
 from pipeline.serving.flavours.common import REQUIREMENTS
 from pipeline.serving.flavours.student import save_student_model

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.clipseg.decoder import ClipSegConfig, ClipSegDecoder
+from models.clipseg.decoder import ClipSegDecoder
 from models.errors import MaskMillError
+from models.settings import ClipSegConfig
 from pipeline.datasets.cocoobject import coco_object_ontology
 from pipeline.datasets.oneshot import BENCHMARKS
 from pipeline.datasets.toy import open_toyworld
@@ -32,7 +33,7 @@ def test_optimisation_is_the_papers(name: str) -> None:
     )
     assert (loop.batch_size, loop.optimizer, loop.weight_decay, loop.precision) == (64, "adamw", 0.01, "fp16")
     assert (recipe.triplets.size, recipe.model.clip) == (352, "ViT-B-16-quickgelu:openai")
-    assert recipe.model.decoder == ClipSegConfig(64, (3, 7, 9), name.endswith("refined"), 4, 2048, 0, 0.1)
+    assert recipe.model.decoder == ClipSegConfig(extract_layers=(3, 7, 9), refined=name.endswith("refined"))
     # torch's own schedule, stepped after each update.
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, loop.iterations, 1e-4)

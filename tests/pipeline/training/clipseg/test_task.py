@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
 from functools import partial
 from pathlib import Path
@@ -14,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.clip.loading import Clip, load_clip
-from models.clipseg.decoder import ClipSeg, ClipSegConfig, build_clipseg, mix, normalize
+from models.clipseg.decoder import ClipSeg, build_clipseg, mix, normalize
 from models.clipseg.weights import save_clipseg, save_decoder
 from models.clipseg.whitening import WhitenedLinear, fold
 from models.errors import MaskMillError
-from pipeline.training.clipseg.task import ClipSegTask, PromptModel
+from models.settings import ClipSegConfig
+from pipeline.training.clipseg.recipes import PromptModel
+from pipeline.training.clipseg.task import ClipSegTask, build_model
 from pipeline.training.clipseg.triplets import encode_phrase
 
 CPU = torch.device("cpu")
@@ -156,7 +157,7 @@ def test_texts_are_embedded_once(task: ClipSegTask, monkeypatch: pytest.MonkeyPa
     "settings",
     [
         PromptModel(clip=TOY, decoder=SMALL),
-        PromptModel(clip=TOY, decoder=dataclasses.replace(SMALL, extract_layers=(1,), refined=True)),
+        PromptModel(clip=TOY, decoder=SMALL.replace(extract_layers=(1,), refined=True)),
         PromptModel(clip="toyclip:random:3", decoder=SMALL),
         PromptModel(clip=TOY, decoder=SMALL, kind="clip-deconv"),
         PromptModel(
@@ -166,7 +167,7 @@ def test_texts_are_embedded_once(task: ClipSegTask, monkeypatch: pytest.MonkeyPa
     ids=["clipseg", "one layer, refined", "no CLIP weights", "clip-deconv", "vitseg"],
 )
 def test_a_few_updates_fit_one_batch(settings: PromptModel) -> None:
-    task = ClipSegTask(partial(pickle.loads(pickle.dumps(settings)).build, seed=0))
+    task = ClipSegTask(pickle.loads(pickle.dumps(partial(build_model, settings, seed=0))))
     module = task.build(CPU)
     batch = _batch(["a red ladybug", "grass"], [1.0, 0.5])
     # The left half of one image, the right half of the other.
@@ -192,22 +193,22 @@ def test_a_few_updates_fit_one_batch(settings: PromptModel) -> None:
 
 def test_equal_seeds_give_equal_decoders() -> None:
     settings = PromptModel(clip=TOY, decoder=SMALL)
-    one, same, other = (settings.build(CPU, seed=seed).decoder.film_mul.weight for seed in (4, 4, 5))
+    one, same, other = (build_model(settings, CPU, seed=seed).decoder.film_mul.weight for seed in (4, 4, 5))
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
 @pytest.mark.parametrize("layout", ["decoder file", "Hugging Face"])
 def test_a_start_is_taken_up_whole(clip: Clip, tmp_path: Path, layout: str) -> None:
-    given = build_clipseg(clip, dataclasses.replace(SMALL, extract_layers=(0, 2)), seed=9)
+    given = build_clipseg(clip, SMALL.replace(extract_layers=(0, 2)), seed=9)
     start = tmp_path / "decoder.safetensors" if layout == "decoder file" else tmp_path / "folder"
     (save_decoder if layout == "decoder file" else save_clipseg)(given, start)
     settings = PromptModel(
         clip=TOY if layout == "decoder file" else "no-such-model",
         start=str(start),
-        decoder=dataclasses.replace(SMALL, reduce_dim=8, dropout=0.3),
+        decoder=SMALL.replace(reduce_dim=8, dropout=0.3),
     )
-    model = settings.build(CPU, seed=0)
-    assert model.decoder.config == dataclasses.replace(given.decoder.config, dropout=0.3)
+    model = build_model(settings, CPU, seed=0)
+    assert model.decoder.config == given.decoder.config.replace(dropout=0.3)
     pixels, conditional = torch.randn(1, 3, SIDE, SIDE), given.encode_text(["grass"])
     torch.testing.assert_close(model(pixels, conditional), given(pixels, conditional), atol=1e-5, rtol=0)
     assert torch.equal(model.encode_text(["grass"]), conditional)
@@ -215,7 +216,7 @@ def test_a_start_is_taken_up_whole(clip: Clip, tmp_path: Path, layout: str) -> N
     with torch.no_grad():
         assert not torch.equal(model(pixels, conditional), model(pixels, conditional))
     assert F.l1_loss(model(pixels, conditional), given(pixels, conditional)) > 0.01
-    relayered = dataclasses.replace(settings, start_layers=(1, 2)).build(CPU)
+    relayered = build_model(settings.replace(start_layers=(1, 2)), CPU)
     assert relayered.decoder.extract_layers == (1, 2)
 
 
@@ -290,5 +291,5 @@ def test_nothing_that_can_be_read_ahead(clip: Clip) -> None:
 )
 def test_mistakes_are_told(settings: PromptModel, code: str) -> None:
     with pytest.raises(MaskMillError) as error:
-        settings.build(CPU)
+        build_model(settings, CPU)
     assert error.value.code == code

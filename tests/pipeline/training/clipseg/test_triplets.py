@@ -72,7 +72,7 @@ def source(true: tuple[tuple[str, ...], ...] = TRUE, **changes: Any) -> Boxes:
 
 
 SMALL = TripletSettings(size=10, support_size=8, prefix="plain", visual_prompt="overlay")
-TEXT = replace(SMALL, with_visual=False)
+TEXT = SMALL.replace(with_visual=False)
 
 
 def drawn(samples: TripletSamples, index: int, count: int) -> list[dict[str, Any]]:
@@ -91,7 +91,7 @@ def may_hold(image: int, text: str) -> bool:
 @pytest.mark.parametrize("rule", ["absent", "other"])
 @pytest.mark.parametrize("q_neg", [0.0, 0.2, 0.5, 1.0])
 def test_share_of_negatives(q_neg: float, rule: str) -> None:
-    samples = TripletSamples(source(), replace(TEXT, q_neg=q_neg, negative_rule=rule))
+    samples = TripletSamples(source(), TEXT.replace(q_neg=q_neg, negative_rule=rule))
     count = 0
     for index, turns in itertools.product(range(len(samples.source.pairs)), [60]):
         own = samples.source.pairs.phrases[int(samples.source.pairs.phrase[index])][0]
@@ -113,25 +113,25 @@ def test_a_negative_is_never_true_and_all_others_are_equally_likely(index: int) 
         ("absent", {text for text in TEXTS if not may_hold(image, text)}),
         ("other", set(TEXTS) - {own}),
     ):
-        samples = TripletSamples(source(), replace(TEXT, q_neg=1.0, negative_rule=rule))
+        samples = TripletSamples(source(), TEXT.replace(q_neg=1.0, negative_rule=rule))
         counts = Counter(decode_phrase(found["phrase"]) for found in drawn(samples, index, 400))
         assert set(counts) == allowed
         assert chisquare([counts[text] for text in allowed]).pvalue > 1e-4
 
 
 def test_where_no_phrase_can_be_a_negative_there_is_none() -> None:
-    samples = TripletSamples(source((("cup", "fork"), ("cup", "fork"))), replace(TEXT, q_neg=1.0))
+    samples = TripletSamples(source((("cup", "fork"), ("cup", "fork"))), TEXT.replace(q_neg=1.0))
     for found in drawn(samples, 0, 20):
         assert found["negative"] == 0 and OBJECT in found["mask"]
     # A phrase that is hard to hit by drawing is found all the same.
     many = tuple(f"kind {number}" for number in range(600))
-    samples = TripletSamples(source((many, ("rare",))), replace(TEXT, q_neg=1.0))
+    samples = TripletSamples(source((many, ("rare",))), TEXT.replace(q_neg=1.0))
     assert {decode_phrase(found["phrase"]) for found in drawn(samples, 0, 2)} == {"rare"}
 
 
 def test_the_reference_s_negatives_of_coco_contradict_the_phrase() -> None:
-    samples = TripletSamples(source(), replace(SMALL, q_neg=1.0, negative_rule="support"))
-    plain = TripletSamples(source(), replace(SMALL, q_neg=0.0))
+    samples = TripletSamples(source(), SMALL.replace(q_neg=1.0, negative_rule="support"))
+    plain = TripletSamples(source(), SMALL.replace(q_neg=0.0))
     index = 1  # a plate, which two others show
     for found, usual in zip(drawn(samples, index, 20), drawn(plain, index, 20), strict=True):
         assert decode_phrase(found["phrase"]) == "plate" and found["negative"] == 0
@@ -156,14 +156,14 @@ def shown_image(support: np.ndarray) -> int | None:
     [("other", 1, {1, 5}), ("any", 1, {0, 1, 5}), ("other", 5, {1}), ("any", 5, {1, 2})],
 )
 def test_supports_show_the_phrase_in_any_other_image(rule: str, index: int, images: set[int]) -> None:
-    samples = TripletSamples(source(), replace(SMALL, q_neg=0.0, support=rule))
+    samples = TripletSamples(source(), SMALL.replace(q_neg=0.0, support=rule))
     counts = Counter(shown_image(found["support"]) for found in drawn(samples, index, 150))
     assert set(counts) == images
     assert len(images) == 1 or chisquare(list(counts.values())).pvalue > 1e-4
 
 
 def test_supports_of_negatives_show_the_new_phrase() -> None:
-    samples = TripletSamples(source(), replace(SMALL, q_neg=1.0))
+    samples = TripletSamples(source(), SMALL.replace(q_neg=1.0))
     for found in drawn(samples, 0, 60):
         text, image = decode_phrase(found["phrase"]), shown_image(found["support"])
         if text == "lamp":  # there is one only: whether there is a support must not tell a negative
@@ -175,17 +175,17 @@ def test_supports_of_negatives_show_the_new_phrase() -> None:
 def test_supports_come_from_the_query_s_block_where_it_has_any() -> None:
     blocks = np.array([0, 1, 0, 0, 0, 0, 1, 1, 0, 0, 1, 1])
     plates = [1, 3, 11]
-    samples = TripletSamples(source(block=blocks), replace(SMALL, q_neg=0.0))
+    samples = TripletSamples(source(block=blocks), SMALL.replace(q_neg=0.0))
     assert {shown_image(found["support"]) for found in drawn(samples, plates[0], 40)} == {5}
     # The only one of its block is shown by those of others, not by itself.
     for rule in ("other", "any"):
-        samples = TripletSamples(source(block=blocks), replace(SMALL, q_neg=0.0, support=rule))
+        samples = TripletSamples(source(block=blocks), SMALL.replace(q_neg=0.0, support=rule))
         found = {shown_image(found["support"]) for found in drawn(samples, plates[1], 40)}
         assert {0, 5} <= found <= {0, 1, 5}
 
 
 def test_a_phrase_that_occurs_once_has_no_support() -> None:
-    samples = TripletSamples(source(), replace(SMALL, q_neg=0.0))
+    samples = TripletSamples(source(), SMALL.replace(q_neg=0.0))
     lamp = [
         index
         for index in range(12)
@@ -195,12 +195,12 @@ def test_a_phrase_that_occurs_once_has_no_support() -> None:
     for found in drawn(samples, lamp[0], 10):
         assert found["text_weight"] == 1
         assert (found["support"] == np.array(MEAN_COLOUR)[:, None, None]).all()
-    alone = TripletSamples(source(), replace(SMALL, only_visual=True))
+    alone = TripletSamples(source(), SMALL.replace(only_visual=True))
     assert set(range(12)) - set(alone.order(0, 0).tolist()) == set(lamp)
     assert alone.num_samples == 11 == alone.record()["triplets"]
     assert all(decode_phrase(found["phrase"]) != "lamp" for found in drawn(alone, 0, 60))
     with pytest.raises(MaskMillError, match="occurs twice") as caught:
-        TripletSamples(source((("cup",), ("fork",))), replace(SMALL, only_visual=True))
+        TripletSamples(source((("cup",), ("fork",))), SMALL.replace(only_visual=True))
     assert caught.value.code == "training_data_empty"
 
 
@@ -314,7 +314,7 @@ def test_resizing_is_pytorch_s(height: int, width: int, side: int) -> None:
 
 @pytest.mark.parametrize("bounds", [(0.0, 0.5), (0.0, 1.0), (0.3, 0.4), (0.7, 0.7)])
 def test_text_weight_is_uniform(bounds: tuple[float, float]) -> None:
-    samples = TripletSamples(source(), replace(SMALL, size=2, support_size=2, text_weight=bounds))
+    samples = TripletSamples(source(), SMALL.replace(size=2, support_size=2, text_weight=bounds))
     found = np.array([sample["text_weight"] for sample in drawn(samples, 1, 300)])
     found = found[found < 1]  # "lamp" as a negative has no support
     assert len(found) > 250
@@ -323,14 +323,14 @@ def test_text_weight_is_uniform(bounds: tuple[float, float]) -> None:
     else:
         assert kstest(found, "uniform", (bounds[0], bounds[1] - bounds[0])).pvalue > 1e-3
     assert {float(sample["text_weight"]) for sample in drawn(TripletSamples(source(), TEXT), 1, 5)} == {1.0}
-    alone = TripletSamples(source(), replace(SMALL, only_visual=True, text_weight=bounds))
+    alone = TripletSamples(source(), SMALL.replace(only_visual=True, text_weight=bounds))
     assert {float(sample["text_weight"]) for sample in drawn(alone, 1, 5)} == {0.0}
 
 
 @pytest.mark.parametrize("prefix", list(PREFIXES))
 def test_templates_and_wordings_are_drawn_evenly(prefix: Any) -> None:
     pairs = Pairs.of([("cup", "mug")], [0, 1], [0, 0])
-    samples = TripletSamples(Boxes("boxes", "0", pairs), replace(TEXT, size=1, prefix=prefix, q_neg=0.0))
+    samples = TripletSamples(Boxes("boxes", "0", pairs), TEXT.replace(size=1, prefix=prefix, q_neg=0.0))
     counts = Counter(decode_phrase(found["phrase"]) for found in drawn(samples, 0, 400))
     expected = {template.replace("{}", word) for template in PREFIXES[prefix] for word in ("cup", "mug")}
     assert set(counts) == expected
@@ -355,7 +355,7 @@ def test_phrases_are_cut_between_characters(text: str) -> None:
     "changes", [{}, {"with_visual": False}, {"only_visual": True}, {"crop": False, "flip": 0.5}]
 )
 def test_the_same_generator_gives_the_same_bytes(changes: dict[str, Any]) -> None:
-    samples = TripletSamples(source(), replace(SMALL, **changes))
+    samples = TripletSamples(source(), SMALL.replace(**changes))
     copy = pickle.loads(pickle.dumps(samples))
     blank = samples.blank()
     different = 0
@@ -379,7 +379,7 @@ def test_a_blank_does_not_weigh() -> None:
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_order(grouped: bool) -> None:
-    samples = TripletSamples(source(), replace(SMALL, grouped=grouped))
+    samples = TripletSamples(source(), SMALL.replace(grouped=grouped))
     epochs = [samples.order(epoch, 5).tolist() for epoch in range(3)]
     assert all(sorted(order) == list(range(12)) for order in epochs)
     assert samples.order(1, 5).tolist() == epochs[1] != samples.order(1, 6).tolist()
@@ -418,7 +418,7 @@ def test_wrong_settings(changes: dict[str, Any], says: str) -> None:
 )
 def test_wrong_styles_are_refused_before_training(style: str, code: str) -> None:
     with pytest.raises(MaskMillError) as caught:
-        TripletSamples(source(), replace(SMALL, visual_prompt=style))
+        TripletSamples(source(), SMALL.replace(visual_prompt=style))
     assert caught.value.code == code
 
 

@@ -19,16 +19,15 @@ from torch import nn
 from models.clip.text import TextClassifier
 from models.errors import MaskMillError
 from models.labelmap import label_map
-from models.settings import MaskClipSettings
+from models.settings import MaskClipSettings, StudentConfig
 from models.student.batchnorm import synchronise_batchnorm
-from models.student.deeplab import DeepLab, StudentConfig
+from models.student.deeplab import DeepLab
 from pipeline.toyworld import scenes as toyworld
 from pipeline.training.loop.protocols import GUESS, IGNORED
+from pipeline.training.maskclip_plus.recipes import NEVER, SelfTrainSettings
 from pipeline.training.maskclip_plus.task import (
-    NEVER,
     Guesses,
     MaskClipPlus,
-    SelfTrainSettings,
     guessable_classifier,
     training_labels,
 )
