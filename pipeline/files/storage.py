@@ -252,7 +252,7 @@ def open_storage(uri: str | os.PathLike[str]) -> Storage:
             f"cannot reach {place}: {error}",
             "Use a local path, s3://bucket/prefix, or install the fsspec package of that scheme.",
         ) from None
-    return Storage(place.rstrip("/"), fs, str(fs._strip_protocol(place)).rstrip("/"))
+    return Storage(place.rstrip("/"), fs, str(fsspec.core.strip_protocol(place)).rstrip("/"))
 
 
 def _arrow_s3(bucket: str) -> FileSystem:
