@@ -100,7 +100,7 @@ def serve(job: Serve, console: Console | None = None) -> int:
     console = console or Console()
     loopback = is_loopback(job.host)
     app = create_app(registry, limits, loopback=loopback, names=(*job.allow_hosts, job.host))
-    listener = _listen(job.host, job.port)
+    listener = listen(job.host, job.port)
     logging.basicConfig(format="%(levelname)s %(message)s")
     config = uvicorn.Config(
         app,
@@ -240,7 +240,7 @@ def _notice(name: str, model: str, pretrained: str | None) -> str:
     return _TOY_NOTICE.format(name=name) if model == "toyclip" else ""
 
 
-def _listen(host: str, port: int | None) -> socket.socket:
+def listen(host: str, port: int | None) -> socket.socket:
     """A bound socket; see ``Serve.port``."""
     if port is not None and not 0 <= port <= 65_535:
         raise WrongUse("address_unusable", f"{port} is no port.", "Choose one from 1024 to 65535, or 0.")

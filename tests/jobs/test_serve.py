@@ -146,7 +146,7 @@ def test_another_port_where_the_usual_one_is_taken(monkeypatch: pytest.MonkeyPat
         other.bind(("127.0.0.1", 0))
         other.listen()
         monkeypatch.setattr(serve, "PORT", other.getsockname()[1])
-        with serve._listen("127.0.0.1", None) as listener:
+        with serve.listen("127.0.0.1", None) as listener:
             assert listener.getsockname()[1] not in (0, PORT, other.getsockname()[1])
 
 
