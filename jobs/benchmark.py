@@ -1,4 +1,4 @@
-"""``maskmill benchmark NAME``: the rows of a paper's table, ours beside the published ones."""
+"""``maskmill benchmark NAME``: the rows of a paper's table, ours next to the published ones."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _TABLES = {**maskclip.TABLES, **clipseg.TABLES, **visual_prompts.TABLES}
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Run the rows of a table and print them beside the published figures. "list" lists the tables.
+    """Run the rows of a table and print them next to the published figures. "list" lists the tables.
 
     Attributes:
         name: toyworld, maskclip, maskclip-unified, …; list shows all.

@@ -57,7 +57,7 @@ class Runs:
         terminal shows commands only if it is wide.
 
         Raises:
-            MaskMillError: ``wrong_use``; see ``pipeline.tracking.runs`` as well.
+            MaskMillError: ``wrong_use``; the errors of ``pipeline.tracking.runs``.
         """
         console = console or Console()
         if self.compare:

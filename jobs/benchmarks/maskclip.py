@@ -59,7 +59,7 @@ def unified(request: Request) -> Iterator[dict[str, Any]]:
 
 
 def zero_shot(request: Request) -> Iterator[dict[str, Any]]:
-    """Seen and unseen classes; training-free MaskCLIP beside methods that trained on the seen ones."""
+    """Seen and unseen classes; training-free MaskCLIP next to methods that trained on the seen ones."""
     return _table(load_published("maskclip_zero_shot"), request, extra=("MaskCLIP",))
 
 

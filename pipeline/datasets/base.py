@@ -40,7 +40,7 @@ class Sample:
     Attributes:
         name: unique in its dataset; relative POSIX path of the image without ending, where there is a file.
         image: path or URI, "" if the image is generated.
-        truth: path or URI of the mask, None if the truth is not a file of its own.
+        truth: path or URI of the mask, None if the truth is not a separate file.
     """
 
     name: str
@@ -220,7 +220,7 @@ class Source:
         Args:
             root: as the user gave it.
             markers: folders of which one must exist.
-            inner: folders in which to look as well.
+            inner: subfolders to look in as well.
 
         Raises:
             MaskMillError: ``dataset_missing``.
@@ -243,7 +243,7 @@ class Source:
         Args:
             names: of the split; must not be empty.
             images: path within ``place`` by name.
-            masks: likewise.
+            masks: file names of masks.
             place: the benchmark's folder.
 
         Raises:

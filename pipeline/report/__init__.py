@@ -1,1 +1,1 @@
-"""Pages and pictures of what was made."""
+"""Pages and pictures of label tables, results and trainings."""

@@ -1,4 +1,4 @@
-"""What differs between results: figures beside figures, and a difference only where one means something."""
+"""Results compared: figures side by side, with a difference only where results are comparable."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Cell:
 
 
 def cell(metric: str, value: float | None, first: float | None) -> Cell:
-    """A figure beside that of the first run."""
+    """A figure compared with that of the first run."""
     if value is None or first is None:
         return Cell(value)
     difference = value - first

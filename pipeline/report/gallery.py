@@ -1,8 +1,7 @@
 """A label table as one page of pictures: ``maskmill show``.
 
-The page is a single HTML file that loads nothing from anywhere: pictures are JPEGs inside it, and a content
-policy forbids the browser to fetch more. Statistics are of the whole table, read as a stream; pictures are of
-``limit`` rows.
+A self-contained HTML file: pictures are inline JPEGs, and a content security policy keeps the browser from
+loading anything else. Statistics are of the whole table, read as a stream; pictures are of ``limit`` rows.
 
 Shape letters: H W pixels of the image, T U pixels of its thumbnail.
 """
@@ -65,8 +64,8 @@ def write_gallery(
 ) -> Path:
     """Write a page that shows a label table.
 
-    Images are read again from their URIs. Where that is not possible, or the image is no longer the one that
-    was labelled, its labels are shown without it.
+    Images are read again from their URIs. If that fails, or the file has changed since it was labelled, only
+    the labels are shown.
 
     Args:
         table: the output of a labelling run.
@@ -79,7 +78,7 @@ def write_gallery(
         The path of the page.
 
     Raises:
-        MaskMillError: ``table_missing``, ``table_damaged``, ``wrong_use`` or ``wrong_use``.
+        MaskMillError: ``table_missing``, ``table_damaged`` or ``wrong_use``.
     """
     if limit < 0:
         raise WrongUse("wrong_use", f"{limit} images cannot be shown.", "Give 0 or more.")
@@ -119,7 +118,7 @@ def write_gallery(
 
 
 def _legend(record: dict[str, Any], summary: dict[str, Any]) -> Legend:
-    """Names and colours from ``dataset.json``; numbers and chosen colours for a table without it."""
+    """Names and colours from ``dataset.json``; for a table without it, numbers and default colours."""
     given = {k: v for k, v in record.get("ontology", {}).items() if k in Ontology.model_fields}
     if given:
         ontology = Ontology.model_validate(given)
@@ -129,7 +128,7 @@ def _legend(record: dict[str, Any], summary: dict[str, Any]) -> Legend:
 
 
 def _title(record: dict[str, Any]) -> str:
-    """The ontology's name; where that says nothing (a list on the command line), what is in it."""
+    """The ontology's name; its classes if it was a list on the command line."""
     ontology = record.get("ontology", {})
     if ontology.get("name") not in (None, "", "classes"):
         return str(ontology["name"])
@@ -138,7 +137,7 @@ def _title(record: dict[str, Any]) -> str:
 
 
 def _facts(record: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Pairs of a word and its value for the head of the page."""
+    """Names and values for the top of the page."""
     recipe, weights = record.get("recipe", {}), record.get("weights", {})
     mean = summary["mean_quality"]
     pairs = [
@@ -157,7 +156,7 @@ def _facts(record: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, s
 
 
 def _notice(record: dict[str, Any]) -> str:
-    """A warning about what the numbers are worth, where one is due."""
+    """A warning about toy or random weights; empty for others."""
     weights = record.get("weights", {})
     if weights.get("model") == "toyclip":
         return (
@@ -170,7 +169,7 @@ def _notice(record: dict[str, Any]) -> str:
 
 
 def _coverage(summary: dict[str, Any], legend: Legend) -> list[dict[str, Any]]:
-    """Per class that occurs: its share of all labelled pixels, greatest first, for the bars."""
+    """Each class's share of all labelled pixels, largest first, for the bars."""
     total = summary["pixels"] - summary["ignored_pixels"]
     largest = max(summary["class_pixels"].values(), default=0)
     rows = [
@@ -261,7 +260,7 @@ def _candidates(storage: Storage, order: Order) -> Iterator[tuple[float, int, in
 
 
 def _rank(number: int, quality: float, order: Order) -> float:
-    """What decides whether a row is shown: less is earlier."""
+    """Sort key of a row; the smallest are shown."""
     if order == "worst":
         return quality
     if order == "best":

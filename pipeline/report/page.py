@@ -1,4 +1,4 @@
-"""What every page has in common: templates, one style sheet, and how the file gets in place."""
+"""What all pages share: templates, one style sheet, settings as text, and atomic writing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def render(template: str, **values: Any) -> str:
     """Fill a template of this package. Every value is escaped unless it is ``markupsafe.Markup``.
 
     Args:
-        template: file name beside this module; it may include others, such as ``base.css``.
+        template: file name in this package; it may include others, such as ``base.css``.
         values: the names that it uses.
     """
     from jinja2 import Environment, FunctionLoader
@@ -29,7 +29,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def put_in_place(path: Path, page: str) -> None:
-    """Write a page whole: a reader sees the older one or this one, never a part."""
+    """Write a page atomically: a reader sees the old page or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     fresh.write_text(page, encoding="utf-8")

@@ -1,7 +1,7 @@
 """Results as one page: ``maskmill report``.
 
-A single HTML file that loads nothing from anywhere: charts are drawn in it, pictures are inside it, and a
-content policy forbids the browser to fetch more.
+A self-contained HTML file: charts are inline SVG, pictures are data URIs, and a content security policy
+keeps the browser from loading anything else.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MARK = '<meta name="generator" content="MaskMill report">'
 _PROTOCOLS = {
     "seed": "the protocol of MaskCLIP's own repository",
     "unified": "the one protocol of MaskCLIP's successors",
-    "custom": "a protocol of its own: not comparable with published figures",
+    "custom": "its own protocol: not comparable with published figures",
 }
 # A confusion matrix up to this size is a table of numbers, beyond it a picture.
 _TABLE_CLASSES = 30
@@ -132,7 +132,7 @@ def _date(created: str) -> str:
 
 
 def _notice(result: Result) -> str:
-    """A warning about what the numbers are worth, where one is due."""
+    """A warning about toy or random weights; empty for others."""
     if result.toy:
         return (
             "Toy: measured with the small bundled CLIP on the procedural toy world, or with one of them. "
@@ -160,7 +160,7 @@ def _run(index: int, storage: Storage, result: Result) -> dict[str, Any]:
 
 
 def _parts(result: Result, view: dict[str, Any]) -> list[tuple[str, str]]:
-    """Id and name of the parts of the page that there are, in their order, for the links at its head."""
+    """Id and name of each part of the page, in order, for the links at the top."""
     if isinstance(result, Evaluation):
         parts = [
             ("published", "Published numbers", result.published),
@@ -230,7 +230,7 @@ def _evaluation(storage: Storage, run: Evaluation) -> dict[str, Any]:
 
 
 def _evaluation_gaps(run: Evaluation) -> list[str]:
-    """What the numbers do not cover, a sentence for each."""
+    """What the numbers do not cover, in sentences."""
     gaps = []
     if run.images.failed:
         gaps.append(f"Failed, and not in the numbers: {_images(run.images.failed)}.")
@@ -262,7 +262,7 @@ def _images(count: int) -> str:
 
 
 def _published(run: Evaluation) -> dict[str, Any]:
-    """Published figures: charts of those that ours may stand beside, and the others apart."""
+    """Published figures: charts of those that are comparable with ours, and separately the others."""
     same = [p for p in run.published if p.protocol == run.protocol]
     others = [p for p in run.published if p.protocol != run.protocol]
     panels = []
@@ -287,7 +287,7 @@ def _published(run: Evaluation) -> dict[str, Any]:
 
 
 def _confusions(run: Evaluation, shares: np.ndarray) -> list[dict[str, Any]]:
-    """The largest shares of a true class that were taken for another, or for none."""
+    """The largest shares of a true class that were predicted as another class, or as none."""
     wrong = shares.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:_CONFUSIONS]
@@ -320,7 +320,7 @@ def _image(storage: Storage, image: ImageResult) -> dict[str, Any]:
 
 
 def _picture(storage: Storage, name: str | None) -> dict[str, Any]:
-    """A picture beside the result, inside the page; or why it is not."""
+    """A picture of the result folder as a data URI, or why there is none."""
     if not name:
         return {"uri": None, "reason": "no picture was kept"}
     place = PurePosixPath(name)
@@ -551,7 +551,7 @@ def _points(rows: dict[float, Row], metric: str) -> list[charts.Point]:
 
 
 def _comparisons(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What can be compared: all evaluations, and benchmarks of one name."""
+    """All evaluations side by side, and benchmarks of the same name."""
     measured = [run for run in runs if isinstance(run["result"], Evaluation)]
     named: dict[str, list[dict[str, Any]]] = {}
     for run in runs:

@@ -27,9 +27,10 @@ def key_part(text: str) -> str:
 
 
 def key_parts(texts: Sequence[str]) -> list[str]:
-    """``key_part`` of each text, made different from each other where databases see the same.
+    """``key_part`` of each text, made unique.
 
-    Some databases behind MLflow ignore case and accents in names; such names get their position appended.
+    Some of MLflow's databases ignore case and accents in names; names that would collide get their position
+    appended.
 
     >>> key_parts(["cat", "a/b", "a:b", "Cat"])
     ['cat', 'a_b', 'a_b 2', 'Cat 3']
@@ -46,7 +47,7 @@ def key_parts(texts: Sequence[str]) -> list[str]:
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings as parameters: dotted names, JSON for everything that is no text.
+    """Nested settings as parameters: dotted names, JSON for everything but text.
 
     >>> flatten({"recipe": {"scale": [2048, 512], "head": "maskclip"}})
     {'recipe.scale': '[2048, 512]', 'recipe.head': 'maskclip'}
@@ -64,7 +65,7 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def record_params(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings to be logged from the record of a label table (``dataset.json``).
+    """The settings to log from the record of a label table (``dataset.json``).
 
     Args:
         record: with ``recipe``, ``weights`` and ``ontology`` as ``maskmill label`` writes them.

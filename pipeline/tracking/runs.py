@@ -1,4 +1,4 @@
-"""Reading runs back: the newest ones, one by its id or name, and how several differ."""
+"""Read runs: the newest ones, one by id or name, and how several differ."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from pipeline.tracking.destination import (
 )
 
 SEARCHED = 1000
-"""Newest runs among which one is looked for by its name."""
+"""How many of the newest runs are searched for a name."""
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run as MLflow has it.
+    """A run in MLflow.
 
     Attributes:
         id: 32 hexadecimal digits.
@@ -33,10 +33,10 @@ class TrackedRun:
         name: of the run.
         status: RUNNING, FINISHED, FAILED or KILLED.
         started: seconds since the epoch.
-        dataset: name of the first one, if there is any.
-        command: that made it, without secrets.
+        dataset: name of the first input, if any.
+        command: command line, without secrets.
         params: settings.
-        metrics: the latest value of each.
+        metrics: latest value of each.
     """
 
     id: str
@@ -93,14 +93,14 @@ def choose_runs(
     """Runs by id, the beginning of an id, or name (of several with a name: the newest).
 
     Raises:
-        MaskMillError: ``run_unknown``; ``run_unknown``; see ``list_runs`` as well.
+        MaskMillError: ``run_unknown``; the errors of ``list_runs``.
     """
     runs = list_runs(uri, experiment=experiment, limit=SEARCHED)
     return [_choose(runs, text) for text in wanted]
 
 
 def differences(values: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The names whose values are not the same everywhere, sorted; None where one is missing.
+    """The names whose values differ, sorted; None where one is missing.
 
     >>> differences([{"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}])
     {'b': [2, 3], 'c': [None, 4]}

@@ -1,4 +1,4 @@
-"""What the rows of a table of CLIPSeg share: opened datasets, models, results of earlier runs."""
+"""What the rows of CLIPSeg's tables share: open datasets, models, results of earlier runs."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 SIDE = 352
 """Of the network's input in the paper (``models.clipseg.decoder.IMAGE_SIZE``)."""
 METHODS = ("CLIPSeg", "CLIP-Deconv", "ViTSeg")
-"""Methods that can be measured here; of the others the published figures stand beside."""
+"""Methods that can be measured here; others only have their published figures."""
 NOT_RUN = ("CLIPSeg (PC+), independent re-run",)
 COCO_JSON = "coco-json"
 
@@ -69,11 +69,11 @@ Values = dict[str, float]
 
 @dataclass(frozen=True)
 class Figures:
-    """What a row says.
+    """The figures of a row.
 
     Attributes:
         values: by metric.
-        parts: the same apart.
+        parts: by breakdown and group.
     """
 
     values: Values = field(default_factory=dict)

@@ -109,13 +109,13 @@ def _one_shot(bench: Bench, setting: str, line: Row, side: int) -> Figures:
         episodes = draw_episodes(
             benchmark, fold, names, bench.areas(setting), seed=SEED, episodes=bench.request.limit or None
         )
-        # The vision tower sees the image once, so the text that stands beside costs next to nothing.
+        # The vision tower sees the image once, so asking by text as well costs next to nothing.
         if name == "coco20i":
-            queries = coco_queries(dataset, episodes, beside=True, side=side)
+            queries = coco_queries(dataset, episodes, also_text=True, side=side)
         elif task == "text":
             queries = pascal_queries(dataset, episodes, style=None, side=side)
         else:
-            queries = pascal_queries(dataset, episodes, beside=True, side=side)
+            queries = pascal_queries(dataset, episodes, also_text=True, side=side)
         folds.append(bench.foreground(setting, line, queries, "episodes", fold=fold, side=side))
     return bench.figures(setting, folds)
 

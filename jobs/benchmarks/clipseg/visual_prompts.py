@@ -43,7 +43,7 @@ class _Found:
 
 
 def prompt_strategies(request: Request) -> Iterator[dict[str, Any]]:
-    """Table 2 on each dataset that is given; beside LVIS, which the paper took, if there is none."""
+    """Table 2 on each dataset that is given; without any, LVIS, which the paper used, as missing."""
     _check(request)
     return _sections(request, clip_settings(request.settings))
 

@@ -314,7 +314,7 @@ class Answers:
 
     Attributes:
         present: by kind of prompt ("text", "picture", "raw picture"): counts; classes are kinds of phrases.
-        absent: likewise: share (n, T) of the picture that is found at each threshold for absent phrases.
+        absent: share (n, T) of the picture that is found at each threshold for absent phrases.
     """
 
     present: Mapping[str, ForegroundStatistics]

@@ -1,12 +1,11 @@
-"""CLIPSeg's protocols (arXiv 2112.10003, §5): what a model is shown on each benchmark, and what is counted.
+"""CLIPSeg's protocols (arXiv 2112.10003, §5): what a model sees on each benchmark, and what is counted.
 
 A benchmark is a list of functions that each read one ``Query``: an image, its prompts, and the true mask of
-every prompt. ``answers`` runs a model over them and counts each prompt; ``score`` sums. Which resizing is
-used where follows the code that made the published numbers, its oddities included; each is told where it is
-done.
+every prompt. ``answers`` runs a model over them and counts each prompt; ``score`` sums. The resizing follows
+the code that made the published numbers, including its oddities; comments say where.
 
-The image may be given to the network at another size than S (``side``). Example images and the masks that
-count stay as they are, so that figures at different sizes are about the same pixels.
+``side`` gives the image to the network at another size than S. Example images and the masks that count keep
+their size, so that figures at different sizes are about the same pixels.
 
 Shapes: P prompts of an image, S = 352, H W pixels of an image's own size.
 """
@@ -70,7 +69,7 @@ Prompts = Sequence[str | Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """An image and everything that it is asked for.
+    """An image and its prompts.
 
     Attributes:
         image: fp32 (3, side, side), ImageNet-normalised.
@@ -81,7 +80,7 @@ class Query:
         known: bool, like each of ``truths``: pixels that count; None for all.
         groups: P, what each prompt belongs to (``pipeline.metrics.breakdown``), the size of the object aside,
             which is taken from the truth; empty for none.
-        beside: how many prompts at the end are asked for comparison only, and are in no total.
+        uncounted: how many prompts at the end are for comparison only and in no total.
     """
 
     image: Tensor
@@ -90,7 +89,7 @@ class Query:
     class_ids: Sequence[int]
     known: npt.NDArray[np.bool_] | None = None
     groups: Sequence[Groups] = ()
-    beside: int = 0
+    uncounted: int = 0
 
 
 Read = Callable[[], Query]
@@ -98,17 +97,17 @@ Read = Callable[[], Query]
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What came of one prompt.
+    """The counts of one prompt.
 
     Attributes:
         statistics: of this prompt alone.
         groups: what it belongs to.
-        beside: as ``Query.beside``.
+        uncounted: whether it is for comparison only.
     """
 
     statistics: ForegroundStatistics
     groups: Groups = field(default_factory=dict)
-    beside: bool = False
+    uncounted: bool = False
 
 
 @torch.inference_mode()
@@ -126,7 +125,7 @@ def answers(
     Args:
         model: CLIPSeg or a baseline.
         queries: from one of the functions below.
-        progress: is told how many queries are done, and of how many.
+        progress: called with the queries done so far and their total.
 
     Raises:
         MaskMillError: from reading the data, and ``prompt_too_long``.
@@ -137,21 +136,21 @@ def answers(
         conditionals = _conditionals(model, query.prompts, texts)
         logits = model(_placed(query.image[None], model), conditionals)[0]
         groups = query.groups or [{}] * len(logits)
-        first_beside = len(logits) - query.beside
+        first_uncounted = len(logits) - query.uncounted
         prompts = zip(logits.sigmoid(), query.truths, query.class_ids, groups, strict=True)
         for number, (probability, truth, class_id, known_groups) in enumerate(prompts):
             fitted = _stretched(probability, truth.shape).cpu().numpy()
             statistics = ForegroundStatistics.of(fitted, truth, class_id, known=query.known)
-            beside = number >= first_beside
-            size = {} if beside else {OBJECT_SIZE: size_group(truth)}
-            found.append(Answer(statistics, {**size, **known_groups}, beside))
+            uncounted = number >= first_uncounted
+            size = {} if uncounted else {OBJECT_SIZE: size_group(truth)}
+            found.append(Answer(statistics, {**size, **known_groups}, uncounted))
         progress(done, len(queries))
     return found
 
 
 def total(found: Sequence[Answer]) -> ForegroundStatistics:
-    """Sum of all answers but those asked for beside."""
-    return ForegroundStatistics.merge(answer.statistics for answer in found if not answer.beside)
+    """Sum of all answers that count."""
+    return ForegroundStatistics.merge(answer.statistics for answer in found if not answer.uncounted)
 
 
 def score(
@@ -281,7 +280,7 @@ def pascal_queries(
     episodes: Sequence[Episode],
     *,
     style: str | None = VISUAL_PROMPT,
-    beside: bool = False,
+    also_text: bool = False,
     side: int = IMAGE_SIZE,
 ) -> list[Read]:
     """Pascal-5i in PFENet's geometry (``pipeline.evaluation.prompts.pixels.on_black``), which CLIPSeg
@@ -294,11 +293,11 @@ def pascal_queries(
         dataset: ``voc21``; ``ignore_index`` pixels do not count.
         episodes: of one fold; the first support image is used.
         style: of the visual prompt; None asks with the text "a photo of a CLASS.".
-        beside: where there is a style, ask by text as well, beside the total.
+        also_text: with a style, ask by text as well, for comparison only.
         side: of the network's input.
     """
     samples = {sample.name: sample for sample in dataset.samples}
-    return [partial(_pascal_query, dataset, samples, episode, style, beside, side) for episode in episodes]
+    return [partial(_pascal_query, dataset, samples, episode, style, also_text, side) for episode in episodes]
 
 
 def coco_queries(
@@ -306,7 +305,7 @@ def coco_queries(
     episodes: Sequence[Episode],
     *,
     style: str = VISUAL_PROMPT,
-    beside: bool = False,
+    also_text: bool = False,
     side: int = IMAGE_SIZE,
 ) -> list[Read]:
     """COCO-20i as CLIPSeg measures it: images and masks of query and support squeezed to S x S.
@@ -315,11 +314,11 @@ def coco_queries(
         dataset: ``cocoobject81``.
         episodes: of one fold; the first support image is used.
         style: of the visual prompt.
-        beside: ask by text as well, the name of the class, beside the total.
+        also_text: ask by the class's name as well, for comparison only.
         side: of the network's input.
     """
     samples = {sample.name: sample for sample in dataset.samples}
-    return [partial(_coco_query, dataset, samples, episode, style, beside, side) for episode in episodes]
+    return [partial(_coco_query, dataset, samples, episode, style, also_text, side) for episode in episodes]
 
 
 def _pascal_query(
@@ -327,7 +326,7 @@ def _pascal_query(
     samples: Mapping[str, Sample],
     episode: Episode,
     style: str | None,
-    beside: bool,
+    also_text: bool,
     side: int,
 ) -> Query:
     image, truth = dataset.image_and_truth(samples[episode.query])
@@ -342,13 +341,13 @@ def _pascal_query(
         episode.class_id,
         VOC_NAMES[episode.class_id - 1],
         example,
-        text if example is None or beside else None,
+        text if example is None or also_text else None,
         known=truth != dataset.ignore_index,
     )
 
 
 def _coco_query(
-    dataset: Dataset, samples: Mapping[str, Sample], episode: Episode, style: str, beside: bool, side: int
+    dataset: Dataset, samples: Mapping[str, Sample], episode: Episode, style: str, also_text: bool, side: int
 ) -> Query:
     image, truth = dataset.image_and_truth(samples[episode.query])
     shown, labels = dataset.image_and_truth(samples[episode.support[0]])
@@ -362,7 +361,7 @@ def _coco_query(
         example_prompt(
             pixels(shown, square, antialias=True), squeezed_labels(labels) == episode.class_id, style
         ),
-        name if beside else None,
+        name if also_text else None,
     )
 
 
@@ -376,7 +375,7 @@ def _episode_query(
     *,
     known: npt.NDArray[np.bool_] | None = None,
 ) -> Query:
-    """One class asked for with an example, a text, or both; then the text is beside."""
+    """One class asked for with an example, a text, or both; then the text does not count."""
     prompts: dict[str, str | Tensor] = {}
     if example is not None:
         prompts["image"] = example
@@ -390,7 +389,7 @@ def _episode_query(
         class_ids=[class_id] * count,
         known=known,
         groups=[{PROMPT: kind} | ({CLASS: name} if i == 0 else {}) for i, kind in enumerate(prompts)],
-        beside=count - 1,
+        uncounted=count - 1,
     )
 
 

@@ -1,7 +1,7 @@
 """Ways to show CLIP which object of an image is meant (CLIPSeg, arXiv 2112.10003, Table 2).
 
-Of an image with several things CLIP is asked which of their names fits. A strategy is the better, the more
-the probability of the one that is meant grows against the unmodified image.
+CLIP is asked which of the names of an image's objects fits. A strategy is better the more it raises the
+probability of the object that is meant, compared with the unmodified image.
 
 As in the paper's notebook: image and mask are squeezed to S x S, the strategy works there on
 ImageNet-normalised pixels, the result is resized to CLIP's own input, the prompt is "a photo of a NAME", and
@@ -123,7 +123,7 @@ def object_probabilities(
         clip: with both towers; masking attention needs a ViT.
         objects: of ``draw_objects``.
         strategies: names in ``STRATEGIES``.
-        progress: is told how many objects are done.
+        progress: called with the number of objects done.
 
     Returns:
         One figure in [0, 1] for each object, by ``UNMODIFIED`` and by strategy; empty lists without objects.

@@ -1,6 +1,6 @@
 """Figures that papers and repositories published, as data with their sources.
 
-One YAML file a table, beside this module. Figures are in percent as printed; null is a figure that was not
+One YAML file per table, in this package. Figures are in percent as printed; null is a figure that was not
 found or that the table does not have. Figures of different protocols must not be compared, so every look-up
 names one:
 

@@ -338,10 +338,10 @@ def on_black(image: np.ndarray, interpolation: int, fill: float) -> np.ndarray:
     return square
 
 
-def test_a_text_beside_an_image_prompt_is_in_no_total(model: ClipSeg, voc: Any) -> None:
+def test_a_text_next_to_an_image_prompt_is_in_no_total(model: ClipSeg, voc: Any) -> None:
     for queries, class_names in ((pascal_queries, ["bird", "chair"]), (coco_queries, ["bird", "chair"])):
-        found = answers(model, queries(voc, EPISODES, beside=True))
-        assert [answer.beside for answer in found] == [False, True] * 3
+        found = answers(model, queries(voc, EPISODES, also_text=True))
+        assert [answer.uncounted for answer in found] == [False, True] * 3
         alone = answers(model, queries(voc, EPISODES))
         for one, other in zip(found[::2], alone, strict=True):
             assert one.groups == other.groups
