@@ -33,6 +33,7 @@ from models.errors import FailedWork, WrongUse
 from pipeline.cluster.session import joins_cluster, ray_session, worker_precision
 from pipeline.cluster.signals import interrupt, signals_held
 from pipeline.corpus.manifest import build_manifest
+from pipeline.files.records import read_record
 from pipeline.files.storage import Storage, open_storage
 from pipeline.files.versions import versions
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe
@@ -40,6 +41,7 @@ from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
 from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, discard_leftovers, done_ids
 from pipeline.table.labels import DATASET_FILE, iter_rows
 from pipeline.table.lease import Lease
+from pipeline.table.record import SCHEMA_VERSION
 from pipeline.tracking.names import record_params
 from pipeline.tracking.progress import ProgressLog
 from pipeline.tracking.tracker import OFF, TrackedDataset, Tracker, open_tracker
@@ -49,7 +51,6 @@ if TYPE_CHECKING:
     from pipeline.cluster.resources import Compute
     from pipeline.labelling.labeller import PreparedLabeller
 
-SCHEMA_VERSION = 1
 OWN_ENTRIES = (DATASET_FILE, LABELS_DIR, CHECKPOINT_DIR, "manifest")
 """What ``overwrite`` may delete: what a run makes in its output, in older versions two folders more."""
 PACKAGES = (
@@ -229,7 +230,7 @@ def recorded_table(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
     Raises:
         MaskMillError: ``output_differs`` or ``output_not_ours`` if it cannot be added to.
     """
-    recorded: dict[str, Any] | None = storage.read_json(DATASET_FILE, None)
+    recorded = read_record(storage, DATASET_FILE, SCHEMA_VERSION)
     if recorded is not None and job.overwrite:
         return None
     if recorded is None:

@@ -5,18 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from models.errors import WrongUse
+from pipeline.files.records import read_record
 from pipeline.files.storage import open_storage
 from pipeline.table.labels import DATASET_FILE
+
+SCHEMA_VERSION = 1
 
 
 def read_table_record(table: str) -> dict[str, Any]:
     """What ``dataset.json`` says about a label table.
 
     Raises:
-        MaskMillError: ``table_missing`` if there is none.
+        MaskMillError: ``table_missing`` if there is none; ``newer_version``; ``json_invalid``.
     """
     storage = open_storage(table)
-    record: dict[str, Any] | None = storage.read_json(DATASET_FILE, None)
+    record = read_record(storage, DATASET_FILE, SCHEMA_VERSION)
     if record is None:
         raise WrongUse(
             "table_missing",

@@ -398,7 +398,7 @@ def test_order(grouped: bool) -> None:
         ({"q_neg": 1.2}, "q_neg"),
         ({"q_neg": float("nan")}, "q_neg"),
         ({"crop_share": -0.1}, "crop_share"),
-        ({"resize": "best"}, "corners, antialias"),
+        ({"resize": "best"}, "antialias"),
         ({"negative_rule": "none"}, "absent"),
         ({"prefix": "long"}, "shuffle"),
         ({"text_weight": (0.6, 0.5)}, "text_weight"),

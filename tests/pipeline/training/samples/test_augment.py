@@ -254,4 +254,4 @@ def test_pad() -> None:
 def test_settings_are_checked(wrong: dict[str, Any]) -> None:
     with pytest.raises(MaskMillError) as caught:
         AugmentSettings(**wrong)
-    assert caught.value.code == "wrong_use" and next(iter(wrong)) in str(caught.value)
+    assert caught.value.code == "setting_invalid" and next(iter(wrong)) in str(caught.value)

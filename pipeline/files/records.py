@@ -1,0 +1,39 @@
+"""Records: JSON files that say what the files beside them are, with a schema version."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from models.errors import Damaged, WrongUse
+from pipeline.files.storage import Storage
+
+
+def read_record(storage: Storage, name: str, newest: int) -> dict[str, Any] | None:
+    """A record of this MaskMill or of an older one; None if there is no such file.
+
+    Args:
+        storage: the folder.
+        name: of the file.
+        newest: the schema version that this MaskMill writes. A record without a version has the first.
+
+    Raises:
+        MaskMillError: ``newer_version``; ``json_invalid`` if it is no JSON object.
+    """
+    record = storage.read_json(name, None)
+    if record is None:
+        return None
+    if not isinstance(record, dict):
+        raise Damaged(
+            "json_invalid",
+            f"{storage.uri_of(name)} holds a {type(record).__name__}, not a record.",
+            "Restore the file, or make again what it describes.",
+        )
+    version = record.get("schema_version", 1)
+    if isinstance(version, int) and version > newest:
+        raise WrongUse(
+            "newer_version",
+            f"{storage.uri_of(name)} was written by a newer MaskMill (schema {version}; this one reads "
+            f"{newest}).",
+            "Update MaskMill.",
+        )
+    return record
