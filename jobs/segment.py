@@ -321,7 +321,7 @@ def _segment(
     name: str,
 ) -> dict[str, Any]:
     """Ask all prompts of an image, write its files, and say what was found."""
-    from pipeline.labelling.clipseg.prompting import shown_pixels
+    from pipeline.labelling.clipseg.prompting import levels, shown_pixels
     from pipeline.report.pictures import Found, heat_map, overlay_mask, overview
 
     entry: dict[str, Any] = {"uri": uri}
@@ -337,7 +337,7 @@ def _segment(
     maps = finder.find(image, conditionals, (height, width))
     for number, (prompt, p) in enumerate(zip(prompts, maps, strict=True), start=1):
         mask = p >= prompt.threshold
-        level = np.rint(p * 255).astype(np.uint8)
+        level = levels(p)
         files = {
             kind: f"{name}/{number:02d}-{_slug(prompt.title)}-{kind}.png"
             for kind in ("mask", "heat", "overlay")

@@ -77,7 +77,7 @@ def serve(job: Serve, console: Console | None = None) -> int:
         console: where to say where the page is.
 
     Raises:
-        MaskMillError: as ``entry``; ``wrong_use``; ``address_unusable`` and ``address_unusable``.
+        MaskMillError: as ``entry``; ``wrong_use``; ``address_unusable``.
     """
     if job.per_minute < 0 or job.upload_mb < 1:
         raise WrongUse(
@@ -124,17 +124,15 @@ def serve(job: Serve, console: Console | None = None) -> int:
 def entry(spec: str, *, clip: str | None = None) -> Entry:
     """A model of the registry from ``SPEC`` or ``NAME=SPEC``.
 
-    Nothing is loaded, but mistakes that can be seen without loading are found here.
+    Loads nothing, but finds what is wrong without loading.
 
     Args:
         spec: see ``Serve.models``.
         clip: see ``Serve.clip``.
 
     Raises:
-        MaskMillError: ``model_unknown``, ``weights_missing``; as
-        ``pipeline.labelling.recipes.load_recipe``,
-            ``pipeline.trained.student.read_student_record`` and
-            ``pipeline.trained.clipseg.read_clipseg_record``.
+        MaskMillError: ``model_unknown``, ``weights_missing``; as ``load_recipe``, ``read_student_record`` and
+            ``read_clipseg_record``.
     """
     name, separator, source = spec.partition("=")
     if not separator:
@@ -250,7 +248,7 @@ def listen(host: str, port: int | None) -> socket.socket:
         except PermissionError as error:
             raise WrongUse(
                 "address_unusable",
-                f"Port {attempt} needs rights that this user has not.",
+                f"Port {attempt} needs rights that this user does not have.",
                 "Choose a port above 1023.",
             ) from error
         except OSError as error:
@@ -274,10 +272,10 @@ def _bind(host: str, port: int) -> socket.socket:
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
     try:
-        # Without it a port rests for a minute after each run.
+        # Without it a port cannot be used again for a minute after each run.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        # Here rather than later: two sockets can be bound to a port with that option, one can listen.
+        # Now, not later: with that option two sockets can bind to one port, but only one can listen.
         listener.listen(128)
     except BaseException:
         listener.close()
@@ -296,7 +294,7 @@ def _announce(console: Console, registry: ModelRegistry, job: Serve, port: int, 
     shown = job.host if loopback else (socket.gethostname() if _everywhere(job.host) else job.host)
     if _everywhere(job.host) or not loopback:
         say(
-            "Warning: this server is open to the network and asks nobody who they are. Whoever reaches it "
+            "Warning: this server is open to the network and asks nobody for a password. Whoever reaches it "
             "can use its models.",
             style="yellow",
         )

@@ -1,7 +1,7 @@
 """From a URI to pixels: fetching, decoding, and the resizing of the recipes.
 
-Bad input is the normal case here. Everything that can be wrong with one image is an :class:`ImageError` with
-a code from :data:`ERROR_CODES`, and goes into that image's row of the label table; nothing else escapes.
+Bad input is the normal case here. Anything wrong with an image is an :class:`ImageError` with a code from
+:data:`ERROR_CODES`, which goes into the image's row of the label table; no other exception escapes.
 
 Shapes: H, W pixels. Images are uint8 RGB (H, W, 3), C-contiguous, upright.
 """
@@ -84,7 +84,7 @@ _header_lock = threading.Lock()
 
 
 class ImageError(Exception):
-    """One image cannot be had.
+    """An image that cannot be used.
 
     Args:
         code: a key of :data:`ERROR_CODES`.

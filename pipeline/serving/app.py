@@ -1,11 +1,11 @@
 """The server: a page, and the small API that it uses.
 
-FastAPI, and not Gradio: Gradio is a large dependency that loads fonts and scripts from elsewhere and calls
-home unless told not to, and its page cannot change a threshold or an opacity without a new request. Here the
-maps come once and the browser does the rest; the page is five files of this folder, and nothing is loaded
-from any other place. FastAPI's own pages of documentation load from a CDN; there is ``/openapi.json`` only.
+FastAPI rather than Gradio: Gradio is a large dependency that loads fonts and scripts from other servers and
+phones home by default, and its page needs a new request for every change of threshold or opacity. Here the
+maps are sent once and the browser does the rest; the page is five files of this folder. FastAPI's own
+documentation pages load from a CDN, so there is ``/openapi.json`` only.
 
-Nothing is written to disk; uploads stay in memory as long as their request.
+Nothing is written to disk; uploads stay in memory for the duration of their request.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ _HEADERS = {
 
 
 class _InMemoryParser(MultiPartParser):
-    """Starlette's parser, which writes files above 1 MB to disk, told not to."""
+    """Starlette's parser, which would write files above 1 MB to disk."""
 
-    spool_max_size = 0  # no bound of its own: the body as a whole has one
+    spool_max_size = 0  # unlimited: the body as a whole is bounded
 
 
 class TrustedHosts:
@@ -173,7 +173,7 @@ class _Server:
         self.loopback = loopback
         self.rate = RateLimiter(limits.per_minute, limits.burst)
         self.gate = Gate(limits.waiting + 1)
-        # One: models are not asked two things at a time, and two would only share the cores.
+        # One thread: calls of a model must not overlap, and two would only share the cores.
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="segment")
 
     async def form(self, request: Request) -> FormData:
@@ -220,9 +220,9 @@ class _Server:
         return waiting.result()
 
     async def model(self, name: str) -> ServedModel:
-        """A loaded model; it is loaded if need be."""
+        """A model, loaded if it is not yet."""
         future = self.registry.load(name)
-        # Wrapped anew for every request, and never cancelled: others may be waiting for it as well.
+        # Wrapped for each request and never cancelled: other requests may wait for it too.
         await asyncio.wait({asyncio.wrap_future(future)}, timeout=self.limits.load_seconds)
         if not future.done():
             raise Refused(
@@ -241,7 +241,7 @@ class _Server:
         """What a client is told about a model that could not be loaded."""
         if isinstance(error, MaskMillError) and self.loopback:
             return Refused(500, error.code, error.message, error.remedy)
-        # Paths and settings of this machine are no business of the network.
+        # The network must not learn paths and settings of this machine.
         return Refused(
             500,
             "model_failed",
@@ -425,7 +425,7 @@ def create_app(
         server.rate.take(request.client.host if request.client else None)
         with server.gate.enter():
             parts = await _read_parts(await server.form(request))
-            # Not behind the model: it only decodes.
+            # Not in the model's thread: it only decodes.
             data = await asyncio.to_thread(lambda: _png(server.decode(parts, "image")))
         return Response(data, media_type="image/png")
 
@@ -508,7 +508,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _document(app: FastAPI) -> None:
-    """Put the one schema that no route declares into OpenAPI."""
+    """Add the one schema that no route declares to OpenAPI."""
     plain = app.openapi
 
     def complete() -> dict[str, Any]:
@@ -566,7 +566,7 @@ def _encoded(answer: Answer) -> tuple[list[str], list[LegendReply]]:
 
 def _png(array: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
-    # Fast rather than small: it goes over the loopback interface, and is smooth anyway.
+    # Fast rather than small: it usually goes over the loopback interface.
     Image.fromarray(array).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
@@ -599,7 +599,7 @@ def _error_response(error: MaskMillError, status: int) -> JSONResponse:
     if isinstance(error, Refused) and error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if status in (408, 413):
-        headers["Connection"] = "close"  # or the rest of the upload would still be read
+        headers["Connection"] = "close"  # else the rest of the upload would still be read
     return JSONResponse(
         {"code": error.code, "message": error.message, "remedy": error.remedy}, status, headers=headers
     )

@@ -1,7 +1,7 @@
-"""What a client may ask for: sizes, rates, how many at once, and from which pages.
+"""What a client may ask for: sizes, rates, requests at a time, and from which pages.
 
-The page listens on the loopback interface by default, and still has enemies there: any web site that the user
-has open can send requests to it. A site cannot read the answers (no CORS headers are sent), unless it makes
+The page listens on the loopback interface by default, yet any web site that the user has open can send
+requests there. A site cannot read the answers (no CORS headers are sent), unless it makes
 its own name resolve to this machine (DNS rebinding), which the ``Host`` header gives away
 (``pipeline.serving.app.TrustedHosts``); and what it can send blindly is refused by ``Origin``.
 """
@@ -28,17 +28,17 @@ class Limits:
     """Bounds of one request and of all together.
 
     Attributes:
-        upload_bytes: of a request's body, all images of it together.
-        upload_seconds: that a body may take to arrive.
-        image_pixels: of an image, checked before it is decoded.
-        result_pixels: of a mask; larger images are labelled at this size.
-        prompts: of a request, text and image together.
+        upload_bytes: size of a request's body, with all its images.
+        upload_seconds: time for a body to arrive.
+        image_pixels: pixels of an image, checked before it is decoded.
+        result_pixels: pixels of a mask; larger images are labelled at this size.
+        prompts: prompts of a request, texts and images together.
         examples: image prompts of a request.
-        context_words: of a request.
-        prompt_length: characters.
+        context_words: context words of a request.
+        prompt_length: characters of a prompt.
         waiting: requests that may wait for the model while one is served.
-        load_seconds: that a request waits for a model to load before it is told to come again.
-        per_minute: uploads of one client in the long run; 0 is no limit.
+        load_seconds: how long a request waits for a model to load before it is told to try again.
+        per_minute: uploads of one client per minute in the long run; 0 is no limit.
         burst: uploads that a client may send at once.
     """
 
@@ -80,7 +80,7 @@ class RateLimiter:
         per_minute: tokens that come back in a minute; 0 is no limit.
         burst: tokens that a bucket holds.
         clock: seconds.
-        clients: buckets that are remembered; of more clients the longest unheard one is forgotten.
+        clients: buckets to remember; beyond that the least recently used one is dropped.
     """
 
     def __init__(
@@ -139,9 +139,9 @@ def _client(address: str | None) -> str:
 
 
 class Gate:
-    """Bounds how many requests are held in memory at a time, the one being served included.
+    """Bounds how many requests are in memory at a time, including the one being served.
 
-    Used from one event loop only.
+    For use from one event loop only.
     """
 
     def __init__(self, places: int) -> None:
@@ -172,7 +172,7 @@ class Gate:
 async def bounded(
     stream: AsyncIterator[bytes], limit: int, *, declared: str | None = None
 ) -> AsyncIterator[bytes]:
-    """The chunks of a body, as long as they are within the limit together.
+    """The chunks of a body up to a total size.
 
     Args:
         stream: the body as it arrives.
@@ -180,8 +180,8 @@ async def bounded(
         declared: the ``Content-Length`` header; a greater one is refused before anything is kept.
 
     Raises:
-        Refused: 413 ``upload_too_large``. What still arrives is thrown away for a while before: a client that
-            is cut off while it sends never reads the answer.
+        Refused: 413 ``upload_too_large``, after discarding for a while what still arrives: a client that is
+            cut off while it sends never reads the answer.
     """
     announced = int(declared) if declared is not None and declared.isdecimal() else 0
     received = 0
@@ -213,7 +213,7 @@ async def _discard(stream: AsyncIterator[bytes], most: int) -> None:
 
     try:
         await asyncio.wait_for(read(), _LINGER_S)
-    except Exception:  # the client has gone, or is too slow: that ends it as well
+    except Exception:  # the client has gone, or is too slow
         return
 
 
@@ -221,9 +221,9 @@ def check_origin(method: str, *, host: str | None, origin: str | None, site: str
     """Refuse what another web site sends (cross-site request forgery).
 
     Args:
-        method: of the request; only those that ask for work are checked.
+        method: of the request; GET and HEAD are not checked.
         host: the ``Host`` header.
-        origin: the ``Origin`` header; programs that are no browser send none.
+        origin: the ``Origin`` header, which only browsers send.
         site: the ``Sec-Fetch-Site`` header.
 
     Raises:
@@ -253,7 +253,7 @@ def is_address(host: str | None) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address to listen on can be reached from this machine only."""
+    """Whether an address to listen on can only be reached from this machine."""
     if host.casefold() == "localhost":
         return True
     try:

@@ -1,6 +1,6 @@
-"""What the page can serve: one small interface over every kind of model, and a registry that loads lazily.
+"""The interface of all models that the page serves, and a registry that loads them on first use.
 
-Light on purpose: the registry knows what a model is called and can do before anything of it is loaded.
+Imports no torch: what a model is called and can do is known before it is loaded.
 
 Shapes: H W pixels of the masks.
 """
@@ -91,9 +91,9 @@ class ModelInfo:
         name: as the page lists it.
         kind: ``teacher`` (training-free MaskCLIP), ``student`` or ``clipseg``.
         title: one line for people.
-        notice: what they should know before they trust it; empty if nothing.
+        notice: what to know before trusting it; empty if nothing.
         text, image: the kinds of prompt it takes.
-        vocabulary: its own classes, which it takes when there is no prompt; empty if it needs prompts.
+        vocabulary: its own classes, used without a prompt; empty if it needs prompts.
         suggestions: words to try.
         context: words that prompts compete with, unless the request names others; empty if they do not
             compete.
@@ -113,7 +113,7 @@ class ModelInfo:
 
 
 class ServedModel(Protocol):
-    """A loaded model. It is never asked two things at a time."""
+    """A loaded model; calls never overlap."""
 
     def predict(
         self,
@@ -126,8 +126,8 @@ class ServedModel(Protocol):
 
         Args:
             image: uint8 (h, w, 3) RGB.
-            prompts: of the kinds that the model takes; none for a model with a vocabulary.
-            context: words that the prompts compete with; a model whose prompts do not compete ignores them.
+            prompts: of the kinds that the model takes; may be empty for a model with a vocabulary.
+            context: words that the prompts compete with; ignored where prompts do not compete.
             size: (H, W) of the maps to return.
 
         Raises:
@@ -145,10 +145,10 @@ class Entry:
 
 
 class ModelRegistry:
-    """Models by name, each loaded when it is first asked for, in a thread of its own.
+    """Models by name, each loaded in its own thread on first use.
 
     Args:
-        entries: at least one, of different names; the first is the default.
+        entries: at least one, with different names; the first is the default.
 
     Raises:
         MaskMillError: ``wrong_use``, ``model_missing``.
@@ -188,7 +188,7 @@ class ModelRegistry:
         return self._entries[name].info
 
     def state(self, name: str) -> tuple[State, BaseException | None]:
-        """Where a model is, and why it failed if it did."""
+        """The state of a model, and the error if loading failed."""
         with self._lock:
             future = self._loading.get(name)
         if future is None:
@@ -199,7 +199,7 @@ class ModelRegistry:
         return ("ready", None) if error is None else ("failed", error)
 
     def load(self, name: str) -> Future[ServedModel]:
-        """Start loading, unless that is under way or done. One that failed is tried again.
+        """Start loading unless that is under way or done; a failed load is tried again.
 
         Raises:
             MaskMillError: ``model_unknown``.
@@ -215,20 +215,20 @@ class ModelRegistry:
         def work() -> None:
             try:
                 fresh.set_result(entry.load())
-            except BaseException as error:  # whatever it is, those who wait have to know
+            except BaseException as error:  # whoever waits has to learn of it
                 known = isinstance(error, MaskMillError)
                 log.error("The model %s could not be loaded: %s", name, error, exc_info=not known)
                 fresh.set_exception(error)
 
-        # A daemon: a download that hangs must not keep the server from ending.
+        # A daemon, so that a hanging download does not keep the server from ending.
         threading.Thread(target=work, name=f"load {name}", daemon=True).start()
         return fresh
 
 
 def unclaimed(words: Sequence[str], prompts: Sequence[Prompt]) -> tuple[str, ...]:
-    """The context words that no prompt speaks of: "red ladybug" takes "ladybug" and "ladybugs" out.
+    """The context words that no prompt mentions: "red ladybug" removes "ladybug" and "ladybugs".
 
-    Order is kept; a word counts once.
+    Keeps the order and drops duplicates.
     """
     spoken = [f" {prompt.text.casefold()} " for prompt in prompts if isinstance(prompt, TextPrompt)]
 

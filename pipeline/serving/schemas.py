@@ -1,4 +1,4 @@
-"""What goes over the wire, as ``/openapi.json`` documents it."""
+"""Requests and replies of the API, as ``/openapi.json`` documents them."""
 
 from __future__ import annotations
 

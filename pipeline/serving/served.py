@@ -20,7 +20,7 @@ from models.clip.loading import Clip
 from models.clip.text import TextClassifier, build_text_classifier
 from models.clip.weights import find_weights
 from pipeline.files.images import ImageSettings, fit
-from pipeline.labelling.clipseg.prompting import Finder
+from pipeline.labelling.clipseg.prompting import Finder, levels
 from pipeline.labelling.maskclip import MaskClipLabeller
 from pipeline.labelling.prepare import load_text_tower, prepare_labeller, student_recipe, student_text_source
 from pipeline.labelling.recipes import LabelRecipe
@@ -160,7 +160,7 @@ class PromptModel:
             for prompt in prompts
         ]
         maps = self._finder.find(image, self._finder.embed(asked), size)
-        heat = np.stack([np.rint(p * 255).astype(np.uint8) for p in maps])
+        heat = np.stack([levels(p) for p in maps])
         names = tuple(p.text if isinstance(p, TextPrompt) else p.name for p in prompts)
         return HeatAnswer(names, heat)
 

@@ -1,4 +1,7 @@
-"""Images and masks as CLIPSeg's benchmarks resize them, which differs from benchmark to benchmark.
+"""Images and masks as CLIPSeg's benchmarks resize them, each in its own way.
+
+In floating point and without rounding between steps, unlike ``pipeline.files.images.fit``: published numbers
+are reproduced to the digit only that way.
 
 Shapes: H W pixels of an image's own size, S = 352.
 """
@@ -31,7 +34,7 @@ def pixels(
 
 
 def nearest(labels: npt.NDArray[np.generic], size: tuple[int, int]) -> npt.NDArray[np.float32]:
-    """Nearest neighbour as PyTorch takes it, which OpenCV's is as well; ids up to 2**24 are exact."""
+    """Nearest neighbour as in PyTorch and OpenCV; ids up to 2**24 are exact."""
     x = torch.from_numpy(labels.astype(np.float32))[None, None]
     return F.interpolate(x, size, mode="nearest")[0, 0].numpy()
 
@@ -47,16 +50,16 @@ def squeezed_mask(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def example_prompt(image: Tensor, mask: npt.NDArray[np.bool_], style: str) -> Tensor:
-    """An image prompt of an example (3, S, S) and the mask of its object (S, S)."""
+    """The visual prompt of an example (3, S, S) with the mask of its object (S, S)."""
     return visual_prompt(image[None], torch.from_numpy(mask)[None], style)[0]
 
 
 def on_black(image: npt.NDArray[np.uint8], side: int = IMAGE_SIZE) -> Tensor:
     """PFENet's geometry: (H, W, 3) to (3, side, side).
 
-    The image is put on black at the top left. Where the side is S, it keeps its size, or is scaled down if
-    its longer side exceeds S, the sides rounded down to multiples of 8. At any other side it covers the same
-    share of the square, hence what is predicted is brought back in the same way.
+    The image goes to the top left of a black square. With ``side`` S it keeps its size, or is scaled down if
+    its longer side exceeds S, both sides rounded down to multiples of 8. With another ``side`` it covers the
+    same share of the square, so that predictions map back in the same way.
     """
     height, width = (max(1, round(own * side / IMAGE_SIZE)) for own in _fitting(*image.shape[:2]))
     black = np.zeros((1, 1, 3), np.uint8)

@@ -1,7 +1,4 @@
-"""Which CLIPSeg, and what holds for it unless told otherwise.
-
-Light: what weights are is known before anything of them is loaded, and torch comes with ``load``.
-"""
+"""Which CLIPSeg, and its defaults. Imports no torch until ``load``."""
 
 from __future__ import annotations
 
@@ -21,9 +18,9 @@ if TYPE_CHECKING:
     from models.clipseg.decoder import ClipSeg
 
 THRESHOLD = 0.3
-"""Least probability of a mask's pixels: the paper's, for texts on PhraseCut and Pascal (Tables 3, 5, 7)."""
+"""Minimum probability of a mask's pixels: the paper's, for texts on PhraseCut and Pascal (tables 3, 5, 7)."""
 VISUAL_PROMPT = "crop_blur_highlight352"
-"""What is done to an example with a mask: background darkened and blurred, cut to the object."""
+"""What happens to an example with a mask: darken and blur the background, crop to the object."""
 _RELEASED_SIZE, _TOY_SIZE = 352, 128
 _TOY = "toyclip"
 _SCHEMES = ("hf-hub:", "local-dir:")
@@ -34,12 +31,12 @@ class ClipSegWeights:
     """Which CLIPSeg; picklable, so that every worker can load it.
 
     Attributes:
-        weights: a decoder file, the folder of a training here or in an object store, a folder in Hugging
-            Face's layout, a hub name, or ``random:SEED`` for a decoder that proves the path and nothing else.
-            ``~`` is expanded: a shell leaves it alone behind ``=``.
-        clip: NAME:PRETRAINED of the CLIP beneath a decoder alone; a folder or hub name brings its own. None
-            is the toy CLIP if the file says so, else ``CLIP``.
-        extract_layers: None takes what the weights say.
+        weights: a decoder file, the folder of a trained CLIPSeg (local or in an object store), a folder in
+            Hugging Face's layout, a hub name, or ``random:SEED`` for an untrained decoder (to test the way
+            there). ``~`` is expanded, because a shell does not expand it after ``=``.
+        clip: NAME:PRETRAINED of the CLIP beneath a decoder file; a folder or hub name brings its own. None is
+            the toy CLIP if the file says so, else ``CLIP``.
+        extract_layers: blocks that the decoder reads; None is what the weights say.
     """
 
     weights: str
@@ -130,7 +127,7 @@ class ClipSegWeights:
 
 
 def split_clip(text: str) -> tuple[str, str | None]:
-    """``NAME:PRETRAINED`` as ``load_clip`` wants it; names of the hub and of folders bring their weights."""
+    """``NAME:PRETRAINED`` as ``load_clip`` takes it; hub names and folders have no second part."""
     if text.startswith(_SCHEMES):
         return text, None
     name, _, pretrained = text.partition(":")
@@ -138,7 +135,7 @@ def split_clip(text: str) -> tuple[str, str | None]:
 
 
 def _recorded_clip(path: Path) -> str | None:
-    """Name of the CLIP that a decoder file was trained on, where it says so."""
+    """Name of the CLIP that a decoder file was trained on, if the file says so."""
     if path.suffix != ".safetensors":
         return None
     from safetensors import SafetensorError, safe_open

@@ -1,4 +1,4 @@
-"""CLIPSeg in use: from words and pictures to what it is asked with, and from an image to probabilities.
+"""CLIPSeg prompt by prompt: words and pictures to conditionals, an image to probability maps.
 
 Shapes: B images, P prompts, E joint embedding, H W pixels, S side of a visual prompt.
 """
@@ -48,7 +48,7 @@ def parse_style(text: str, size: int | None = None) -> Style:
         size: S of a style that crops, unless ``text`` sets it; None is the style's own.
 
     Raises:
-        MaskMillError: ``setting_invalid``; ``setting_invalid`` for a field or value.
+        MaskMillError: ``setting_invalid``, also for a field or value.
     """
     name, *changes = (part.strip() for part in text.split(","))
     if name in _SIMPLE_STYLES:
@@ -146,13 +146,13 @@ def embed_prompts(
     *,
     text_weight: float = 0.5,
 ) -> Tensor:
-    """Conditionals fp32 (P, E) of prompts of every kind, in their order.
+    """Conditionals fp32 (P, E) of prompts of any kind, in order.
 
     Args:
-        model: see there.
-        prompts: of each its words, its visual prompt (3, S, S), or both, which are mixed.
+        model: with its text tower if there are words.
+        prompts: each is words, a visual prompt (3, S, S), or both, which are mixed.
         templates: put around words; their mean embedding is used.
-        text_weight: share of the words where there are both.
+        text_weight: share of the words in a prompt that has both.
 
     Raises:
         MaskMillError: ``prompt_too_long``.
@@ -211,7 +211,7 @@ def network_pixels(images: Tensor, model: ClipSeg) -> Tensor:
 
 
 def check_finite(logits: Tensor) -> None:
-    """Refuse NaN and infinite logits.
+    """Raise if there are NaN or infinite logits.
 
     Raises:
         MaskMillError: ``scores_not_finite``.
@@ -245,6 +245,11 @@ def stretched(maps: Tensor, size: tuple[int, int], top: int = 0, bottom: int | N
     high = (low + 1).clamp_(max=source - 1)
     between = torch.lerp(maps[:, low], maps[:, high], part)
     return F.interpolate(between[None], (len(wanted), width), mode="bilinear", align_corners=False)[0]
+
+
+def levels(probability: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """round(255 p), as probability maps are shown and stored."""
+    return np.rint(probability * 255).astype(np.uint8)
 
 
 class Finder:

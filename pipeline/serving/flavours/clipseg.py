@@ -30,7 +30,7 @@ from pipeline.files import images
 from pipeline.files.storage import open_storage
 from pipeline.labelling.clipseg.model import THRESHOLD, ClipSegWeights
 from pipeline.labelling.clipseg.pictures import as_picture
-from pipeline.labelling.clipseg.prompting import Finder
+from pipeline.labelling.clipseg.prompting import Finder, levels
 from pipeline.serving.flavours.common import (
     ImageModel,
     LoggedModel,
@@ -119,7 +119,7 @@ class ClipSegModel(ImageModel):
         ):
             rows[index] |= {
                 "mask": encode_mask((p >= threshold).astype(np.uint8) * 255),
-                "probability": encode_confidence(np.rint(p * 255).astype(np.uint8)),
+                "probability": encode_confidence(levels(p)),
                 "max_probability": float(p.max()),
                 "height": size[0],
                 "width": size[1],
