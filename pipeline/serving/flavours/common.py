@@ -46,6 +46,7 @@ REQUIREMENTS = (
     "opencv-python-headless",
     "pandas",
     "pillow",
+    "platformdirs",
     "pyarrow",
     "pydantic",
     "pyyaml",
@@ -54,6 +55,7 @@ REQUIREMENTS = (
     "timm",
     "torch",
     "torchvision",
+    "typing_extensions",
 )
 """Distributions that the saved code imports."""
 
