@@ -123,7 +123,7 @@ def test_a_kill_of_each_process_loses_and_doubles_nothing(
     tmp_path: Path, maskmill_environment: dict[str, str]
 ) -> None:
     targets = ["task", "actor", "driver", "raylet"]
-    _label_through(targets, tmp_path, maskmill_environment, count=300, patience_s=600)
+    _label_through(targets, tmp_path, maskmill_environment, count=300, patience_s=900)
 
 
 @pytest.mark.long
