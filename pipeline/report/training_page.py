@@ -46,7 +46,8 @@ from pipeline.trained import clipseg as clipseg_folder
 from pipeline.trained import student as student_folder
 from pipeline.trained.clipseg import ClipSegRecord
 from pipeline.trained.student import StudentRecord
-from pipeline.training.clipseg.triplets import IGNORED, OBJECT, decode_phrase
+from pipeline.training.clipseg.sources.base import IGNORED, OBJECT
+from pipeline.training.clipseg.triplets import decode_phrase
 from pipeline.training.samples.table import class_ids
 
 if TYPE_CHECKING:

@@ -44,10 +44,11 @@ from pipeline.ontology.ontology import load_ontology
 from pipeline.toyworld.scenes import CLASSES, THINGS, VISIBLE_SHARE
 from pipeline.tracking.tracker import OFF
 from pipeline.trained.clipseg import load_trained
-from pipeline.training.clipseg.crops import crop_example, support_image
+from pipeline.training.clipseg.crops import support_image
 from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES
+from pipeline.training.clipseg.sources.base import OBJECT
 from pipeline.training.clipseg.sources.toy import KINDS, ToySource, kind_of, open_toy_source
-from pipeline.training.clipseg.triplets import OBJECT, TripletSettings
+from pipeline.training.clipseg.triplets import TripletSettings, crop_by_settings
 
 SECTION = "prompts"
 """What ``--row`` calls them."""
@@ -393,7 +394,7 @@ def _picture(
     source: ToySource, pair: int, style: str, triplets: TripletSettings, rng: np.random.Generator
 ) -> npt.NDArray[np.uint8]:
     """An example picture (S, S, 3), made as in training."""
-    image, mask, _ = crop_example(source.read(pair), triplets.support_size, triplets, rng)
+    image, mask, _ = crop_by_settings(source.read(pair), triplets.support_size, triplets, rng)
     return support_image(image, mask == OBJECT, style, rng).transpose(1, 2, 0)
 
 

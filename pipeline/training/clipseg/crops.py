@@ -10,30 +10,42 @@ from __future__ import annotations
 
 import dataclasses
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.files.images import resize
-from pipeline.training.clipseg.triplets import IGNORED, OBJECT, Example, TripletSettings
+from pipeline.files import images
+from pipeline.training.clipseg.sources.base import IGNORED, OBJECT, Example
 from pipeline.training.samples.augment import Box
 
 if TYPE_CHECKING:
     from pipeline.labelling.clipseg.prompting import Style
 
+Resize = Literal["corners", "antialias"]
 _RANDOM_STYLE = "blur_highlight_random"
 
 
-def crop_example(example: Example, side: int, settings: TripletSettings, rng: np.random.Generator) -> Example:
-    """Cut a square out of an example, or squeeze it to one, and flip it if the settings say so.
+def crop_example(
+    example: Example,
+    side: int,
+    rng: np.random.Generator,
+    *,
+    crop: bool,
+    tries: int,
+    share: float,
+    resize: Resize,
+    flip: float,
+) -> Example:
+    """Cut a square out of an example, or squeeze it to one, and flip it with probability ``flip``.
 
     Args:
-        example: see there.
+        example: what is cut.
         side: S.
-        settings: see there.
-        rng: decides.
+        rng: draws the place and the flip.
+        crop: whether to cut, around the object; see ``object_window`` for ``tries`` and ``share``.
+        resize: as ``TripletSettings.resize``.
 
     Returns:
         Image (S, S, 3), mask (S, S), and always a weight (S, S), which is 0 where the mask is ignored.
@@ -41,18 +53,16 @@ def crop_example(example: Example, side: int, settings: TripletSettings, rng: np
     image, mask, weight = example
     if weight is None:
         weight = np.ones(mask.shape, np.float32)
-    if settings.crop:
-        top, left, bottom, right = object_window(
-            mask == OBJECT, rng, tries=settings.crop_tries, share=settings.crop_share
-        )
+    if crop:
+        top, left, bottom, right = object_window(mask == OBJECT, rng, tries=tries, share=share)
         window = slice(top, bottom), slice(left, right)
         image, mask, weight = image[window], mask[window], weight[window]
-    if settings.resize == "corners":
+    if resize == "corners":
         image = bilinear(image, side)
     else:
-        image = resize(np.ascontiguousarray(image), (side, side), method="antialias")
+        image = images.resize(np.ascontiguousarray(image), (side, side), method="antialias")
     mask, weight = nearest(mask, side), nearest(weight, side)
-    if rng.random() < settings.flip:
+    if rng.random() < flip:
         image, mask, weight = image[:, ::-1], mask[:, ::-1], weight[:, ::-1]
     weight = np.where(mask == IGNORED, np.float32(0), weight)
     return Example(np.ascontiguousarray(image), np.ascontiguousarray(mask), np.ascontiguousarray(weight))
@@ -66,7 +76,7 @@ def object_window(
     Args:
         inside: bool (H, W), true on the object.
         rng: draws ``tries`` places.
-        tries: of them the first with enough of the object is taken, else the one with most of it.
+        tries: number of places; the first with enough of the object is taken, else the one with most of it.
         share: enough is more than this share of H * W pixels.
 
     Returns:
@@ -138,7 +148,7 @@ def support_style(text: str, side: int) -> Style:
     """A style of visual prompts whose results have S pixels a side, whether it crops or not.
 
     Raises:
-        MaskMillError: ``setting_invalid``; ``setting_invalid``.
+        MaskMillError: ``setting_invalid``.
     """
     from models.clipseg.visual_prompts import VisualPrompt
     from pipeline.labelling.clipseg.prompting import parse_style

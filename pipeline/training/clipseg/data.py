@@ -1,9 +1,12 @@
-"""From options and a recipe's settings to the source of triplets that ``maskmill train clipseg`` reads."""
+"""Which data CLIPSeg trains on: from a recipe's settings and a dataset or label table to a source of pairs.
+
+To add a data source see ``pipeline.training.clipseg.sources.base``; its line belongs into ``SOURCES``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -17,6 +20,7 @@ from pipeline.datasets.phrasecut import PhraseCutDataset
 from pipeline.datasets.toy import ToyDataset
 from pipeline.datasets.zeroshot import SPLITS
 from pipeline.ontology.ontology import BACKGROUND, Ontology, load_ontology
+from pipeline.training.clipseg.sources.base import TripletSource
 from pipeline.training.clipseg.sources.benchmarks import (
     open_class_source,
     open_instance_source,
@@ -25,7 +29,6 @@ from pipeline.training.clipseg.sources.benchmarks import (
 from pipeline.training.clipseg.sources.joined import join_sources
 from pipeline.training.clipseg.sources.table import open_table_source
 from pipeline.training.clipseg.sources.toy import KINDS, Kind, open_toy_source
-from pipeline.training.clipseg.triplets import TripletSource
 from pipeline.training.clipseg.unseen import affordance_phrases, class_phrases, voc_phrases
 
 AFFORDANCES = "affordances"
@@ -54,6 +57,34 @@ class SourceSettings(Settings):
     """Label table: least mean confidence of a class in an image to be asked for."""
 
 
+def _open_phrases(dataset: PhraseCutDataset, settings: SourceSettings) -> TripletSource:
+    return open_phrase_source(dataset, drop=unseen_phrases(settings.unseen))
+
+
+def _open_toy(dataset: ToyDataset, settings: SourceSettings) -> TripletSource:
+    seen = seen_ids(settings.unseen, dataset.class_names)
+    return open_toy_source(dataset, kinds=settings.toy_phrases, class_ids=seen)
+
+
+def _open_instances(dataset: CocoDataset, settings: SourceSettings) -> TripletSource:
+    seen = seen_ids(settings.unseen, dataset.class_names)
+    return open_instance_source(dataset, class_ids=seen, synonyms=settings.synonyms)
+
+
+def _open_classes(dataset: Dataset, settings: SourceSettings) -> TripletSource:
+    seen = seen_ids(settings.unseen, dataset.class_names)
+    return open_class_source(dataset, class_ids=seen, synonyms=settings.synonyms, min_area=settings.min_area)
+
+
+SOURCES: Mapping[type[Any], Callable[[Any, SourceSettings], TripletSource]] = {
+    PhraseCutDataset: _open_phrases,
+    ToyDataset: _open_toy,
+    CocoDataset: _open_instances,
+    Dataset: _open_classes,
+}
+"""What opens a kind of dataset, given the dataset and the settings; the first kind that fits is taken."""
+
+
 def open_source(
     settings: SourceSettings,
     *,
@@ -72,8 +103,7 @@ def open_source(
 
     Raises:
         MaskMillError: ``ontology_invalid``; ``wrong_use`` if both are given and no class is unseen; and as
-        the
-            sources.
+            the sources.
     """
     if labels is not None:
         classes = ontology or recorded_ontology(labels)
@@ -91,17 +121,9 @@ def open_source(
         )
         truth = open_source(settings, dataset=dataset)
         return join_sources(truth, _table_source(settings, labels, classes, unseen))
-    if isinstance(dataset, PhraseCutDataset):
-        return open_phrase_source(dataset, drop=unseen_phrases(settings.unseen))
-    assert dataset is not None, "either a table or a data set is given"
-    class_ids = seen_ids(settings.unseen, dataset.class_names)
-    if isinstance(dataset, ToyDataset):
-        return open_toy_source(dataset, kinds=settings.toy_phrases, class_ids=class_ids)
-    if isinstance(dataset, CocoDataset):
-        return open_instance_source(dataset, class_ids=class_ids, synonyms=settings.synonyms)
-    return open_class_source(
-        dataset, class_ids=class_ids, synonyms=settings.synonyms, min_area=settings.min_area
-    )
+    assert dataset is not None, "either a table or a dataset is given"
+    opener = next(opener for kind, opener in SOURCES.items() if isinstance(dataset, kind))
+    return opener(dataset, settings)
 
 
 def _table_source(

@@ -26,7 +26,8 @@ from models.clipseg.whitening import whiten
 from models.errors import MaskMillError, WrongUse
 from pipeline.labelling.clipseg.model import ClipSegWeights, split_clip
 from pipeline.training.clipseg.recipes import PromptModel
-from pipeline.training.clipseg.triplets import IGNORED, OBJECT, decode_phrase
+from pipeline.training.clipseg.sources.base import IGNORED, OBJECT
+from pipeline.training.clipseg.triplets import decode_phrase
 from pipeline.training.loop.protocols import Samples
 
 _KNOWN_TEXTS = 65_536

@@ -12,11 +12,9 @@ Shapes: N pairs of an image and a phrase, P phrases, S side of the query, V side
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -26,17 +24,15 @@ from typing_extensions import Self
 from models.errors import WrongUse
 from models.settings import Settings
 from pipeline.labelling.clipseg.options import PREFIXES, Prefix
+from pipeline.training.clipseg.crops import Resize, crop_example, support_image, support_style
+from pipeline.training.clipseg.sources.base import IGNORED, OBJECT, OTHER, Example, TripletSource
 from pipeline.training.loop.protocols import Sample
 from pipeline.training.samples.augment import MEAN_COLOUR
 
 PHRASE_BYTES = 256
 """Width of the column ``phrase``. CLIP reads 77 tokens, which are fewer bytes in any usual text."""
-OBJECT, OTHER, IGNORED = 1, 0, 255
-"""Values of a mask."""
-
 NegativeRule = Literal["absent", "other", "support"]
 SupportRule = Literal["other", "any"]
-Resize = Literal["corners", "antialias"]
 
 _TRIES = 100
 _Ids = npt.NDArray[np.int64]
@@ -110,153 +106,6 @@ class TripletSettings(Settings):
         return self
 
 
-class Example(NamedTuple):
-    """What a pair shows.
-
-    Attributes:
-        image: uint8 (H, W, 3) RGB.
-        mask: uint8 (H, W): ``OBJECT`` where the phrase is true, ``OTHER`` or ``IGNORED``.
-        weight: float32 (H, W), what each pixel counts in the loss; None is 1.
-    """
-
-    image: npt.NDArray[np.uint8]
-    mask: npt.NDArray[np.uint8]
-    weight: npt.NDArray[np.float32] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """Which phrase is true of which image. Every phrase has a pair; see ``Pairs.of``.
-
-    Attributes:
-        phrases: P, each with its wordings: texts that mean the same.
-        image: int64 (N,): number of the image.
-        phrase: int64 (N,): number of the phrase.
-        block: int64 (N,): pairs of the same block are read together at no extra cost.
-        unsure: int64 (n, 2): image and phrase that are no pair, and yet may be true.
-        seam: of pairs of two sources (``pipeline.training.clipseg.sources.joined``): the first image and
-        the first
-            phrase of the second one.
-    """
-
-    phrases: tuple[tuple[str, ...], ...]
-    image: _Ids
-    phrase: _Ids
-    block: _Ids
-    unsure: _Ids
-    seam: tuple[int, int] | None = None
-
-    @classmethod
-    def of(
-        cls,
-        phrases: Sequence[Sequence[str]],
-        image: npt.ArrayLike,
-        phrase: npt.ArrayLike,
-        *,
-        block: npt.ArrayLike | None = None,
-        unsure: npt.ArrayLike = (),
-    ) -> Pairs:
-        """Pairs of any phrases. Those without a pair are dropped, so that none is a negative only.
-
-        Raises:
-            MaskMillError: ``training_data_empty``.
-        """
-        images, numbers = np.asarray(image, np.int64), np.asarray(phrase, np.int64)
-        if not len(images):
-            raise WrongUse(
-                "training_data_empty",
-                "There is no pair of an image and a phrase that is true of it.",
-                "Give images that show the classes or phrases, or leave fewer of them out.",
-            )
-        used, renumbered = np.unique(numbers, return_inverse=True)
-        doubtful = np.asarray(unsure, np.int64).reshape(-1, 2)
-        doubtful = doubtful[np.isin(doubtful[:, 1], used)]
-        doubtful[:, 1] = np.searchsorted(used, doubtful[:, 1])
-        blocks = np.zeros_like(images) if block is None else np.asarray(block, np.int64)
-        texts = tuple(tuple(phrases[number]) for number in used.tolist())
-        return cls(texts, images, renumbered.astype(np.int64), blocks, doubtful)
-
-    def __len__(self) -> int:
-        return len(self.image)
-
-    def members(self, phrase: int) -> _Ids:
-        """The pairs of a phrase, ascending."""
-        order, starts = self._by_phrase
-        return order[starts[phrase] : starts[phrase + 1]]
-
-    def may_hold(self, image: int, phrase: int) -> bool:
-        """Whether a phrase is true of an image, or could be.
-
-        It is if they are a pair; and if all of its words are in a phrase that is true: where there is a "red
-        car" there is a "car". Of another source's phrases it is not known.
-        """
-        if self.seam is not None and (image >= self.seam[0]) != (phrase >= self.seam[1]):
-            return True
-        order, starts = self._by_image
-        held = order[np.searchsorted(starts, image) : np.searchsorted(starts, image, "right")].tolist()
-        if phrase in held:
-            return True
-        asked = [self._words[text] for text in self.phrases[phrase]]
-        return any(
-            words <= self._words[text] for words in asked for number in held for text in self.phrases[number]
-        )
-
-    @cached_property
-    def _by_phrase(self) -> tuple[_Ids, _Ids]:
-        """Pairs ordered by phrase, and where each phrase begins."""
-        order = np.argsort(self.phrase, kind="stable")
-        return order, np.searchsorted(self.phrase[order], np.arange(len(self.phrases) + 1))
-
-    @cached_property
-    def _by_image(self) -> tuple[_Ids, _Ids]:
-        """Phrases ordered by image, unsure ones included, and their images."""
-        image = np.concatenate([self.image, self.unsure[:, 0]])
-        phrase = np.concatenate([self.phrase, self.unsure[:, 1]])
-        order = np.argsort(image, kind="stable")
-        return phrase[order], image[order]
-
-    @cached_property
-    def _words(self) -> dict[str, frozenset[str]]:
-        return {text: frozenset(text.casefold().split()) for texts in self.phrases for text in texts}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-
-
-@dataclass(frozen=True, eq=False)
-class TripletSource(ABC):
-    """Pairs that can be read. Picklable: it is sent to every process that loads.
-
-    Attributes:
-        name: what it is called in records.
-        fingerprint: of what it reads, for records.
-        pairs: see there.
-    """
-
-    name: str
-    fingerprint: str
-    pairs: Pairs
-
-    @abstractmethod
-    def read(self, pair: int) -> Example:
-        """Image and mask of a pair.
-
-        Raises:
-            MaskMillError: they cannot be had.
-        """
-
-    def order(self, epoch: int, seed: int, *, grouped: bool = False) -> _Ids:
-        """The pairs of an epoch; see ``Samples.order``, and ``TripletSettings.grouped``."""
-        if grouped:
-            images, number = np.unique(self.pairs.image, return_inverse=True)
-            rank = np.random.default_rng((seed, 0)).permutation(len(images))
-            return np.argsort(rank[number], kind="stable")
-        return np.random.default_rng((seed, epoch)).permutation(len(self.pairs))
-
-
 @dataclass(frozen=True, eq=False)
 class TripletSamples:
     """Samples over a source; see ``pipeline.training.loop.protocols.Samples``.
@@ -272,7 +121,7 @@ class TripletSamples:
         settings: how they become samples.
 
     Raises:
-        MaskMillError: ``setting_invalid``, ``setting_invalid``; ``training_data_empty`` if no phrase
+        MaskMillError: ``setting_invalid``; ``training_data_empty`` if no phrase
             occurs twice and ``only_visual`` is set.
     """
 
@@ -281,8 +130,6 @@ class TripletSamples:
 
     def __post_init__(self) -> None:
         if self.settings.with_visual:
-            from pipeline.training.clipseg.crops import support_style
-
             support_style(self.settings.visual_prompt, self.settings.support_size)
         if not self._eligible.any():
             raise WrongUse(
@@ -318,10 +165,8 @@ class TripletSamples:
         Raises:
             MaskMillError: from reading the query or its support.
         """
-        from pipeline.training.clipseg.crops import crop_example
-
         settings, pairs = self.settings, self.source.pairs
-        image, mask, weight = crop_example(self.source.read(index), settings.size, settings, rng)
+        image, mask, weight = crop_by_settings(self.source.read(index), settings.size, settings, rng)
         assert weight is not None
         own = int(pairs.phrase[index])
         other = self._other_phrase(index, rng) if rng.random() < settings.q_neg else None
@@ -399,8 +244,6 @@ class TripletSamples:
         """An image of a phrase; None if the phrase occurs once, be it in this image or, as the phrase of a
         negative, in another: whether there is a support must not tell which samples are negatives.
         """
-        from pipeline.training.clipseg.crops import crop_example, support_image
-
         settings, block = self.settings, self.source.pairs.block
         found = self.source.pairs.members(phrase)
         if len(found) < 2:
@@ -411,7 +254,7 @@ class TripletSamples:
         if (near != index).any():
             found = near
         chosen = int(found[rng.integers(len(found))])
-        image, mask, _ = crop_example(self.source.read(chosen), settings.support_size, settings, rng)
+        image, mask, _ = crop_by_settings(self.source.read(chosen), settings.support_size, settings, rng)
         inside = mask == OBJECT if marked else np.zeros(mask.shape, np.bool_)
         return support_image(image, inside, settings.visual_prompt, rng)
 
@@ -423,6 +266,16 @@ class TripletSamples:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+
+def crop_by_settings(
+    example: Example, side: int, settings: TripletSettings, rng: np.random.Generator
+) -> Example:
+    """``crop_example`` as the settings say."""
+    return crop_example(
+        example, side, rng, crop=settings.crop, tries=settings.crop_tries, share=settings.crop_share,
+        resize=settings.resize, flip=settings.flip,
+    )  # fmt: skip
 
 
 def encode_phrase(text: str) -> npt.NDArray[np.uint8]:

@@ -47,8 +47,7 @@ _Ids = npt.NDArray[np.int32]
 
 @dataclass(frozen=True, eq=False)
 class TableSamples:
-    """Samples over a label table; see ``open_table_samples`` and
-    ``pipeline.training.loop.protocols.Samples``.
+    """``pipeline.training.loop.protocols.Samples`` over a label table; see ``open_table_samples``.
 
     Columns of a sample: ``image`` uint8 (3, S, T) RGB; ``labels`` int32 (S, T): a class id that is known,
     ``GUESS`` or ``IGNORED``; ``teacher`` int32 (S, T): the table's class where it may be guessed, else
@@ -59,21 +58,26 @@ class TableSamples:
         num_classes: C.
         hidden: bool (C,): classes whose truth must not be seen.
         left_out: rows of the table that are no samples, by reason.
+        storage: of the table.
+        parts: names of its files.
+        part: int32 (N,), ascending: the file that each sample is in.
+        row: int32 (N,): its row there.
+        teacher: int32: ids of the table → ids of the training, ``IGNORED`` where they may not be guessed.
     """
 
     augment: AugmentSettings
     num_classes: int
     hidden: npt.NDArray[np.bool_]
     left_out: dict[str, int]
-    _storage: Storage
-    _parts: tuple[str, ...]
+    storage: Storage
+    parts: tuple[str, ...]
     _part_bytes: npt.NDArray[np.int64]
-    _part: npt.NDArray[np.int32]  # (N,), ascending
-    _row: npt.NDArray[np.int32]  # (N,), within the part
+    part: npt.NDArray[np.int32]
+    row: npt.NDArray[np.int32]
     _ranges: npt.NDArray[np.int64] | None  # (N, 2): offset and length within the URI, -1 for all of it
     _repeats: npt.NDArray[np.float32] | None  # (N,)
     _pixels: npt.NDArray[np.int64]  # (C,): the teacher's
-    _teacher: _Ids  # by id of the table
+    teacher: _Ids
     _true: _Ids | None  # by id of the truth
     _dataset: base.Dataset | None
     _samples: tuple[base.Sample, ...]  # N where there is truth
@@ -83,7 +87,7 @@ class TableSamples:
     @property
     def num_images(self) -> int:
         """N, the number of different samples."""
-        return len(self._part)
+        return len(self.part)
 
     def class_frequencies(self) -> npt.NDArray[np.float64]:
         """Share of each class in the labels that the teacher gave: (C,), its sum 1, or 0 without any."""
@@ -100,11 +104,11 @@ class TableSamples:
             counts = np.ones(self.num_images, np.int64)
         else:
             counts = np.floor(self._repeats + rng.random(self.num_images)).astype(np.int64)
-        starts = np.searchsorted(self._part, np.arange(len(self._parts) + 1))
+        starts = np.searchsorted(self.part, np.arange(len(self.parts) + 1))
         order: list[npt.NDArray[np.int64]] = []
         window: list[npt.NDArray[np.int64]] = []
         size = 0
-        for part in rng.permutation(len(self._parts)).tolist():
+        for part in rng.permutation(len(self.parts)).tolist():
             rows = np.arange(starts[part], starts[part + 1])
             if window and size + self._part_bytes[part] > self._window_bytes:
                 order.append(rng.permutation(np.concatenate(window)))
@@ -119,16 +123,15 @@ class TableSamples:
         """Read and augment one sample; see ``Samples.load``.
 
         Raises:
-            MaskMillError: a code of ``pipeline.files.images.ERROR_CODES``; ``image_invalid`` if the image
-            is not
-                the one that was labelled; ``table_damaged``, ``table_damaged``; ``mask_invalid``; what
-                reading the truth raises.
+            MaskMillError: a code of ``pipeline.files.images.ERROR_CODES``; ``image_invalid`` if the image is
+                not the one that was labelled; ``table_damaged``; ``mask_invalid``; what reading the truth
+                raises.
         """
-        row = self._read(index)
-        image = self._image(index, row)
+        row = self.read_row(index)
+        image = self.read_image(index, row)
         size = image.shape[:2]
         mask, confidence = decode_mask(row["mask"]), decode_confidence(row["confidence"])
-        maps: dict[str, npt.NDArray[Any]] = {"teacher": self._teacher[mask], "confidence": confidence}
+        maps: dict[str, npt.NDArray[Any]] = {"teacher": self.teacher[mask], "confidence": confidence}
         if self._dataset is None or self._true is None:
             maps["labels"] = np.full(size, GUESS, np.int32)
         else:
@@ -173,7 +176,8 @@ class TableSamples:
         if self.hidden[known].any():
             raise RuntimeError(f"truth of hidden classes in a sample: {np.unique(known[self.hidden[known]])}")
 
-    def _image(self, index: int, row: dict[str, Any]) -> npt.NDArray[np.uint8]:
+    def read_image(self, index: int, row: dict[str, Any]) -> npt.NDArray[np.uint8]:
+        """The image of a row, uint8 (H, W, 3) RGB; raises ``image_invalid`` and those of ``images.fetch``."""
         start, length = (0, -1) if self._ranges is None else self._ranges[index].tolist()
         try:
             data = images.fetch(row["uri"], start=max(start, 0), length=None if length < 0 else length)
@@ -189,14 +193,15 @@ class TableSamples:
                 error.code, f"{row['uri']}: {error.message}", "Put the image back where it was labelled."
             ) from error
 
-    def _read(self, index: int) -> dict[str, Any]:
-        table = self._cache(self._parts[self._part[index]])
-        row = int(self._row[index])
+    def read_row(self, index: int) -> dict[str, Any]:
+        """The columns id, uri, sha256, mask and confidence of a sample's row; raises ``table_damaged``."""
+        table = self._cache(self.parts[self.part[index]])
+        row = int(self.row[index])
         return {name: table[name][row].as_py() for name in table.column_names}
 
     @cached_property
     def _cache(self) -> _PartCache:
-        return _PartCache(self._storage, 2 * self._window_bytes)
+        return _PartCache(self.storage, 2 * self._window_bytes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_cache"}
@@ -315,7 +320,7 @@ def open_table_samples(
     work = None if truth is None else evaluation.plan(storage, truth.samples)
     rows = _Rows(count)
     with ThreadPoolExecutor(_READERS) as pool:
-        for number, found in enumerate(pool.map(lambda part: _read_index(storage, part), parts)):
+        for number, found in enumerate(pool.map(lambda part: read_index(storage, part), parts)):
             rows.add(number, found, pixels_of, min_quality, None if work is None else work.samples)
     if not rows.kept:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in rows.left_out.items())
@@ -356,15 +361,15 @@ def open_table_samples(
         num_classes=count,
         hidden=hidden,
         left_out=rows.left_out,
-        _storage=storage,
-        _parts=tuple(parts),
+        storage=storage,
+        parts=tuple(parts),
         _part_bytes=np.array(rows.part_bytes, np.int64),
-        _part=np.concatenate(rows.part).astype(np.int32),
-        _row=np.concatenate(rows.row).astype(np.int32),
+        part=np.concatenate(rows.part).astype(np.int32),
+        row=np.concatenate(rows.row).astype(np.int32),
         _ranges=_byte_ranges(root, ids),
         _repeats=repeats,
         _pixels=rows.pixels,
-        _teacher=teacher,
+        teacher=teacher,
         _true=true,
         _dataset=None if truth is None else truth.reader(),
         _samples=samples,
@@ -531,7 +536,7 @@ class _Rows:
         return np.concatenate(self._image), np.concatenate(self._class)
 
 
-def _read_index(storage: Storage, part: str) -> tuple[pa.Table, int]:
+def read_index(storage: Storage, part: str) -> tuple[pa.Table, int]:
     """What the index needs of a part, and the bytes of its masks and confidences as stored."""
     with _opened(storage, part) as file:
         lacking = {"id", "uri", "sha256", "status", "mask", "confidence", "segments", "quality"} - set(

@@ -32,9 +32,10 @@ from pipeline.datasets.toy import open_toyworld
 from pipeline.report.training_page import clipseg_sheet, find_answers
 from pipeline.trained.clipseg import DECODER_FILE, RECORD_FILE, load_trained, read_clipseg_record
 from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES
+from pipeline.training.clipseg.sources.base import IGNORED, Example, TripletSource
 from pipeline.training.clipseg.sources.toy import open_toy_source
 from pipeline.training.clipseg.task import build_model
-from pipeline.training.clipseg.triplets import IGNORED, Example, TripletSamples, TripletSource
+from pipeline.training.clipseg.triplets import TripletSamples
 
 STEPS = 12
 QUICK = (

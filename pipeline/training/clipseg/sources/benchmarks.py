@@ -5,7 +5,6 @@ Shapes: N pairs, P phrases, C classes, H W pixels.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +21,15 @@ from pipeline.datasets.cocojson import CocoDataset, CocoSample, draw_instances
 from pipeline.datasets.oneshot import BENCHMARKS
 from pipeline.datasets.phrasecut import PhraseCutDataset, PhraseSample
 from pipeline.ontology.ontology import BACKGROUND
-from pipeline.training.clipseg.triplets import IGNORED, OBJECT, OTHER, Example, Pairs, TripletSource
+from pipeline.training.clipseg.sources.base import (
+    IGNORED,
+    OBJECT,
+    OTHER,
+    Example,
+    Pairs,
+    TripletSource,
+    fingerprint,
+)
 
 _READERS = 8
 
@@ -283,8 +290,3 @@ def wordings(dataset: Dataset, class_ids: Iterable[int], *, synonyms: bool) -> l
         tuple(prompts[number]) if synonyms else (dataset.class_names[number],)
         for number in (int(class_id) for class_id in class_ids)
     ]
-
-
-def fingerprint(*parts: Any) -> str:
-    """SHA-256 (hex) of JSON-able parts."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.training.clipseg.sources.benchmarks import fingerprint
-from pipeline.training.clipseg.triplets import Example, Pairs, TripletSource
+from pipeline.training.clipseg.sources.base import Example, Pairs, TripletSource, fingerprint
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,10 +16,18 @@ from models.errors import WrongUse
 from pipeline.files.storage import open_storage
 from pipeline.ontology.ontology import Ontology
 from pipeline.table.labels import DATASET_FILE, decode_confidence, decode_mask
-from pipeline.training.clipseg.sources.benchmarks import asked_classes, fingerprint
-from pipeline.training.clipseg.triplets import IGNORED, OBJECT, OTHER, Example, Pairs, TripletSource
+from pipeline.training.clipseg.sources.base import (
+    IGNORED,
+    OBJECT,
+    OTHER,
+    Example,
+    Pairs,
+    TripletSource,
+    fingerprint,
+)
+from pipeline.training.clipseg.sources.benchmarks import asked_classes
 from pipeline.training.samples.augment import AugmentSettings
-from pipeline.training.samples.table import TableSamples, _read_index, open_table_samples
+from pipeline.training.samples.table import TableSamples, open_table_samples, read_index
 
 _MIXED_IMAGES = 64
 """How far apart in the order of a table pairs of one image may come."""
@@ -41,8 +49,8 @@ class TableSource(TripletSource):
             MaskMillError: as ``TableSamples.load``.
         """
         index = int(self.pairs.image[pair])
-        row = self._table._read(index)
-        image = self._table._image(index, row)
+        row = self._table.read_row(index)
+        image = self._table.read_image(index, row)
         labels, confidence = decode_mask(row["mask"]), decode_confidence(row["confidence"])
         if not image.shape[:2] == labels.shape == confidence.shape:
             raise WrongUse(
@@ -51,7 +59,7 @@ class TableSource(TripletSource):
                 f"their confidence {confidence.shape}.",
                 "Label the images anew.",
             )
-        ids = self._table._teacher[labels]
+        ids = self._table.teacher[labels]
         mask = np.where(ids == self._class_ids[pair], OBJECT, np.where(ids < 0, IGNORED, OTHER))
         return Example(image, mask.astype(np.uint8), confidence.astype(np.float32) / np.float32(255))
 
@@ -117,7 +125,7 @@ def open_table_source(
             names,
             image[good],
             phrase[good],
-            block=samples._part[image[good]],
+            block=samples.part[image[good]],
             unsure=np.stack([image[unsure], phrase[unsure]], 1),
         ),
         _table=samples,
@@ -131,17 +139,17 @@ def _segments(
     """Every class in every image: image, class of the ontology, share of the labelled pixels, confidence."""
     count = samples.num_classes
     keys, areas, sums = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0)]
-    for number, part in enumerate(samples._parts):
-        images = np.flatnonzero(samples._part == number)
-        found = _read_index(samples._storage, part)[0]["segments"].combine_chunks()
-        found = found.take(pa.array(samples._row[images]))
+    for number, part in enumerate(samples.parts):
+        images = np.flatnonzero(samples.part == number)
+        found = read_index(samples.storage, part)[0]["segments"].combine_chunks()
+        found = found.take(pa.array(samples.row[images]))
         owner = np.repeat(images, found.value_lengths().fill_null(0).to_numpy())
         flat = found.flatten()
         class_id, area, mean = (
             flat.field(name).to_numpy(zero_copy_only=False)
             for name in ("class_id", "area", "mean_confidence")
         )
-        ids = samples._teacher[class_id.astype(np.int64)]
+        ids = samples.teacher[class_id.astype(np.int64)]
         known = ids >= 0
         keys.append(owner[known] * count + ids[known])
         areas.append(area[known].astype(np.float64))

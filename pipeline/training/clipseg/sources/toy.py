@@ -20,8 +20,7 @@ from pipeline.toyworld import scenes as toyworld
 from pipeline.toyworld.captions import CLASSES, COLOURS, THINGS
 from pipeline.toyworld.phrases import PATTERN_WORDS
 from pipeline.toyworld.scenes import VISIBLE_SHARE
-from pipeline.training.clipseg.sources.benchmarks import fingerprint
-from pipeline.training.clipseg.triplets import OBJECT, OTHER, Example, Pairs, TripletSource
+from pipeline.training.clipseg.sources.base import OBJECT, OTHER, Example, Pairs, TripletSource, fingerprint
 
 Kind = Literal["names", "coloured", "colours", "patterns", "counts"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -20,8 +20,8 @@ from pipeline.datasets.toy import open_toyworld
 from pipeline.metrics.foreground import STANDARD, THRESHOLDS, average_precision, foreground_iou
 from pipeline.toyworld.scenes import CLASSES
 from pipeline.trained.clipseg import read_clipseg_record
+from pipeline.training.clipseg.sources.base import OBJECT
 from pipeline.training.clipseg.sources.toy import KINDS, ToySource, kind_of, open_toy_source
-from pipeline.training.clipseg.triplets import OBJECT
 
 
 class Knowing:

@@ -16,8 +16,8 @@ from pipeline.ontology.ontology import load_ontology
 from pipeline.toyworld.scenes import CLASSES
 from pipeline.training.clipseg.data import SourceSettings, open_source, seen_ids, unseen_names, unseen_phrases
 from pipeline.training.clipseg.recipes import ABLATIONS, CLIPSEG_RECIPES
+from pipeline.training.clipseg.sources.base import OBJECT
 from pipeline.training.clipseg.sources.benchmarks import training_classes
-from pipeline.training.clipseg.triplets import OBJECT
 from pipeline.training.loop.optimisation import learning_rate
 from tests.pipeline.training.samples.test_table import SEED, SIZE, make, teacher_of
 

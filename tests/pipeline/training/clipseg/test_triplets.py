@@ -19,16 +19,12 @@ from scipy.stats import chisquare, kstest
 from models.clipseg.visual_prompts import STYLES
 from models.errors import MaskMillError
 from pipeline.labelling.clipseg.options import PREFIXES
-from pipeline.training.clipseg.crops import bilinear, crop_example, nearest, object_window, support_image
+from pipeline.training.clipseg.crops import bilinear, nearest, object_window, support_image
+from pipeline.training.clipseg.sources.base import IGNORED, OBJECT, OTHER, Example, Pairs, TripletSource
 from pipeline.training.clipseg.triplets import (
-    IGNORED,
-    OBJECT,
-    OTHER,
-    Example,
-    Pairs,
     TripletSamples,
     TripletSettings,
-    TripletSource,
+    crop_by_settings,
     decode_phrase,
     encode_phrase,
 )
@@ -288,7 +284,7 @@ def test_image_mask_and_weight_share_their_geometry(crop: bool, resize: str) -> 
     flipped = 0
     for seed in range(30):
         example = Example(np.repeat(ramp[:, :, None], 3, 2), mask, ramp / np.float32(255))
-        image, found, weight = crop_example(example, side, setting, np.random.default_rng(seed))
+        image, found, weight = crop_by_settings(example, side, setting, np.random.default_rng(seed))
         assert image.shape == (side, side, 3) and found.shape == (side, side) == weight.shape
         assert (found[:4] == IGNORED).all() and not weight[:4].any()
         assert np.abs(weight[4:] * 255 - image[4:, :, 0]).max() <= 6 * (1 if crop else 40 / side)

@@ -342,9 +342,9 @@ def test_windows_keep_parts_together_and_each_is_read_once(tmp_path: Path) -> No
     assert sorted(order.tolist()) == list(range(40))
     starts = []
     for at in range(0, 36, 12):  # at least three of the ten parts fit
-        starts.append(set(samples._part[order[at : at + 12]].tolist()))
+        starts.append(set(samples.part[order[at : at + 12]].tolist()))
     assert any(len(parts) == 3 for parts in starts) and starts[0] != {0, 1, 2}
-    within = samples._part[order[:12]]
+    within = samples.part[order[:12]]
     assert (np.diff(within) != 0).sum() > 3  # rows of the window are mixed
     for index in order.tolist():
         sample(samples, index)

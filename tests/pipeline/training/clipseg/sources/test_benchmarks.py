@@ -24,6 +24,7 @@ from pipeline.toyworld import scenes as toyworld
 from pipeline.toyworld.captions import CLASSES, COLOURS, THINGS
 from pipeline.toyworld.phrases import PATTERN_WORDS
 from pipeline.toyworld.scenes import VISIBLE_SHARE
+from pipeline.training.clipseg.sources.base import IGNORED, OBJECT, OTHER, TripletSource
 from pipeline.training.clipseg.sources.benchmarks import (
     open_class_source,
     open_instance_source,
@@ -32,14 +33,7 @@ from pipeline.training.clipseg.sources.benchmarks import (
 )
 from pipeline.training.clipseg.sources.table import TableSource, open_table_source
 from pipeline.training.clipseg.sources.toy import KINDS, open_toy_source
-from pipeline.training.clipseg.triplets import (
-    IGNORED,
-    OBJECT,
-    OTHER,
-    TripletSamples,
-    TripletSettings,
-    TripletSource,
-)
+from pipeline.training.clipseg.triplets import TripletSamples, TripletSettings
 from pipeline.training.clipseg.unseen import class_phrases
 from tests.pipeline.training.samples.test_table import SEED, SIZE, TOY, make, teacher_of
 

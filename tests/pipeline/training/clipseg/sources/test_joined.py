@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from pipeline.training.clipseg.sources.base import Example, Pairs, TripletSource
 from pipeline.training.clipseg.sources.joined import JoinedSource, join_sources
-from pipeline.training.clipseg.triplets import Example, Pairs, TripletSamples, TripletSettings, TripletSource
+from pipeline.training.clipseg.triplets import TripletSamples, TripletSettings
 
 SIDE = 16
 
