@@ -591,7 +591,7 @@ def toy() -> _Toy:
     return _Toy()
 
 
-# Over ten seeds of weights and batches, with 1 and with 2 threads, drift ended at 0.68 to 0.79 with class
+# Over five seeds of weights and batches with 1 thread, and one with 2, drift ended at 0.68 to 0.79 with class
 # weights in self-training, and never rose above 0.17 with an anchor: this bound is a factor of two from both.
 BOUND = 0.35
 
