@@ -522,7 +522,7 @@ def test_one_shot_coco(small: Any, decoders: Any, tmp_path: Path) -> None:
     )
     section = run("clipseg-one-shot-coco", other)["coco20i"]
     assert rows_of(section)["CLIPSeg (COCO)"]["values"]
-    assert "On val2017, not on val2014" in section["note"]
+    assert "Measured on val2017, not on val2014" in section["note"]
 
 
 def test_zero_shot_reports_both_orders(voc_root: str, tmp_path: Path) -> None:
