@@ -28,13 +28,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from models.errors import FailedWork, WrongUse
 from pipeline.trained.student import StudentRecord, load_student, read_student_record
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from models.student.deeplab import DeepLab
 
 OPSET = 18
@@ -79,10 +80,14 @@ def to_torch_export(folder: str | Path, path: str | Path, *, overwrite: bool = F
     """
 
     def write(model: DeepLab, metadata: str, target: Path) -> None:
+        import torch
+
         program = _program(model)
         torch.export.save(program, target, extra_files={METADATA_KEY: metadata})
 
     def load(target: Path) -> Callable[[np.ndarray], np.ndarray]:
+        import torch
+
         module = torch.export.load(target).module()
         return lambda images: module(torch.from_numpy(images)).numpy()
 
@@ -115,6 +120,7 @@ def to_onnx(folder: str | Path, path: str | Path, *, overwrite: bool = False) ->
 
     def write(model: DeepLab, metadata: str, target: Path) -> None:
         import onnx
+        import torch
 
         exported = torch.onnx.export(
             _program(model),
@@ -174,6 +180,8 @@ def _export(
             "output_exists", f"There is a file {path} already.", "Name another, or add --overwrite."
         )
     record = read_student_record(folder)
+    import torch
+
     model = load_student(record, device=torch.device("cpu"), dtype=torch.float32).requires_grad_(False)
     metadata = json.dumps(export_metadata(record), ensure_ascii=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,6 +210,8 @@ def _export(
 
 
 def _program(model: DeepLab) -> torch.export.ExportedProgram:
+    import torch
+
     # Two images: with one, torch.export takes the batch for a constant.
     example = torch.zeros(2, 3, 96, 128, dtype=torch.uint8)
     sizes = {
@@ -215,6 +225,8 @@ def _program(model: DeepLab) -> torch.export.ExportedProgram:
 
 def _difference(model: DeepLab, run: Callable[[np.ndarray], np.ndarray]) -> float:
     """Greatest difference of a program from its student, over some sizes, relative to the greatest logit."""
+    import torch
+
     found = []
     rng = np.random.default_rng(0)
     for batch, height, width in _CHECKED_SIZES:

@@ -127,6 +127,4 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
 def test_it_is_told_at_once(line: str, words: str, answers: dict[str, tuple[int, str, list[str]]]) -> None:
     status, said, traces = answers[line]
     assert status == 2 and words in said and "Traceback" not in said
-    if line.startswith(("train", "recipes")):  # their recipes still bring torch along
-        traces = [trace for trace in traces if not trace.startswith("import")]
     assert not traces
