@@ -10,24 +10,27 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Annotated
 
 import psutil
+from pydantic import Field, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
-from models.errors import FailedWork
+from models.errors import Damaged, FailedWork
 from pipeline.files.storage import Storage
 
 LEASE_FILE = "lease.json"
 LEASE_TTL_S = 60.0
 RUN_ID_VARIABLE = "MASKMILL_RUN_ID"
 """Set in the environment of every process that a run starts, so that its orphans can be found."""
+_RUN_ID = r"^[0-9A-Za-z-]{4,64}$"
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,11 @@ class Holder:
         cluster: whether it works on a Ray cluster that outlives it.
     """
 
-    run_id: str
-    host: str
-    pid: int
-    started: float
-    heartbeat: float
+    run_id: Annotated[str, StringConstraints(pattern=_RUN_ID)]
+    host: Annotated[str, StringConstraints(min_length=1)]
+    pid: Annotated[int, Field(gt=0)]
+    started: FiniteFloat
+    heartbeat: FiniteFloat
     cluster: bool = False
 
     @classmethod
@@ -64,6 +67,9 @@ class Holder:
         except psutil.NoSuchProcess:
             # A cluster takes a moment to notice that a driver is gone and to end its tasks.
             return self.cluster and fresh
+
+
+_HOLDER = TypeAdapter(Holder)
 
 
 class Lease:
@@ -115,7 +121,7 @@ class Lease:
                     "Wait for it, or stop it, or name another --output. A run that died on another host or a "
                     f"cluster is given up after {LEASE_TTL_S:.0f} s without a sign of life.",
                 )
-            if other is not None:
+            if other is not None and other.host == socket.gethostname():
                 end_orphans(other.run_id)
             # Two runs may have found the same dead lease: the one that looks last before it writes, and still
             # finds its own lease a moment later, has it.
@@ -180,34 +186,38 @@ def refuse_other_holder(storage: Storage, run_id: str) -> None:
 
 
 def _read(storage: Storage) -> Holder | None:
-    record: dict[str, Any] | None = storage.read_json(LEASE_FILE, None)
-    if record is None:
-        return None
+    """The holder that the lease names; None without a lease, or if it is torn or does not make sense."""
     try:
-        return Holder(**record)
-    except TypeError:
+        return _HOLDER.validate_python(storage.read_json(LEASE_FILE, None))
+    except (ValidationError, Damaged):
         return None
 
 
 def end_orphans(run_id: str, *, timeout_s: float = 20.0) -> int:
     """Kill the processes that a dead run left on this host, and wait until they are gone.
 
+    Only processes of this user count, and only those that carry the run's id.
+
     Args:
         run_id: of the dead run. Its processes have it in their environment, or are children of those that
-            do: Ray's agents overwrite their environment with their titles.
+            do: Ray's agents overwrite their environment with their titles. Anything that is no run id names
+            no process.
         timeout_s: how long to wait for them.
 
     Returns:
         How many there were.
     """
+    if not re.match(_RUN_ID, run_id):
+        return 0
+    me = psutil.Process()
     orphans = []
     for process in psutil.process_iter():
-        if process.pid == os.getpid():
-            continue
         try:
+            if process == me or process.uids().real != me.uids().real:
+                continue
             if process.environ().get(RUN_ID_VARIABLE) == run_id:
                 for member in (*process.children(recursive=True), process):
-                    if member.pid == os.getpid():
+                    if member == me:
                         continue
                     orphans.append(member)
                     with contextlib.suppress(psutil.NoSuchProcess):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -93,10 +94,63 @@ def test_of_two_that_find_a_dead_lease_one_wins(tmp_path: Path) -> None:
     assert sorted(isinstance(outcome, Lease) for outcome in outcomes) == [False, True]
 
 
-def test_a_torn_lease_does_not_lock_for_ever(tmp_path: Path) -> None:
-    (tmp_path / LEASE_FILE).write_text('{"run_id": "x"}')
-    with Lease.acquire(open_storage(tmp_path), on_lost=_never):
-        pass
+@pytest.mark.parametrize(
+    "written",
+    [
+        '{"run_id": "x"}',
+        "[]",
+        '{"run_id"',
+        '{"run_id": null, "host": "HOST", "pid": 4194305, "started": 1.0, "heartbeat": 0.0}',
+        '{"run_id": "", "host": "HOST", "pid": 4194305, "started": 1.0, "heartbeat": 0.0}',
+        '{"run_id": "dead-run", "host": "HOST", "pid": -1, "started": 1.0, "heartbeat": 0.0}',
+        '{"run_id": "dead-run", "host": "HOST", "pid": 4194305, "started": NaN, "heartbeat": 0.0}',
+    ],
+)
+def test_a_torn_or_crafted_lease_neither_locks_nor_kills(tmp_path: Path, written: str) -> None:
+    (tmp_path / LEASE_FILE).write_text(written.replace("HOST", socket.gethostname()))
+    bystander = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)"],
+        env={name: value for name, value in os.environ.items() if name != RUN_ID_VARIABLE},
+    )
+    try:
+        with Lease.acquire(open_storage(tmp_path), on_lost=_never):
+            assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_lease_of_another_host_ends_no_process_here(tmp_path: Path) -> None:
+    """A run there may have the id of a process here only if somebody wrote it into the lease."""
+    with subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True); import time; time.sleep(60)"],
+        env=os.environ | {RUN_ID_VARIABLE: "living-run"},
+        stdout=subprocess.PIPE,
+    ) as here:
+        assert here.stdout is not None
+        here.stdout.readline()
+        _write(tmp_path, dataclasses.replace(Holder.me("living-run"), host="elsewhere", heartbeat=0.0))
+        try:
+            with Lease.acquire(open_storage(tmp_path), on_lost=_never):
+                assert here.poll() is None
+        finally:
+            here.kill()
+
+
+@pytest.mark.parametrize("run_id", ["", "x", "../dead", "a" * 65])
+def test_what_is_no_run_id_names_no_process(run_id: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", "print(flush=True); import time; time.sleep(60)"],
+        env=os.environ | {RUN_ID_VARIABLE: run_id},
+        stdout=subprocess.PIPE,
+    ) as marked:
+        assert marked.stdout is not None
+        marked.stdout.readline()
+        try:
+            assert end_orphans(run_id) == 0
+            assert marked.poll() is None
+        finally:
+            marked.kill()
 
 
 def test_heartbeat_and_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
