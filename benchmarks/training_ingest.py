@@ -1,10 +1,10 @@
-"""Samples per second that loading for MaskCLIP+ gives, without any training: DataLoader against Ray Data.
+"""Throughput of sample loading for MaskCLIP+ without training: DataLoader against Ray Data.
 
     python -m benchmarks.training_ingest [--labels TABLE] [--crop 512 512] [--loaders 1 2] [--seconds 10]
 
-Without --labels it makes a table of toy scenes, whose labels stand in for a teacher's. All ways take turns,
-``--rounds`` times. The first seconds after start-up are left out: batches that were loaded meanwhile would
-count as loaded in no time. CPU time is that of this process and all below it.
+Without --labels it makes a table of toy scenes, whose labels stand in for a teacher's. All variants take
+turns, ``--rounds`` times. The first seconds after start-up are discarded, because batches prefetched during
+start-up would look free. CPU time covers this process and its descendants.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from pipeline.training.samples.table import TableSamples, open_table_samples
 
 WARM_S = 2.0
 POSITIONS = 100_000
-"""Positions of one run; never reached."""
+"""Upper bound on the positions of one run; never reached."""
 
 
 def main() -> None:
@@ -49,13 +49,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--labels", help="a label table; a small one of toy scenes by default")
-    parser.add_argument("--images", type=int, default=64, help="toy scenes")
+    parser.add_argument("--images", type=int, default=64, help="number of toy scenes")
     parser.add_argument("--size", type=int, default=384, help="side of the toy scenes in pixels")
     parser.add_argument("--scale", type=int, nargs=2, default=[2048, 512])
     parser.add_argument("--crop", type=int, nargs=2, default=[512, 512])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--loaders", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=10.0, help="how long to measure each")
+    parser.add_argument("--seconds", type=float, default=10.0, help="how long to measure each variant")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     augment = AugmentSettings(scale=tuple(arguments.scale), crop=tuple(arguments.crop))
@@ -83,7 +83,7 @@ def main() -> None:
         f"{samples.num_images:,} images, crops of {augment.crop[0]} x {augment.crop[1]}, batches of "
         f"{arguments.batch}, {arguments.rounds} rounds, load average {min(loads):.1f} to {max(loads):.1f}\n"
     )
-    print("| loading alone | samples/s, median (range) | CPU ms a sample | s until the first batch |")
+    print("| loading alone | samples/s, median (range) | CPU ms per sample | s until the first batch |")
     print("|---|---|---|---|")
     for name, rows in found.items():
         rates, cpu, startup = zip(*rows, strict=True)
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def bare(samples: TableSamples, seconds: float) -> tuple[float, float, float]:
-    """``TableSamples.load`` in a loop; see ``measure``."""
+    """Call ``TableSamples.load`` in a loop; returns the same as ``measure``."""
     use_one_thread()
     began, busy, count = time.perf_counter(), cpu_seconds(), 0
     while time.perf_counter() - began < seconds:
@@ -111,7 +111,7 @@ def measure(
     loaders: int,
     seconds: float,
 ) -> tuple[float, float, float]:
-    """Samples/s of a consumer that does nothing, CPU ms a sample, and seconds until the first batch."""
+    """Samples/s with an idle consumer, CPU ms per sample, and seconds until the first batch."""
     began = time.perf_counter()
     found = make(samples, batch, loaders)
     next(found)
@@ -130,7 +130,7 @@ def measure(
 
 
 def with_dataloader(samples: TableSamples, batch: int, loaders: int) -> Iterator[Any]:
-    """What training uses."""
+    """Load the way training does."""
     from pipeline.training.loop.ingest import batches
 
     return batches(
@@ -139,7 +139,7 @@ def with_dataloader(samples: TableSamples, batch: int, loaders: int) -> Iterator
 
 
 def with_ray_data(samples: TableSamples, batch: int, loaders: int) -> Iterator[Any]:
-    """The plain way with Ray Data: indices in order, a pool of actors, batches in order."""
+    """Load with plain Ray Data: indices in order, a pool of actors, batches in order."""
     import ray
 
     order = np.concatenate([samples.order(epoch, 0) for epoch in range(POSITIONS // samples.num_images)])
@@ -159,7 +159,7 @@ def with_ray_data(samples: TableSamples, batch: int, loaders: int) -> Iterator[A
 
 
 class RayLoader:
-    """Loads the samples of a block in an actor of Ray Data."""
+    """Load the samples of a block in a Ray Data actor."""
 
     def __init__(self, samples: Any) -> None:
         import ray
@@ -176,7 +176,7 @@ class RayLoader:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of all below it that are alive."""
+    """CPU time of this process and its live descendants."""
     here, total = psutil.Process(), 0.0
     for process in (here, *here.children(recursive=True)):
         with contextlib.suppress(psutil.Error):
@@ -186,7 +186,7 @@ def cpu_seconds() -> float:
 
 
 def make_table(folder: Path, count: int, size: int) -> None:
-    """A label table of toy scenes with their true labels, in parts of 32 rows."""
+    """Write a label table of toy scenes with their true labels, in parts of 32 rows."""
     ontology = load_ontology("toyworld")
     rows = []
     for index in range(count):

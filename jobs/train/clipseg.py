@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pipeline.training.loop.checkpoints import Checkpoint
 
 OWN_ENTRIES = ("checkpoints", "metrics.jsonl", RECORD_FILE, DECODER_FILE, *HUGGING_FACE_FILES, SHEET, PAGE)
-"""What a run makes in its output, and what ``overwrite`` may delete."""
+"""What a run writes into its output, and what ``overwrite`` may delete."""
 WHAT_TO_TRAIN_ON = (
     "Give truth, or labels, or both.",
     "Use --labels TABLE, --dataset NAME --root DIR --split PART, or --images DIR --truth DIR "
@@ -51,19 +51,18 @@ WHAT_TO_TRAIN_ON = (
 class TrainClipSeg:
     """Train CLIPSeg to find what words and example pictures describe.
 
-    The same command again goes on after a crash, from the last checkpoint.
+    After a crash, run the same command again: it resumes from the last checkpoint.
 
     Attributes:
         recipe: named recipe or YAML file; maskmill recipes lists them.
-        settings: change one knob of the recipe: iterations=500, reduce_dim=16; may be repeated.
-        labels: a label table, the --output of maskmill label: training without annotation. With truth as
-            well, where the --unseen classes are learnt from.
-        ontology: what the classes are called, YAML file or built-in name: of --truth, or of --labels if not
-            the table's own.
-        scenes: of toyworld: how many; default: 2000.
-        unseen: classes left out of the truth (of the labels, where there is no truth): "cow, motorbike", a
+        settings: change one setting of the recipe: iterations=500, reduce_dim=16; may be repeated.
+        labels: label table (the --output of maskmill label) to train on without annotation. Combined with
+            truth, the --unseen classes are learnt from it.
+        ontology: class names, YAML file or built-in name: for --truth, or to replace those of --labels.
+        scenes: number of toyworld scenes; default: 2000.
+        unseen: classes left out of the truth (of the labels if there is no truth): "cow, motorbike", a
             zero-shot split (pascal-unseen10), a fold (pascal5i:0, coco20i:3), or affordances.
-        start: weights to go on from: a file (rd64-uni.pth), a folder, or a hub name; best with --recipe
+        start: weights to start from: a file (rd64-uni.pth), a folder, or a hub name; best with --recipe
             finetune.
     """
 
@@ -98,7 +97,7 @@ class TrainClipSeg:
         )
 
     def _dataset(self, classes: Ontology | None) -> Dataset | None:
-        """The truth, if some is given; PhraseCut's as well."""
+        """Open the dataset with truth or PhraseCut, if one is given."""
         data = self.data
         if data.dataset is not None and data.images is not None:
             raise WrongUse("wrong_use", *WHAT_TO_TRAIN_ON)
@@ -111,7 +110,7 @@ class TrainClipSeg:
         if data.split is None:
             raise WrongUse(
                 "wrong_use",
-                f"{data.dataset} has parts that are kept for tests.",
+                f"{data.dataset} has parts that are reserved for testing.",
                 "Name the one to train on: --split train (toyworld: --split seed-3).",
             )
         options: dict[str, Any] = {} if classes is None else {"ontology": classes}
@@ -133,16 +132,13 @@ def train_clipseg(
     """Train a decoder and write its folder. Returns the exit status; see ``jobs.train.run.run_training``.
 
     Args:
-        recipe: how to train.
-        options: where to.
-        labels: a label table to learn from, without annotation.
-        ontology: what its classes are called; None takes the table's own.
-        dataset: images with truth or PhraseCut, instead of a table; or besides one that guesses the unseen
-            classes of the recipe.
-        console: where to print.
+        labels: label table to learn from, without annotation.
+        ontology: class names of the table; None takes its own.
+        dataset: images with truth, or PhraseCut. Given with a table, the recipe's unseen classes are learnt
+            from the table and all others from the truth.
 
     Raises:
-        MaskMillError: ``wrong_use`` if neither a table nor a data set is given; and as ``run_training``.
+        MaskMillError: ``wrong_use`` if neither a table nor a dataset is given; and as ``run_training``.
     """
     refuse_missing_file(recipe.model.start)
     if labels is None and dataset is None:
@@ -158,7 +154,7 @@ def train_clipseg(
 
 
 def _recipe_hash(recipe: ClipSegRecipe, output: str) -> str:
-    """What checkpoints call the recipe: its hash, or in those of an older MaskMill that of all its fields."""
+    """The hash that checkpoints record: the recipe's, or the former hash over all fields in older ones."""
     from pipeline.training.loop.checkpoints import CHECKPOINTS_DIR, SETTINGS_FILE
 
     recorded = open_storage(output).child(CHECKPOINTS_DIR).read_json(SETTINGS_FILE, None) or {}
@@ -174,7 +170,7 @@ def prepare(
     ontology: Ontology | None,
     dataset: Dataset | None,
 ) -> Prepared:
-    """Read weights and data; arguments as of ``train_clipseg``."""
+    """Read weights and data; see ``train_clipseg`` for the arguments."""
     from pipeline.training.clipseg.data import open_source
     from pipeline.training.clipseg.triplets import TripletSamples
 
@@ -185,7 +181,7 @@ def prepare(
     from pipeline.training.clipseg.task import ClipSegTask, build_model
 
     make_model = functools.partial(build_model, recipe.model, seed=recipe.loop.seed)
-    model = make_model(torch.device("cpu"))  # what is wrong with it shows here
+    model = make_model(torch.device("cpu"))  # fail early if it cannot be built
     samples = TripletSamples(source, recipe.triplets)
     data = samples.record()
     record = recipe.to_dict() | {"hash": recipe.hash}
@@ -223,13 +219,13 @@ def prepare(
             write_clipseg_page, samples=samples, seed=recipe.loop.seed, commands=commands
         ),
         commands=commands,
-        # It is large, with its CLIP: who wants a copy in MLflow names it.
+        # With its CLIP the model is large, so it is copied into MLflow only on request.
         log_model=functools.partial(_log_model, options) if options.register else None,
     )
 
 
 def commands_for(output: str) -> dict[str, str]:
-    """What to do with the model in a folder, by purpose."""
+    """Commands that use the model in a folder, by purpose."""
     folder = shlex.quote(output)
     return {
         "Ask it": f'maskmill segment IMAGE --prompt "..." --weights {folder} --output OUT',

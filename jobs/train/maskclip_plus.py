@@ -42,22 +42,22 @@ if TYPE_CHECKING:
 
 COLLAPSED = "self_training_collapsed"
 OWN_ENTRIES = ("checkpoints", "metrics.jsonl", RECORD_FILE, WEIGHTS_FILE, SHEET, PAGE)
-"""What a run makes in its output, and what ``overwrite`` may delete."""
+"""What a run writes into its output, and what ``overwrite`` may delete."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainMaskClipPlus:
     """Train a student on a label table: MaskCLIP+.
 
-    The same command again goes on after a crash, from the last checkpoint.
+    After a crash, run the same command again: it resumes from the last checkpoint.
 
     Attributes:
         labels: the teacher's label table, the --output of maskmill label.
         recipe: named recipe or YAML file; maskmill recipes lists them.
-        settings: change one knob of the recipe: iterations=500, loop.batch_size=8; may be repeated.
+        settings: change one setting of the recipe: iterations=500, loop.batch_size=8; may be repeated.
         ontology: classes to train, YAML file or built-in name; default: those of --labels.
         unseen: classes whose truth is withheld: "cow, motorbike", or a zero-shot split (voc20); needs truth
-            of the seen classes, for the images of --labels.
+            of the seen classes for the images of --labels.
     """
 
     labels: str
@@ -79,11 +79,11 @@ class TrainMaskClipPlus:
         classes = load_ontology(self.ontology) if self.ontology is not None else None
         truth = None
         if self.data.given:
-            # A benchmark has classes of its own; masks of one's own are of the student's.
-            own = self.data.dataset is None
+            # A benchmark brings its classes; the user's own masks have those of the student.
+            own_masks = self.data.dataset is None
             truth = self.data.open(
-                classes if own else None,
-                table=self.labels if own else None,
+                classes if own_masks else None,
+                table=self.labels if own_masks else None,
                 command="train maskclip-plus",
             )
         return train_student(
@@ -104,11 +104,9 @@ def train_student(
 
     Args:
         labels: the teacher's label table.
-        recipe: how to train.
-        options: where to.
         ontology: the student's classes; None takes the table's.
-        truth: images and masks of the same images, for the zero-shot form; None is annotation-free.
-        console: where to print.
+        truth: true masks of the table's images, for the zero-shot and supervised forms; None if
+            annotation-free.
     """
     refuse_missing_file(recipe.backbone_weights)
     return run_training(
@@ -141,7 +139,7 @@ def _prepare(
     if truth is not None and not needs_truth:
         raise WrongUse(
             "wrong_use",
-            f"Recipe {recipe.name} is annotation-free: it has no use for the truth of {truth.name}.",
+            f"Recipe {recipe.name} is annotation-free: it does not use the truth of {truth.name}.",
             "Leave it out, or name the classes whose truth to withhold: --unseen 'cow, motorbike'.",
         )
     from pipeline.training.maskclip_plus.task import MaskClipPlus
@@ -160,7 +158,7 @@ def _prepare(
         text.num_classes,
         recipe.backbone_weights,
     )
-    make_student()  # what is wrong with it shows here
+    make_student()  # fail early if it cannot be built
     samples = open_table_samples(
         labels,
         ontology=ontology,
@@ -238,7 +236,7 @@ def _prepare(
 def _text_source(
     recipe: MaskClipPlusRecipe, table: Mapping[str, Any], labels: str
 ) -> tuple[WeightSource, dict[str, Any]]:
-    """The CLIP whose text tower becomes the last layer: the one of the recipe, else the teacher's own."""
+    """The CLIP whose text tower becomes the last layer: the recipe's, else the teacher's."""
     from models.clip.weights import find_weights
 
     if recipe.text:
@@ -264,7 +262,7 @@ def _text_source(
 
 
 def _teacher_recipe(table: Mapping[str, Any], labels: str) -> LabelRecipe:
-    """How an online teacher reads its CLIP: as the table says."""
+    """The table's recipe, by which an online teacher labels crops."""
     if "text" in table["weights"] or table["weights"]["model"] == "clipseg":
         raise WrongUse(
             "recipe_invalid",
@@ -275,7 +273,7 @@ def _teacher_recipe(table: Mapping[str, Any], labels: str) -> LabelRecipe:
 
 
 def _identity(recipe: MaskClipPlusRecipe) -> dict[str, Any]:
-    """The recipe by dotted names, but for the loop, which knows itself which of its settings may change."""
+    """The recipe under dotted names, without the loop, which decides itself which settings may change."""
     fields = recipe.to_dict()
     for name in ("name", "loop"):
         del fields[name]
@@ -287,7 +285,6 @@ def unseen_ids(unseen: Sequence[str], ontology: Ontology) -> tuple[int, ...]:
 
     Args:
         unseen: class names, or the name of one zero-shot split.
-        ontology: the classes.
 
     Raises:
         MaskMillError: ``ontology_invalid``.
@@ -311,11 +308,11 @@ def build_student(
     num_classes: int,
     backbone_weights: str,
 ) -> DeepLab:
-    """A student as training begins, its random weights a function of torch's seed.
+    """Build an untrained student; torch's seed determines its random weights.
 
     Args:
         config: see ``models.student.deeplab``.
-        embeddings: (P, D) float32; see ``models.clip.text.TextClassifier``, as for the next two.
+        embeddings: (P, D) float32; with the next two see ``models.clip.text.TextClassifier``.
         class_ids: (P,) int64.
         num_classes: C.
         backbone_weights: see ``models.student.backbones.load_weights``.
@@ -338,15 +335,14 @@ def build_teacher(
     guessable: Sequence[int],
     device: torch.device,
 ) -> MaskClip:
-    """The frozen CLIP that labels crops as they are trained on.
+    """Load the frozen CLIP that labels crops during training.
 
     Args:
-        recipe: of the label table: which CLIP, and how it is read.
-        embeddings: (P, D) float32; see ``models.clip.text.TextClassifier``, as for the next two.
+        recipe: the label table's: which CLIP, and how its head is configured.
+        embeddings: (P, D) float32; with the next two see ``models.clip.text.TextClassifier``.
         class_ids: (P,) int64.
         num_classes: C.
-        guessable: ids of its classes that are to be told apart.
-        device: where to.
+        guessable: ids of the classes that it may predict.
     """
     import torch
 
@@ -361,7 +357,7 @@ def build_teacher(
 
 
 def _text_ids(settings: SelfTrainSettings, ontology: Ontology, student: StudentConfig) -> tuple[int, ...]:
-    """Ids of the guessable classes in the text classifier, which a learned background is no part of."""
+    """Ids of the guessable classes in the text classifier, which excludes a learned background."""
     ids = settings.guessable_ids(ontology.num_classes)
     if not student.learned_background:
         return ids
@@ -393,7 +389,7 @@ def _finish(
     facts: Mapping[str, Any],
 ) -> Finished:
     """Write the student's folder."""
-    # Trained weights take the place of all others: nothing is fetched for them.
+    # The checkpoint replaces all weights, so do not fetch any for the backbone.
     student = functools.partial(make_student.func, *make_student.args[:-1], "none")()
     student.load_state_dict(student_state(checkpoint, keep_average=recipe.keep_average))
     last = checkpoint.lines[-1] if checkpoint.lines else {}
@@ -422,7 +418,7 @@ def _write_pages(
 
 
 def student_state(checkpoint: Checkpoint, *, keep_average: bool) -> Mapping[str, torch.Tensor]:
-    """The weights of the student as it was when a checkpoint was written."""
+    """The student's weights in a checkpoint: its running average, or the latest."""
     if keep_average:
         averaged: Mapping[str, torch.Tensor] = checkpoint.training["task"]["averaged"]
         return averaged

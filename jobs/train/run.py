@@ -1,9 +1,8 @@
 """What all ``maskmill train`` commands share: one run, from the lease to the summary.
 
-A run of one process trains right here; one of several workers, or on a cluster, on Ray Train.
-
-What is trained (``prepare``) and what becomes of it (``Prepared.finish``) are the trainer's own:
-``jobs.train.maskclip_plus``, ``jobs.train.clipseg``.
+A run without workers trains in this process; with workers, or on a cluster, it uses Ray Train.
+``jobs.train.maskclip_plus`` and ``jobs.train.clipseg`` define what is trained (``prepare``) and how the
+result is written (``Prepared.finish``).
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 _NEVER_LOGGED = "model_unsupported"
-"""Code of a model that MLflow cannot take, however often it is tried."""
+"""Error code of a model that MLflow cannot store, so that retrying is pointless."""
 PACKAGES = (
     "maskmill",
     "torch",
@@ -59,15 +58,15 @@ PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Where a training writes, runs and is tracked.
+    """Where a training run writes, executes and is tracked.
 
     Attributes:
         output: folder (or s3://… prefix, without a page) for the model, its checkpoints and its page; on a
-            cluster one that all nodes reach.
-        workers: training processes; default: one for each GPU, else this process alone.
-        overwrite: delete the run that is in --output and train anew.
-        register: put the model into MLflow's model registry under this name, as its challenger; a CLIPSeg,
-            which is large with its CLIP, is copied into MLflow only if this is given.
+            cluster it must be reachable from all nodes.
+        workers: training processes; default: one per GPU, or this process alone.
+        overwrite: delete the run in --output and start over.
+        register: register the model in MLflow under this name, as challenger; CLIPSeg models are large and
+            are only copied into MLflow with this option.
     """
 
     output: str
@@ -82,24 +81,23 @@ class TrainOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A training run that can begin.
+    """A training run that is ready to start.
 
     Attributes:
         make_task: picklable factory of the task.
-        samples: what is trained on.
-        settings: how.
-        identity: what else must be the same when the run goes on.
-        announcement: one line before it starts.
+        samples: the training data.
+        settings: the optimisation settings.
+        identity: what else must stay the same when the run resumes.
+        announcement: one line to print before it starts.
         params: for MLflow.
         dataset: for MLflow.
-        finish: given the checkpoint to make the result of, and facts about the training, writes the result
-            into the output, over what is there, ``result_file`` last. Runs without Ray.
-        write_pages: given the local folder of a finished run and the lines of its ``metrics.jsonl``, makes
-            ``PAGE`` and what belongs to it there, ``PAGE`` last, and returns the files.
-        commands: what to do with the result, by purpose.
-        log_model: puts the result into MLflow under (run id, registry name or None); None puts nothing
-            there.
-        fallback: error code after which the result is made of the newest milestone nevertheless.
+        finish: given the final checkpoint and facts about the training, writes the result into the output,
+            overwriting, ``result_file`` last. Runs without Ray.
+        write_pages: given the local folder of a finished run and the lines of its ``metrics.jsonl``, writes
+            ``PAGE`` and its pictures there, ``PAGE`` last, and returns the files.
+        commands: commands that use the result, by purpose.
+        log_model: logs the result to MLflow, given (run id, registry name or None); None logs nothing.
+        fallback: error code after which the newest milestone still yields a result.
     """
 
     make_task: Callable[[], Task]
@@ -118,10 +116,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a finished run leaves.
+    """What a finished run produced.
 
     Attributes:
-        lines: of the summary: what is where.
+        lines: summary lines that say where each file is.
         metrics: for MLflow.
         artifacts: local files for MLflow.
     """
@@ -140,33 +138,32 @@ def run_training(
     own_entries: Sequence[str],
     console: Console | None = None,
 ) -> int:
-    """Train, or go on training, and write the result. Prints a summary.
+    """Train or resume, write the result, and print a summary.
 
     Args:
-        kind: of training, for the name of the run.
-        options: see there.
-        prepare: finds weights and data, so that mistakes show before Ray starts and before anything is made.
-        result_file: what a finished run has in its output, last of all.
-        own_entries: what a run makes there, and ``overwrite`` may delete.
-        console: where to print.
+        kind: kind of training, for the name of the run.
+        prepare: opens weights and data, so that mistakes show before Ray starts and before anything is
+            written.
+        result_file: the file that a finished run writes last.
+        own_entries: what a run writes into its output, and what ``overwrite`` may delete.
 
     Returns:
-        0, or 130 if it was asked to stop and can be gone on with; 1 if all there was to do is the page of a
-        finished run, and it cannot be made.
+        0; 130 if it was stopped on request and can be resumed; 1 if only the page of a finished run was
+        missing and it cannot be written.
 
     Raises:
-        MaskMillError: for everything that the user can mend.
+        MaskMillError: for everything that the user can fix.
     """
     console = console or stderr_console()
     if options.workers is not None and options.workers < 0:
         raise WrongUse(
-            "wrong_use", f"--workers {options.workers} is no number of processes.", "Give 0 or more."
+            "wrong_use", f"--workers {options.workers} is not a number of processes.", "Give 0 or more."
         )
     tracker = open_tracker(options.tracking, system_metrics=options.system_metrics)
     if options.register and not tracker.on:
         raise WrongUse(
             "wrong_use",
-            f"A model cannot be registered as {options.register} where tracking is off.",
+            f"A model cannot be registered as {options.register} while tracking is off.",
             "Leave --register out, or name an MLflow server: --tracking URI.",
         )
     storage = open_storage(options.output)
@@ -177,12 +174,12 @@ def run_training(
     with Lease.acquire(storage, on_lost=_abandon, cluster=on_cluster) as lease:
         _refuse_foreign(storage, result_file, own_entries)
         if storage.exists(result_file) and not options.overwrite:
-            return _again(kind, options, prepared, result_file, storage, tracker, console)
+            return _already_finished(kind, options, prepared, result_file, storage, tracker, console)
         return _run(kind, options, prepared, storage, lease, own_entries, tracker, console)
 
 
 def _refuse_foreign(storage: Storage, result_file: str, own_entries: Sequence[str]) -> None:
-    """A folder with entries of our names that no run of ours has made is not to be written into."""
+    """Refuse a folder that has entries with our names but no training run of ours."""
     ours = (result_file, f"{CHECKPOINTS_DIR}/{SETTINGS_FILE}")
     if any(storage.exists(entry) for entry in ours):
         return
@@ -190,12 +187,12 @@ def _refuse_foreign(storage: Storage, result_file: str, own_entries: Sequence[st
     if foreign:
         raise WrongUse(
             "output_not_ours",
-            f"{storage.uri} has {', '.join(foreign)}, which no training of maskmill has made.",
+            f"{storage.uri} has {', '.join(foreign)}, which no maskmill training has written.",
             "Name another --output.",
         )
 
 
-def _again(
+def _already_finished(
     kind: str,
     options: TrainOptions,
     prepared: Prepared,
@@ -204,7 +201,7 @@ def _again(
     tracker: Tracker,
     console: Console,
 ) -> int:
-    """A run that is finished already: the same is asked for, or it is told what differs."""
+    """Handle a run that has finished: add a missing page, register the model, or refuse other settings."""
     CheckpointStore(storage).claim(must_match(prepared))
     lines = [f"Nothing to do: the training in {storage.uri} is finished ({result_file})."]
     status = 0
@@ -212,20 +209,20 @@ def _again(
         from pipeline.training.loop.driver import METRICS_FILE
 
         if storage.exists(METRICS_FILE):
-            pages, told = write_pages(prepared, storage)
+            pages, messages = write_pages(prepared, storage)
             lines = [
                 f"The training in {storage.uri} is finished ({result_file}); its page was missing.",
-                *told,
+                *messages,
             ]
             status = 0 if pages else 1
         else:
-            lines.append(f"  no page        its curves are gone with {METRICS_FILE}; the model is whole")
+            lines.append(f"  no page        its curves are gone with {METRICS_FILE}; the model is intact")
     stopped = storage.read_json(result_file, {}).get("training", {}).get("stopped")
     if stopped:
         console.print("\n".join(lines), soft_wrap=True, highlight=False)
         raise FailedWork(
             str(stopped).partition(":")[0],
-            f"The training in {storage.uri} was stopped ({stopped}); its result is of the last good step.",
+            f"The training in {storage.uri} was stopped ({stopped}); its result is from the last good step.",
             "Train anew with other settings: name another --output, or add --overwrite.",
         )
     if options.register and prepared.log_model is not None:
@@ -265,7 +262,7 @@ def _run(
     speed = f" ({outcome.samples_per_second:.1f} samples/s)" if outcome.samples_per_second else ""
     summary = [f"Trained {outcome.step:,} steps in {duration(time.monotonic() - began)}{speed}"]
     if outcome.resumed:
-        summary.append(f"  went on from step {outcome.resumed:,}")
+        summary.append(f"  resumed from step {outcome.resumed:,}")
     if outcome.data_wait is not None and outcome.data_wait > 0.1:
         summary.append(f"  waited for samples {outcome.data_wait:.0%} of the time: more CPUs would help")
     if outcome.failed_samples:
@@ -275,7 +272,7 @@ def _run(
 
 
 def must_match(prepared: Prepared) -> dict[str, Any]:
-    """What must be the same when a run goes on, by the names that an error will list."""
+    """What must stay the same when a run resumes, under the names that an error lists."""
     return prepared.settings.effective() | dict(prepared.identity)
 
 
@@ -306,7 +303,7 @@ def _train(
     tracker: Tracker,
     console: Console,
 ) -> tuple[Outcome | None, MaskMillError | None]:
-    """Run the loop; the second is an error after which there is a result all the same."""
+    """Run the loop; returns its outcome, or the error after which there is still a result."""
     display = TrainDisplay(console)
     with display.live():
         display.stage("starting")
@@ -314,7 +311,7 @@ def _train(
             from pipeline.training.loop.driver import train
 
             if options.overwrite:
-                # Only now that weights, labels and Ray are known to be there.
+                # Only now that weights, labels and Ray are known to be available.
                 for entry in own_entries:
                     storage.delete(entry)
             _begin_tracking(tracker, kind, options, prepared, storage, workers=compute.workers)
@@ -347,7 +344,7 @@ def _train(
 
 @contextlib.contextmanager
 def _compute(options: TrainOptions, lease: Lease, display: TrainDisplay) -> Iterator[TrainingCompute]:
-    """What the run trains on; Ray is started or joined only if there are workers."""
+    """Plan the run's compute; start or join Ray only if there are workers."""
     from pipeline.cluster.session import joins_cluster, ray_session
     from pipeline.training.loop.resources import plan_in_process, plan_training
 
@@ -374,7 +371,7 @@ def _finish(
     storage: Storage,
     tracker: Tracker,
 ) -> Sequence[str]:
-    """Make the result of the last checkpoint, or, after ``error``, of the last milestone."""
+    """Write the result from the last checkpoint, or after ``error`` from the last milestone."""
     store = CheckpointStore(storage)
     facts: dict[str, Any]
     if outcome is not None:
@@ -398,11 +395,11 @@ def _finish(
             raise error from None
         facts = {"iterations": checkpoint.step, "stopped": f"{error.code}: {error.message}"}
     finished = prepared.finish(checkpoint, facts)
-    pages, told = write_pages(prepared, storage, overwritten=options.overwrite)
+    pages, messages = write_pages(prepared, storage, overwritten=options.overwrite)
     tracker.log_metrics({f"final/{key}": value for key, value in finished.metrics.items()}, checkpoint.step)
     for path in (*pages, *finished.artifacts):
         tracker.log_artifact(path)
-    lines = [*finished.lines, *told]
+    lines = [*finished.lines, *messages]
     if prepared.log_model is not None and tracker.on:
         lines += log_model(prepared.log_model, tracker, options.register)
     width = max(len(purpose) for purpose in prepared.commands) + 2
@@ -412,18 +409,18 @@ def _finish(
 def write_pages(
     prepared: Prepared, storage: Storage, *, overwritten: bool = False
 ) -> tuple[Sequence[str], list[str]]:
-    """The files, and what to say about them. That a page cannot be made must not cost the user a model."""
+    """Write the page; returns its files and summary lines. A failing page must not cost the user a model."""
     if not storage.is_local:
-        return [], ["  no page        one is written in a local folder only"]
+        return [], ["  no page        a page is only written to a local folder"]
     from pipeline.training.loop.driver import METRICS_FILE
 
     try:
         lines = [json.loads(line) for line in storage.read_bytes(METRICS_FILE).decode().splitlines()]
         pages = prepared.write_pages(Path(storage.path()), lines)
-    except Exception as error:  # whatever images, tables and disks may raise by now
+    except Exception as error:  # images, tables and disks may raise anything
         reason = error.message if isinstance(error, MaskMillError) else f"{type(error).__name__}: {error}"
         same = "The same command without --overwrite" if overwritten else "The same command"
-        return [], [f"  no page        {reason}", f"                 {same} makes it, and trains nothing."]
+        return [], [f"  no page        {reason}", f"                 {same} writes it without training."]
     return pages, [f"  {'picture' if path.endswith('.png') else 'page':14} {path}" for path in pages]
 
 
@@ -434,16 +431,16 @@ def _read(store: CheckpointStore, step: int) -> Checkpoint:
         raise Damaged(
             "checkpoint_damaged",
             f"The last checkpoint, {store.uri_of(step)}, cannot be used: {damage}",
-            "Delete its folder and run the same command again: training goes on from the one before it.",
+            "Delete its folder and run the same command again: training resumes from the one before it.",
         ) from damage
 
 
 def log_model(
     log_model: Callable[[str, str | None], str], tracker: Tracker, register_as: str | None
 ) -> list[str]:
-    """Into MLflow, if it answers: a server that is away must not cost the user a trained model."""
+    """Log the model to MLflow if it answers: a dead server must not cost the user a trained model."""
     run_id = tracker.wait_for_run(30)
-    again = f"; once it is there: the same command with --register {register_as}" if register_as else ""
+    again = f"; once it is back: the same command with --register {register_as}" if register_as else ""
     if run_id is None:
         return [f"  not in MLflow  the server does not answer{again}"]
     try:
@@ -451,15 +448,15 @@ def log_model(
     except MaskMillError as error:
         hint = f" {error.remedy}" if error.code == _NEVER_LOGGED else again
         return [f"  not in MLflow  {error.message}{hint}"]
-    except Exception as error:  # whatever MLflow's many stores raise
+    except Exception as error:  # MLflow's stores may raise anything
         text = str(error).splitlines()[0][:200] if str(error) else ""
         return [f"  not in MLflow  {type(error).__name__}: {text}{again}"]
 
 
 def _abandon() -> None:
-    """Another run owns the output now: end before one more checkpoint is written, or one of its deleted."""
+    """Exit at once, because another run owns the output now and its checkpoints must not be touched."""
     print("The lease of this output was taken over by another run; stopping.", file=sys.stderr, flush=True)
-    # A signal would be taken as the wish for a checkpoint. Ray's processes here end with us, or are ended by
-    # whoever took over; workers on a cluster end with their driver.
+    # A signal would request a checkpoint. Ray's processes here end with us, or the new owner ends them;
+    # workers on a cluster end with their driver.
     end_orphans(os.environ.get(RUN_ID_VARIABLE, ""))
     os._exit(1)

@@ -75,7 +75,7 @@ class Outcome:
         """One line for the user."""
         if self.finished:
             return f"trained {self.step:,} steps"
-        return f"{self.stopped} at step {self.step:,}: a checkpoint is written, the same command goes on"
+        return f"{self.stopped} at step {self.step:,}: checkpoint written; run the same command to resume"
 
 
 def train(

@@ -47,7 +47,7 @@ QUICK = (
 def _train(
     output: Path, *settings: str, workers: int = 0, ray_address: str = "", **options: Any
 ) -> tuple[int, str]:
-    """Exit status, and what was printed."""
+    """Exit status and printed text."""
     if ray.is_initialized():
         ray.shutdown()
     said = Console(file=io.StringIO(), width=200)
@@ -98,7 +98,7 @@ def test_a_run_leaves_a_model_that_loads(trained: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_page_that_is_missing_is_made_without_training(trained: Path) -> None:
+def test_a_missing_page_is_written_without_training(trained: Path) -> None:
     page, sheet = trained / "report.html", trained / "preview.png"
     text = page.read_text()
     for part in (
@@ -115,7 +115,7 @@ def test_a_page_that_is_missing_is_made_without_training(trained: Path) -> None:
     }
     page.unlink()
     sheet.unlink()
-    sheet.mkdir()  # in the way: there can be no page
+    sheet.mkdir()  # blocks the picture, so that the page fails
     status, said = _train(trained)
     assert status == 1 and "no page" in said and "Traceback" not in said and not page.exists()
     sheet.rmdir()
@@ -127,7 +127,7 @@ def test_a_page_that_is_missing_is_made_without_training(trained: Path) -> None:
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_trained_model_is_registered_and_needs_its_folder_no_more(
+def test_a_registered_model_no_longer_needs_its_folder(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -153,7 +153,7 @@ def test_a_trained_model_is_registered_and_needs_its_folder_no_more(
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_to_the_same_model(trained: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_model(trained: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     first = output / "checkpoints" / "step-0000003" / "manifest.json"
 
@@ -169,9 +169,9 @@ def test_a_stopped_run_goes_on_to_the_same_model(trained: Path, tmp_path: Path) 
     thread.join()
     if status == 0:
         pytest.skip("training ended before it could be stopped")
-    assert status == INTERRUPTED and "goes on" in said and not (output / RECORD_FILE).exists()
+    assert status == INTERRUPTED and "to resume" in said and not (output / RECORD_FILE).exists()
     status, said = _train(output)
-    resumed = re.search(r"went on from step (\d+)", said)
+    resumed = re.search(r"resumed from step (\d+)", said)
     assert status == 0 and resumed and 3 <= int(resumed[1]) < STEPS
     for ours, theirs in zip(_lines(output), _lines(trained), strict=True):
         assert ours["step"] == theirs["step"]
@@ -185,7 +185,7 @@ def test_a_stopped_run_goes_on_to_the_same_model(trained: Path, tmp_path: Path) 
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_two_workers_go_on_from_trained_weights(trained: Path, shared_ray: str, tmp_path: Path) -> None:
+def test_two_workers_start_from_trained_weights(trained: Path, shared_ray: str, tmp_path: Path) -> None:
     settings = (
         f"start={trained}", "clip=none", "iterations=2", "learning_rate=1e-4", "min_learning_rate=1e-5",
         "dropout=0",
@@ -199,14 +199,14 @@ def test_two_workers_go_on_from_trained_weights(trained: Path, shared_ray: str, 
     assert after.encode_text(["sand"]).equal(before.encode_text(["sand"]))
 
 
-def test_what_is_trained_on_must_be_given() -> None:
+def test_training_data_is_required() -> None:
     with pytest.raises(MaskMillError) as error:
         train_clipseg(CLIPSEG_RECIPES.load("toy"), TrainOptions(output="unused"))
     assert error.value.code == "wrong_use"
 
 
 def test_the_picture_shows_what_the_model_says() -> None:
-    """Two models, one certain of everything and one of nothing: the cells differ where they should."""
+    """One model finds everything, the other nothing: only the cells with the prediction differ."""
     source = open_toy_source(open_toyworld(split="seed-7", count=2, size=64))
     recipe = CLIPSEG_RECIPES.load("toy", QUICK)
     samples = TripletSamples(source, recipe.triplets)
@@ -226,7 +226,7 @@ def test_the_picture_shows_what_the_model_says() -> None:
 
 @dataclass(frozen=True, eq=False)
 class _HalfKnown(TripletSource):
-    """Another source, of which nobody knows the upper half of any image."""
+    """A source whose upper half of every image is ignored."""
 
     inner: TripletSource
 
@@ -259,7 +259,7 @@ def test_the_commands_name_the_folder(output: str) -> None:
 
 
 @pytest.mark.parametrize("name", [None, "finder"])
-def test_only_a_model_with_a_name_is_copied_into_mlflow(tmp_path: Path, name: str | None) -> None:
+def test_only_a_model_to_register_is_copied_into_mlflow(tmp_path: Path, name: str | None) -> None:
     prepared = prepare(
         CLIPSEG_RECIPES.load("toy", QUICK),
         TrainOptions(output=str(tmp_path), register=name),

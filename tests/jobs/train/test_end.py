@@ -1,4 +1,4 @@
-"""What is said when a training has ended, without one: of runs that are finished, pages and MLflow."""
+"""The end of a training run, without training: finished runs, pages and MLflow."""
 
 from __future__ import annotations
 
@@ -56,24 +56,24 @@ def test_a_finished_run_without_its_page(
     (tmp_path / RESULT).write_text("{}")
     if curves is not None:
         (tmp_path / "metrics.jsonl").write_text(curves)
-    for _ in range(2 if curves is None else 1):  # what cannot be mended stays as it is
+    for _ in range(2 if curves is None else 1):  # lost curves stay lost, whatever is run again
         got = run_training(
             "test", TrainOptions(output=str(tmp_path), tracking="off"), lambda: prepared, result_file=RESULT,
             own_entries=(RESULT, PAGE), console=Console(file=said, width=200),
         )  # fmt: skip
         assert got == status and says in said.getvalue()
     assert (tmp_path / PAGE).exists() == (make_pages is _page and curves is not None)
-    assert ("The same command makes it" in said.getvalue()) == (status == 1)
+    assert ("The same command writes it" in said.getvalue()) == (status == 1)
 
 
 @pytest.mark.parametrize(
     ("overwritten", "command"),
-    [(False, "The same command makes it"), (True, "The same command without --overwrite makes it")],
+    [(False, "The same command writes it"), (True, "The same command without --overwrite writes it")],
 )
-def test_which_command_makes_a_page(tmp_path: Path, overwritten: bool, command: str) -> None:
+def test_which_command_writes_a_missing_page(tmp_path: Path, overwritten: bool, command: str) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
-    pages, told = write_pages(_prepared(_no_page), open_storage(tmp_path), overwritten=overwritten)
-    assert not pages and "An image is gone." in told[0] and command in told[1]
+    pages, messages = write_pages(_prepared(_no_page), open_storage(tmp_path), overwritten=overwritten)
+    assert not pages and "An image is gone." in messages[0] and command in messages[1]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,9 @@ def test_which_command_makes_a_page(tmp_path: Path, overwritten: bool, command: 
         (OSError("no route"), None, "OSError: no route", False),
     ],
 )  # fmt: skip
-def test_a_model_that_is_not_in_mlflow(error: Exception, name: str | None, says: str, again: bool) -> None:
+def test_a_failed_log_to_mlflow_is_reported(
+    error: Exception, name: str | None, says: str, again: bool
+) -> None:
     def fail(run_id: str, register_as: str | None) -> str:
         raise error
 

@@ -79,7 +79,7 @@ def _steps(folder: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_student_has_all_that_it_needs(student: Path, table: Path) -> None:
+def test_a_run_writes_a_complete_student(student: Path, table: Path) -> None:
     record = json.loads((student / "student.json").read_text())
     assert record["kind"] == "student" and record["recipe"]["name"] == "toy"
     assert record["teacher"]["labels"] == str(table) and record["text"]["model"] == "toyclip"
@@ -102,14 +102,12 @@ def test_the_same_command_again_does_nothing(maskmill_here: Run, student: Path, 
     assert (student / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_page_that_is_missing_is_made_without_training(
-    maskmill_here: Run, student: Path, table: Path
-) -> None:
+def test_a_missing_page_is_written_without_training(maskmill_here: Run, student: Path, table: Path) -> None:
     page, sheet = student / "report.html", student / "preview.png"
     before, text = (student / "model.safetensors").stat().st_mtime_ns, page.read_text()
     page.unlink()
     sheet.unlink()
-    sheet.mkdir()  # in the way: there can be no page
+    sheet.mkdir()  # blocks the picture, so that the page fails
     again = ("train", "maskclip-plus", "--labels", table, "--output", student, "--recipe", "toy", *_set())
     done = maskmill_here(*again)
     assert done.returncode == 1 and "no page" in done.stderr and "Traceback" not in done.stderr
@@ -120,7 +118,7 @@ def test_a_page_that_is_missing_is_made_without_training(
     assert (student / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_finished_run_is_not_another_one(maskmill_here: Run, student: Path, table: Path) -> None:
+def test_a_finished_run_refuses_other_settings(maskmill_here: Run, student: Path, table: Path) -> None:
     done = maskmill_here(
         "train", "maskclip-plus", "--labels", table, "--output", student, "--recipe", "toy", *_set("anchor=0")
     )
@@ -147,7 +145,7 @@ def test_a_finished_student_can_be_registered_later(
     assert str(version.version) == "1" and client.get_run(version.run_id).info.status == "FINISHED"
 
 
-def test_files_of_others_are_left_alone(maskmill_here: Run, table: Path, tmp_path: Path) -> None:
+def test_foreign_files_are_left_alone(maskmill_here: Run, table: Path, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("mine")
     for extra in ((), ("--overwrite",)):
         done = maskmill_here(
@@ -194,7 +192,7 @@ def test_a_student_labels_and_is_evaluated(
     assert result["metrics"]["miou"] == pytest.approx(mean_iou(confusion), abs=0.02)  # bf16 against fp32
 
 
-def test_a_killed_driver_goes_on_and_gives_the_same_student(
+def test_a_killed_driver_resumes_to_the_same_student(
     maskmill: Run, maskmill_environment: dict[str, str], student: Path, table: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "student"
@@ -202,7 +200,7 @@ def test_a_killed_driver_goes_on_and_gives_the_same_student(
     command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
     driver = subprocess.Popen(command, cwd=ROOT, env=maskmill_environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 900
-    # Beyond the end of the guided phase: what goes on must not replay it.
+    # Kill it after the guided phase, which the resumed run must not repeat.
     while not (output / "checkpoints" / "step-0000018" / "manifest.json").exists():
         assert driver.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
@@ -210,7 +208,7 @@ def test_a_killed_driver_goes_on_and_gives_the_same_student(
     driver.wait()
     done = maskmill(*arguments)
     assert done.returncode == 0, done.stderr
-    resumed = re.search(r"went on from step (\d+)", done.stderr)
+    resumed = re.search(r"resumed from step (\d+)", done.stderr)
     assert resumed and int(resumed[1]) >= 18
     assert _steps(output) == _steps(student)
     lines = {
@@ -226,7 +224,7 @@ def test_a_killed_driver_goes_on_and_gives_the_same_student(
 def test_zero_shot_training_never_sees_the_unseen(
     maskmill_joined: Run, table: Path, scenes: Path, tmp_path: Path
 ) -> None:
-    """Two workers; and the same student, whatever the truth of the unseen classes says."""
+    """With two workers, swapping the truth of the unseen classes yields the same student."""
     swapped = tmp_path / "masks"
     swapped.mkdir()
     sand, zebra = CLASSES.index("sand"), CLASSES.index("zebra")
@@ -265,7 +263,7 @@ def test_a_collapse_is_stopped_and_the_guided_student_kept(
     assert again.returncode == 1 and "was stopped" in again.stderr
 
 
-def test_to_an_object_store(maskmill: Run, maskmill_here: Run, table: Path, s3: dict[str, str]) -> None:
+def test_a_run_in_an_object_store(maskmill: Run, maskmill_here: Run, table: Path, s3: dict[str, str]) -> None:
     boto3.client("s3").create_bucket(Bucket="students")
     command = (
         "train", "maskclip-plus", "--labels", table, "--output", "s3://students/student", "--recipe", "toy",
@@ -294,7 +292,7 @@ def test_to_an_object_store(maskmill: Run, maskmill_here: Run, table: Path, s3: 
         (["--recipe", "maskclip-plus-voc20", "--set", "iterations=1"], "imagenet"),
     ],
 )
-def test_mistakes_are_told_before_work_starts(
+def test_mistakes_are_reported_before_work_starts(
     maskmill_joined: Run, table: Path, tmp_path: Path, extra: list[str], says: str
 ) -> None:
     done = maskmill_joined("train", "maskclip-plus", "--labels", table, "--output", tmp_path / "x", *extra)

@@ -304,7 +304,7 @@ def test_interrupted_equals_whole(whole: Run, tmp_path: Path) -> None:
     first = run(tmp_path, plan=Plan(at={(6, 0): "stop me"}, pause_s=0.2))
     at = first.outcome.step
     assert not first.outcome.finished and first.outcome.stopped == "terminated" and 6 <= at <= 9
-    assert f"terminated at step {at}" in first.outcome.message and "goes on" in first.outcome.message
+    assert f"terminated at step {at}" in first.outcome.message and "to resume" in first.outcome.message
     assert first.outcome.checkpoint.endswith(folder_name(at)) and len(first.lines) == at
     second = run(tmp_path)
     assert second.outcome.finished and second.outcome.resumed == at
