@@ -1,4 +1,4 @@
-"""``maskmill benchmark NAME``: the rows of a paper's table, ours next to the published ones."""
+"""``maskmill benchmark NAME``: reproduce a paper's table next to its published figures."""
 
 from __future__ import annotations
 
@@ -47,34 +47,34 @@ TOYWORLD, CONCEPTS = "toyworld", "concepts"
 TOY_SECTIONS = (
     "heads", "refinement", "sizes", "corruptions", "words", "vocabulary", "students", "prompts"
 )  # fmt: skip
-"""What ``--row`` of the toy world chooses: functions of ``toyworld.labelling``, and trainings."""
+"""Sections that ``--row`` selects: functions in ``toyworld.labelling``, and the two trainings."""
 TOY_SEEDS = (11, 12, 13, 14, 15)
-"""Scene sets that neither the training (0) nor the model card (1) nor the demo (2026) has seen."""
+"""Scene sets not used by the training (0), the model card (1) or the demo (2026)."""
 
 _TABLES = {**maskclip.TABLES, **clipseg.TABLES, **visual_prompts.TABLES}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """Run the rows of a table and print them next to the published figures. "list" lists the tables.
+    """Measure the rows of a table and print them next to the published figures. "list" lists the tables.
 
     Attributes:
         name: toyworld, maskclip, maskclip-unified, …; list shows all.
-        roots: folder of a dataset, with #SPLIT if it is not the usual one: --root voc20=DIR#train; repeat it.
-        labels: a label table for a row that is not labelled here: --labels "MaskCLIP+ (RN50)@voc20=TABLE".
+        roots: a dataset's folder, plus #SPLIT for another split: --root voc20=DIR#train; may be repeated.
+        labels: a label table for a row that cannot be labelled here: --labels "MaskCLIP+ (RN50)@voc20=TABLE".
         weights: weights of a row's model: --weights "CLIPSeg (PC+)=rd64-uni.pth".
-        settings: a recipe field for all rows, such as pretrained=random:0 to try the path; may be repeated.
-        rows: only rows with this in their name, of toyworld sections (students, heads, …); may be repeated.
+        settings: a recipe field for all rows, such as pretrained=random:0 for a dry run; may be repeated.
+        rows: only rows whose name contains this (toyworld: sections, such as students); may be repeated.
         datasets: only this dataset; may be repeated.
         images: concepts: folder, glob or list file of images.
         concepts: concepts: a list of the paper (batman, mario, sports, car-color, …) or "prompt, prompt, …".
         recipe: concepts: the recipe; --set changes it.
-        limit: to try out: so many images of each dataset (one-shot: episodes; prompt-strategies: objects).
-        image_sizes: clipseg-…: measure at this side of the network's input as well; may be repeated.
-        seeds: toyworld: sets of scenes, for the confidence intervals.
-        scenes: toyworld: scenes of each set.
-        output: folder for the result; the same again goes on where it stopped. Default: below results/.
-        overwrite: replace a result that is already in --output.
+        limit: at most this many images per dataset (one-shot: episodes; prompt-strategies: objects).
+        image_sizes: clipseg-…: also measure at this side of the network's input; may be repeated.
+        seeds: toyworld: number of scene sets, for the confidence intervals.
+        scenes: toyworld: scenes per set.
+        output: folder for the result; run again with the same folder to resume. Default: below results/.
+        overwrite: replace the result in --output.
     """
 
     name: Positional[str]
@@ -96,10 +96,10 @@ class Benchmark:
     tracking: Tracking = None
 
     def run(self, console: Console | None = None) -> int:
-        """Run a benchmark, write its result folder, track it, print it; or list them.
+        """Run the benchmark, then write, track and print its result; or list the benchmarks.
 
         Raises:
-            MaskMillError: ``dataset_unknown``, ``output_exists``, and what a single row cannot help.
+            MaskMillError: ``dataset_unknown``, ``output_exists``, and errors that concern more than one row.
         """
         if self.name == "list":
             for name, description in benchmarks().items():
@@ -128,7 +128,7 @@ class Benchmark:
                 "command": command(),
                 "hardware": hardware(),
                 "seconds": round(time.monotonic() - began, 1),
-                "toy": name == TOYWORLD or self._asks_toy(),
+                "toy": name == TOYWORLD or self._uses_toy_model(),
                 "sections": measured.sections,
                 "claims": measured.claims,
                 "pictures": measured.pictures,
@@ -146,13 +146,13 @@ class Benchmark:
         figures = [line["values"] for section in measured.sections for line in section["rows"]]
         return 0 if any(value["mean"] is not None for row in figures for value in row.values()) else 1
 
-    def _asks_toy(self) -> bool:
+    def _uses_toy_model(self) -> bool:
         return self.recipe == "toy" or str(parse_settings(self.settings).get("model")).startswith("toy")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a benchmark found, in the form of ``benchmark.json``."""
+    """Results of a benchmark, in the layout of ``benchmark.json``."""
 
     sections: list[dict[str, Any]]
     claims: list[dict[str, Any]] = field(default_factory=list)
@@ -160,7 +160,7 @@ class Measured:
 
 
 Measure = Callable[[], Measured]
-"""Runs a benchmark; what is wrong with the command was told before there is one."""
+"""Runs a benchmark whose command line has already been validated."""
 
 
 def benchmarks() -> dict[str, str]:
@@ -173,7 +173,7 @@ def benchmarks() -> dict[str, str]:
 
 
 def _params(asked: Benchmark) -> dict[str, Any]:
-    """What was asked for, as parameters of the tracked run."""
+    """The options in use, as parameters of the tracked run."""
     params = dataclasses.asdict(asked)
     for name in ("tracking", "overwrite", "output"):
         del params[name]
@@ -230,11 +230,11 @@ def _toyworld(
     for part, train in ((students, students.students), (prompts, prompts.prompts)):
         if part.SECTION not in names:
             continue
-        # These show their own progress, and a second run continues with what is trained.
+        # Both show their own progress, and a second run reuses finished trainings.
         try:
             sections, claims = train(seeds[: part.MOST_SEEDS], scenes, folder / ROWS / part.SECTION, console)
         except MaskMillError as error:
-            # Hours of other rows must not be lost to a training that failed.
+            # A failed training must not discard hours of other rows.
             sections, claims = [part.missing(str(error))], []
         measured.sections.extend(sections)
         measured.claims.extend(claims)

@@ -1,1 +1,1 @@
-"""The benchmarks of ``maskmill benchmark``, one module for each family of tables."""
+"""The benchmarks behind ``maskmill benchmark``, one module per family of tables."""

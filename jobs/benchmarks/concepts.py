@@ -1,7 +1,7 @@
-"""``maskmill benchmark concepts``: a list of prompts over any images, as pictures.
+"""``maskmill benchmark concepts``: apply a list of prompts to any images and draw the result.
 
-Fine-grained and novel concepts have no ground truth. As in the paper, the result is to be looked at: image,
-prediction, and a confidence map for each prompt.
+Fine-grained and novel concepts have no ground truth. As in the paper, the result is judged by eye: image,
+prediction, and a confidence map per prompt.
 """
 
 from __future__ import annotations
@@ -29,28 +29,20 @@ from pipeline.ontology.ontology import Ontology
 from pipeline.report.pictures import prompt_panel
 
 SHOWN = 10
-"""Confidence maps of one image at most."""
+"""Maximum number of confidence maps per image."""
 
 
 def draw_concepts(
     uris: Sequence[str], concepts: ConceptList, recipe: LabelRecipe, folder: Path, console: Console
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Draw a picture for each image.
-
-    Args:
-        uris: the images.
-        concepts: the prompts.
-        recipe: how CLIP is read.
-        folder: for the pictures.
-        console: for progress.
+    """Draw a picture of every image into ``folder``. Unreadable images are reported and skipped.
 
     Returns:
-        A section of ``benchmark.json`` with each prompt's share of the pixels and its highest confidence, and
+        A section of ``benchmark.json`` with each prompt's share of the pixels and highest confidence, and
         the entries of the pictures.
 
     Raises:
-        MaskMillError: for weights or words that cannot be used. An image that cannot be read is reported and
-            left out.
+        MaskMillError: for unusable weights or words.
     """
     names = (*concepts.concepts, *concepts.context)
     palette = Ontology.from_dict({"name": "concepts", "classes": list(names)}).palette()
@@ -103,7 +95,7 @@ def draw_concepts(
 
 
 def _read(model: MaskClip, image: np.ndarray, recipe: LabelRecipe) -> tuple[np.ndarray, np.ndarray]:
-    """Label map (H, W), and the confidence (C, h, w) of every class on the grid."""
+    """Label map (H, W), and confidence of every class on the grid (C, h, w)."""
     resized = images.fit(image, recipe.images)
     pixels = torch.from_numpy(np.ascontiguousarray(resized)).permute(2, 0, 1)[None]
     scores = model.grid_scores(pixels.to(model.clip.device))[0]
@@ -120,6 +112,6 @@ def _read(model: MaskClip, image: np.ndarray, recipe: LabelRecipe) -> tuple[np.n
 
 
 def _shown(share: np.ndarray, concepts: int) -> Sequence[int]:
-    """The concepts first, then the context that covers most."""
+    """Indices of the classes to draw: the concepts, then the context classes by area."""
     context = [int(i) for i in np.argsort(-share) if i >= concepts]
     return [*range(min(concepts, SHOWN)), *context][:SHOWN]

@@ -1,4 +1,4 @@
-"""MaskCLIP's tables: annotation-free, zero-shot, robustness, and its rows under the successors' protocol."""
+"""MaskCLIP's tables: annotation-free, zero-shot, robustness, and the protocol of its successors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.benchmarks.resume import slug
 from jobs.benchmarks.rows import row
 from jobs.benchmarks.tables import (
     RANDOM_WEIGHTS,
@@ -35,7 +36,7 @@ MODELS: Mapping[str, str] = {
     "RN50x16": "RN50x16-quickgelu",
 }
 FREE_SETTINGS = ("pretrained", "precision", "batch_size", "images.max_pixels")
-"""What may be set for all rows. Everything else is what makes a row the row, or is the protocol's."""
+"""What may be set for all rows. Everything else defines a row or is fixed by the protocol."""
 
 METHODS: Mapping[str, dict[str, Any]] = {
     "unmodified CLIP": {"head": "plain"},
@@ -45,21 +46,21 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "MaskCLIP + PD": {"pd_threshold": 0.5},
     "MaskCLIP + KS + PD": {"ks_threshold": 1.0, "pd_threshold": 0.5},
 }
-"""Training-free rows of the tables: what they change in the recipe ``maskclip``."""
+"""Training-free rows: their changes to the recipe ``maskclip``."""
 
 
 def annotation_free(request: Request) -> Iterator[dict[str, Any]]:
-    """Context-59, COCO-Stuff and VOC-20 without any annotation, by the seed protocol."""
+    """Context-59, COCO-Stuff and VOC-20 without annotations, under the seed protocol."""
     return _table(load_published("maskclip_annotation_free"), request)
 
 
 def unified(request: Request) -> Iterator[dict[str, Any]]:
-    """Eight sets by the protocol of MaskCLIP's successors."""
+    """Eight datasets under the protocol of MaskCLIP's successors."""
     return _table(load_published("unified_eight_sets"), request)
 
 
 def zero_shot(request: Request) -> Iterator[dict[str, Any]]:
-    """Seen and unseen classes; training-free MaskCLIP next to methods that trained on the seen ones."""
+    """Seen and unseen classes: training-free MaskCLIP next to methods trained on the seen ones."""
     return _table(load_published("maskclip_zero_shot"), request, extra=("MaskCLIP",))
 
 
@@ -88,7 +89,7 @@ def _robustness(request: Request) -> Iterator[dict[str, Any]]:
                     dataset,
                     recipe,
                     request,
-                    slug=f"{name}-{_slug(model)}-{corruption.replace(':', '-') or 'clean'}",
+                    file_name=f"{name}-{slug(model)}-{corruption.replace(':', '-') or 'clean'}",
                     protocol="custom" if corruption else None,
                     missing=missing,
                 )
@@ -104,9 +105,9 @@ def _robustness(request: Request) -> Iterator[dict[str, Any]]:
                     )
                 )
                 if dataset is None:
-                    break  # what this row lacks the others lack as well
+                    break  # the other rows lack the same
             yield {
-                "name": f"{name}-{_slug(model)}",
+                "name": f"{name}-{slug(model)}",
                 "title": f"{DATASETS[name].description}: MaskCLIP {model}, corrupted",
                 "note": _note(dataset, request),
                 "chart": "lines",
@@ -116,9 +117,9 @@ def _robustness(request: Request) -> Iterator[dict[str, Any]]:
 
 
 def _table(table: PublishedTable, request: Request, *, extra: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """One section for each dataset of a published table, one row for each of its methods.
+    """One section per dataset of a published table, one row per method.
 
-    Checks the request at once; the sections are measured as they are iterated over.
+    The request is checked at once; sections are measured lazily.
     """
     settings = [
         setting
@@ -149,17 +150,17 @@ def _table_sections(
             values: dict[str, list[float]] = {}
             lacking: str | None = None
             if not (figures or _runs(method, model) or method.startswith("MaskCLIP+")):
-                continue  # a method that nobody measured on this dataset
+                continue  # neither published nor measurable on this dataset
             if request.rows and not any(part in title for part in request.rows):
                 lacking = "not asked for" if _runs(method, model) else None
             elif f"{title}@{name}" in request.labels or _runs(method, model):
                 recipe = _recipe(method, model, request) if _runs(method, model) else None
                 values, lacking = _measure(
                     dataset,
-                    # Zero-shot tables have classes of their own, so no protocol, but the seed's image size.
+                    # Zero-shot tables have other classes, so no protocol, but they use the seed's image size.
                     _seed_recipe(name, recipe) if recipe is not None and task else recipe,
                     request,
-                    slug=f"{name}{'-' + task if task else ''}-{_slug(title)}",
+                    file_name=f"{name}{'-' + task if task else ''}-{slug(title)}",
                     protocol=None if task else table.protocol,
                     labels=request.labels.get(f"{title}@{name}"),
                     zero_shot=name if task == "zero-shot" else None,
@@ -188,7 +189,7 @@ def _table_sections(
 
 
 def _check(request: Request, *, names: Sequence[str], rows: Sequence[str]) -> None:
-    """Refuse what the table does not know, and settings that would make its rows something else.
+    """Refuse names unknown to the table, and settings that would redefine its rows.
 
     Raises:
         MaskMillError: ``wrong_use``.
@@ -211,13 +212,13 @@ def _check(request: Request, *, names: Sequence[str], rows: Sequence[str]) -> No
 
 
 def _seed_recipe(name: str, recipe: LabelRecipe) -> LabelRecipe:
-    """The recipe with what the seed protocol fixes for a dataset, background or not."""
+    """The recipe with the seed protocol's settings for a dataset, with or without background."""
     without_background = {"context60": "context59", "voc21": "voc20"}
     return protocol_recipe(recipe, get_protocol(without_background.get(name, name), "seed"))
 
 
 def _runs(method: str, model: str | None) -> bool:
-    """Whether a row of a table is one that this project can make without training."""
+    """Whether the row can be measured without training."""
     return method in METHODS and model in MODELS
 
 
@@ -228,7 +229,7 @@ def _recipe(method: str, model: str | None, request: Request) -> LabelRecipe:
 
 
 def _open(name: str, request: Request) -> tuple[Dataset | None, str | None]:
-    """A dataset, or what is missing."""
+    """The dataset, or what is missing."""
     if name not in request.roots:
         return None, f"needs {needs_root(name)}"
     try:
@@ -245,22 +246,22 @@ def _measure(
     recipe: LabelRecipe | None,
     request: Request,
     *,
-    slug: str,
+    file_name: str,
     protocol: Any,
     missing: str | None,
     labels: str | None = None,
     zero_shot: str | None = None,
     metrics: Sequence[str] = ("miou", "pixel_accuracy"),
 ) -> tuple[dict[str, list[float]], str | None]:
-    """Figures of one row, or what it lacks. A row that was measured before is not measured again."""
+    """The figures of a row, or the reason for having none. Reuses the result of an earlier run."""
     if dataset is None:
         return {}, missing
-    folder = request.folder / ROWS / slug
+    folder = request.folder / ROWS / file_name
     try:
         if labels is None and (folder / EVALUATION_FILE).exists():
             record = _earlier(folder, dataset, recipe, protocol)
         else:
-            request.console.print(f"[bold]{slug}[/bold]")
+            request.console.print(f"[bold]{file_name}[/bold]")
             record = evaluate(
                 dataset,
                 request.console,
@@ -289,7 +290,11 @@ def _measure(
 def _earlier(
     folder: Path, dataset: Dataset, recipe: LabelRecipe | None, protocol: str | None
 ) -> dict[str, Any]:
-    """The result of an earlier, interrupted run of the same benchmark."""
+    """Read a result from an earlier, interrupted run of the same benchmark.
+
+    Raises:
+        MaskMillError: ``output_differs`` if it has other images, another recipe or other weights.
+    """
     from models.clip.weights import find_weights
 
     record: dict[str, Any] = json.loads((folder / EVALUATION_FILE).read_text())
@@ -312,7 +317,7 @@ def _earlier(
 
 
 def _changed(recorded: Mapping[str, Any], recipe: LabelRecipe) -> bool:
-    """Whether a result was measured with another recipe; ``auto`` precision is whatever was used."""
+    """Whether a result was measured with another recipe; ``auto`` precision matches any."""
     made = recipe_from_dict(recorded)
     return bool(
         (recipe.replace(precision=made.precision) if recipe.precision == "auto" else recipe).differences(made)
@@ -320,7 +325,7 @@ def _changed(recorded: Mapping[str, Any], recipe: LabelRecipe) -> bool:
 
 
 def _note(dataset: Dataset | None, request: Request) -> str:
-    """What a reader must know before comparing."""
+    """Caveats for comparing a section with the published figures."""
     notes = []
     if random_weights(request.settings):
         notes.append(RANDOM_WEIGHTS)
@@ -336,11 +341,6 @@ def _wanted(models: Mapping[str, str], request: Request) -> list[str]:
         if request.rows
         else ["ViT-B/16", "RN50"]
     )
-
-
-def _slug(text: str) -> str:
-    words = text.lower().replace("+", " plus ")
-    return "-".join("".join(letter if letter.isalnum() else " " for letter in words).split())
 
 
 TABLES: Mapping[str, tuple[str, Callable[[Request], Iterator[dict[str, Any]]]]] = {

@@ -1,4 +1,4 @@
-"""Figures that a benchmark has measured are stored in its folder, so that the same command resumes."""
+"""Store a benchmark's figures in its folder as they are measured, so that the same command resumes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models.errors import WrongUse
 from pipeline.evaluation.results import ROWS
 
 Progress = Callable[[int, int], None]
-"""Callback with the work done so far and the total."""
+"""Callback that takes the work done so far and the total."""
 
 
 def measure_once(
@@ -29,18 +29,18 @@ def measure_once(
     unit: str,
     run: Callable[[Progress], dict[str, Any]],
 ) -> dict[str, Any]:
-    """Measure something, unless an earlier run into the same folder did.
+    """Call ``run``, or return its stored result if an earlier run left one in the same folder.
 
     Args:
-        folder: of the result.
+        folder: result folder.
         console: for progress.
-        name: of what is measured, unique in the folder.
-        identity: everything that it depends on, as JSON.
-        unit: what progress counts.
+        name: name of the measurement, unique in the folder.
+        identity: everything that the result depends on, as JSON.
+        unit: unit of progress, in the plural.
         run: does the work; its values are JSON or NaN.
 
     Raises:
-        WrongUse: ``output_differs`` if the earlier run measured something else.
+        WrongUse: ``output_differs`` if the stored result has another identity.
     """
     found = measure_parts_once(
         folder, console, name, [""], identity, unit, lambda progress, _absent: {"": run(progress)}
@@ -57,22 +57,22 @@ def measure_parts_once(
     unit: str,
     run: Callable[[Progress, Sequence[str]], Mapping[str, dict[str, Any]]],
 ) -> dict[str, dict[str, Any]]:
-    """Like ``measure_once``, for parts that are measured together but stored one by one.
+    """``measure_once`` for parts that are measured together but stored separately.
 
     Args:
-        folder: of the result.
+        folder: result folder.
         console: for progress.
-        name: of the whole, unique in the folder.
-        parts: the parts to measure; a later run may ask for others.
-        identity: everything that each of them depends on, as JSON.
-        unit: what progress counts.
-        run: measures the parts that it is given, which no earlier run has measured.
+        name: name of the whole measurement, unique in the folder.
+        parts: parts to return; a later run may request others.
+        identity: everything that every part depends on, as JSON.
+        unit: unit of progress, in the plural.
+        run: measures the parts that are not stored yet.
 
     Returns:
-        What ``run`` found, by part.
+        The values from ``run``, by part.
 
     Raises:
-        WrongUse: ``output_differs`` if the earlier run measured something else.
+        WrongUse: ``output_differs`` if a stored part has another identity.
     """
     files = {part: folder / ROWS / f"{slug(f'{name} {part}')}.json" for part in parts}
     found = {part: _earlier(file, identity) for part, file in files.items() if file.exists()}
@@ -107,7 +107,7 @@ def _earlier(file: Path, identity: Sequence[Any]) -> dict[str, Any]:
 
 @contextmanager
 def shown_progress(console: Console, name: str, unit: str) -> Iterator[Progress]:
-    """Show progress: a status line on a terminal, in a log a line every ``LOG_EVERY_S``."""
+    """Show progress: a status line on a terminal, or a log line every ``LOG_EVERY_S`` seconds."""
     console.print(f"[bold]{name}[/bold]", highlight=False)
     began = last = time.monotonic()
     with console.status(name) as status:
@@ -126,7 +126,7 @@ def shown_progress(console: Console, name: str, unit: str) -> Iterator[Progress]
 
 
 def slug(text: str) -> str:
-    """Words of a text as a file name."""
+    """Turn a text into a file name."""
     spelled = text.lower().replace("+", " plus ")  # PC and PC+ are different rows
     return "-".join("".join(letter if letter.isalnum() else " " for letter in spelled).split())
 

@@ -1,4 +1,4 @@
-"""Rows of a benchmark: figures over several seeds, and what can be said about their difference."""
+"""Rows and claims of a benchmark: figures over several seeds, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     """Mean of several runs with its 95 % confidence interval (Student's t).
 
     Args:
-        values: one figure a run; NaN counts as none.
+        values: one figure per run; NaN and infinities are dropped.
 
     Returns:
-        ``mean``, ``low``, ``high``, ``runs``; the ends are None with one run, the mean with none.
+        ``mean``, ``low``, ``high``, ``runs``. One run has no ``low`` and ``high`` (None), no run no ``mean``.
     """
     runs = [float(value) for value in values if np.isfinite(value)]
     if not runs:
@@ -39,16 +39,16 @@ def row(
     source: str | None = None,
     missing: str | None = None,
 ) -> dict[str, Any]:
-    """One row of a section, as ``benchmark.json`` holds it.
+    """Build a row of a section, in the layout of ``benchmark.json``.
 
     Args:
         name: what was measured.
-        values: metric → one figure a run.
-        series: line of a chart that the row belongs to.
-        x: where on that line.
-        published: figures of the paper for this row, as shares.
-        source: where they are printed.
-        missing: what is needed to measure the row, if it was not measured.
+        values: one figure per run, by metric.
+        series: the chart series that the row belongs to.
+        x: its position in the series.
+        published: the paper's figures, as fractions (0 to 1).
+        source: where they were published.
+        missing: what an unmeasured row needs.
     """
     return {
         "name": name,
@@ -70,20 +70,20 @@ def claim(
     unit: str = "mIoU",
     margin: float = 0.0,
 ) -> dict[str, Any]:
-    """Whether a claim "this is better than that" shows, from runs on the same seeds.
+    """Test the claim that one thing is better than another, from runs on the same seeds.
 
     Args:
         text: the claim.
-        source: who makes it.
-        better: figures of what should be better, one a seed.
+        source: where it comes from.
+        better: figures of what should be better, one per seed.
         worse: figures of what should be worse, on the same seeds.
-        unit: of the figures.
-        margin: by how much it should be better.
+        unit: unit of the figures.
+        margin: claimed difference.
 
     Returns:
-        A claim of ``benchmark.json``: ``shows`` is true if the 95 % interval of the paired differences lies
-        above ``margin``, false otherwise, None with less than two seeds; the detail tells a difference of the
-        other sign from none.
+        A claim in the layout of ``benchmark.json``. ``shows`` is True if the 95 % interval of the paired
+        differences lies above ``margin``, else False; None with fewer than two seeds. ``detail`` says whether
+        the opposite shows or no difference is certain.
     """
     gaps = interval(np.subtract(better, worse).tolist())
     low, high = gaps["low"], gaps["high"]

@@ -1,7 +1,8 @@
-"""What the papers' tables share: what the user asks for, the data, and how a row says what it lacks.
+"""Shared by the papers' tables: the user's request, opening data, and why a row was not measured.
 
-To add a paper's table: its figures as ``pipeline/evaluation/published/NAME.yaml``, and here a module with a
-function that yields sections, listed in its ``TABLES`` and there in ``jobs.benchmark``.
+To add a paper's table, put its figures into ``pipeline/evaluation/published/NAME.yaml`` and write a module
+here with a function that yields sections. List the function in the module's ``TABLES``, and the module in
+``jobs.benchmark``.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ RANDOM_WEIGHTS = "Random weights: the figures show that the path works, and mean
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks of a table.
+    """The user's options for a table.
 
     Attributes:
-        folder: for the result; each row's result lies below it.
+        folder: result folder, with a subfolder for the rows.
         console: for progress.
         roots: ``DIR`` or ``DIR#SPLIT`` by dataset.
         labels: label table by row, written ``METHOD (MODEL)@DATASET`` or ``METHOD@DATASET``.
-        weights: weights file or folder by row, for rows whose model the user brings.
-        settings: recipe fields that hold for all rows.
-        rows: only rows whose name contains one of these; all if empty.
-        datasets: only these; all of the table if empty.
-        limit: at most so many images of each dataset; 0 is all.
-        image_sizes: of CLIPSeg's tables: sides of the network's input to measure at besides the paper's.
+        weights: weights file or folder by row, for rows whose model the user provides.
+        settings: recipe fields for all rows.
+        rows: only rows whose name contains one of these; empty for all.
+        datasets: only these datasets; empty for all.
+        limit: maximum images per dataset; 0 for all.
+        image_sizes: for CLIPSeg's tables: further sides of the network's input to measure at.
     """
 
     folder: Path
@@ -50,44 +51,39 @@ class Request:
 
 
 def open_root(request: Request, name: str, *, usual_split: str | None = None) -> Any:
-    """The dataset in the folder that the user gave for it.
+    """Open a dataset in the folder that the user gave.
 
     Args:
-        request: with a root for the dataset, if it needs one.
-        name: of the dataset.
-        usual_split: where the user names none; None is the dataset's own default.
+        request: the user's options.
+        name: name of the dataset.
+        usual_split: split if the user names none; None for the dataset's default.
 
     Raises:
-        MaskMillError: as ``pipeline.datasets.registry.open_dataset``.
+        MaskMillError: those of ``pipeline.datasets.registry.open_dataset``.
     """
     root, _, split = request.roots.get(name, "").partition("#")
     return open_dataset(name, root=root or None, split=split or usual_split)
 
 
 def needs_root(name: str) -> str:
-    """What to give for a dataset that is missing."""
+    """The option that provides a missing dataset."""
     return f"{DATASETS[name].source.title}: --root {name}=DIR"
 
 
 def random_weights(settings: Mapping[str, Any]) -> bool:
-    """Whether the user asks for a CLIP without trained weights."""
+    """Whether the settings ask for a CLIP with random weights."""
     return str(settings.get("pretrained", "")).startswith("random")
 
 
 def why_not_measured(error: MaskMillError) -> str:
-    """What a row says that could not be measured; raises what the same command again could mend."""
+    """The reason to print in a row. Re-raises errors that a second run could resolve."""
     if isinstance(error, FailedWork) or error.code == "output_differs":
         raise error
     return f"{error.code}: {error.message}"
 
 
 def of_other_images(dataset: Dataset, split: str) -> str:
-    """How the data differ from those of the benchmark; empty if they do not.
-
-    Args:
-        dataset: as it is measured.
-        split: of the benchmark.
-    """
+    """How the data differ from the benchmark's ``split``; empty if they do not."""
     whole, count = DATASETS[dataset.name].official.get(split), len(dataset.samples)
     if dataset.split != split:
         return f"Measured on {dataset.split}, not on {split}: not comparable with the benchmark."

@@ -1,4 +1,4 @@
-"""What the rows of CLIPSeg's tables share: open datasets, models, results of earlier runs."""
+"""Shared by the rows of CLIPSeg's tables: open datasets, loaded models, results of earlier runs."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from pipeline.evaluation.prompts.protocols import Read
 
 SIDE = 352
-"""Of the network's input in the paper (``models.clipseg.decoder.IMAGE_SIZE``)."""
+"""Side of the network's input in the paper (``models.clipseg.decoder.IMAGE_SIZE``)."""
 METHODS = ("CLIPSeg", "CLIP-Deconv", "ViTSeg")
-"""Methods that can be measured here; others only have their published figures."""
+"""Methods that can be measured here; the others have published figures only."""
 NOT_RUN = ("CLIPSeg (PC+), independent re-run",)
 COCO_JSON = "coco-json"
 
@@ -69,12 +69,7 @@ Values = dict[str, float]
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of a row.
-
-    Attributes:
-        values: by metric.
-        parts: by breakdown and group.
-    """
+    """A row's figures: ``values`` by metric, ``parts`` by breakdown and group."""
 
     values: Values = field(default_factory=dict)
     parts: Parts = field(default_factory=dict)
@@ -82,13 +77,13 @@ class Figures:
 
 @dataclass(frozen=True, eq=False)
 class Counted:
-    """Figures of one run of a model.
+    """Figures of one model run.
 
     Attributes:
-        values: by metric of ``pipeline.metrics.foreground.summarise`` and, with a suffix, of the standard
+        values: by metric of ``pipeline.metrics.foreground.summarise``; a suffix marks the standard
             convention.
-        breakdowns: counts of groups.
-        threshold: at which the foreground IoU was taken.
+        breakdowns: counts per group.
+        threshold: the one used for the foreground IoU.
     """
 
     values: Values
@@ -97,11 +92,11 @@ class Counted:
 
 
 class Bench:
-    """Opens what a table's rows need, and measures.
+    """Opens the datasets and models of a table's rows, and measures them.
 
     Raises:
-        MaskMillError: ``wrong_use`` for weights of a row that the table does not have, a setting that
-            these tables do not, or an image size that no network takes.
+        MaskMillError: ``wrong_use`` for weights of an unknown row, an unknown setting, or an image size
+            outside 32 to 2048.
     """
 
     def __init__(self, request: Request, table: PublishedTable) -> None:
@@ -128,7 +123,7 @@ class Bench:
         self._areas: dict[str, np.ndarray] = {}
 
     def lacking(self, setting: str, line: Row) -> str | None:
-        """What must be given before a row can be measured."""
+        """What the user must still provide before the row can be measured."""
         title, names = line.title, root_names(setting)
         parts = []
         if not any(name in self.request.roots for name in names):
@@ -143,7 +138,7 @@ class Bench:
         if name not in self._datasets:
             given = next(root for root in root_names(setting) if root in self.request.roots)
             if given == COCO_JSON:
-                # Every category is a class: prompts choose among them, not an ontology.
+                # Every category is a class; the prompts select among them instead of an ontology.
                 root, _, split = self.request.roots[given].partition("#")
                 where = {"split": split} if split else {}
                 self._datasets[name] = open_coco_root(root, ontology=None, **where)
@@ -153,7 +148,7 @@ class Bench:
         return self._datasets[name]
 
     def areas(self, setting: str) -> np.ndarray:
-        """Pixels of each class in each image, from which episodes are drawn."""
+        """Pixels per image and class, from which episodes are drawn."""
         name = setting.partition("/")[0]
         if name not in self._areas:
             dataset = self.dataset(setting)
@@ -167,7 +162,7 @@ class Bench:
         return self._areas[name]
 
     def generalised(self, setting: str) -> tuple[MatchedPrompt, ...]:
-        """The prompts of a kind over the classes of the data."""
+        """The setting's prompts, matched to the dataset's classes."""
         kind = setting.partition("/")[2]
         asked = [prompt for prompt in generalised_prompts() if prompt.kind == kind]
         return match_prompts(asked, self.dataset(setting).class_names)
@@ -214,18 +209,18 @@ class Bench:
         return Counted(found, breakdowns, found["iou_fg_threshold"])
 
     def figures(
-        self, setting: str, runs: Sequence[Counted], *, meant: Mapping[str, str] | None = None
+        self, setting: str, runs: Sequence[Counted], *, renamed: Mapping[str, str] | None = None
     ) -> Figures:
-        """A row from the runs of its folds: the mean of each metric, and groups over all folds.
+        """A row's figures over its folds: mean metrics, and groups merged across folds.
 
         Args:
-            setting: whose metrics are wanted.
-            runs: at least one, all at one threshold.
-            meant: the metric that stands in a column, where the table calls it something else.
+            setting: the one whose metrics are reported.
+            runs: one per fold, at least one, all at the same threshold.
+            renamed: the real metric of each column that the table mislabels.
         """
         values = {}
         for column in self.table.metrics(setting):
-            metric = (meant or {}).get(column, column)
+            metric = (renamed or {}).get(column, column)
             for suffix in ("", f"_{STANDARD}"):
                 values[column + suffix] = float(np.mean([run.values[metric + suffix] for run in runs]))
         parts = merge_breakdowns(run.breakdowns for run in runs)
@@ -240,14 +235,14 @@ class Bench:
         *,
         side: int = SIDE,
     ) -> dict[str, Any]:
-        """``measure_once`` with the limit, the precision and the image size as part of the identity."""
+        """``measure_once``, with limit, precision and image size added to the identity."""
         key = [*identity, self.request.limit, str(self.settings["precision"])]
         if side != SIDE:
             name = f"{name} at {side} pixels"
         return measure_once(self.request.folder, self.request.console, name, key, unit, run)
 
     def note(self, setting: str) -> str:
-        """What to know about a section before comparing."""
+        """Caveats for comparing a section with the published figures."""
         name = setting.partition("/")[0]
         parts = []
         dataset = self._datasets.get(name)
@@ -282,17 +277,17 @@ class Bench:
 
 
 def can_run(line: Row) -> bool:
-    """Whether a row is one that can be measured here."""
+    """Whether the row can be measured here."""
     return line.method.startswith(METHODS) and line.method not in NOT_RUN
 
 
 def root_names(setting: str) -> tuple[str, ...]:
-    """Datasets that a setting can be measured on, the benchmark's own first."""
+    """Datasets on which a setting can be measured, the benchmark's own first."""
     return _ROOTS[setting.partition("/")[0]]
 
 
 def _placeholder(setting: str) -> str:
-    """What in a path of weights tells the models of a setting apart; empty if there is one."""
+    """The placeholder for a setting's models in a weights path; empty if it has only one model."""
     return "{unseen}" if setting.startswith("voc21/") else "{fold}" if _folds(setting) else ""
 
 

@@ -1,4 +1,4 @@
-"""Sections that show a table's figures apart: by object size, class, phrase, kind of prompt, image size."""
+"""Sections that break a table down by object size, class, phrase, kind of prompt and image size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.metrics.breakdown import CLASS, OBJECT_SIZE, PHRASE, PROMPT, PROMP
 from pipeline.metrics.foreground import CLIPSEG, summarise
 
 Parts = dict[str, dict[str, dict[str, float]]]
-"""Figures by metric, by group, by breakdown; ``COUNT`` among them is the number of prompts."""
+"""Figures by breakdown, group and metric; ``COUNT`` holds the number of prompts."""
 
 COUNT = "prompts"
 _TITLES = {
@@ -27,8 +27,8 @@ def parts_of(breakdowns: Breakdowns, threshold: float | None) -> Parts:
     """Foreground IoU and average precision of every group, under CLIPSeg's convention.
 
     Args:
-        breakdowns: counts of the groups.
-        threshold: of the row they are part of; None where it has none.
+        breakdowns: counts per group.
+        threshold: that of the row, None if it has none.
     """
     return {
         breakdown: {
@@ -47,11 +47,11 @@ def parts_of(breakdowns: Breakdowns, threshold: float | None) -> Parts:
 
 
 def breakdown_sections(name: str, title: str, found: Mapping[str, Parts]) -> Iterator[dict[str, Any]]:
-    """A section for each breakdown with at least two groups: a chart for each row, a bar for each group.
+    """Yield a section per breakdown with two or more groups: a chart per row, a bar per group.
 
     Args:
-        name: of the section that they are parts of.
-        title: of that section.
+        name: name of the section that is broken down.
+        title: its title.
         found: parts by row of the table.
     """
     for breakdown in dict.fromkeys(key for parts in found.values() for key in parts):
@@ -92,13 +92,13 @@ def size_section(
     found: Mapping[str, Mapping[int, tuple[Mapping[str, float], str | None]]],
     usual: int,
 ) -> dict[str, Any]:
-    """A section with a curve for each row: the table's figures by the side of the network's input.
+    """A section with a curve per row: the table's figures against the side of the network's input.
 
     Args:
-        name: of the section that it is part of.
-        title: of that section.
-        metrics: of the table.
-        found: by row, by side: figures, or none and what they lack.
+        name: name of the section that is broken down.
+        title: its title.
+        metrics: the table's metrics.
+        found: by row and side: the figures, or none and the reason.
         usual: the paper's side.
     """
     return {

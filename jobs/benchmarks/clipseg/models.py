@@ -1,7 +1,7 @@
-"""The models of CLIPSeg's tables: weights by row, over the CLIP of the settings.
+"""The models of CLIPSeg's tables: weights per row, on top of the CLIP from the settings.
 
-Weights are a decoder (the authors' ``.pth`` or a file of this project), or a folder in Hugging Face's layout,
-which brings its CLIP. ``PATH#3,7,9`` says which blocks the decoder reads, where the file does not.
+Weights are a decoder (the authors' ``.pth`` or one of our files), or a folder in Hugging Face layout, which
+includes its CLIP. ``PATH#3,7,9`` names the blocks that the decoder reads, for files that do not.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from models.clipseg.decoder import ClipSeg
 
 SETTINGS = {"model": "ViT-B-16-quickgelu", "pretrained": "openai", "precision": "fp32"}
-"""Settings of the tables and their defaults, which are the paper's."""
+"""Settings of the tables, with the paper's values as defaults."""
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 def clip_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that were given over their defaults.
+    """Merge the given settings into the defaults.
 
     Raises:
-        MaskMillError: ``wrong_use`` for a setting that these tables do not have.
+        MaskMillError: ``wrong_use`` for an unknown setting or precision.
     """
     wrong = [name for name in given if name not in SETTINGS]
     if wrong:
@@ -48,7 +48,7 @@ def clip_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settings_clip(settings: Mapping[str, Any]) -> Clip:
-    """The CLIP that the settings name, on the best device.
+    """Load the CLIP named in the settings onto the best device.
 
     Raises:
         MaskMillError: as ``models.clip.loading.load_clip``.
@@ -65,11 +65,11 @@ def settings_clip(settings: Mapping[str, Any]) -> Clip:
 
 
 class RowModels:
-    """Loads the models of rows, one in memory at a time, over one CLIP.
+    """Loads the rows' models on top of one CLIP, keeping one in memory at a time.
 
     Args:
         weights: ``PATH`` or ``PATH#BLOCKS`` by row.
-        settings: of ``clip_settings``.
+        settings: from ``clip_settings``.
     """
 
     def __init__(self, weights: Mapping[str, str], settings: Mapping[str, Any]) -> None:
@@ -82,17 +82,17 @@ class RowModels:
 
         Args:
             line: the row.
-            **numbers: what placeholders in the path of its weights stand for.
+            **numbers: values of the placeholders in its weights path.
 
         Raises:
-            MaskMillError: as ``models.clipseg.weights.load_clipseg``; ``weights_missing``.
+            MaskMillError: ``weights_missing``, and those of ``models.clipseg.weights.load_clipseg``.
         """
         path, _, blocks = self._weights[line.title].partition("#")
         for name, number in numbers.items():
             path = path.replace(f"{{{name}}}", number)
         key = (line.method, path, _layers(blocks))
         if self._loaded is None or self._loaded[0] != key:
-            self._loaded = None  # two models need not be in memory at once
+            self._loaded = None  # free the memory before loading the next model
             self._loaded = (key, self._load(*key))
         return self._loaded[1]
 
@@ -148,7 +148,7 @@ def _vitseg(clip: Clip, path: Path, layers: tuple[int, ...] | None, pretrained: 
         reduce_dim=len(state["film_mul.weight"]),
         extract_layers=layers or ViTSegConfig().extract_layers,
     )
-    # A trial with a random CLIP has no use for a download of the other tower.
+    # A trial with a random CLIP should not download the other tower.
     tower = pretrained if pretrained.startswith("random:") else "pretrained"
     return _filled(build_vitseg(clip, config, weights=tower), state, path)
 

@@ -1,9 +1,9 @@
 """CLIPSeg's tables: referring expressions, generalised zero-shot, one-shot, text and generalised prompts.
 
-A row is measured when its dataset and its weights are given (``jobs.benchmarks.clipseg.models``). ``{fold}``
-in a path of weights stands for the fold (0 to 3), ``{unseen}`` for the number of unseen classes: the paper
-trained one model for each. Behind each table its figures stand apart, by object size, class, phrase and kind
-of prompt, as far as there are such, and by image size if others than the paper's are asked for.
+A row is measured if its dataset and weights are given (``jobs.benchmarks.clipseg.models``). In the path of
+the weights, ``{fold}`` stands for the fold (0 to 3) and ``{unseen}`` for the number of unseen classes: the
+paper trained one model for each. Every table is followed by breakdowns by object size, class, phrase and kind
+of prompt where these apply, and by image size if sizes other than the paper's are requested.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pipeline.datasets.phrasecut import PhraseCutDataset
 
 SEED = 0
-"""Of episodes and example images. The reference draws them without a seed."""
+"""Seed for episodes and example images. The reference draws them without a seed."""
 
 _TITLES = {
     "phrasecut": "PhraseCut, text prompts",
@@ -89,7 +89,7 @@ def _phrasecut(bench: Bench, setting: str, line: Row, side: int) -> Figures:
     dataset: PhraseCutDataset = bench.dataset(setting)
     limit = bench.request.limit
     if setting == "phrasecut/visual":
-        # The model that was trained on highlighted examples is asked with such.
+        # The model trained on highlighted examples is also prompted with them.
         style = "blur_highlight" if line.method.endswith("highlight mask") else VISUAL_PROMPT
         queries = phrase_image_queries(dataset, style=style, limit=limit, seed=SEED, side=side)
     else:
@@ -109,7 +109,7 @@ def _one_shot(bench: Bench, setting: str, line: Row, side: int) -> Figures:
         episodes = draw_episodes(
             benchmark, fold, names, bench.areas(setting), seed=SEED, episodes=bench.request.limit or None
         )
-        # The vision tower sees the image once, so asking by text as well costs next to nothing.
+        # The vision tower encodes the image once, so text prompts as well cost next to nothing.
         if name == "coco20i":
             queries = coco_queries(dataset, episodes, also_text=True, side=side)
         elif task == "text":
@@ -138,7 +138,7 @@ def _zero_shot(bench: Bench, setting: str, line: Row, side: int) -> Figures:
         found = zero_shot_confusion(model, dataset, limit=bench.request.limit, side=side, progress=progress)
         return {"confusion": found.tolist()}
 
-    # One model for both numbers of unseen classes is run once.
+    # A model that serves both numbers of unseen classes is run only once.
     name = f"voc21 {f'unseen{unseen} ' if own else ''}{line.title}"
     found = bench.measured(name, [dataset.fingerprint(), model.fingerprint], "images", run, side=side)
     confusion = np.array(found["confusion"], np.int64)
@@ -172,14 +172,14 @@ def _generalised(bench: Bench, setting: str, line: Row, side: int) -> Figures:
             "Give data with such classes, as LVIS and COCO have them.",
         )
     counted = bench.foreground(setting, line, queries, "images", side=side)
-    # The notebook that made the table calls the foreground IoU mIoU.
-    return bench.figures(setting, [counted], meant={"miou": "iou_fg"})
+    # The notebook behind the table labels the foreground IoU "mIoU".
+    return bench.figures(setting, [counted], renamed={"miou": "iou_fg"})
 
 
 def _zero_shot_rows(
     title: str, values: Values, published: Mapping[str, float], source: str | None, missing: str | None
 ) -> list[dict[str, Any]]:
-    """A measured row three times, as it is not known which order of columns the paper prints."""
+    """A measured row three times, because the order of the paper's columns is uncertain."""
     ours = {metric: value for metric, value in values.items() if not metric.startswith("released_")}
     rows = [_row(title, ours, published, source, missing)]
     if values:
@@ -193,7 +193,7 @@ def _zero_shot_rows(
 _EXCHANGED = {"miou_seen": "miou_unseen", "miou_unseen": "miou_seen"}
 
 
-# --- what the tables share ----------------------------------------------------------------------------------
+# --- shared by the tables -----------------------------------------------------------------------------------
 
 Measure = Callable[[Bench, str, Row, int], Figures]
 Rows = Callable[[str, Values, Mapping[str, float], "str | None", "str | None"], list[dict[str, Any]]]
@@ -215,10 +215,10 @@ def _one_row(
 def _sections(
     name: str, request: Request, measure: Measure, rows: Rows = _one_row
 ) -> Iterator[dict[str, Any]]:
-    """One section for each dataset of a published table, one row (or more, by ``rows``) for each method.
+    """One section per dataset of a published table, one row (or more, see ``rows``) per method.
 
-    Each is followed by its figures apart; kinds of prompts, which are settings of one dataset in some tables,
-    come last. Checks the request at once; the sections are measured as they are iterated over.
+    Each section is followed by its breakdowns. Kinds of prompts come last, as some tables have them as
+    settings of one dataset. The request is checked at once; sections are measured lazily.
     """
     table = load_published(name)
     return _measured(table, Bench(request, table), measure, rows)
@@ -238,7 +238,7 @@ def _measured(table: PublishedTable, bench: Bench, measure: Measure, rows: Rows)
         for line in table.rows:
             published = table.shares(line, setting)
             if not published and not can_run(line):
-                continue  # a method that the paper compares with on another of the sets
+                continue  # the paper reports this method on another dataset only
             title = line.title
             figures, missing = _attempt(bench, setting, line, measure, SIDE)
             source = str(table.source_of(line)) if published else None
@@ -276,7 +276,7 @@ def _measured(table: PublishedTable, bench: Bench, measure: Measure, rows: Rows)
 def _attempt(
     bench: Bench, setting: str, line: Row, measure: Measure, side: int
 ) -> tuple[Figures, str | None]:
-    """Figures of a row, or what it lacks."""
+    """The figures of a row, or the reason for having none."""
     rows = bench.request.rows
     if not can_run(line):
         return Figures(), None

@@ -1,4 +1,4 @@
-"""CLIPSeg's Table 2: what visual prompts do to CLIP's probability of the object that is meant."""
+"""CLIPSeg's Table 2: how visual prompts change CLIP's probability of the marked object."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from models.clip.loading import Clip
 
 SEED = 0
-"""Of the order in which images are taken."""
+"""Seed for the order of the images."""
 UNFIT = ("phrasecut", "pairs", "coco-json")
-"""Data that are not taken: masks of phrases, and data that need an ontology of their own."""
+"""Datasets not accepted: phrase masks, and formats that need a separate ontology."""
 _METRICS = ("delta_probability", "probability")
 
 
 @dataclass(frozen=True)
 class _Found:
-    """Probability of each object by strategy, what is missing if there is none, and what to know of it."""
+    """Probabilities of the objects by strategy, or what is missing, and a note."""
 
     probabilities: Mapping[str, Sequence[float]]
     missing: str | None
@@ -43,7 +43,7 @@ class _Found:
 
 
 def prompt_strategies(request: Request) -> Iterator[dict[str, Any]]:
-    """Table 2 on each dataset that is given; without any, LVIS, which the paper used, as missing."""
+    """Table 2 on each given dataset; without any, a section that lists the paper's LVIS as missing."""
     _check(request)
     return _sections(request, clip_settings(request.settings))
 
@@ -92,7 +92,7 @@ def _rows(found: _Found, table: PublishedTable) -> list[dict[str, Any]]:
 
 
 def _row(name: str, values: Mapping[str, np.ndarray], **told: Any) -> dict[str, Any]:
-    """A row whose interval is over the objects; their own figures are not kept in it."""
+    """A row whose interval is taken over the objects; it does not keep the figures per object."""
     made = row(name, {}, **told)
     for metric, figures in values.items():
         over = interval(figures.tolist())
@@ -165,7 +165,7 @@ def _measure(
 
 
 def _check(request: Request) -> None:
-    """Refuse what this table does not have.
+    """Refuse options and datasets that this table does not have.
 
     Raises:
         MaskMillError: ``wrong_use``.

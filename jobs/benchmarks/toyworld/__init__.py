@@ -1,1 +1,1 @@
-"""The papers' claims at toy scale, on the toy world."""
+"""The papers' claims at toy scale."""

@@ -1,7 +1,7 @@
 """``maskmill benchmark toyworld``: the papers' claims at toy scale, with seeds and confidence intervals.
 
-Everything runs on fresh scenes of the toy world with the bundled small CLIP, through the Labeller that labels
-real images. A claim that does not show here is reported as such.
+Everything runs on fresh scenes of the toy world with the bundled small CLIP, through the same Labeller as
+real images. Claims that do not hold here are reported as such.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Condition:
     """One thing to measure.
 
     Attributes:
-        name: of the row.
-        settings: recipe fields that differ from the recipe ``toy``.
-        ontology: the classes, if not those of the world.
+        name: title of the row.
+        settings: changes to the recipe ``toy``.
+        ontology: the classes; None for the toy world's.
         size: side of the scenes in pixels.
         corruption: name and level.
     """
@@ -51,19 +51,19 @@ class Condition:
 
     @property
     def key(self) -> str:
-        """What is measured, whatever it is called."""
+        """Identifies the measurement, whatever the name of the row."""
         classes = self.ontology.hash if self.ontology else ""
         return repr((sorted(self.settings.items()), self.size, self.corruption, classes))
 
 
 class Bench:
-    """Measures conditions on the same scenes, each of them once, as many at a time as there are cores.
+    """Measures conditions on the same scenes in a process pool, each condition once.
 
     Args:
-        seeds: of the scene sets.
-        scenes: of each set.
-        progress: called after each condition with how many are done.
-        workers: processes, of one thread each: threads that wait for one another would halve the speed.
+        seeds: seeds of the scene sets.
+        scenes: scenes per set.
+        progress: called after each condition with the number done.
+        workers: processes. Each uses one thread, as contention between threads would halve the speed.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class Bench:
         )
 
     def close(self) -> None:
-        """End the processes."""
+        """Shut down the process pool."""
         self._pool.shutdown(cancel_futures=True)
 
     def start(self, conditions: Iterable[Condition]) -> None:
-        """Have conditions measured that were not asked for yet; does not wait."""
+        """Submit the conditions that are new, without waiting for them."""
         for condition in conditions:
             if condition.key not in self._runs:
                 future = self._pool.submit(measure, condition, self.seeds, self.scenes)
@@ -97,11 +97,11 @@ class Bench:
 
     @property
     def done(self) -> int:
-        """Conditions that were measured."""
+        """Number of conditions measured so far."""
         return sum(future.done() for future in self._runs.values())
 
     def runs(self, condition: Condition) -> dict[str, list[float]]:
-        """MIoU and pixel accuracy of a condition, one figure a seed."""
+        """MIoU and pixel accuracy of a condition, one figure per seed."""
         self.start([condition])
         return self._runs[condition.key].result()
 
@@ -114,7 +114,7 @@ class Bench:
         note: str = "",
         chart: str | None = "bars",
     ) -> dict[str, Any]:
-        """A section with one row for each condition."""
+        """A section with one row per condition."""
         self.start(conditions)
         return {
             "name": name,
@@ -127,7 +127,7 @@ class Bench:
 
 
 def measure(condition: Condition, seeds: Sequence[int], scenes: int) -> dict[str, list[float]]:
-    """MIoU and pixel accuracy of one condition, one figure a seed."""
+    """MIoU and pixel accuracy of a condition, one figure per seed."""
     recipe = change_recipe(RECIPES["toy"], condition.settings)
     ontology = condition.ontology or load_ontology("toyworld")
     precision = native_precision(best_device())
@@ -157,7 +157,7 @@ def measure(condition: Condition, seeds: Sequence[int], scenes: int) -> dict[str
 
 @lru_cache(maxsize=16)
 def scene_set(seed: int, scenes: int, size: int) -> ToySet:
-    """The scenes of one seed."""
+    """The cached scenes of a seed."""
     return generate(seed, scenes, size)
 
 
@@ -168,7 +168,7 @@ def _use_one_thread() -> None:
 
 
 def heads(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """MaskCLIP against the unmodified CLIP."""
+    """MaskCLIP against unmodified CLIP."""
     labels = {
         "maskclip": "MaskCLIP, as the reference's code (residual and MLP kept)",
         "value": "MaskCLIP, value path alone",
@@ -203,7 +203,7 @@ def heads(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def refinement(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Key smoothing and prompt denoising, for both readings of MaskCLIP."""
+    """Key smoothing and prompt denoising, for both variants of MaskCLIP."""
     options: dict[str, dict[str, Any]] = {
         "no refinement": {},
         "+ key smoothing": {"ks_threshold": 1.0},
@@ -347,7 +347,7 @@ def words(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def vocabulary(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Words without a class name: how well scores find the cells that they describe."""
+    """Words that are not class names: how well their scores find the cells they describe."""
     from models.clip.loading import load_clip
     from models.clip.text import build_text_classifier
     from models.maskclip import MaskClip

@@ -1,9 +1,9 @@
-"""Rows of ``maskmill benchmark toyworld`` about CLIPSeg: what prompts find, with seeds.
+"""The CLIPSeg sections of ``maskmill benchmark toyworld``: trained decoders, prompted by text and by image.
 
-For every seed seven decoders are trained as by ``maskmill train clipseg --recipe toy``: CLIPSeg on true
-masks, on the labels of the toy teacher alone, on true masks without any phrase for the unseen classes, and on
-those with the teacher's labels of the unseen classes; and the paper's two baselines, one of them with two
-towers. They are asked on scenes that no other row has trained on.
+For every seed, seven decoders are trained as by ``maskmill train clipseg --recipe toy``: CLIPSeg on true
+masks, on the toy teacher's labels alone, on true masks without phrases for the unseen classes, and on those
+plus the teacher's labels for the unseen classes; and the paper's two baselines, one of them with two towers.
+They are evaluated on scenes that no decoder was trained on.
 """
 
 from __future__ import annotations
@@ -51,27 +51,27 @@ from pipeline.training.clipseg.sources.toy import KINDS, ToySource, kind_of, ope
 from pipeline.training.clipseg.triplets import TripletSettings, crop_by_settings
 
 SECTION = "prompts"
-"""What ``--row`` calls them."""
+"""Name for ``--row``."""
 MOST_SEEDS = 3
 """Each seed trains seven decoders, which takes minutes."""
 PAPER = "Lüddecke & Ecker, CVPR 2022"
 TRAINING_SEED = 2000
-"""Added to the seed of the measured scenes: the scenes that decoders learn from are others."""
+"""Offset from the seed of the evaluation scenes to that of the training scenes."""
 THRESHOLD_SEED = 3000
-"""Likewise: the scenes that thresholds are chosen on."""
+"""Offset to the seed of the scenes on which thresholds are chosen."""
 SCENES = 1500
-"""Scenes to learn from."""
+"""Training scenes."""
 UNSEEN = ("sand", "zebra", "fish", "cloud")
-"""The classes that the zero-shot decoder never hears of, those of the zero-shot student."""
+"""Classes withheld from the zero-shot decoder, the same as for the zero-shot student."""
 WANTED_EMPTY = 0.92
-"""Share of absent phrases whose mask the strict threshold leaves empty on the scenes that it is chosen on;
-0.9 is aimed at on those that are measured."""
+"""Share of absent phrases with an empty mask, on the scenes where the strict threshold is chosen. The target
+on the evaluation scenes is 0.9."""
 
 _UNSEEN = [CLASSES.index(name) for name in UNSEEN]
 _SEEN = [number for number in range(len(CLASSES)) if number not in _UNSEEN]
 _SIDE = 128
 _SHOWN = {"text": "", "picture": "crop_blur_highlight352", "raw picture": "image_only"}
-_ABSENT = 3  # phrases a scene that are not true of it
+_ABSENT = 3  # absent phrases per scene
 _TEACHER = "MaskCLIP (the teacher)"
 
 Runs = dict[str, list[float]]
@@ -82,12 +82,12 @@ class Variant:
     """A decoder to train.
 
     Attributes:
-        name: of its folder.
-        title: of its row.
-        settings: of the recipe ``toy``, changed.
-        truth: it learns from true masks.
-        guessed: it learns from the teacher's labels; if from truth as well, those of the unseen classes.
-        tower: of a ViTSeg: its file, and the classes that it learnt to tell.
+        name: name of its folder.
+        title: title of its row.
+        settings: changes to the recipe ``toy``.
+        truth: train on true masks.
+        guessed: train on the teacher's labels; together with ``truth``, only on those of unseen classes.
+        tower: for ViTSeg: the file of the tower, and the classes it was trained on.
     """
 
     name: str
@@ -125,17 +125,17 @@ def prompts(
     variants: Sequence[Variant] = VARIANTS,
     make_tower: Callable[[Path, Console, Sequence[str]], None] = train_tower,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Train and measure; what is trained already in ``folder`` is not trained again.
+    """Train and evaluate the decoders, reusing those already trained in ``folder``.
 
     Args:
-        seeds: of the scene sets.
-        scenes: to measure on, of each set.
+        seeds: seeds of the scene sets.
+        scenes: evaluation scenes per set.
         folder: for images, tables and decoders.
-        console: where to print.
-        training_scenes: scenes to learn from.
+        console: for progress.
+        training_scenes: training scenes per seed.
         settings: changes to all recipes.
-        variants: which decoders to train.
-        make_tower: writes the weights of a tower of ViTSeg.
+        variants: the decoders to train.
+        make_tower: trains a tower for ViTSeg and writes its weights.
 
     Returns:
         Sections and claims of ``benchmark.json``.
@@ -164,7 +164,7 @@ def prompts(
 
 
 def missing(reason: str) -> dict[str, Any]:
-    """The section of decoders that could not be trained."""
+    """The section to show if the training failed."""
     return {
         "name": "clipseg",
         "title": "CLIPSeg against its baselines",
@@ -276,7 +276,7 @@ def _claims(found: Mapping[str, Runs]) -> list[dict[str, Any]]:
 
 
 def _label_rows(title: str) -> tuple[str, str]:
-    """Rows of a decoder's labels: of the highest name, and of each name alone."""
+    """Titles of a decoder's two label rows: the highest name, and each name alone."""
     return f"{title}: highest name", f"{title}: each name alone"
 
 
@@ -311,39 +311,41 @@ def _trained(
 
 @dataclass(frozen=True)
 class Answers:
-    """What a decoder answers to the phrases of some scenes, and to as many examples of what they mean.
+    """A decoder's answers to phrases, and to example pictures of the same things, by form of prompt.
+
+    The forms are "text", "picture" and "raw picture"; T is the number of thresholds.
 
     Attributes:
-        present: by kind of prompt ("text", "picture", "raw picture"): counts; classes are kinds of phrases.
-        absent: share (n, T) of the picture that is found at each threshold for absent phrases.
+        present: counts for phrases that are true of the scene; the classes are kinds of phrases.
+        absent: share (n, T) of the scene covered at each threshold, for n absent phrases.
     """
 
     present: Mapping[str, ForegroundStatistics]
     absent: Mapping[str, npt.NDArray[np.float64]]
 
     def empty(self, form: str) -> npt.NDArray[np.float64]:
-        """Share of absent phrases that find nothing visible, at each threshold (T,)."""
+        """Share of absent phrases with no visible mask, at each threshold (T,)."""
         shares: npt.NDArray[np.float64] = (self.absent[form] < VISIBLE_SHARE).mean(0)
         return shares
 
     def best_threshold(self, form: str) -> int:
-        """The threshold (its index) of the highest foreground IoU."""
+        """Index of the threshold with the highest foreground IoU."""
         return int(np.argmax(foreground_iou(self.present[form], STANDARD)))
 
     def strict_threshold(self, form: str) -> int:
-        """The lowest threshold that leaves ``WANTED_EMPTY`` of the absent phrases empty, or the highest."""
+        """Index of the lowest threshold with ``WANTED_EMPTY`` of the absent phrases empty, else the last."""
         enough = np.flatnonzero(self.empty(form) >= WANTED_EMPTY)
         return int(enough[0]) if len(enough) else len(THRESHOLDS) - 1
 
 
 @torch.inference_mode()
 def ask(model: ClipSeg, source: ToySource, *, seed: int) -> Answers:
-    """Ask for everything that is true of some scenes, and for some things that are not.
+    """Prompt a decoder for every phrase that is true of a scene, and for a few that are not.
 
     Args:
         model: any decoder.
         source: the scenes and their phrases.
-        seed: of the choice of examples and of absent phrases.
+        seed: for drawing examples and absent phrases.
     """
     rng = np.random.default_rng(seed)
     pairs, triplets = source.pairs, CLIPSEG_RECIPES.load("toy").triplets
@@ -384,7 +386,7 @@ def ask(model: ClipSeg, source: ToySource, *, seed: int) -> Answers:
 
 
 def _example(source: ToySource, phrase: int, image: int, rng: np.random.Generator) -> int | None:
-    """Another scene's pair with the phrase; None if there is no other: its own would show the answer."""
+    """A pair with the phrase from another scene, as the scene itself would show the answer; None if none."""
     members = source.pairs.members(phrase)
     others = members[source.pairs.image[members] != image]
     return int(rng.choice(others)) if len(others) else None
@@ -393,7 +395,7 @@ def _example(source: ToySource, phrase: int, image: int, rng: np.random.Generato
 def _picture(
     source: ToySource, pair: int, style: str, triplets: TripletSettings, rng: np.random.Generator
 ) -> npt.NDArray[np.uint8]:
-    """An example picture (S, S, 3), made as in training."""
+    """An example picture (S, S, 3), prepared as in training."""
     image, mask, _ = crop_by_settings(source.read(pair), triplets.support_size, triplets, rng)
     return support_image(image, mask == OBJECT, style, rng).transpose(1, 2, 0)
 
@@ -440,14 +442,14 @@ def _only(statistics: ForegroundStatistics, number: int) -> ForegroundStatistics
 
 @torch.inference_mode()
 def _labelled(model: ClipSeg, title: str, seed: int, scenes: int) -> dict[str, dict[str, float]]:
-    """MIoU of a decoder's labels."""
+    """MIoU of a decoder's label maps."""
     conditionals = model.encode_text(CLASSES)
 
     def probabilities(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         found: npt.NDArray[np.float32] = model(_pixels([image]), conditionals)[0].sigmoid().numpy()
         return found
 
-    # Where no truth of unseen classes is known, the threshold is chosen with the seen ones.
+    # The truth of unseen classes counts as unknown, so the threshold is chosen on the seen ones.
     made = scene_set(seed + THRESHOLD_SEED, scenes, _SIDE)
     chosen_on = ForegroundStatistics.merge(
         ForegroundStatistics.of(found[number], truth == number, number)
@@ -467,7 +469,7 @@ def _labelled(model: ClipSeg, title: str, seed: int, scenes: int) -> dict[str, d
 
 @torch.inference_mode()
 def _teacher(seed: int, scenes: int) -> dict[str, float]:
-    """MIoU of the teacher's labels."""
+    """MIoU of the teacher's label maps."""
     precision = native_precision(best_device())
     ontology = load_ontology("toyworld")
     teacher = prepare_labeller(RECIPES["toy"], ontology, precision=precision).build(precision=precision)
@@ -477,7 +479,7 @@ def _teacher(seed: int, scenes: int) -> dict[str, float]:
 
 
 def _mious(masks: Sequence[npt.NDArray[np.bool_]], truths: npt.NDArray[Any]) -> dict[str, float]:
-    """Means over unseen, seen and all classes, of masks (C, H, W) and true labels (N, H, W)."""
+    """MIoU over unseen, seen and all classes, from N masks (C, H, W) and true labels (N, H, W)."""
     counts = np.zeros((len(CLASSES), 3), np.int64)
     for mask, truth in zip(masks, truths, strict=True):
         true = _one_hot(truth)

@@ -1,8 +1,8 @@
-"""Rows of ``maskmill benchmark toyworld`` about MaskCLIP+: students against their teacher, with seeds.
+"""The MaskCLIP+ sections of ``maskmill benchmark toyworld``: students against their teacher.
 
-For every seed fresh scenes are drawn and labelled by the toy teacher, and three students are trained as by
-``maskmill train maskclip-plus``: without annotation, with the truth of the seen classes (zero-shot), and
-fully supervised. All are measured on the scenes that the other rows are measured on.
+For every seed, the toy teacher labels fresh scenes, and three students are trained as by
+``maskmill train maskclip-plus``: annotation-free, with the truth of the seen classes (zero-shot), and fully
+supervised. All are evaluated on the same scenes as the other rows.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from pipeline.training.loop.checkpoints import CheckpointStore
 from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
 
 SECTION = "students"
-"""What ``--row`` calls them."""
+"""Name for ``--row``."""
 MOST_SEEDS = 3
 """Each seed trains three students, which takes minutes."""
 PAPER = "Zhou et al., ECCV 2022"
 TRAINING_SEED = 1000
-"""Added to the seed of the measured scenes: the scenes that students learn from are others."""
+"""Offset from the seed of the evaluation scenes to that of the training scenes."""
 UNLABELLED = 1000
-"""Scenes that a student learns from."""
+"""Training scenes of a student."""
 FORMS = {"annotation-free": "toy", "zero-shot": "toy-zero-shot", "supervised": "toy-supervised"}
 
 Runs = dict[str, list[float]]
@@ -58,16 +58,16 @@ def students(
     settings: Sequence[str] = (),
     forms: Mapping[str, str] = FORMS,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Train and measure; what is trained already in ``folder`` is not trained again.
+    """Train and evaluate the students, reusing those already trained in ``folder``.
 
     Args:
-        seeds: of the scene sets.
-        scenes: to measure on, of each set.
+        seeds: seeds of the scene sets.
+        scenes: evaluation scenes per set.
         folder: for images, tables and students.
-        console: where to print.
-        unlabelled: scenes to learn from.
+        console: for progress.
+        unlabelled: training scenes per seed.
         settings: changes to all recipes.
-        forms: form and recipe of each student to train; without the last two there is no zero-shot section.
+        forms: recipe by form of student; the zero-shot section needs "zero-shot" and "supervised".
 
     Returns:
         Sections and claims of ``benchmark.json``.
@@ -127,7 +127,7 @@ def students(
 
 
 def missing(reason: str) -> dict[str, Any]:
-    """The section of students that could not be trained."""
+    """The section to show if the training failed."""
     return {
         "name": "maskclip-plus",
         "title": "MaskCLIP+: students against their teacher",
@@ -185,7 +185,7 @@ def _measure_seed(
 
 
 def draw_scenes(images: Path, masks: Path, seed: int, count: int) -> None:
-    """Scenes as PNG files, and their true maps under the same names; not again if they are there."""
+    """Write scenes as PNG files, and their true maps under the same names, unless they exist."""
     if images.exists() and len(list(images.iterdir())) == count:
         return
     images.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,7 @@ def _maps(labeller: Labeller, seed: int, scenes: int) -> list[np.ndarray]:
 
 
 def _student_maps(output: str, step: int, seed: int, scenes: int, *, keep_average: bool) -> list[np.ndarray]:
-    """Label maps of the student as it was after a step that has a checkpoint."""
+    """Label maps of the student from the checkpoint of a step."""
     import torch
 
     record = read_student_record(output)
@@ -220,7 +220,7 @@ def _student_maps(output: str, step: int, seed: int, scenes: int, *, keep_averag
 def measured(
     maps: Sequence[np.ndarray], seed: int, scenes: int, unseen: Sequence[int]
 ) -> Mapping[str, float]:
-    """MIoU over all, unseen and seen classes, and pixel accuracy, of label maps of a scene set."""
+    """MIoU over all, unseen and seen classes, and pixel accuracy, of a scene set's label maps."""
     ontology = load_ontology("toyworld")
     total = SegmentationStatistics.zero(ontology.num_classes)
     for truth, labels in zip(scene_set(seed, scenes, 128).labels, maps, strict=True):

@@ -1,8 +1,8 @@
-"""The tower of ViTSeg at toy scale: ``models.clipseg.toyvit``, trained to tell which classes a scene shows.
+"""ViTSeg's tower at toy scale: ``models.clipseg.toyvit``, trained to classify what a scene shows.
 
-The paper takes a ViT that has learnt ImageNet's labels, which with few exceptions name things: no grass, no
-sky, no colours. Here it learns which things toy scenes show, or which classes whatever they are, from as many
-scenes as fit into a few minutes; the bundled CLIP, which learnt from captions, had ten times as long.
+The paper's ViT was trained on ImageNet's labels, which mostly name things: no grass, no sky, no colours. This
+one learns which things, or which of all classes, a toy scene shows, from as many scenes as a few minutes
+allow. The bundled CLIP was trained on captions for ten times as long.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STEPS = 700
 BATCH = 64
 HELD_OUT = 300
 _RATE = 1e-3
-_DROPPED = 0.75  # of the patches, as in the training of the bundled CLIP: a quarter of the time
+_DROPPED = 0.75  # share of patches, as for the bundled CLIP: a quarter of the time
 
 
 def train_tower(
@@ -43,15 +43,15 @@ def train_tower(
     steps: int = STEPS,
     held_out: int = HELD_OUT,
 ) -> None:
-    """Train a tower and write its weights with timm's names; nothing if the file has them already.
+    """Train a tower and write its weights under timm's names. No-op if the file is from the same training.
 
     Args:
-        path: safetensors file to write; one of another training is replaced.
-        console: where to print.
-        classes: what it learns to tell.
-        scenes: how many to learn from.
+        path: safetensors file to write; a file from another training is replaced.
+        console: for progress.
+        classes: the classes to predict.
+        scenes: training scenes.
         steps: updates.
-        held_out: scenes to measure on.
+        held_out: evaluation scenes.
     """
     training = {"classes": ", ".join(classes), "scenes": str(scenes), "steps": str(steps), "seed": str(SEED)}
     if path.exists():
@@ -70,9 +70,9 @@ def train_tower(
             chosen = torch.randint(scenes, (BATCH,))
             batch = images[chosen]
             batch = torch.where(torch.rand(BATCH, 1, 1, 1) < 0.5, batch, batch.flip(3))
-            warmth = min(1.0, (step + 1) / 50)
+            warmup = min(1.0, (step + 1) / 50)
             for group in optimizer.param_groups:
-                group["lr"] = _RATE * warmth * 0.5 * (1 + np.cos(np.pi * step / steps))
+                group["lr"] = _RATE * warmup * 0.5 * (1 + np.cos(np.pi * step / steps))
             loss = F.binary_cross_entropy_with_logits(tower(normalize(batch)), shown[chosen])
             optimizer.zero_grad()
             loss.backward()
@@ -93,7 +93,7 @@ def train_tower(
 
 
 def _scenes(seed: int, count: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Scenes uint8 (N, 3, 128, 128), and which of the classes they show, fp32 (N, classes)."""
+    """Scenes, uint8 (N, 3, 128, 128), and which of the classes they show, float32 (N, classes)."""
     made = toyworld.generate(seed, count, 128)
     flat = made.labels.reshape(count, -1)
     shares = np.stack([(flat == CLASSES.index(name)).mean(1) for name in classes], 1)
