@@ -1,8 +1,8 @@
-"""The manifest: which images there are, each under a stable 64-bit id.
+"""The manifest: a table of images with stable 64-bit ids.
 
-``id`` is the first 8 bytes of BLAKE2b over the canonical URI (and the byte range, if there is one), so an
-image has the same id in every manifest that names it. The optional columns ``offset`` and ``length`` (bytes
-within the URI), ``width`` and ``height`` (pixels) are present only if something is known.
+``id`` is the first 8 bytes of BLAKE2b over the canonical URI and the byte range, if any, so an image has the
+same id in every manifest. The optional columns ``offset`` and ``length`` (bytes within the URI), ``width``
+and ``height`` (pixels) are present only if known for at least one image.
 """
 
 from __future__ import annotations
@@ -29,22 +29,21 @@ from pipeline.files.storage import canonical_uri, open_storage
 
 
 def build_manifest(source: str | os.PathLike[str]) -> pa.Table:
-    """Find images and give them ids; of rows for the same image the first is kept.
+    """Find images and assign ids. Of several rows for one image, the first is kept.
 
     Args:
         source: one of
-            - a folder, local or remote (``s3://bucket/prefix``): the images in it and its folders, sorted;
-              names that begin with a dot are left out; symbolic links are followed, but no folder is entered
-              twice;
-            - a glob (``photos/**/*.jpg``); local folders that it matches are searched like the above;
-            - a list: ``.txt`` with a path or URI per line (# begins a comment line), or ``.csv``/``.parquet``
-              with a column ``uri`` and optionally offset, length, width, height; relative paths start at the
-              list's folder;
-            - a manifest made before (Parquet with ``id``), which is checked;
+            - a folder, local or remote (``s3://bucket/prefix``): searched recursively, sorted; hidden names
+              are skipped; symbolic links are followed, but no folder is entered twice;
+            - a glob (``photos/**/*.jpg``); matching local folders are searched as above;
+            - a list: ``.txt`` with a path or URI per line (# starts a comment line), or ``.csv``/``.parquet``
+              with a column ``uri`` and optionally offset, length, width, height; relative paths are relative
+              to the list's folder;
+            - an existing manifest (Parquet with ``id``), which is checked;
             - a single image.
 
     Returns:
-        Columns id int64, uri string, and as far as known offset, length int64, width, height int32.
+        Columns id int64, uri string, and where known offset, length int64, width, height int32.
 
     Raises:
         MaskMillError: ``source_missing``, ``source_invalid``, ``storage_*``.
@@ -144,7 +143,7 @@ def _check_numbers(images: ImageList, source: str) -> None:
 
 
 def _check_ids(given: list[int], expected: list[int], uris: list[str], source: str) -> None:
-    """A manifest made before must have the ids and the URIs that it would get now."""
+    """Check that an existing manifest has the ids and canonical URIs that it would get now."""
     for row, (uri, identity, right) in enumerate(zip(uris, given, expected, strict=True)):
         if canonical_uri(uri) != uri:
             raise bad_manifest(source, f"row {row}: uri '{uri}' is not canonical ('{canonical_uri(uri)}')")

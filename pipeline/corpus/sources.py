@@ -1,6 +1,6 @@
-"""Where images come from: a folder, a glob, a remote prefix, a list file, or a manifest made before.
+"""Image sources: a folder, a glob, a remote prefix, a list file, or an existing manifest.
 
-To add a kind of source, add a function that returns an ``ImageList`` and a branch in ``find_images``.
+To add a kind of source, add a function that returns an ``ImageList`` and call it from ``find_images``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import pyarrow.parquet as pq
 from models.errors import WrongUse
 from pipeline.files.storage import Storage, canonical_uri, is_remote, open_storage
 
-#: File name endings of images, in lower case.
+#: File name extensions of images, in lower case.
 IMAGE_EXTENSIONS: Final = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif",
 )  # fmt: skip
 LIST_EXTENSIONS: Final = (".txt", ".csv", ".parquet")
-#: What a list may know about each image: a byte range within the URI, and the size in pixels.
+#: Optional columns of a list: a byte range within the URI, and the size in pixels.
 OPTIONAL_COLUMNS: Final = {
     "offset": pa.int64(),
     "length": pa.int64(),
@@ -42,9 +42,9 @@ class ImageList:
     """The images of a source, in order, duplicates included.
 
     Attributes:
-        uris: canonical, unless there are ``ids`` to check them by.
-        optional: values of ``OPTIONAL_COLUMNS``, as far as known.
-        ids: those that a manifest gives.
+        uris: canonical; those of a manifest are unchecked.
+        optional: values of those ``OPTIONAL_COLUMNS`` that the source has.
+        ids: ids from a manifest, unchecked.
     """
 
     uris: list[str]
@@ -53,7 +53,7 @@ class ImageList:
 
 
 def find_images(uri: str) -> ImageList:
-    """The images at a canonical URI; ``build_manifest`` describes what that may be.
+    """List the images at a canonical URI, which may be any source of ``build_manifest``.
 
     Raises:
         WrongUse: ``source_missing``, ``source_invalid``.
@@ -72,13 +72,13 @@ def _local(uri: str) -> ImageList:
     if not matches:
         raise _missing(uri, "nothing matches")
     files = [match for match in matches if not os.path.isdir(match)]
-    if "**" not in uri:  # which has matched the content of folders already
+    if "**" not in uri:  # "**" has already matched the files in folders
         files += _files_below([match for match in matches if os.path.isdir(match)])
     return _images_among(files, uri)
 
 
 def _files_below(folders: Sequence[str]) -> list[str]:
-    """Files in these folders and theirs; symbolic links are followed, each real folder is entered once."""
+    """List files recursively, following symbolic links but entering each real folder only once."""
     files: list[str] = []
     visited: set[tuple[int, int]] = set()
     pending = list(reversed(folders))
@@ -110,7 +110,7 @@ def _files_below(folders: Sequence[str]) -> list[str]:
 
 
 def _remote(uri: str) -> ImageList:
-    # Web servers list nothing, and "?" begins a query there.
+    # Web servers offer no listing, and "?" starts a query there.
     if uri.lower().endswith(LIST_EXTENSIONS) or uri.startswith(("http://", "https://")):
         return _file(uri)
     parts = uri.split("/")
@@ -192,7 +192,7 @@ def _csv(uri: str) -> ImageList:
 
 
 def read_parquet(uri: str) -> ImageList:
-    """A list in Parquet, or, with a column ``id``, a manifest."""
+    """Read a Parquet list, or a manifest if there is a column ``id``."""
     folder, name = _folder_of(uri)
     try:
         file = folder.arrow_filesystem().open_input_file(folder.path(name))
@@ -237,7 +237,7 @@ def _read_text(uri: str) -> str:
 
 
 def _entry_uri(list_uri: str, entry: str) -> str:
-    """Canonical URI of an entry of a list; relative ones start at the list's folder."""
+    """Canonical URI of a list entry; relative entries are relative to the list's folder."""
     if "://" in entry or entry.startswith(("/", "file:")):
         return canonical_uri(entry)
     folder = list_uri.rpartition("/")[0]
@@ -260,7 +260,7 @@ def _missing(uri: str, what: str) -> WrongUse:
 
 
 def bad_list(place: str, text: str) -> WrongUse:
-    """``source_invalid`` for a list; ``place`` is its URI, with a line where there is one."""
+    """``source_invalid`` for a list; ``place`` is its URI, with the line if known."""
     return WrongUse(
         "source_invalid",
         f"{place}: {text}",

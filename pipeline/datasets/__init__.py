@@ -1,1 +1,1 @@
-"""Benchmark datasets as their authors publish them, and the protocols that papers measure them with."""
+"""Readers for benchmark datasets in their published layouts, and the papers' evaluation protocols."""

@@ -1,4 +1,4 @@
-"""ADE20K with the 150 classes of the scene parsing challenge."""
+"""ADE20K, 150 classes of the scene parsing challenge."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def open_ade20k(root: str | None, *, split: str = "validation") -> MaskDataset:
     """ADE20K: label 0 ("other") is ignored, label i is class i - 1.
 
     Args:
-        root: the folder ``ADEChallengeData2016``, or the one above it.
+        root: the folder ``ADEChallengeData2016`` or its parent.
         split: ``validation`` or ``training``.
 
     Raises:

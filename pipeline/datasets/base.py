@@ -1,9 +1,9 @@
-"""What benchmark datasets share: samples, masks read exactly, and errors that say what to do.
+"""Base of the benchmark datasets: samples, exact mask reading, and errors with a remedy.
 
-A reader never downloads. It lists each folder once, compares the listing with the split, and says what is
-missing before any work starts; after that ``truth`` and ``image`` need nothing but the sample.
+A reader never downloads. It lists each folder once, compares the listing with the split and reports missing
+files before any work starts. After that, ``truth`` and ``image`` need only the sample.
 
-Shapes: H W pixels of the image's own size, N samples.
+Shapes: H W pixels at the image's original size, N samples.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _Dataset = TypeVar("_Dataset", bound="Dataset")
 
 @dataclass(frozen=True)
 class Sample:
-    """One image and where its truth is.
+    """An image and the location of its truth.
 
     Attributes:
-        name: unique in its dataset; relative POSIX path of the image without ending, where there is a file.
-        image: path or URI, "" if the image is generated.
-        truth: path or URI of the mask, None if the truth is not a separate file.
+        name: unique in the dataset; for files, the image's relative POSIX path without extension.
+        image: path or URI; "" if the image is generated.
+        truth: path or URI of the mask; None if the truth is not a separate file.
     """
 
     name: str
@@ -49,14 +49,14 @@ class Sample:
 
 
 class SegmentationDataset(Protocol):
-    """Images with true label maps. Picklable: workers call ``image`` and ``truth``.
+    """Images with true label maps. Picklable, as workers call ``image`` and ``truth``.
 
     Attributes:
-        name: of the benchmark.
-        split: part of it.
-        class_names: by id.
-        ontology: name of the built-in ontology that the ids follow, or None.
-        ignore_index: id of pixels that do not count.
+        name: name of the benchmark.
+        split: the part of it.
+        class_names: names by id.
+        ontology: name of the built-in ontology of the ids, or None.
+        ignore_index: id of ignored pixels.
         samples: sorted by name.
     """
 
@@ -74,7 +74,7 @@ class SegmentationDataset(Protocol):
     def samples(self) -> Sequence[Sample]: ...
 
     def truth(self, sample: Sample) -> Labels:
-        """Ids (H, W), uint8 or uint16, ``ignore_index`` where nothing is known."""
+        """Ids (H, W), uint8 or uint16; ``ignore_index`` where unknown."""
         ...
 
     def image(self, sample: Sample) -> npt.NDArray[np.uint8]:
@@ -82,20 +82,20 @@ class SegmentationDataset(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of what is measured against."""
+        """SHA-256 (hex) that identifies the ground truth."""
         ...
 
 
 @dataclass(frozen=True)
 class Dataset(ABC):
-    """Common part of the readers; see ``SegmentationDataset``.
+    """Base class of the readers; see ``SegmentationDataset``.
 
     Attributes:
-        name: of the benchmark.
-        split: part of it.
+        name: name of the benchmark.
+        split: the part of it.
         classes: meaning of the ids.
         samples: sorted by name.
-        identity: what the truth is made from, in words or as a hash; part of the fingerprint.
+        identity: source of the truth, in words or as a hash; part of the fingerprint.
     """
 
     name: str
@@ -111,28 +111,28 @@ class Dataset(ABC):
 
     @property
     def ontology(self) -> str | None:
-        """Name of the built-in ontology that the ids follow, or None."""
+        """Name of the built-in ontology of the ids, or None."""
         name = self.classes.name
         return name if name in builtin_ontologies() and load_ontology(name) == self.classes else None
 
     @property
     def ignore_index(self) -> int:
-        """Id of pixels that do not count."""
+        """Id of ignored pixels."""
         return self.classes.ignore_index
 
     @abstractmethod
     def truth(self, sample: Sample) -> Labels:
-        """Ids (H, W), uint8 or uint16, ``ignore_index`` where nothing is known.
+        """Ids (H, W), uint8 or uint16; ``ignore_index`` where unknown.
 
         Raises:
-            MaskMillError: ``dataset_invalid``, ``mask_invalid``; each names the file.
+            MaskMillError: ``dataset_invalid``, ``mask_invalid``; both name the file.
         """
 
     def image(self, sample: Sample) -> npt.NDArray[np.uint8]:
         """RGB (H, W, 3), upright.
 
         Raises:
-            MaskMillError: ``dataset_invalid``, which names the file.
+            MaskMillError: ``dataset_invalid``, naming the file.
         """
         try:
             return decode(fetch(sample.image))
@@ -140,10 +140,10 @@ class Dataset(ABC):
             raise _unreadable(sample.image, error) from error
 
     def image_and_truth(self, sample: Sample) -> tuple[npt.NDArray[np.uint8], Labels]:
-        """Both, checked to be of one size.
+        """Both, checked to have the same size.
 
         Raises:
-            MaskMillError: as ``image`` and ``truth``; ``mask_invalid`` where the sizes differ.
+            MaskMillError: those of ``image`` and ``truth``; ``mask_invalid`` if the sizes differ.
         """
         image, truth = self.image(sample), self.truth(sample)
         if image.shape[:2] != truth.shape:
@@ -158,8 +158,8 @@ class Dataset(ABC):
     def fingerprint(self) -> str:
         """SHA-256 (hex) of name, split, classes, ignore index, ``identity`` and the names of all samples.
 
-        Paths do not enter, so a copy elsewhere has the same fingerprint. Of mask files only the names count,
-        not the pixels: reading thousands of files to name a run would cost as much as the run.
+        Paths are excluded, so a copy elsewhere has the same fingerprint. Mask files count by name, not by
+        pixels: reading thousands of files to identify a run would cost as much as the run.
         """
         parts = [
             self.name, self.split, self.class_names, self.ignore_index, self.identity,
@@ -168,9 +168,7 @@ class Dataset(ABC):
         return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()
 
     def reader(self: _Dataset) -> _Dataset:
-        """The same without samples, small enough to travel with every task: ``image`` and ``truth`` need
-        nothing but the sample they are given.
-        """
+        """A copy without samples, small enough for every task; ``image`` and ``truth`` still work."""
         return replace(self, samples=())
 
 
@@ -179,7 +177,7 @@ class MaskDataset(Dataset):
     """A dataset whose truth is one PNG of ids per image.
 
     Attributes:
-        ids: by id in the files: the id in ``classes``, or ``ignore_index``. Others are errors.
+        ids: id in ``classes``, or ``ignore_index``, by id in the files. Any other id is an error.
     """
 
     ids: Mapping[int, int]
@@ -192,12 +190,12 @@ class MaskDataset(Dataset):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a benchmark comes from and how its folder has to look.
+    """Origin and folder layout of a benchmark.
 
     Attributes:
-        title: its full name.
-        home: address of its official page.
-        layout: the folder as a tree.
+        title: full name.
+        home: its official page.
+        layout: the expected folder tree.
     """
 
     title: str
@@ -205,7 +203,7 @@ class Source:
     layout: str
 
     def missing(self, place: str | None, what: str) -> MaskMillError:
-        """The error for a benchmark, or a part of it, that is not there."""
+        """The error for a missing benchmark or part of it."""
         where = f" in {place}" if place else ""
         return WrongUse(
             "dataset_missing",
@@ -215,12 +213,12 @@ class Source:
         )
 
     def open(self, root: str | None, markers: Iterable[str], inner: Sequence[str] = ()) -> Storage:
-        """The folder that holds the benchmark: ``root`` or a folder in it.
+        """Find the benchmark's folder: ``root`` or one of its subfolders.
 
         Args:
             root: as the user gave it.
-            markers: folders of which one must exist.
-            inner: subfolders to look in as well.
+            markers: folders of which at least one must exist.
+            inner: subfolders to try after ``root``.
 
         Raises:
             MaskMillError: ``dataset_missing``.
@@ -241,14 +239,14 @@ class Source:
         """One sample per name, sorted.
 
         Args:
-            names: of the split; must not be empty.
-            images: path within ``place`` by name.
-            masks: file names of masks.
+            names: names in the split; must not be empty.
+            images: path of the image within ``place``, by name.
+            masks: path of the mask within ``place``, by name.
             place: the benchmark's folder.
 
         Raises:
-            MaskMillError: ``dataset_missing`` for an empty split; ``dataset_incomplete``, which counts and
-                names what is not there.
+            MaskMillError: ``dataset_missing`` for an empty split; ``dataset_incomplete``, counting and naming
+                the missing files.
         """
         wanted = sorted(set(names))
         if not wanted:
@@ -268,7 +266,7 @@ class Source:
 
 
 def shown(names: Sequence[Any]) -> str:
-    """The first few of a list, for messages."""
+    """The first few items of a list, for messages."""
     rest = len(names) - _MAX_SHOWN
     return ", ".join(map(str, names[:_MAX_SHOWN])) + (f", and {rest:,} more" if rest > 0 else "")
 
@@ -276,19 +274,19 @@ def shown(names: Sequence[Any]) -> str:
 def list_files(
     place: Storage, folder: str, suffixes: str | tuple[str, ...], *, recursive: bool = False
 ) -> dict[str, str]:
-    """Files of a folder with certain endings, by name relative to the folder without the ending.
+    """List the files in a folder that have one of the suffixes, without hidden files.
 
     Args:
-        place: where the folder is.
+        place: parent of the folder.
         folder: "" for ``place`` itself.
-        suffixes: endings, in any case; the longest that fits is taken off.
-        recursive: whether to enter folders; then names hold slashes.
+        suffixes: case-insensitive; the longest match is stripped.
+        recursive: enter subfolders; names then contain slashes.
 
     Returns:
-        Path within ``place`` by name; empty if there is no such folder. Hidden files are left out.
+        Path within ``place``, by name relative to the folder without suffix. Empty if there is no folder.
 
     Raises:
-        MaskMillError: ``dataset_invalid`` if two files have one name (``a.jpg`` and ``a.png``).
+        MaskMillError: ``dataset_invalid`` if two files share a name (``a.jpg`` and ``a.png``).
     """
     endings = sorted((suffixes,) if isinstance(suffixes, str) else suffixes, key=len, reverse=True)
     found: dict[str, str] = {}
@@ -309,27 +307,27 @@ def list_files(
 
 
 def read_list(place: Storage, name: str) -> list[str]:
-    """First word of each line of a text file, empty lines left out."""
+    """First word of each non-empty line of a text file."""
     lines = place.read_bytes(name).decode("utf-8-sig").splitlines()
     return [line.split()[0] for line in lines if line.strip()]
 
 
 def identity_ids(count: int, *, ignore: int = 255) -> dict[int, int]:
-    """Ids 0 to ``count - 1`` as they are, and ``ignore`` as it is."""
+    """The identity mapping of ids 0 to ``count - 1`` and ``ignore``."""
     return {**{number: number for number in range(count)}, ignore: ignore}
 
 
 def read_mask(uri: str) -> Labels:
-    """Ids (H, W) of a mask file: palette indices or grey values, never colours.
+    """Read the ids (H, W) of a mask: palette indices or grey values, never colours.
 
     Args:
         uri: path or URI of a PNG of 1 to 16 bits.
 
     Returns:
-        uint8, or uint16 for masks of 16 bits.
+        uint8, or uint16 for 16-bit masks.
 
     Raises:
-        MaskMillError: ``dataset_invalid``; ``mask_invalid`` if the file holds colours.
+        MaskMillError: ``dataset_invalid``; ``mask_invalid`` for a colour image.
     """
     try:
         data = fetch(uri)
@@ -338,13 +336,12 @@ def read_mask(uri: str) -> Labels:
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as opened:
             mode, array = opened.mode, np.asarray(opened)
-    except Exception as error:  # readers of damaged files raise anything
+    except Exception as error:  # Pillow raises all sorts of exceptions on damaged files
         raise _unreadable(uri, error) from error
     if mode in ("P", "L", "1"):
-        # Pillow stretches grey of 2 and 4 bits to 0..255.
-        depth = data[24]
-        spread = {2: 85, 4: 17}.get(depth, 1) if mode == "L" else 1
-        return (array // spread).astype(np.uint8)
+        # Pillow scales 2-bit and 4-bit grey to 0..255. Byte 24 of a PNG is the bit depth.
+        factor = {2: 85, 4: 17}.get(data[24], 1) if mode == "L" else 1
+        return (array // factor).astype(np.uint8)
     if mode.startswith("I") and array.size and array.min() >= 0 and array.max() <= 65_535:
         return array.astype(np.uint16)
     raise WrongUse(
@@ -355,16 +352,16 @@ def read_mask(uri: str) -> Labels:
 
 
 def relabel(raw: Labels, ids: Mapping[int, int], *, classes: Ontology, where: str) -> Labels:
-    """Ids of a file → ids of an ontology.
+    """Map the ids in a file to those of an ontology.
 
     Args:
-        raw: (H, W).
-        ids: id of the ontology, or its ignore index, by id of the file.
+        raw: ids in the file, (H, W).
+        ids: id in the ontology, or its ignore index, by id in the file.
         classes: the ontology.
         where: the file, for the error.
 
     Raises:
-        MaskMillError: ``mask_invalid``, naming the file, if it holds any other id.
+        MaskMillError: ``mask_invalid``, naming the file, if ``ids`` lacks one of its ids.
     """
     table = np.full(int(raw.max(initial=0)) + 1, -1, np.int32)
     for given, meant in ids.items():
@@ -382,7 +379,7 @@ def relabel(raw: Labels, ids: Mapping[int, int], *, classes: Ontology, where: st
 
 
 def _ranges(ids: Iterable[int]) -> str:
-    """Numbers as ranges: 0-20, 255."""
+    """Format numbers as ranges, such as "0-20, 255"."""
     runs: list[list[int]] = []
     for number in sorted(ids):
         if runs and number == runs[-1][1] + 1:

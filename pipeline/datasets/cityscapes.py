@@ -1,4 +1,4 @@
-"""Cityscapes with its 19 evaluated classes."""
+"""Cityscapes, 19 evaluated classes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 from pipeline.datasets.base import MaskDataset, Source, identity_ids, list_files
 from pipeline.ontology.ontology import load_ontology
 
-#: The label ids that are evaluated, in the order of their train ids 0..18.
+#: The evaluated label ids, in the order of their train ids 0..18.
 LABEL_IDS: Final = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 SOURCE = Source(
@@ -21,7 +21,7 @@ cityscapes/
 
 
 def open_cityscapes(root: str | None, *, split: str = "val") -> MaskDataset:
-    """Cityscapes, fine annotations; label ids are mapped to train ids, all others are ignored.
+    """Cityscapes with fine annotations: label ids are mapped to train ids, all others are ignored.
 
     Args:
         root: the folder with ``leftImg8bit`` and ``gtFine``.
@@ -40,7 +40,7 @@ def open_cityscapes(root: str | None, *, split: str = "val") -> MaskDataset:
     if not files or not masks:
         absent = f"images in leftImg8bit/{split}" if not files else f"label maps in gtFine/{split}"
         raise SOURCE.missing(place.uri, f"there are no {absent}")
-    # A sample is called like its image file, ending and all, so that label tables find it.
+    # Label tables look samples up by the full file stem, so it keeps "_leftImg8bit".
     images = {f"{name}{ending}": path for name, path in files.items()}
     masks = {f"{name}{ending}": path for name, path in masks.items()}
     ids = identity_ids(19) if trained else {label: 255 for label in range(34)}

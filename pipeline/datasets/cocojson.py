@@ -1,12 +1,12 @@
 """COCO JSON: instances drawn into one semantic map per image.
 
-The rule: crowd regions first, then instances from large to small, later ones over earlier ones, so that a cup
-on a table is a cup. ``iscrowd`` regions count as their class, as they do in COCO-Stuff's maps, but lie
-beneath every single instance, since their outlines are coarse. Pixels of no instance, or of a category that
-the ontology does not name, are background if the ontology has one, and ignored otherwise.
+Crowd regions are drawn first, then instances from large to small, each over the earlier ones, so that a cup
+on a table is a cup. ``iscrowd`` regions count as their class, as in COCO-Stuff's maps, but lie beneath all
+instances because their outlines are coarse. Pixels without an instance, or of a category that is not in the
+ontology, are background if the ontology has one, else ignored.
 
-LVIS is COCO JSON as well; its images have no ``file_name``, but an address that ends with the COCO split they
-belong to and their name, so they are looked for as ``train2017/000000391895.jpg`` below the folder of images.
+LVIS is COCO JSON too. Its images have no ``file_name`` but a URL that ends with the COCO split and the name,
+so the reader looks for ``train2017/000000391895.jpg`` in the image folder.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class CocoSample(Sample):
 
     Attributes:
         size: (H, W) of the annotation.
-        instances: UTF-8 JSON, a list of [class id, whether crowd, annotation id, segmentation].
-        not_exhaustive: ids of classes of which LVIS says that instances are left unmarked here.
+        instances: UTF-8 JSON, a list of [class id, is crowd, annotation id, segmentation].
+        not_exhaustive: ids of classes that LVIS has not annotated exhaustively in this image.
     """
 
     size: tuple[int, int] = (0, 0)
@@ -56,7 +56,7 @@ class CocoSample(Sample):
 
 @dataclass(frozen=True)
 class CocoDataset(Dataset):
-    """See the module's text for how instances become one map."""
+    """Truth drawn from instances; the module docstring has the rule."""
 
     def truth(self, sample: Sample) -> Labels:
         """See ``Dataset.truth``; raises ``dataset_invalid`` for a malformed segmentation."""
@@ -66,17 +66,17 @@ class CocoDataset(Dataset):
         return draw_instances(labels, json.loads(sample.instances), where=sample.name)
 
     def class_ids_of(self, sample: Sample) -> set[int]:
-        """Classes that have an instance in an image, those hidden beneath others in ``truth`` included."""
+        """Classes with an instance in the image, including those hidden beneath others in ``truth``."""
         assert isinstance(sample, CocoSample)
         return {int(class_id) for class_id, *_ in json.loads(sample.instances)}
 
     def not_exhaustive_ids_of(self, sample: Sample) -> frozenset[int]:
-        """Classes of which an image may show more than is marked; see ``CocoSample``."""
+        """Classes that are not annotated exhaustively in the image; see ``CocoSample``."""
         assert isinstance(sample, CocoSample)
         return sample.not_exhaustive
 
     def union(self, sample: Sample, class_ids: Collection[int]) -> npt.NDArray[np.bool_]:
-        """Everything that an instance of one of the classes covers, bool (H, W), whatever lies over it.
+        """Union of all instances of the classes, bool (H, W), including parts that others cover.
 
         Raises:
             MaskMillError: ``dataset_invalid`` for a malformed segmentation.
@@ -95,20 +95,19 @@ def open_coco_json(
     name: str = "coco-json",
     split: str | None = None,
 ) -> CocoDataset:
-    """A COCO instances file as semantic truth.
+    """Open a COCO instances file as semantic truth.
 
     Args:
         annotations: path or URI of the JSON file.
         images: folder of its images; ``file_name`` is relative to it and may not lead out of it.
-        ontology: classes are matched with categories by name or synonym, whatever the case. None makes a
-            class of every category (``category_ontology``).
-        name: of the dataset.
-        split: what to call the part; the JSON's file name by default.
+        ontology: classes match categories by name or synonym, ignoring case. None turns every category into a
+            class (``category_ontology``).
+        name: name of the dataset.
+        split: name of the split; by default the stem of the JSON file.
 
     Raises:
-        MaskMillError: ``dataset_missing``, ``dataset_incomplete`` for images that are not there;
-            ``dataset_invalid`` for a file that is not COCO JSON, an annotation without segmentation, or a
-            class that no category is called like.
+        MaskMillError: ``dataset_missing``; ``dataset_incomplete`` for missing images; ``dataset_invalid`` for
+            a file that is not COCO JSON, an annotation without segmentation, or a class without a category.
     """
     path = PurePosixPath(annotations)
     storage = open_storage(annotations.removesuffix(path.name).rstrip("/") or ".")
@@ -189,7 +188,7 @@ def open_coco_root(
     annotations: str | None = None,
     images: str | None = None,
 ) -> CocoDataset:
-    """Like ``open_coco_json``, with COCO's own folder names below ``root`` where no others are given."""
+    """``open_coco_json`` with COCO's folder names below ``root`` as defaults."""
     if annotations is None:
         place = SOURCE.open(root, ["annotations"])
         annotations = place.uri_of(f"annotations/instances_{split}.json")
@@ -200,16 +199,16 @@ def open_coco_root(
 
 
 def category_ontology(categories: Sequence[Mapping[str, Any]]) -> Ontology:
-    """A class of every category, by id, without background.
+    """An ontology with a class for every category, in the order of ids, without background.
 
-    Names lose LVIS' underlines, and a remark in brackets where the name is unique without it: "bus_(vehicle)"
-    becomes "bus", but "bow_(weapon)" stays apart from "bow_(decorative_ribbons)".
+    LVIS's underscores become spaces, and a qualifier in parentheses is dropped if the name is unique without
+    it: "bus_(vehicle)" becomes "bus", but "bow_(weapon)" and "bow_(decorative_ribbons)" keep theirs.
 
     Args:
-        categories: ``id`` and ``name`` each.
+        categories: each with ``id`` and ``name``.
 
     Raises:
-        MaskMillError: ``ontology_invalid`` if two categories have one name.
+        MaskMillError: ``ontology_invalid`` if two categories share a name.
     """
     names = [spoken_names(str(category["name"])) for category in _by_id(categories)]
     short = Counter(name.casefold() for _, name in names)
@@ -222,19 +221,19 @@ def category_ontology(categories: Sequence[Mapping[str, Any]]) -> Ontology:
 
 
 def spoken_names(category: str) -> tuple[str, str]:
-    """A category's name in words, with the remark in brackets that LVIS may add, and without it."""
+    """A category's name in words, with and without LVIS's qualifier in parentheses."""
     full = " ".join(category.replace("_", " ").split())
     return full, full.partition(" (")[0]
 
 
 def draw_instances(labels: Labels, instances: list[Any], *, where: str) -> Labels:
-    """Draw instances into a map, by the rule in the module's text.
+    """Draw instances into a map; the module docstring has the rule.
 
     Args:
-        labels: (H, W), drawn into.
-        instances: [class id, whether crowd, annotation id, segmentation] each; polygons, or RLE with counts
-            as list or as compressed string. Polygons of fewer than three points have no area, hence are left
-            out.
+        labels: (H, W), modified in place.
+        instances: [class id, is crowd, annotation id, segmentation] each. Segmentations are polygons, or RLE
+            with counts as a list or a compressed string. Polygons of fewer than three points have no area and
+            are skipped.
         where: for errors.
 
     Raises:
@@ -282,13 +281,13 @@ def _file_name(image: Mapping[str, Any]) -> str:
 
 
 def _absent(place: Storage, files: Sequence[str]) -> list[str]:
-    """Those of the files that are not there, or would lie outside the place."""
+    """Files that are missing or would lie outside ``place``."""
     paths = [PurePosixPath(file) for file in files]
     folders = {
         str(path).rpartition("/")[0] for path in paths if not path.is_absolute() and ".." not in path.parts
     }
     if len(folders) > _FEW_FOLDERS and not place.is_local:
-        # One listing with many files to a reply, in place of a request for each folder.
+        # One recursive listing instead of a request per folder.
         present = set(place.list(posixpath.commonpath(sorted(folders)), recursive=True))
     else:
         present = {file for folder in folders for file in place.list(folder)}
@@ -296,7 +295,7 @@ def _absent(place: Storage, files: Sequence[str]) -> list[str]:
 
 
 def _classes_by_category(categories: list[dict[str, Any]], classes: Ontology, where: str) -> dict[int, int]:
-    """Class id by category id, for the categories that the ontology names."""
+    """Class id by category id, for the categories that are in the ontology."""
     class_by_word = {name.casefold(): number for number, name in enumerate(classes.names)}
     for entry in classes.classes:
         for synonym in entry.synonyms:

@@ -1,4 +1,4 @@
-"""COCO-Object: the 80 things of COCO and background, as GroupViT (arXiv 2202.11094) introduced it."""
+"""COCO-Object: COCO's 80 things and background, introduced by GroupViT (arXiv 2202.11094)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ coco/
 
 
 def coco_object_ontology() -> Ontology:
-    """Background (the default words) and COCO's 80 things; class i is thing i - 1 of COCO-Stuff."""
+    """Background (with the default words) and COCO's 80 things; class i is thing i - 1 of COCO-Stuff."""
     things = load_ontology("cocostuff171").classes[:THINGS]
     return Ontology.from_dict(
         {"name": NAME, "background": "default", "classes": [thing.model_dump() for thing in things]}
@@ -38,10 +38,10 @@ def open_coco_object(
 
     Args:
         root: the folder with ``images`` and ``annotations``.
-        split: ``val2017``, ``train2017``, or a year's split of which there is an instances file.
-        source: ``maps`` are what published numbers rest on: things of the COCO-Stuff maps, all else and
-            unlabelled pixels background. ``instances`` draws the instances file (see ``cocojson``); the two
-            differ where instances overlap. ``auto`` takes maps if there are any.
+        split: ``val2017``, ``train2017``, or another split with an instances file, such as ``val2014``.
+        source: ``maps``, behind the published numbers, takes the things from the COCO-Stuff maps and makes
+            everything else background. ``instances`` draws the instances file (see ``cocojson``); the two
+            differ where instances overlap. ``auto`` prefers maps.
 
     Raises:
         MaskMillError: ``dataset_missing``, ``dataset_incomplete``, ``dataset_invalid``.

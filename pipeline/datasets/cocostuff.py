@@ -10,10 +10,10 @@ from pipeline.datasets.base import MaskDataset, Source, identity_ids, list_files
 from pipeline.files.storage import Storage
 from pipeline.ontology.ontology import load_ontology
 
-#: Category ids of COCO that no released annotation uses.
+#: COCO category ids that no released annotation uses.
 _UNUSED: Final = frozenset({12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91})
 
-#: Id 0..170 by value in the published ``stuffthingmaps``, which hold category id - 1 (0..181).
+#: Id (0..170) by pixel value in the published ``stuffthingmaps``, which is the category id - 1 (0..181).
 RAW_IDS: Final = MappingProxyType(
     {
         category - 1: position
@@ -57,7 +57,7 @@ def open_cocostuff(root: str | None, *, split: str = "val2017") -> MaskDataset:
 
 
 def open_coco_images(source: Source, root: str | None, split: str) -> tuple[Storage, dict[str, str]]:
-    """The folder of a COCO set, and its images by name.
+    """The folder of a COCO dataset, and its images by name.
 
     Raises:
         MaskMillError: ``dataset_missing``.
@@ -71,15 +71,16 @@ def open_coco_images(source: Source, root: str | None, split: str) -> tuple[Stor
 
 
 def list_maps(place: Storage, split: str, *, suffix: str) -> tuple[str, dict[str, str]]:
-    """Label maps by name, converted ones if there are any.
+    """List label maps, preferring converted ones.
 
     Args:
-        place: the folder of the set.
+        place: the folder of the dataset.
         split: ``val2017``, …
-        suffix: ending of converted maps (``_labelTrainIds.png``).
+        suffix: suffix of converted maps, such as ``_labelTrainIds.png``.
 
     Returns:
-        The suffix' middle part or ``stuffthingmaps``, and path by name (none if there are no maps).
+        The kind of maps (``labelTrainIds`` for that suffix, or ``stuffthingmaps``), and paths by name, which
+        are empty without maps.
     """
     folders: Sequence[str] = (
         f"annotations/{split}",

@@ -1,4 +1,4 @@
-"""PASCAL Context with its 59 most frequent classes, as mmsegmentation lays it out."""
+"""PASCAL Context, 59 most frequent classes, in mmsegmentation's layout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def open_context(
     """PASCAL Context with 59 classes (background ignored) or 60.
 
     Args:
-        root: the folder ``VOC2010``, or one above it.
+        root: the folder ``VOC2010``, its parent, or the parent of ``VOCdevkit``.
         split: name of a list in ``ImageSets/SegmentationContext``.
         classes: ``context59`` ignores label 0; ``context60`` makes it class 0.
 

@@ -1,7 +1,7 @@
 """Prompts that name no class: affordances ("sit on"), attributes ("can fly") and parts ("has wheels").
 
-CLIPSeg (arXiv 2112.10003, §5.4) asks LVIS for them. A prompt means classes; ``generalised_prompts.yaml``
-lists which.
+CLIPSeg (arXiv 2112.10003, §5.4) evaluates them on LVIS. ``generalised_prompts.yaml`` lists the classes that
+each prompt stands for.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ _SYNONYMS = "synonyms"
 
 @dataclass(frozen=True)
 class GeneralisedPrompt:
-    """A prompt and what it means.
+    """A prompt and the classes it stands for.
 
     Attributes:
-        text: as the model gets it.
+        text: the model's input.
         kind: ``affordances``, ``attributes`` or ``meronymy``.
-        class_names: in LVIS' spelling.
+        class_names: in LVIS's spelling.
     """
 
     text: str
@@ -36,11 +36,11 @@ class GeneralisedPrompt:
 
 @dataclass(frozen=True)
 class MatchedPrompt:
-    """A prompt over the classes of a dataset.
+    """A prompt matched to the classes of a dataset.
 
     Attributes:
-        prompt: what is asked.
-        class_ids: of the dataset, ascending; empty if it has none of the classes.
+        prompt: the prompt.
+        class_ids: ids in the dataset, ascending; empty if it has none of the classes.
         lacking: names of the prompt's classes that the dataset does not have.
     """
 
@@ -51,7 +51,7 @@ class MatchedPrompt:
 
 @cache
 def generalised_prompts() -> tuple[GeneralisedPrompt, ...]:
-    """The prompts of the paper's Table 8, kind by kind."""
+    """The prompts of the paper's Table 8, grouped by kind."""
     return tuple(
         GeneralisedPrompt(text, kind, tuple(names))
         for kind, prompts in _content().items()
@@ -63,14 +63,14 @@ def generalised_prompts() -> tuple[GeneralisedPrompt, ...]:
 def match_prompts(
     prompts: Iterable[GeneralisedPrompt], class_names: Sequence[str]
 ) -> tuple[MatchedPrompt, ...]:
-    """Find the classes that prompts mean among those of a dataset.
+    """Match prompts to the classes of a dataset.
 
-    Upper and lower case, underlines and LVIS' remarks in brackets make no difference, so that LVIS' class
-    "car_(automobile)" is COCO's "car".
+    Case, underscores and LVIS's qualifiers in parentheses are ignored, so that "car_(automobile)" matches
+    COCO's "car".
 
     Args:
-        prompts: what to look for.
-        class_names: of the dataset, by id.
+        prompts: the prompts.
+        class_names: names in the dataset, by id.
     """
     ids: dict[str, set[int]] = {}
     for number, name in enumerate(class_names):

@@ -1,8 +1,8 @@
 """LVIS v1 (Gupta, Dollár and Girshick, CVPR 2019): 1203 classes of things on COCO's images.
 
-Each class is annotated in a part of the images only, so that pixels of no instance are unknown: ignored, not
-background. Where LVIS says that it has not marked all instances of a class in an image
-(``not_exhaustive_category_ids``), those that it has count in ``truth``, and the sample says so.
+Every class is annotated in only some of the images, so pixels without an instance are unknown: ignored, not
+background. For classes that are not annotated exhaustively in an image (``not_exhaustive_category_ids``),
+``truth`` has the annotated instances, and the sample lists these classes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ root/
 
 
 def open_lvis(root: str | None, *, split: str = "val") -> CocoDataset:
-    """Every class of the file, as ``pipeline.datasets.cocojson.category_ontology`` names them.
+    """LVIS with all classes in the file, named by ``pipeline.datasets.cocojson.category_ontology``.
 
     Args:
         root: the folder with annotations and images.
@@ -35,7 +35,7 @@ def open_lvis(root: str | None, *, split: str = "val") -> CocoDataset:
     """
     parts = ("train2017", "val2017")
     place = SOURCE.open(root, [*parts, *(f"images/{part}" for part in parts)])
-    # "images" may be there for another reason.
+    # A folder "images" may exist for other reasons, so count the split folders.
     folder = max(("", "images/"), key=lambda folder: sum(place.exists(folder + part) for part in parts))
     for file in (f"annotations/lvis_v1_{split}.json", f"lvis_v1_{split}.json"):
         if place.exists(file):

@@ -1,8 +1,8 @@
 """One-shot segmentation: the folds of Pascal-5i and COCO-20i, and reproducible episodes.
 
 An episode shows a model one or more images with the mask of a class (the support) and asks for that class in
-another image (the query). The references draw episodes without a seed; here episode i of a seed is always the
-same, whatever else is drawn, so that two models are asked the same questions.
+another image (the query). The references draw episodes without a seed. Here, episode i of a seed is always
+the same, whatever else is drawn, so that all models get the same episodes.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ class OneShotBenchmark:
     """Folds of classes and a way to draw episodes.
 
     Attributes:
-        name: of the benchmark.
-        dataset: in the registry; its ids are the ones in ``folds``.
-        split: of the dataset that query and support come from.
+        name: name of the benchmark.
+        dataset: name in the registry; ``folds`` has its ids.
+        split: the split that query and support come from.
         folds: ids of the test classes per fold; the other classes are for training.
-        draw: ``image``: every image with a test class, in order, asked for one of these at random;
-            ``pair``: every (image, class) in order, again from the start when all are used;
+        draw: ``image``: every image with a test class, in order, with a random one of its test classes;
+            ``pair``: every (image, class) pair in order, cycling;
             ``class``: a random class, then a random image of it.
-        episodes: how many; None is one per image.
-        min_area: pixels of a class below which an image does not show it.
+        episodes: number of episodes; None for one per image.
+        min_area: minimum pixels of a class for an image to count as showing it.
     """
 
     name: str
@@ -47,10 +47,10 @@ class OneShotBenchmark:
 
 @dataclass(frozen=True)
 class Episode:
-    """One question.
+    """A query image, its support images, and the class to find.
 
     Attributes:
-        query: name of the sample that is asked about.
+        query: name of the sample to segment.
         support: names of other samples that show the class.
         class_id: id in the dataset.
     """
@@ -65,7 +65,7 @@ _PASCAL_FOLDS = tuple(tuple(range(5 * fold + 1, 5 * fold + 6)) for fold in range
 BENCHMARKS: Mapping[str, OneShotBenchmark] = {
     benchmark.name: benchmark
     for benchmark in (
-        # PFENet's lists and area limit, which CLIPSeg uses.
+        # PFENet's lists and area limit, as used by CLIPSeg.
         OneShotBenchmark("pascal5i", "voc21", "val", _PASCAL_FOLDS, "image", None, 2 * 32 * 32),
         # HSNet (arXiv 2104.01538): 1000 episodes over pairs.
         OneShotBenchmark("pascal5i-hsnet", "voc21", "val", _PASCAL_FOLDS, "pair", 1000, 1),
@@ -84,9 +84,9 @@ BENCHMARKS: Mapping[str, OneShotBenchmark] = {
 
 
 def class_areas(dataset: SegmentationDataset) -> npt.NDArray[np.int64]:
-    """Pixels of each class in each image: (N, C) in the order of ``samples``. Reads every mask.
+    """Pixels per image and class, (N, C), in the order of ``samples``. Reads every mask.
 
-    Rows are independent: workers may do parts and stack them.
+    Rows are independent, so workers can compute parts to be stacked.
     """
     count = len(dataset.class_names)
     areas = np.zeros((len(dataset.samples), count), np.int64)
@@ -106,24 +106,20 @@ def draw_episodes(
     shots: int = 1,
     episodes: int | None = None,
 ) -> list[Episode]:
-    """Episodes of a fold.
+    """Draw the episodes of a fold. The support never contains the query.
 
     Args:
         benchmark: one of ``BENCHMARKS``.
         fold: 0 to 3.
-        names: of the samples, N.
-        areas: (N, C) pixels, see ``class_areas``.
-        seed: names the set of episodes.
+        names: names of the N samples.
+        areas: pixels (N, C) from ``class_areas``.
+        seed: seed for the set of episodes.
         shots: support images per episode, all different.
-        episodes: how many, in place of the benchmark's number; with ``draw="image"`` at most one per image.
-
-    Returns:
-        Episodes whose support never holds the query.
+        episodes: overrides the benchmark's number; with ``draw="image"`` at most one per image.
 
     Raises:
-        MaskMillError: ``wrong_use`` for a fold that is not there or a count below 1;
-            ``dataset_invalid`` if no image shows a class of the fold, or fewer than ``shots`` + 1 show one
-            that is asked for.
+        MaskMillError: ``wrong_use`` for a fold out of range or a count below 1; ``dataset_invalid`` if no
+            image shows a class of the fold, or if fewer than ``shots`` + 1 images show a drawn class.
     """
     if not 0 <= fold < len(benchmark.folds) or shots < 1 or (episodes is not None and episodes < 1):
         raise WrongUse(
@@ -147,7 +143,7 @@ def draw_episodes(
         count = min(count, len(queries))
     drawn = []
     for index in range(count):
-        # Python's generator, seeded with text, gives the same on every version and machine.
+        # Python's generator, seeded with a string, gives the same numbers on every version and machine.
         rng = random.Random(f"{benchmark.name}/{fold}/{seed}/{index}")
         if benchmark.draw == "image":
             query = queries[index]

@@ -1,4 +1,4 @@
-"""A folder of images and a folder of masks: everybody's own dataset."""
+"""The user's own dataset: a folder of images and a folder of masks."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def open_pairs(
     images: str | None = None,
     masks: str | None = None,
 ) -> MaskDataset:
-    """Images and masks, matched by relative path without ending, or else by file name alone.
+    """Match images and masks by relative path without extension, or else by file name alone.
 
-    Every image must have its mask; masks without an image are left out.
+    Every image needs a mask; masks without an image are ignored.
 
     Args:
         root: folder with ``images`` and ``masks``; not needed if both are given.
-        split: ``all``, or path of a text file with one name (as in ``images``, without ending) per line.
+        split: ``all``, or path of a text file with a name per line (relative to ``images``, no extension).
         ontology: meaning of the ids: an ontology, a built-in name or a YAML file.
-        images: folder of images, in place of ``root/images``.
-        masks: folder of masks, in place of ``root/masks``.
+        images: folder of images, instead of ``root/images``.
+        masks: folder of masks, instead of ``root/masks``.
 
     Raises:
         MaskMillError: ``dataset_missing``, ``dataset_incomplete``, ``dataset_invalid``, ``ontology_*``.
@@ -97,7 +97,7 @@ def _place(root: str | None, folder: str, given: str | None) -> Storage:
 
 
 def _match(names: list[str], masks: dict[str, str]) -> dict[str, str]:
-    """Mask by image name: by relative path if all agree, else by file name."""
+    """Path of the mask by image name: matched by relative path, and by file name for the rest."""
     by_path = {name: masks[name] for name in names if name in masks}
     if len(by_path) == len(names):
         return by_path

@@ -1,8 +1,8 @@
 """PhraseCut: referring expressions on Visual Genome images (Wu et al., CVPR 2020), read as CLIPSeg does.
 
-A sample is an image with a phrase; its mask is the union of all polygons of all instances that the phrase
-means, at the size of the annotation. Left out, as there: images whose annotation has another size than the
-file (``EXCLUDED_IMAGES``), phrases whose boxes have no area, and phrases without a parsed structure.
+A sample is an image with a phrase. Its mask is the union of all polygons of all instances that the phrase
+refers to, at the size of the annotation. As in CLIPSeg, images whose size differs from the annotation's
+(``EXCLUDED_IMAGES``), phrases whose boxes have no area, and phrases without a parsed structure are skipped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.datasets.base import Dataset, Labels, Sample, Source, list_files, 
 from pipeline.files.storage import Storage
 from pipeline.ontology.ontology import Ontology
 
-#: Visual Genome ids of images that are not of the size that their annotation assumes.
+#: Visual Genome ids of images whose size differs from that of their annotation.
 EXCLUDED_IMAGES: Final = frozenset(
     {
         150417, 285665, 498246, 61564, 285743, 498269, 498010, 150516, 150344, 286093, 61530, 150333,
@@ -46,11 +46,11 @@ class PhraseSample(Sample):
 
     Attributes:
         phrase: the referring expression, as written.
-        image_id: of Visual Genome; several samples share an image.
-        attribute: whether the phrase says what the thing is like ("red").
-        relation: whether it says how the thing relates to another ("on the table").
+        image_id: Visual Genome id; several samples may share an image.
+        attribute: the phrase has an attribute ("red").
+        relation: the phrase has a relation ("on the table").
         size: (H, W) of the annotation.
-        polygons: float64 x, y pairs of one polygon each, as bytes.
+        polygons: one polygon each, float64 x, y pairs as bytes.
     """
 
     phrase: str = ""
@@ -67,7 +67,7 @@ class PhraseCutDataset(Dataset):
 
     @property
     def phrases(self) -> tuple[str, ...]:
-        """Phrase of each sample, in order."""
+        """The phrases, in the order of ``samples``."""
         return tuple(sample.phrase for sample in self.samples if isinstance(sample, PhraseSample))
 
     def truth(self, sample: Sample) -> Labels:
@@ -80,10 +80,10 @@ class PhraseCutDataset(Dataset):
 
 
 def open_phrasecut(root: str | None, *, split: str = "test") -> PhraseCutDataset:
-    """PhraseCut, sorted by image id; phrases of an image stay together in the order of the file.
+    """PhraseCut, sorted by image id, with the phrases of an image in file order.
 
     Args:
-        root: the folder ``VGPhraseCut_v0``, or the one above it.
+        root: the folder ``VGPhraseCut_v0`` or its parent.
         split: ``train``, ``val``, ``test`` or ``miniv``.
 
     Raises:
@@ -145,7 +145,7 @@ def _is_used(task: dict[str, Any]) -> bool:
 
 
 def _has(task: dict[str, Any], part: str) -> bool:
-    """Whether the phrase has a part; ``phrase_structure`` lists name, attributes and relations."""
+    """Whether ``phrase_structure``, which has name, attributes and relations, has the part."""
     structure = task.get("phrase_structure")
     return isinstance(structure, dict) and bool(structure.get(part))
 
@@ -172,13 +172,13 @@ def _invalid(where: str, error: Exception) -> MaskMillError:
 def fill_polygon(
     mask: npt.NDArray[np.bool_], points: npt.NDArray[np.float64] | Sequence[Sequence[float]]
 ) -> None:
-    """Set the pixels whose centres lie in a polygon or on its outline; pixel (x, y) has its centre at (x, y).
+    """Set the pixels whose centres, at integer (x, y), lie in a polygon or on its outline.
 
-    The inside is by the even-odd rule, and the outline counts, as in ``skimage.draw.polygon2mask``.
+    Uses the even-odd rule with the outline included, as ``skimage.draw.polygon2mask`` does.
 
     Args:
-        mask: bool (H, W), drawn into.
-        points: (n, 2) x and y of the corners, in pixels; may lie outside.
+        mask: bool (H, W), modified in place.
+        points: x and y of the n corners in pixels, (n, 2); may lie outside the mask.
     """
     height = mask.shape[0]
     corners = np.asarray(points, np.float64)
@@ -193,7 +193,7 @@ def fill_polygon(
     line = rows[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         at = x + (line - y) * (next_x - x) / (next_y - y)
-    # The inside just below each row and just above it: together they hold the outline.
+    # The interior just below and just above each row; together they include the outline.
     for crossed in ((top <= line) & (line < bottom), (top < line) & (line <= bottom)):
         crossings = np.sort(np.where(crossed, at, np.inf), axis=1)
         crossings = crossings[:, : int(crossed.sum(axis=1).max(initial=0))]
@@ -208,7 +208,7 @@ def _fill_spans(
     start: npt.NDArray[np.float64],
     end: npt.NDArray[np.float64],
 ) -> None:
-    """Set columns ceil(start) to floor(end) of each row; spans that begin at infinity are none."""
+    """Set columns ceil(start) to floor(end) of each row; skip spans that start at infinity."""
     start, end = start.ravel(), end.ravel()
     real = np.isfinite(start)
     rows, start, end = rows[real], start[real], end[real]

@@ -1,12 +1,12 @@
-"""Two ways to measure the same dataset, by name. Their numbers are not comparable.
+"""Two evaluation protocols for the same datasets. Their numbers are not comparable.
 
-``seed`` is what the code of MaskCLIP (arXiv 2112.01071) does: the whole image at a size per dataset, ImageNet
-statistics, 85 templates, exact GELU. ``unified`` is what its training-free successors share (SCLIP, arXiv
-2312.01597; NACLIP and later): windows of 224 pixels every 112, CLIP's own statistics, 80 templates, softmax
-scale 40. The same MaskCLIP with ViT-B/16 scores 49.5 on Pascal VOC under the first and 74.9 under the second.
+``seed`` follows the code of MaskCLIP (arXiv 2112.01071): the whole image at a size per dataset, ImageNet
+statistics, 85 templates, exact GELU. ``unified`` is shared by its training-free successors (SCLIP, arXiv
+2312.01597; NACLIP and later): windows of 224 pixels at stride 112, CLIP's statistics, 80 templates, softmax
+scale 40. The same MaskCLIP with ViT-B/16 scores 49.5 on Pascal VOC under ``seed`` and 74.9 under ``unified``.
 
-What remains different from the successors' tables: they write class-name files of their own (synonyms such
-as "person in shirt"), and some tune the softmax scale per dataset.
+Differences from the successors' tables remain: they use their own class names (synonyms such as "person in
+shirt"), and some tune the softmax scale per dataset.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ ProtocolName = Literal["seed", "unified"]
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How one dataset is measured.
+    """How a dataset is evaluated.
 
     Attributes:
         name: ``seed`` or ``unified``.
-        dataset: in the registry.
-        scale: see the label recipe; pixels.
+        dataset: name in the registry.
+        scale: image size in pixels, as in the label recipe.
         templates: name of a prompt template set.
-        background: what becomes of label 0 of the dataset: there is ``none``; it is ``ignored``; or it is a
-            ``class`` that must be predicted.
-        background_threshold: pixels whose highest probability is below it become class 0; in [0, 1]. To be
-            applied to a label table's confidence before the comparison.
-        image_stats: see the label recipe.
-        profile: likewise.
-        window: side in pixels, 0 is the whole image.
+        background: whether the dataset has no background label (``none``), has it ``ignored``, or has it as a
+            ``class`` to predict.
+        background_threshold: pixels whose confidence in the label table is below it become class 0; in
+            [0, 1].
+        image_stats: as in the label recipe.
+        profile: as in the label recipe.
+        window: side in pixels, 0 for the whole image.
         window_stride: pixels.
-        temperature: what cosines are multiplied with before the softmax.
+        temperature: factor applied to the cosines before the softmax.
     """
 
     name: ProtocolName
@@ -53,7 +53,7 @@ class Protocol:
     temperature: float
 
     def recipe_overrides(self) -> dict[str, Any]:
-        """What it fixes in a label recipe, by dotted name."""
+        """The recipe fields that the protocol fixes, by dotted name."""
         return {
             "images.scale": self.scale,
             "images.keep_ratio": True,
@@ -110,14 +110,14 @@ PROTOCOLS: Mapping[str, Mapping[ProtocolName, Protocol]] = {
         "unified": _unified("ade150", 336, "ignored"),
     },
 }
-"""Protocol by dataset and name. MaskCLIP's code has no background class, so ``seed`` has none."""
+"""Protocols by dataset and name. MaskCLIP's code has no background class, so neither has ``seed``."""
 
 
 def get_protocol(dataset: str, name: str) -> Protocol:
     """The protocol of a dataset.
 
     Raises:
-        MaskMillError: ``dataset_unknown``, saying which there are.
+        MaskMillError: ``dataset_unknown``, listing the known ones.
     """
     known = PROTOCOLS.get(dataset, {})
     for protocol in known.values():
@@ -133,7 +133,7 @@ def get_protocol(dataset: str, name: str) -> Protocol:
 
 
 def check_comparable(first: Protocol, second: Protocol) -> None:
-    """Refuse to put numbers of two protocols, or of two datasets, side by side.
+    """Refuse to compare numbers from different protocols or datasets.
 
     Raises:
         MaskMillError: ``output_differs``.

@@ -1,4 +1,4 @@
-"""All benchmark datasets by name."""
+"""Registry of the benchmark datasets."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class DatasetInfo:
 
     Attributes:
         description: one line.
-        default_split: the one that papers report.
-        source: where to get it and how to lay it out.
-        opener: called with root, ``split`` and further options by name.
-        official: number of samples by split, where the benchmark fixes it. A part of them can be measured,
-            but is not the benchmark.
+        default_split: the split that papers report.
+        source: origin and folder layout.
+        opener: called with the root, ``split=`` and further options as keywords.
+        official: number of samples by split, if the benchmark fixes it. A subset can be evaluated, but is not
+            comparable.
     """
 
     description: str
@@ -110,19 +110,19 @@ DATASETS: Mapping[str, DatasetInfo] = {
 def open_dataset(
     name: str, *, root: str | None = None, split: str | None = None, **options: Any
 ) -> SegmentationDataset:
-    """Open a benchmark: list its folders, check that it is whole, read nothing more.
+    """Open a benchmark: list its folders and check that it is complete, without reading masks or images.
 
     Args:
         name: a key of ``DATASETS``.
-        root: its folder, a path or URI; None for those without files.
-        split: part of it; the one that papers report by default.
-        **options: of this dataset, see the functions ``open_*``: ``ontology``, ``images`` and ``masks`` of
-            ``pairs``; ``ontology``, ``images`` and ``annotations`` of ``coco-json``; ``source`` of
-            ``cocoobject81``; ``count`` and ``size`` of ``toyworld``.
+        root: its folder, a path or URI; None for datasets without files.
+        split: the default is the split that papers report.
+        **options: ``ontology``, ``images`` and ``masks`` for ``pairs``; ``ontology``, ``images`` and
+            ``annotations`` for ``coco-json``; ``source`` for ``cocoobject81``; ``count`` and ``size`` for
+            ``toyworld``. See the functions ``open_*``.
 
     Raises:
-        MaskMillError: ``dataset_unknown``; ``wrong_use``; ``dataset_missing``, which says where to get
-            it; ``dataset_incomplete``; ``dataset_invalid``.
+        MaskMillError: ``dataset_unknown``; ``wrong_use``; ``dataset_missing``, naming the download page;
+            ``dataset_incomplete``; ``dataset_invalid``.
     """
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=1)

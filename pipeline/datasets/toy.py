@@ -1,4 +1,4 @@
-"""The toy world as a dataset: drawn from a seed, in memory, without files."""
+"""The toy world as a dataset: scenes drawn from a seed in memory, without files."""
 
 from __future__ import annotations
 
@@ -20,29 +20,20 @@ SOURCE = Source(
 
 @dataclass(frozen=True)
 class ToySample(Sample):
-    """A scene.
-
-    Attributes:
-        index: number of the scene in the set of its seed.
-    """
+    """A scene; ``index`` is its number among the scenes of the seed."""
 
     index: int = 0
 
 
 @dataclass(frozen=True)
 class ToyDataset(Dataset):
-    """Scenes of one seed.
-
-    Attributes:
-        seed: names the set.
-        size: side in pixels.
-    """
+    """Scenes of one seed, with a side of ``size`` pixels."""
 
     seed: int
     size: int
 
     def scene(self, sample: Sample) -> toyworld.Scene:
-        """Image, labels and caption in one drawing."""
+        """Draw image, labels and caption together."""
         assert isinstance(sample, ToySample)
         return toyworld.scene(self.seed, sample.index, self.size)
 
@@ -63,12 +54,11 @@ class ToyDataset(Dataset):
 def open_toyworld(
     root: str | None = None, *, split: str = "seed-2", count: int = 64, size: int = 128
 ) -> ToyDataset:
-    """Scenes of the toy world.
+    """Open scenes of the toy world.
 
     Args:
-        root: nothing is read; a folder is refused.
-        split: ``seed-N``, the set to draw. The bundled CLIP was trained on seed 0, and its model card reports
-            seed 1.
+        root: must be None.
+        split: ``seed-N``. The bundled CLIP was trained on seed 0, and its model card reports seed 1.
         count: number of scenes, at least 1.
         size: side in pixels, at least 16.
 

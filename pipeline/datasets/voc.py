@@ -27,9 +27,9 @@ def open_voc(
     """PASCAL VOC 2012 with 20 classes (background ignored) or 21.
 
     Args:
-        root: the folder ``VOC2012``, or one above it.
-        split: name of a list in ``ImageSets``. A list that ``SegmentationClass`` does not cover (the usual
-            10,582 ``train_aug`` images) is read from ``SegmentationClassAug``.
+        root: the folder ``VOC2012``, its parent, or the parent of ``VOCdevkit``.
+        split: name of a list in ``ImageSets``. A list that ``SegmentationClass`` does not cover (such as the
+            10,582 images of ``train_aug``) is read from ``SegmentationClassAug``.
         classes: ``voc20`` ignores label 0; ``voc21`` makes it class 0. 255 (void) is ignored in both.
 
     Raises:
@@ -60,17 +60,17 @@ def open_devkit(
     lists: Sequence[str],
     masks: Sequence[str],
 ) -> MaskDataset:
-    """A dataset of ``JPEGImages``, a mask folder and a list of names.
+    """Open a dataset of ``JPEGImages``, a mask folder and a list of names.
 
     Args:
-        source: for the errors.
+        source: for errors.
         root: as the user gave it.
         split: name of a list.
-        ontology: a built-in one.
+        ontology: name of a built-in ontology.
         ids: see ``MaskDataset``.
-        inner: folders below ``root`` that may be the devkit's.
-        lists: folders of lists, the first that has the split is taken.
-        masks: mask folders, the first that has the whole split is taken.
+        inner: subfolders of ``root`` that may be the devkit's folder.
+        lists: folders of lists; the first one with any lists is used.
+        masks: mask folders; the one that covers most of the split is used, the first on a tie.
     """
     place = source.open(root, ["JPEGImages"], inner)
     names = _read_split(source, place, split, lists)

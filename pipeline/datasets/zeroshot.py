@@ -1,7 +1,7 @@
-"""Zero-shot splits: which classes a model may not have seen labels of.
+"""Zero-shot splits: the classes whose labels a model must not have seen.
 
-Classes are given by name in the spelling of the built-in ontologies, and looked up there: a name that an
-ontology does not have is an error when the split is used, never a silently shifted id.
+Splits store class names, which are looked up in the built-in ontologies. An unknown name is therefore an
+error when the split is used, never a silently shifted id.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pipeline.ontology.ontology import load_ontology
 
 @dataclass(frozen=True)
 class ZeroShotSplit:
-    """Unseen classes of an ontology; all others, background among them, are seen.
+    """Unseen classes of an ontology; all others, including background, are seen.
 
     Attributes:
-        name: of the split.
-        ontology: a built-in one.
+        name: name of the split.
+        ontology: name of a built-in ontology.
         unseen: class names.
-        source: who measures with it.
+        source: the works that use it.
     """
 
     name: str
@@ -48,7 +48,7 @@ _SPNET = "SPNet (CVPR 2019), ZS3Net, CaGNet, STRICT; MaskCLIP+ (arXiv 2112.01071
 _CLIPSEG = "ZS3Net (NeurIPS 2019), JoEm; CLIPSeg (arXiv 2112.10003)"
 
 _VOC5 = ("potted plant", "sheep", "sofa", "train", "tv monitor")
-# Unseen sets of growing size; each holds the one before.
+# The unseen sets grow by one pair at a time.
 _VOC_PAIRS = (
     ("cow", "motorbike"),
     ("airplane", "sofa"),
@@ -94,10 +94,10 @@ SPLITS: Mapping[str, ZeroShotSplit] = {
 
 
 def zero_shot_split(name: str) -> ZeroShotSplit:
-    """A split by name.
+    """Look up a split.
 
     Raises:
-        MaskMillError: ``wrong_use``.
+        MaskMillError: ``wrong_use`` for an unknown name.
     """
     if name not in SPLITS:
         raise WrongUse("wrong_use", f"There is no zero-shot split {name!r}.", f"Known: {', '.join(SPLITS)}.")
