@@ -1,7 +1,7 @@
-"""A label table against true label maps: statistics that any number of workers sum.
+"""Compare a label table with true label maps, in this process or on Ray.
 
-The unit of work is one file of the table. ``score_part`` is the same in this process and in a Ray task, and
-what it returns are integers to be added, so that neither the number of workers nor their order shows.
+The unit of work is one file of the table, scored by ``score_part``. It returns integer counts, so the sum
+does not depend on the number or order of the workers.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from pipeline.metrics.statistics import SegmentationStatistics
 from pipeline.table.labels import OK, decode_confidence, decode_mask, table_files
 
 SIZE_DIFFERS = "mask_invalid"
-"""Status of an image whose label map and truth are of different size."""
+"""Status of an image whose label map and truth differ in size."""
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """How one image fared.
+    """Score of one image.
 
     Attributes:
-        name: of the sample.
-        part: file of the label table that holds its labels.
-        miou: mean IoU over the classes in its truth or prediction, in [0, 1]; None if its truth is all
+        name: name of the sample.
+        part: file of the label table with its labels.
+        miou: mean IoU over the classes in its truth or prediction, in [0, 1]; None if all of its truth is
             ignored.
     """
 
@@ -48,13 +48,13 @@ class ImageScore:
 
 @dataclass
 class Evaluation:
-    """What is known about a label table after comparing it with the truth.
+    """Result of comparing a label table with the truth.
 
     Attributes:
-        statistics: sums over all images that could be compared.
+        statistics: sums over all compared images.
         images: their scores, in the order of the dataset.
-        missing: names of samples that the table has no row for.
-        failed: rows that hold no labels, by status.
+        missing: names of samples without a row.
+        failed: number of rows without usable labels, by status.
     """
 
     statistics: SegmentationStatistics
@@ -65,11 +65,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows are compared with what.
+    """The rows to compare, matched to samples.
 
     Attributes:
         storage: folder with the table's files.
-        samples: by row id: the sample.
+        samples: the sample by row id.
         parts: files with at least one such row.
         missing: names of samples without a row.
     """
@@ -83,19 +83,19 @@ class Plan:
 def class_lookup(
     predicted: Sequence[str], true: Sequence[str], *, ignore_index: int
 ) -> npt.NDArray[np.uint16]:
-    """Ids of a label table → ids of the truth, by class name.
+    """Map the ids of a label table to those of the truth, by class name.
 
     Args:
-        predicted: class names of the table, in order of their ids.
-        true: class names of the dataset.
-        ignore_index: the table's id of unsure pixels.
+        predicted: class names of the table, by id.
+        true: class names of the dataset, by id.
+        ignore_index: the table's id of uncertain pixels.
 
     Returns:
-        uint16 (K,), K > every id of the table; ids without a counterpart, ``ignore_index`` among them, become
-        65535: no class.
+        uint16 (K,), with K above every id of the table. Ids without a counterpart, including
+        ``ignore_index``, map to 65535 (no class).
 
     Raises:
-        MaskMillError: ``classes_differ`` if a true class is not among the predicted ones.
+        MaskMillError: ``classes_differ`` if the table lacks a true class.
     """
     lacking = [name for name in true if name not in predicted]
     if lacking:
@@ -114,11 +114,10 @@ def class_lookup(
 
 
 def plan(table: Storage | str, samples: Sequence[Sample]) -> Plan:
-    """Find the row of each sample: by its URI, or, if no URI agrees, by the name of the file without ending.
+    """Match rows to samples by URI, or by file stem if no URI matches.
 
     Raises:
-        MaskMillError: ``table_damaged``; ``image_invalid`` if no image is in both, or a name in several
-            rows.
+        MaskMillError: ``table_damaged``; ``image_invalid`` if nothing matches or a stem is ambiguous.
     """
     storage, parts = table_files(table)
     if not parts:
@@ -188,12 +187,12 @@ def score_part(
     """Compare the rows of one file with the truth.
 
     Args:
-        part: a file of ``plan.parts``.
-        plan: see ``plan``.
-        dataset: gives the truth.
-        lookup: as ``class_lookup``.
-        background_below: pixels less confident than this, in [0, 1], count as class 0.
-        boundary: whether to count for boundary IoU.
+        part: one of ``plan.parts``.
+        plan: the matched rows.
+        dataset: provides the truth.
+        lookup: from ``class_lookup``.
+        background_below: pixels with a lower confidence, in [0, 1], count as class 0.
+        boundary: also count for boundary IoU.
 
     Raises:
         MaskMillError: from reading the truth.
@@ -249,13 +248,13 @@ def read_labels(
     *,
     background_below: float = 0.0,
 ) -> dict[str, np.ndarray]:
-    """Label maps of some images, by name, with the table's own ids.
+    """Read label maps by image name, in the table's ids.
 
     Args:
         table: the label table.
-        images: of an ``Evaluation`` of it.
-        samples: of the dataset, by name.
-        background_below: as ``score_part``.
+        images: the images to read, from its ``Evaluation``.
+        samples: the dataset's samples by name.
+        background_below: pixels with a lower confidence, in [0, 1], become class 0.
     """
     work = plan(table, [samples[image.name] for image in images]) if images else None
     found: dict[str, np.ndarray] = {}
@@ -289,16 +288,15 @@ def evaluate_table(
     Args:
         table: the output of a labelling run.
         dataset: the truth.
-        class_names: of the table, in order of their ids.
-        ignore_index: the table's id of unsure pixels; they count as wrong, as no class.
-        background_below: pixels less confident than this, in [0, 1], count as class 0.
-        boundary: whether to count for boundary IoU.
-        workers: Ray tasks at a time, in the Ray that runs or in one that is started for this; 0 works in this
-            process.
-        progress: called with the number of images compared, and of all that will be.
+        class_names: class names of the table, by id.
+        ignore_index: the table's id of uncertain pixels, which count as wrong.
+        background_below: pixels with a lower confidence, in [0, 1], count as class 0.
+        boundary: also count for boundary IoU.
+        workers: parallel Ray tasks, on the running Ray or a temporary local one; 0 works in this process.
+        progress: called with the number of images done and in total.
 
     Raises:
-        MaskMillError: see ``plan`` and ``class_lookup``.
+        MaskMillError: those of ``plan`` and ``class_lookup``.
     """
     work = plan(table, dataset.samples)
     settings: dict[str, Any] = {
@@ -341,13 +339,13 @@ def _on_ray(parts: Sequence[str], settings: dict[str, Any], workers: int) -> Ite
             try:
                 found: Evaluation | MaskMillError = score_part(row["part"], **ray.get(shared))
             except MaskMillError as error:
-                found = error  # raised here, it would come back as text among Ray's own
+                found = error  # if raised, Ray would wrap it in its own exception
             return {"found": pickle.dumps(found)}
 
         work = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
         scored = work.map(score, num_cpus=0.25, compute=ray.data.TaskPoolStrategy(size=workers))
         for row in scored.iter_rows():
-            found = pickle.loads(row["found"])  # of our own task, a moment ago
+            found = pickle.loads(row["found"])  # trusted: pickled by our own task
             if isinstance(found, MaskMillError):
                 raise found
             yield found

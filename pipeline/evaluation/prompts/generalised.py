@@ -1,10 +1,9 @@
-"""CLIPSeg asked for what things afford, are and have (Table 8), on any data with instances.
+"""CLIPSeg's protocol for affordances, attributes and parts (Table 8), on any dataset with instances.
 
-An image is asked for a prompt if it shows an instance of one of the classes that the prompt means; the true
-mask is the union of all such instances. Images in which one of these classes is known to be marked in part
-only are left out for that prompt. (The paper's reader asks image by image for one class at a time, on a crop
-around it; a chair beside the sofa that is meant then counts as wrong.) Image and mask are squeezed to
-S x S as on PhraseCut.
+A prompt is evaluated on every image with an instance of one of its classes; the true mask is the union of
+all such instances. Images in which one of these classes is not annotated exhaustively are skipped for that
+prompt. (The paper's reader takes one class at a time, on a crop around it, so a chair next to the wanted sofa
+counts as wrong.) Image and mask are squeezed to S x S, as on PhraseCut.
 
 Shapes: S = 352.
 """
@@ -26,39 +25,39 @@ from pipeline.metrics.breakdown import PROMPT_TEXT
 def generalised_queries(
     dataset: CocoDataset, prompts: Sequence[MatchedPrompt], *, limit: int = 0, side: int = IMAGE_SIZE
 ) -> list[Read]:
-    """One query for each image that shows something that a prompt means.
+    """One query per image that shows a class of any prompt.
 
-    Class ids of the statistics are positions in ``prompts``; each prompt is a group of ``PROMPT_TEXT``.
+    The class ids of the statistics are positions in ``prompts``; each prompt is a group of ``PROMPT_TEXT``.
 
     Args:
-        dataset: with instances, every class of the prompts among its own.
-        prompts: matched with this dataset.
-        limit: images at most; 0 is all.
-        side: of the network's input.
+        dataset: the images and instances.
+        prompts: prompts matched to this dataset.
+        limit: maximum number of images; 0 for all.
+        side: side of the network's input.
     """
     queries: list[Read] = []
     for sample in dataset.samples:
         if limit and len(queries) == limit:
             break
-        shown, in_part = dataset.class_ids_of(sample), dataset.not_exhaustive_ids_of(sample)
-        meant = [
-            place
-            for place, prompt in enumerate(prompts)
-            if not shown.isdisjoint(prompt.class_ids) and in_part.isdisjoint(prompt.class_ids)
+        shown, incomplete = dataset.class_ids_of(sample), dataset.not_exhaustive_ids_of(sample)
+        usable = [
+            index
+            for index, prompt in enumerate(prompts)
+            if not shown.isdisjoint(prompt.class_ids) and incomplete.isdisjoint(prompt.class_ids)
         ]
-        if meant:
-            queries.append(partial(_query, dataset, sample, prompts, meant, side))
+        if usable:
+            queries.append(partial(_query, dataset, sample, prompts, usable, side))
     return queries
 
 
 def _query(
-    dataset: CocoDataset, sample: Sample, prompts: Sequence[MatchedPrompt], meant: Sequence[int], side: int
+    dataset: CocoDataset, sample: Sample, prompts: Sequence[MatchedPrompt], usable: Sequence[int], side: int
 ) -> Query:
-    texts = [prompts[place].prompt.text for place in meant]
+    texts = [prompts[index].prompt.text for index in usable]
     return Query(
         image=pixels(dataset.image(sample), (side, side), align_corners=True),
         prompts=texts,
-        truths=[squeezed_mask(dataset.union(sample, prompts[place].class_ids)) for place in meant],
-        class_ids=meant,
+        truths=[squeezed_mask(dataset.union(sample, prompts[index].class_ids)) for index in usable],
+        class_ids=usable,
         groups=[{PROMPT_TEXT: text} for text in texts],
     )

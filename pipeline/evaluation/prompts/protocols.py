@@ -1,13 +1,13 @@
-"""CLIPSeg's protocols (arXiv 2112.10003, §5): what a model sees on each benchmark, and what is counted.
+"""CLIPSeg's protocols (arXiv 2112.10003, §5): the model's input on each benchmark, and what is counted.
 
 A benchmark is a list of functions that each read one ``Query``: an image, its prompts, and the true mask of
 every prompt. ``answers`` runs a model over them and counts each prompt; ``score`` sums. The resizing follows
-the code that made the published numbers, including its oddities; comments say where.
+the code behind the published numbers, including its oddities; comments say where.
 
-``side`` gives the image to the network at another size than S. Example images and the masks that count keep
-their size, so that figures at different sizes are about the same pixels.
+``side`` changes the size of the image for the network. Example images and true masks keep their size, so that
+figures at different sizes cover the same pixels.
 
-Shapes: P prompts of an image, S = 352, H W pixels of an image's own size.
+Shapes: P prompts of an image, S = 352, H W pixels at the image's original size.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from pipeline.metrics.confusion import confusion_matrix, harmonic_iou, mean_iou
 from pipeline.metrics.foreground import ForegroundStatistics
 
 VISUAL_PROMPT = "crop_blur_highlight352"
-"""How the paper makes an image prompt of an example and its mask (``models.clipseg.visual_prompts``)."""
+"""The paper's style of image prompts (``models.clipseg.visual_prompts``)."""
 
 VOC_NAMES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-"""PASCAL VOC's own spellings; class i is ``VOC_NAMES[i - 1]``. The text prompts of Pascal-5i."""
+"""PASCAL VOC's spellings, used in the text prompts of Pascal-5i; class i is ``VOC_NAMES[i - 1]``."""
 ZERO_SHOT_NAMES = ("background", "airplane", *VOC_NAMES[1:])
-"""The prompts of generalised zero-shot segmentation by class id, in the spelling of JoEm."""
+"""Prompts of generalised zero-shot segmentation by class id, in JoEm's spelling."""
 BACKGROUND_FACTOR = 3.0
-"""What the background's probability is multiplied with before the highest is taken."""
+"""Factor on the background's probability before the argmax."""
 RELEASED_SCORER: Mapping[str, str] = {"pascal-unseen10": "voc21", "pascal-unseen4": "pascal-unseen2"}
-"""By split: the split whose classes the released scorer counts in its place (``pipeline.datasets.zeroshot``).
-It takes the number of pairs that training left out, 5 and 2, for the number of unseen classes."""
+"""The split (``pipeline.datasets.zeroshot``) that the released scorer uses by mistake, by intended split. It
+takes the number of pairs withheld from training, 5 and 2, for the number of unseen classes."""
 
 _PROMPT_IMAGES_AT_ONCE = 8
 _READERS, _READ_AHEAD = 4, 8
@@ -64,7 +64,7 @@ _Item = TypeVar("_Item")
 
 
 Prompts = Sequence[str | Tensor]
-"""P texts as the text tower gets them, or example images, fp32 (3, S, S)."""
+"""P texts in the form that the text tower receives, or example images, float32 (3, S, S)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,15 +72,15 @@ class Query:
     """An image and its prompts.
 
     Attributes:
-        image: fp32 (3, side, side), ImageNet-normalised.
+        image: float32 (3, side, side), ImageNet-normalised.
         prompts: P texts or example images.
-        truths: P label maps, bool (S, S) or (H, W). To the latter the prediction is brought by stretching it
-            to a square of side max(H, W) and cutting off what is beyond.
-        class_ids: P, see ``ForegroundStatistics``.
-        known: bool, like each of ``truths``: pixels that count; None for all.
-        groups: P, what each prompt belongs to (``pipeline.metrics.breakdown``), the size of the object aside,
-            which is taken from the truth; empty for none.
-        uncounted: how many prompts at the end are for comparison only and in no total.
+        truths: P masks, bool (S, S) or (H, W). For the latter, the prediction is stretched to a square of
+            side max(H, W) and cropped.
+        class_ids: P ids, see ``ForegroundStatistics``.
+        known: the pixels that count, bool, in the shape of ``truths``; None for all.
+        groups: the groups of each prompt (``pipeline.metrics.breakdown``), except object size, which comes
+            from the truth; empty for none.
+        uncounted: number of prompts at the end that are for comparison only and excluded from totals.
     """
 
     image: Tensor
@@ -97,13 +97,7 @@ Read = Callable[[], Query]
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """The counts of one prompt.
-
-    Attributes:
-        statistics: of this prompt alone.
-        groups: what it belongs to.
-        uncounted: whether it is for comparison only.
-    """
+    """The counts and groups of one prompt; ``uncounted`` if it is for comparison only."""
 
     statistics: ForegroundStatistics
     groups: Groups = field(default_factory=dict)
@@ -117,24 +111,24 @@ def answers(
     *,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[Answer]:
-    """Run a model over a benchmark and count each prompt apart.
+    """Run a model over a benchmark and count each prompt separately.
 
-    The vision tower runs once per query, and all prompts of it go through the decoder together. Queries are
-    read a few ahead by threads; no more than that is in memory.
+    The vision tower runs once per query, and the decoder takes all its prompts in one batch. Threads read a
+    few queries ahead, which bounds the memory.
 
     Args:
         model: CLIPSeg or a baseline.
         queries: from one of the functions below.
-        progress: called with the queries done so far and their total.
+        progress: called with the number of queries done and in total.
 
     Raises:
-        MaskMillError: from reading the data, and ``prompt_too_long``.
+        MaskMillError: ``prompt_too_long``, and errors from reading the data.
     """
     found = []
     texts: dict[str, Tensor] = {}
     for done, query in enumerate(_read_ahead(queries), start=1):
         conditionals = _conditionals(model, query.prompts, texts)
-        logits = model(_placed(query.image[None], model), conditionals)[0]
+        logits = model(_to_model(query.image[None], model), conditionals)[0]
         groups = query.groups or [{}] * len(logits)
         first_uncounted = len(logits) - query.uncounted
         prompts = zip(logits.sigmoid(), query.truths, query.class_ids, groups, strict=True)
@@ -149,7 +143,7 @@ def answers(
 
 
 def total(found: Sequence[Answer]) -> ForegroundStatistics:
-    """Sum of all answers that count."""
+    """Sum of all answers that are not ``uncounted``."""
     return ForegroundStatistics.merge(answer.statistics for answer in found if not answer.uncounted)
 
 
@@ -172,9 +166,9 @@ def phrase_queries(dataset: PhraseCutDataset, *, limit: int = 0, side: int = IMA
     Class ids are positions in the dataset, so that mIoU is the mean IoU of the samples.
 
     Args:
-        dataset: its samples, those of an image next to each other.
-        limit: images at most; 0 is all.
-        side: of the network's input.
+        dataset: PhraseCut, with the samples of an image next to each other.
+        limit: maximum number of images; 0 for all.
+        side: side of the network's input.
     """
     return [
         partial(_phrase_query, dataset, first, group, side)
@@ -190,17 +184,17 @@ def phrase_image_queries(
     seed: int = 0,
     side: int = IMAGE_SIZE,
 ) -> list[Read]:
-    """PhraseCut by example image: each phrase is shown by one of the split's samples of the same phrase.
+    """PhraseCut by example image: each phrase gets an example from the split's samples with that phrase.
 
-    As in the reference, the sample itself may be drawn, and a phrase that occurs once gets an empty (grey)
-    image; the published numbers were made so.
+    As in the reference behind the published numbers, the sample itself may be drawn, and a phrase that occurs
+    only once gets an empty (grey) image.
 
     Args:
-        dataset: as ``phrase_queries``.
-        style: of the visual prompt.
-        limit: as ``phrase_queries``; examples come from the whole split all the same.
-        seed: names the draw, which is of each sample alone.
-        side: of the network's input.
+        dataset: PhraseCut, with the samples of an image next to each other.
+        style: style of the visual prompt.
+        limit: maximum number of images; 0 for all. Examples come from the whole split either way.
+        seed: seed for the examples, which are drawn independently for each sample.
+        side: side of the network's input.
     """
     samples = _phrase_samples(dataset)
     same: dict[str, list[PhraseSample]] = {}
@@ -209,7 +203,7 @@ def phrase_image_queries(
 
     def example(sample: PhraseSample) -> PhraseSample | None:
         choices = same[sample.phrase]
-        # Seeded with text, Python's generator gives the same on every version and machine.
+        # Python's generator, seeded with a string, gives the same numbers on every version and machine.
         rng = random.Random(f"phrasecut/{seed}/{sample.name}")
         return rng.choice(choices) if len(choices) > 1 else None
 
@@ -260,7 +254,7 @@ def _phrase_pixels(dataset: PhraseCutDataset, sample: PhraseSample, side: int) -
 
 
 def _by_image(dataset: PhraseCutDataset, limit: int | None) -> Iterator[tuple[int, list[PhraseSample]]]:
-    """The samples of each image, with the position of the first."""
+    """Yield the samples of each image, with the position of the first."""
     numbered = enumerate(_phrase_samples(dataset))
     groups = itertools.groupby(numbered, key=lambda pair: pair[1].image_id)
     for _, group in itertools.islice(groups, limit):
@@ -283,18 +277,17 @@ def pascal_queries(
     also_text: bool = False,
     side: int = IMAGE_SIZE,
 ) -> list[Read]:
-    """Pascal-5i in PFENet's geometry (``pipeline.evaluation.prompts.pixels.on_black``), which CLIPSeg
-    measures in.
+    """Pascal-5i in PFENet's geometry (``pixels.on_black``), as CLIPSeg evaluates it.
 
-    The prediction for the square is stretched to the square of the original image's longer side, which is a
-    little off where sides were rounded, and more for images smaller than S; at every ``side`` alike.
+    The prediction for the square is stretched to a square with the original image's longer side. This is
+    slightly off where sides were rounded, and more so for images smaller than S, at every ``side``.
 
     Args:
         dataset: ``voc21``; ``ignore_index`` pixels do not count.
-        episodes: of one fold; the first support image is used.
-        style: of the visual prompt; None asks with the text "a photo of a CLASS.".
-        also_text: with a style, ask by text as well, for comparison only.
-        side: of the network's input.
+        episodes: those of one fold; only the first support image is used.
+        style: style of the visual prompt; None for the text prompt "a photo of a CLASS.".
+        also_text: with a style, add the text prompt for comparison only.
+        side: side of the network's input.
     """
     samples = {sample.name: sample for sample in dataset.samples}
     return [partial(_pascal_query, dataset, samples, episode, style, also_text, side) for episode in episodes]
@@ -308,14 +301,14 @@ def coco_queries(
     also_text: bool = False,
     side: int = IMAGE_SIZE,
 ) -> list[Read]:
-    """COCO-20i as CLIPSeg measures it: images and masks of query and support squeezed to S x S.
+    """COCO-20i as CLIPSeg evaluates it: images and masks of query and support are squeezed to S x S.
 
     Args:
         dataset: ``cocoobject81``.
-        episodes: of one fold; the first support image is used.
-        style: of the visual prompt.
-        also_text: ask by the class's name as well, for comparison only.
-        side: of the network's input.
+        episodes: those of one fold; only the first support image is used.
+        style: style of the visual prompt.
+        also_text: add the class name as a text prompt for comparison only.
+        side: side of the network's input.
     """
     samples = {sample.name: sample for sample in dataset.samples}
     return [partial(_coco_query, dataset, samples, episode, style, also_text, side) for episode in episodes]
@@ -354,7 +347,7 @@ def _coco_query(
     name = dataset.class_names[episode.class_id]
     square = (IMAGE_SIZE, IMAGE_SIZE)
     return _episode_query(
-        pixels(image, (side, side), antialias=True),  # Pillow's resizing, in the reference
+        pixels(image, (side, side), antialias=True),  # the reference resizes with Pillow
         squeezed_labels(truth) == episode.class_id,
         episode.class_id,
         name,
@@ -375,7 +368,7 @@ def _episode_query(
     *,
     known: npt.NDArray[np.bool_] | None = None,
 ) -> Query:
-    """One class asked for with an example, a text, or both; then the text does not count."""
+    """A query for one class by example, by text, or by both, in which case the text is uncounted."""
     prompts: dict[str, str | Tensor] = {}
     if example is not None:
         prompts["image"] = example
@@ -405,20 +398,20 @@ def zero_shot_confusion(
     side: int = IMAGE_SIZE,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> npt.NDArray[np.int64]:
-    """Confusion of all 21 classes of PASCAL VOC, each asked for by name.
+    """Confusion matrix of PASCAL VOC's 21 classes, each prompted by name.
 
-    Image and labels are squeezed to S x S. Every pixel gets the class of the highest probability, the
-    background's counting threefold; nothing is undecided.
+    Image and labels are squeezed to S x S. Every pixel gets the class with the highest probability, after the
+    background's is multiplied by ``BACKGROUND_FACTOR``; none is left undecided.
 
     Args:
         model: CLIPSeg or a baseline.
         dataset: ``voc21``.
-        limit: images at most; 0 is all.
-        side: of the network's input; probabilities from another than S are brought to S.
-        progress: as ``answers``.
+        limit: maximum number of images; 0 for all.
+        side: side of the network's input; probabilities are resized to S.
+        progress: called with the number of images done and in total.
 
     Returns:
-        int64 (21, 22), as ``pipeline.metrics.confusion``.
+        int64 (21, 22), see ``pipeline.metrics.confusion``.
     """
     count = len(ZERO_SHOT_NAMES)
     factors = torch.ones(count, 1, 1, device=model.clip.device)
@@ -428,7 +421,7 @@ def zero_shot_confusion(
     reads = [partial(_zero_shot_pair, dataset, sample, side) for sample in samples]
     confusion = np.zeros((count, count + 1), np.int64)
     for done, (image, truth) in enumerate(_read_ahead(reads), start=1):
-        probabilities = model(_placed(image[None], model), conditionals)[0].sigmoid()
+        probabilities = model(_to_model(image[None], model), conditionals)[0].sigmoid()
         predicted = (_stretched(probabilities, truth.shape) * factors).argmax(0).cpu().numpy()
         confusion += confusion_matrix(truth, predicted, count, ignore_index=dataset.ignore_index)
         progress(done, len(reads))
@@ -438,11 +431,11 @@ def zero_shot_confusion(
 def zero_shot_metrics(confusion: npt.NDArray[np.int64], unseen: Collection[int]) -> dict[str, float]:
     """``miou_seen``, ``miou_unseen``, ``hiou`` and ``miou`` in [0, 1].
 
-    A class that is neither true nor predicted anywhere counts as 0, as in the scorer of the paper.
+    A class without true or predicted pixels counts as 0, as in the paper's scorer.
 
     Args:
-        confusion: of ``zero_shot_confusion``.
-        unseen: class ids; all others, background among them, are seen.
+        confusion: from ``zero_shot_confusion``.
+        unseen: class ids; all others, including background, are seen.
     """
     seen = [number for number in range(len(confusion)) if number not in unseen]
     of_seen = mean_iou(confusion, seen, absent="zero")
@@ -460,18 +453,18 @@ def _zero_shot_pair(dataset: Dataset, sample: Sample, side: int) -> tuple[Tensor
     return pixels(image, (side, side)), squeezed_labels(truth)
 
 
-# --- common parts -------------------------------------------------------------------------------------------
+# --- shared -------------------------------------------------------------------------------------------------
 
 
 def _conditionals(model: ClipSeg, prompts: Prompts, texts: dict[str, Tensor]) -> Tensor:
-    """(P, E); texts that were embedded before are kept in ``texts``."""
+    """Embed prompts into (P, E); ``texts`` caches text embeddings."""
     images = [prompt for prompt in prompts if isinstance(prompt, Tensor)]
     shown = iter(
         [
             row
             for start in range(0, len(images), _PROMPT_IMAGES_AT_ONCE)
             for row in model.encode_prompt_images(
-                _placed(torch.stack(images[start : start + _PROMPT_IMAGES_AT_ONCE]), model)
+                _to_model(torch.stack(images[start : start + _PROMPT_IMAGES_AT_ONCE]), model)
             )
         ]
     )
@@ -481,12 +474,12 @@ def _conditionals(model: ClipSeg, prompts: Prompts, texts: dict[str, Tensor]) ->
     return torch.stack([texts[prompt] if isinstance(prompt, str) else next(shown) for prompt in prompts])
 
 
-def _placed(pixels: Tensor, model: ClipSeg) -> Tensor:
+def _to_model(pixels: Tensor, model: ClipSeg) -> Tensor:
     return pixels.to(model.clip.device, model.clip.dtype)
 
 
 def _stretched(probability: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(..., S, S) to (..., *shape); see ``Query.truths``."""
+    """Resize (..., S, S) to (..., *shape); see ``Query.truths``."""
     side = max(shape)
     if side != probability.shape[-1]:
         flat = probability.reshape(-1, 1, *probability.shape[-2:])
@@ -496,7 +489,7 @@ def _stretched(probability: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _read_ahead(reads: Sequence[Callable[[], _Item]]) -> Iterator[_Item]:
-    """What the functions return, in order, with a few of them at work in threads."""
+    """Yield the functions' results in order, while threads run a few of them ahead."""
     waiting: deque[Future[_Item]] = deque()
     with ThreadPoolExecutor(_READERS) as pool:
         try:

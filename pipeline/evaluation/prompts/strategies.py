@@ -1,14 +1,14 @@
-"""Ways to show CLIP which object of an image is meant (CLIPSeg, arXiv 2112.10003, Table 2).
+"""Visual prompts that point CLIP to one object of an image (CLIPSeg, arXiv 2112.10003, Table 2).
 
-CLIP is asked which of the names of an image's objects fits. A strategy is better the more it raises the
-probability of the object that is meant, compared with the unmodified image.
+CLIP chooses among the names of an image's objects. The more a strategy raises the probability of the target
+object over the unmodified image, the better.
 
-As in the paper's notebook: image and mask are squeezed to S x S, the strategy works there on
-ImageNet-normalised pixels, the result is resized to CLIP's own input, the prompt is "a photo of a NAME", and
-the names are those that the image shows, three at least. Patches are hidden from the attention at CLIP's own
-input; the notebook did so at S x S, which moves the probability by itself.
+As in the paper's notebook, image and mask are squeezed to S x S, the strategy is applied there to
+ImageNet-normalised pixels, and the result is resized to CLIP's input size. The prompt is "a photo of a NAME",
+and an image must show at least three names. Attention masks are applied at CLIP's input size; the notebook
+applied them at S x S, which changes the probability by itself.
 
-Shapes: B samples of a batch, S = 352, K names of an image.
+Shapes: B samples in a batch, S = 352, K names of an image.
 """
 
 from __future__ import annotations
@@ -49,24 +49,24 @@ STRATEGIES: Mapping[str, VisualPrompt | AttentionMask] = {
     "crop & BG intensity 10 %": TABLE2["crop_intensity10"],
     "crop & blur & 10 %": TABLE2["crop_blur_intensity10"],
 }
-"""By the name that the published table has. Layer 11 is the last of the paper's CLIP; the last of any is
-taken."""
+"""Strategies by their name in the published table. Layer 11 is the last layer of the paper's CLIP; here it is
+the last layer of any CLIP."""
 SAMPLES = 1600
-"""As many as the paper takes."""
+"""Number of objects in the paper."""
 LEAST_NAMES = 3
 LEAST_SHARE = 0.05
-"""Share of the image that the object covers at least, as in the paper's reader."""
+"""Minimum share of the image that an object covers, as in the paper's reader."""
 _BATCH = 32
 
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """An object of an image.
+    """An object in an image.
 
     Attributes:
-        image: fp32 (3, S, S), ImageNet-normalised.
+        image: float32 (3, S, S), ImageNet-normalised.
         mask: bool (S, S).
-        names: K names of what the image shows, that of the object first.
+        names: K names of what the image shows, the object's first.
     """
 
     image: Tensor
@@ -75,14 +75,14 @@ class Shown:
 
 
 def draw_objects(dataset: Dataset, count: int = SAMPLES, *, seed: int = 0) -> Iterator[Shown]:
-    """Objects of images in an order that the seed draws, each image once, all its large enough objects.
+    """Draw images in random order, each once, and yield all their large enough objects.
 
-    Things are asked for, not stuff, where the ontology tells them apart. Masks are read as they are needed.
+    Stuff classes are skipped if the ontology marks them. Masks are read lazily.
 
     Args:
-        dataset: any with masks of classes.
-        count: of objects at most.
-        seed: names the order.
+        dataset: any dataset with masks of classes.
+        count: maximum number of objects.
+        seed: seed for the order.
     """
     things = [
         number
@@ -117,19 +117,19 @@ def object_probabilities(
     *,
     progress: Callable[[int], None] = lambda _done: None,
 ) -> dict[str, list[float]]:
-    """Probability that CLIP gives the name of each object, without a strategy and with each.
+    """CLIP's probability of each object's name, without and with each strategy.
 
     Args:
-        clip: with both towers; masking attention needs a ViT.
-        objects: of ``draw_objects``.
+        clip: a CLIP with both towers; attention masks need a ViT.
+        objects: from ``draw_objects``.
         strategies: names in ``STRATEGIES``.
         progress: called with the number of objects done.
 
     Returns:
-        One figure in [0, 1] for each object, by ``UNMODIFIED`` and by strategy; empty lists without objects.
+        One probability per object, by ``UNMODIFIED`` and strategy; empty lists without objects.
 
     Raises:
-        MaskMillError: ``model_unsupported``; from reading the data.
+        MaskMillError: ``model_unsupported``, and errors from reading the data.
     """
     found: dict[str, list[float]] = {name: [] for name in (UNMODIFIED, *strategies)}
     texts: dict[str, Tensor] = {}
@@ -154,7 +154,7 @@ def object_probabilities(
 def _embedded(
     clip: Clip, images: Tensor, masks: Tensor, strategy: VisualPrompt | AttentionMask | None
 ) -> Tensor:
-    """(B, D)."""
+    """Image embeddings (B, D) with a strategy applied."""
     side = int(clip.source.config["vision_cfg"]["image_size"])
     shown = strategy(images, masks) if isinstance(strategy, VisualPrompt) else images
     resized = F.interpolate(shown, (side, side), mode="bilinear").to(clip.device, clip.dtype)
@@ -164,5 +164,5 @@ def _embedded(
 
 
 def _scale(clip: Clip) -> float:
-    """What CLIP multiplies similarities with before the softmax."""
+    """CLIP's factor on similarities before the softmax."""
     return float(clip.model.get_parameter("logit_scale").exp())

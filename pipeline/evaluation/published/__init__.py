@@ -1,14 +1,14 @@
-"""Figures that papers and repositories published, as data with their sources.
+"""Published figures of papers and repositories, with their sources.
 
-One YAML file per table, in this package. Figures are in percent as printed; null is a figure that was not
-found or that the table does not have. Figures of different protocols must not be compared, so every look-up
+Each table is a YAML file in this package. Figures are in percent, as printed; null marks a figure that was
+not found or is not in the table. Figures from different protocols must not be compared, so every look-up
 names one:
 
-    seed      as MaskCLIP's repository evaluates: whole images, short side 512
-    unified   as MaskCLIP's successors do: short side 336 or more, sliding windows
-    clipseg   as CLIPSeg's repository does: 352 × 352
+    seed      MaskCLIP's repository: whole images, short side 512
+    unified   MaskCLIP's successors: short side 336 or more, sliding windows
+    clipseg   CLIPSeg's repository: 352 × 352
 
-A dataset is named as the built-in ontologies are; a setting that changes the task follows a slash:
+Datasets are named like the built-in ontologies; a setting that changes the task follows a slash:
 ``voc20/zero-shot``, ``pascal5i/text``.
 """
 
@@ -34,8 +34,8 @@ Unit = Literal["%", "percentage points"]
 Threshold = Annotated[float, Field(gt=0, lt=1)] | Literal["best"]
 Percent = Annotated[float, Field(ge=-100, le=100)]
 Provenance = Literal["published", "repository", "transcription"]
-"""``published``: read in the publication; ``repository``: read in a repository's README or other file;
-``transcription``: second hand, read where others quote the publication."""
+"""``published``: read in the publication itself; ``repository``: read in a repository's README or other file;
+``transcription``: second hand, from others who quote the publication."""
 
 _MARKS = {
     "published": "published",
@@ -49,11 +49,11 @@ class _Record(BaseModel):
 
 
 class Source(_Record):
-    """Where figures are printed.
+    """Source of the figures.
 
     Attributes:
         citation: publication and table, or repository and file.
-        provenance: how the figures were read, see :data:`Provenance`.
+        provenance: how the figures were obtained.
     """
 
     citation: Text
@@ -64,13 +64,13 @@ class Source(_Record):
 
 
 class Column(_Record):
-    """What a column of figures measures.
+    """Meaning of a column.
 
     Attributes:
         dataset: name of the dataset, with the setting after a slash.
         metric: ``miou``, ``miou_seen``, ``miou_unseen`` and ``hiou`` as in ``evaluation.json``; CLIPSeg's
             ``iou_fg``, ``iou_bin`` and ``ap``; ``delta_probability``.
-        unit: of its figures.
+        unit: unit of the figures.
     """
 
     dataset: Text
@@ -82,12 +82,12 @@ class Row(_Record):
     """The figures of one method.
 
     Attributes:
-        method: as the table calls it.
-        model: backbone or weights, where the table tells them apart.
-        threshold: probability beyond which a pixel is foreground; ``best`` was chosen on the test set.
-        values: one a column; None where there is no figure.
-        source: of this row, where it is not the table's.
-        note: what to know about this row.
+        method: the method's name in the table.
+        model: backbone or weights, if the table distinguishes them.
+        threshold: probability above which a pixel is foreground; ``best`` was chosen on the test set.
+        values: one per column, None without a figure.
+        source: the row's source, if it is not the table's.
+        note: remark on the row.
     """
 
     method: Text
@@ -99,18 +99,13 @@ class Row(_Record):
 
     @property
     def title(self) -> str:
-        """The method, and in brackets the model where the table tells models apart."""
+        """The method, with the model in parentheses if there is one."""
         return f"{self.method} ({self.model})" if self.model else self.method
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One published number with everything needed to quote it.
-
-    Attributes:
-        table: name of the table.
-        value: in ``unit``, as printed.
-    """
+    """A published number with everything needed to quote it; ``value`` is in ``unit``, as printed."""
 
     dataset: str
     method: str
@@ -126,11 +121,11 @@ class Figure:
 
     @property
     def share(self) -> float:
-        """The value as a share, 0.217 for 21.7 %."""
+        """The value as a fraction: 0.217 for 21.7 %."""
         return round(self.value / 100, 6)
 
     def entry(self) -> dict[str, Any]:
-        """As an entry of ``published`` in ``evaluation.json``; the value is a share."""
+        """The figure as an entry of ``published`` in ``evaluation.json``, with the value as a fraction."""
         return {
             "method": self.method if self.model is None else f"{self.method} ({self.model})",
             "metric": self.metric,
@@ -144,13 +139,13 @@ class PublishedTable(_Record):
     """A table of a publication or repository.
 
     Attributes:
-        name: of the file, without its ending.
+        name: stem of the file.
         title: what the table shows.
-        protocol: how all of its figures were measured.
-        source: of all rows that name no other.
-        columns: what is measured.
-        rows: in the order of print.
-        notes: what to know before comparing.
+        protocol: the protocol of all figures.
+        source: default for rows without a source.
+        columns: meaning of the columns.
+        rows: in printed order.
+        notes: caveats for comparisons.
     """
 
     name: Text
@@ -169,15 +164,15 @@ class PublishedTable(_Record):
         return self
 
     def source_of(self, row: Row) -> Source:
-        """Where a row of this table is printed."""
+        """The source of a row."""
         return row.source or self.source
 
     def metrics(self, dataset: str) -> list[str]:
-        """Metrics of the columns for a dataset with its setting."""
+        """Metrics of a dataset's columns; ``dataset`` includes the setting."""
         return [column.metric for column in self.columns if column.dataset == dataset]
 
     def shares(self, row: Row, dataset: str) -> dict[str, float]:
-        """Figures of a row for a dataset with its setting, as shares by metric, without those not found."""
+        """A row's figures for a dataset (including the setting), as fractions by metric; no nulls."""
         return {
             column.metric: round(value / 100, 6)
             for column, value in zip(self.columns, row.values, strict=True)
@@ -185,7 +180,7 @@ class PublishedTable(_Record):
         }
 
     def figures(self) -> Iterator[Figure]:
-        """All numbers, row by row; those not found are left out."""
+        """All figures, row by row, without nulls."""
         for row in self.rows:
             for column, value in zip(self.columns, row.values, strict=True):
                 if value is not None:
@@ -212,10 +207,10 @@ def names() -> tuple[str, ...]:
 
 @cache
 def load_published(name: str) -> PublishedTable:
-    """A table by name.
+    """Load a table.
 
     Raises:
-        MaskMillError: ``dataset_unknown``, with the names there are.
+        MaskMillError: ``dataset_unknown``, listing the known names.
     """
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1)
@@ -231,15 +226,15 @@ def load_published(name: str) -> PublishedTable:
 
 
 def lookup(dataset: str, method: str | None, protocol: str) -> list[Figure]:
-    """Published figures for one dataset under one protocol.
+    """Find the published figures for a dataset under a protocol.
 
     Args:
-        dataset: as in :attr:`Column.dataset`; ``voc20`` does not give those of ``voc20/zero-shot``.
-        method: as in :attr:`Row.method`, upper and lower case alike; None for all.
-        protocol: ``seed``, ``unified`` or ``clipseg``; there are no figures for any other.
+        dataset: including the setting; ``voc20`` does not match ``voc20/zero-shot``.
+        method: the method's name, ignoring case; None for all.
+        protocol: ``seed``, ``unified`` or ``clipseg``; others have no figures.
 
     Returns:
-        In the order of tables and rows; empty if nothing is published.
+        Figures in the order of tables and rows; empty if nothing is published.
 
     >>> [figure.value for figure in lookup("context59", "MaskCLIP", "unified")]
     [26.4, 15.8]
