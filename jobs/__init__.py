@@ -1,1 +1,1 @@
-"""What runs: one thin module per job, and the command line."""
+"""The jobs, one thin module each, and the command line."""

@@ -1,7 +1,7 @@
 """Make the project's virtual environment: the first step of every target in the Makefile.
 
-Standard library only, and no syntax newer than Python 3.6: an unsupported Python gets a sentence, not a
-traceback. A stamp in the environment records what it was made from, so that a second call is a no-op.
+Uses only the standard library and syntax of Python 3.6, so that an unsupported Python prints an error and no
+traceback. A stamp in the environment records what it was built from, which makes a second call a no-op.
 """
 
 import argparse
@@ -17,10 +17,10 @@ import sys
 OLDEST, NEWEST = (3, 10), (3, 13)
 SPACE = 8 * 10**9  # bytes; PyTorch for Linux brings CUDA
 STAMP = "maskmill-setup.json"
-PIP_FAILED = """pip failed, for the reason above. Frequent ones:
-  no network or proxy: PIP_INDEX_URL=https://HOST/simple names an index within reach
+PIP_FAILED = """pip failed, for the reason above. Common causes:
+  no network or proxy: PIP_INDEX_URL=https://HOST/simple names an index that you can reach
   unknown certificate: PIP_CERT=/path/to/ca.pem names your network's
-  no matching distribution: there is none for this Python or machine (PyTorch has none for Intel Macs)
+  no matching distribution: no build for this Python or machine (PyTorch has none for Intel Macs)
   no space left: free some, or use another disk: make VENV=/other/disk/venv, TMPDIR=/other/disk make …
 Then run the same command again: it continues from here."""
 
@@ -46,7 +46,7 @@ def check_python() -> None:
 
 
 def make_venv(venv: str) -> None:
-    """Make an empty environment, in place of an earlier one."""
+    """Create an empty environment, replacing an earlier one."""
     os.makedirs(venv, exist_ok=True)
     if os.listdir(venv) and not os.path.exists(os.path.join(venv, "pyvenv.cfg")):
         fail(f"{venv} is neither empty nor a virtual environment. Name another place: make VENV=…")
@@ -62,17 +62,17 @@ def make_venv(venv: str) -> None:
 
 
 def set_up(root: str, venv: str, dev: bool) -> None:
-    """Make or update the environment of the project in ``root``; ``dev`` adds what tests and lint need."""
+    """Create or update the environment of the project in ``root``; ``dev`` adds what tests and lint need."""
     requirements = ["requirements.txt", "requirements-dev.txt"][: 1 + dev]
     wanted = {}
     for name in ["pyproject.toml", *requirements]:
         with open(os.path.join(root, name), "rb") as file:
             wanted[name] = hashlib.sha256(file.read()).hexdigest()
-    # Scripts and the editable install hold absolute paths: an environment that moved is made anew.
+    # Scripts and the editable install contain absolute paths, so a moved environment is rebuilt.
     home = [sys.version, os.path.realpath(sys.executable), root, venv]
     stamp_path, python = os.path.join(venv, STAMP), os.path.join(venv, "bin", "python")
     with open(os.path.join(root, "pyproject.toml"), "rb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of two calls at once, the second finds the work done
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a concurrent call waits, then finds the work done
         try:
             with open(stamp_path) as file:
                 stamp = json.load(file)
@@ -83,11 +83,11 @@ def set_up(root: str, venv: str, dev: bool) -> None:
             stamp = {"home": home}
         elif wanted.items() <= stamp.items():
             return
-        with open(stamp_path, "w") as file:  # an interrupted install is taken up again
+        with open(stamp_path, "w") as file:  # marks an incomplete install, which the next call resumes
             json.dump({"home": home}, file)
         print("Installing packages (once; several GB on Linux)", flush=True)
         pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
-        # The build backend is among the packages, so the second call fetches nothing.
+        # The build backend is among the packages, so the second call downloads nothing.
         for what in (["-r", requirements[-1]], ["--no-deps", "--no-build-isolation", "-e", "."]):
             if subprocess.call(pip + what, cwd=root) != 0:
                 fail(PIP_FAILED)
@@ -98,8 +98,8 @@ def set_up(root: str, venv: str, dev: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the project's virtual environment.")
-    parser.add_argument("--venv", default=".venv", help="where, relative to the project")
-    parser.add_argument("--dev", action="store_true", help="with the packages for tests and lint")
+    parser.add_argument("--venv", default=".venv", help="its folder, relative to the project")
+    parser.add_argument("--dev", action="store_true", help="include the packages for tests and lint")
     options = parser.parse_args()
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     venv = os.path.normpath(os.path.join(root, os.path.expanduser(options.venv)))

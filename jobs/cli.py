@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ from pipeline.cluster.signals import end_process, interrupt_on_signals
 
 @dataclass(frozen=True)
 class Train:
-    """Train a model on labels, on this machine or a Ray cluster."""
+    """Train a model on labels, on this machine or on a Ray cluster."""
 
     model: Annotated[
         Annotated[TrainMaskClipPlus, subcommand("maskclip-plus")]
@@ -41,7 +43,7 @@ class Train:
     ]
 
     def run(self) -> int:
-        """Train it."""
+        """Train the chosen model."""
         return self.model.run()
 
 
@@ -64,7 +66,7 @@ Command = (
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """The command that the arguments name; ends the process with 2 if they name none, with 0 after a help."""
+    """Parse the arguments into a command. Exits with 2 if they are invalid, with 0 after printing help."""
     command: Command = tyro.cli(
         Command,
         prog="maskmill",
@@ -76,21 +78,42 @@ def parse(arguments: Sequence[str]) -> Command:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point; ends the process with the exit status, and takes Ctrl-C and SIGTERM for it."""
+    """Run a command and exit with its status; Ctrl-C and SIGTERM stop it cleanly."""
     interrupt_on_signals()
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given == ["--version"]:
-        print(f"maskmill {version('maskmill')}")
-        end_process(0)
     try:
-        status = parse(given).run()
+        status = run(given)
     except MaskMillError as error:
         print(f"maskmill: {error}", file=sys.stderr)
         status = error.exit_status
     except KeyboardInterrupt:
-        print("Stopped. What is finished is kept: the same command goes on from there.", file=sys.stderr)
+        print("Stopped. Finished work is kept: run the same command again to continue.", file=sys.stderr)
         status = 130
+    except BrokenPipeError:
+        if not stdout_closed():
+            raise
+        # Python flushes standard output once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
     end_process(status)
+
+
+def run(given: Sequence[str]) -> int:
+    """Run a command, and flush its output so that a closed pipe shows here rather than at exit."""
+    try:
+        if list(given) == ["--version"]:
+            print(f"maskmill {version('maskmill')}")
+            return 0
+        return parse(given).run()
+    finally:
+        sys.stdout.flush()
+
+
+def stdout_closed() -> bool:
+    """Whether the reader of standard output is gone (such as ``head``), rather than that of another pipe."""
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a job says while it works: a live bar on a terminal, plain lines in a log."""
+"""Progress output of a job: a live bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LOG_EVERY_S = 10.0
 
 
 class LabelDisplay:
-    """Shows the progress of a labelling run.
+    """Progress of a labelling run.
 
     Args:
-        total: images to label.
-        console: where to; a console that is no terminal gets plain lines.
+        total: number of images to label.
+        console: shows a bar if it is a terminal, else plain lines.
     """
 
     def __init__(self, total: int, console: Console) -> None:
@@ -46,7 +46,7 @@ class LabelDisplay:
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """Keep the display on screen."""
+        """Show the display while the context is open."""
         if self._bar is None:
             yield
             return
@@ -54,14 +54,14 @@ class LabelDisplay:
             yield
 
     def stage(self, text: str) -> None:
-        """Say what is being waited for."""
+        """Name the current stage."""
         if self._bar is not None:
             self._bar.update(self._task, description=text)
         else:
             self._say(text)
 
     def update(self, progress: Progress) -> None:
-        """Show new figures; in a log only every ``LOG_EVERY_S`` seconds."""
+        """Show new numbers; in a log at most every ``LOG_EVERY_S`` seconds."""
         rate = f"{progress.rate:.1f} images/s" if progress.rate else ""
         failed = sum(progress.failures.values())
         if self._bar is not None:
@@ -87,10 +87,10 @@ class LabelDisplay:
 
 
 class TrainDisplay:
-    """Shows the progress of a training run.
+    """Progress of a training run.
 
     Args:
-        console: where to; a console that is no terminal gets plain lines.
+        console: shows a bar if it is a terminal, else plain lines.
     """
 
     def __init__(self, console: Console) -> None:
@@ -112,7 +112,7 @@ class TrainDisplay:
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """Keep the display on screen."""
+        """Show the display while the context is open."""
         if self._bar is None:
             yield
             return
@@ -120,26 +120,26 @@ class TrainDisplay:
             yield
 
     def begin(self, total: int, stage: str) -> None:
-        """From now on steps out of ``total`` are counted."""
+        """Start counting steps towards ``total``."""
         self._total = total
         if self._bar is not None:
             self._bar.update(self._task, total=total)
         self.stage(stage)
 
     def stage(self, text: str) -> None:
-        """Say what is being waited for."""
+        """Name the current stage."""
         if self._bar is not None:
             self._bar.update(self._task, description=text)
         else:
             self.say(text)
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         stamp = "" if self._bar is not None else f"{time.strftime('%H:%M:%S')} "
         self._console.print(f"{stamp}{text}", highlight=False, soft_wrap=True)
 
     def update(self, line: Mapping[str, Any]) -> None:
-        """Show a line of ``metrics.jsonl``; in a log only every ``LOG_EVERY_S`` seconds."""
+        """Show a record of ``metrics.jsonl``; in a log at most every ``LOG_EVERY_S`` seconds."""
         rate = line.get("samples_per_second")
         figures = f"loss {line['loss']:.3f}" + (f", {rate:.1f} samples/s" if rate else "")
         if self._bar is not None:
@@ -150,7 +150,7 @@ class TrainDisplay:
 
 
 def duration(seconds: float) -> str:
-    """A length of time as people say it: ``42 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    """A duration for people: ``42 s``, ``3 min 20 s``, ``2 h 5 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -160,5 +160,5 @@ def duration(seconds: float) -> str:
 
 
 def stderr_console() -> Console:
-    """Progress and messages; standard output stays free for results."""
+    """The console for progress and messages; standard output is reserved for results."""
     return Console(file=sys.stderr)

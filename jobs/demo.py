@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 
 MARKER = "made-by-maskmill-demo.txt"
 TRUTH_SEED = 1
-"""Added to the seed of the unlabelled scenes, so that those with truth differ."""
+"""Offset between the seed of the unlabelled scenes and that of the test scenes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Everything on the embedded toy world, offline: label images, train a student, evaluate, show.
+    """Run the whole pipeline on the embedded toy world, offline: label, train a student, evaluate, show.
 
     Attributes:
-        output: folder for everything it makes; that of an earlier demo is replaced.
+        output: folder for all results; an earlier demo there is replaced.
         images: number of unlabelled scenes.
         size: side of a scene in pixels.
-        seed: of the scenes; the bundled CLIP was trained on others.
-        test: number of scenes with truth for evaluation; nothing is trained on them.
-        steps: of training.
+        seed: random seed of the scenes; the bundled CLIP was trained on different ones.
+        test: number of held-out scenes with truth for evaluation.
+        steps: number of training steps.
     """
 
     output: Path = Path("demo")
@@ -57,10 +57,10 @@ class Demo:
     steps: int = 1000
 
     def run(self, console: Console | None = None) -> int:
-        """Make scenes, label them, train a student on the labels, measure both on scenes with truth.
+        """Draw scenes, label them, train a student on the labels, evaluate both models on held-out scenes.
 
         Raises:
-            MaskMillError: ``output_not_ours`` if the folder holds something else.
+            MaskMillError: ``output_not_ours`` if the folder holds other files.
         """
         output = self.output
         empty_folder(output)
@@ -108,7 +108,7 @@ class Demo:
                 Score(name, one["metrics"]["miou"], [entry["iou"] for entry in one["classes"]])
                 for name, one in found.items()
             ],
-            note=f"{self.test} scenes that neither has learned from, and their true maps.",
+            note=f"{self.test} held-out scenes and their true maps.",
         )
         Show(table=str(table), output=output / "gallery.html").run(Console(quiet=True))
         lines = [
@@ -126,7 +126,7 @@ def _title(console: Console, text: str) -> None:
 
 
 def _shortened(steps: int) -> MaskClipPlusRecipe:
-    """The recipe ``toy`` with another number of steps and its phases in proportion."""
+    """The recipe ``toy`` with ``steps`` iterations and its phases scaled in proportion."""
     from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
 
     recipe = MASKCLIP_PLUS_RECIPES.recipes["toy"]
@@ -143,10 +143,10 @@ def _shortened(steps: int) -> MaskClipPlusRecipe:
 
 
 def empty_folder(output: Path) -> None:
-    """Empty the demo's folder, or make it.
+    """Create the demo's folder, or empty it.
 
     Raises:
-        MaskMillError: ``output_not_ours`` if it holds something that the demo did not write.
+        MaskMillError: ``output_not_ours`` if it holds files that the demo did not write.
     """
     if output.exists() and any(output.iterdir()):
         if not (output / MARKER).exists():

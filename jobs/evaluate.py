@@ -1,4 +1,4 @@
-"""``maskmill evaluate``: labels against truth, measured, filed and shown."""
+"""``maskmill evaluate``: compare labels with the truth, store the result and show it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from pipeline.tracking.tracker import TrackedDataset, open_tracker
 
 CUSTOM = "custom"
 ON_RAY_FROM = 2000
-"""Images above which Ray is worth its start."""
+"""Number of images above which starting Ray pays off."""
 
 
 ProtocolName = Literal["seed", "unified", "custom"]
@@ -62,22 +62,23 @@ ProtocolName = Literal["seed", "unified", "custom"]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure labels against truth: a label table, or what a recipe makes of a benchmark's images.
+    """Measure labels against truth: those of a label table, or those a recipe produces for a benchmark.
 
     Attributes:
-        labels: a label table, the --output of maskmill label; instead of it --recipe or --model labels the
+        labels: a label table, the --output of maskmill label; without it, --recipe or --model labels the
             images first.
-        ontology: what the values in --truth mean (default: the ontology of --labels); or with --recipe the
-            words to label with, if not those of the benchmark.
-        protocol: whose figures the result may be compared with: seed (MaskCLIP's repository) or unified (its
-            successors), whose figures do not compare, or custom; default: the one that the recipe follows.
+        ontology: what the values in --truth mean (default: the ontology of --labels); with --recipe, the
+            words to label with instead of the benchmark's.
+        protocol: the published numbers to compare with: seed (MaskCLIP's repository), unified (its
+            successors; not comparable with seed) or custom; default: the one that the recipe follows.
         zero_shot: a split into seen and unseen classes: voc20, voc21, context60, cocostuff171, ….
-        limit: only the first so many images, to try out.
+        limit: use only the first N images, to try things out.
         output: folder for the result, on a disk that all nodes share if --recipe runs on a cluster; default:
             a new one below results/.
         overwrite: replace a result that is already in --output.
-        workers: Ray tasks that compare; 0 is this process alone; default: by the number of images.
-        boundary: with --no-boundary boundary IoU is not measured.
+        workers: number of Ray tasks that compare; 0: this process alone; default: depends on the number of
+            images.
+        boundary: measure boundary IoU; --no-boundary skips it.
     """
 
     labels: str | None = None
@@ -96,7 +97,7 @@ class Evaluate:
     verbose: Verbose = False
 
     def run(self, console: Console | None = None) -> int:
-        """Evaluate, write the result folder, track it, print the figures."""
+        """Evaluate, write the result folder, track the run and print the scores."""
         console = console or stderr_console()
         self._check()
         recipe, own = (None, None) if self.labels is not None else self.by.load()
@@ -107,7 +108,7 @@ class Evaluate:
         if classes is None and own is not None and set(dataset.class_names) <= set(own.names):
             classes = own  # the words that the student was trained with
         slug = _slug(dataset, recipe)
-        # What is wrong with the command shows before a run is opened.
+        # Find mistakes in the command before a tracking run is opened.
         new_folder(self.output, slug, overwrite=self.overwrite)
         self._check_against(dataset, recipe, classes)
         with open_tracker(self.tracking) as tracker:
@@ -150,7 +151,7 @@ class Evaluate:
         return 0
 
     def _check_against(self, dataset: Dataset, recipe: LabelRecipe | None, words: Ontology | None) -> None:
-        """Refuse what does not fit the data, and weights that are not there."""
+        """Refuse options that do not fit the data, and missing weights."""
         _groups(dataset, self.zero_shot)
         if recipe is None:
             made = read_table_record(str(self.labels))
@@ -202,29 +203,25 @@ def evaluate(
     address: str | None = None,
     verbose: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
-    """Label if need be, compare, and write the result folder.
+    """Label if needed, compare, and write the result folder.
 
     Args:
-        dataset: images and truth.
-        console: where to print.
         labels: a label table; None labels the images first.
-        recipe: how to label them; needed without ``labels``.
+        recipe: how to label; required without ``labels``.
         ontology: classes to label with; None takes the dataset's own, with the protocol's templates.
-        protocol: whose figures the result may be compared with; None finds out which the recipe follows.
+        protocol: published numbers to compare with; None takes the protocol that the recipe follows.
         zero_shot: name of a split into seen and unseen classes.
-        output: folder for the result; None makes one below ``results/``.
-        overwrite: whether an earlier result there may be replaced.
-        workers: Ray tasks that compare; 0 is this process, None chooses.
-        boundary: whether to measure boundary IoU.
+        output: folder for the result; None creates one below ``results/``.
+        workers: number of Ray tasks that compare; 0 is this process, None chooses.
         pictures: number of worst and of best images to show.
         address: of a Ray cluster to label on.
-        verbose: let Ray talk.
+        verbose: show Ray's own messages.
 
     Returns:
         The folder, and the content of its ``evaluation.json``.
 
     Raises:
-        MaskMillError: for everything that the user can mend.
+        MaskMillError: for anything the user can fix.
     """
     folder = new_folder(output, _slug(dataset, recipe), overwrite=overwrite)
     groups = _groups(dataset, zero_shot)
@@ -239,7 +236,7 @@ def evaluate(
             recipe=recipe,
             output=table,
             overwrite=overwrite,
-            max_failure_rate=1.0,  # all images are asked for below
+            max_failure_rate=1.0,  # checked below: a benchmark needs all of its images
             address=address,
             verbose=verbose,
         )
@@ -302,12 +299,12 @@ def evaluate(
 
 
 def is_toy(weights: Mapping[str, Any]) -> bool:
-    """Whether a table was labelled by the toy CLIP, or by a student of it."""
+    """Whether the labels come from the toy CLIP or a student of it."""
     return "toyclip" in (weights["model"], weights.get("text", {}).get("model"))
 
 
 def _is_the_benchmark(dataset: Dataset, weights: Mapping[str, Any]) -> bool:
-    """Whether figures on it may stand beside published ones: its usual split, whole, with real weights."""
+    """Whether results are comparable with published ones: the whole usual split, with real weights."""
     info = DATASETS.get(dataset.name)
     return (
         info is not None
@@ -319,14 +316,14 @@ def _is_the_benchmark(dataset: Dataset, weights: Mapping[str, Any]) -> bool:
 
 
 def protocol_recipe(recipe: LabelRecipe, protocol: Protocol) -> LabelRecipe:
-    """The recipe with the fields that a protocol fixes."""
+    """The recipe with the settings that the protocol prescribes."""
     return change_recipe(recipe, protocol.recipe_overrides())
 
 
 def _plan(
     dataset: Dataset, recipe: LabelRecipe, ontology: Ontology | None, protocol: ProtocolName | None
 ) -> tuple[LabelRecipe, Ontology]:
-    """How the images will be labelled; a protocol that this would break is refused here, before the work."""
+    """Recipe and ontology for labelling; refuses a combination that would violate the protocol."""
     ontology = ontology or dataset.classes
     if protocol in ("seed", "unified"):
         wanted = get_protocol(dataset.name, protocol)
@@ -339,7 +336,7 @@ def _plan(
 
 
 def _image_list(dataset: Dataset, folder: Path) -> str:
-    """A list file of the images, for labelling."""
+    """Write a list file of the images for labelling, and return its path."""
     source = folder / "images.txt"
     source.write_text("".join(f"{_file(dataset, sample, folder)}\n" for sample in dataset.samples))
     return str(source)
@@ -348,7 +345,7 @@ def _image_list(dataset: Dataset, folder: Path) -> str:
 def _file(dataset: Dataset, sample: Sample, folder: Path) -> str:
     if sample.image:
         return sample.image
-    # Scenes of different seeds have the same names.
+    # The fingerprint keeps scenes of different seeds apart: their names are the same.
     path = folder / SCENES / dataset.fingerprint()[:12] / f"{sample.name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -362,7 +359,7 @@ def _protocol(
     recipe: Mapping[str, Any],
     ontology: Mapping[str, Any],
 ) -> Protocol | None:
-    """The protocol that labels follow; checked against the one asked for."""
+    """The protocol that the labels follow; refuses a requested one that they do not."""
     if asked == CUSTOM:
         return None
     if asked is not None:

@@ -1,4 +1,4 @@
-"""``maskmill export``: a student as a program for other runtimes."""
+"""``maskmill export``: convert a student for other runtimes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from jobs.console import stderr_console
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a student as a program for other runtimes, and check that it computes the same.
+    """Convert a student to ONNX or torch.export, and check that it computes the same.
 
     Attributes:
         student: the --output of maskmill train maskclip-plus.
-        format: onnx, or torch for a program of torch.export.
-        output: the file, ending in .onnx or .pt2.
+        format: onnx, or torch for torch.export.
+        output: file to write, ending in .onnx or .pt2.
         overwrite: replace an existing file.
     """
 
@@ -29,7 +29,7 @@ class Export:
     overwrite: bool = False
 
     def run(self, console: Console | None = None) -> int:
-        """Write the program, and say how to use it."""
+        """Write the file, and say how to use it."""
         from pipeline.trained.export import OPSET, SMALLEST, to_onnx, to_torch_export
 
         console = console or stderr_console()

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from pipeline.labelling.labeller import PreparedLabeller
 
 OWN_ENTRIES = (DATASET_FILE, LABELS_DIR, CHECKPOINT_DIR, "manifest")
-"""What ``overwrite`` may delete: what a run makes in its output, in older versions two folders more."""
+"""What a run writes to its output and ``overwrite`` may delete; older versions also wrote the last two."""
 PACKAGES = (
     "maskmill",
     "torch",
@@ -69,18 +69,18 @@ PACKAGES = (
 class Label:
     """Label images with class names: images in, a label table (Parquet) out.
 
-    The same command again goes on after a crash and labels what is new.
+    Run the same command again to resume after a crash or to label new images.
 
     Attributes:
         images: folder, glob ("photos/*.jpg") or list file (.txt, one path or URI a line) of images.
         manifest: manifest in Parquet (columns id, uri), instead of --images.
         output: folder (or s3://… prefix) for the label table.
-        classes: class names between commas: "cat, dog, grass". Everything else becomes "background".
+        classes: class names, separated by commas: "cat, dog, grass". Everything else becomes "background".
         ontology: YAML file of classes, or a built-in name (voc21, context59, …), instead of --classes.
-        background: with --no-background every pixel gets one of the classes of --classes.
-        min_confidence: pixels less sure than this (0 to 1) become "ignore" (255).
+        background: add a background class; --no-background gives every pixel one of the named classes.
+        min_confidence: pixels below this confidence (0 to 1) become "ignore" (255).
         max_failure_rate: exit with 1 if a larger share of the images fails.
-        overwrite: delete a table that is already in --output and start anew.
+        overwrite: delete a table that is already in --output and start over.
     """
 
     images: str | None = None
@@ -99,7 +99,7 @@ class Label:
     verbose: Verbose = False
 
     def run(self, console: Console | None = None) -> int:
-        """Label what is new; see ``label_images``."""
+        """Label the images that have no row yet; see ``label_images``."""
         source = exactly_one("--images", self.images, "--manifest", self.manifest, command="label")
         shares = {"--min-confidence": self.min_confidence, "--max-failure-rate": self.max_failure_rate}
         for option, share in shares.items():
@@ -125,7 +125,7 @@ class Label:
         return label_images(job, console)
 
     def _ontology(self, recipe: LabelRecipe, own: Ontology | None) -> Ontology:
-        """The classes asked for, else those of the model."""
+        """The requested classes, else those of the model."""
         if own is not None and self.classes is None and self.ontology is None:
             return own
         exactly_one("--classes", self.classes, "--ontology", self.ontology, command="label")
@@ -140,19 +140,19 @@ class Label:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelJob:
-    """What a labelling run is asked for.
+    """The input of a labelling run.
 
     Attributes:
         source: folder, glob, list file or manifest of the images.
         ontology: the classes.
-        recipe: every knob that changes the labels.
-        output: folder or object-store prefix that gets the table.
-        overwrite: delete an existing table of another recipe or ontology first.
-        max_failure_rate: share of failed images beyond which the run counts as failed.
-        address: of a Ray cluster; None joins the one that RAY_ADDRESS names, or starts a local one.
+        recipe: every setting that changes the labels.
+        output: folder or object-store prefix for the table.
+        overwrite: first delete an existing table.
+        max_failure_rate: share of failed images above which the run counts as failed.
+        address: of a Ray cluster; None joins the one in RAY_ADDRESS, or starts a local one.
         verbose: show Ray's own messages.
         tracking: MLflow URI, None for the default, ``off`` for none.
-        system_metrics: track the load of this machine as well.
+        system_metrics: also track the load of this machine.
     """
 
     source: str
@@ -168,13 +168,13 @@ class LabelJob:
 
 
 def label_images(job: LabelJob, console: Console | None = None) -> int:
-    """Label what is new. Prints a summary.
+    """Label the images that have no row yet, and print a summary.
 
     Returns:
         0, or 1 if more than ``max_failure_rate`` of the images of this run failed.
 
     Raises:
-        MaskMillError: for everything that the user can mend.
+        MaskMillError: for anything the user can fix.
     """
     console = console or stderr_console()
     began = time.monotonic()
@@ -198,7 +198,7 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
         display = LabelDisplay(todo.num_rows, console)
         with tracker:
             with display.live(), _started(job, lease, recorded, display) as (prepared, compute):
-                # From here on there is something to keep.
+                # Track only runs that got this far: earlier failures leave nothing.
                 _begin_tracking(tracker, job, manifest, todo.num_rows)
                 if replaces:
                     for entry in OWN_ENTRIES:
@@ -225,10 +225,10 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
 
 
 def recorded_table(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
-    """The record of the table that is already there; None for a new one.
+    """The record of an existing table that this run extends; None for a new table.
 
     Raises:
-        MaskMillError: ``output_differs`` or ``output_not_ours`` if it cannot be added to.
+        MaskMillError: ``output_differs`` or ``output_not_ours`` if the run cannot add to it.
     """
     recorded = read_record(storage, DATASET_FILE, SCHEMA_VERSION)
     if recorded is not None and job.overwrite:
@@ -242,7 +242,7 @@ def recorded_table(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
             )
         return None
     theirs = table_recipe(recorded)
-    auto = job.recipe.precision == "auto"  # goes on with what the table has
+    auto = job.recipe.precision == "auto"  # auto adopts the table's precision
     changed = (job.recipe.replace(precision=theirs.precision) if auto else job.recipe).differences(theirs)
     if recorded["ontology"]["hash"] != job.ontology.hash:
         changed.append("the classes (ontology) differ")
@@ -251,18 +251,17 @@ def recorded_table(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
             "output_differs",
             f"{storage.uri} was labelled differently: {'; '.join(changed)}.",
             "One table holds one kind of label. Name another --output, go back to the recorded recipe and "
-            "classes, or delete the old table "
-            "and start anew with --overwrite.",
+            "classes, or delete the old table and start over with --overwrite.",
         )
     return recorded
 
 
 def _done(storage: Storage, console: Console) -> np.ndarray:
-    """Ids of the images that have a row, after what a crash left half-written is removed."""
+    """Remove what a crash left half-written, and return the ids of the images that have a row."""
     discarded = discard_leftovers(storage)
     if discarded:
         console.print(
-            f"Resuming a run that was cut off: {discarded} half-written part(s) discarded.",
+            f"Resuming an interrupted run: {discarded} half-written part(s) discarded.",
             soft_wrap=True,
             highlight=False,
         )
@@ -284,13 +283,13 @@ def _announcement(job: LabelJob, total: int, todo: int) -> str:
 def _started(
     job: LabelJob, lease: Lease, recorded: dict[str, Any] | None, display: LabelDisplay
 ) -> Iterator[tuple[PreparedLabeller, Compute]]:
-    """Ray, while class names are embedded in a thread. Nothing is started before the weights are found."""
+    """Start Ray while a thread embeds the class names. Missing weights fail before anything starts."""
     precision = recorded["precision"] if recorded else job.recipe.precision
-    # On a cluster, the machines that will do the work decide what "auto" is.
+    # On a cluster, "auto" depends on the machines that do the work.
     asks_cluster = precision == "auto" and joins_cluster(job.address)
     with contextlib.ExitStack() as stack:
         thread = ThreadPoolExecutor(1)
-        stack.callback(thread.shutdown, wait=False)  # after Ctrl-C nobody needs what it prepares
+        stack.callback(thread.shutdown, wait=False)  # do not wait for it after Ctrl-C
         display.stage("reading weights")
         preparing = None if asks_cluster else _begin_preparing(thread, job, precision, recorded)
         display.stage("embedding class names, starting Ray")
@@ -305,11 +304,11 @@ def _started(
 def _begin_preparing(
     thread: ThreadPoolExecutor, job: LabelJob, precision: str, recorded: dict[str, Any] | None
 ) -> Future[PreparedLabeller]:
-    """Find the weights, then embed the class names in a thread; returns as soon as the weights are known.
+    """Start a thread that finds the weights and embeds the class names; return once the weights are found.
 
     Raises:
-        MaskMillError: as ``pipeline.labelling.prepare.prepare_labeller`` until the weights are known;
-            ``output_differs`` for other weights than those of the table. The future raises the rest.
+        MaskMillError: as ``pipeline.labelling.prepare.prepare_labeller`` up to finding the weights;
+            ``output_differs`` if they are not those of the table. The future raises later errors.
     """
     known: Future[None] = Future()
 
@@ -370,24 +369,24 @@ def _label(
 
 
 def _busy(progress: Progress, compute: Compute) -> float:
-    """Share of the time in which the actors labelled, start-up left out; 0 for a run too short to tell."""
+    """Share of the time after start-up that the actors spent labelling; 0 if the run is too short to tell."""
     flowing = (progress.last_s or 0.0) - (progress.first_s or 0.0)
     return min(1.0, progress.label_s / (compute.actors * compute.calls * flowing)) if flowing > 1 else 0.0
 
 
 def _refuse_gaps(storage: Storage, todo: pa.Table) -> None:
-    """Every image must have its row now: a last check, since a retried task may fail on other images."""
+    """Check that every image has its row: a retried task may fail on different images than the first try."""
     missing = _without(todo, done_ids(storage)).num_rows
     if missing:
         raise FailedWork(
             "labelling_failed",
-            f"{missing:,} images got no row, because Ray ran some work twice with different results.",
+            f"{missing:,} images have no row, because Ray ran some work twice with different results.",
             "Run the same command again: it labels them.",
         )
 
 
 def _new_record(job: LabelJob, prepared: PreparedLabeller) -> dict[str, Any]:
-    """What ``dataset.json`` says of a table that is yet to be made."""
+    """The first ``dataset.json`` of a new table."""
     recipe = job.recipe.replace(precision=prepared.precision)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -402,7 +401,7 @@ def _new_record(job: LabelJob, prepared: PreparedLabeller) -> dict[str, Any]:
 
 
 def _reporting(display: LabelDisplay, tracker: Tracker) -> Callable[[Progress], None]:
-    """Show all progress, and record some of it."""
+    """Show progress, and log a sample of it."""
     log = ProgressLog(tracker)
 
     def report(progress: Progress) -> None:
@@ -470,7 +469,7 @@ def _record_counts(storage: Storage) -> dict[str, Any]:
 
 
 def _count_status(storage: Storage, todo: pa.Table) -> Counter[str]:
-    """Rows of this run by status, counted on disk: workers may report one twice if one of them dies."""
+    """Rows of this run by status, counted on disk: workers report some rows twice if one of them dies."""
     wanted = set(todo["id"].to_pylist())
     rows = iter_rows(storage, ["id", "status"], batch_size=4096)
     return Counter(row["status"] for row in rows if row["id"] in wanted)
@@ -502,6 +501,6 @@ def _summary(
 
 
 def _abandon() -> None:
-    """Another run owns the output now: stop before one more byte is written."""
+    """Stop at once: another run owns the output now."""
     print("The lease of this output was taken over by another run; stopping.", file=sys.stderr, flush=True)
     interrupt()

@@ -1,4 +1,4 @@
-"""``maskmill datasets`` and ``maskmill recipes``: what there is to choose from."""
+"""``maskmill datasets`` and ``maskmill recipes``: list what can be chosen."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from models.errors import WrongUse
 from pipeline.files.recipes import Recipe, RecipeBook, describe
 
 WIDTH = 92
-"""Columns of text."""
+"""Text width in columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Datasets:
-    """List the benchmark datasets: what they are and how their folders must look."""
+    """List the benchmark datasets and the folder layout that each needs."""
 
     def run(self) -> int:
         """Print them."""
@@ -69,7 +69,7 @@ class Recipes:
 
 
 def _books() -> dict[str, RecipeBook[Any]]:
-    """The recipes by the command that takes them."""
+    """The recipe books by command."""
     from pipeline.labelling.recipes import LABEL_RECIPES
     from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES
     from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
@@ -82,7 +82,7 @@ def _books() -> dict[str, RecipeBook[Any]]:
 
 
 def _summary(recipe: Recipe, book: RecipeBook[Any], width: int) -> str:
-    """What the recipe sets otherwise than the default one, as far as the line goes."""
+    """The settings in which the recipe differs from the default one, cut to one line."""
     if recipe.name == book.default:
         return "the default"
     usual = {field.name: field.value for field in describe(book.recipes[book.default])}

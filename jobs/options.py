@@ -1,7 +1,7 @@
-"""Options that several commands share, each written once.
+"""Options that several commands share.
 
 A single option is an annotated type. A group is a dataclass that a command holds as
-``Annotated[Group, FLAT]``: its fields are then written and listed like the command's own.
+``Annotated[Group, FLAT]``: its fields then look like the command's own.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ Settings = Annotated[
 ]
 Address = Annotated[
     str | None,
-    tyro.conf.arg(
-        help="address of a Ray cluster; default: the one that RAY_ADDRESS names, else this machine alone."
-    ),
+    tyro.conf.arg(help="address of a Ray cluster; default: the one in RAY_ADDRESS, else this machine alone."),
 ]
 Verbose = Annotated[bool, tyro.conf.arg(aliases=["-v"], help="show Ray's own messages.")]
 Tracking = Annotated[
@@ -41,19 +39,19 @@ Tracking = Annotated[
         help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db; off: none."
     ),
 ]
-SystemMetrics = Annotated[bool, tyro.conf.arg(help="track the load of this machine as well.")]
+SystemMetrics = Annotated[bool, tyro.conf.arg(help="also track the load of this machine.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabellingModel:
-    """What labels.
+    """The model that labels.
 
     Attributes:
-        recipe: named recipe or YAML file: every knob that changes the labels; maskmill recipes lists them.
-            Default: maskclip.
+        recipe: a named recipe or a YAML file, with every setting that changes the labels; maskmill recipes
+            lists them. Default: maskclip.
         model: a trained model, the --output of maskmill train, instead of --recipe; a student brings its
-            classes along. Or clipseg, the released one.
-        settings: change one knob of the recipe: head=value; may be repeated.
+            own classes. Or clipseg, the released model.
+        settings: change one setting of the recipe, such as head=value; may be repeated.
     """
 
     recipe: str | None = None
@@ -61,10 +59,10 @@ class LabellingModel:
     settings: Settings = ()
 
     def load(self) -> tuple[LabelRecipe, Ontology | None]:
-        """The recipe, and the classes of a student.
+        """The recipe, and the classes if the model is a student.
 
         Raises:
-            MaskMillError: ``wrong_use``, ``recipe_invalid``; and for what is wrong with the model's folder.
+            MaskMillError: ``wrong_use``, ``recipe_invalid``; and for any fault in the model's folder.
         """
         from pipeline.labelling.recipes import LABEL_RECIPES
 
@@ -90,11 +88,11 @@ class Truth:
     """Images with true masks.
 
     Attributes:
-        dataset: images with truth: a benchmark by name; maskmill datasets lists them.
-        root: its folder (a path, or s3://…).
-        split: part of it; default, where there is one: the part that papers report.
+        dataset: name of a benchmark; maskmill datasets lists them.
+        root: folder of the benchmark (a path, or s3://…).
+        split: part of the benchmark; default: the one that papers report, if there is one.
         images: your own images, with --truth, instead of --dataset.
-        truth: folder of masks (PNG, values are class ids, 255 is ignored) for --images.
+        truth: folder of masks for --images (PNG, values are class ids, 255 is ignored).
     """
 
     dataset: str | None = None
@@ -105,16 +103,16 @@ class Truth:
 
     @property
     def given(self) -> bool:
-        """Whether there is any."""
+        """Whether any of the options is set."""
         return any(value is not None for value in (self.dataset, self.images, self.truth))
 
     def open(self, classes: Ontology | None, *, table: str | None, command: str) -> Dataset:
         """Open the images and masks.
 
         Args:
-            classes: what the values of the masks mean; a benchmark knows it.
-            table: label table to take the classes from if there are none.
-            command: to name in messages.
+            classes: what the values of the masks mean; a benchmark brings its own.
+            table: label table to take the classes from if ``classes`` is None.
+            command: command named in error messages.
 
         Raises:
             MaskMillError: ``wrong_use``; as ``pipeline.datasets.registry.open_dataset``.
@@ -158,7 +156,7 @@ def _refuse(given: object, why: str, command: str) -> None:
 
 
 def refuse_missing_file(weights: str | None) -> None:
-    """Refuse a weights file that does not exist; what else can be wrong with weights shows with torch.
+    """Refuse a weights file that does not exist. Other faults show only once torch reads the file.
 
     Raises:
         MaskMillError: ``weights_missing``.
@@ -169,7 +167,7 @@ def refuse_missing_file(weights: str | None) -> None:
 
 
 def exactly_one(first: str, one: T | None, second: str, other: T | None, *, command: str) -> T:
-    """The one of two options that is given.
+    """The value of the one option that is set.
 
     Raises:
         MaskMillError: ``wrong_use`` if both are given, or neither.
@@ -188,7 +186,7 @@ def comma_separated(text: str) -> tuple[str, ...]:
 
 
 def named_values(option: str, given: Sequence[str], *, last: bool = True) -> dict[str, str]:
-    """``NAME=VALUE`` arguments as a mapping, split at the last ``=`` (names of rows hold some) or the first.
+    """``NAME=VALUE`` arguments as a mapping, split at the last ``=`` (names may contain some) or the first.
 
     Raises:
         MaskMillError: ``wrong_use``.

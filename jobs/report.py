@@ -14,11 +14,11 @@ from pipeline.report.results_page import write_report
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Make one page of result folders: figures next to published ones, curves, worst and best images.
+    """Make one page of result folders: scores next to published ones, curves, worst and best images.
 
     Attributes:
         results: folders of maskmill evaluate or maskmill benchmark.
-        output: the page; default: report.html in the first folder, or here if that is remote.
+        output: page to write; default: report.html in the first folder, or here if that is remote.
     """
 
     results: Positional[tuple[str, ...]]
@@ -28,7 +28,7 @@ class Report:
         """Write the page.
 
         Raises:
-            MaskMillError: if a folder has no result or a damaged one, or the output exists and is no report.
+            MaskMillError: if a folder has no result or a damaged one, or the output exists but is no report.
         """
         console = console or Console()
         here = not self.results or is_remote(canonical_uri(self.results[0]))

@@ -1,4 +1,4 @@
-"""``maskmill runs``: the tracked runs as a table, and several side by side."""
+"""``maskmill runs``: list tracked runs, or compare several side by side."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ KEY_METRICS = (
     "claims_shown",
     "claims_not_shown",
 )
-"""The list shows the first ``SHOWN_METRICS`` of these that a run has."""
+"""In order of importance; the list shows the first ``SHOWN_METRICS`` that a run has."""
 SHOWN_METRICS = 3
 SHORT_ID = 8
 MIN_LAST = 16
-"""With less room than this for commands they are left out."""
+"""Least width of the command column; a narrower terminal drops it."""
 STYLES = {"FINISHED": "green", "RUNNING": "cyan", "FAILED": "red", "KILLED": "yellow"}
 
 
@@ -40,9 +40,9 @@ class Runs:
 
     Attributes:
         tracking: MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db.
-        experiment: only this one, or this kind of job: label, evaluate, benchmark, train.
-        limit: runs in the list.
-        compare: ids (or their first letters) or names of at least two runs: what differs between them.
+        experiment: show only this experiment, or this kind of job: label, evaluate, benchmark, train.
+        limit: number of runs to list.
+        compare: show how runs differ; ids (or their first letters) or names of at least two.
     """
 
     tracking: str | None = None
@@ -51,10 +51,10 @@ class Runs:
     compare: tuple[str, ...] = ()
 
     def run(self, console: Console | None = None) -> int:
-        """List the newest runs, or say how several differ.
+        """List the newest runs, or show how several differ.
 
-        Where standard output is no terminal, columns are separated by tabs and nothing is shortened; a
-        terminal shows commands only if it is wide.
+        If standard output is not a terminal, columns are separated by tabs and nothing is shortened. A
+        terminal shows the command column only if it is wide enough.
 
         Raises:
             MaskMillError: ``wrong_use``; the errors of ``pipeline.tracking.runs``.
@@ -116,7 +116,7 @@ def _compare(runs: Sequence[TrackedRun], console: Console) -> None:
     rows = [(key, *map(_text, row)) for key, row in about.items()]
     rows += [(key, *map(_text, row)) for key, row in params.items()]
     table = [(*row, "") for row in rows] if two else rows
-    # Overall figures before those of single classes.
+    # Overall metrics before those of single classes.
     for key in sorted(metrics, key=lambda name: ("/" in name, name)):
         row = metrics[key]
         known = [value for value in row if value is not None]
@@ -149,10 +149,10 @@ def _text(value: Any) -> str:
 def _print_table(
     console: Console, head: Sequence[str], rows: Sequence[Sequence[str]], *, cut_last: bool = False
 ) -> None:
-    """Print a table; on a terminal, ``cut_last`` gives the last column what room is left, or drops it."""
+    """Print a table; on a terminal, ``cut_last`` fits the last column to the width left, or drops it."""
     if not console.is_terminal:
         for row in (head, *rows):
-            # Not through rich, which would turn tabs into blanks.
+            # Not through rich, which would turn tabs into spaces.
             print("\t".join(" ".join(cell.split()) for cell in row), file=console.file)
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

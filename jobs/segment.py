@@ -1,9 +1,8 @@
-"""``maskmill segment``: images and prompts → a mask, a heat map and an overlay for each, by CLIPSeg."""
+"""``maskmill segment``: images and prompts → masks, heat maps and overlays, with CLIPSeg."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from jobs.options import Repeated, refuse_missing_file
 from models.errors import WrongUse
 from pipeline.corpus.manifest import build_manifest
 from pipeline.files.images import MAX_PIXELS, ImageError, decode, fetch, target_size
+from pipeline.files.storage import open_storage
 from pipeline.labelling.clipseg.model import THRESHOLD, VISUAL_PROMPT, ClipSegWeights
 from pipeline.labelling.clipseg.options import PREFIXES, RELEASED, Prefix
 from pipeline.labelling.clipseg.pictures import read_picture
@@ -46,35 +46,36 @@ class Segment:
     Attributes:
         images: files, folders, globs ("photos/*.jpg") and list files of images.
         output: folder for pictures and results.json.
-        prompts: words for what is looked for; may be repeated.
-        prompt_images: an example picture of it; may be repeated.
-        prompt_masks: what to look at in the example: a picture of its size, black but for the object. If
-            given, one for each --prompt-image, in the same order; - for one without.
-        text_weight: join the first --prompt with the first --prompt-image, and so on: the share of the words,
-            0 to 1 (the released models were trained with up to 0.5). Default: words and pictures apart.
-        thresholds: least probability of a mask's pixels; one for all prompts, or repeated for each, words
-            first. Default: 0.3, the paper's; 0.1 finds more.
-        prefix: put around words: nothing (plain), "a photo of a {}." (fixed), the mean over the templates of
-            the paper's training (shuffle, shuffle+).
-        visual_prompt: how the object of an example with a mask is brought forward: crop_blur_highlight352
+        prompts: what to find, in words; may be repeated.
+        prompt_images: an example picture of what to find; may be repeated.
+        prompt_masks: the object in the example: a picture of the same size, black outside the object. If
+            given, one for each --prompt-image, in the same order; - for an example without a mask.
+        text_weight: join the first --prompt with the first --prompt-image, and so on; this is the weight of
+            the words, 0 to 1 (the released models were trained with up to 0.5). Default: words and pictures
+            are separate prompts.
+        thresholds: a mask's pixels have at least this probability; one for all prompts, or repeated for each,
+            words first. Default: 0.3, the paper's; 0.1 finds more.
+        prefix: template around the words: none (plain), "a photo of a {}." (fixed), the mean over the
+            templates of the paper's training (shuffle, shuffle+).
+        visual_prompt: how to emphasise the object of an example with a mask: crop_blur_highlight352
             (the paper's), blur_highlight, blur3_highlight, blur3_highlight01, crop, crop_blur_highlight,
             highlight, highlight2, overlay, image_only.
         blur: sigma in pixels of the blur on the background; 0 is none.
-        background: brightness of the background: 1 as it is, 0 grey.
-        context: cut out the object with this share of its extent on each side.
-        crop: with --no-crop nothing is cut.
-        crop_size: side that the cut is resized to; default: --example-size.
-        example_size: side of the square that examples are squeezed to first; default: as in training, 352.
+        background: brightness of the background, from 1 (unchanged) to 0 (grey).
+        context: margin around the object when cropping, as a share of its extent.
+        crop: crop to the object; --no-crop keeps the whole picture.
+        crop_size: side that the crop is resized to; default: --example-size.
+        example_size: side of the square that examples are resized to first; default: as in training, 352.
         weights: a decoder file (rd64-uni.pth), the --output of maskmill train clipseg, a folder in Hugging
             Face's layout, or a hub name.
-        clip: NAME:PRETRAINED of the CLIP beneath a decoder file; default: what the file says, or
+        clip: NAME:PRETRAINED of the CLIP under a decoder file; default: what the file says, or
             ViT-B-16-quickgelu:openai.
-        extract_layers: blocks of CLIP that the decoder reads; default: as the weights say, else 3 6 9.
-        size: side of the square that images are squeezed to; default: as in training, 352.
-        keep_ratio: keep their shape: the short side becomes --size, the long one at most four times that.
+        extract_layers: blocks of CLIP that the decoder reads; default: those of the weights, else 3 6 9.
+        size: side of the square that images are resized to; default: as in training, 352.
+        keep_ratio: keep the aspect ratio: the short side becomes --size, the long one at most four times it.
         precision: number format; auto is the fastest that the processor computes natively.
         max_pixels: larger images are recorded as failed (too_large).
-        overwrite: replace what an earlier run left in --output.
+        overwrite: replace the results of an earlier run in --output.
     """
 
     images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE...")]
@@ -103,7 +104,7 @@ class Segment:
 
     @property
     def style(self) -> str:
-        """How examples with a mask are shown, as ``pipeline.labelling.clipseg.prompting.parse_style``."""
+        """The visual prompt in the notation of ``pipeline.labelling.clipseg.prompting.parse_style``."""
         knobs = {
             "blur": self.blur,
             "background": self.background,
@@ -121,13 +122,13 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One question.
+    """One prompt: words, an example, or both.
 
     Attributes:
-        title: how it is called in pictures.
+        title: its name in pictures.
         threshold: least probability of the mask's pixels.
-        text: the words, if there are any.
-        image, mask: paths of the example, if there is one.
+        text: the words, if any.
+        image, mask: paths of the example, if any.
         shown: fp32 (3, S, S), the visual prompt.
     """
 
@@ -143,10 +144,10 @@ def segment(job: Segment, console: Console | None = None) -> int:
     """Segment, and print a summary.
 
     Returns:
-        0, or 1 if images could not be read; they are recorded, and the others are done.
+        0, or 1 if some images could not be read; these are recorded as failed.
 
     Raises:
-        MaskMillError: for everything that the user can mend.
+        MaskMillError: for anything the user can fix.
     """
     console = console or stderr_console()
     _check(job)
@@ -180,7 +181,7 @@ def segment(job: Segment, console: Console | None = None) -> int:
             text_weight=job.text_weight or 0.0,
         )
         model = finder.model
-    _remove(earlier, folder)  # only now, when weights and examples are known to be there
+    _remove(earlier, folder)  # only now that weights and examples have been read
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -218,14 +219,15 @@ def segment(job: Segment, console: Console | None = None) -> int:
             for done, uri in enumerate(uris, start=1):
                 record["images"].append(_segment(job, finder, conditionals, prompts, uri, folder, names[uri]))
                 report(done)
-    finally:  # what is there when a run is stopped is known, and can be overwritten
+    finally:  # an interrupted run records its files too, so that they can be overwritten
         status = Counter(entry["status"] for entry in record["images"])
         record["counts"] = dict(sorted(status.items()))
-        _write(folder / RESULT_FILE, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+        open_storage(folder).write_bytes(RESULT_FILE, text.encode())
     return _summary(console, folder, status, record, time.monotonic() - began)
 
 
-# --- what is asked ------------------------------------------------------------------------------------------
+# --- prompts ------------------------------------------------------------------------------------------------
 
 
 def _check(job: Segment) -> None:
@@ -276,7 +278,7 @@ def _check(job: Segment) -> None:
 
 
 def _prompts(job: Segment, finder: Finder) -> list[Prompt]:
-    """The questions, texts before examples; reads the examples, before anything waits for weights."""
+    """The prompts, texts before examples; reads the examples before the weights are loaded."""
     masks = [None if mask == NO_MASK else mask for mask in job.prompt_masks] or [None] * len(
         job.prompt_images
     )
@@ -320,7 +322,7 @@ def _segment(
     folder: Path,
     name: str,
 ) -> dict[str, Any]:
-    """Ask all prompts of an image, write its files, and say what was found."""
+    """Segment an image for all prompts, write its files, and return its entry in the record."""
     from pipeline.labelling.clipseg.prompting import levels, shown_pixels
     from pipeline.report.pictures import Found, heat_map, overlay_mask, overview
 
@@ -380,7 +382,7 @@ def _segment(
 
 
 def _box(mask: np.ndarray) -> list[int] | None:
-    """[x, y, width, height] of what a mask holds; None if that is nothing."""
+    """Bounding box [x, y, width, height] of a mask; None if it is empty."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return None
@@ -392,7 +394,7 @@ def _box(mask: np.ndarray) -> list[int] | None:
 
 
 def _earlier_files(folder: Path, *, overwrite: bool) -> list[Path]:
-    """What an earlier run made in the folder, if it may be replaced; a folder with anything else is refused.
+    """The files of an earlier run that this one replaces; refuses a folder with other content.
 
     Raises:
         MaskMillError: ``output_exists``, ``output_not_ours``.
@@ -441,19 +443,12 @@ def _remove(files: Sequence[Path], folder: Path) -> None:
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    # Level 1 is a third of the time of Pillow's own choice, for files a tenth larger.
+    # Level 1 takes a third of the time of Pillow's default, for files a tenth larger.
     picture.save(path, compress_level=1)
 
 
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_bytes(data)
-    os.replace(fresh, path)
-
-
 def _folder_names(uris: Sequence[str]) -> dict[str, str]:
-    """A folder name for each image: its own without the ending, numbered where several are called so."""
+    """A folder name for each image: its name without the suffix, numbered if several share it."""
     names: dict[str, str] = {}
     used: set[str] = set()
     for uri in uris:
@@ -476,12 +471,12 @@ def _stem(uri: str | None) -> str:
 
 
 def _slug(text: str, letters: int = 40) -> str:
-    """A file name that every system takes, of letters and digits of any script."""
+    """A portable file name: letters and digits of any script, joined by hyphens."""
     words = "".join(letter if letter.isalnum() or letter == "_" else " " for letter in text).split()
     return "-".join(words)[:letters].strip("-")
 
 
-# --- what is said -------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------
 
 
 @contextmanager

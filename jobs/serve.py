@@ -43,14 +43,15 @@ class Serve:
     Attributes:
         models: a recipe (name or YAML file), the folder or URI of a student or of a trained CLIPSeg, or
             CLIPSeg weights (.pth, .safetensors, a folder in Hugging Face's layout, clipseg:HUB-NAME); NAME=
-            is what the page calls it; repeat it: the first is the page's default. Default: toy, which works
-            offline.
-        clip: MODEL:PRETRAINED beneath CLIPSeg decoder files; default: what the file says, or the paper's.
-        host: address to listen on; 0.0.0.0 opens it to the network, where nobody is asked for a password.
-        port: default: 7860, or any free one if that is taken; 0: any free one.
-        allow_hosts: a further name under which browsers may reach it, or *.DOMAIN; may be repeated. Requests
-            for other names are refused with 400 (addresses and localhost are fine).
-        per_minute: images that one client may send; 0: no limit.
+            sets its name on the page; may be repeated: the first is the page's default. Default: toy, which
+            works offline.
+        clip: MODEL:PRETRAINED of the CLIP under CLIPSeg decoder files; default: what the file says, or the
+            paper's.
+        host: address to listen on; 0.0.0.0 opens the server to the network, without a password.
+        port: port to listen on; 0: any free one; default: 7860, or any free one if that is taken.
+        allow_hosts: another host name of this server, or *.DOMAIN; may be repeated. Requests for other names
+            are refused with 400 (addresses and localhost are fine).
+        per_minute: images that one client may send per minute; 0: no limit.
         upload_mb: largest request in MiB.
         verbose: log every request.
     """
@@ -71,10 +72,6 @@ class Serve:
 
 def serve(job: Serve, console: Console | None = None) -> int:
     """Serve until Ctrl-C.
-
-    Args:
-        job: what to serve.
-        console: where to say where the page is.
 
     Raises:
         MaskMillError: as ``entry``; ``wrong_use``; ``address_unusable``.
@@ -115,20 +112,16 @@ def serve(job: Serve, console: Console | None = None) -> int:
     port = listener.getsockname()[1]
     with listener:
         _announce(console, registry, job, port, loopback=loopback)
-        with contextlib.suppress(KeyboardInterrupt):  # uvicorn has ended by then, and passes the signal on
+        with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it after its shutdown
             uvicorn.Server(config).run(sockets=[listener])
     console.print("Stopped.")
     return 0
 
 
 def entry(spec: str, *, clip: str | None = None) -> Entry:
-    """A model of the registry from ``SPEC`` or ``NAME=SPEC``.
+    """Make a registry entry from ``SPEC`` or ``NAME=SPEC`` (see ``Serve.models``).
 
-    Loads nothing, but finds what is wrong without loading.
-
-    Args:
-        spec: see ``Serve.models``.
-        clip: see ``Serve.clip``.
+    Loads nothing, but detects faults that show without loading.
 
     Raises:
         MaskMillError: ``model_unknown``, ``weights_missing``; as ``load_recipe``, ``read_student_record`` and
@@ -239,7 +232,7 @@ def _notice(name: str, model: str, pretrained: str | None) -> str:
 
 
 def listen(host: str, port: int | None) -> socket.socket:
-    """A bound socket; see ``Serve.port``."""
+    """A listening socket; see ``Serve.port``."""
     if port is not None and not 0 <= port <= 65_535:
         raise WrongUse("address_unusable", f"{port} is no port.", "Choose one from 1024 to 65535, or 0.")
     for attempt in [PORT, 0] if port is None else [port]:
@@ -248,7 +241,7 @@ def listen(host: str, port: int | None) -> socket.socket:
         except PermissionError as error:
             raise WrongUse(
                 "address_unusable",
-                f"Port {attempt} needs rights that this user does not have.",
+                f"Port {attempt} needs privileges that this user does not have.",
                 "Choose a port above 1023.",
             ) from error
         except OSError as error:
@@ -272,10 +265,10 @@ def _bind(host: str, port: int) -> socket.socket:
     family, kind, protocol, _, address = found[0]
     listener = socket.socket(family, kind, protocol)
     try:
-        # Without it a port cannot be used again for a minute after each run.
+        # Without this, a port stays unusable for a minute after each run.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        # Now, not later: with that option two sockets can bind to one port, but only one can listen.
+        # Listen at once: with SO_REUSEADDR two sockets can bind to one port, but only one can listen.
         listener.listen(128)
     except BaseException:
         listener.close()
@@ -294,14 +287,14 @@ def _announce(console: Console, registry: ModelRegistry, job: Serve, port: int, 
     shown = job.host if loopback else (socket.gethostname() if _everywhere(job.host) else job.host)
     if _everywhere(job.host) or not loopback:
         say(
-            "Warning: this server is open to the network and asks nobody for a password. Whoever reaches it "
+            "Warning: this server is open to the network and has no password. Anyone who can reach it "
             "can use its models.",
             style="yellow",
         )
     if job.port is None and port != PORT:
         say(f"Port {PORT} is in use; this is another one.")
     bracketed = f"[{shown}]" if ":" in shown else shown
-    say(f"Open in a browser: http://{bracketed}:{port}/    (Ctrl-C ends it)")
+    say(f"Open in a browser: http://{bracketed}:{port}/    (Ctrl-C stops the server)")
 
 
 def _everywhere(host: str) -> bool:

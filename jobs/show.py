@@ -1,4 +1,4 @@
-"""``maskmill show``: a label table → one page of pictures."""
+"""``maskmill show``: label table → one page of pictures."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Show:
 
     Attributes:
         table: the --output of maskmill label.
-        output: the page; default: gallery.html in the table's folder, or here if the table is remote.
-        limit: images on the page.
+        output: page to write; default: gallery.html in the table's folder, or here if the table is remote.
+        limit: largest number of images on the page.
     """
 
     table: Positional[str]

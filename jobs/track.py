@@ -1,4 +1,4 @@
-"""``maskmill track``: the runs that have not reached their tracking server."""
+"""``maskmill track``: list or send the runs that have not reached their tracking server."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ EXIT_KEPT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Track:
-    """List the runs that did not reach their tracking server; with --flush send them.
+    """List the runs that did not reach their tracking server, or send them with --flush.
 
     Attributes:
         flush: send them now.
-        tracking: send them to this MLflow URI instead of where they were meant to go.
+        tracking: send them to this MLflow URI instead of their own.
     """
 
     flush: bool = False
     tracking: str | None = None
 
     def run(self, console: Console | None = None) -> int:
-        """List what waits to be sent, or send it.
+        """List the waiting runs, or send them.
 
         Returns:
-            1 if something could not be sent, else 0.
+            1 if a run could not be sent, else 0.
 
         Raises:
             MaskMillError: ``tracking_uri``.

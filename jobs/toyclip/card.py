@@ -47,9 +47,9 @@ class Scores:
     Attributes:
         top1: share of scenes whose best-scoring class is in the picture (class token).
         recall: share of a scene's k classes among its k best-scoring ones, mean over scenes (class token).
-        auc: ROC AUC of each class being in the picture (class token).
+        auc: ROC AUC of the presence of each class (class token).
         iou: IoU of each class, by head and side in pixels.
-        words: by phrase, ROC AUC of a grid cell being described by it (default head).
+        words: ROC AUC of finding the grid cells that a phrase describes, by phrase (default head).
     """
 
     top1: float = 0.0
@@ -63,8 +63,8 @@ def evaluate(clip: Clip, *, seed: int, scenes: int, sizes: Sequence[int]) -> Sco
     """Evaluate a trained network.
 
     Args:
-        seed: of the scenes.
-        scenes: their number.
+        seed: random seed of the scenes.
+        scenes: number of scenes.
         sizes: sides in pixels at which label maps are compared; the first is used for everything else.
     """
     scores = Scores()
@@ -124,8 +124,8 @@ def card(scores: Scores | None, table: Mapping[str, str], *, seed: int, scenes: 
 
     Args:
         table: facts and settings of the training.
-        seed: of the scenes that ``scores`` are from.
-        scenes: their number.
+        seed: random seed of the evaluated scenes.
+        scenes: number of evaluated scenes.
     """
     parts = [
         "# toyclip: the bundled small CLIP",

@@ -3,8 +3,8 @@
 Plain CLIP: open_clip's architecture, tokenizer and ``ClipLoss`` on pairs of picture and caption. Label maps
 are not used for training, only for the evaluation in the model card.
 
-Two things make the patch tokens local, and so the dense heads good. Patch dropout: a class token that sees
-only a few patches has to find each named thing in whatever patch of it is left. Token swap: see
+Two techniques make the patch tokens local, which the dense heads depend on. Patch dropout: a class token that
+sees only a few patches must recognise each object from whichever of its patches is left. Token swap: see
 ``_token_swap``.
 """
 
@@ -44,7 +44,7 @@ from pipeline.toyworld import scenes as toyworld
 from pipeline.toyworld.captions import caption_words
 
 COMMON_MERGES = 2000
-"""Number of first merges of the full table to keep, so that other words take only a few tokens."""
+"""Number of leading merges of the full table to keep, so that other words take only a few tokens."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,19 @@ class PretrainRecipe:
     """Settings of the training.
 
     Attributes:
-        seed: of the weights, the batches and the training scenes; the card uses scenes of ``seed + 1``.
+        seed: random seed of the weights, batches and training scenes; the card uses scenes of ``seed + 1``.
         scenes: number of training scenes, drawn once and kept in memory (48 KiB each at 128 px).
-        size: their side in pixels, and the input size of the network.
-        steps: optimiser steps of each phase. A phase starts with a new optimiser.
+        size: side of the scenes in pixels, and input size of the network.
+        steps: optimiser steps, by phase. Each phase starts with a new optimiser.
         batch: pairs per step, by phase.
-        learning_rate: peak of each phase, after ``warmup`` steps; it falls to zero along a cosine.
-        warmup: steps of linear rise, by phase.
-        weight_decay: of matrices only.
-        patch_dropout: share of the patches that a step leaves out, by phase; below 1.
+        learning_rate: peak after ``warmup`` steps, by phase; followed by cosine decay to zero.
+        warmup: steps of linear warm-up, by phase.
+        weight_decay: applied to matrices only.
+        patch_dropout: share of the patches dropped in each step, by phase; below 1.
         token_swap: share of the pictures whose class token is swapped (``_token_swap``), by phase.
         patch_size, width, layers, head_width, embed_dim: of the image tower.
         text_width, text_layers, context_length: of the text tower.
-        card_scenes: number of fresh scenes for the card's evaluation; 0 leaves it out.
+        card_scenes: number of unseen scenes for the card's evaluation; 0 skips it.
     """
 
     seed: int = 0
@@ -99,7 +99,7 @@ class PretrainRecipe:
 
 
 def model_config(recipe: PretrainRecipe, vocab_size: int) -> dict[str, Any]:
-    """The open_clip configuration of the trained network, without patch dropout."""
+    """The open_clip configuration of the network, without patch dropout."""
     return {
         "embed_dim": recipe.embed_dim,
         "quick_gelu": False,
@@ -134,7 +134,7 @@ def corpus(recipe: PretrainRecipe, *, workers: int) -> tuple[Tensor, list[str]]:
     jobs = [(recipe.seed, min(chunk, recipe.scenes - start), recipe.size, start) for start in starts]
     images = np.empty((recipe.scenes, 3, recipe.size, recipe.size), np.uint8)
     captions: list[str] = []
-    # Not forked: the parent may hold a CUDA context and torch's threads.
+    # Not forked: the parent may hold a CUDA context and torch threads.
     with multiprocessing.get_context("spawn").Pool(workers) if workers > 1 else nullcontext() as pool:
         parts = map(_draw, jobs) if pool is None else pool.imap(_draw, jobs)
         for part_images, part_captions in parts:
@@ -160,16 +160,16 @@ def train(
     phase: int,
     device: torch.device,
 ) -> list[float]:
-    """One phase of contrastive training, in place.
+    """Run one phase of contrastive training, in place.
 
     Args:
-        model: on ``device``, as ``new_model`` makes it.
+        model: from ``new_model``, on ``device``.
         images: uint8 (n, 3, s, s); moved to ``device`` as a whole.
         tokens: int64 (n, context_length).
-        phase: counted from 0. Its random numbers do not depend on earlier phases.
+        phase: from 0. Its random numbers do not depend on earlier phases.
 
     Returns:
-        The loss of every step.
+        The loss of each step.
     """
     steps, batch, peak = recipe.steps[phase], recipe.batch[phase], recipe.learning_rate[phase]
     torch.manual_seed(_phase_seed(recipe, phase))
@@ -228,10 +228,10 @@ def train(
 def _token_swap(share: float) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """Replace the class token of some pictures with a random patch token before the last block.
 
-    A class token collects information in every block, and what it found before the last one never passes
-    through the values that dense labels are read from. Without its past it has to find everything in the last
-    block's values. With a patch's residual in its place, the residual and the MLP that the dense head keeps
-    are trained too.
+    A class token collects information in every block, and what it collects before the last block bypasses the
+    values that dense labels are read from. Without this history it must find everything in the last block's
+    values. Because a patch's residual takes its place, this also trains the residual and the MLP that the
+    dense head keeps.
     """
 
     def hook(block: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -250,7 +250,7 @@ def _phase_seed(recipe: PretrainRecipe, phase: int) -> int:
 
 
 def _batches(count: int, steps: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Index batches int64 (batch,): shuffled passes over ``count`` pairs."""
+    """Batches of indices, int64 (batch,), from shuffled passes over ``count`` pairs."""
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
         while len(order) < batch:
@@ -269,9 +269,9 @@ def _rate(step: int, steps: int, warmup: int) -> float:
 
 @contextmanager
 def _fast_arithmetic(device: torch.device) -> Iterator[None]:
-    """bf16 where the processor has it, and plain attention on a CPU.
+    """Use bf16 where the processor supports it, and plain attention on a CPU.
 
-    With 65 tokens the backward pass of the CPU flash kernel alone took 40 % of a step.
+    With 65 tokens, the backward pass of the CPU flash kernel alone took 40 % of a step.
     """
     if device.type == "cuda":
         with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -283,11 +283,11 @@ def _fast_arithmetic(device: torch.device) -> Iterator[None]:
 
 
 def pretrain(recipe: PretrainRecipe, output: Path, *, device: torch.device, workers: int) -> Scores | None:
-    """Draw the scenes, train, write weights, configuration, vocabulary and card to a folder.
+    """Draw the scenes, train, and write weights, configuration, vocabulary and card to a folder.
 
     Args:
-        output: files of an earlier training in it are replaced at the end.
-        workers: processes that draw the scenes.
+        output: the folder; files of an earlier training are replaced.
+        workers: number of processes that draw scenes.
 
     Returns:
         The evaluation in the card, or None if ``recipe.card_scenes`` is 0.
@@ -354,11 +354,11 @@ class Arguments:
     """Train the bundled small CLIP.
 
     Attributes:
-        output: folder for weights, configuration, vocabulary and card; must not hold weights yet.
-        bundled: replace the files that come with the project, instead of --output.
+        output: folder for weights, configuration, vocabulary and card; must not contain weights yet.
+        bundled: replace the files that come with the project, instead of writing to --output.
         overwrite: replace the weights of an earlier training in --output.
         device: auto takes a GPU if there is one.
-        workers: processes that draw scenes; 0 is one per processor.
+        workers: number of processes that draw scenes; 0 is one per processor.
         recipe: settings of the training.
     """
 
@@ -374,7 +374,7 @@ def destination(arguments: Arguments) -> Path:
     """The folder to write to.
 
     Raises:
-        WrongUse: ``wrong_use``; ``output_exists`` if it holds weights that nobody asked to replace.
+        WrongUse: ``wrong_use``; ``output_exists`` if it contains weights and ``--overwrite`` is not set.
     """
     assets = toyclip.weights_path().parent
     if arguments.bundled:
@@ -401,7 +401,7 @@ def destination(arguments: Arguments) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; 0 done, 2 wrong use."""
+    """Run the command line. Returns 0, or 2 for wrong use."""
     arguments = tyro.cli(Arguments, args=argv, prog="python -m jobs.toyclip.pretrain")
     try:
         output = destination(arguments)

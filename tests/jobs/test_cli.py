@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +65,24 @@ def test_train_help_names_what_can_be_trained(maskmill_here: Run) -> None:
         "--register",
     ):
         assert flag in text
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
+def test_a_closed_stdout_ends_the_command_quietly(
+    maskmill_environment: dict[str, str], arguments: list[str]
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as `head` does once it has enough
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *arguments],
+        env=maskmill_environment,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 @pytest.mark.parametrize(
