@@ -1,1 +1,1 @@
-"""Training on Ray Train: one loop, and the tasks that it trains."""
+"""Training: one loop, and the two tasks that it trains."""

@@ -1,7 +1,7 @@
-"""What CLIPSeg's training sees of an example: a crop around the object, and the support made of it.
+"""Crops of CLIPSeg's training examples, and the visual prompts (supports) made from them.
 
-Crops follow the reference's reader of PhraseCut. Supports are made by ``models.clipseg.visual_prompts`` on
-normalised pixels and brought back to bytes, which rounds them to 1/255 of the brightness.
+Crops follow the reference's PhraseCut reader. ``models.clipseg.visual_prompts`` renders supports from
+normalised pixels; they are converted back to bytes, so brightness is rounded to 1/255.
 
 Shapes: H W pixels, S side of the result.
 """
@@ -38,14 +38,12 @@ def crop_example(
     resize: Resize,
     flip: float,
 ) -> Example:
-    """Cut a square out of an example, or squeeze it to one, and flip it with probability ``flip``.
+    """Crop an example to a square around the object, or squeeze it, and flip it with probability ``flip``.
 
     Args:
-        example: what is cut.
         side: S.
-        rng: draws the place and the flip.
-        crop: whether to cut, around the object; see ``object_window`` for ``tries`` and ``share``.
-        resize: as ``TripletSettings.resize``.
+        crop: crop instead of squeezing; see ``object_window`` for ``tries`` and ``share``.
+        resize: see ``TripletSettings.resize``.
 
     Returns:
         Image (S, S, 3), mask (S, S), and always a weight (S, S), which is 0 where the mask is ignored.
@@ -71,13 +69,13 @@ def crop_example(
 def object_window(
     inside: npt.NDArray[np.bool_], rng: np.random.Generator, *, tries: int, share: float
 ) -> Box:
-    """A random square as large as the short side.
+    """Draw a square as large as the short side, with enough of the object in it.
 
     Args:
         inside: bool (H, W), true on the object.
-        rng: draws ``tries`` places.
-        tries: number of places; the first with enough of the object is taken, else the one with most of it.
-        share: enough is more than this share of H * W pixels.
+        tries: number of random positions; the first with enough of the object wins, else the one with the
+            most.
+        share: enough means more than this share of the H * W pixels.
 
     Returns:
         top, left, bottom, right.
@@ -85,7 +83,7 @@ def object_window(
     height, width = inside.shape
     side = min(height, width)
     wide = width > height
-    # A square of that size moves along the long side only: sums over the other decide.
+    # Such a square only moves along the long side, so prefix sums along it suffice.
     total = np.concatenate([[0], np.cumsum(inside.sum(axis=0 if wide else 1))])
     starts = rng.integers(abs(width - height) + 1, size=tries)
     object_pixels = total[starts + side] - total[starts]
@@ -95,7 +93,7 @@ def object_window(
 
 
 def bilinear(image: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
-    """Resize (H, W, 3) to (S, S, 3), corner pixels on corner pixels, without antialiasing."""
+    """Resize (H, W, 3) to (S, S, 3) with aligned corners, without antialiasing."""
     x = image.astype(np.float32)
     for axis in (0, 1):
         at = np.linspace(0, x.shape[axis] - 1, side) if side > 1 else np.zeros(1)
@@ -108,7 +106,7 @@ def bilinear(image: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
 
 
 def nearest(values: npt.NDArray[Any], side: int) -> npt.NDArray[Any]:
-    """Resize (H, W) to (S, S): each pixel is one that was there."""
+    """Resize (H, W) to (S, S) with nearest-neighbour sampling."""
     values = np.ascontiguousarray(values)
     return np.asarray(cv2.resize(values, (side, side), interpolation=cv2.INTER_NEAREST))
 
@@ -116,13 +114,13 @@ def nearest(values: npt.NDArray[Any], side: int) -> npt.NDArray[Any]:
 def support_image(
     image: npt.NDArray[np.uint8], inside: npt.NDArray[np.bool_], style: str, rng: np.random.Generator
 ) -> npt.NDArray[np.uint8]:
-    """A visual prompt as bytes.
+    """Render a visual prompt.
 
     Args:
         image: uint8 (S, S, 3) RGB.
-        inside: bool (S, S), the object; nowhere true if the example shows none.
+        inside: bool (S, S), the object; all false if the example shows none.
         style: see ``pipeline.labelling.clipseg.prompting.parse_style``.
-        rng: of a style that draws.
+        rng: only used by random styles.
 
     Returns:
         uint8 (3, S, S).
@@ -145,7 +143,7 @@ def support_image(
 
 @lru_cache(maxsize=8)
 def support_style(text: str, side: int) -> Style:
-    """A style of visual prompts whose results have S pixels a side, whether it crops or not.
+    """Parse a style of visual prompts; cropping styles yield S pixels a side as well.
 
     Raises:
         MaskMillError: ``setting_invalid``.

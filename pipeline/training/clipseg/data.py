@@ -1,6 +1,6 @@
-"""Which data CLIPSeg trains on: from a recipe's settings and a dataset or label table to a source of pairs.
+"""CLIPSeg's training data: open a dataset or label table as a source of pairs, by a recipe's settings.
 
-To add a data source see ``pipeline.training.clipseg.sources.base``; its line belongs into ``SOURCES``.
+To add a data source, see ``pipeline.training.clipseg.sources.base`` and add a line to ``SOURCES``.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ AFFORDANCES = "affordances"
 
 
 class SourceSettings(Settings):
-    """Which pairs of an image and a phrase there are."""
+    """Which image-phrase pairs to train on."""
 
     unseen: tuple[str, ...] = ()
-    """Classes that are left out of the truth, or of the table where there is no truth: names; a zero-shot
-    split (``pascal-unseen10``); the test classes of a one-shot fold (``pascal5i:0``, ``coco20i:3``);
-    ``affordances``, the paper's list of words. Of referring expressions those that name such a class are
-    left out: for a class of PASCAL VOC whatever WordNet knows below it, for others the word itself in
-    singular and plural."""
+    """Classes to leave out of the truth, or of the table if there is no truth: names; a zero-shot split
+    (``pascal-unseen10``); the test classes of a one-shot fold (``pascal5i:0``, ``coco20i:3``);
+    ``affordances``, the paper's list of words. Referring expressions that name such a class are dropped: for
+    a class of PASCAL VOC by any word that WordNet lists below it, for others by the word itself in singular
+    and plural."""
     toy_phrases: tuple[Kind, ...] = KINDS
-    """Toy world: which kinds of phrases are asked; see ``pipeline.training.clipseg.sources.toy``."""
+    """Toy world: which kinds of phrases to ask for; see ``pipeline.training.clipseg.sources.toy``."""
     synonyms: bool = True
-    """Classes are called by their synonyms as well."""
+    """Also call classes by their synonyms."""
     min_area: Annotated[int, Field(ge=1)] = 1
-    """Label maps: pixels of a class below which an image does not show it."""
+    """Label maps: pixels that a class needs in an image to be asked for."""
     min_quality: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Label table: least quality score of an image's labels."""
+    """Label table: minimum quality score of an image's labels."""
     min_share: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Label table: least share of an image that a class must have to be asked for."""
+    """Label table: minimum share of an image that a class must cover to be asked for."""
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Label table: least mean confidence of a class in an image to be asked for."""
+    """Label table: minimum mean confidence of a class in an image to be asked for."""
 
 
 def _open_phrases(dataset: PhraseCutDataset, settings: SourceSettings) -> TripletSource:
@@ -82,7 +82,7 @@ SOURCES: Mapping[type[Any], Callable[[Any, SourceSettings], TripletSource]] = {
     CocoDataset: _open_instances,
     Dataset: _open_classes,
 }
-"""What opens a kind of dataset, given the dataset and the settings; the first kind that fits is taken."""
+"""Opener of each kind of dataset, given the dataset and the settings; the first matching kind wins."""
 
 
 def open_source(
@@ -92,18 +92,17 @@ def open_source(
     ontology: Ontology | None = None,
     dataset: Dataset | None = None,
 ) -> TripletSource:
-    """Open what is trained on.
+    """Open the training data: a label table, a dataset, or both.
 
     Args:
-        settings: see there.
-        labels: a label table: training without annotation.
-        ontology: what its classes are called; None takes the table's own.
-        dataset: images with truth or PhraseCut. With a table as well the truth is that of the seen classes,
-            and the unseen ones are learnt from the table.
+        labels: label table, for training without annotation.
+        ontology: class names of the table; None takes its own.
+        dataset: images with truth, or PhraseCut. Given with a table, the seen classes are learnt from truth
+            and the unseen ones from the table.
 
     Raises:
-        MaskMillError: ``ontology_invalid``; ``wrong_use`` if both are given and no class is unseen; and as
-            the sources.
+        MaskMillError: ``ontology_invalid``; ``wrong_use`` if both are given and no class is unseen; errors of
+            the source.
     """
     if labels is not None:
         classes = ontology or recorded_ontology(labels)
@@ -113,7 +112,7 @@ def open_source(
         if seen is None:
             raise WrongUse(
                 "wrong_use",
-                "There are truth and labels, and nothing says which classes shall be learnt from the labels.",
+                "There are truth and labels, but nothing says which classes to learn from the labels.",
                 "Name them with --unseen; or leave out the labels or the truth.",
             )
         unseen = tuple(
@@ -141,7 +140,7 @@ def _table_source(
 
 
 def recorded_ontology(labels: str) -> Ontology:
-    """The classes that a label table was made with."""
+    """The ontology that a label table was made with."""
     from pipeline.table.record import read_table_record
 
     known = read_table_record(labels)["ontology"]
@@ -149,10 +148,10 @@ def recorded_ontology(labels: str) -> Ontology:
 
 
 def unseen_names(unseen: Sequence[str]) -> tuple[str, ...]:
-    """Class names behind names, splits and folds.
+    """Expand names, splits and folds to class names.
 
     Raises:
-        MaskMillError: ``ontology_invalid`` for a fold that there is none of.
+        MaskMillError: ``ontology_invalid`` for an unknown fold.
     """
     names: list[str] = []
     for entry in unseen:
@@ -176,11 +175,11 @@ def unseen_names(unseen: Sequence[str]) -> tuple[str, ...]:
 
 
 def seen_ids(unseen: Sequence[str], names: Sequence[str]) -> tuple[int, ...] | None:
-    """Ids of the classes to train with, background left out; None if that is all of them.
+    """Ids of the classes to train on, without background; None if nothing is unseen.
 
     Args:
-        unseen: as ``SourceSettings.unseen``.
-        names: of the classes by id.
+        unseen: see ``SourceSettings.unseen``.
+        names: class names by id.
 
     Raises:
         MaskMillError: ``ontology_invalid`` for an unseen class that is not among the names.
@@ -199,11 +198,7 @@ def seen_ids(unseen: Sequence[str], names: Sequence[str]) -> tuple[int, ...] | N
 
 
 def unseen_phrases(unseen: Sequence[str]) -> Callable[[str], bool]:
-    """Tells of a phrase whether it names an unseen class.
-
-    Args:
-        unseen: as ``SourceSettings.unseen``.
-    """
+    """Return a predicate: whether a phrase names an unseen class; see ``SourceSettings.unseen``."""
     voc = load_ontology("voc21").names
     names = unseen_names([entry for entry in unseen if entry != AFFORDANCES])
     listed = [voc.index(name) for name in names if name in voc and name != BACKGROUND]

@@ -1,14 +1,14 @@
 """Recipes of ``maskmill train clipseg``: the paper's models, the toy world's, and fine-tuning.
 
-Numbers are those of the authors' experiment files (arXiv 2112.10003 and its supplement): AdamW with 1e-3
-falling by a cosine to 1e-4, 20 000 updates of 64 samples at 352 x 352, fp16.
+Numbers come from the authors' experiment files (arXiv 2112.10003 and its supplement): AdamW, learning rate
+1e-3 with cosine decay to 1e-4, 20 000 updates of 64 samples at 352 x 352, fp16.
 
 * ``clipseg-phrasecut`` learns from texts alone (PC), ``clipseg-phrasecut-plus`` from texts, pictures and
-  mixtures of both, a fifth of them negatives (PC+); ``-refined`` with the head of three convolutions.
-* ``clipseg-pascal-0shot`` and ``-1shot`` are PC+ without phrases for the classes that are tested later.
+  mixtures of both, with 20 % negatives (PC+); ``-refined`` uses the head of three convolutions.
+* ``clipseg-pascal-0shot`` and ``-1shot`` are PC+ without phrases for the test classes.
 * ``clipseg-coco`` learns the training classes of a fold of COCO-20i.
 
-Where the reference's reader slips, its way is a setting of ``triplets`` and the sane one the default.
+Bugs of the reference's reader are settings of ``triplets``, off by default.
 """
 
 from __future__ import annotations
@@ -40,40 +40,39 @@ _LOOP = LoopSettings(
 
 
 class PromptModel(Settings):
-    """Which model is trained, and what it starts from; picklable, so that every worker can build it."""
+    """Which model to train, and what it starts from; picklable, so that every worker can build it."""
 
     kind: Literal["clipseg", "clip-deconv", "vitseg"] = "clipseg"
     """``clipseg``, or a baseline of the paper: ``clip-deconv`` or ``vitseg``."""
     clip: str = CLIP
-    """NAME:PRETRAINED of the frozen CLIP, as ``models.clip.loading.load_clip`` takes them; the paper's row
-    "no CLIP pre-training" is ``ViT-B-16-quickgelu:random:0``. With ``start`` in Hugging Face's layout,
-    which holds a CLIP, it is not used."""
+    """NAME:PRETRAINED of the frozen CLIP (``models.clip.loading.load_clip``); the paper's row "no CLIP
+    pre-training" is ``ViT-B-16-quickgelu:random:0``. Ignored if ``start`` is in Hugging Face's layout, which
+    includes a CLIP."""
     decoder: ClipSegConfig = PAPER
-    """Of a new decoder. CLIP-Deconv takes its width and its deepest layer."""
+    """Settings of a new decoder. CLIP-Deconv uses its width and its deepest layer."""
     start: str = ""
-    """Weights of a CLIPSeg to go on from, as ``models.clipseg.weights.load_clipseg`` takes them (file,
-    folder, hub name), in place of a new decoder; "" is a new one. Its settings, apart from
-    ``decoder.dropout``, are those of the weights."""
+    """CLIPSeg weights to start from (``models.clipseg.weights.load_clipseg``: file, folder, hub name); ""
+    builds a new decoder. The weights determine its settings, except ``decoder.dropout``."""
     start_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Blocks of the tower that ``start`` reads; None takes what the weights say, and (3, 6, 9) for the
-    authors' files."""
+    """Blocks of the tower that ``start`` reads; None takes those recorded with the weights, or (3, 6, 9) for
+    the authors' files."""
     tower: str = "vit_base_patch16_384"
     """ViTSeg: a timm ViT with a class token."""
     tower_weights: str = "pretrained"
     """ViTSeg: weights of the tower: ``pretrained`` (timm's own), a file, or ``random:SEED``."""
     whiten: Annotated[int, Field(ge=0)] = 0
-    """Samples that show how to whiten what the decoder reads (``models.clipseg.whitening``); 0 leaves it as
-    it is, as the paper does. What they do not show to vary counts little at first, so their phrases and
-    examples should be many and different."""
+    """Samples from which to estimate the whitening of the decoder's inputs (``models.clipseg.whitening``); 0
+    does not whiten, as in the paper. Directions in which these samples do not vary count little at first, so
+    their phrases and examples should be diverse."""
 
 
 class ClipSegRecipe(Recipe):
-    """How images, prompts and masks become a CLIPSeg."""
+    """How to train a CLIPSeg from images, prompts and masks."""
 
     model: PromptModel = PromptModel()
-    """What is trained, and what it starts from."""
+    """Which model to train, and what it starts from."""
     source: SourceSettings = SourceSettings()
-    """Which pairs of an image and a phrase there are."""
+    """Which image-phrase pairs to train on."""
     triplets: TripletSettings = TripletSettings()
     """How pairs become samples."""
     loop: LoopSettings = _LOOP
@@ -84,17 +83,17 @@ class ClipSegRecipe(Recipe):
         if self.model.start and self.model.kind != "clipseg":
             raise WrongUse(
                 "setting_invalid",
-                f"a {self.model.kind} is trained from the beginning, and start is {self.model.start!r}.",
+                f"a {self.model.kind} is trained from scratch, but start is {self.model.start!r}.",
                 "Set start to '', or kind to clipseg.",
             )
         return self
 
 
 _PLUS = ClipSegRecipe(name="clipseg-phrasecut-plus")
-# Minutes on two cores. Phrases of an image in one batch teach more than phrases of many, and share a run of
-# the tower; an example's object fills its picture, so 64 pixels do. Dropout would more than double the time
-# of an update on a CPU. Whitening took the text IoU from 0.82 to 0.88 in 450 updates (one seed; of FiLM's
-# inputs alone: 0.87), and bears three times the learning rate: 0.89. A second block added 0.005.
+# Minutes on two cores. Grouping the phrases of an image teaches more and shares a forward pass of the tower.
+# An example's object fills its picture, so 64 pixels suffice. Dropout would more than double the time of an
+# update on a CPU. Whitening raised the text IoU from 0.82 to 0.88 in 450 updates (one seed; of FiLM's inputs
+# alone: 0.87), and allows three times the learning rate: 0.89. A second block added 0.005.
 _TOY = ClipSegRecipe(
     name="toy",
     model=PromptModel(
@@ -122,7 +121,7 @@ _TOY = ClipSegRecipe(
 CLIPSEG_RECIPES = RecipeBook(
     ClipSegRecipe,
     (
-        # Phrases go in raw where nothing is mixed.
+        # Without mixing, phrases get no template.
         _PLUS.replace(
             name="clipseg-phrasecut", triplets=TripletSettings(with_visual=False, prefix="plain")
         ),
@@ -134,14 +133,14 @@ CLIPSEG_RECIPES = RecipeBook(
         ),
         _PLUS.replace(name="clipseg-pascal-0shot", source=SourceSettings(unseen=("pascal-unseen10",))),
         _PLUS.replace(name="clipseg-pascal-1shot", source=SourceSettings(unseen=("pascal5i:0",))),
-        # HSNet's reader: whole images, squeezed.
+        # As HSNet reads COCO: whole images, squeezed.
         _PLUS.replace(
             name="clipseg-coco",
             source=SourceSettings(unseen=("coco20i:0",), synonyms=False),
             triplets=TripletSettings(crop=False, resize="antialias", q_neg=0.0, text_weight=(0.0, 1.0)),
             loop=_LOOP.replace(iterations=7000),
         ),
-        # Not of the paper: a tenth of its rate and of its updates, for data of one's own.
+        # Not in the paper: a tenth of its learning rate and updates, for the user's data.
         _PLUS.replace(
             name="finetune",
             model=PromptModel(start=RELEASED),
@@ -168,4 +167,4 @@ ABLATIONS: Mapping[str, tuple[str, ...]] = {
     "CLIP-Deconv": ("kind=clip-deconv",),
     "ViTSeg": ("kind=vitseg", "learning_rate=1e-4"),
 }
-"""What to ``--set`` on ``clipseg-phrasecut-plus`` for the rows of the paper's Tables 3 and 9."""
+"""``--set`` options for ``clipseg-phrasecut-plus`` that reproduce rows of the paper's Tables 3 and 9."""

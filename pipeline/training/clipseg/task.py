@@ -1,8 +1,8 @@
-"""What CLIPSeg's training adds to the shared loop: a frozen CLIP, a decoder that learns, one loss.
+"""CLIPSeg's task for the shared training loop: a frozen CLIP, a trained decoder, one loss.
 
-CLIPSeg (arXiv 2112.10003, section 3 and its supplement): binary cross entropy between the decoder's logits
-and the mask of what a phrase, an example picture or a mixture of both means in an image. Only the decoder is
-trained, wrapped, averaged over workers and put into checkpoints; CLIP lies beside it in the task.
+CLIPSeg (arXiv 2112.10003, section 3 and its supplement) minimises the binary cross entropy between the
+decoder's logits and the mask of what a phrase, an example picture or a mixture of both means in an image.
+Only the decoder is trained, synchronised over workers and checkpointed; the task holds CLIP.
 
 Shapes: B images, E joint embedding, S side of the images, V side of the example pictures.
 """
@@ -36,19 +36,19 @@ _AHEAD_SEED = 0
 
 
 def build_model(settings: PromptModel, device: torch.device, *, seed: int = 0) -> ClipSeg:
-    """The model as training begins, CLIP and decoder in fp32.
+    """Build the model that training starts from, CLIP and decoder in fp32.
 
     Args:
         settings: which model.
-        device: where to.
-        seed: of a new decoder.
+        device: of the model.
+        seed: for a new decoder.
 
     Raises:
-        MaskMillError: as ``load_clip``, ``load_clipseg`` and the baselines' ``build_*``;
-            ``model_unsupported`` for a baseline that is to start from weights.
+        MaskMillError: errors of ``load_clip``, ``load_clipseg`` and the baselines' ``build_*``;
+            ``model_unsupported`` for a baseline with start weights.
     """
     if settings.start:
-        return _started(settings, device)
+        return _load_start(settings, device)
     name, pretrained = split_clip(settings.clip)
     clip = load_clip(name, pretrained, device=device)
     if settings.kind == "clip-deconv":
@@ -62,11 +62,11 @@ def build_model(settings: PromptModel, device: torch.device, *, seed: int = 0) -
     return build_clipseg(clip, settings.decoder, seed=seed)
 
 
-def _started(settings: PromptModel, device: torch.device) -> ClipSeg:
+def _load_start(settings: PromptModel, device: torch.device) -> ClipSeg:
     if settings.kind != "clipseg":
         raise WrongUse(
             "model_unsupported",
-            f"A {settings.kind} is trained from the beginning; {settings.start} cannot be its start.",
+            f"A {settings.kind} is trained from scratch; it cannot start from {settings.start}.",
             "Leave model.start out, or train kind clipseg.",
         )
     model = ClipSegWeights(settings.start, settings.clip, settings.start_layers).load(device=device)
@@ -87,10 +87,10 @@ class ClipSegTask:
 
     Args:
         make_model: builds the model on a device, the same one in every worker.
-        ahead: what is trained on, if ``whiten`` samples of it shall show how to whiten what the decoder reads
-            (``models.clipseg.whitening``): the first of an epoch, the same ones in every worker and run.
-        whiten: see there.
-        keep: whether the decoder is trained already.
+        ahead: training samples whose first ``whiten`` estimate the whitening of the decoder's inputs
+            (``models.clipseg.whitening``); they are the same in every worker and run.
+        whiten: number of these samples; 0 does not whiten.
+        keep: whether the decoder is already trained, so that whitening must preserve its function.
     """
 
     def __init__(
@@ -105,19 +105,19 @@ class ClipSegTask:
         self._ahead, self._whiten, self._keep = ahead, whiten, keep
 
     def build(self, device: torch.device) -> nn.Module:
-        """The decoder; CLIP stays here.
+        """Build the model and return its decoder; CLIP stays in the task.
 
         Raises:
-            Exception: if none of the samples can be read that are read ahead, the last one's.
+            Exception: the last sample's error if none of the samples for whitening can be read.
         """
         self.model = self._make_model(device)
-        self._texts = _Texts(self.model)
+        self._texts = _TextCache(self.model)
         if self._ahead is not None and self._whiten:
             whiten(self.model.decoder, functools.partial(self._decode_ahead, self._ahead), keep=self._keep)
         return self.model.decoder.train()
 
     def _decode_ahead(self, samples: Samples) -> None:
-        """Decode the first samples; those that cannot be read are counted when their turn comes."""
+        """Decode the first samples; unreadable ones are skipped here and counted by the training loop."""
         chosen = samples.order(0, 0)[: self._whiten].tolist()
         failure: Exception | None = None
         read = 0
@@ -137,9 +137,9 @@ class ClipSegTask:
             raise failure
 
     def _decode(self, batch: Mapping[str, Tensor], decoder: nn.Module | None = None) -> tuple[Tensor, Tensor]:
-        """Logits fp32 (B, S, S), and whether each prompt can be read, bool (B,)."""
+        """Logits fp32 (B, S, S), and whether each prompt is readable, bool (B,)."""
         conditionals, read = self._conditionals(batch)
-        # The phrases of an image come one after the other if the recipe groups them: one run of the tower.
+        # Grouped recipes repeat an image for each of its phrases: encode consecutive equal images once.
         images = batch["image"]
         new = torch.ones(len(images), dtype=torch.bool, device=images.device)
         new[1:] = (images[1:] != images[:-1]).flatten(1).any(1)
@@ -156,15 +156,15 @@ class ClipSegTask:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted binary cross entropy, divided by the number of all pixels.
 
-        That number, not the sum of the weights: the loss then is a mean over samples, whichever worker or
-        micro-batch they fall into, and unsure labels pull less than sure ones.
+        Dividing by the sum of the weights instead would make the loss depend on how samples fall into workers
+        and micro-batches, and would let unsure labels count as much as sure ones.
 
-        Figures: ``iou`` of what is found at 0.5 and what is there, summed over the share of the batch that
-        counts (1 if both are nothing); ``found`` and ``there``, their shares of the pixels; ``negatives``,
-        the share of samples whose prompt is not the image's; ``unread``, the share whose phrase is longer
-        than CLIP reads, which do not weigh in the loss.
+        Figures: ``iou`` of prediction (at 0.5) and truth over the batch's pixels with a weight, 1 if both are
+        empty; ``found`` and ``there``, predicted and true share of the pixels; ``negatives``, share of
+        samples whose prompt does not belong to the image; ``unread``, share of samples whose phrase is too
+        long for CLIP, which do not count in the loss.
         """
-        # The wrapped decoder: gradients are exchanged where that is called.
+        # Call the wrapped decoder: it synchronises gradients.
         logits, read = self._decode(batch, module)
         mask = batch["mask"]
         target = mask == OBJECT
@@ -186,7 +186,7 @@ class ClipSegTask:
 
     @torch.no_grad()
     def _conditionals(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Conditionals fp32 (B, E), and whether each can be had, bool (B,)."""
+        """Conditionals fp32 (B, E), and whether each is valid, bool (B,)."""
         share = batch["text_weight"]
         texts, read = self._texts([decode_phrase(row) for row in batch["phrase"].cpu().numpy()])
         shown = (share < 1).nonzero()[:, 0]
@@ -196,29 +196,29 @@ class ClipSegTask:
         return texts, read | (share == 0)
 
     def after_step(self, step: int) -> None:
-        """Nothing but the decoder changes."""
+        """No-op: only the decoder changes."""
 
     def milestones(self) -> Sequence[int]:
         """None: there are no phases."""
         return ()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: what is known of texts is computed anew."""
+        """Empty: cached text embeddings are recomputed."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See ``state_dict``."""
 
 
-class _Texts:
-    """Embeds phrases, each once as long as there is room: 128 MB of them at E = 512."""
+class _TextCache:
+    """Embeds phrases and caches them, up to 128 MB at E = 512."""
 
     def __init__(self, model: ClipSeg) -> None:
         self._model = model
         self._known: dict[str, Tensor | None] = {}
 
     def __call__(self, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """fp32 (B, E), and whether each phrase could be read, bool (B,); zeros stand for the others."""
+        """Embeddings fp32 (B, E), zero for phrases too long for CLIP; and which are readable, bool (B,)."""
         fresh = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self._known]
         if len(self._known) + len(fresh) > _KNOWN_TEXTS:
             self._known, fresh = {}, list(dict.fromkeys(phrases))

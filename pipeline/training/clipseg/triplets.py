@@ -1,11 +1,10 @@
 """Training samples of CLIPSeg (arXiv 2112.10003, §4): an image, what to look for, and where it is.
 
-What to look for is a phrase, an example image of the same thing (the *support*), or a mixture of both. A
-share of the samples are negatives: a phrase and a support that don't belong to the image, with nothing to be
-found. Phrases, images and masks come from a ``TripletSource``; everything random is drawn here.
+The prompt is a phrase, an example image of the same thing (the *support*), or a mixture of both. A share of
+the samples are negatives: their phrase and support do not belong to the image, and their mask is empty.
+Phrases, images and masks come from a ``TripletSource``; this module draws everything random.
 
-Where the paper's code slips, its way is a setting and the sane one the default: ``negative_rule``,
-``support`` and ``grouped``.
+Bugs of the paper's code are settings, off by default: ``negative_rule``, ``support`` and ``grouped``.
 
 Shapes: N pairs of an image and a phrase, P phrases, S side of the query, V side of the support, H W pixels.
 """
@@ -30,7 +29,7 @@ from pipeline.training.loop.protocols import Sample
 from pipeline.training.samples.augment import MEAN_COLOUR
 
 PHRASE_BYTES = 256
-"""Width of the column ``phrase``. CLIP reads 77 tokens, which are fewer bytes in any usual text."""
+"""Width of the column ``phrase``; CLIP's 77 tokens rarely need more bytes."""
 NegativeRule = Literal["absent", "other", "support"]
 SupportRule = Literal["other", "any"]
 
@@ -39,51 +38,52 @@ _Ids = npt.NDArray[np.int64]
 
 
 class TripletSettings(Settings):
-    """How pairs become samples. The defaults are PhraseCut+ of the paper."""
+    """How pairs become samples. The defaults are the paper's PhraseCut+."""
 
     size: Annotated[int, Field(ge=1)] = 352
-    """Side of the query image in pixels; the paper has 352."""
+    """Side of the query image in pixels; 352 in the paper."""
     support_size: Annotated[int, Field(ge=1)] = 352
-    """Side of the support image in pixels, also of one that is cropped."""
+    """Side of the support image in pixels, cropped or not."""
     crop: bool = True
-    """Cut a square as large as the image's short side out at random, around the object; False squeezes the
-    whole image to a square."""
+    """Crop a random square as large as the image's short side around the object; False squeezes the whole
+    image to a square."""
     crop_share: Annotated[float, Field(ge=0, le=1)] = 0.05
-    """A crop is taken if the object has more than this share of the *image's* pixels in it; if none of
-    ``crop_tries`` has, the one with most of the object is."""
+    """Accept a crop if more than this share of the *image's* pixels are object pixels in the crop; if none of
+    ``crop_tries`` qualifies, take the one with most of the object."""
     crop_tries: Annotated[int, Field(ge=1)] = 50
-    """How often a crop is drawn to find one with enough of the object."""
+    """Number of random crops to try."""
     resize: Resize = "corners"
     """``corners`` is bilinear with aligned corners and without antialiasing, as the reference reads
-    PhraseCut; ``antialias`` averages over what a pixel covers, as it reads COCO."""
+    PhraseCut; ``antialias`` averages over each pixel's area, as it reads COCO."""
     flip: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability of a horizontal flip of a query or a support; the paper does not flip."""
     q_neg: Annotated[float, Field(ge=0, le=1)] = 0.2
     """Probability that a sample is a negative."""
     negative_rule: NegativeRule = "absent"
-    """``absent`` draws the phrase of a negative among those that are not known to be true of the image;
-    ``other`` among all but the sample's own, as the paper's code does, so that some negatives are none.
-    ``support`` is what the reference's COCO data makes of negatives: phrase and mask stay, and the support
-    is an image of another phrase with nothing marked in it."""
+    """How to draw the phrase of a negative: ``absent`` among those not known to be true of the image;
+    ``other`` among all but the sample's own, as the paper's code does, so that some negatives are false.
+    ``support`` follows the reference's COCO data: phrase and mask stay, and the support is an image of
+    another phrase with nothing marked in it."""
     prefix: Prefix = "shuffle+"
-    """Set of templates, of which one is drawn around each phrase: a key of
-    ``pipeline.labelling.clipseg.options.PREFIXES``. The reference has ``shuffle+`` where text and image are
-    mixed, and ``plain`` elsewhere."""
+    """Set of templates, one of which is drawn for each phrase: a key of
+    ``pipeline.labelling.clipseg.options.PREFIXES``. The reference uses ``shuffle+`` when it mixes text and
+    image, else ``plain``."""
     with_visual: bool = True
-    """Give supports; False is the ablation without visual prompts."""
+    """Use supports; False is the ablation without visual prompts."""
     only_visual: bool = False
-    """Ask with supports alone; pairs whose phrase occurs only once are left out."""
+    """Prompt with supports alone; pairs whose phrase occurs only once are left out."""
     visual_prompt: str = "crop_blur_highlight352"
-    """How a support is made of image and mask: see ``pipeline.labelling.clipseg.prompting.parse_style``."""
+    """How to render a support from image and mask; see
+    ``pipeline.labelling.clipseg.prompting.parse_style``."""
     support: SupportRule = "other"
-    """A support is drawn from all pairs of the phrase but the sample itself (``other``), or from all, as
-    the reference does (``any``), which then shows the answer."""
+    """Draw the support from all pairs of the phrase except the sample itself (``other``), or from all as the
+    reference does (``any``), which may give the answer away."""
     text_weight: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (0.0, 0.5)
-    """Least and greatest share of the text in the prompt; one is drawn uniformly per sample. The released
-    models have (0, 0.5), the paper writes (0, 1). Without a support it is 1."""
+    """Minimum and maximum share of the text in the prompt, drawn uniformly per sample. The released models
+    use (0, 0.5), the paper states (0, 1). Without a support the share is 1."""
     grouped: bool = False
-    """The reference's order: images shuffled once, the same in every epoch, and all phrases of an image one
-    after the other. False shuffles pairs anew for each epoch."""
+    """Use the reference's order: shuffle the images once, the same in every epoch, and keep the phrases of an
+    image together. False shuffles the pairs anew in each epoch."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -112,17 +112,13 @@ class TripletSamples:
 
     Columns of a sample: ``image`` uint8 (3, S, S) RGB; ``mask`` uint8 (S, S): ``OBJECT``, ``OTHER`` or
     ``IGNORED``; ``weight`` float32 (S, S) in [0, 1], 0 where ignored; ``phrase`` uint8 (256,), see
-    ``encode_phrase``; ``support`` uint8 (3, V, V) RGB, the mean colour where there is none; ``text_weight``
-    float32 () in [0, 1]: share of the text in the prompt, 1 where there is no support; ``negative`` float32
-    (), 1 where phrase and support don't belong to the image and nothing is to be found, else 0.
-
-    Attributes:
-        source: where pairs come from.
-        settings: how they become samples.
+    ``encode_phrase``; ``support`` uint8 (3, V, V) RGB, the mean colour if there is none; ``text_weight``
+    float32 () in [0, 1]: share of the text in the prompt, 1 without a support; ``negative`` float32 (), 1 if
+    phrase and support do not belong to the image, else 0.
 
     Raises:
-        MaskMillError: ``setting_invalid``; ``training_data_empty`` if no phrase
-            occurs twice and ``only_visual`` is set.
+        MaskMillError: ``setting_invalid``; ``training_data_empty`` if ``only_visual`` is set and no phrase
+            occurs twice.
     """
 
     source: TripletSource
@@ -140,11 +136,11 @@ class TripletSamples:
 
     @property
     def num_samples(self) -> int:
-        """Samples of an epoch."""
+        """Number of samples in an epoch."""
         return int(np.count_nonzero(self._eligible))
 
     def record(self) -> dict[str, Any]:
-        """What is trained on, for the record of a run."""
+        """Describe the training data for the record of a run."""
         pairs = self.source.pairs
         return {
             "source": self.source.name,
@@ -163,7 +159,7 @@ class TripletSamples:
         """See ``Samples.load``.
 
         Raises:
-            MaskMillError: from reading the query or its support.
+            MaskMillError: the query or its support cannot be read.
         """
         settings, pairs = self.settings, self.source.pairs
         image, mask, weight = crop_by_settings(self.source.read(index), settings.size, settings, rng)
@@ -194,7 +190,7 @@ class TripletSamples:
         }
 
     def blank(self) -> Sample:
-        """A sample of which every pixel is ignored and weighs nothing."""
+        """A sample whose pixels are all ignored, with weight 0."""
         side = self.settings.size
         return {
             "image": _plain(side),
@@ -208,17 +204,17 @@ class TripletSamples:
 
     @cached_property
     def _eligible(self) -> npt.NDArray[np.bool_]:
-        """Pairs that become samples: all, or those that another one can show."""
+        """Which pairs become samples: all, or with ``only_visual`` those whose phrase has another pair."""
         pairs = self.source.pairs
         if not self.settings.only_visual:
             return np.ones(len(pairs), np.bool_)
         return np.bincount(pairs.phrase, minlength=len(pairs.phrases))[pairs.phrase] > 1
 
     def _other_phrase(self, index: int, rng: np.random.Generator) -> int | None:
-        """The phrase of a negative, each that the rule allows being equally likely; None if there is none."""
+        """Draw the phrase of a negative uniformly among those the rule allows; None if there is none."""
         pairs = self.source.pairs
         own, image = int(pairs.phrase[index]), int(pairs.image[index])
-        # Of another source's phrases nothing is known here.
+        # Phrases of the other source may be true of this image.
         first, end = 0, len(pairs.phrases)
         if pairs.seam is not None:
             first, end = (pairs.seam[1], end) if image >= pairs.seam[0] else (0, pairs.seam[1])
@@ -230,7 +226,7 @@ class TripletSamples:
                 self.settings.negative_rule != "absent" or not pairs.may_hold(image, phrase)
             )
 
-        # All allowed phrases are listed only where they are so few that drawing does not find one.
+        # Rejection sampling; list all allowed phrases only if they are too rare for it.
         for _ in range(_TRIES):
             phrase = int(rng.integers(first, end))
             if allowed(phrase):
@@ -241,8 +237,10 @@ class TripletSamples:
     def _support(
         self, index: int, phrase: int, rng: np.random.Generator, *, marked: bool
     ) -> npt.NDArray[np.uint8] | None:
-        """An image of a phrase; None if the phrase occurs once, be it in this image or, as the phrase of a
-        negative, in another: whether there is a support must not tell which samples are negatives.
+        """Draw and render an image of a phrase; None if the phrase occurs only once.
+
+        That holds for negatives too, although the one image would do: otherwise the lack of a support would
+        give positives away.
         """
         settings, block = self.settings, self.source.pairs.block
         found = self.source.pairs.members(phrase)
@@ -271,7 +269,7 @@ class TripletSamples:
 def crop_by_settings(
     example: Example, side: int, settings: TripletSettings, rng: np.random.Generator
 ) -> Example:
-    """``crop_example`` as the settings say."""
+    """Call ``crop_example`` with the settings."""
     return crop_example(
         example, side, rng, crop=settings.crop, tries=settings.crop_tries, share=settings.crop_share,
         resize=settings.resize, flip=settings.flip,
@@ -279,13 +277,13 @@ def crop_by_settings(
 
 
 def encode_phrase(text: str) -> npt.NDArray[np.uint8]:
-    """A text as uint8 (256,): UTF-8, zeros behind it; what is too long is cut off between two characters."""
+    """Encode a text as uint8 (256,): zero-padded UTF-8, truncated between two characters."""
     data = text.encode()[:PHRASE_BYTES].decode(errors="ignore").encode()
     return np.frombuffer(data.ljust(PHRASE_BYTES, b"\0"), np.uint8).copy()
 
 
 def decode_phrase(row: npt.NDArray[np.uint8]) -> str:
-    """The text of ``encode_phrase``."""
+    """Decode the result of ``encode_phrase``."""
     return row.tobytes().rstrip(b"\0").decode()
 
 

@@ -1,7 +1,7 @@
-"""Phrases that name unseen classes, to be left out of training: zero-shot and one-shot with PhraseCut.
+"""Find phrases that name unseen classes, to exclude them from zero-shot and one-shot training on PhraseCut.
 
-CLIPSeg takes the lemma names of a class's WordNet synset and of all its hyponyms. They lie here as a list
-(``unseen_words.yaml``), so that WordNet need not be installed.
+CLIPSeg uses the lemma names of a class's WordNet synset and of all its hyponyms. They are listed in
+``unseen_words.yaml``, so WordNet need not be installed.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ AFFORDANCE_WORDS: frozenset[str] = frozenset(
         "legs", "leg", "ear", "ears",
     }
 )  # fmt: skip
-"""Words that the paper leaves out before it asks for affordances and parts (its ``aff``)."""
+"""Words that the paper excludes from training before it tests affordances and parts (its ``aff``)."""
 
 _FILE = Path(__file__).with_name("unseen_words.yaml")
-# WordNet's endings of plural nouns and what they stand for.
+# WordNet's plural endings and their singulars.
 _ENDINGS = (
     ("s", ""), ("ses", "s"), ("xes", "x"), ("zes", "z"), ("ches", "ch"), ("shes", "sh"), ("ves", "f"),
     ("men", "man"), ("ies", "y"),
@@ -41,13 +41,12 @@ _PUNCTUATION = ".,;:!?\"'()"
 
 
 @dataclass(frozen=True)
-class NamesAny:
-    """Tells of a phrase whether it names one of some things: picklable, and called with the phrase.
+class PhraseMatcher:
+    """Picklable predicate: whether a phrase contains one of a set of names.
 
-    A phrase does if it holds a name of several words anywhere, or if one of its words, or what that is the
-    plural of, is a name. The reference looks up each word's singular in WordNet first and takes no other
-    form, so that it keeps "glasses" where "glasses" but not "glass" is a name; here such a phrase goes as
-    well.
+    A phrase matches if it contains a name of several words, or if one of its words, or the singular of one,
+    is a name. The reference only compares singulars, so it keeps "glasses" if "glasses" but not "glass" is a
+    name; here such a phrase matches as well.
 
     Attributes:
         words: names of one word, lower case.
@@ -60,8 +59,8 @@ class NamesAny:
     plurals: frozenset[tuple[str, str]] = frozenset()
 
     @classmethod
-    def of(cls, names: Iterable[str], plurals: Iterable[tuple[str, str]] = ()) -> NamesAny:
-        """From names of one word or several, in any case."""
+    def of(cls, names: Iterable[str], plurals: Iterable[tuple[str, str]] = ()) -> PhraseMatcher:
+        """Build from names of one or several words, in any case."""
         lower = {" ".join(name.casefold().replace("_", " ").split()) for name in names}
         return cls(
             frozenset(name for name in lower if " " not in name),
@@ -81,11 +80,11 @@ class NamesAny:
         return {word} | regular | {one for many, one in self.plurals if many == word}
 
 
-def voc_phrases(class_ids: Sequence[int]) -> NamesAny:
-    """Phrases that name classes of PASCAL VOC or anything that WordNet 3.0 puts below them.
+def voc_phrases(class_ids: Sequence[int]) -> PhraseMatcher:
+    """Match phrases that name classes of PASCAL VOC or any of their hyponyms in WordNet 3.0.
 
-    For a fold of Pascal-5i give ``BENCHMARKS["pascal5i"].folds[fold]`` (``pipeline.datasets.oneshot``); for
-    generalised zero-shot ``zero_shot_split("pascal-unseen10").unseen_ids`` (``pipeline.datasets.zeroshot``).
+    For a fold of Pascal-5i, pass ``BENCHMARKS["pascal5i"].folds[fold]`` (``pipeline.datasets.oneshot``); for
+    generalised zero-shot, ``zero_shot_split("pascal-unseen10").unseen_ids`` (``pipeline.datasets.zeroshot``).
 
     Args:
         class_ids: 1 (airplane) to 20 (tv monitor).
@@ -96,30 +95,31 @@ def voc_phrases(class_ids: Sequence[int]) -> NamesAny:
     if not class_ids or not 1 <= min(class_ids) <= max(class_ids) <= len(VOC_SYNSETS):
         raise WrongUse(
             "wrong_use",
-            f"{list(class_ids)} are no classes of PASCAL VOC with words in WordNet.",
+            f"{list(class_ids)} are not classes of PASCAL VOC with words in WordNet.",
             f"Give ids from 1 to {len(VOC_SYNSETS)}.",
         )
     words, plurals = _listed()
-    return NamesAny.of((name for number in class_ids for name in words[VOC_SYNSETS[number - 1]]), plurals)
+    return PhraseMatcher.of(
+        (name for number in class_ids for name in words[VOC_SYNSETS[number - 1]]), plurals
+    )
 
 
-def class_phrases(names: Iterable[str]) -> NamesAny:
-    """Phrases that name classes of any other data by these words themselves, singular or plural.
+def class_phrases(names: Iterable[str]) -> PhraseMatcher:
+    """Match phrases that name classes of any other dataset, singular or plural.
 
-    Narrower than what ``voc_phrases`` does for PASCAL VOC: no narrower terms ("poodle" for "dog") are known,
-    so give them as well.
+    Unlike ``voc_phrases`` it knows no hyponyms ("poodle" for "dog"), so pass them as names too.
     """
-    return NamesAny.of(names, _listed()[1])
+    return PhraseMatcher.of(names, _listed()[1])
 
 
-def affordance_phrases() -> NamesAny:
-    """Phrases with a word of ``AFFORDANCE_WORDS``."""
-    return NamesAny(AFFORDANCE_WORDS)
+def affordance_phrases() -> PhraseMatcher:
+    """Match phrases with a word of ``AFFORDANCE_WORDS``."""
+    return PhraseMatcher(AFFORDANCE_WORDS)
 
 
 @cache
 def _listed() -> tuple[dict[str, tuple[str, ...]], tuple[tuple[str, str], ...]]:
-    """Names by synset, and irregular plurals."""
+    """Names by synset, and (plural, singular) of irregular words."""
     content = yaml.safe_load(_FILE.read_text(encoding="utf-8"))
     words = {synset: tuple(text.split("; ")) for synset, text in content["synsets"].items()}
     pairs = (entry.split(" ") for entry in content["plurals"].split("; "))

@@ -1,7 +1,7 @@
-"""What a data source of CLIPSeg's training provides: pairs of an image and a phrase that is true of it.
+"""The interface of CLIPSeg's data sources: pairs of an image and a phrase that is true of it.
 
 To add a source, write a module next to this one with a ``TripletSource`` and a function that opens it from a
-dataset of ``pipeline.datasets``; then add a line to ``pipeline.training.clipseg.data.SOURCES``.
+dataset of ``pipeline.datasets``, then add a line to ``pipeline.training.clipseg.data.SOURCES``.
 
 Shapes: N pairs, P phrases, H W pixels.
 """
@@ -28,12 +28,12 @@ _Ids = npt.NDArray[np.int64]
 
 
 class Example(NamedTuple):
-    """What a pair shows.
+    """Image and mask of a pair.
 
     Attributes:
         image: uint8 (H, W, 3) RGB.
-        mask: uint8 (H, W): ``OBJECT`` where the phrase is true, ``OTHER`` or ``IGNORED``.
-        weight: float32 (H, W), what each pixel counts in the loss; None is 1.
+        mask: uint8 (H, W): ``OBJECT`` where the phrase is true, else ``OTHER`` or ``IGNORED``.
+        weight: float32 (H, W), weight of each pixel in the loss; None is 1 everywhere.
     """
 
     image: npt.NDArray[np.uint8]
@@ -43,16 +43,16 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Which phrase is true of which image. Every phrase has a pair; make it with ``Pairs.of``.
+    """Which phrase is true of which image. Every phrase has a pair; create it with ``Pairs.of``.
 
     Attributes:
-        phrases: P, each with its wordings: texts that mean the same.
-        image: int64 (N,): number of the image.
-        phrase: int64 (N,): number of the phrase.
-        block: int64 (N,): reading another pair of the same block costs nothing.
-        unsure: int64 (n, 2): image and phrase that are no pair although the phrase may be true.
-        seam: of the pairs of two sources (``pipeline.training.clipseg.sources.joined``): first image and
-            first phrase of the second one.
+        phrases: P phrases, each a tuple of wordings that mean the same.
+        image: int64 (N,): index of the image.
+        phrase: int64 (N,): index of the phrase.
+        block: int64 (N,): pairs of one block are read together, so a second one costs nothing.
+        unsure: int64 (n, 2): image and phrase that are not paired, though the phrase may be true.
+        seam: in joined sources (``pipeline.training.clipseg.sources.joined``), the first image and the first
+            phrase of the second source.
     """
 
     phrases: tuple[tuple[str, ...], ...]
@@ -72,7 +72,7 @@ class Pairs:
         block: npt.ArrayLike | None = None,
         unsure: npt.ArrayLike = (),
     ) -> Pairs:
-        """Pairs of any phrases. Phrases without a pair are dropped, so that none is only ever a negative.
+        """Build pairs. Phrases without a pair are dropped: they would only ever be negatives.
 
         Raises:
             MaskMillError: ``training_data_empty``.
@@ -82,7 +82,7 @@ class Pairs:
             raise WrongUse(
                 "training_data_empty",
                 "There is no pair of an image and a phrase that is true of it.",
-                "Give images that show the classes or phrases, or leave fewer of them out.",
+                "Give images that show the classes or phrases, or exclude fewer of them.",
             )
         used, renumbered = np.unique(numbers, return_inverse=True)
         doubtful = np.asarray(unsure, np.int64).reshape(-1, 2)
@@ -96,15 +96,15 @@ class Pairs:
         return len(self.image)
 
     def members(self, phrase: int) -> _Ids:
-        """The pairs of a phrase, ascending."""
+        """Indices of a phrase's pairs, ascending."""
         order, starts = self._by_phrase
         return order[starts[phrase] : starts[phrase + 1]]
 
     def may_hold(self, image: int, phrase: int) -> bool:
-        """Whether a phrase is true of an image, or could be.
+        """Whether a phrase is, or could be, true of an image.
 
-        It is if they are a pair, or if all of its words are in a phrase that is true: a "red car" is a "car".
-        Phrases of the other source could always be.
+        That holds for pairs, for unsure ones, and if all words of the phrase occur in a true one: a "red car"
+        is a "car". In joined sources it holds for every phrase of the other source.
         """
         if self.seam is not None and (image >= self.seam[0]) != (phrase >= self.seam[1]):
             return True
@@ -119,13 +119,13 @@ class Pairs:
 
     @cached_property
     def _by_phrase(self) -> tuple[_Ids, _Ids]:
-        """Pairs ordered by phrase, and where each phrase begins."""
+        """Pairs ordered by phrase, and the offset of each phrase."""
         order = np.argsort(self.phrase, kind="stable")
         return order, np.searchsorted(self.phrase[order], np.arange(len(self.phrases) + 1))
 
     @cached_property
     def _by_image(self) -> tuple[_Ids, _Ids]:
-        """Phrases ordered by image, unsure ones included, and their images."""
+        """Phrases ordered by image, including unsure ones, and their images."""
         image = np.concatenate([self.image, self.unsure[:, 0]])
         phrase = np.concatenate([self.phrase, self.unsure[:, 1]])
         order = np.argsort(image, kind="stable")
@@ -144,11 +144,11 @@ class Pairs:
 
 @dataclass(frozen=True, eq=False)
 class TripletSource(ABC):
-    """Pairs that can be read. Pickled and sent to every process that loads: holds paths, not pixels.
+    """Pairs that can be read. Pickled and sent to every loader process, so it holds paths, not pixels.
 
     Attributes:
         name: its name in records.
-        fingerprint: of what it reads, for records; see ``fingerprint``.
+        fingerprint: hash of the data it reads, for records.
     """
 
     name: str
@@ -157,14 +157,14 @@ class TripletSource(ABC):
 
     @abstractmethod
     def read(self, pair: int) -> Example:
-        """Image and mask of a pair.
+        """Read image and mask of a pair.
 
         Raises:
-            MaskMillError: it cannot be read; training counts it and goes on without it.
+            MaskMillError: it cannot be read; training counts and skips it.
         """
 
     def order(self, epoch: int, seed: int, *, grouped: bool = False) -> _Ids:
-        """The pairs of an epoch; see ``Samples.order``, and ``grouped``."""
+        """Pairs of an epoch, see ``Samples.order``; ``grouped`` as in ``TripletSettings``."""
         if grouped:
             images, number = np.unique(self.pairs.image, return_inverse=True)
             rank = np.random.default_rng((seed, 0)).permutation(len(images))

@@ -1,4 +1,4 @@
-"""Triplets from benchmark readers: referring expressions, label maps of classes, and COCO instances.
+"""Triplets from benchmark datasets: referring expressions, label maps, and COCO instances.
 
 Shapes: N pairs, P phrases, C classes, H W pixels.
 """
@@ -18,7 +18,6 @@ import numpy.typing as npt
 from models.errors import WrongUse
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.datasets.cocojson import CocoDataset, CocoSample, draw_instances
-from pipeline.datasets.oneshot import BENCHMARKS
 from pipeline.datasets.phrasecut import PhraseCutDataset, PhraseSample
 from pipeline.ontology.ontology import BACKGROUND
 from pipeline.training.clipseg.sources.base import (
@@ -39,10 +38,7 @@ _READERS = 8
 
 @dataclass(frozen=True, eq=False)
 class PhraseSource(TripletSource):
-    """PhraseCut; see ``open_phrase_source``.
-
-    Polygons lie in one array, which loaders on a node share instead of keeping copies.
-    """
+    """PhraseCut; see ``open_phrase_source``. Polygons are flattened into one array to keep pickles small."""
 
     _reader: PhraseCutDataset
     _images: tuple[tuple[str, int, tuple[int, int]], ...]  # URI, Visual Genome's id, (H, W)
@@ -74,14 +70,14 @@ class PhraseSource(TripletSource):
 def open_phrase_source(
     dataset: PhraseCutDataset, *, drop: Callable[[str], bool] = lambda _phrase: False
 ) -> PhraseSource:
-    """Pairs of PhraseCut; nothing more is read.
+    """Open the pairs of PhraseCut without further reading.
 
     Phrases that differ in case or spaces are different, as in the reference.
 
     Args:
-        dataset: of ``pipeline.datasets.phrasecut.open_phrasecut``.
-        drop: tells of a phrase whether it names an unseen class; such pairs are left out, and their phrases
-            are no negatives either. See ``pipeline.training.clipseg.unseen``.
+        dataset: from ``pipeline.datasets.phrasecut.open_phrasecut``.
+        drop: whether a phrase names an unseen class (``pipeline.training.clipseg.unseen``); such phrases are
+            neither asked for nor used as negatives.
 
     Raises:
         MaskMillError: ``training_data_empty``.
@@ -137,18 +133,17 @@ def open_class_source(
     synonyms: bool = True,
     min_area: int = 1,
 ) -> ClassSource:
-    """One pair for every class in every image. Reads every mask once.
+    """Open one pair per class and image. Reads every mask once.
 
     Args:
-        dataset: any reader of label maps; ``ignore_index`` pixels are ignored in all masks.
-        class_ids: classes that are asked for, such as ``training_classes`` of a one-shot fold; None is all
-            but the background.
-        synonyms: classes are called by their synonyms as well, each wording being equally likely.
-        min_area: pixels of a class below which an image does not show it; as a negative it is not used there
-            either.
+        dataset: any dataset of label maps; ``ignore_index`` pixels are ignored in all masks.
+        class_ids: classes to ask for; None is all but the background.
+        synonyms: also call classes by their synonyms, all wordings being equally likely.
+        min_area: pixels that a class needs in an image to be asked for; below it, the class is not a negative
+            of the image either.
 
     Raises:
-        MaskMillError: ``wrong_use`` for an id that is no class; ``training_data_empty``.
+        MaskMillError: ``wrong_use`` for an unknown class id; ``training_data_empty``.
     """
     wanted = asked_classes(dataset.class_names, class_ids)
 
@@ -187,8 +182,8 @@ class InstanceSource(TripletSource):
         """See ``TripletSource.read``.
 
         Raises:
-            MaskMillError: ``dataset_invalid``; ``dataset_invalid``; ``mask_invalid`` if the annotation
-                has another size than the image.
+            MaskMillError: ``dataset_invalid``; ``mask_invalid`` if the annotation has another size than the
+                image.
         """
         sample = self._samples[int(self.pairs.image[pair])]
         image = self._reader.image(sample)
@@ -199,28 +194,27 @@ class InstanceSource(TripletSource):
                 f"{sample.size[0]} x {sample.size[1]}.",
                 "Use the images that the annotation belongs to; they may not have been resized.",
             )
-        own = [
+        drawn = [
             [OBJECT, *instance[1:]]
             for instance in json.loads(sample.instances)
             if instance[0] == self._class_ids[pair]
         ]
         mask: npt.NDArray[Any] = np.full(sample.size, OTHER, np.uint8)
-        return Example(image, draw_instances(mask, own, where=sample.name).astype(np.uint8))
+        return Example(image, draw_instances(mask, drawn, where=sample.name).astype(np.uint8))
 
 
 def open_instance_source(
     dataset: CocoDataset, *, class_ids: Sequence[int] | None = None, synonyms: bool = True
 ) -> InstanceSource:
-    """One pair for every class in every image of a COCO or LVIS instances file; no image is read.
+    """Open one pair per class and image of a COCO or LVIS instances file; no image is read.
 
-    Unlike in ``open_class_source``, masks are whole: an instance of another class that covers a part takes
-    nothing away. What LVIS leaves open (which of the classes that an image has no instance of may be in it
-    all the same) is not in the file that is read, so that a few negatives may be none.
+    Unlike in ``open_class_source``, masks are complete where another class covers them. LVIS is not annotated
+    exhaustively, and the instances file does not say for which classes, so a few negatives may be false.
 
     Args:
-        dataset: of ``pipeline.datasets.cocojson``.
-        class_ids: as in ``open_class_source``.
-        synonyms: as in ``open_class_source``.
+        dataset: from ``pipeline.datasets.cocojson``.
+        class_ids: see ``open_class_source``.
+        synonyms: see ``open_class_source``.
 
     Raises:
         MaskMillError: ``wrong_use``, ``training_data_empty``.
@@ -245,28 +239,8 @@ def open_instance_source(
     )
 
 
-def training_classes(benchmark: str, fold: int) -> tuple[int, ...]:
-    """Classes that a one-shot fold trains with: those of the other folds.
-
-    Args:
-        benchmark: a key of ``pipeline.datasets.oneshot.BENCHMARKS``.
-        fold: 0 to 3.
-
-    Raises:
-        MaskMillError: ``wrong_use``.
-    """
-    folds = BENCHMARKS[benchmark].folds if benchmark in BENCHMARKS else ()
-    if not 0 <= fold < len(folds):
-        raise WrongUse(
-            "wrong_use",
-            f"There is no fold {fold} of {benchmark!r}.",
-            f"Give a fold from 0 to 3 of {', '.join(BENCHMARKS)}.",
-        )
-    return tuple(sorted(number for other, ids in enumerate(folds) if other != fold for number in ids))
-
-
 def asked_classes(names: Sequence[str], class_ids: Sequence[int] | None) -> npt.NDArray[np.int64]:
-    """Ids that are asked for, ascending: those given, or all but the background.
+    """Ids of the classes to ask for, ascending: those given, or all but the background.
 
     Raises:
         MaskMillError: ``wrong_use``.
@@ -284,7 +258,7 @@ def asked_classes(names: Sequence[str], class_ids: Sequence[int] | None) -> npt.
 
 
 def wordings(dataset: Dataset, class_ids: Iterable[int], *, synonyms: bool) -> list[tuple[str, ...]]:
-    """What the classes are called: the name alone, or with its synonyms."""
+    """Wordings of each class: its name alone, or with its synonyms."""
     prompts = dataset.classes.prompts()
     return [
         tuple(prompts[number]) if synonyms else (dataset.class_names[number],)

@@ -1,6 +1,6 @@
-"""Triplets from two sources: truth of what somebody has annotated, labels of another model for the rest.
+"""Triplets from two sources: truth for annotated classes, a model's labels for the others.
 
-That is zero-shot as MaskCLIP+ has it: the unseen classes are known by name, and a teacher guesses where they
+This is MaskCLIP+'s zero-shot setting: the unseen classes are known by name, and a teacher guesses where they
 are.
 """
 
@@ -27,7 +27,7 @@ class JoinedSource(TripletSource):
         return self._first.read(pair) if pair < count else self._second.read(pair - count)
 
     def order(self, epoch: int, seed: int, *, grouped: bool = False) -> npt.NDArray[np.int64]:
-        """See ``TripletSource.order``: each source in its own order, the two evenly mixed."""
+        """See ``TripletSource.order``: each source keeps its order, and the two are evenly interleaved."""
         orders, places, offset = [], [], 0
         for source in (self._first, self._second):
             order = source.order(epoch, seed, grouped=grouped)
@@ -43,14 +43,14 @@ class JoinedSource(TripletSource):
 
 
 def join_sources(first: TripletSource, second: TripletSource) -> JoinedSource:
-    """One source with the pairs of two, those of ``first`` before those of ``second``.
+    """Join two sources, the pairs of ``first`` before those of ``second``.
 
-    Of what one source asks nothing is known in the images of the other, so it is no negative there. A source
-    that asks for one thing only is thus never asked for it in vain: the decoder hears it only where it is.
+    One source says nothing about the other's images, so its phrases are no negatives there. Hence a source
+    with a single phrase has no negatives at all.
 
     Args:
-        first: none that is joined itself, as ``second``.
-        second: may have the same images; they count as others.
+        first: not a joined source.
+        second: not a joined source; images that it shares with ``first`` count as different ones.
     """
     a, b = first.pairs, second.pairs
     assert a.seam is None and b.seam is None, "only two sources can be joined"

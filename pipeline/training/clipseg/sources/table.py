@@ -1,4 +1,4 @@
-"""Triplets from a label table: CLIPSeg learns from the labels of another model, without any annotation.
+"""Triplets from a label table: CLIPSeg learns from another model's labels, without annotation.
 
 Shapes: N pairs, C classes of the ontology, H W pixels.
 """
@@ -30,23 +30,24 @@ from pipeline.training.samples.augment import AugmentSettings
 from pipeline.training.samples.table import TableSamples, open_table_samples, read_index
 
 _MIXED_IMAGES = 64
-"""How far apart in the order of a table pairs of one image may come."""
+"""Images within which the pairs of one image are spread out."""
 
 
 @dataclass(frozen=True, eq=False)
 class TableSource(TripletSource):
-    """See ``open_table_source``. Supports come from the part of the table that the query is in, if it has
-    any, since only whole parts can be read.
+    """See ``open_table_source``.
+
+    Only whole parts of a table can be read, so supports come from the query's part where possible.
     """
 
     _table: TableSamples
     _class_ids: npt.NDArray[np.int64]  # (N,)
 
     def read(self, pair: int) -> Example:
-        """See ``TripletSource.read``; the weight is the confidence that the table has.
+        """See ``TripletSource.read``; the weight is the table's confidence.
 
         Raises:
-            MaskMillError: as ``TableSamples.load``.
+            MaskMillError: see ``TableSamples.load``.
         """
         index = int(self.pairs.image[pair])
         row = self._table.read_row(index)
@@ -64,8 +65,10 @@ class TableSource(TripletSource):
         return Example(image, mask.astype(np.uint8), confidence.astype(np.float32) / np.float32(255))
 
     def order(self, epoch: int, seed: int, *, grouped: bool = False) -> npt.NDArray[np.int64]:
-        """See ``TripletSource.order``: images in the table's order, in which each part is read once; pairs of
-        an image within the next few images.
+        """See ``TripletSource.order``.
+
+        Images come in the order of ``TableSamples``, which reads each part once; the pairs of an image are
+        spread over the next ``_MIXED_IMAGES`` images.
         """
         images = self._table.order(0 if grouped else epoch, seed)
         place = np.empty(self._table.num_images)
@@ -86,24 +89,24 @@ def open_table_source(
     min_share: float = 0.0,
     min_confidence: float = 0.0,
 ) -> TableSource:
-    """One pair for every class that a table has in an image. Reads the table's index, no labels.
+    """Open one pair per class and image of a table. Reads the table's index, no labels.
 
-    Pixels weigh by their confidence in the loss, in every mask: those of other classes are as sure as the
-    label that they have. Pixels that the labeller left open are ignored.
+    In the loss, every pixel of every mask weighs as much as the confidence of its label. Unlabelled pixels
+    are ignored.
 
     Args:
         table: output of a labelling run: a path or URI.
-        ontology: what the classes are called; those of the table are found by name and synonym.
-        class_ids: classes of the ontology that are asked for; None is all but the background.
-        synonyms: classes are called by their synonyms as well, each wording being equally likely.
-        min_quality: least quality score of rows that are used, in [0, 1].
-        min_share: least share of an image's labelled pixels that a class must have to be asked for, in
+        ontology: class names; the table's classes are matched by name and synonym.
+        class_ids: classes of the ontology to ask for; None is all but the background.
+        synonyms: also call classes by their synonyms, all wordings being equally likely.
+        min_quality: minimum quality score of a row, in [0, 1].
+        min_share: minimum share of an image's labelled pixels that a class must cover to be asked for, in
             [0, 1].
-        min_confidence: least mean confidence of a class in an image, in [0, 1], likewise. A class that falls
-            below either is not used as a negative of that image.
+        min_confidence: minimum mean confidence of a class in an image to be asked for, in [0, 1]. A class
+            below either minimum is not a negative of that image either.
 
     Raises:
-        MaskMillError: as ``open_table_samples``; ``wrong_use``; ``training_data_empty``.
+        MaskMillError: see ``open_table_samples``; ``wrong_use``; ``training_data_empty``.
     """
     wanted = asked_classes(ontology.names, class_ids)
     for name, value in (("min_share", min_share), ("min_confidence", min_confidence)):
@@ -136,7 +139,7 @@ def open_table_source(
 def _segments(
     samples: TableSamples,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Every class in every image: image, class of the ontology, share of the labelled pixels, confidence."""
+    """Per class and image: image, class of the ontology, share of the labelled pixels, mean confidence."""
     count = samples.num_classes
     keys, areas, sums = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0)]
     for number, part in enumerate(samples.parts):
@@ -154,7 +157,7 @@ def _segments(
         keys.append(owner[known] * count + ids[known])
         areas.append(area[known].astype(np.float64))
         sums.append(areas[-1] * mean[known])
-    # Two classes of the table may be one of the ontology.
+    # Two classes of the table may map to one of the ontology.
     pair, where = np.unique(np.concatenate(keys), return_inverse=True)
     area_of = np.bincount(where, np.concatenate(areas), len(pair))
     confidence = np.bincount(where, np.concatenate(sums), len(pair)) / np.maximum(area_of, 1)

@@ -1,7 +1,7 @@
-"""Triplets from the toy world: names of its classes, their colours and patterns, and numbers of things.
+"""Triplets from the toy world: its classes by name, colour and pattern, and the number of things.
 
-What colour an individual has is not among what a scene tells; the mean colour of its pixels does. Scenes are
-judged at 64 pixels, where they are the same pictures, and read at the dataset's size.
+A scene does not record the colour of its individuals, so the mean colour of their pixels decides. Scenes are
+analysed at 64 pixels, at which they show the same picture, and read at the dataset's size.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _SIDE = 64
 _COUNTS = ("one thing", "two things", "three things")
-#: Mean colours (RGB) of individuals of each look, taken from scenes; only their ratios are used, since scenes
-#: are lit differently.
+# Mean RGB of individuals by colour word, measured on scenes. Lighting varies, so only ratios are compared.
 _LOOKS: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
     "brick": {"red": (0.69, 0.35, 0.26), "gray": (0.55, 0.55, 0.56)},
     "sky": {"blue": (0.49, 0.71, 0.94), "pink": (0.82, 0.59, 0.73)},
@@ -46,7 +45,7 @@ class ToySource(TripletSource):
 
     _dataset: ToyDataset
     _samples: tuple[ToySample, ...]
-    _meant: npt.NDArray[np.bool_]  # (N, classes): what the phrase of a pair means in its scene
+    _meant: npt.NDArray[np.bool_]  # (N, classes): the classes that a pair's phrase means in its scene
 
     def read(self, pair: int) -> Example:
         """See ``TripletSource.read``."""
@@ -60,18 +59,18 @@ class ToySource(TripletSource):
 def open_toy_source(
     dataset: ToyDataset, *, kinds: Sequence[Kind] = KINDS, class_ids: Sequence[int] | None = None
 ) -> ToySource:
-    """Pairs of toy scenes and phrases. Draws every scene once, at 64 pixels.
+    """Open pairs of toy scenes and phrases. Draws every scene once, at 64 pixels.
 
-    A class with less than ``pipeline.toyworld.scenes.VISIBLE_SHARE`` of the picture is neither asked for
-    nor a negative, and a number of things is not asked for where a thing is that small.
+    A class below ``pipeline.toyworld.scenes.VISIBLE_SHARE`` of the picture is neither asked for nor a
+    negative, and a scene with such a small thing has no count phrase.
 
     Args:
-        dataset: of ``pipeline.datasets.toy.open_toyworld``.
-        kinds: of phrases: ``names`` ("ladybug"); ``coloured``, for classes of several looks ("red ladybug");
-            ``colours`` ("something red": all classes that are red in this scene); ``patterns`` ("something
-            striped"); ``counts`` ("two things": all things of a scene that has two).
-        class_ids: classes that are trained with; None is all. A phrase that means one of the others in a
-            scene is not asked for there, nor is it a negative; so no name of such a class is ever heard.
+        dataset: from ``pipeline.datasets.toy.open_toyworld``.
+        kinds: kinds of phrases: ``names`` ("ladybug"); ``coloured``, for classes that vary in colour ("red
+            ladybug"); ``colours`` ("something red": all classes that are red in this scene); ``patterns``
+            ("something striped"); ``counts`` ("two things": all things of a scene that has two).
+        class_ids: classes to train on; None is all. A phrase that means another class in a scene is neither
+            asked for there nor a negative, so the model never sees a name of such a class.
 
     Raises:
         MaskMillError: ``wrong_use`` for an unknown kind; ``training_data_empty``.
@@ -80,7 +79,7 @@ def open_toy_source(
     if unknown or not kinds:
         raise WrongUse(
             "wrong_use",
-            f"{', '.join(unknown) or 'Nothing'} is no kind of toy phrase.",
+            f"{', '.join(unknown) or 'Nothing'} is not a kind of toy phrase.",
             f"Use some of {', '.join(KINDS)}.",
         )
     samples = tuple(sample for sample in dataset.samples if isinstance(sample, ToySample))
@@ -119,7 +118,7 @@ def _phrases(
     present: npt.NDArray[np.bool_],
     kinds: Sequence[Kind],
 ) -> Iterator[tuple[str, npt.NDArray[np.bool_], bool]]:
-    """Phrases that are or may be true of a scene, the classes that they mean, and whether it is sure."""
+    """Phrases that are or may be true of a scene, the classes they mean, and whether they are surely true."""
     names = {CLASSES[number]: bool(visible[number]) for number in np.flatnonzero(present).tolist()}
     looks = {name: _look(scene, name) for name, seen in names.items() if seen}
     for name, seen in names.items():
@@ -129,7 +128,7 @@ def _phrases(
             for colour in (looks[name],) if seen else _LOOKS[name]:
                 yield f"{colour} {name}", _marked(name), seen
     if "colours" in kinds:
-        # What is too small to be told its colour may have any of its class's.
+        # A class too small to judge may have any of its colours.
         doubtful = {colour for name, seen in names.items() if not seen for colour, _ in COLOURS[name]}
         for colour in sorted({*looks.values(), *doubtful}):
             same = [name for name, look in looks.items() if look == colour]
@@ -146,7 +145,7 @@ def _phrases(
 
 
 def kind_of(phrase: str) -> Kind:
-    """Which kind a phrase of ``open_toy_source`` is."""
+    """The kind of a phrase from ``open_toy_source``."""
     if phrase in CLASSES:
         return "names"
     if phrase in _COUNTS:
@@ -158,12 +157,12 @@ def kind_of(phrase: str) -> Kind:
 
 @lru_cache(maxsize=64)
 def _scene(seed: int, index: int, size: int) -> toyworld.Scene:
-    """A scene, kept for its other phrases, which come next where images are grouped. Not to be changed."""
+    """Draw a scene; cached because grouped phrases of an image follow each other. Read-only."""
     return toyworld.scene(seed, index, size)
 
 
 def _look(scene: toyworld.Scene, name: str) -> str:
-    """Colour word of a class in a scene."""
+    """The colour word of a class in a scene."""
     if name not in _LOOKS:
         return COLOURS[name][0][0]
     mean = scene.image[scene.labels == CLASSES.index(name)].mean(0)

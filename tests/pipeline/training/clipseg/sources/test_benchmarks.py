@@ -16,7 +16,6 @@ from PIL import Image
 
 from models.errors import MaskMillError
 from pipeline.datasets.cocojson import CocoDataset, open_coco_json
-from pipeline.datasets.oneshot import BENCHMARKS
 from pipeline.datasets.phrasecut import PhraseSample, open_phrasecut
 from pipeline.datasets.toy import ToyDataset, open_toyworld
 from pipeline.ontology.ontology import Ontology
@@ -29,7 +28,6 @@ from pipeline.training.clipseg.sources.benchmarks import (
     open_class_source,
     open_instance_source,
     open_phrase_source,
-    training_classes,
 )
 from pipeline.training.clipseg.sources.table import TableSource, open_table_source
 from pipeline.training.clipseg.sources.toy import KINDS, open_toy_source
@@ -173,18 +171,6 @@ def test_synonyms_and_ignored_pixels(tmp_path: Path) -> None:
     with pytest.raises(MaskMillError) as caught:
         open_class_source(dataset, class_ids=[3])
     assert caught.value.code == "wrong_use"
-
-
-@pytest.mark.parametrize("benchmark", ["pascal5i", "coco20i"])
-def test_training_classes_are_those_of_the_other_folds(benchmark: str) -> None:
-    folds = BENCHMARKS[benchmark].folds
-    for fold, tested in enumerate(folds):
-        trained = training_classes(benchmark, fold)
-        assert not set(trained) & set(tested) and len(trained) == 3 * len(tested)
-        assert set(trained) | set(tested) == set().union(*folds)
-    for wrong in ((benchmark, 4), (benchmark, -1), ("pascal6i", 0)):
-        with pytest.raises(MaskMillError):
-            training_classes(*wrong)
 
 
 # --- COCO instances -----------------------------------------------------------------------------------------
