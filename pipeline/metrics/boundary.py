@@ -1,13 +1,13 @@
-"""Boundary IoU (Cheng et al., CVPR 2021): IoU near the contours, whose errors large objects hide.
+"""Boundary IoU (Cheng et al., CVPR 2021): IoU near contours, whose errors plain IoU hides on large objects.
 
-The band of a class is its pixels at most d pixels inside its contour. d is a share of the image diagonal;
-distances are those of a 3x3 erosion repeated d times (chessboard), and the edge of the image is a contour,
-both as in the authors' code.
+The band of a class consists of its pixels at most d pixels inside its contour, with d a fraction of the image
+diagonal. As in the authors' code, distances are those of d 3x3 erosions (chessboard distance), and the image
+border is a contour.
 
-Ignored pixels are treated like the outside of the image: they have no class in the truth nor, whatever was
-predicted, in the prediction. So the contours of both run along them, a prediction that is right at all known
-pixels scores 1, and what is predicted at ignored pixels has no influence. Where the truth rings its objects
-with ignored pixels, as PASCAL VOC does, the band starts at the ring.
+Ignored pixels are treated like the outside of the image: they have no class in the truth or, whatever was
+predicted, in the prediction. Contours of both therefore run along them, a prediction that is right at all
+known pixels scores 1, and predictions at ignored pixels have no influence. Where the truth surrounds objects
+with ignored pixels, as in PASCAL VOC, the band starts at the inner edge of that ring.
 
 C classes, H W pixels.
 """
@@ -25,7 +25,7 @@ DILATION_RATIO = 0.02
 
 
 def band_width(height: int, width: int, dilation_ratio: float = DILATION_RATIO) -> int:
-    """Pixels that a band is wide (d), at least 1: the rounded share of the diagonal."""
+    """Width d of the band in pixels: the rounded fraction of the diagonal, at least 1."""
     return max(1, round(dilation_ratio * math.hypot(height, width)))
 
 
@@ -37,20 +37,20 @@ def boundary_counts(
     ignore_index: int = 255,
     dilation_ratio: float = DILATION_RATIO,
 ) -> np.ndarray:
-    """Count the pixels in which the bands of truth and prediction meet.
+    """Count the pixels in the intersection and union of the bands of truth and prediction.
 
     Args:
         truth: integer (H, W); pixels of ``ignore_index`` are ignored.
         predicted: integer (H, W); ids outside [0, C) count as no class.
         num_classes: C.
-        ignore_index: id of truth without a label.
-        dilation_ratio: band width as a share of the image diagonal.
+        ignore_index: id of unlabelled truth.
+        dilation_ratio: band width as a fraction of the image diagonal.
 
     Returns:
-        int64 (C, 2): pixels in both bands, and in either band, of every class.
+        int64 (C, 2): pixels of every class in both bands, and in either band.
 
     Raises:
-        ValueError: as ``confusion_matrix``, and if the maps are not (H, W).
+        ValueError: if the maps are not (H, W), and as ``confusion_matrix``.
     """
     if truth.ndim != 2:
         raise ValueError(f"contours need one label map (H, W), not {truth.shape}")
@@ -67,18 +67,18 @@ def boundary_iou_per_class(counts: np.ndarray) -> np.ndarray:
     """Boundary IoU of every class.
 
     Args:
-        counts: (C, 2) as ``boundary_counts``, or a sum of such.
+        counts: (C, 2) from ``boundary_counts``, or a sum of them.
 
     Returns:
-        float64 (C,) in [0, 1]; NaN for classes neither true nor predicted anywhere.
+        float64 (C,) in [0, 1]; NaN for classes without true or predicted pixels.
     """
     return ratio(counts[:, 0], counts[:, 1])
 
 
 def _band(ids: np.ndarray, none: int, distance: int) -> np.ndarray:
-    """Keep the ids near a contour, of all classes at once; the others become ``none``.
+    """Keep the ids near a contour, for all classes at once, and set the others to ``none``.
 
-    A pixel is deep inside its class if the lowest and the highest id around it are the same.
+    A pixel is deep inside its class if the lowest and the highest id in its neighbourhood are equal.
     """
     if not ids.size:
         return ids

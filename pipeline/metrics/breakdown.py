@@ -1,7 +1,7 @@
-"""Foreground statistics apart for groups of prompts: by the size of the object, by class, by the phrase.
+"""Foreground statistics by groups of prompts: by object size, by class, by phrase.
 
 A breakdown has a name and groups, such as "object size" with "below 1 %"; a prompt is in at most one group of
-each. Everything is counts, so parts sum.
+each breakdown. All statistics are counts, so they are additive.
 
 T thresholds.
 """
@@ -23,10 +23,10 @@ WORDS, PHRASE = "number of words", "phrase"
 
 _SIZE_LIMITS = (0.01, 0.04, 0.10, 0.25)
 SIZES = ("below 1 %", "1 to 4 %", "4 to 10 %", "10 to 25 %", "25 % and more")
-"""Groups of ``OBJECT_SIZE``: the share of the image that the object covers."""
+"""Groups of ``OBJECT_SIZE`` by the share of the image that the object covers."""
 WORD_COUNTS = ("1 word", "2 words", "3 words", "4 words", "5 words and more")
 PHRASES = ("name alone", "with attribute", "with relation", "with both")
-"""Groups of ``PHRASE``: what a referring expression says besides the name."""
+"""Groups of ``PHRASE`` by what a referring expression has besides the name."""
 PROMPTS = ("text", "image")
 
 _ORDER = {
@@ -37,16 +37,16 @@ _ORDER = {
 }
 
 Groups = Mapping[str, str]
-"""Group by breakdown of one prompt."""
+"""The group of a prompt, by breakdown."""
 
 
 def size_group(truth: np.ndarray) -> str:
-    """Group of ``OBJECT_SIZE`` of a mask, bool (H, W)."""
+    """``OBJECT_SIZE`` group of a mask, bool (H, W)."""
     return SIZES[bisect.bisect_right(_SIZE_LIMITS, float(truth.mean()))]
 
 
 def phrase_groups(phrase: str, *, attribute: bool, relation: bool) -> dict[str, str]:
-    """Groups of ``WORDS`` and ``PHRASE`` of a referring expression."""
+    """``WORDS`` and ``PHRASE`` groups of a referring expression."""
     count = max(1, min(len(phrase.split()), len(WORD_COUNTS)))
     return {WORDS: WORD_COUNTS[count - 1], PHRASE: PHRASES[attribute + 2 * relation]}
 
@@ -56,8 +56,8 @@ class Group:
     """Counts of a group.
 
     Attributes:
-        prompts: how many.
-        statistics: of all of them as one class.
+        prompts: number of prompts.
+        statistics: their sum, as a single class.
     """
 
     prompts: int
@@ -68,14 +68,14 @@ class Group:
 
 
 Breakdowns = dict[str, dict[str, Group]]
-"""Groups by name, by the name of the breakdown; groups in the order they are shown in."""
+"""Groups by breakdown and name, in display order."""
 
 
 def break_down(prompts: Iterable[tuple[ForegroundStatistics, Groups]]) -> Breakdowns:
     """Sum the statistics of prompts by group.
 
     Args:
-        prompts: statistics of one prompt each, all at the same thresholds, with its groups.
+        prompts: statistics and groups of each prompt; all need the same thresholds.
     """
     sums: dict[str, dict[str, tuple[int, np.ndarray, tuple[float, ...]]]] = {}
     for statistics, groups in prompts:
@@ -96,7 +96,7 @@ def break_down(prompts: Iterable[tuple[ForegroundStatistics, Groups]]) -> Breakd
 
 
 def merge_breakdowns(parts: Iterable[Breakdowns]) -> Breakdowns:
-    """Sum of several, such as those of the folds of a benchmark."""
+    """Sum breakdowns, such as those of a benchmark's folds."""
     found: Breakdowns = {}
     for part in parts:
         for breakdown, groups in part.items():
@@ -107,7 +107,7 @@ def merge_breakdowns(parts: Iterable[Breakdowns]) -> Breakdowns:
 
 
 def breakdowns_to_json(breakdowns: Breakdowns) -> dict[str, Any]:
-    """Plain lists and numbers; the thresholds must be ``THRESHOLDS``."""
+    """Convert to plain JSON values; the thresholds must be ``THRESHOLDS``."""
     return {
         breakdown: {
             name: {"prompts": group.prompts, "counts": group.statistics.counts[0].tolist()}
@@ -135,7 +135,7 @@ def breakdowns_from_json(data: Mapping[str, Any]) -> Breakdowns:
 
 
 def _ordered(breakdowns: Breakdowns) -> Breakdowns:
-    """Groups as ``_ORDER`` has them, and by name where it has no order."""
+    """Sort groups by ``_ORDER``, and those not in it by name."""
 
     def ordered(breakdown: str, groups: dict[str, Group]) -> dict[str, Group]:
         order = _ORDER.get(breakdown, ())

@@ -1,11 +1,11 @@
-"""Confusion matrix, and what follows from it.
+"""Confusion matrix and the metrics derived from it.
 
-Statistics of any number of images or workers are summed; ratios are taken once, at the end. C classes. A
-confusion matrix here is int64 (C, C + 1): row true class, column predicted class, the last column "no class"
-(an undecided pixel), which is always wrong. Ignored pixels are in no cell. All results are shares in [0, 1].
+Matrices of images or workers are summed; ratios are taken once, at the end. A confusion matrix of C classes
+is int64 (C, C + 1): rows are true classes, columns predicted classes, and the last column is "no class" (an
+undecided pixel), which is always wrong. Ignored pixels are in no cell. All results are in [0, 1].
 
-What is undefined is NaN, and means leave it out: the IoU of a class that is neither true nor predicted
-anywhere, the accuracy of one that is nowhere true, the precision of one that is nowhere predicted.
+Undefined values are NaN, and means skip them: the IoU of a class without true or predicted pixels, the
+accuracy of one without true pixels, and the precision of one without predicted pixels.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def confusion_matrix(
 
     Args:
         truth: integer (...); pixels of ``ignore_index`` are left out.
-        predicted: integer, same shape; ids outside [0, C), ``ignore_index`` among them, count as no class.
+        predicted: integer, same shape; ids outside [0, C), including ``ignore_index``, count as no class.
         num_classes: C.
-        ignore_index: id of truth without a label.
+        ignore_index: id of unlabelled truth.
 
     Returns:
         int64 (C, C + 1).
@@ -41,34 +41,32 @@ def confusion_matrix(
 
 
 def iou_per_class(confusion: np.ndarray) -> np.ndarray:
-    """Intersection over union of every class: float64 (C,); NaN for classes that do not occur."""
+    """Intersection over union of every class, float64 (C,); NaN for classes that do not occur."""
     correct = np.diag(confusion)
     return ratio(correct, confusion.sum(1) + confusion[:, :-1].sum(0) - correct)
 
 
 def accuracy_per_class(confusion: np.ndarray) -> np.ndarray:
-    """Share of each class's true pixels that are found (recall): float64 (C,); NaN where nothing is true."""
+    """Recall of every class, float64 (C,); NaN for classes without true pixels."""
     return ratio(np.diag(confusion), confusion.sum(1))
 
 
 def precision_per_class(confusion: np.ndarray) -> np.ndarray:
-    """Share of each class's predicted pixels that are right: float64 (C,); NaN where nothing is predicted."""
+    """Precision of every class, float64 (C,); NaN for classes without predicted pixels."""
     return ratio(np.diag(confusion), confusion[:, :-1].sum(0))
 
 
 def mean_iou(
     confusion: np.ndarray, classes: Sequence[int] | None = None, *, absent: Literal["skip", "zero"] = "skip"
 ) -> float:
-    """Mean of ``iou_per_class`` over all classes or over a group of them.
-
-    Over the seen classes it is mIoU(S), over the unseen ones mIoU(U).
+    """Mean of ``iou_per_class`` over all classes or a group: mIoU(S) over seen, mIoU(U) over unseen classes.
 
     Args:
-        confusion: (C, C + 1). It stays whole for a group: a seen class predicted on an unseen one is an error
-            of both (generalised zero-shot segmentation).
-        classes: ids of the group; all if None.
-        absent: what a class counts that is neither true nor predicted anywhere: ``skip`` leaves it out, as
-            mmsegmentation does; ``zero`` counts 0, as CLIPSeg's zero-shot scorer does.
+        confusion: (C, C + 1), complete even for a group: a seen class predicted on an unseen one is an error
+            for both (generalised zero-shot segmentation).
+        classes: ids of the group; None for all.
+        absent: how to treat a class without true or predicted pixels: ``skip`` it, as mmsegmentation does, or
+            count it as ``zero``, as CLIPSeg's zero-shot scorer does.
 
     Returns:
         In [0, 1]; NaN if no class is left to average.
@@ -85,16 +83,16 @@ def harmonic_iou(seen: float, unseen: float) -> float:
 
 
 def pixel_accuracy(confusion: np.ndarray) -> float:
-    """Share of the pixels that are right; NaN if there are none."""
+    """Share of correct pixels; NaN without pixels."""
     return float(ratio(np.trace(confusion), confusion.sum()))
 
 
 def mean_accuracy(confusion: np.ndarray) -> float:
-    """Mean of ``accuracy_per_class`` over the classes that are true somewhere (balanced accuracy)."""
+    """Mean of ``accuracy_per_class`` over the classes with true pixels (balanced accuracy)."""
     return mean_of_defined(accuracy_per_class(confusion))
 
 
 def frequency_weighted_iou(confusion: np.ndarray) -> float:
-    """Mean IoU weighted with each class's share of the true pixels; NaN if there are no pixels."""
+    """Mean IoU weighted by each class's share of the true pixels; NaN without pixels."""
     pixels = confusion.sum(1)
     return float(ratio(np.sum(np.nan_to_num(iou_per_class(confusion)) * pixels), pixels.sum()))

@@ -1,13 +1,13 @@
-"""Metrics of one prompt against one mask: a probability per pixel, cut at thresholds, as CLIPSeg is measured.
+"""Metrics for CLIPSeg: a probability map per prompt, thresholded and compared with a mask.
 
-Counts of every image are summed by class; ratios are taken at the end under a named ``Convention``:
+Counts of all images are summed by class; ratios are taken at the end under a named ``Convention``:
 
-* ``CLIPSEG`` is what the CLIPSeg paper's numbers were made with (its ``FixedIntervalMetrics``): 1 is added to
-  every denominator, and average precision is Simpson's rule over the part of the curve that the thresholds
-  reach.
-* ``STANDARD`` adds nothing and takes average precision as scikit-learn does: steps from recall 0 to 1.
+* ``CLIPSEG`` follows the code behind the paper's numbers (``FixedIntervalMetrics``): it adds 1 to every
+  denominator and computes average precision by Simpson's rule over the part of the curve that the thresholds
+  cover.
+* ``STANDARD`` adds nothing and computes average precision as scikit-learn does, by steps from recall 0 to 1.
 
-The 1 matters where counts are small: an object of 50 pixels that is found perfectly has an IoU of 50/51.
+The added 1 matters for small counts: an object of 50 pixels that is found perfectly has an IoU of 50/51.
 
 T thresholds, K classes, H W pixels. Counts are int64 (..., 4): true and false positives, false and true
 negatives.
@@ -32,13 +32,12 @@ class Convention:
     """How counts become ratios.
 
     Attributes:
-        name: for results.
-        added: what is added to every denominator. With 0, a ratio of nothing to nothing is NaN, and means
-            leave it out; with 1 it is 0.
+        name: name in results.
+        added: added to every denominator. With 0, the ratio 0/0 is NaN, which means skip; with 1 it is 0.
         integration: average precision by Simpson's rule over recall, or by steps (each gain in recall times
             the precision at its end).
-        extended: whether the precision-recall curve is continued to recall 0 at precision 1 and to recall 1,
-            where everything is foreground.
+        extended: extend the precision-recall curve to recall 0 at precision 1, and to recall 1, where
+            everything is foreground.
     """
 
     name: str
@@ -56,11 +55,10 @@ class ForegroundStatistics:
     """Counts of any number of samples by class; ``+`` and ``merge`` sum.
 
     Attributes:
-        class_ids: int64 (K,), ascending. What a class is depends on the benchmark: the index in a fold of
-            Pascal-5i, the category of COCO-20i, the index of the sample in PhraseCut, whose mIoU then is the
-            mean IoU of the samples.
+        class_ids: int64 (K,), ascending. Their meaning depends on the benchmark: class ids for Pascal-5i and
+            COCO-20i; the index of the sample for PhraseCut, so that mIoU is the mean IoU of the samples.
         counts: int64 (K, T, 4).
-        thresholds: T, ascending.
+        thresholds: T values, ascending.
     """
 
     class_ids: np.ndarray
@@ -85,15 +83,15 @@ class ForegroundStatistics:
         """Statistics of one sample.
 
         Args:
-            probability: floating (...), after the sigmoid. A pixel is foreground where it is above the
-                threshold (not equal), compared in the type of the probability, as PyTorch does.
+            probability: floating (...), after the sigmoid. A pixel is foreground if strictly above the
+                threshold, compared in the probability's dtype, as PyTorch does.
             truth: bool or {0, 1}, same shape.
-            class_id: as ``class_ids``.
-            known: bool, same shape; other pixels are left out. All if None.
+            class_id: see ``class_ids``.
+            known: bool, same shape, the pixels that count; None for all.
             thresholds: ascending.
 
         Raises:
-            ValueError: if shapes or types do not fit, or a probability is NaN.
+            ValueError: if shapes or dtypes do not match, or a probability is NaN.
         """
         if probability.shape != truth.shape or (known is not None and known.shape != truth.shape):
             raise ValueError(f"probability {probability.shape}, truth {truth.shape} or known differ in shape")
@@ -118,10 +116,10 @@ class ForegroundStatistics:
 
     @classmethod
     def merge(cls, parts: Iterable[ForegroundStatistics]) -> ForegroundStatistics:
-        """Sum of any number of statistics; of none, that of no sample.
+        """Sum any number of statistics, including none.
 
         Raises:
-            ValueError: if they differ in thresholds.
+            ValueError: if their thresholds differ.
         """
         parts = list(parts)
         thresholds = parts[0].thresholds if parts else THRESHOLDS
@@ -144,29 +142,29 @@ class ForegroundStatistics:
     def from_arrays(
         cls, class_id: np.ndarray, counts: np.ndarray, thresholds: tuple[float, ...] = THRESHOLDS
     ) -> ForegroundStatistics:
-        """Inverse of ``to_arrays``, also with ``counts`` flat.
+        """Inverse of ``to_arrays``; ``counts`` may be flat.
 
-        Repeated classes add up: of arrays put end to end it makes the sum.
+        Repeated classes are summed, so concatenated arrays give the sum.
         """
         return cls.merge([cls(class_id, counts.reshape(len(class_id), len(thresholds), 4), thresholds)])
 
 
 def foreground_iou(statistics: ForegroundStatistics, convention: Convention) -> np.ndarray:
-    """IoU_FG: IoU of the foreground over the total counts of all samples, float64 (T,)."""
+    """IoU_FG: foreground IoU over the total counts of all samples, float64 (T,)."""
     return _iou(statistics.counts.sum(0), convention)
 
 
 def binary_iou(statistics: ForegroundStatistics, convention: Convention) -> np.ndarray:
-    """IoU_BIN: mean of the IoU of foreground and of background over the total counts, float64 (T,).
+    """IoU_BIN: mean of foreground and background IoU over the total counts, float64 (T,).
 
-    NaN, under ``STANDARD``, where either of them neither is nor is predicted.
+    Under ``STANDARD``, NaN where one of the two has neither true nor predicted pixels.
     """
     total = statistics.counts.sum(0)
     return (_iou(total, convention) + _iou(total[..., ::-1], convention)) / 2
 
 
 def mean_iou(statistics: ForegroundStatistics, convention: Convention) -> np.ndarray:
-    """mIoU: mean over the classes of the IoU of the foreground over each class's counts, float64 (T,)."""
+    """mIoU: mean over the classes of each class's foreground IoU, float64 (T,)."""
     values = _iou(statistics.counts, convention)
     return np.array([mean_of_defined(column) for column in values.T])
 
@@ -174,11 +172,11 @@ def mean_iou(statistics: ForegroundStatistics, convention: Convention) -> np.nda
 def precision_recall_curve(
     statistics: ForegroundStatistics, convention: Convention
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and recall over the total counts, at the thresholds that something exceeds.
+    """Precision and recall over the total counts, at the thresholds with any predicted pixels.
 
     Returns:
-        Recall, ascending, and precision, float64 (P,) each, P at most T, or T + 2 if extended; repeated
-        points are left out. Empty if the truth has no foreground (``STANDARD``) or nothing is predicted
+        Recall, ascending, and precision, float64 (P,) each, without repeated points; P is at most T, or
+        T + 2 if extended. Empty if the truth has no foreground (``STANDARD``) or nothing is predicted
         (``CLIPSEG``).
     """
     counts = statistics.counts.sum(0)[::-1]  # recall grows as the threshold falls
@@ -197,12 +195,13 @@ def precision_recall_curve(
 
 
 def average_precision(statistics: ForegroundStatistics, convention: Convention) -> float:
-    """Area under the precision-recall curve; NaN where the curve is undefined.
+    """Area under the precision-recall curve; NaN if the curve is undefined.
 
-    Simpson's rule takes one point for each recall, that of the highest precision. (CLIPSeg's code keeps all
-    points of one recall, in an order without meaning, though an interval without width has no parabola; with
-    enough pixels no recall repeats.) For an even number of points the last and the first interval are in
-    turn taken as a trapezoid and both results averaged, which was SciPy's rule when the paper was written.
+    Simpson's rule takes one point per recall, the one with the highest precision. (CLIPSeg's code keeps all
+    points of a recall in arbitrary order, although no parabola fits an interval of zero width; with enough
+    pixels, no recall repeats.) For an even number of points, the result is the average of two: one with a
+    trapezoid for the last interval, one with a trapezoid for the first. This was SciPy's rule at the time of
+    the paper.
     """
     recall, precision = precision_recall_curve(statistics, convention)
     if not len(recall):
@@ -219,10 +218,10 @@ def summarise(
     """Reduce statistics to the metrics of a result.
 
     Args:
-        statistics: of all samples.
+        statistics: the sum over all samples.
         convention: ``CLIPSEG`` or ``STANDARD``.
-        threshold: one of the thresholds; None takes for each metric the one at which it is best. That is a
-            choice made on the very set that is measured.
+        threshold: one of the thresholds; None for the best one of each metric, which is then chosen on the
+            evaluated set itself.
 
     Returns:
         ``miou``, ``iou_fg``, ``iou_bin``, ``ap`` in [0, 1], NaN where undefined, and the threshold of the
@@ -249,7 +248,7 @@ def summarise(
 
 
 def _above(values: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """How many values exceed each limit. Sorting is vectorised; comparing 49 times takes far longer."""
+    """Number of values above each limit. Sorting once is far faster than 49 comparisons."""
     ordered = np.sort(values, axis=None)
     if ordered.size and np.isnan(ordered[-1]):
         raise ValueError("a probability is NaN")
@@ -257,7 +256,7 @@ def _above(values: np.ndarray, limits: np.ndarray) -> np.ndarray:
 
 
 def _iou(counts: np.ndarray, convention: Convention) -> np.ndarray:
-    """IoU of the foreground; of the background if the last axis is reversed."""
+    """Foreground IoU; background IoU if the last axis is reversed."""
     tp, fp, fn, _ = np.moveaxis(counts, -1, 0)
     return ratio(tp, tp + fp + fn + convention.added)
 

@@ -1,6 +1,6 @@
-"""The one list of metrics: what pages, MLflow and ``maskmill runs`` call them, and which way is better.
+"""Metric names for pages, MLflow and ``maskmill runs``, and which direction is better.
 
-Every metric of a result is shown and tracked, listed here or not; an unlisted one appears under its key.
+Every metric of a result is shown and tracked; one that is not listed here appears under its key.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ class Metric:
     """How a metric is presented.
 
     Attributes:
-        label: for people.
-        less_is_better: direction of an improvement.
-        key: one of the figures that ``maskmill runs`` lists.
+        label: display name.
+        less_is_better: a smaller value is an improvement.
+        key: ``maskmill runs`` lists it.
     """
 
     label: str
@@ -43,13 +43,13 @@ METRICS = {
     "delta_probability": Metric("change of P(object)"),
 }
 PER_CLASS = ("iou", "boundary_iou", "accuracy", "precision")
-"""Figures of each class in ``evaluation.json``; in MLflow ``iou/CLASS`` and so on."""
+"""Metrics per class in ``evaluation.json``; in MLflow ``iou/CLASS`` and so on."""
 STANDARD = "standard"
-"""Suffix of foreground metrics under the standard convention rather than CLIPSeg's."""
+"""Suffix of foreground metrics under the standard convention instead of CLIPSeg's."""
 
 
 def metric_label(key: str) -> str:
-    """A metric as people call it; an unlisted key without its underscores."""
+    """Display name of a metric; an unlisted key with spaces for underscores."""
     plain = key.removesuffix(f"_{STANDARD}")
     label = METRICS[plain].label if plain in METRICS else plain.replace("_", " ")
     return label if plain == key else f"{label}, standard"

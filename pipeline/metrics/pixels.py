@@ -1,6 +1,6 @@
-"""The counting that all metrics share: class maps in one narrow form, and pairs of values.
+"""Counting shared by all metrics: normalised class maps, and counts of value pairs.
 
-C classes, H W pixels. In a class map the id C stands for "none": an ignored pixel, or an undecided one.
+C classes, H W pixels. In a class map, the id C means "none": an ignored or undecided pixel.
 """
 
 from __future__ import annotations
@@ -13,20 +13,19 @@ _EXACT = 1 << 24  # OpenCV returns its counts as float32
 def class_maps(
     truth: np.ndarray, predicted: np.ndarray, num_classes: int, ignore_index: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bring truth and prediction into one form, in which ignored pixels have no class on either side.
+    """Normalise truth and prediction so that ignored pixels have no class in either.
 
     Args:
         truth: integer (...); pixels of ``ignore_index`` are ignored.
-        predicted: integer, same shape; ids outside [0, C), ``ignore_index`` among them, count as no class.
+        predicted: integer, same shape; ids outside [0, C), including ``ignore_index``, count as no class.
         num_classes: C, at most 65,535.
-        ignore_index: id of truth without a label.
+        ignore_index: id of unlabelled truth.
 
     Returns:
-        Truth and prediction with ids in [0, C], where C is none; new arrays, uint8, or uint16 above 255
-        classes.
+        New arrays with ids in [0, C], where C is none; uint8, or uint16 above 255 classes.
 
     Raises:
-        ValueError: if the shapes differ, a map does not hold integers, or the truth has an id outside [0, C)
+        ValueError: if the shapes differ, a map is not of integers, or the truth has an id outside [0, C)
             other than ``ignore_index``.
     """
     if truth.shape != predicted.shape:
@@ -41,12 +40,12 @@ def class_maps(
 
 
 def joint_counts(first: np.ndarray, second: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Count the pairs of values that two maps have at the same pixels.
+    """Count the pairs of values at the same pixels of two maps.
 
     Args:
-        first: uint8 or uint16 (...), below ``shape[0]``.
-        second: the same, below ``shape[1]``.
-        shape: how many values each can have.
+        first: uint8 or uint16 (...), values below ``shape[0]``.
+        second: same shape, values below ``shape[1]``.
+        shape: number of possible values of each.
 
     Returns:
         int64 of ``shape``.
@@ -57,7 +56,7 @@ def joint_counts(first: np.ndarray, second: np.ndarray, shape: tuple[int, int]) 
         return np.bincount(pairs, minlength=shape[0] * shape[1]).reshape(shape)
     import cv2
 
-    # Twice as fast as numpy.bincount, which makes 64 bit copies.
+    # Twice as fast as numpy.bincount, which makes 64-bit copies.
     counts = np.zeros(shape, np.int64)
     ranges = [0, shape[0], 0, shape[1]]
     for start in range(0, first.size, _EXACT):

@@ -1,4 +1,4 @@
-"""Division for metrics. What is undefined is NaN, and a mean leaves NaN out."""
+"""Division for metrics: undefined values are NaN, and means skip NaN."""
 
 from __future__ import annotations
 
@@ -6,15 +6,7 @@ import numpy as np
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
-    """Divide counts.
-
-    Args:
-        numerator: integer or float (...).
-        denominator: the same shape, not negative.
-
-    Returns:
-        float64 (...); NaN where the denominator is 0.
-    """
+    """Divide arrays of the same shape into float64; NaN where the denominator (never negative) is 0."""
     numerator, denominator = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
     return np.divide(numerator, denominator, out=np.full(numerator.shape, np.nan), where=denominator > 0)
 

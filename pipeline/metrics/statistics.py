@@ -1,7 +1,7 @@
-"""All that an evaluation counts, for one image or any number of them.
+"""All counts of an evaluation, for any number of images.
 
-Everything is an integer and additive: sums of parts, in any order and from any number of workers, equal a
-single pass bit for bit. C classes, H W pixels.
+Counts are integers and additive, so the sum of parts, in any order and from any number of workers, is bit for
+bit that of a single pass. C classes, H W pixels.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class SegmentationStatistics:
     """Counts of any number of images; ``+`` merges.
 
     Attributes:
-        images: how many.
-        confusion: int64 (C, C + 1), see ``confusion``.
-        boundary: int64 (C, 2), see ``boundary``; zeros where contours were not asked for.
-        calibration: int64 (256, 2), see ``calibration``; zeros where there was no confidence.
+        images: number of images.
+        confusion: int64 (C, C + 1), see ``pipeline.metrics.confusion``.
+        boundary: int64 (C, 2), see ``pipeline.metrics.boundary``; zeros if not counted.
+        calibration: int64 (256, 2), see ``pipeline.metrics.calibration``; zeros without confidence.
     """
 
     images: int
@@ -63,11 +63,11 @@ class SegmentationStatistics:
 
         Args:
             truth: integer (H, W); pixels of ``ignore_index`` are left out everywhere.
-            labels: integer (H, W), predicted; ids outside [0, C), ``ignore_index`` among them, are no class.
+            labels: predicted, integer (H, W); ids outside [0, C), including ``ignore_index``, are no class.
             confidence: uint8 (H, W), round(255 p) of the predicted class; None if unknown.
             num_classes: C.
-            ignore_index: id of truth without a label.
-            boundary: whether to count along the contours.
+            ignore_index: id of unlabelled truth.
+            boundary: also count for boundary IoU.
 
         Raises:
             ValueError: if the shapes differ, the truth has an id outside [0, C) other than ``ignore_index``,
@@ -92,7 +92,7 @@ class SegmentationStatistics:
 
     @property
     def miou(self) -> float:
-        """Mean IoU over the classes that are true or predicted; of one image, the score that ranks it."""
+        """Mean IoU over the classes with true or predicted pixels; ranks single images."""
         return mean_iou(self.confusion)
 
     def __add__(self, other: SegmentationStatistics) -> SegmentationStatistics:
@@ -106,10 +106,9 @@ class SegmentationStatistics:
         )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """The counts that are not zero, as two list columns of an Arrow table: ``index`` and ``count``.
+        """The K non-zero counts as ``index`` and ``count``, int64 (K,), for list columns of an Arrow table.
 
-        Returns:
-            ``index`` and ``count``, int64 (K,). An image of 171 classes takes some kilobytes, not 235.
+        An image with 171 classes takes a few kilobytes instead of 235.
         """
         counts = np.concatenate(
             [[self.images], self.confusion.ravel(), self.boundary.ravel(), self.calibration.ravel()]
@@ -119,7 +118,7 @@ class SegmentationStatistics:
 
     @classmethod
     def from_arrays(cls, num_classes: int, index: np.ndarray, count: np.ndarray) -> SegmentationStatistics:
-        """Inverse of ``to_arrays``. Repeated indices add up: of arrays put end to end it makes the sum."""
+        """Inverse of ``to_arrays``. Repeated indices are summed, so concatenated arrays give the sum."""
         shapes = (1,), (num_classes, num_classes + 1), (num_classes, 2), (256, 2)
         ends = np.cumsum([np.prod(shape, dtype=int) for shape in shapes])
         counts = np.zeros(ends[-1], np.int64)
@@ -139,17 +138,17 @@ def summarise(
     """Reduce statistics to the metrics of a result.
 
     Args:
-        statistics: of all images.
+        statistics: the sum over all images.
         groups: ``seen``, ``unseen`` or None for each class, for zero-shot segmentation.
-        absent: what classes count in the means of the IoU that do not occur, as ``mean_iou``.
+        absent: how mean IoU treats classes that do not occur, see ``mean_iou``.
 
     Returns:
-        Shares in [0, 1], NaN where undefined or not measured: ``miou``, ``pixel_accuracy``,
-        ``mean_accuracy``, ``fwiou``, ``boundary_miou`` (mean over the classes that occur), ``ece``; with
-        groups also ``miou_seen``, ``miou_unseen``, ``hiou``.
+        Values in [0, 1], NaN if undefined or not measured: ``miou``, ``pixel_accuracy``, ``mean_accuracy``,
+        ``fwiou``, ``boundary_miou`` (mean over the classes that occur), ``ece``; with groups also
+        ``miou_seen``, ``miou_unseen``, ``hiou``.
 
     Raises:
-        ValueError: if there is not one group per class.
+        ValueError: if the number of groups is not C.
     """
     confusion = statistics.confusion
     metrics = {
@@ -175,8 +174,8 @@ def summarise_classes(statistics: SegmentationStatistics) -> dict[str, np.ndarra
     """Metrics of every class.
 
     Returns:
-        (C,) each: ``pixels`` int64, true ones; ``iou``, ``boundary_iou``, ``accuracy``, ``precision`` float64
-        in [0, 1], NaN where undefined or not measured.
+        (C,) each: ``pixels``, the true pixels, int64; ``iou``, ``boundary_iou``, ``accuracy``, ``precision``,
+        float64 in [0, 1], NaN if undefined or not measured.
     """
     confusion = statistics.confusion
     return {

@@ -1,6 +1,6 @@
-"""Prompts for fine-grained and novel concepts, as in section 4.4 of MaskCLIP (Zhou et al., ECCV 2022).
+"""Prompts for fine-grained and novel concepts from section 4.4 of MaskCLIP (Zhou et al., ECCV 2022).
 
-The paper shows pictures from the web, which are not distributed; any folder of images will do.
+The paper's images come from the web and are not distributed; any folder of images will do.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _STREET = (
 
 @dataclass(frozen=True)
 class ConceptList:
-    """What to look for, and what else is in the pictures.
+    """Concepts to find, and the other classes in the images.
 
     Attributes:
         concepts: prompts to show.
-        context: other classes, so that not every pixel has to be a concept.
-        templates: name of a set of prompt templates.
+        context: other classes, so that not every pixel becomes a concept.
+        templates: name of a prompt template set.
     """
 
     concepts: tuple[str, ...]

@@ -1,11 +1,11 @@
-"""The ontology: the classes, their names, and their colours.
+"""The ontology: the classes with their names, prompts and colours.
 
-An ontology comes from a YAML file, from a list on the command line, or from a built-in name. Ids are
-positions; with ``background`` words, class 0 is "background" and the classes follow from 1. Everything made
-with an ontology records its hash.
+An ontology comes from a YAML file, a list on the command line, or a built-in name. Ids are positions; with
+``background`` words, class 0 is "background" and the classes start at 1. Outputs made with an ontology record
+its hash.
 
     name: pets
-    background: default            # or a list of words; leave it out for no background class
+    background: default            # or a list of words; omit it for no background class
     classes:
       - cat
       - {name: dog, synonyms: [puppy, hound], merge: mean, threshold: 0.4, color: "#aa3300", kind: thing}
@@ -52,7 +52,7 @@ MAX_CLASSES: Final = 65_534
 MAX_CLASSES_8BIT: Final = 254
 #: Name of class 0 if there are background words.
 BACKGROUND: Final = "background"
-#: Stands for the words of ``builtin/background.yaml``, except those that the classes use themselves.
+#: Stands for the words of ``builtin/background.yaml`` that no class uses.
 DEFAULT_BACKGROUND: Final = "default"
 
 _FOLDER = Path(__file__).parent / "builtin"
@@ -61,17 +61,17 @@ _REMEDY = (
 )
 _MAX_SHOWN = 5
 
-# Pydantic's error types for a number or a truth value in place of a class (a word or a mapping).
-_WORD_WANTED = {"string_type", "model_type", "model_attributes_type", "dict_type"}
+# Pydantic's error types for a number or a boolean instead of a class (a word or a mapping).
+_WORD_EXPECTED = {"string_type", "model_type", "model_attributes_type", "dict_type"}
 
 Merge = Literal["max", "mean"]
 Location = tuple[int | str, ...]
-#: Key in pydantic's validation context: the folder that paths of examples are relative to.
+#: Key in pydantic's validation context: the folder for relative paths of examples.
 _FOLDER_OF_FILE = "folder"
 
 
 def _clean(text: str) -> str:
-    # Case matters to some tokenizers, white space to none.
+    # Keep the case, which matters to some tokenizers; whitespace matters to none.
     if any(unicodedata.category(char) == "Cc" and not char.isspace() for char in text):
         raise PydanticCustomError("control_character", "a name must not contain control characters")
     text = " ".join(unicodedata.normalize("NFC", text).split())
@@ -88,12 +88,12 @@ class Example(BaseModel):
     """A picture that shows a class.
 
     Attributes:
-        image: path or URI of the picture. A relative path in a YAML file starts at the file's folder and
-            becomes absolute when the file is read.
-        mask: path or URI of a picture of the same size that is black except on the object; None if the whole
-            picture shows it.
-        sha256: hex, over the SHA-256 of each of the two files, computed when the YAML file is read. It makes
-            the ontology's hash depend on what the pictures show, not on where they are.
+        image: path or URI. A path in a YAML file is relative to the file's folder and made absolute on
+            reading.
+        mask: path or URI of a picture of the same size, black except on the object; None if the object fills
+            the picture.
+        sha256: hex digest over the SHA-256 of both files, computed when the YAML file is read. It makes the
+            ontology's hash depend on the content of the pictures, not on their location.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -127,7 +127,7 @@ class Example(BaseModel):
         return found
 
     def check_unchanged(self) -> None:
-        """Check that the files are the ones the ontology was read with.
+        """Check that the files have not changed since the ontology was read.
 
         Raises:
             MaskMillError: ``example_unreadable``.
@@ -155,7 +155,7 @@ def example_digest(image: str, mask: str | None) -> str:
     """SHA-256 (hex) over the files of an example.
 
     Raises:
-        PydanticCustomError: a file cannot be read.
+        PydanticCustomError: if a file cannot be read.
     """
     from pipeline.files.images import ImageError, fetch
 
@@ -177,14 +177,13 @@ class ClassEntry(BaseModel):
     """One class.
 
     Attributes:
-        name: also its first prompt.
-        synonyms: more prompts for the same class.
+        name: also the first prompt.
+        synonyms: further prompts.
         threshold: probability in [0, 1] below which its pixels are ignored; None for no limit.
-        color: "#rrggbb"; None to have one chosen.
-        kind: "thing" (countable) or "stuff"; None if it does not matter.
-        merge: how name and synonyms, or examples, are combined: "max" of their scores, or "mean" of their
-            embeddings.
-        examples: pictures of it, for models that take pictures as prompts (CLIPSeg).
+        color: "#rrggbb"; None to choose one.
+        kind: "thing" (countable) or "stuff"; None if unspecified.
+        merge: how to combine prompts or examples: "max" of their scores, or "mean" of their embeddings.
+        examples: pictures of the class, for models with visual prompts (CLIPSeg).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -206,22 +205,22 @@ class ClassEntry(BaseModel):
     def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
         if not self.examples:
-            del fields["examples"]  # keeps the hashes of ontologies written before examples existed
+            del fields["examples"]  # keeps the hashes of ontologies from before examples existed
         return fields
 
 
 class Ontology(BaseModel):
     """Classes by position, background words, ignore index and prompt templates.
 
-    Constructing it directly raises pydantic's ``ValidationError``; ``load_ontology``, ``parse_classes`` and
-    ``from_dict`` turn that into ``MaskMillError``.
+    The constructor raises pydantic's ``ValidationError``; ``load_ontology``, ``parse_classes`` and
+    ``from_dict`` convert it to ``MaskMillError``.
 
     Attributes:
-        name: of this set of classes.
-        classes: their ids follow the background's, if there is one.
-        background: words that become class 0 (the highest of their scores), or None. "default" stands for the
+        name: name of the ontology.
+        classes: the classes, with ids from 0, or from 1 if there is a background.
+        background: words that form class 0 (the highest of their scores), or None. "default" stands for the
             words of ``builtin/background.yaml`` that no class uses.
-        ignore_index: mask value of pixels without a label: 255, or 65,535 above 254 classes.
+        ignore_index: mask value of unlabelled pixels; by default 255, or 65,535 above 254 classes.
         templates: name of a template set, or templates with one ``{}`` each.
     """
 
@@ -230,7 +229,7 @@ class Ontology(BaseModel):
     name: Name
     classes: tuple[ClassEntry, ...]
     background: tuple[Name, ...] | None = None
-    # Never None after validation: the validator chooses by the number of classes.
+    # Never None after validation: the validator fills in the default.
     ignore_index: Annotated[int, Field(strict=True, validate_default=True)] = None  # type: ignore[assignment]
     templates: StrictStr | tuple[StrictStr, ...] = "openai85"
 
@@ -321,7 +320,7 @@ class Ontology(BaseModel):
 
     @property
     def num_classes(self) -> int:
-        """Number of ids, background included."""
+        """Number of classes, including background."""
         return len(self.classes) + self._offset
 
     @property
@@ -336,7 +335,7 @@ class Ontology(BaseModel):
 
     @property
     def hash(self) -> str:
-        """SHA-256 (hex) of the canonical JSON of all fields; an example with a digest counts by it."""
+        """SHA-256 (hex) of the canonical JSON of all fields; examples count by digest if they have one."""
         fields = self.to_dict()
         for entry in fields["classes"]:
             for example in entry.get("examples", ()):
@@ -352,7 +351,7 @@ class Ontology(BaseModel):
         return [list(self.background), *words] if self.background else words
 
     def merges(self) -> list[Merge]:
-        """How the prompts of each class id become one score; "max" for background."""
+        """Merge mode per class id; "max" for background."""
         background: list[Merge] = ["max"] * self._offset
         return background + [entry.merge for entry in self.classes]
 
@@ -362,17 +361,17 @@ class Ontology(BaseModel):
         return background + [entry.kind for entry in self.classes]
 
     def examples(self) -> list[tuple[Example, ...]]:
-        """Example pictures per class id; none for background."""
+        """Examples per class id; none for background."""
         return [()] * self._offset + [entry.examples for entry in self.classes]
 
     def thresholds(self, default: float = 0.0) -> npt.NDArray[np.float32] | None:
-        """The lowest probability at which a pixel is labelled.
+        """Minimum probability for labelling a pixel, by class.
 
         Args:
-            default: in [0, 1], for background and classes without a threshold.
+            default: threshold in [0, 1] for background and classes without one.
 
         Returns:
-            float32 (C,) in [0, 1] by class id, or None if no class has a limit.
+            float32 (C,) in [0, 1], or None if all are 0.
         """
         values = [default] * self._offset + [
             default if entry.threshold is None else entry.threshold for entry in self.classes
@@ -380,7 +379,7 @@ class Ontology(BaseModel):
         return np.array(values, dtype=np.float32) if any(values) else None
 
     def palette(self) -> npt.NDArray[np.uint8]:
-        """Colour per class id, uint8 (C, 3) sRGB: given or chosen; dark grey for background."""
+        """Colour per class id, uint8 (C, 3) sRGB: specified or chosen; dark grey for background."""
         given: list[tuple[int, int, int] | None] = [BACKGROUND_GREY] * self._offset
         for entry in self.classes:
             r, g, b = bytes.fromhex(entry.color[1:]) if entry.color else (0, 0, 0)
@@ -393,7 +392,7 @@ class Ontology(BaseModel):
 
     @classmethod
     def from_record(cls, recorded: Mapping[str, Any], *, origin: str = "the record") -> Ontology:
-        """Build from what a label table or a student recorded: ``to_dict`` plus hash and names.
+        """Build from the record of a label table or a student, which is ``to_dict`` plus hash and names.
 
         Raises:
             MaskMillError: ``ontology_invalid``.
@@ -424,7 +423,7 @@ def default_background() -> tuple[str, ...]:
 
 @cache
 def builtin_ontologies() -> tuple[str, ...]:
-    """Names that ``load_ontology`` accepts in place of a file."""
+    """Names of the built-in ontologies."""
     return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml") if path.stem != "background"))
 
 
@@ -435,13 +434,12 @@ def parse_classes(
     name: str = "classes",
     templates: str | Sequence[str] = "openai85",
 ) -> Ontology:
-    """Ontology from a list typed on a command line.
+    """Parse an ontology from a list on the command line.
 
     Args:
-        text: class names separated by commas; a name that contains one goes in double quotes:
-            ``cat, "salt, pepper"``.
-        background: as in ``Ontology``; "default" also leaves out plain plurals of the words in ``text``.
-        name: of the ontology.
+        text: class names separated by commas; quote a name that contains a comma: ``cat, "salt, pepper"``.
+        background: see ``Ontology``.
+        name: name of the ontology.
         templates: name of a template set, or templates.
 
     Raises:
@@ -466,13 +464,13 @@ def parse_classes(
 
 
 def load_ontology(source: str | Path) -> Ontology:
-    """Ontology by built-in name or from a YAML file.
+    """Load a built-in ontology or a YAML file.
 
     Args:
         source: a name from ``builtin_ontologies()`` or the path of a YAML file.
 
     Raises:
-        MaskMillError: ``ontology_invalid``, naming file and line if a file breaks a rule.
+        MaskMillError: ``ontology_invalid``, naming file and line if the file is invalid.
     """
     builtin = str(source) in builtin_ontologies()
     path = _FOLDER / f"{source}.yaml" if builtin else Path(source).expanduser()
@@ -492,12 +490,14 @@ def load_ontology(source: str | Path) -> Ontology:
 def read_ontology_text(
     text: bytes | str, *, origin: str, default_name: str, folder: Path | None = None
 ) -> Ontology:
-    """Ontology from YAML text.
+    """Parse an ontology from YAML text.
 
     Args:
+        text: the document.
         origin: file name for errors.
-        default_name: of the ontology if the document gives none.
-        folder: that paths of examples are relative to; the examples are then read. None leaves them alone.
+        default_name: name of the ontology if the document has none.
+        folder: folder for relative paths of examples, which are then read and hashed; None leaves them as
+            they are.
 
     Raises:
         MaskMillError: ``ontology_invalid``, naming origin and line.
@@ -513,7 +513,7 @@ def read_ontology_text(
 
 
 def _parse_yaml(text: bytes | str, origin: str) -> tuple[Any, dict[Location, int]]:
-    """Plain values and the line (from 1) of every key and item, by location."""
+    """Parse YAML into plain values, and the line (from 1) of every key and item by location."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
         node = loader.get_single_node()
@@ -537,7 +537,7 @@ def _lines_of(
 ) -> Iterator[tuple[Location, int]]:
     line = node.start_mark.line + 1
     if id(node) in seen:
-        # An alias repeats its anchored node: refused, as nested aliases can expand without bound.
+        # Refuse aliases, as nested ones can expand without bound.
         raise _invalid(origin, line, "YAML anchors and aliases are not supported here")
     seen.add(id(node))
     yield where, line
@@ -596,7 +596,7 @@ def _describe(problem: Any, origin: str, lines: Mapping[Location, int]) -> str:
         text += f" (known: {', '.join(known)})"
     elif problem["type"] == "missing":
         text = f"the key '{where[-1]}' is missing"
-    elif problem["type"] in _WORD_WANTED and isinstance(problem["input"], (bool, int, float)):
+    elif problem["type"] in _WORD_EXPECTED and isinstance(problem["input"], (bool, int, float)):
         text = f"{_dotted(where)}: YAML reads this as {problem['input']!r}, not as a word; put it in quotes"
     elif problem["type"] == "string_pattern_mismatch":
         text = f"{_dotted(where)}: '{problem['input']}' is not a colour of the form \"#rrggbb\""
@@ -617,7 +617,7 @@ def _dotted(where: Location) -> str:
 
 
 def _number_forms(word: str) -> set[str]:
-    """A word and the singulars that its ending allows: shelves -> shelves, shelve, shelv, shelf."""
+    """A word and its possible singulars: shelves -> shelves, shelve, shelv, shelf."""
     word = word.casefold()
     forms = {word}
     for ending, singular in (("s", ""), ("es", ""), ("ies", "y"), ("ves", "f"), ("ves", "fe")):

@@ -1,8 +1,8 @@
-"""Colours for any number of classes, distinct with and without full colour vision.
+"""Colours for any number of classes, distinct also for people with colour blindness.
 
-Each colour is chosen as far as possible from all earlier ones. The distance of two colours is their Oklab
-distance in normal vision, or twice that in protan or deutan vision (Machado et al. 2009, severity 1),
-whichever is less. The result depends only on the colours given and the count.
+Each colour is chosen as far as possible from all earlier ones. The distance of two colours is the smallest of
+their Oklab distance in normal vision and twice that in protan and deutan vision (Machado et al. 2009,
+severity 1). The result depends only on the given colours and the count.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TO_LAB = np.array(
      [0.0259040371, 0.7827717662, -0.8086757660]]
 )  # fmt: skip
 
-# Farthest-point choice takes time and runs out of candidates; beyond this many, colours are only unique.
+# Farthest-point selection is slow and runs out of candidates; beyond this number, colours are merely unique.
 _MAX_SPREAD = 512
 
 
@@ -45,20 +45,20 @@ def oklab(rgb: npt.ArrayLike) -> Array:
 
 
 def perceived(rgb: npt.ArrayLike) -> Array:
-    """Oklab coordinates (..., 3 visions, 3) of sRGB colours (..., 3): normal, protan, deutan vision."""
+    """Oklab coordinates (..., 3, 3) of sRGB colours (..., 3) in normal, protan and deutan vision."""
     linear = _linear(np.asarray(rgb, dtype=np.float64))
     views = [linear, np.clip(linear @ _PROTAN.T, 0, 1), np.clip(linear @ _DEUTAN.T, 0, 1)]
     return np.stack([_linear_to_oklab(view) for view in views], axis=-2)
 
 
 def palette(given: Sequence[tuple[int, int, int] | None]) -> npt.NDArray[np.uint8]:
-    """A colour per class.
+    """Choose the missing colours.
 
     Args:
-        given: sRGB colour (0..255) per class, or None to have one chosen.
+        given: sRGB colour (0..255) per class, or None to choose one.
 
     Returns:
-        uint8 (N, 3): the given colours unchanged, the others chosen, all different from each other.
+        uint8 (N, 3): the given colours unchanged; the chosen ones differ from them and from each other.
     """
     chosen = iter(_choose(sum(color is None for color in given), tuple(c for c in given if c is not None)))
     rows = [next(chosen) if color is None else color for color in given]
@@ -71,7 +71,7 @@ def _choose(count: int, taken: tuple[tuple[int, int, int], ...]) -> tuple[tuple[
     candidates = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
     lightness, a, b = oklab(candidates).T
     # Very dark or very light overlays hide the image or look like missing pixels. The most saturated colours
-    # draw the eye to whatever class has them; leaving them out costs a sixth of the least distance.
+    # draw the eye to their class; leaving them out costs a sixth of the minimum distance.
     candidates = candidates[(lightness > 0.38) & (lightness < 0.93) & (np.hypot(a, b) < 0.18)]
     seen = perceived(candidates)
     avoid = [*taken, (0, 0, 0), (255, 255, 255), BACKGROUND_GREY]
@@ -90,7 +90,7 @@ def _choose(count: int, taken: tuple[tuple[int, int, int], ...]) -> tuple[tuple[
     index = 0
     while len(result) < count:
         index += 1
-        # An odd factor permutes the 24-bit numbers, so no colour returns before all have been used.
+        # An odd factor permutes the 24-bit numbers, so no colour repeats before all have been used.
         value = index * 0x9E3779 % (1 << 24)
         color = (value >> 16, value >> 8 & 255, value & 255)
         if color not in used:
@@ -100,8 +100,8 @@ def _choose(count: int, taken: tuple[tuple[int, int, int], ...]) -> tuple[tuple[
 
 def _distance(seen: Array, one: Array) -> Array:
     per_vision = np.sqrt(((seen - one) ** 2).sum(-1))
-    # Two channels hold fewer colours than three: half the distance is what dichromats can get without taking
-    # any from others (measured at 14 to 171 colours against other weightings).
+    # Dichromats see fewer distinct colours. Half the distance is what they can get at no cost to normal
+    # vision (measured against other weights for 14 to 171 colours).
     return np.minimum(per_vision[..., 0], 2 * per_vision.min(-1))
 
 

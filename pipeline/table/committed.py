@@ -1,13 +1,12 @@
-"""Parts of a label table: what a run commits, what is done, and what a crash leaves behind.
+"""Parts of a label table: writing them, listing what is done, and cleaning up after a crash.
 
-A part is one Parquet file in ``labels/``, named after the ids in it and put in place atomically. A task that
-Ray runs again therefore writes the same file again, and an image is done when a part holds its id. Only a
-temporary file can be half-written. Two parts can share an id only if a run went on after it had lost its
-lease, or if a task that Ray ran again could read other images than before and cut its parts elsewhere;
-``done_ids`` removes the second row.
+A part is a Parquet file in ``labels/``, named after its ids and written atomically. If Ray retries a task, it
+writes the same file again. An image is done when a part has its id. Only temporary files can be incomplete.
+Two parts share an id only if a run continued after losing its lease, or if a retried task could read other
+images than before and split its parts elsewhere; ``done_ids`` removes the second row.
 
-Tables of older versions have a ``checkpoint/`` folder: ``checkpoint/X.pending.parquet`` marks parts
-``labels/X-N.parquet`` that may be torn.
+Tables from older versions have a folder ``checkpoint/``, in which ``X.pending.parquet`` marks parts
+``labels/X-N.parquet`` that may be incomplete.
 """
 
 from __future__ import annotations
@@ -30,23 +29,23 @@ _SUFFIX = ".parquet"
 
 
 def part_name(ids: np.ndarray) -> str:
-    """Name of the part with these ids, int64 (n,), in any order."""
+    """File name of the part with these ids, int64 (n,), in any order."""
     digest = hashlib.sha256(np.sort(ids).astype("<i8").tobytes()).hexdigest()
     return f"part-{digest[:32]}{_SUFFIX}"
 
 
 def write_part(storage: Storage, rows: pa.Table) -> None:
-    """Commit rows of ``pipeline.table.labels.LABEL_SCHEMA`` as a part: a reader sees all of them or none."""
+    """Write rows of ``pipeline.table.labels.LABEL_SCHEMA`` as a part, atomically."""
     buffer = io.BytesIO()
     pq.write_table(rows, buffer)
     storage.write_bytes(f"{LABELS_DIR}/{part_name(rows['id'].to_numpy())}", buffer.getvalue())
 
 
 def discard_leftovers(storage: Storage) -> int:
-    """Remove what killed runs left half-written. Call only while holding the lease.
+    """Delete what killed runs left incomplete. Call only while holding the lease.
 
     Returns:
-        How many parts were removed; their images will be labelled again.
+        Number of discarded parts, whose images will be labelled again.
     """
     discarded = 0
     for name in storage.list(LABELS_DIR):
@@ -60,21 +59,21 @@ def discard_leftovers(storage: Storage) -> int:
         for part in part_files(storage):
             if part.removesuffix(_SUFFIX).rpartition("-")[0] == f"{LABELS_DIR}/{stem}":
                 storage.delete(part)
-        # The mark goes last: a crash before that repeats all of it.
+        # Delete the mark last, so that a crash before this point repeats the cleanup.
         storage.delete(mark)
     return discarded + len(pending)
 
 
 def done_ids(storage: Storage) -> np.ndarray:
-    """Sorted ids of all images that have a row: int64 (n,). Call only while holding the lease.
+    """Sorted ids of all images with a row, int64 (n,). Call only while holding the lease.
 
-    Second rows of an id are removed from the table.
+    Duplicate rows are removed from the table.
 
     Raises:
         MaskMillError: ``table_damaged`` if a part cannot be read.
     """
     parts = part_files(storage)
-    # Many small files; on an object store each costs a round trip.
+    # There may be many small files, and each costs a round trip on an object store.
     with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(lambda part: _read(storage, part, ["id"])["id"].to_numpy(), parts))
     ids, first = np.unique(np.concatenate([np.empty(0, np.int64), *found]), return_index=True)
@@ -83,7 +82,7 @@ def done_ids(storage: Storage) -> np.ndarray:
         keep = np.isin(np.arange(start, start + len(each)), first)
         start += len(each)
         if not keep.all():
-            # A crash between the two steps leaves doubled rows again, and nothing lost.
+            # Write before deleting: a crash in between leaves duplicates again but loses nothing.
             if keep.any():
                 write_part(storage, _read(storage, part).filter(pa.array(keep)))
             storage.delete(part)

@@ -1,9 +1,9 @@
-"""The format of the label table: its columns, how its rows are made, encoded and read.
+"""The format of the label table: its columns, and how rows are made, encoded and read.
 
-To add a column, add it to ``LABEL_SCHEMA`` and to ``ok_row``; a failed row holds null there.
+To add a column, add it to ``LABEL_SCHEMA`` and to ``ok_row``; failed rows have null there.
 
-``labels`` (H, W) holds class ids and the ignore index, uint8 for up to 254 classes, uint16 for more.
-``confidence`` uint8 (H, W) is round(255 p), p being the probability of the chosen class.
+``labels`` (H, W) has class ids and the ignore index, as uint8 for up to 254 classes, else uint16.
+``confidence`` uint8 (H, W) is round(255 p), with p the probability of the chosen class.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from models.errors import Damaged, MaskMillError
 from pipeline.files.storage import Storage, open_storage
 from pipeline.table.statistics import Confidence, Labels, quality, segments
 
-#: The layout of Hugging Face's ``Image`` feature, which ``datasets`` and viewers open.
+#: The layout of Hugging Face's ``Image`` feature, for ``datasets`` and viewers.
 IMAGE_TYPE: Final = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 SEGMENT_TYPE: Final = pa.struct(
     [
@@ -31,7 +31,7 @@ SEGMENT_TYPE: Final = pa.struct(
         ("bbox", pa.list_(pa.int32(), 4)),
     ]
 )
-#: One row per image, failures included.
+#: One row per image, including failures.
 LABEL_SCHEMA: Final = pa.schema(
     [
         ("id", pa.int64()),
@@ -60,12 +60,12 @@ _FILES = "labels"
 
 
 def encode_mask(labels: Labels) -> bytes:
-    """Grey PNG: 8 bits for uint8, 16 bits for uint16."""
+    """Encode as a grey PNG: 8 bits for uint8, 16 bits for uint16."""
     _check_map(labels, (np.uint8, np.uint16))
     import cv2
 
-    # Runs are long and rows resemble the one above. Run lengths of vertical differences are the fastest
-    # strategy, and smaller than the general search (benchmarks/png_codecs.py).
+    # Runs are long, and rows resemble the row above. Run-length encoding of vertical differences is the
+    # fastest strategy, and compresses better than the default one (benchmarks/png_codecs.py).
     return _encode(labels, cv2.IMWRITE_PNG_STRATEGY_RLE)
 
 
@@ -82,11 +82,11 @@ def decode_mask(data: bytes) -> Labels:
 
 
 def encode_confidence(confidence: Confidence) -> bytes:
-    """Grey 8-bit PNG."""
+    """Encode as a grey 8-bit PNG."""
     _check_map(confidence, (np.uint8,))
     import cv2
 
-    # Smooth in both directions: differences, then the general search at its fastest level.
+    # The map is smooth, so use differences and the default strategy at its fastest level.
     return _encode(confidence, cv2.IMWRITE_PNG_STRATEGY_DEFAULT)
 
 
@@ -106,7 +106,7 @@ def _encode(array: npt.NDArray[Any], strategy: int) -> bytes:
     import cv2  # releases the GIL and is several times as fast as Pillow here
 
     flags = [cv2.IMWRITE_PNG_COMPRESSION, 1, cv2.IMWRITE_PNG_STRATEGY, strategy]
-    if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # older versions choose a filter per row: slower, same pixels
+    if hasattr(cv2, "IMWRITE_PNG_FILTER"):  # older versions choose a filter per row, which is slower
         flags += [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]
     done, data = cv2.imencode(".png", np.ascontiguousarray(array), flags)
     assert done
@@ -145,9 +145,7 @@ def ok_row(
 ) -> dict[str, Any]:  # fmt: skip
     """Row of a labelled image.
 
-    Args:
-        sha256: 32 bytes, of the encoded image.
-        height: pixels, after EXIF orientation, as ``width``.
+    ``sha256`` is the 32-byte digest of the encoded image; height and width apply after EXIF orientation.
     """
     assert labels.shape == confidence.shape == (height, width), (labels.shape, confidence.shape)
     return {
@@ -169,11 +167,11 @@ def failed_row(
     *, id: int, uri: str, status: str, error: str | None,
     sha256: bytes | None = None, height: int | None = None, width: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Row of an image that could not be labelled; what is unknown stays null.
+    """Row of an image that could not be labelled; unknown values are null.
 
     Args:
         status: stable error code.
-        error: message for people, cut after 500 characters.
+        error: message for humans, truncated to 500 characters.
     """
     assert status and status != OK
     if error is not None and len(error) > _MAX_ERROR_LENGTH:
@@ -195,11 +193,12 @@ def failed_row(
 def iter_rows(
     table: Storage | str | os.PathLike[str], columns: Sequence[str] | None = None, *, batch_size: int = 64
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a label table as dictionaries, file by file, ``batch_size`` in memory at a time.
+    """Yield the rows of a label table as dictionaries, with ``batch_size`` rows in memory at a time.
 
     Args:
         table: the output of a labelling run, or the folder with its Parquet files.
-        columns: all by default.
+        columns: columns to read; all by default.
+        batch_size: rows per batch.
 
     Raises:
         MaskMillError: ``table_damaged``.
@@ -209,7 +208,7 @@ def iter_rows(
 
 
 def read_ids(table: Storage | str | os.PathLike[str]) -> npt.NDArray[np.int64]:
-    """Ids of all rows, in file order, duplicates included.
+    """Ids of all rows, in file order, including duplicates.
 
     Raises:
         MaskMillError: ``table_damaged``.
@@ -219,13 +218,13 @@ def read_ids(table: Storage | str | os.PathLike[str]) -> npt.NDArray[np.int64]:
 
 
 def summarise(table: Storage | str | os.PathLike[str]) -> dict[str, Any]:
-    """Counts over a label table in bounded memory, as plain JSON values.
+    """Summarise a label table in bounded memory, as plain JSON values.
 
     Returns:
         ``images``, ``labelled`` and ``failed``; ``status``: rows per status, most frequent first; ``errors``:
         an example message per code; ``pixels`` of labelled images and ``ignored_pixels`` among them;
-        ``class_pixels`` and ``class_images`` by class id as a string; ``mean_quality``, None if nothing is
-        labelled.
+        ``class_pixels`` and ``class_images`` by class id (as a string); ``mean_quality``, None without
+        labelled images.
 
     Raises:
         MaskMillError: ``table_damaged``.
@@ -270,7 +269,7 @@ def summarise(table: Storage | str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def table_files(table: Storage | str | os.PathLike[str]) -> tuple[Storage, list[str]]:
-    """The folder with a table's Parquet files, and their sorted names; no names if there is no table."""
+    """The folder of a table's Parquet files, and their sorted names, which are empty without a table."""
     storage = table if isinstance(table, Storage) else open_storage(table)
     inner = storage.child(_FILES)
     for place in (inner, storage):

@@ -1,4 +1,4 @@
-"""``dataset.json``: what a label table holds, how it was made and with what."""
+"""``dataset.json``: the record of a label table's contents and how it was made."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SCHEMA_VERSION = 1
 
 
 def read_table_record(table: str) -> dict[str, Any]:
-    """What ``dataset.json`` says about a label table.
+    """Read the ``dataset.json`` of a label table.
 
     Raises:
-        MaskMillError: ``table_missing`` if there is none; ``newer_version``; ``json_invalid``.
+        MaskMillError: ``table_missing`` without one; ``newer_version``; ``json_invalid``.
     """
     storage = open_storage(table)
     record = read_record(storage, DATASET_FILE, SCHEMA_VERSION)

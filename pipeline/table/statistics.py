@@ -1,7 +1,7 @@
-"""Statistics of one labelled image, stored in its row.
+"""Statistics of a labelled image, stored in its row.
 
-``labels`` (H, W) holds class ids and the ignore index, uint8 for up to 254 classes, uint16 for more.
-``confidence`` uint8 (H, W) is round(255 p), p being the probability of the chosen class.
+``labels`` (H, W) has class ids and the ignore index, as uint8 for up to 254 classes, else uint16.
+``confidence`` uint8 (H, W) is round(255 p), with p the probability of the chosen class.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def segments(labels: Labels, confidence: Confidence, *, ignore_index: int) -> li
     """Statistics of each class in the image, by ascending class id.
 
     Returns:
-        ``class_id``, ``area`` in pixels, ``mean_confidence`` in [0, 1], and ``bbox`` around all pixels of the
-        class, as in COCO: [x, y, width, height] in pixels.
+        ``class_id``; ``area`` in pixels; ``mean_confidence`` in [0, 1]; ``bbox`` around all pixels of the
+        class in COCO's format, [x, y, width, height] in pixels.
     """
     assert labels.shape == confidence.shape
     areas, sums = _areas_and_sums(labels, confidence)
@@ -43,7 +43,7 @@ def segments(labels: Labels, confidence: Confidence, *, ignore_index: int) -> li
 
 
 def _extents(rank: npt.NDArray[Any], count: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-    """First row of each of ``count`` ranks, and the row after its last."""
+    """First row of each of ``count`` ranks, and one past its last row."""
     rows = np.zeros((len(rank), count), bool)
     rows[np.arange(len(rank))[:, None], rank] = True
     return rows.argmax(0), len(rank) - rows[::-1].argmax(0)
@@ -52,7 +52,7 @@ def _extents(rank: npt.NDArray[Any], count: int) -> tuple[npt.NDArray[np.intp], 
 def _areas_and_sums(labels: Labels, confidence: Confidence) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """Number of pixels and sum of their confidences (0 to 255), indexed by class id."""
     if labels.dtype == np.uint8:
-        # One joint histogram takes half the time of a plain and a weighted count.
+        # One joint histogram takes half the time of two counts, one of them weighted.
         joint = np.bincount((labels.astype(np.uint16) << 8 | confidence).ravel(), minlength=1 << 16)
         joint = joint.reshape(256, 256)
         return joint.sum(1), joint @ np.arange(256)
@@ -61,14 +61,17 @@ def _areas_and_sums(labels: Labels, confidence: Confidence) -> tuple[npt.NDArray
 
 
 def quality(confidence: Confidence, labels: Labels, *, ignore_index: int, temperature: float = 0.1) -> float:
-    """Label quality of an image in [0, 1], low where some pixels are doubtful; 0 without any labelled pixel.
+    """Label quality of an image in [0, 1], low if some pixels are doubtful; 0 without labelled pixels.
 
-    The mean confidence, weighted by softmax((1 - confidence) / temperature): the method "softmin" of
+    This is the mean confidence weighted by softmax((1 - confidence) / temperature), the method "softmin" of
     ``cleanlab.segmentation.rank.get_label_quality_scores`` (Lad and Mueller, "Estimating label quality and
     errors in semantic segmentation data via any model", 2023), computed exactly from a histogram.
 
     Args:
-        temperature: towards 0 the least confident pixel decides, towards infinity it is the plain mean.
+        confidence: uint8 (H, W).
+        labels: (H, W).
+        ignore_index: id of unlabelled pixels.
+        temperature: near 0, the least confident pixel decides; towards infinity, it becomes the plain mean.
     """
     assert labels.shape == confidence.shape
     counts = np.bincount(confidence[labels != ignore_index], minlength=256)

@@ -1,7 +1,7 @@
-"""The classes of the toy world, the words that describe them, and captions.
+"""The toy world's classes, the words that describe them, and captions.
 
-Captions are as careless as on the web: they leave things out, use colour or pattern words now and then, and
-sometimes say only "something red".
+Captions are as careless as on the web: they omit things, sometimes use colour or pattern words, and sometimes
+just say "something red".
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ THINGS: tuple[str, ...] = (
 )
 CLASSES: tuple[str, ...] = STUFF + THINGS
 
-#: Colour words by class with their share; the first word is the usual look.
+#: Colour words of each class with their probability, the usual one first.
 COLOURS: dict[str, tuple[tuple[str, float], ...]] = {
     "grass": (("green", 1.0),),
     "water": (("blue", 1.0),),
@@ -41,7 +41,7 @@ COLOURS: dict[str, tuple[tuple[str, float], ...]] = {
     "cloud": (("white", 0.7), ("gray", 0.3)),
 }
 
-#: Pattern words that fit a class whatever its colour.
+#: Pattern words of a class, whatever its colour.
 PATTERNS: dict[str, tuple[str, ...]] = {
     "water": ("wavy",),
     "ladybug": ("spotted", "dotted"),
@@ -52,7 +52,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
     "orange": ("round",),
 }
 
-#: What a caption is wrapped in. The words of the usual prompt templates occur, so that CLIP learns them.
+#: Frames for captions. They contain the words of the usual prompt templates, so that CLIP learns them.
 PLAIN_FRAMES: tuple[str, ...] = ("{}", "a photo of {}", "a photo of {}.", "a picture of {}", "an image of {}")
 FRAMES: tuple[str, ...] = (
     "a bad photo of {}.",
@@ -82,7 +82,7 @@ FRAMES: tuple[str, ...] = (
     "an origami of {}.",
 )
 _ARTICLES: tuple[str, ...] = ("a", "a", "a", "the", "the", "one", "my", "this")
-#: Words that people add although they say nothing about the picture.
+#: Words that say nothing about the picture.
 FILLERS: tuple[str, ...] = (
     "nice", "cool", "weird", "clean", "dirty", "plastic", "toy", "plushie", "embroidered", "hard to see",
     "many",
@@ -90,12 +90,13 @@ FILLERS: tuple[str, ...] = (
 
 
 def caption(rng: np.random.Generator, visible: Sequence[str], colour_of: dict[str, str], light: float) -> str:
-    """A caption of a scene.
+    """Draw a caption of a scene.
 
     Args:
-        visible: the classes it may name.
+        rng: source of randomness.
+        visible: classes that it may name.
         colour_of: colour word by class.
-        light: brightness, 1 being the usual one.
+        light: brightness, usually 1.
     """
     named = list(visible)
     if rng.random() < 0.65:
@@ -134,7 +135,7 @@ def _phrase(rng: np.random.Generator, name: str, colour: str) -> str:
 
 
 def pick_colour(rng: np.random.Generator, name: str) -> str:
-    """Colour word of one individual of a class."""
+    """Draw the colour word of an individual."""
     shares = COLOURS[name]
     roll = rng.random()
     for word, share in shares:
@@ -145,7 +146,7 @@ def pick_colour(rng: np.random.Generator, name: str) -> str:
 
 
 def caption_words() -> list[str]:
-    """Every phrase that captions are made of (to cut a tokenizer's vocabulary down to them)."""
+    """All phrases that captions are made of, for pruning a tokenizer's vocabulary."""
     colours = [word for shares in COLOURS.values() for word, _ in shares]
     patterns = [word for words in PATTERNS.values() for word in words]
     names = [*CLASSES, *(f"{name}s" for name in THINGS)]

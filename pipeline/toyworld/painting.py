@@ -1,7 +1,8 @@
-"""How the textures and things of the toy world look.
+"""Painters for the toy world's textures and things.
 
-A stuff painter fills the whole picture. A thing painter works in the object's own axes u (across) and v
-(down), in object radii, and returns a signed distance to the outline (negative inside) with the colours.
+A stuff painter fills the whole picture. A thing painter works in object coordinates u (across) and v (down),
+in units of the object's radius, and returns the signed distance to the outline (negative inside) and the
+colours.
 
 Shapes: s side of the picture in pixels, H W a box inside it.
 """
@@ -26,7 +27,7 @@ ThingPainter = Callable[[np.random.Generator, Plane, Plane, float, str], tuple[P
 
 @lru_cache(maxsize=256)
 def _spline(size: int, knots: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    """Cubic B-spline over ``knots`` cells: first knot (size,), weights (4, size) of it and the next 3."""
+    """Cubic B-spline over ``knots`` cells: first knot (size,), and weights (4, size) of it and the next 3."""
     at = (np.arange(size) + 0.5) * knots / size
     cell = np.minimum(at.astype(np.intp), knots - 1)
     t = at - cell
@@ -45,7 +46,7 @@ def noise(rng: np.random.Generator, size: int, down: int, across: int | None = N
     """Smooth noise in 0..1 with ``down`` x ``across`` cells over the picture."""
     across = down if across is None else across
     grid = rng.random((down + 3, across + 3), dtype=np.float32)
-    # Not two matrix products: BLAS threads spin on such small ones, five times slower on two cores.
+    # Two matrix products would be five times slower on two cores, as BLAS threads spin on such small ones.
     cell, weights = _spline(size, across)
     wide = sum(grid[:, cell + k] * weights[k] for k in range(4))
     cell, weights = _spline(size, down)
@@ -67,19 +68,19 @@ def axes(size: int) -> tuple[Plane, Plane]:
 
 
 def _mix(amount: Plane, low: Colour, high: Colour) -> Planes:
-    """Planes that go from ``low`` at 0 to ``high`` at 1."""
+    """Interpolate from ``low`` at 0 to ``high`` at 1."""
     start = np.array(low, np.float32)[:, None, None]
     step = np.array(high, np.float32)[:, None, None] - start
     return np.asarray(amount * step + start, dtype=np.float32)
 
 
 def _blend(planes: Planes, amount: Plane, colour: Colour) -> None:
-    """Move ``planes`` towards ``colour`` by ``amount`` (0..1), in place."""
+    """Blend ``colour`` into ``planes`` by ``amount`` (0..1), in place."""
     planes += amount * (np.array(colour, np.float32)[:, None, None] - planes)
 
 
 def edge(distance: Plane, softness: float) -> Plane:
-    """1 inside (negative distance), 0 outside, over a band of width ``softness``."""
+    """1 inside (negative distance), 0 outside, with a linear transition of width ``softness``."""
     return np.clip(0.5 - distance / np.float32(softness), 0.0, 1.0)
 
 
@@ -379,7 +380,7 @@ def _cloud(rng: np.random.Generator, u: Plane, v: Plane, pixel: float, colour: s
         du, dv = u - np.float32(x), v - np.float32(y)
         r = np.sqrt(du * du + dv * dv)
         d = np.minimum(d, r - np.float32(radius))
-        # A puff is lit from above; where two meet, the darker lower rim of one shows against the other.
+        # Puffs are lit from above; where two meet, the dark lower rim of one shows against the other.
         height = np.minimum(height, (r + 0.75 * dv) / np.float32(radius))
     curls = np.abs(np.sin(u * 9.0 + 2.0 * np.sin(v * 7.0)) * np.sin(v * 9.0 + 2.0 * np.sin(u * 8.0)))
     light = np.clip(1.12 - 0.5 * np.clip(height, 0.0, 1.6) - 0.35 * curls, 0.0, 1.0)

@@ -1,7 +1,7 @@
-"""Phrases that describe parts of toy scenes without a class name, and how well scores find what they mean.
+"""Phrases that describe parts of toy scenes without a class name, and a measure of how well scores find them.
 
-``PATTERN_WORDS`` and ``COLOUR_WORDS`` occur in some captions. A phrase of ``COMPOSITIONS`` joins a colour and
-a pattern, which no caption does: it gives a thing one adjective at most.
+``PATTERN_WORDS`` and ``COLOUR_WORDS`` occur in some captions. ``COMPOSITIONS`` combine a colour and a
+pattern, which no caption does: captions give a thing at most one adjective.
 
 Shapes: n scenes, s side in pixels, h w grid cells.
 """
@@ -17,7 +17,7 @@ from scipy.stats import rankdata
 
 from pipeline.toyworld.captions import CLASSES
 
-#: Pattern words and the class that they mean.
+#: Class by pattern phrase.
 PATTERN_WORDS: Mapping[str, str] = {
     "something striped": "zebra",
     "something spotted": "ladybug",
@@ -26,14 +26,14 @@ PATTERN_WORDS: Mapping[str, str] = {
     "something fluffy": "cloud",
     "something wavy": "water",
 }
-#: Colour words and the hues (degrees) that they mean, where a cell's mean colour has a saturation >= 0.4.
+#: Hue range in degrees by colour phrase, for cells whose mean colour has a saturation of at least 0.4.
 COLOUR_WORDS: Mapping[str, tuple[float, float]] = {
     "something red": (-20.0, 15.0),
     "something orange": (18.0, 38.0),
     "something green": (75.0, 150.0),
     "something blue": (190.0, 240.0),
 }
-#: A colour and a pattern in one phrase: the class, and the hues (degrees) of the individuals it means.
+#: Class and hue range in degrees by phrase with colour and pattern.
 COMPOSITIONS: Mapping[str, tuple[str, tuple[float, float]]] = {
     "a red spotted thing": ("ladybug", (-20.0, 20.0)),
     "a yellow spotted thing": ("ladybug", (35.0, 70.0)),
@@ -46,7 +46,7 @@ COMPOSITIONS: Mapping[str, tuple[str, tuple[float, float]]] = {
 def phrase_cells(
     images: NDArray[np.uint8], labels: NDArray[np.uint8], cell: int
 ) -> dict[str, NDArray[np.bool_]]:
-    """The grid cells that each phrase describes.
+    """Find the grid cells that each phrase describes.
 
     Args:
         images: (n, s, s, 3) RGB.
@@ -54,7 +54,7 @@ def phrase_cells(
         cell: side of a grid cell in pixels; divides s.
 
     Returns:
-        bool (n, h, w) by phrase. A cell has the class of its centre and the hue of its mean colour.
+        bool (n, h, w) by phrase. A cell takes the class of its centre and the hue of its mean colour.
     """
     ids = labels[:, cell // 2 :: cell, cell // 2 :: cell]
     count, side = images.shape[0], images.shape[1] // cell
@@ -78,13 +78,13 @@ def phrase_cells(
 
 
 def class_cells(labels: NDArray[np.uint8], phrase: str, cell: int) -> NDArray[np.bool_]:
-    """The cells (n, h, w) of the class in a phrase of ``COMPOSITIONS``, whatever their hue."""
+    """Cells (n, h, w) of the class of a phrase in ``COMPOSITIONS``, whatever their hue."""
     ids = labels[:, cell // 2 :: cell, cell // 2 :: cell]
     return ids == CLASSES.index(COMPOSITIONS[phrase][0])
 
 
 def auc(scores: NDArray[np.floating[Any]], truth: NDArray[np.bool_]) -> float:
-    """Area under the ROC curve (Mann-Whitney); NaN if ``truth`` holds one kind only."""
+    """Area under the ROC curve (Mann-Whitney); NaN if ``truth`` is all True or all False."""
     positive = truth.ravel()
     count = int(positive.sum())
     if count in (0, positive.size):

@@ -1,12 +1,12 @@
-"""The toy world: procedural scenes with a caption and a true label map, all from one seed.
+"""The toy world: procedural scenes with a caption and a true label map, generated from a seed.
 
-A scene is one or two *stuff* textures with up to three *things* on top. Each class has a local texture of its
-own, since a dense model must tell classes apart by a patch.
+A scene has one or two *stuff* textures with up to three *things* on top. Every class has a distinct local
+texture, as a dense model must tell classes apart by a patch.
 
-All random numbers are drawn independently of the size, so scene ``i`` of seed ``s`` is the same picture at 64
-and at 512 pixels, whatever else is generated.
+Random numbers do not depend on the size, so scene ``i`` of a seed is the same picture at 64 and at 512
+pixels, whatever else is generated.
 
-Shapes: n scenes, s side in pixels. Images are RGB uint8, label maps uint8 class ids.
+Shapes: n scenes, s side in pixels. Images are uint8 RGB, label maps uint8 class ids.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.toyworld.captions import CLASSES, STUFF, THINGS, caption, pick_col
 from pipeline.toyworld.painting import STUFF_PAINTERS, THING_PAINTERS, Planes, axes, edge, noise
 
 VISIBLE_SHARE = 0.008
-"""Share of the picture below which no caption names a class."""
+"""Minimum share of the picture for a class to be named in the caption."""
 _SHADOW = 0.22  # reach of the contact shadow, in object radii
 
 
@@ -29,8 +29,8 @@ class Scene(NamedTuple):
 
     Attributes:
         image: uint8 (s, s, 3), RGB.
-        labels: uint8 (s, s), an index into ``CLASSES`` for every pixel.
-        caption: names a part of what is visible, never anything else.
+        labels: uint8 (s, s), indices into ``CLASSES``.
+        caption: names some of what is visible, and nothing else.
     """
 
     image: NDArray[np.uint8]
@@ -53,19 +53,18 @@ class ToySet(NamedTuple):
 
 
 def generate(seed: int, count: int, size: int, *, start: int = 0) -> ToySet:
-    """Scenes ``start`` to ``start + count - 1`` of the endless set that ``seed`` names.
+    """Generate scenes ``start`` to ``start + count - 1`` of a seed.
+
+    Scene i does not depend on ``start`` or ``count``.
 
     Args:
-        seed: names the set, >= 0.
-        count: how many, >= 0.
-        size: side in pixels, >= 16.
-        start: number of the first scene, >= 0.
-
-    Returns:
-        The scenes. Scene i does not depend on ``start`` or ``count``.
+        seed: 0 or more.
+        count: number of scenes, 0 or more.
+        size: side in pixels, at least 16.
+        start: index of the first scene, 0 or more.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: if a number is out of range.
     """
     if seed < 0 or count < 0 or start < 0:
         raise ValueError(f"seed, count and start must not be negative: {seed}, {count}, {start}")
@@ -80,10 +79,10 @@ def generate(seed: int, count: int, size: int, *, start: int = 0) -> ToySet:
 
 
 def scene(seed: int, index: int, size: int) -> Scene:
-    """Scene ``index`` of the set ``seed``, drawn at ``size`` x ``size`` pixels.
+    """Draw scene ``index`` of a seed at ``size`` x ``size`` pixels.
 
     Raises:
-        ValueError: ``size`` below 16, or a negative ``seed`` or ``index``.
+        ValueError: if ``size`` is below 16, or ``seed`` or ``index`` is negative.
     """
     if size < 16:
         raise ValueError(f"a scene needs at least 16 pixels a side, not {size}")
@@ -111,7 +110,7 @@ def scene(seed: int, index: int, size: int) -> Scene:
 def _ground(
     rng: np.random.Generator, size: int, zoom: float, colour_of: dict[str, str]
 ) -> tuple[Planes, NDArray[np.uint8]]:
-    """One texture, or two on the sides of a wavy line; sky is above whatever it meets."""
+    """Paint one texture, or two separated by a wavy line, with sky always on top."""
     count = 2 if rng.random() < 0.65 else 1
     chosen = [STUFF[i] for i in rng.permutation(len(STUFF))[:count]]
     if chosen[-1] == "sky":
@@ -135,7 +134,7 @@ def _ground(
     return canvas, labels
 
 
-#: How far a thing may lean (radians); the others turn freely.
+#: Maximum lean of things in radians; all others rotate freely.
 _LEAN = {"zebra": 0.25, "cloud": 0.2, "fish": 0.6}
 
 
@@ -146,7 +145,7 @@ def _place_things(
     zoom: float,
     colour_of: dict[str, str],
 ) -> None:
-    """Draw 0 to 3 different things over canvas (3, s, s) and labels (s, s), in place."""
+    """Draw 0 to 3 different things onto canvas (3, s, s) and labels (s, s), in place."""
     count = int(rng.choice(4, p=(0.08, 0.27, 0.37, 0.28)))
     taken: list[tuple[float, float, float]] = []
     for choice in rng.permutation(len(THINGS))[:count]:
