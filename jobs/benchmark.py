@@ -26,14 +26,18 @@ from pipeline.corpus.manifest import build_manifest
 from pipeline.evaluation.results import (
     REPORT_FILE,
     ROWS,
-    SCHEMA_VERSION,
+    BenchmarkResult,
+    Claim,
+    Picture,
+    Section,
+    Value,
     claim_folder,
-    command,
     hardware,
     new_folder,
     now,
     write_result,
 )
+from pipeline.files.redaction import command_line
 from pipeline.labelling.recipes import load_recipe, parse_settings
 from pipeline.report.results_page import write_report
 from pipeline.tracking.results import log_result
@@ -119,32 +123,30 @@ class Benchmark:
             claim_folder(folder, overwrite=self.overwrite)
             began = time.monotonic()
             measured = measure()
-            record = {
-                "schema_version": SCHEMA_VERSION,
-                "kind": "benchmark",
-                "name": name,
-                "title": benchmarks()[name],
-                "created": now(),
-                "command": command(),
-                "hardware": hardware(),
-                "seconds": round(time.monotonic() - began, 1),
-                "toy": name == TOYWORLD or self._uses_toy_model(),
-                "sections": measured.sections,
-                "claims": measured.claims,
-                "pictures": measured.pictures,
-            }
-            write_result(folder, record)
+            result = BenchmarkResult(
+                name=name,
+                title=benchmarks()[name],
+                created=now(),
+                command=command_line(),
+                hardware=hardware(),
+                seconds=round(time.monotonic() - began, 1),
+                toy=name == TOYWORLD or self._uses_toy_model(),
+                sections=tuple(map(Section.model_validate, measured.sections)),
+                claims=tuple(map(Claim.model_validate, measured.claims)),
+                pictures=tuple(map(Picture.model_validate, measured.pictures)),
+            )
+            write_result(folder, result)
             page = write_report([folder], folder / REPORT_FILE)
             log_result(tracker, folder)
-            _print(record, console)
+            _print(result, console)
         console.print(
-            f"Result         {folder}/benchmark.json ({record['seconds']:.0f} s)\n"
+            f"Result         {folder}/benchmark.json ({result.seconds:.0f} s)\n"
             f"Look at it:    {page.resolve().as_uri()}",
             highlight=False,
             soft_wrap=True,
         )
-        figures = [line["values"] for section in measured.sections for line in section["rows"]]
-        return 0 if any(value["mean"] is not None for row in figures for value in row.values()) else 1
+        figures = [line.values for section in result.sections for line in section.rows]
+        return 0 if any(value.mean is not None for row in figures for value in row.values()) else 1
 
     def _uses_toy_model(self) -> bool:
         return self.recipe == "toy" or str(parse_settings(self.settings).get("model")).startswith("toy")
@@ -215,7 +217,7 @@ def _toyworld(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("conditions", total=None)
-        cores = hardware()["cores"] or 1
+        cores = hardware().cores or 1
         bench = labelling.Bench(seeds, scenes, lambda done: bar.update(task, completed=done), workers=cores)
         try:
             for name in names:
@@ -311,41 +313,43 @@ def _refuse_negative_limit(asked: Benchmark) -> None:
         )
 
 
-def _print(record: dict[str, Any], console: Console) -> None:
-    toy = " (a toy: it says nothing about photographs)" if record["toy"] else ""
-    console.print(f"[bold]{record['title']}[/bold]{toy}", highlight=False)
-    for section in record["sections"]:
-        table = Table(title=section["title"], title_justify="left", caption=section["note"] or None)
+def _print(result: BenchmarkResult, console: Console) -> None:
+    toy = " (a toy: it says nothing about photographs)" if result.toy else ""
+    console.print(f"[bold]{result.title}[/bold]{toy}", highlight=False)
+    for section in result.sections:
+        table = Table(title=section.title, title_justify="left", caption=section.note or None)
         table.add_column("row")
-        published = {metric for line in section["rows"] for metric in line["published"]}
-        for metric in section["metrics"]:
+        published = {metric for line in section.rows for metric in line.published}
+        for metric in section.metrics:
             table.add_column(f"{metric}\nours", justify="right")
             if metric in published:
                 table.add_column("\npublished", justify="right")
-        lacking = any(line["missing"] for line in section["rows"])
+        lacking = any(line.missing for line in section.rows)
         if lacking:
             table.add_column("missing")
-        for line in section["rows"]:
+        for line in section.rows:
             cells = []
-            for metric in section["metrics"]:
-                cells.append(_cell(line["values"].get(metric)))
+            for metric in section.metrics:
+                cells.append(_cell(line.values.get(metric)))
                 if metric in published:
-                    figure = line["published"].get(metric)
+                    figure = line.published.get(metric)
                     cells.append("" if figure is None else f"{100 * figure:.1f}")
-            table.add_row(line["name"], *cells, *([line["missing"] or ""] if lacking else []))
+            table.add_row(line.name, *cells, *([line.missing or ""] if lacking else []))
         console.print(table)
-    if record["claims"]:
+    if result.claims:
         table = Table(title="Claims", title_justify="left")
         for column in ("shows", "claim", "measured"):
             table.add_column(column)
-        for entry in record["claims"]:
-            shows = {True: "yes", False: "[bold]no[/bold]", None: "–"}[entry["shows"]]
-            table.add_row(shows, entry["claim"], entry["detail"])
+        for entry in result.claims:
+            shows = {True: "yes", False: "[bold]no[/bold]", None: "–"}[entry.shows]
+            table.add_row(shows, entry.claim, entry.detail)
         console.print(table)
 
 
-def _cell(value: dict[str, Any] | None) -> str:
-    if value is None or value["mean"] is None:
+def _cell(value: Value | None) -> str:
+    if value is None or value.mean is None:
         return ""
-    mean = f"{100 * value['mean']:.1f}"
-    return mean if value["low"] is None else f"{mean} ± {50 * (value['high'] - value['low']):.1f}"
+    mean = f"{100 * value.mean:.1f}"
+    if value.low is None or value.high is None:
+        return mean
+    return f"{mean} ± {50 * (value.high - value.low):.1f}"

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from rich.console import Console
@@ -21,6 +21,7 @@ from jobs.train.run import TrainOptions
 from models.errors import WrongUse
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.pairs import open_pairs
+from pipeline.evaluation.results import EvaluationResult
 from pipeline.labelling.prepare import student_recipe
 from pipeline.labelling.recipes import RECIPES, LabelRecipe
 from pipeline.ontology.ontology import load_ontology
@@ -105,7 +106,7 @@ class Demo:
             labels=str(results / "teacher" / "labels"),
             truth=truth,
             scores=[
-                Score(name, one["metrics"]["miou"], [entry["iou"] for entry in one["classes"]])
+                Score(name, one.metrics["miou"] or 0.0, [entry.iou for entry in one.classes])
                 for name, one in found.items()
             ],
             note=f"{self.test} held-out scenes and their true maps.",
@@ -172,23 +173,23 @@ def _draw(images: Path, truth: Path | None, *, count: int, size: int, seed: int)
             Image.fromarray(ids).save(truth / f"scene_{index:04d}.png")
 
 
-def _evaluate(truth: Dataset, recipe: LabelRecipe, folder: Path, console: Console) -> dict[str, Any]:
+def _evaluate(truth: Dataset, recipe: LabelRecipe, folder: Path, console: Console) -> EvaluationResult:
     ontology = load_ontology("toyworld")
     return evaluate(
         truth, console, recipe=recipe, ontology=ontology, output=folder, boundary=False, pictures=0
     )[1]
 
 
-def _print_scores(found: Mapping[str, Mapping[str, Any]], console: Console) -> None:
+def _print_scores(found: Mapping[str, EvaluationResult], console: Console) -> None:
     report = Table(title="IoU on scenes with truth", title_justify="left")
     report.add_column("class")
     for name in found:
         report.add_column(name, justify="right")
-    for entries in zip(*(one["classes"] for one in found.values()), strict=True):
+    for entries in zip(*(one.classes for one in found.values()), strict=True):
         report.add_row(
-            entries[0]["name"],
-            *("–" if entry["iou"] is None else f"{entry['iou']:.3f}" for entry in entries),
+            entries[0].name,
+            *("–" if entry.iou is None else f"{entry.iou:.3f}" for entry in entries),
         )
     report.add_section()
-    report.add_row("mIoU", *(f"{one['metrics']['miou']:.3f}" for one in found.values()))
+    report.add_row("mIoU", *(f"{one.metrics['miou']:.3f}" for one in found.values()))
     console.print(report)

@@ -36,8 +36,13 @@ from pipeline.evaluation.results import (
     PICTURES,
     REPORT_FILE,
     SCENES,
+    EvaluationResult,
+    ImageResult,
+    MeasuredDataset,
+    MeasuredModel,
+    Published,
     claim_folder,
-    evaluation_record,
+    evaluation_result,
     extremes,
     new_folder,
     write_result,
@@ -123,7 +128,7 @@ class Evaluate:
                     profile={"split": dataset.split, "images": len(dataset.samples)},
                 ),
             )
-            folder, record = evaluate(
+            folder, result = evaluate(
                 dataset,
                 console,
                 labels=self.labels,
@@ -142,7 +147,7 @@ class Evaluate:
             tracker.log_params({"ontology": {"hash": made["ontology"]["hash"]}})
             page = write_report([folder], folder / REPORT_FILE)
             log_result(tracker, folder)
-            _print(record, console)
+            _print(result, console)
         console.print(
             f"Result         {folder}/evaluation.json\nLook at it:    {page.resolve().as_uri()}",
             highlight=False,
@@ -202,7 +207,7 @@ def evaluate(
     pictures: int = 6,
     address: str | None = None,
     verbose: bool = False,
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, EvaluationResult]:
     """Label if needed, compare, and write the result folder.
 
     Args:
@@ -218,7 +223,7 @@ def evaluate(
         verbose: show Ray's own messages.
 
     Returns:
-        The folder, and the content of its ``evaluation.json``.
+        The folder, and what its ``evaluation.json`` says.
 
     Raises:
         MaskMillError: for anything the user can fix.
@@ -270,32 +275,28 @@ def evaluate(
     name = followed.name if followed else CUSTOM
     worst, best = _pictures(dataset, table, made, evaluation, folder, threshold, count=pictures)
     setting = f"{dataset.name}/zero-shot" if zero_shot else dataset.name
-    record = evaluation_record(
+    result = evaluation_result(
         evaluation,
         title=_title(dataset, made),
         protocol=name,
-        dataset={
-            "name": dataset.name,
-            "split": dataset.split,
-            "images": len(dataset.samples),
-            "fingerprint": dataset.fingerprint(),
-        },
-        model={
-            "recipe": made["recipe"],
-            "weights": made["weights"],
-            "toy": is_toy(made["weights"]),
-        },
+        dataset=MeasuredDataset(
+            name=dataset.name,
+            split=dataset.split,
+            images=len(dataset.samples),
+            fingerprint=dataset.fingerprint(),
+        ),
+        model=MeasuredModel(recipe=made["recipe"], weights=made["weights"], toy=is_toy(made["weights"])),
         names=dataset.class_names,
         colors=dataset.classes.palette(),
         groups=groups,
-        published=[figure.entry() for figure in published_figures(setting, None, name)]
+        published=[Published(**figure.entry()) for figure in published_figures(setting, None, name)]
         if whole and _is_the_benchmark(dataset, made["weights"])
         else [],
         worst=worst,
         best=best,
     )
-    write_result(folder, record)
-    return folder, record
+    write_result(folder, result)
+    return folder, result
 
 
 def is_toy(weights: Mapping[str, Any]) -> bool:
@@ -437,7 +438,7 @@ def _pictures(
     threshold: float,
     *,
     count: int,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[ImageResult], list[ImageResult]]:
     lowest, highest = extremes(evaluation.images, count)
     names = {sample.name: sample for sample in dataset.samples}
     translate = class_lookup(
@@ -448,7 +449,7 @@ def _pictures(
     predicted = read_labels(table, [*lowest, *highest], names, background_below=threshold)
     palette = dataset.classes.palette()
 
-    def draw(images: Sequence[ImageScore], kind: str) -> list[dict[str, Any]]:
+    def draw(images: Sequence[ImageScore], kind: str) -> list[ImageResult]:
         entries = []
         for rank, image in enumerate(images, 1):
             sample = names[image.name]
@@ -458,46 +459,45 @@ def _pictures(
             panel(dataset.image(sample), dataset.truth(sample), labels, palette).save(
                 folder / picture, optimize=True
             )
-            entries.append({"name": image.name, "miou": image.miou, "picture": picture})
+            entries.append(ImageResult(name=image.name, miou=image.miou, picture=picture))
         return entries
 
     return draw(lowest, "worst"), draw(highest, "best")
 
 
-def _print(record: dict[str, Any], console: Console) -> None:
-    toy = " (a toy: it knows the toy world only)" if record["model"]["toy"] else ""
-    table = Table(title=f"{record['title']}, protocol {record['protocol']}{toy}", title_justify="left")
+def _print(result: EvaluationResult, console: Console) -> None:
+    toy = " (a toy: it knows the toy world only)" if result.model.toy else ""
+    table = Table(title=f"{result.title}, protocol {result.protocol}{toy}", title_justify="left")
     table.add_column("class")
     for name in ("IoU", "boundary IoU", "accuracy"):
         table.add_column(name, justify="right")
-    classes = record["classes"]
-    shown = classes if len(classes) <= 30 else sorted(classes, key=lambda c: -(c["iou"] or 0))
+    classes = result.classes
+    shown = classes if len(classes) <= 30 else sorted(classes, key=lambda c: -(c.iou or 0))
     rows = shown if len(shown) <= 30 else [*shown[:12], None, *shown[-12:]]
     for entry in rows:
         if entry is None:
             table.add_row(f"… {len(shown) - 24} more", "", "", "")
             continue
-        values = (entry["iou"], entry["boundary_iou"], entry["accuracy"])
-        name = f"{entry['name']} ({entry['group']})" if entry["group"] else entry["name"]
+        values = (entry.iou, entry.boundary_iou, entry.accuracy)
+        name = f"{entry.name} ({entry.group})" if entry.group else entry.name
         table.add_row(name, *(_percent(value) for value in values))
     console.print(table)
-    metrics = record["metrics"]
+    metrics = result.metrics
     line = ", ".join(f"{key} {_percent(value)}" for key, value in metrics.items() if value is not None)
     console.print(f"{line}", highlight=False, soft_wrap=True)
-    images = record["images"]
-    if images["failed"] or images["missing"]:
+    images = result.images
+    if images.failed or images.missing:
         console.print(
-            f"Not all images took part: {images['evaluated']:,} compared, {images['failed']:,} without "
-            f"labels, {images['missing']:,} not in the table. The figures are those of the compared ones.",
+            f"Not all images took part: {images.evaluated:,} compared, {images.failed:,} without "
+            f"labels, {images.missing:,} not in the table. The figures are those of the compared ones.",
             style="bold red",
             highlight=False,
             soft_wrap=True,
         )
-    for figure in record["published"]:
-        if figure["metric"] in metrics:
+    for figure in result.published:
+        if figure.metric in metrics:
             console.print(
-                f"  published: {figure['method']} {figure['metric']} {figure['value']:.1%} "
-                f"[{figure['source']}]",
+                f"  published: {figure.method} {figure.metric} {figure.value:.1%} [{figure.source}]",
                 highlight=False,
                 soft_wrap=True,
                 markup=False,

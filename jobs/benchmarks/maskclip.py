@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from pipeline.datasets.base import Dataset
 from pipeline.datasets.protocols import PROTOCOLS, get_protocol
 from pipeline.datasets.registry import DATASETS
 from pipeline.evaluation.published import PublishedTable, load_published
-from pipeline.evaluation.results import EVALUATION_FILE, ROWS
+from pipeline.evaluation.results import EVALUATION_FILE, ROWS, EvaluationResult, read_results
 from pipeline.files.corruptions import CORRUPTIONS, LEVELS
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe, recipe_from_dict
 
@@ -277,19 +276,19 @@ def _measure(
             )[1]
     except MaskMillError as error:
         return {}, why_not_measured(error)
-    images = record["images"]
-    if images["missing"] or images["failed"]:
-        lost = images["missing"] + images["failed"]
-        return {}, f"{lost:,} of {record['dataset']['images']:,} images have no labels in the table"
-    if labels is not None and protocol is not None and record["protocol"] != protocol:
-        return {}, f"the labels follow protocol {record['protocol']}, this table {protocol}"
-    found = {metric: record["metrics"].get(metric) for metric in metrics}
+    images = record.images
+    if images.missing or images.failed:
+        lost = images.missing + images.failed
+        return {}, f"{lost:,} of {record.dataset.images:,} images have no labels in the table"
+    if labels is not None and protocol is not None and record.protocol != protocol:
+        return {}, f"the labels follow protocol {record.protocol}, this table {protocol}"
+    found = {metric: record.metrics.get(metric) for metric in metrics}
     return {metric: [value] for metric, value in found.items() if value is not None}, None
 
 
 def _earlier(
     folder: Path, dataset: Dataset, recipe: LabelRecipe | None, protocol: str | None
-) -> dict[str, Any]:
+) -> EvaluationResult:
     """Read a result from an earlier, interrupted run of the same benchmark.
 
     Raises:
@@ -297,17 +296,18 @@ def _earlier(
     """
     from models.clip.weights import find_weights
 
-    record: dict[str, Any] = json.loads((folder / EVALUATION_FILE).read_text())
+    ((_, record),) = read_results(folder)
+    assert isinstance(record, EvaluationResult)
     differs = ""
-    if record["dataset"]["fingerprint"] != dataset.fingerprint():
-        differs = f"on other images ({record['dataset']['images']:,} then, {len(dataset.samples):,} now)"
+    if record.dataset.fingerprint != dataset.fingerprint():
+        differs = f"on other images ({record.dataset.images:,} then, {len(dataset.samples):,} now)"
     elif recipe is not None:
         if protocol in ("seed", "unified"):
             recipe = protocol_recipe(recipe, get_protocol(dataset.name, protocol))
         fingerprint = find_weights(recipe.model, recipe.pretrained).fingerprint
-        if _changed(record["model"]["recipe"], recipe):
+        if _changed(record.model.recipe, recipe):
             differs = "with another recipe"
-        elif record["model"]["weights"]["fingerprint"] != fingerprint:
+        elif record.model.weights["fingerprint"] != fingerprint:
             differs = "with other weights"
     if differs:
         raise WrongUse(

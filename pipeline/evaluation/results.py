@@ -1,12 +1,12 @@
 """Result folders: what an evaluation or a benchmark leaves behind, as JSON and pictures.
 
-``evaluation.json`` and ``benchmark.json`` are read by the report page and by tracking. Shares are in [0, 1],
-counts are integers, and what does not exist is null.
+``evaluation.json`` and ``benchmark.json`` are written and read by the models of this module. Shares are in
+[0, 1], counts are integers, and what does not exist is null. A result may come from another machine or
+another year, so a file is checked whole before anything is drawn from it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -14,17 +14,30 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    field_validator,
+    model_validator,
+)
 
-from models.errors import WrongUse
-from pipeline.evaluation.tables import Evaluation, ImageScore
-from pipeline.files.redaction import command_line as command
-from pipeline.files.redaction import redact_tree
-from pipeline.files.storage import canonical_uri, is_remote
+from models.errors import MaskMillError, WrongUse
+from pipeline.files.records import parse_record, read_record
+from pipeline.files.redaction import command_line, redact_tree
+from pipeline.files.storage import Storage, canonical_uri, is_remote, open_storage
+from pipeline.labelling.recipes import recipe_from_dict
 from pipeline.metrics.calibration import binned
 from pipeline.metrics.statistics import summarise, summarise_classes
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.tables import Evaluation, ImageScore
 
 SCHEMA_VERSION = 1
 EVALUATION_FILE, BENCHMARK_FILE = "evaluation.json", "benchmark.json"
@@ -33,75 +46,308 @@ PICTURES, ROWS, SCENES = "pictures", "rows", "scenes"
 _MARKER = ".maskmill-result"
 
 
-def evaluation_record(
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_finite)]
+"""NaN and infinities are not JSON, but Python writes them; they mean the same as null."""
+Count = NonNegativeInt
+
+
+class _Record(BaseModel):
+    # Fields that a later version adds do not make a file unreadable.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class MeasuredDataset(_Record):
+    """What was measured on."""
+
+    name: str
+    split: str | None = None
+    images: Count | None = None
+    fingerprint: str | None = None
+
+
+class MeasuredModel(_Record):
+    """What was measured: every field of the recipe, the weights, and whether they are a toy's."""
+
+    recipe: dict[str, Any] = {}
+    weights: dict[str, Any] = {}
+    toy: bool = False
+
+    @field_validator("recipe")
+    @classmethod
+    def _as_written_today(cls, recipe: dict[str, Any]) -> dict[str, Any]:
+        # Older versions wrote all fields flat: a comparison would call each of them changed.
+        try:
+            known = recipe_from_dict(recipe)
+        except MaskMillError:
+            return recipe  # with fields of a version that is not this one
+        return known.to_dict() | {key: recipe[key] for key in ("hash",) if key in recipe}
+
+
+class ClassResult(_Record):
+    """One class: its look and its figures."""
+
+    id: Count
+    name: str
+    color: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")]
+    group: str | None = None
+    pixels: Count
+    iou: Number
+    boundary_iou: Number
+    accuracy: Number
+    precision: Number
+
+
+class ImageResult(_Record):
+    """One image with its score and the picture of it."""
+
+    name: str
+    miou: Number
+    picture: str | None = None
+
+
+class Images(_Record):
+    """How many images were measured, and the extremes."""
+
+    evaluated: Count
+    failed: Count = 0
+    missing: Count = 0
+    worst: tuple[ImageResult, ...] = ()
+    best: tuple[ImageResult, ...] = ()
+
+
+class Published(_Record):
+    """A figure of a paper. It may be put beside ours only if the protocol is the same."""
+
+    method: str
+    metric: str
+    value: FiniteFloat
+    source: str
+    protocol: str | None = None
+
+
+class EvaluationResult(_Record):
+    """``evaluation.json``."""
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["evaluation"] = "evaluation"
+    title: str
+    created: str
+    command: str
+    protocol: str
+    dataset: MeasuredDataset
+    model: MeasuredModel
+    classes: tuple[ClassResult, ...]
+    confusion: tuple[tuple[Count, ...], ...]
+    calibration: tuple[tuple[Count, Count, Count], ...] | None = None
+    metrics: dict[str, Number]
+    images: Images
+    published: tuple[Published, ...] = ()
+
+    @model_validator(mode="after")
+    def _shapes_agree(self) -> EvaluationResult:
+        count = len(self.classes)
+        if len(self.confusion) != count or any(len(row) != count + 1 for row in self.confusion):
+            raise ValueError(
+                f"the confusion matrix of {count} classes must have {count} × {count + 1} entries"
+            )
+        return self
+
+    @property
+    def toy(self) -> bool:
+        """Whether the numbers come from toy weights."""
+        return self.model.toy
+
+
+class Value(_Record):
+    """The mean of some runs and the ends of its 95 % interval; those are None where there was one run."""
+
+    mean: Number
+    low: Number = None
+    high: Number = None
+    runs: tuple[FiniteFloat, ...] = ()
+
+
+class Row(_Record):
+    """One line of a benchmark's table, measured or not."""
+
+    name: str
+    series: str | None = None
+    x: Number = None
+    values: dict[str, Value] = {}
+    published: dict[str, Number] = {}
+    source: str | None = None
+    missing: str | None = None
+
+
+class Section(_Record):
+    """One table; the first of its metrics is the one that is charted."""
+
+    name: str
+    title: str
+    note: str | None = None
+    chart: Literal["bars", "lines"] | None = None
+    metrics: Annotated[tuple[str, ...], Field(min_length=1)]
+    rows: tuple[Row, ...]
+
+
+class Claim(_Record):
+    """A claim of a paper, and whether it shows here; None: not measured."""
+
+    claim: str
+    source: str | None = None
+    shows: bool | None
+    detail: str | None = None
+
+
+class Picture(_Record):
+    """A picture beside the file."""
+
+    file: str
+    caption: str = ""
+
+
+class Hardware(_Record):
+    """What it ran on."""
+
+    cpu: str | None = None
+    cores: Count | None = None
+    gpu: str | None = None
+
+
+class BenchmarkResult(_Record):
+    """``benchmark.json``."""
+
+    schema_version: int = SCHEMA_VERSION
+    kind: Literal["benchmark"] = "benchmark"
+    name: str
+    title: str
+    created: str
+    command: str
+    hardware: Hardware
+    seconds: FiniteFloat | None = None
+    toy: bool = False
+    sections: tuple[Section, ...]
+    claims: tuple[Claim, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+
+
+Result = EvaluationResult | BenchmarkResult
+
+
+def evaluation_result(
     evaluation: Evaluation,
     *,
     title: str,
     protocol: str,
-    dataset: dict[str, Any],
-    model: dict[str, Any],
+    dataset: MeasuredDataset,
+    model: MeasuredModel,
     names: Sequence[str],
     colors: np.ndarray,
     groups: Sequence[str | None],
-    published: Sequence[dict[str, Any]],
-    worst: Sequence[dict[str, Any]],
-    best: Sequence[dict[str, Any]],
-) -> dict[str, Any]:
-    """The content of ``evaluation.json``.
+    published: Sequence[Published],
+    worst: Sequence[ImageResult],
+    best: Sequence[ImageResult],
+) -> EvaluationResult:
+    """The figures of an evaluation, with what was measured.
 
     Args:
         evaluation: the statistics.
         title: one line that says what was measured.
         protocol: ``seed``, ``unified`` or ``custom``; figures of different ones must not be compared.
-        dataset: name, split, images, fingerprint.
-        model: recipe, weights, whether it is the toy.
+        dataset: what was measured on.
+        model: what was measured.
         names: C class names.
         colors: (C, 3) uint8.
         groups: per class ``seen``, ``unseen`` or None.
-        published: figures to be put beside.
-        worst: entries of the worst images: name, miou, picture.
-        best: entries of the best images.
+        published: figures of papers to compare with.
+        worst: the images with the lowest scores.
+        best: the images with the highest scores.
     """
     statistics = evaluation.statistics
     by_class = summarise_classes(statistics)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "evaluation",
-        "title": title,
-        "created": now(),
-        "command": command(),
-        "protocol": protocol,
-        "dataset": dataset,
-        "model": model,
-        "classes": [
-            {
-                "id": index,
-                "name": name,
-                "color": "#{:02x}{:02x}{:02x}".format(*colors[index]),
-                "group": groups[index],
-                "pixels": int(by_class["pixels"][index]),
-            }
-            | {
-                metric: _number(by_class[metric][index])
-                for metric in ("iou", "boundary_iou", "accuracy", "precision")
-            }
+    return EvaluationResult(
+        title=title,
+        created=now(),
+        command=command_line(),
+        protocol=protocol,
+        dataset=dataset,
+        model=model,
+        classes=tuple(
+            ClassResult(
+                id=index,
+                name=name,
+                color="#{:02x}{:02x}{:02x}".format(*colors[index]),
+                group=groups[index],
+                pixels=int(by_class["pixels"][index]),
+                iou=float(by_class["iou"][index]),
+                boundary_iou=float(by_class["boundary_iou"][index]),
+                accuracy=float(by_class["accuracy"][index]),
+                precision=float(by_class["precision"][index]),
+            )
             for index, name in enumerate(names)
-        ],
-        "confusion": statistics.confusion.tolist(),
-        "calibration": binned(statistics.calibration).tolist() if statistics.calibration.any() else None,
-        "metrics": {
-            key: _number(value)
-            for key, value in summarise(statistics, groups if any(groups) else None).items()
-        },
-        "images": {
-            "evaluated": len(evaluation.images),
-            "failed": evaluation.failed.total(),
-            "missing": len(evaluation.missing),
-            "worst": list(worst),
-            "best": list(best),
-        },
-        "published": list(published),
+        ),
+        confusion=statistics.confusion.tolist(),
+        calibration=binned(statistics.calibration).tolist() if statistics.calibration.any() else None,
+        metrics=dict(summarise(statistics, groups if any(groups) else None)),
+        images=Images(
+            evaluated=len(evaluation.images),
+            failed=evaluation.failed.total(),
+            missing=len(evaluation.missing),
+            worst=tuple(worst),
+            best=tuple(best),
+        ),
+        published=tuple(published),
+    )
+
+
+def write_result(folder: Path, result: Result) -> Path:
+    """Write ``evaluation.json`` or ``benchmark.json``, without passwords and keys within addresses."""
+    name = EVALUATION_FILE if result.kind == "evaluation" else BENCHMARK_FILE
+    open_storage(folder).write_json(name, redact_tree(result.model_dump(mode="json")))
+    return folder / name
+
+
+def read_results(folder: str | os.PathLike[str]) -> list[tuple[Storage, Result]]:
+    """The results in a folder, at least one: the evaluation, then the benchmark.
+
+    Args:
+        folder: the output of ``maskmill evaluate`` or ``maskmill benchmark``, here or remote.
+
+    Returns:
+        Pairs of the folder, from which pictures can be read, and the result.
+
+    Raises:
+        MaskMillError: ``result_missing``, ``newer_version``, ``json_invalid`` or ``result_damaged``, naming
+            the file.
+    """
+    storage = open_storage(folder)
+    kinds: dict[str, type[EvaluationResult | BenchmarkResult]] = {
+        EVALUATION_FILE: EvaluationResult,
+        BENCHMARK_FILE: BenchmarkResult,
     }
+    found: list[tuple[Storage, Result]] = []
+    for name, kind in kinds.items():
+        record = read_record(storage, name, SCHEMA_VERSION)
+        if record is not None:
+            result = parse_record(
+                kind,
+                record,
+                storage.uri_of(name),
+                code="result_damaged",
+                remedy="Run the command that made it again, or leave this folder out.",
+            )
+            found.append((storage, result))
+    if not found:
+        raise WrongUse(
+            "result_missing",
+            f"There is no {' or '.join(kinds)} in {storage.uri}.",
+            "Give the output folder of maskmill evaluate or maskmill benchmark, or run one of them first.",
+        )
+    return found
 
 
 def extremes(images: Sequence[ImageScore], count: int) -> tuple[list[ImageScore], list[ImageScore]]:
@@ -109,19 +355,6 @@ def extremes(images: Sequence[ImageScore], count: int) -> tuple[list[ImageScore]
     scored = sorted((image for image in images if image.miou is not None), key=lambda image: image.miou or 0)
     count = min(count, len(scored) // 2)
     return scored[:count], scored[::-1][:count]
-
-
-def write_result(folder: Path, record: dict[str, Any]) -> Path:
-    """Write ``evaluation.json`` or ``benchmark.json``, by the record's kind; whole or not at all.
-
-    Passwords and keys within addresses are left out.
-    """
-    target = folder / (EVALUATION_FILE if record["kind"] == "evaluation" else BENCHMARK_FILE)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(redact_tree(record), indent=1, allow_nan=False) + "\n")
-    os.replace(temporary, target)
-    return target
 
 
 def new_folder(output: str | Path | None, name: str, *, overwrite: bool) -> Path:
@@ -163,23 +396,19 @@ def claim_folder(folder: Path, *, overwrite: bool) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> Hardware:
     """What this machine computes with."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     capabilities = torch.cpu.get_capabilities()
-    return {
-        "cpu": capabilities.get("cpu_name") or platform.processor() or platform.machine(),
-        "cores": cores,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    return Hardware(
+        cpu=capabilities.get("cpu_name") or platform.processor() or platform.machine(),
+        cores=cores,
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    )
 
 
 def now() -> str:
     """The time in UTC, ISO 8601."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

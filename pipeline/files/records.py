@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
-from models.errors import Damaged, WrongUse
+from pydantic import BaseModel, ValidationError
+
+from models.errors import Damaged, MaskMillError, WrongUse
 from pipeline.files.storage import Storage
+
+M = TypeVar("M", bound=BaseModel)
 
 
 def read_record(storage: Storage, name: str, newest: int) -> dict[str, Any] | None:
@@ -37,3 +41,26 @@ def read_record(storage: Storage, name: str, newest: int) -> dict[str, Any] | No
             "Update MaskMill.",
         )
     return record
+
+
+def parse_record(kind: type[M], record: object, place: str, *, code: str, remedy: str) -> M:
+    """A record as its model.
+
+    Args:
+        kind: the model.
+        record: values as JSON has them.
+        place: of the file, for the message.
+        code: of the error.
+        remedy: of the error.
+
+    Raises:
+        MaskMillError: ``code``, naming the first field that is wrong.
+    """
+    try:
+        return kind.model_validate(record)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}."
+    except MaskMillError as error:  # of settings, which tell their own errors
+        reason = error.message
+    raise Damaged(code, f"{place} is incomplete or was changed: {reason}", remedy)

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.evaluation.results import BenchmarkResult, EvaluationResult, Row, Section
 from pipeline.metrics.names import less_is_better
-from pipeline.report.page import setting
-from pipeline.report.result_files import Benchmark, Evaluation, Row, Section
+from pipeline.report.page import setting, setting_rows
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def cell(metric: str, value: float | None, first: float | None) -> Cell:
     return Cell(value, difference, (difference < 0) == less_is_better(metric))
 
 
-def obstacles(first: Evaluation, other: Evaluation) -> list[str]:
+def obstacles(first: EvaluationResult, other: EvaluationResult) -> list[str]:
     """Why two evaluations must not be compared; empty if they can be."""
     pairs = {
         "protocol": (first.protocol, other.protocol),
@@ -51,7 +51,7 @@ def obstacles(first: Evaluation, other: Evaluation) -> list[str]:
     return found
 
 
-def evaluations(runs: Sequence[Evaluation]) -> dict[str, Any]:
+def evaluations(runs: Sequence[EvaluationResult]) -> dict[str, Any]:
     """The first evaluation against each of the others.
 
     Returns:
@@ -83,7 +83,9 @@ def evaluations(runs: Sequence[Evaluation]) -> dict[str, Any]:
     return {"metrics": metrics, "rows": rows, "changes": changes, "settings": _settings(runs)}
 
 
-def _changed_classes(first: Evaluation, other: Evaluation, *, count: int = 8) -> list[dict[str, Any]]:
+def _changed_classes(
+    first: EvaluationResult, other: EvaluationResult, *, count: int = 8
+) -> list[dict[str, Any]]:
     """The classes whose IoU gained most, then those that lost most, ``count`` of each at most."""
     pairs: list[dict[str, Any]] = [
         {"name": b.name, "color": b.color, "first": a.iou, "cell": cell("iou", b.iou, a.iou)}
@@ -94,23 +96,23 @@ def _changed_classes(first: Evaluation, other: Evaluation, *, count: int = 8) ->
     return gains[:count] + losses[-count:]
 
 
-def _settings(runs: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
+def _settings(runs: Sequence[EvaluationResult]) -> list[tuple[str, list[str]]]:
     # Hashes and fingerprints differ whenever anything does; they explain nothing.
     silent = {"hash", "fingerprint"}
     fields = [
         {
-            f"{part} {key}": value
+            f"{part} {name}": value
             for part in ("recipe", "weights")
-            for key, value in getattr(run.model, part).items()
+            for name, value in setting_rows(getattr(run.model, part))
         }
         for run in runs
     ]
     names = dict.fromkeys(name for some in fields for name in some if name.split(" ", 1)[1] not in silent)
-    table = [(name, [setting(some.get(name)) for some in fields]) for name in names]
+    table = [(name, [some.get(name, setting(None)) for some in fields]) for name in names]
     return [(name, values) for name, values in table if len(set(values)) > 1]
 
 
-def benchmarks(runs: Sequence[Benchmark]) -> list[dict[str, Any]]:
+def benchmarks(runs: Sequence[BenchmarkResult]) -> list[dict[str, Any]]:
     """Sections that the first of several runs of one benchmark shares with another, line by line.
 
     Returns:
@@ -142,7 +144,7 @@ def benchmarks(runs: Sequence[Benchmark]) -> list[dict[str, Any]]:
     return shared
 
 
-def _same(section: Section, run: Benchmark) -> Section | None:
+def _same(section: Section, run: BenchmarkResult) -> Section | None:
     return next((other for other in run.sections if other.name == section.name), None)
 
 

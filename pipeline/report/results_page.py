@@ -17,15 +17,9 @@ import numpy as np
 from markupsafe import Markup
 
 from models.errors import MaskMillError, WrongUse
-from pipeline.files.images import ERROR_CODES, ImageError, decode
-from pipeline.files.storage import Storage
-from pipeline.metrics.names import metric_label
-from pipeline.report import charts, comparison
-from pipeline.report.page import put_in_place, render, setting
-from pipeline.report.pictures import picture_uri
-from pipeline.report.result_files import (
-    Benchmark,
-    Evaluation,
+from pipeline.evaluation.results import (
+    BenchmarkResult,
+    EvaluationResult,
     ImageResult,
     Published,
     Result,
@@ -34,6 +28,12 @@ from pipeline.report.result_files import (
     Value,
     read_results,
 )
+from pipeline.files.images import ERROR_CODES, ImageError, decode
+from pipeline.files.storage import Storage
+from pipeline.metrics.names import metric_label
+from pipeline.report import charts, comparison
+from pipeline.report.page import put_in_place, render, setting
+from pipeline.report.pictures import picture_uri
 
 #: What is written into every report and found again before one is replaced.
 MARK = '<meta name="generator" content="MaskMill report">'
@@ -138,7 +138,7 @@ def _notice(result: Result) -> str:
             "Toy: measured with the small bundled CLIP on the procedural toy world, or with one of them. "
             "The numbers say nothing about photographs."
         )
-    if isinstance(result, Evaluation) and str(result.model.weights.get("pretrained", "")).startswith(
+    if isinstance(result, EvaluationResult) and str(result.model.weights.get("pretrained", "")).startswith(
         "random:"
     ):
         return "Random weights: these numbers mean nothing. They show that the pipeline runs."
@@ -155,13 +155,15 @@ def _run(index: int, storage: Storage, result: Result) -> dict[str, Any]:
         "notice": _notice(result),
         "created": _date(result.created),
     }
-    view = _evaluation(storage, result) if isinstance(result, Evaluation) else _benchmark(storage, result)
+    view = (
+        _evaluation(storage, result) if isinstance(result, EvaluationResult) else _benchmark(storage, result)
+    )
     return common | view | {"parts": _parts(result, view)}
 
 
 def _parts(result: Result, view: dict[str, Any]) -> list[tuple[str, str]]:
     """Id and name of each part of the page, in order, for the links at the top."""
-    if isinstance(result, Evaluation):
+    if isinstance(result, EvaluationResult):
         parts = [
             ("published", "Published numbers", result.published),
             ("gaps", "What is missing", view["gaps"]),
@@ -186,7 +188,7 @@ def _pairs(*pairs: tuple[str, Any]) -> list[tuple[str, str]]:
     return [(word, str(value)) for word, value in pairs if value not in (None, "")]
 
 
-def _evaluation(storage: Storage, run: Evaluation) -> dict[str, Any]:
+def _evaluation(storage: Storage, run: EvaluationResult) -> dict[str, Any]:
     confusion = np.array(run.confusion, np.int64).reshape(len(run.classes), len(run.classes) + 1)
     totals = confusion.sum(1, keepdims=True)
     shares = np.divide(confusion, totals, out=np.zeros(confusion.shape), where=totals > 0)
@@ -229,7 +231,7 @@ def _evaluation(storage: Storage, run: Evaluation) -> dict[str, Any]:
     }
 
 
-def _evaluation_gaps(run: Evaluation) -> list[str]:
+def _evaluation_gaps(run: EvaluationResult) -> list[str]:
     """What the numbers do not cover, in sentences."""
     gaps = []
     if run.images.failed:
@@ -261,7 +263,7 @@ def _images(count: int) -> str:
     return f"{count:,} image{'' if count == 1 else 's'}"
 
 
-def _published(run: Evaluation) -> dict[str, Any]:
+def _published(run: EvaluationResult) -> dict[str, Any]:
     """Published figures: charts of those that are comparable with ours, and separately the others."""
     same = [p for p in run.published if p.protocol == run.protocol]
     others = [p for p in run.published if p.protocol != run.protocol]
@@ -286,7 +288,7 @@ def _published(run: Evaluation) -> dict[str, Any]:
     return {"charts": panels, "others": others}
 
 
-def _confusions(run: Evaluation, shares: np.ndarray) -> list[dict[str, Any]]:
+def _confusions(run: EvaluationResult, shares: np.ndarray) -> list[dict[str, Any]]:
     """The largest shares of a true class that were predicted as another class, or as none."""
     wrong = shares.copy()
     np.fill_diagonal(wrong, 0)
@@ -340,7 +342,7 @@ def _picture(storage: Storage, name: str | None) -> dict[str, Any]:
 # --- a benchmark ---
 
 
-def _benchmark(storage: Storage, run: Benchmark) -> dict[str, Any]:
+def _benchmark(storage: Storage, run: BenchmarkResult) -> dict[str, Any]:
     hardware = run.hardware
     verdicts = [claim.shows for claim in run.claims]
     rows = [row for section in run.sections for row in section.rows]
@@ -369,7 +371,7 @@ def _benchmark(storage: Storage, run: Benchmark) -> dict[str, Any]:
     }
 
 
-def _benchmark_gaps(run: Benchmark) -> list[str]:
+def _benchmark_gaps(run: BenchmarkResult) -> list[str]:
     """What was not measured, and what it needs; lines of one section that need the same are one sentence."""
     gaps: dict[tuple[str, str], list[str]] = {}
     for section in run.sections:
@@ -552,10 +554,10 @@ def _points(rows: dict[float, Row], metric: str) -> list[charts.Point]:
 
 def _comparisons(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All evaluations side by side, and benchmarks of the same name."""
-    measured = [run for run in runs if isinstance(run["result"], Evaluation)]
+    measured = [run for run in runs if isinstance(run["result"], EvaluationResult)]
     named: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
-        if isinstance(run["result"], Benchmark):
+        if isinstance(run["result"], BenchmarkResult):
             named.setdefault(run["result"].name, []).append(run)
     return {
         "evaluations": {"runs": measured, **comparison.evaluations([run["result"] for run in measured])}

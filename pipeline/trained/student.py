@@ -122,7 +122,7 @@ class StudentRecord:
                 labelling=ImageSettings.model_validate(data["labelling"]),
                 **{name: dict(data[name]) for name in _SECTIONS},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, MaskMillError) as error:
             what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
             raise _damaged(f"{uri}/{RECORD_FILE} is incomplete or was changed: {what}.") from error
         if record.ontology.hash != ontology_hash:

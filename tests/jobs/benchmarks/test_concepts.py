@@ -9,8 +9,8 @@ from rich.console import Console
 
 from jobs.benchmark import Benchmark
 from models.errors import MaskMillError
+from pipeline.evaluation.results import read_results
 from pipeline.ontology.concepts import CONCEPTS
-from pipeline.report.result_files import read_results
 from pipeline.toyworld.scenes import CLASSES, generate
 
 

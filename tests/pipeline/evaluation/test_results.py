@@ -7,22 +7,34 @@ import numpy as np
 import pytest
 
 from models.errors import MaskMillError
-from pipeline.evaluation.results import claim_folder, evaluation_record, extremes, new_folder, write_result
+from pipeline.evaluation.results import (
+    EvaluationResult,
+    Images,
+    MeasuredDataset,
+    MeasuredModel,
+    claim_folder,
+    evaluation_result,
+    extremes,
+    new_folder,
+    read_results,
+    write_result,
+)
 from pipeline.evaluation.tables import Evaluation, ImageScore
+from pipeline.labelling.recipes import RECIPES, change_recipe
 from pipeline.metrics.statistics import SegmentationStatistics
-from pipeline.report.result_files import read_results
+from pipeline.report import comparison
 
 
-def record(groups: list[str | None]) -> dict:
+def record(groups: list[str | None]) -> EvaluationResult:
     truth = np.array([[0, 0, 1], [1, 2, 255]], np.uint8)
     labels = np.array([[0, 1, 1], [1, 255, 0]], np.uint8)
     statistics = SegmentationStatistics.of(truth, labels, np.full((2, 3), 200, np.uint8), 3)
-    return evaluation_record(
+    return evaluation_result(
         Evaluation(statistics, [ImageScore("a", "0.parquet", 0.5)], missing=["b"]),
         title="t",
         protocol="custom",
-        dataset={"name": "pairs", "split": "all", "images": 2, "fingerprint": "ab"},
-        model={"recipe": {"name": "r"}, "weights": {"model": "m"}, "toy": False},
+        dataset=MeasuredDataset(name="pairs", split="all", images=2, fingerprint="ab"),
+        model=MeasuredModel(recipe={"name": "r"}, weights={"model": "m"}),
         names=("x", "y", "z"),
         colors=np.array([[255, 0, 16], [1, 2, 3], [4, 5, 6]], np.uint8),
         groups=groups,
@@ -35,26 +47,25 @@ def record(groups: list[str | None]) -> dict:
 def test_a_record_holds_the_figures_and_is_what_the_report_reads(tmp_path: Path) -> None:
     made = record([None] * 3)
     # By hand: IoU of x 1/2, of y 2/3, of z 0 (missed).
-    assert [entry["iou"] for entry in made["classes"]] == [0.5, pytest.approx(2 / 3), 0.0]
-    assert made["metrics"]["miou"] == pytest.approx((0.5 + 2 / 3) / 3)
-    assert made["metrics"]["pixel_accuracy"] == pytest.approx(3 / 5)
-    assert made["classes"][0]["color"] == "#ff0010"
-    assert made["images"] == {"evaluated": 1, "failed": 0, "missing": 1, "worst": [], "best": []}
-    assert "miou_seen" not in made["metrics"]
+    assert [entry.iou for entry in made.classes] == [0.5, pytest.approx(2 / 3), 0.0]
+    assert made.metrics["miou"] == pytest.approx((0.5 + 2 / 3) / 3)
+    assert made.metrics["pixel_accuracy"] == pytest.approx(3 / 5)
+    assert made.classes[0].color == "#ff0010"
+    assert made.images == Images(evaluated=1, missing=1)
+    assert "miou_seen" not in made.metrics
     write_result(tmp_path, made)
-    ((_, read),) = read_results(str(tmp_path))
-    assert read.metrics["miou"] == pytest.approx(made["metrics"]["miou"])
+    assert [read for _, read in read_results(str(tmp_path))] == [made]
 
 
 def test_groups_give_the_figures_of_zero_shot_segmentation() -> None:
-    metrics = record(["seen", "seen", "unseen"])["metrics"]
+    metrics = record(["seen", "seen", "unseen"]).metrics
     assert metrics["miou_seen"] == pytest.approx((0.5 + 2 / 3) / 2)
     assert metrics["miou_unseen"] == 0.0 and metrics["hiou"] == 0.0
 
 
 def test_what_does_not_exist_is_null(tmp_path: Path) -> None:
     made = record([None] * 3)
-    made["metrics"]["ece"] = None
+    made.metrics["ece"] = None
     assert json.loads(write_result(tmp_path, made).read_text())["metrics"]["ece"] is None
 
 
@@ -103,5 +114,61 @@ def test_a_result_is_a_local_folder() -> None:
 
 def test_no_password_of_an_address_gets_into_a_result(tmp_path: Path) -> None:
     made = record([None] * 3)
-    made["model"]["weights"]["pretrained"] = "https://user:hunter22@host/weights.pt"
+    made.model.weights["pretrained"] = "https://user:hunter22@host/weights.pt"
     assert "hunter22" not in write_result(tmp_path, made).read_text()
+
+
+def test_a_result_of_an_older_version_is_read(tmp_path: Path) -> None:
+    # Every field of the recipe at the top, as schema 1 had it before recipes held settings of their parts.
+    written = record([None] * 3).model_dump(mode="json")
+    written["model"]["recipe"] = {
+        "name": "toy",
+        "model": "toyclip",
+        "pretrained": "bundled",
+        "scale": [512, 128],
+        "keep_ratio": True,
+        "head": "value",
+        "image_stats": "clip",
+        "profile": "weights",
+        "clipseg": {"prefix": "fixed", "extract_layers": None},
+        "hash": "1387",
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(written))
+    ((_, read),) = read_results(tmp_path)
+    assert isinstance(read, EvaluationResult)
+    assert read.model.recipe == RECIPES["toy"].to_dict() | {"hash": "1387"}
+    changed = change_recipe(RECIPES["toy"], {"images.scale": (640, 160)})
+    again = read.model_copy(update={"model": read.model.model_copy(update={"recipe": changed.to_dict()})})
+    settings = comparison.evaluations([read, again])["settings"]
+    assert settings == [("recipe images.scale", ["512, 128", "640, 160"])]
+
+
+def test_an_unknown_recipe_stays_as_it_was_written() -> None:
+    assert MeasuredModel(recipe={"prompt_denoising": True}).recipe == {"prompt_denoising": True}
+
+
+def test_a_benchmark_of_an_older_version_is_read(tmp_path: Path) -> None:
+    figures = {"mean": 0.5, "low": 0.4, "high": 0.6, "runs": [0.45, 0.55]}
+    line = {"name": "head value", "series": None, "x": None, "values": {"miou": figures}}
+    section = {"name": "heads", "title": "Heads", "note": "n", "chart": "bars", "metrics": ["miou"]}
+    claim = {"claim": "A beats B", "source": "s", "shows": True, "detail": "+0.3"}
+    written = {
+        "schema_version": 1,
+        "kind": "benchmark",
+        "name": "toyworld",
+        "title": "t",
+        "created": "2026-11-29T10:00:00Z",
+        "command": "maskmill benchmark toyworld",
+        "hardware": {"cpu": "x", "cores": 2, "gpu": None},
+        "seconds": 1.5,
+        "toy": True,
+        "sections": [
+            section | {"rows": [line | {"published": {"miou": 0.2}, "source": "Table 2", "missing": None}]}
+        ],
+        "claims": [claim],
+        "pictures": [{"file": "pictures/a.png", "caption": "a"}],
+    }
+    (tmp_path / "benchmark.json").write_text(json.dumps(written))
+    ((_, read),) = read_results(tmp_path)
+    (tmp_path / "again").mkdir()
+    assert json.loads(write_result(tmp_path / "again", read).read_text()) == written

@@ -21,9 +21,9 @@ import pytest
 from PIL import Image
 
 from models.errors import MaskMillError
+from pipeline.evaluation.results import EvaluationResult, read_results
 from pipeline.ontology.ontology import load_ontology
 from pipeline.report import comparison
-from pipeline.report.result_files import Evaluation, read_results
 from pipeline.report.results_page import MARK, difference, number, write_report
 from pipeline.toyworld import scenes as toyworld
 
@@ -735,7 +735,7 @@ def test_comparable_evaluations_get_differences(page: Path, folders: list[Path])
     ],
 )
 def test_what_forbids_a_comparison(field: str, value: Any, reason: list[str]) -> None:
-    first, other = (Evaluation.model_validate(make_evaluation(**c)) for c in ({}, {field: value}))
+    first, other = (EvaluationResult.model_validate(make_evaluation(**c)) for c in ({}, {field: value}))
     assert comparison.obstacles(first, other) == reason
 
 
@@ -758,7 +758,7 @@ def test_settings_and_classes_that_differ() -> None:
     ious = [c["iou"] for c in base["classes"]]
     for index, gain in ((3, 0.05), (7, -0.1), (9, 0.01)):
         changed["classes"][index]["iou"] = ious[index] + gain
-    found = comparison.evaluations([Evaluation.model_validate(record) for record in (base, changed)])
+    found = comparison.evaluations([EvaluationResult.model_validate(record) for record in (base, changed)])
     assert found["settings"] == [
         ("recipe window", ["224", "336"]),
         ("recipe extra", ["none", "1, yes, none"]),
@@ -789,7 +789,7 @@ def test_nan_means_null(tmp_path: Path) -> None:
     folder = save(tmp_path, record)
     assert "NaN" in (folder / "evaluation.json").read_text()
     [(_, result)] = read_results(folder)
-    assert isinstance(result, Evaluation)
+    assert isinstance(result, EvaluationResult)
     assert result.metrics["ece"] is None is result.metrics["fwiou"] and result.classes[0].iou is None
     words = Outline(write_report([folder], tmp_path / "report.html").read_text()).words
     assert (
@@ -827,14 +827,14 @@ def no_classes(record: Record) -> str:
 @pytest.mark.parametrize(
     ("damage", "code", "phrase"),
     [
-        (break_json, "result_damaged", "not JSON"),
-        (lambda _: "[]", "result_damaged", "dictionary"),
-        (lambda _: "\x00\xff", "result_damaged", "not JSON"),
-        (newer, "newer_version", "schema version 2"),
-        (other_kind, "result_damaged", "Kind"),
-        (bad_color, "result_damaged", "Classes.4.color"),
+        (break_json, "json_invalid", "not valid JSON"),
+        (lambda _: "[]", "json_invalid", "list"),
+        (lambda _: "\x00\xff", "json_invalid", "not valid JSON"),
+        (newer, "newer_version", "schema 2"),
+        (other_kind, "result_damaged", ": kind: "),
+        (bad_color, "result_damaged", "classes.4.color"),
         (short_confusion, "result_damaged", "21 × 22"),
-        (no_classes, "result_damaged", "Classes: field required"),
+        (no_classes, "result_damaged", "classes: Field required"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, damage: Any, code: str, phrase: str) -> None:

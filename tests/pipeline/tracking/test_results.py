@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from models.errors import MaskMillError
+from pipeline.evaluation.results import EvaluationResult
 from pipeline.tracking.results import evaluation_metrics, log_result
 from pipeline.tracking.tracker import open_tracker
 
@@ -147,7 +148,10 @@ def test_an_evaluation_is_filed_whole(
         expected = [entry[measure] for entry in record["classes"] if entry[measure] is not None]
         assert sorted(logged) == sorted(expected)
     assert run["metrics"]["iou/traffic light"] == record["classes"][0]["iou"]
-    assert (run["params"]["recipe.scale"], run["params"]["weights.fingerprint"]) == ("[2048, 512]", "w" * 64)
+    assert (run["params"]["recipe.images.scale"], run["params"]["weights.fingerprint"]) == (
+        "[2048, 512]",
+        "w" * 64,
+    )
     assert json.loads(run["params"]["ontology.classes"]) == HOSTILE
     assert [dataset.name for dataset in run["datasets"]] == ["odd"]
     assert "| MaskCLIP | mIoU | 0.4950 | seed | Table 1 |" in run["tags"]["mlflow.note.content"]
@@ -205,5 +209,5 @@ def test_a_folder_without_a_result_is_an_error(tmp_path: Path) -> None:
 
 def test_metric_names_are_as_many_as_values() -> None:
     record = evaluation([f"class {index % 3}" for index in range(171)])
-    metrics = evaluation_metrics(record)
+    metrics = evaluation_metrics(EvaluationResult.model_validate(record))
     assert len(metrics) == 3 + 3 + 4 * 171
