@@ -104,10 +104,13 @@ def _settings(runs: Sequence[EvaluationResult]) -> list[tuple[str, list[str]]]:
             f"{part} {name}": value
             for part in ("recipe", "weights")
             for name, value in setting_rows(getattr(run.model, part))
+            if name.rpartition(".")[2] not in silent
         }
         for run in runs
     ]
-    names = dict.fromkeys(name for some in fields for name in some if name.split(" ", 1)[1] not in silent)
+    names = dict.fromkeys(
+        name for some in fields for name in some if name.replace(" ", ".").rpartition(".")[2] not in silent
+    )
     table = [(name, [some.get(name, setting(None)) for some in fields]) for name in names]
     return [(name, values) for name, values in table if len(set(values)) > 1]
 
