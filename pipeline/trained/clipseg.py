@@ -9,24 +9,27 @@ classes can hold the model, the folder is in Hugging Face's layout as well (``co
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import tempfile
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from models.errors import Damaged, MaskMillError, WrongUse
+from models.errors import MaskMillError, WrongUse
 from pipeline.files.storage import open_storage
+from pipeline.trained.record import (
+    TrainedRecord,
+    is_recorded,
+    read_trained,
+    read_trained_weights,
+    refuse_to_replace,
+    write_trained,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from models.clipseg.decoder import ClipSeg
 
-SCHEMA_VERSION = 1
-KIND = "clipseg"
 RECORD_FILE = "clipseg.json"
 DECODER_FILE = "decoder.safetensors"
 HUGGING_FACE_FILES = (
@@ -35,35 +38,27 @@ HUGGING_FACE_FILES = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClipSegRecord:
+class ClipSegRecord(TrainedRecord):
     """What ``clipseg.json`` says.
 
     Attributes:
-        created: UTC, ISO 8601.
         model: ``clipseg``, ``clip-deconv`` or ``vitseg``.
-        config: of the decoder.
         clip: the frozen CLIP: ``model``, ``pretrained``, ``fingerprint``; for ViTSeg also ``tower_weights``.
-        fingerprint: SHA-256 (hex) of ``decoder.safetensors``.
         hugging_face: whether the folder is in Hugging Face's layout as well.
-        recipe: of the training, all fields and ``hash``.
         data: what it was trained on.
-        metrics: figures by name.
-        training: iterations, seconds, samples_per_second, ….
-        versions: of Python and the packages.
     """
 
-    created: str
+    KIND: ClassVar[str] = "clipseg"
+    WHAT: ClassVar[str] = "trained CLIPSeg"
+    TRAINED_BY: ClassVar[str] = "maskmill train clipseg"
+    RECORD_FILE: ClassVar[str] = RECORD_FILE
+    WEIGHTS_FILE: ClassVar[str] = DECODER_FILE
+    SCHEMA_VERSION: ClassVar[int] = 1
+
     model: str
-    config: Mapping[str, Any]
-    clip: Mapping[str, Any]
-    fingerprint: str
+    clip: dict[str, Any]
     hugging_face: bool
-    recipe: Mapping[str, Any]
-    data: Mapping[str, Any]
-    metrics: Mapping[str, Any]
-    training: Mapping[str, Any]
-    versions: Mapping[str, Any]
+    data: dict[str, Any]
 
     @property
     def sizes(self) -> tuple[int, int] | None:
@@ -75,12 +70,8 @@ class ClipSegRecord:
 
 
 def is_trained(uri: str | Path) -> bool:
-    """Whether a path or URI is the folder of a trained CLIPSeg: one look for one file, without reading it.
-
-    Raises:
-        MaskMillError: the place cannot be reached (``storage_unsupported``, ``storage_unreachable``, …).
-    """
-    return open_storage(uri).exists(RECORD_FILE)
+    """Whether a path or URI is the folder of a trained CLIPSeg; see ``is_recorded``."""
+    return is_recorded(ClipSegRecord, uri)
 
 
 def write_clipseg_folder(
@@ -96,18 +87,15 @@ def write_clipseg_folder(
     versions: Mapping[str, Any],
     overwrite: bool = False,
 ) -> tuple[ClipSegRecord, str]:
-    """Write a model into a folder, beside what the training has left there; the record comes last.
+    """Write a model into a folder, next to what the training has left there.
+
+    The arguments not named here are fields of ``ClipSegRecord``.
 
     Args:
         output: local folder or object-store prefix.
         model: CLIPSeg or baseline.
         kind: ``ClipSegRecord.model``.
         tower_weights: what ViTSeg's image tower was loaded from.
-        recipe: see ``ClipSegRecord``, as for all that follows.
-        data: see there.
-        metrics: see there.
-        training: see there.
-        versions: see there.
         overwrite: replace a model that is already there.
 
     Returns:
@@ -120,12 +108,8 @@ def write_clipseg_folder(
     from models.clipseg.weights import save_clipseg, save_decoder
 
     storage = open_storage(output)
-    if not overwrite and storage.exists(RECORD_FILE):
-        raise WrongUse(
-            "output_exists",
-            f"There is a trained CLIPSeg in {storage.uri} already.",
-            "Name another --output, or replace it with --overwrite.",
-        )
+    if not overwrite:
+        refuse_to_replace(ClipSegRecord, storage)
     reason = ""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -136,22 +120,20 @@ def write_clipseg_folder(
             if error.code != "model_unsupported":
                 raise
             reason = error.message
-        files = sorted(path.name for path in folder.iterdir())
-        for name in files:
-            storage.write_bytes(name, (folder / name).read_bytes())
-        fingerprint = hashlib.sha256((folder / DECODER_FILE).read_bytes()).hexdigest()
+        files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
     bundled = model.clip.pretrained == str(toyclip.weights_path())  # that path is this machine's own
     clip = {
         "model": model.clip.name,
         "pretrained": toyclip.PRETRAINED if bundled else model.clip.pretrained,
         "fingerprint": model.clip.fingerprint,
     }
-    record = ClipSegRecord(
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    record = write_trained(
+        ClipSegRecord,
+        storage,
+        files,
         model=kind,
         config=model.decoder.config.model_dump(mode="json"),
         clip=clip if tower_weights is None else clip | {"tower_weights": tower_weights},
-        fingerprint=fingerprint,
         hugging_face=len(files) > 1,
         recipe=recipe,
         data=data,
@@ -159,43 +141,12 @@ def write_clipseg_folder(
         training=training,
         versions=versions,
     )
-    storage.write_json(RECORD_FILE, {"schema_version": SCHEMA_VERSION, "kind": KIND, **asdict(record)})
     return record, reason
 
 
 def read_clipseg_record(uri: str | Path) -> ClipSegRecord:
-    """What is recorded about a trained CLIPSeg; the weights are not touched.
-
-    Raises:
-        MaskMillError: ``model_missing`` if this is no such folder, ``model_damaged``,
-            ``newer_version``.
-    """
-    storage = open_storage(uri)
-    try:
-        found = storage.read_json(RECORD_FILE, None)
-    except MaskMillError as error:
-        if error.code != "json_invalid":
-            raise
-        raise _damaged(error.message) from error
-    if not isinstance(found, dict) or found.get("kind") != KIND:
-        raise WrongUse(
-            "model_missing",
-            f"{storage.uri} is no folder of a trained CLIPSeg: it has no {RECORD_FILE}.",
-            "Give the --output of a finished maskmill train clipseg.",
-        )
-    version = found.get("schema_version")
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise WrongUse(
-            "newer_version",
-            f"{storage.uri} was written by a newer MaskMill (schema {version}; this one reads "
-            f"{SCHEMA_VERSION}).",
-            "Update MaskMill.",
-        )
-    names = [field.name for field in fields(ClipSegRecord)]
-    absent = [name for name in names if name not in found]
-    if absent:
-        raise _damaged(f"{storage.uri}/{RECORD_FILE} says nothing about {', '.join(absent)}.")
-    return ClipSegRecord(**{name: found[name] for name in names})
+    """What is recorded about a trained CLIPSeg; see ``read_trained``."""
+    return read_trained(ClipSegRecord, uri)
 
 
 def load_trained(
@@ -226,6 +177,7 @@ def load_trained(
     dtype = dtype or torch.float32
     record = read_clipseg_record(uri)
     storage = open_storage(uri)
+    read_trained_weights(record)
     with contextlib.ExitStack() as stack:
         if storage.is_local:
             folder = Path(storage.path())
@@ -235,10 +187,6 @@ def load_trained(
                 if storage.exists(name):
                     (folder / name).write_bytes(storage.read_bytes(name))
         file = folder / DECODER_FILE
-        if not file.is_file():
-            raise _damaged(f"{storage.uri} has no {DECODER_FILE}.")
-        if hashlib.sha256(file.read_bytes()).hexdigest() != record.fingerprint:
-            raise _damaged(f"{storage.uri}/{DECODER_FILE} is not the file that its {RECORD_FILE} names.")
         if record.hugging_face:
             return load_clipseg(folder, extract_layers=extract_layers, device=device, dtype=dtype)
         clip = load_clip(record.clip["model"], record.clip["pretrained"], device=device, dtype=dtype)
@@ -253,7 +201,3 @@ def load_trained(
         model = load_baseline(file, clip, tower=record.clip.get("tower_weights") or "pretrained")
         model.decoder.cast(dtype)
         return model
-
-
-def _damaged(message: str) -> MaskMillError:
-    return Damaged("model_damaged", message, "Restore the folder from a copy, or train again.")

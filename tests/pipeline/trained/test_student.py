@@ -18,9 +18,9 @@ from models.errors import MaskMillError
 from models.settings import StudentConfig
 from models.student.deeplab import DeepLab
 from pipeline.files.images import ImageSettings
+from pipeline.files.storage import Storage
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.toyworld.scenes import generate
-from pipeline.trained import student
 from pipeline.trained.student import (
     is_student,
     load_student,
@@ -98,7 +98,7 @@ def test_a_student_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert record.fingerprint == hashlib.sha256((tmp_path / "run/model.safetensors").read_bytes()).hexdigest()
     on_disk = json.loads((tmp_path / "run/student.json").read_text())
     assert on_disk == record.to_dict()
-    assert on_disk["schema_version"] == 1 and on_disk["kind"] == "student"
+    assert on_disk["schema_version"] == 2 and on_disk["kind"] == "student"
     assert on_disk["labelling"] == {
         "scale": [512, 96],
         "keep_ratio": True,
@@ -181,15 +181,15 @@ def _flip_a_bit(folder: Path) -> None:
     [
         (lambda folder: (folder / "student.json").unlink(), "model_missing", "there is no student.json"),
         (shutil.rmtree, "model_missing", "there is no student.json"),
-        (_edit(kind="table"), "model_missing", "describes no student"),
-        (_edit(schema_version=2), "newer_version", "newer MaskMill"),
-        (_edit(labelling=None), "model_damaged", "there is no 'labelling'"),
+        (_edit(kind="table"), "model_missing", "no student is described by its student.json"),
+        (_edit(schema_version=3), "newer_version", "newer MaskMill"),
+        (_edit(labelling=None), "model_damaged", "labelling: Field required"),
         (_edit(labelling={"scale": [1]}), "model_damaged", "incomplete"),
         (_edit(config=[1]), "model_damaged", "incomplete"),
-        (_edit(weights="x"), "model_damaged", "incomplete"),
+        (_edit(fingerprint=None), "model_damaged", "fingerprint: Field required"),
         (_rename_class, "model_damaged", "not the ones that it was trained for"),
         (lambda folder: (folder / "student.json").write_text("{"), "model_damaged", "not valid JSON"),
-        (lambda folder: (folder / "student.json").write_text("[]"), "model_missing", "no student"),
+        (lambda folder: (folder / "student.json").write_text("[]"), "model_damaged", "not a record"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model_damaged", "no model.safetensors"),
         (_flip_a_bit, "model_damaged", "is not the file that its student.json names"),
     ],
@@ -204,6 +204,16 @@ def test_what_is_wrong_with_a_folder_is_said(
     assert said in caught.value.message and str(copied) in caught.value.message
 
 
+def test_a_folder_of_schema_1_is_read(copied: Path) -> None:
+    now = read_student_record(copied)
+    old = json.loads((copied / "student.json").read_text()) | {"schema_version": 1}
+    old["weights"] = {"file": "model.safetensors", "fingerprint": old.pop("fingerprint")}
+    (copied / "student.json").write_text(json.dumps(old))
+    then = read_student_record(copied)
+    assert then.to_dict() == now.to_dict()
+    load_student(then, device=torch.device("cpu"), dtype=torch.float32)
+
+
 def test_a_kill_between_the_two_files_is_noticed(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Killed(Exception):
         pass
@@ -215,7 +225,7 @@ def test_a_kill_between_the_two_files_is_noticed(copied: Path, monkeypatch: pyte
     model = load_student(record, device=torch.device("cpu"), dtype=torch.float32)
     with torch.no_grad():
         next(model.parameters()).add_(1)
-    monkeypatch.setattr(student.Storage, "write_json", kill)
+    monkeypatch.setattr(Storage, "write_json", kill)
     fields = {
         name: getattr(record, name)
         for name in ("ontology", "recipe", "labelling", "teacher", "text", "metrics", "training", "versions")
