@@ -191,12 +191,12 @@ def _plan_toyworld(asked: Benchmark, _name: str, folder: Path, console: Console)
         )
     _refuse_sizes(asked)
     if asked.scenes < 1:
-        raise WrongUse("wrong_use", f"--scenes {asked.scenes} shows nothing.", "Use --scenes 1 or more.")
+        raise WrongUse("wrong_use", f"--scenes {asked.scenes} is too few.", "Use --scenes 1 or more.")
     if not 2 <= asked.seeds <= len(TOY_SEEDS):
         raise WrongUse(
             "wrong_use",
-            f"--seeds {asked.seeds} gives no confidence interval that means something.",
-            f"Use 3 to {len(TOY_SEEDS)} (2 at least).",
+            f"--seeds {asked.seeds} gives no meaningful confidence interval.",
+            f"Use 3 to {len(TOY_SEEDS)} (at least 2).",
         )
     names = [name for name in TOY_SECTIONS if not asked.rows or any(row in name for row in asked.rows)]
     if not names:
@@ -301,15 +301,15 @@ def _refuse_sizes(asked: Benchmark) -> None:
     if asked.image_sizes:
         raise WrongUse(
             "wrong_use",
-            f"--image-size: {asked.name} has one size, its protocol's.",
-            f"It belongs to {', '.join(clipseg.TABLES)}.",
+            f"--image-size: the protocol of {asked.name} fixes the size.",
+            f"Use it with {', '.join(clipseg.TABLES)}.",
         )
 
 
 def _refuse_negative_limit(asked: Benchmark) -> None:
     if asked.limit < 0:
         raise WrongUse(
-            "wrong_use", f"--limit {asked.limit} is no number of images.", "Use --limit 0 for all."
+            "wrong_use", f"--limit {asked.limit} is not a number of images.", "Use --limit 0 for all."
         )
 
 

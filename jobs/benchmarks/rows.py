@@ -97,11 +97,11 @@ def claim(
     if low > margin:
         verdict = ""
     elif high < min(0.0, margin):
-        verdict = "; the opposite shows"
+        verdict = "; the opposite holds"
     elif low > 0:
-        verdict = f"; better, but not surely by {margin:g}"
+        verdict = f"; better, but not certainly by {margin:g}"
     else:
-        verdict = "; no difference that is sure"
+        verdict = "; no significant difference"
     return {
         "claim": text,
         "source": source,

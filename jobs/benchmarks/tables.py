@@ -18,7 +18,7 @@ from models.errors import FailedWork, MaskMillError
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.registry import DATASETS, open_dataset
 
-RANDOM_WEIGHTS = "Random weights: the figures show that the path works, and mean nothing else."
+RANDOM_WEIGHTS = "Random weights: the figures only show that the code runs."
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def _remote(uri: str) -> ImageList:
         if not names and storage.exists():
             return _file(uri)
     if not names:
-        raise _missing(uri, "nothing is at")
+        raise _missing(uri, "there is nothing at")
     return _images_among([storage.uri_of(name) for name in names], uri)
 
 
@@ -153,7 +153,7 @@ def _file(uri: str) -> ImageList:
         lines = map(str.strip, io.StringIO(_read_text(uri)))
         uris = [_entry_uri(uri, line) for line in lines if line and not line.startswith("#")]
         if not uris:
-            raise bad_list(uri, "names no image")
+            raise bad_list(uri, "lists no image")
         return ImageList(uris)
     if lower.endswith(IMAGE_EXTENSIONS):
         return ImageList([uri])
@@ -187,7 +187,7 @@ def _csv(uri: str) -> ImageList:
     except csv.Error as error:
         raise bad_list(f"{uri}:{reader.line_num}", str(error)) from None
     if not images.uris:
-        raise bad_list(uri, "names no image")
+        raise bad_list(uri, "lists no image")
     return images
 
 

@@ -347,7 +347,7 @@ def read_mask(uri: str) -> Labels:
     raise WrongUse(
         "mask_invalid",
         f"{uri} is a picture of mode {mode}, not a map of class ids.",
-        "Give masks as grey or palette PNGs whose values are ids; colours cannot be told back into ids.",
+        "Give masks as grey or palette PNGs whose values are ids; colours cannot be mapped back to ids.",
     )
 
 
@@ -373,7 +373,7 @@ def relabel(raw: Labels, ids: Mapping[int, int], *, classes: Ontology, where: st
         raise WrongUse(
             "mask_invalid",
             f"{where} holds ids that {classes.name} does not have: {shown(unknown)}.",
-            f"Known are {_ranges(ids)}. Use the masks of this benchmark, or an ontology that fits them.",
+            f"Known ids: {_ranges(ids)}. Use the masks of this benchmark, or an ontology that fits them.",
         )
     return labels.astype(classes.mask_dtype)
 

@@ -101,7 +101,7 @@ def class_lookup(
     if lacking:
         raise WrongUse(
             "classes_differ",
-            f"The labels know no class {', '.join(map(repr, lacking[:8]))}"
+            f"The labels have no class {', '.join(map(repr, lacking[:8]))}"
             f"{f' and {len(lacking) - 8} more' if len(lacking) > 8 else ''}; they have "
             f"{', '.join(predicted[:8])}{', …' if len(predicted) > 8 else ''}.",
             "Label with the ontology of the benchmark, or evaluate on one that has the same class names.",

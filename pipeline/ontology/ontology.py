@@ -279,7 +279,7 @@ class Ontology(BaseModel):
         for template in listed:
             rest = template.replace("{}", "", 1)
             if rest == template or "{" in rest or "}" in rest:
-                raise _located(("templates",), f"template '{template}' must hold {{}} exactly once")
+                raise _located(("templates",), f"template '{template}' must contain {{}} exactly once")
         return tuple(listed)
 
     @model_validator(mode="after")
@@ -454,11 +454,11 @@ def parse_classes(
         names = [cell for row in rows for cell in row]
     except csv.Error as error:
         message = f"{origin}: unbalanced quotes ({error})"
-        remedy = 'Write names that hold a comma as "salt, pepper".'
+        remedy = 'Quote names that contain a comma: "salt, pepper".'
         raise WrongUse("ontology_invalid", message, remedy) from None
     if not any(cell.strip() for cell in names):
         remedy = 'Give at least one, for example "cat, dog, grass".'
-        raise WrongUse("ontology_invalid", f"{origin}: no class named", remedy)
+        raise WrongUse("ontology_invalid", f"{origin}: it has no classes", remedy)
     data = {"name": name, "classes": names, "background": background, "templates": templates}
     return _validate(data, origin=origin, lines={})
 

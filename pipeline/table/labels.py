@@ -77,7 +77,7 @@ def decode_mask(data: bytes) -> Labels:
     """
     decoded = _decode(data, "mask")
     if decoded.ndim != 2 or decoded.dtype not in (np.uint8, np.uint16):
-        raise _unreadable("mask", f"{decoded.dtype} of shape {decoded.shape} is no map of class ids")
+        raise _unreadable("mask", f"{decoded.dtype} of shape {decoded.shape} is not a map of class ids")
     return decoded
 
 
@@ -98,7 +98,7 @@ def decode_confidence(data: bytes) -> Confidence:
     """
     decoded = _decode(data, "confidence")
     if decoded.ndim != 2 or decoded.dtype != np.uint8:
-        raise _unreadable("confidence", f"{decoded.dtype} of shape {decoded.shape} is no confidence map")
+        raise _unreadable("confidence", f"{decoded.dtype} of shape {decoded.shape} is not a confidence map")
     return decoded
 
 

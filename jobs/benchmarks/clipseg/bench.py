@@ -56,11 +56,11 @@ _ROOTS: Mapping[str, tuple[str, ...]] = {
 }
 _MASKS_AT_ONCE = 32
 _UNION = (
-    "The true mask of a prompt is the union of all its classes; the paper's reader asked for one class at a "
-    "time, on a crop around it."
+    "The true mask of a prompt is the union of all its classes; the paper's reader took one class at a time, "
+    "on a crop around it."
 )
-_PARTLY_MARKED = (
-    "Images where LVIS says that it has not marked all of one of the prompt's classes are left out; other "
+_PARTLY_ANNOTATED = (
+    "Images in which LVIS has not marked one of the prompt's classes exhaustively are left out; other "
     "objects that LVIS has not marked count as wrong."
 )
 
@@ -114,7 +114,7 @@ class Bench:
         if wrong:
             raise WrongUse(
                 "wrong_use",
-                f"--image-size {wrong[0]}: that is no side of an image for the network.",
+                f"--image-size {wrong[0]} is out of range.",
                 "Use 32 to 2048 pixels; the paper's is 352.",
             )
         self.settings = clip_settings(request.settings)
@@ -261,15 +261,15 @@ class Bench:
             shared = [title for title, path in self.request.weights.items() if placeholder not in path]
             if placeholder and shared:
                 parts.append(
-                    f"Measured with one model throughout, whose training may have seen the classes asked "
+                    f"Measured with one model throughout, which may have been trained on the classes asked "
                     f"for: {'; '.join(shared)}."
                 )
             if name == "lvis":
                 parts.append(_UNION)
                 if dataset.name == LVIS:
-                    parts.append(_PARTLY_MARKED)
+                    parts.append(_PARTLY_ANNOTATED)
                 parts += [
-                    f"The data have no class for {match.prompt.text!r} of: {shown(match.lacking)}."
+                    f"Classes of {match.prompt.text!r} that the data lack: {shown(match.lacking)}."
                     for match in self.generalised(setting)
                     if match.lacking
                 ]

@@ -187,5 +187,5 @@ def _layers(blocks: str) -> tuple[int, ...] | None:
         return tuple(int(block) for block in blocks.split(","))
     except ValueError as error:
         raise WrongUse(
-            "wrong_use", f"#{blocks} is no list of blocks.", "Write them as in rd64-uni.pth#3,7,9."
+            "wrong_use", f"#{blocks} is not a list of blocks.", "Write them as in rd64-uni.pth#3,7,9."
         ) from error

@@ -151,7 +151,7 @@ def _measure(
     if not drawn:
         return _Found(
             {},
-            f"no image shows {LEAST_NAMES} things or more, one of them on {LEAST_SHARE:.0%} of it or more",
+            f"no image shows at least {LEAST_NAMES} things, one of them on at least {LEAST_SHARE:.0%} of it",
             "",
         )
     notes = [f"Ours: {drawn:,} objects of {dataset.split}, with the 95 % interval over them."]
@@ -174,7 +174,7 @@ def _check(request: Request) -> None:
         if given:
             raise WrongUse(
                 "wrong_use",
-                f"{flag}: visual prompts are shown to CLIP itself, which no row brings.",
+                f"{flag}: visual prompts are evaluated on CLIP itself, the same for all rows.",
                 "Choose the CLIP with --set model=NAME --set pretrained=TAG-OR-FILE.",
             )
     for name in (*request.datasets, *request.roots):
@@ -182,7 +182,7 @@ def _check(request: Request) -> None:
             known = ", ".join(known for known in DATASETS if known not in UNFIT)
             raise WrongUse(
                 "wrong_use",
-                f"{name!r} is no dataset with masks of classes.",
+                f"{name!r} is not a dataset with masks of classes.",
                 f"Use one of {known}.",
             )
 

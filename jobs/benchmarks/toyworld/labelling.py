@@ -179,8 +179,8 @@ def heads(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "heads",
         "MaskCLIP against the unmodified CLIP",
         list(conditions.values()),
-        note="The same weights, read in three ways. Training with patch dropout favours what the values of "
-        "the last block say over what it outputs.",
+        note="The same weights with three heads. Training with patch dropout favours the values of the last "
+        "block over its output.",
     )
     runs = {head: bench.runs(condition)["miou"] for head, condition in conditions.items()}
     source = f"{PAPER}, section 3.2"
@@ -220,7 +220,7 @@ def refinement(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "refinement",
         "Key smoothing and prompt denoising",
         list(conditions.values()),
-        note="Thresholds 1.0 and 0.5, as the paper's. The published code normalises keys along the token "
+        note="Thresholds 1.0 and 0.5, as in the paper. The published code normalises keys along the token "
         "axis, the paper says per key (channel axis).",
     )
     source = f"{PAPER}, section 3.3"
@@ -299,8 +299,8 @@ def corruptions(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return {
         "name": "corruptions",
         "title": "Corruptions, levels 1 to 5",
-        "note": "Applied at native size before resizing. Toy textures are fine: noise and blur remove what "
-        "tells the classes apart far sooner than in photographs.",
+        "note": "Applied at native size before resizing. Toy textures are fine-grained: noise and blur "
+        "destroy what distinguishes the classes far sooner than in photographs.",
         "chart": "lines",
         "metrics": ["miou", "pixel_accuracy"],
         "rows": rows,
@@ -393,7 +393,7 @@ def vocabulary(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         "name": "vocabulary",
         "title": "Words that are no class name",
         "note": "How often a cell that the words describe outranks one that they do not (ROC AUC; 0.5 is "
-        "chance); for compositions also among the cells of the one class alone, where only the colour tells.",
+        "chance). For compositions also within the cells of the class, where only the colour decides.",
         "chart": "bars",
         "metrics": ["auc", "auc_within_class"],
         "rows": rows,
@@ -408,7 +408,7 @@ def _above_chance(
     made = claim(text, source, means, [0.5] * len(means), unit="AUC above chance, mean over the phrases")
     weak = [phrase for phrase in phrases if (interval(found[phrase])["low"] or 0) <= 0.5]
     if weak:
-        made["detail"] += f"; not surely above chance: {', '.join(weak)}"
+        made["detail"] += f"; not certainly above chance: {', '.join(weak)}"
     return made
 
 

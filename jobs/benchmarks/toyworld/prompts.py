@@ -180,16 +180,16 @@ def _sections(found: Mapping[str, Runs], training_scenes: int) -> list[dict[str,
         "name": "clipseg",
         "title": "CLIPSeg against its baselines",
         "note": f"Trained on {training_scenes} scenes. Foreground IoU at the threshold that is best on other "
-        "scenes, and average precision, for text prompts and for example pictures, made as the paper makes "
-        "them or raw. empty: share of phrases true of nothing in the scene that find less than the world "
-        f"calls visible, at the strict threshold, the lowest that leaves {WANTED_EMPTY:.0%} of them empty on "
-        "other scenes; text_iou_strict is the IoU there. ViTSeg's tower learnt for minutes which things a "
-        "scene shows, or which of all classes: the very ones that are asked for, which ImageNet's are not. "
-        "The toy CLIP learnt captions for half an hour. All decoders read whitened inputs "
-        "(models/clipseg/whitening.py) and have the same updates at the same rate, chosen for CLIPSeg. "
-        "CLIPSeg and ViTSeg have the refined head here, CLIP-Deconv its plain one. No decoder saw raw "
-        "pictures in training. An example is taken from another scene; a phrase true of one scene alone is "
-        "not asked for by picture.",
+        "scenes, and average precision, for text prompts and for example pictures, prepared as in the paper "
+        "or raw. empty: share of absent phrases whose mask is too small to be visible at the strict "
+        f"threshold, the lowest that leaves {WANTED_EMPTY:.0%} of them empty on other scenes; "
+        "text_iou_strict is the IoU there. ViTSeg's tower was trained for a few minutes to classify which "
+        "things, or which of all classes, a scene shows. Unlike ImageNet's classes, these are the prompted "
+        "ones. The toy CLIP was trained on captions for half an hour. All decoders read whitened inputs "
+        "(models/clipseg/whitening.py) and get the same number of updates at the same learning rate, chosen "
+        "for CLIPSeg. CLIPSeg and ViTSeg have the refined head here, CLIP-Deconv its plain one. No decoder "
+        "saw raw pictures in training. Examples come from other scenes, so phrases that are true of only one "
+        "scene are not prompted by picture.",
         "chart": "bars",
         "metrics": [
             "text_iou",
@@ -220,9 +220,9 @@ def _sections(found: Mapping[str, Runs], training_scenes: int) -> list[dict[str,
     labelling = {
         "name": "clipseg-labels",
         "title": "Labels of CLIPSeg, and of classes without truth",
-        "note": f"Of {', '.join(UNSEEN)} the last decoder alone has truth. One label a pixel: the name with "
-        "the highest probability, as in the paper's generalised zero-shot task; or each name alone, at the "
-        "threshold chosen with the other classes.",
+        "note": f"Only the last decoder was trained on the truth of {', '.join(UNSEEN)}. Either one label "
+        "per pixel, the name with the highest probability, as in the paper's generalised zero-shot task; or "
+        "each name alone, at the threshold chosen on the other classes.",
         "chart": "bars",
         "metrics": ["miou_unseen", "miou_seen", "miou"],
         "rows": [

@@ -84,7 +84,7 @@ def train_tower(
         images, shown = _scenes(SEED + 1, held_out, classes)
         scores = torch.cat([tower(normalize(part)) for part in images.split(BATCH)]).numpy()
     quality = np.nanmean([auc(scores[:, k], shown[:, k].numpy() > 0) for k in range(len(classes))])
-    console.print(f"  it tells which of them a new scene shows with an AUC of {quality:.3f}")
+    console.print(f"  AUC on new scenes: {quality:.3f}")
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value for name, value in tower.state_dict().items() if not name.startswith("head.")}
     partial = path.with_suffix(".part")

@@ -82,8 +82,8 @@ def test_without_data_the_rows_say_what_they_need(tmp_path: Path) -> None:
     ("fields", "says"),
     [
         ({"weights": {"crop": "x.pth"}}, "--weights"),
-        ({"datasets": ["phrasecut"]}, "'phrasecut' is no dataset with masks of classes"),
-        ({"roots": {"nothing": "x"}}, "'nothing' is no dataset"),
+        ({"datasets": ["phrasecut"]}, "'phrasecut' is not a dataset with masks of classes"),
+        ({"roots": {"nothing": "x"}}, "'nothing' is not a dataset"),
         ({"settings": {"window": 3}}, "no setting 'window'"),
     ],
 )
