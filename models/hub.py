@@ -1,4 +1,4 @@
-"""Files that others publish: looked for in this machine's caches, then fetched, else said where to get."""
+"""Published files: find them in the local caches, else download them, else tell where to get them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from open_clip.constants import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-
 from models.errors import WrongUse
 
 HUB = "huggingface.co"
+# open_clip's file names on the hub, repeated here because importing open_clip takes seconds.
+HF_CONFIG_NAME = "open_clip_config.json"
+HF_SAFE_WEIGHTS_NAME = "open_clip_model.safetensors"
+HF_WEIGHTS_NAME = "open_clip_pytorch_model.bin"
 
 
 def in_hub_cache(repository: str, file: str, cache: str | None = None) -> Path | None:
-    """A file in the Hugging Face cache, asked for without a network round trip."""
+    """Look up a file in the Hugging Face cache, safetensors first, without a network round trip."""
     try:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
@@ -36,7 +38,7 @@ def in_hub_cache(repository: str, file: str, cache: str | None = None) -> Path |
 
 
 def hub_cache_folder() -> str:
-    """Where Hugging Face's client keeps what it fetches."""
+    """The download cache of Hugging Face's client."""
     try:
         from huggingface_hub.constants import HF_HUB_CACHE
     except ImportError:
@@ -47,15 +49,15 @@ def hub_cache_folder() -> str:
 def download(
     fetch: Callable[[], str], place: str, store: str, what: str, use: str, *, otherwise: str = ""
 ) -> Path:
-    """Fetch a file, if there is a network.
+    """Download a weights file if the network is reachable.
 
     Args:
-        fetch: does it; returns the path.
-        place: URL, perhaps with words behind it.
-        store: where other machines keep it.
-        what: it is the weights of.
-        use: what to do with a file that was fetched by hand.
-        otherwise: another way out, a sentence.
+        fetch: downloads the file and returns its path.
+        place: the URL, optionally followed by the file name in parentheses.
+        store: the cache folder that can be copied from another machine.
+        what: the model, as the error names it.
+        use: how to use a file that was downloaded by hand.
+        otherwise: an alternative remedy, one sentence.
 
     Raises:
         MaskMillError: ``weights_missing``.
@@ -66,7 +68,7 @@ def download(
         try:
             logging.getLogger(__name__).info("fetching the weights of %s from %s", what, place)
             return Path(fetch())
-        except Exception as error:  # every HTTP library on the way has its own exceptions
+        except Exception as error:  # each HTTP library underneath raises its own exceptions
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise WrongUse(
         "weights_missing",
@@ -77,14 +79,14 @@ def download(
 
 
 def reachable(host: str) -> bool:
-    """Whether asking makes sense: without a network the hub client retries for three quarters of a minute."""
+    """Whether a download is worth trying: without a network the hub client retries for 45 seconds."""
     endpoint = os.environ.get("HF_ENDPOINT")
     if host == HUB and endpoint:
         host = urllib.parse.urlparse(endpoint).hostname or host
     if urllib.request.getproxies():
-        return True  # names are then resolved by the proxy
+        return True  # the proxy resolves the name
     try:
         with socket.create_connection((host, 443), timeout=5):
             return True
     except OSError:
-        return bool(endpoint)  # an own endpoint may sit on another port: let the client try
+        return bool(endpoint)  # a custom endpoint may use another port: let the client try

@@ -1,4 +1,4 @@
-"""A CLIP from open_clip, ready for dense labelling.
+"""Load a CLIP of open_clip for dense labelling.
 
 Shapes: B batch, P prompts, D embedding channels, H W pixels, h w grid, N = 1 + h*w tokens, W_ tower width.
 """
@@ -30,12 +30,12 @@ _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_id
 
 
 class Activations(NamedTuple):
-    """What residual blocks of a ViT put out, before any final norm.
+    """Outputs of a ViT's residual blocks, before any final norm.
 
     Attributes:
-        layers: one (B, N, W_) per block that was asked for, the class token first, in the tower's dtype.
-        grid: (h, w), row-major in the tokens.
-        size: (H, W) of the images before they were padded to whole patches.
+        layers: one (B, N, W_) per requested block, class token first, in the tower's dtype.
+        grid: (h, w); the tokens are row-major.
+        size: (H, W) of the images before padding to whole patches.
     """
 
     layers: tuple[Tensor, ...]
@@ -48,11 +48,8 @@ class Clip:
     """An open_clip model in evaluation mode, without gradients.
 
     Attributes:
-        source: architecture and file.
-        model: open_clip's ``CLIP`` or ``CustomTextCLIP``; with ``towers == "visual"`` only its ``visual`` is
-            there, with ``text`` all but that.
-        device, dtype: of both towers.
-        towers: ``both``, ``visual`` or ``text``.
+        model: open_clip's ``CLIP`` or ``CustomTextCLIP``; with ``towers="visual"`` only its ``visual``
+            exists, with ``towers="text"`` everything else.
     """
 
     source: WeightSource
@@ -68,7 +65,7 @@ class Clip:
 
     @property
     def pretrained(self) -> str | None:
-        """The word that chose the weights."""
+        """The spec that chose the weights."""
         return self.source.pretrained
 
     @property
@@ -88,7 +85,7 @@ class Clip:
 
     @property
     def visual(self) -> VisionTransformer | ModifiedResNet:
-        """The visual tower, open_clip's module itself.
+        """The visual tower: open_clip's module, not a copy.
 
         Raises:
             MaskMillError: ``model_unsupported`` with ``towers="text"``.
@@ -113,13 +110,13 @@ class Clip:
 
     @cached_property
     def tokenizer(self) -> Callable[[list[str]], Tensor]:
-        """open_clip's tokenizer of this model: P strings to int64 (P, context)."""
+        """open_clip's tokenizer for this model: P strings to int64 (P, context)."""
         if self.name == "toyclip":
             from models.clip import toy as toyclip
 
             return toyclip.tokenizer()
         if ":" not in self.name and open_clip.get_model_config(self.name) is None:
-            # Weights that came with a configuration of their own, as CLIPSeg's do: OpenAI's vocabulary.
+            # Weights with their own configuration, such as CLIPSeg's, use OpenAI's vocabulary.
             return open_clip.SimpleTokenizer(context_length=self.source.config["text_cfg"]["context_length"])
         return open_clip.get_tokenizer(self.name)
 
@@ -128,10 +125,10 @@ class Clip:
         return dense_encoder(self.visual, head="plain")
 
     def activations(self, images: Tensor, layers: Sequence[int]) -> Activations:
-        """Outputs of residual blocks at any image size.
+        """Compute the outputs of residual blocks at any image size.
 
         Images are padded and the position table is resized as for dense features (``models.clip.heads``).
-        Blocks after the deepest one asked for are not run.
+        Blocks behind the deepest requested one do not run.
 
         Args:
             images: normalised, float (B, 3, H, W).
@@ -158,15 +155,14 @@ class Clip:
         return Activations(tuple(taken), grid, (images.shape[-2], images.shape[-1]))
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """CLIP's image embedding (B, D), not normalised, of normalised images (B, 3, H, W) of any size."""
+        """Embed normalised images (B, 3, H, W) of any size: (B, D), not scaled to length 1."""
         return self._tower.image_embedding(images)
 
     @torch.inference_mode()
     def encode_text(self, prompts: Sequence[str], *, normalize: bool = True) -> Tensor:
-        """Embed prompts.
+        """Embed P prompts.
 
         Args:
-            prompts: P texts.
             normalize: scale every row to length 1.
 
         Returns:
@@ -185,7 +181,7 @@ class Clip:
             return torch.empty(0, self.embed_dim, device=self.device)
         unique = list(dict.fromkeys(prompts))
         tokens = self.tokenize(unique)
-        # Batches of prompts of like length, since each batch is as long as its longest prompt.
+        # Sort by length: every batch is as long as its longest prompt.
         order = (tokens != 0).sum(1).argsort(stable=True)
         batches = tokens[order].split(_PROMPTS_AT_ONCE)
         embeddings = torch.cat([_encode_tokens(self.model, batch.to(self.device)) for batch in batches])
@@ -194,11 +190,10 @@ class Clip:
         return embeddings[[row[prompt] for prompt in prompts]]
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Tokens int64 (P, context) of prompts.
+        """Tokenize P prompts to int64 (P, context).
 
         Raises:
-            MaskMillError: ``prompt_too_long``. open_clip cuts long texts off in silence, and a prompt without
-                its end is another prompt.
+            MaskMillError: ``prompt_too_long``. open_clip would truncate silently, which changes the meaning.
         """
         tokens = self.tokenizer(list(prompts))
         encode = getattr(self.tokenizer, "encode", None)
@@ -216,10 +211,10 @@ class Clip:
 
 
 def _encode_tokens(model: Any, tokens: Tensor) -> Tensor:
-    """``model.encode_text`` of tokens (P, context) to (P, D), cut to the longest prompt where possible.
+    """``model.encode_text``, tokens (P, context) to (P, D), truncated to the longest prompt where possible.
 
-    CLIP's text tower is causal and reads off the end-of-text token, the highest of all, so the padding behind
-    it changes nothing. Towers of another kind read the full context.
+    CLIP's text tower is causal and reads the end-of-text token, which has the highest id, so the padding
+    behind it changes nothing. Other kinds of tower read the full context.
     """
     causal = isinstance(model, open_clip.CLIP) and model.attn_mask is not None
     if not causal or model.text_pool_type != "argmax":
@@ -247,14 +242,9 @@ def load_clip(
     """Load a CLIP whose visual tower has dense features.
 
     Args:
-        model: an open_clip name, ``hf-hub:ORG/REPO``, ``local-dir:PATH``, or ``toyclip``.
-        pretrained: an open_clip tag, a file (OpenAI archive, ``.pt`` state dict, ``.safetensors``),
-            ``random:SEED`` for seeded random weights, ``bundled`` for ``toyclip``, or None where the name
-            brings the weights.
-        device: where the model goes.
+        model, pretrained, cache_dir: see ``models.clip.weights.find_weights``.
         dtype: float32, bfloat16, float16 or float64. Weights are converted; there is no autocast.
         towers: load only the ``visual`` or the ``text`` tower; the other takes no memory.
-        cache_dir: where open_clip keeps downloads.
 
     Raises:
         MaskMillError: as ``models.clip.weights.find_weights`` and ``read_state``; ``weights_do_not_fit`` if
@@ -273,12 +263,13 @@ def load_source(
     towers: Towers = "both",
     state: dict[str, Tensor] | None = None,
 ) -> Clip:
-    """``load_clip`` for weights that were already found or read.
+    """``load_clip`` for weights that have already been found or read.
 
     Args:
         source: from ``models.clip.weights.find_weights``.
-        device, dtype, towers: as for ``load_clip``.
-        state: the tensors under open_clip's names, of both towers unless ``towers`` is ``visual``.
+        device, dtype, towers: see ``load_clip``.
+        state: the tensors under open_clip's names, of both towers unless ``towers`` is ``visual``; None reads
+            the file.
     """
     check_supported(source.name, source.config)
     skeleton = _build(source)
@@ -323,7 +314,7 @@ def load_source(
 
 
 def _build(source: WeightSource) -> nn.Module:
-    """The model on the meta device: no memory and no random numbers for weights that are read anyway."""
+    """The model on the meta device, which takes no memory and draws no random numbers."""
     config = {key: value for key, value in source.config.items() if key != "custom_text"}
     text = config["text_cfg"]
     foreign_text = "hf_model_name" in text
@@ -332,7 +323,7 @@ def _build(source: WeightSource) -> nn.Module:
     custom = source.config.get("custom_text", False) or foreign_text
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     try:
-        # Hugging Face text towers compute buffers when they are built, so they need real memory.
+        # Hugging Face text towers compute buffers when built, so they need real memory.
         with torch.device("cpu" if foreign_text else "meta"):
             return kind(**config)
     except Exception as error:
@@ -349,7 +340,7 @@ def _build(source: WeightSource) -> nn.Module:
 
 
 def _fitting(model: nn.Module, state: dict[str, Tensor], towers: Towers) -> dict[str, Tensor]:
-    """The tensors under this model's names, without those of another tower or that are no weights."""
+    """The tensors under the model's names, without the other tower and without what is no weight."""
     if towers == "visual":
         state = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
     expected = model.state_dict()
@@ -378,7 +369,7 @@ def _assign(model: nn.Module, state: dict[str, Tensor], source: WeightSource) ->
 
 
 def _restore_masks(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """The causal mask is a buffer that no file holds."""
+    """Compute the causal mask, a buffer that no file holds."""
     for module in (model, getattr(model, "text", None)):
         mask = getattr(module, "attn_mask", None)
         if isinstance(mask, Tensor) and mask.is_meta:
@@ -398,9 +389,9 @@ def _drop_text_tower(model: nn.Module) -> None:
 def _seeded_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
     """Random weights for tests and benchmarks, each tensor from its own generator.
 
-    They depend on the seed and the tensor's name only, not on the towers asked for. Nothing is left at zero
-    or one (open_clip zeroes the last batch-norm weight of every residual branch and all biases), so that a
-    mistake in any term shows.
+    They depend only on the seed and the tensor's name, not on the loaded towers. Nothing stays zero or one
+    (open_clip zeroes all biases and the last batch-norm weight of every residual branch), so that an error in
+    any term shows.
     """
     state: dict[str, Tensor] = {}
     for name, like in model.state_dict().items():
@@ -410,7 +401,7 @@ def _seeded_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
         if not like.is_floating_point():
             state[name] = torch.zeros(like.shape, dtype=like.dtype)
             continue
-        # Uniform with variance 1: several times faster than normal, and start-up is part of what is measured.
+        # Uniform with variance 1: several times faster than normal, and benchmarks include the start-up.
         noise = torch.empty(like.shape).uniform_(-(3**0.5), 3**0.5, generator=generator)
         if leaf == "logit_scale":
             state[name] = torch.full(like.shape, math.log(100.0))

@@ -1,20 +1,23 @@
-"""The bundled small CLIP: where its files are, and how open_clip gets to know it.
+"""The bundled toy CLIP: its files, and its registration with open_clip.
 
-It is an open_clip ``CLIP`` (ViT with a class token) that was trained from captions on the procedural toy
-world (``jobs/toyclip/pretrain.py``; numbers in ``assets/MODEL_CARD.md``). It is a toy: it knows nothing else.
+It is an open_clip ``CLIP`` (ViT with a class token), trained from captions on the procedural toy world
+(``jobs/toyclip/pretrain.py``; numbers in ``assets/MODEL_CARD.md``). It knows nothing else.
 
-Its tokenizer is open_clip's ``SimpleTokenizer`` over a *cut* merge table: a word whose merges were all kept
-gets the pieces of the full table, and any other word falls back to shorter pieces and at last to single
-bytes. So every text has an encoding, and no unknown token is needed.
+Its tokenizer is open_clip's ``SimpleTokenizer`` with a *cut* merge table: a word whose merges are all kept is
+encoded as with the full table; any other word falls back to shorter pieces, in the end to single bytes. So
+every text has an encoding, and no unknown token is needed.
 """
 
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import open_clip
+if TYPE_CHECKING:
+    import open_clip
 
 MODEL_NAME = "toyclip"
 PRETRAINED = "bundled"
@@ -32,38 +35,46 @@ def config_path() -> Path:
     return _ASSETS / f"{MODEL_NAME}.json"
 
 
+def config() -> dict[str, Any]:
+    """The content of ``config_path``."""
+    model_config: dict[str, Any] = json.loads(config_path().read_text(encoding="utf-8"))
+    return model_config
+
+
 def vocabulary_path() -> Path:
-    """The cut merge table in the format of open_clip's own (gzipped text)."""
+    """The cut merge table in open_clip's format (gzipped text)."""
     return _ASSETS / f"{MODEL_NAME}_bpe.txt.gz"
 
 
 def register() -> None:
-    """Make ``open_clip.create_model("toyclip")`` possible; a second call does nothing."""
+    """Register the model with open_clip, so that ``open_clip.create_model("toyclip")`` works; idempotent."""
+    import open_clip
+
     if MODEL_NAME not in open_clip.list_models():
         open_clip.add_model_config(config_path())
 
 
 def tokenizer() -> open_clip.SimpleTokenizer:
-    """open_clip's tokenizer with the cut merge table and this model's context length.
+    """open_clip's tokenizer with the cut merge table: P strings to int64 (P, context_length)."""
+    import open_clip
 
-    Calling it with P strings gives int64 (P, context_length), as with any open_clip tokenizer.
-    """
     register()
     return open_clip.get_tokenizer(MODEL_NAME, bpe_path=str(vocabulary_path()))
 
 
 def used_merges(texts: Iterable[str], *, common: int = 0) -> list[tuple[str, str]]:
-    """The merges of open_clip's full table that the encoding of ``texts`` uses, in the table's order.
+    """The merges of open_clip's full table that encoding ``texts`` uses, in the table's order.
+
+    Every merge of the full table makes a string that no other merge makes, so the pieces of an encoded text
+    identify the merges behind them.
 
     Args:
-        texts: anything the model shall read as the full tokenizer would.
-        common: how many of the table's first merges to keep in any case; with a few thousand, any English
-            word is a few pieces long, and prompts fit the context.
-
-    Returns:
-        Pairs as in the merge table. Every merge of the full table makes a string that no other one makes,
-        so the pieces of an encoded text tell which merges were taken.
+        texts: what the cut tokenizer must encode as the full one does.
+        common: also keep this many of the table's first merges; with a few thousand, any English word takes
+            only a few pieces, and prompts fit the context.
     """
+    import open_clip
+
     full = open_clip.SimpleTokenizer()
     made_by = {first + second: (first, second) for first, second in full.bpe_ranks}
     used = {pair for pair, rank in full.bpe_ranks.items() if rank < common}
@@ -80,11 +91,11 @@ def write_vocabulary(path: Path, merges: Iterable[tuple[str, str]]) -> int:
     """Write a merge table that open_clip's ``SimpleTokenizer`` reads.
 
     Args:
-        path: where to (``.txt.gz``); equal merges give equal bytes.
-        merges: pairs, the most preferred first.
+        path: the file (``.txt.gz``); equal merges give equal bytes.
+        merges: pairs, most preferred first.
 
     Returns:
-        The vocabulary size that the model's text configuration must state.
+        The vocabulary size for the model's text configuration.
     """
     lines = [" ".join(pair) for pair in merges]
     # The reader skips the first line; a trailing newline would become an empty token.

@@ -1,11 +1,14 @@
-"""Where CLIP's weights come from, and how they are read without running anybody's code.
+"""Find CLIP's weights, and read them without running untrusted code.
 
-Three steps, each usable alone: ``find_weights`` turns a model name and a ``pretrained`` word into a
-``WeightSource`` (architecture, file, image statistics) and downloads the file through open_clip where it
-must; ``WeightSource.fingerprint`` names the weights; ``read_state`` gives the tensors.
+There are three independent steps. ``find_weights`` resolves a model name and a ``pretrained`` spec to a
+``WeightSource`` (architecture, file, image statistics), downloading the file if needed;
+``WeightSource.fingerprint`` identifies the weights; ``read_state`` reads the tensors.
 
 Pickles are read with ``weights_only=True``. TorchScript archives hold code, which ``torch.jit.load``
-compiles: OpenAI's own files are read, known by the SHA-256 in their addresses, and others are refused.
+compiles: only OpenAI's own files are accepted, recognised by the SHA-256 in their URLs.
+
+torch and open_clip take seconds to import, so they are imported where needed: missing weights are reported
+at once wherever the spec alone decides.
 """
 
 from __future__ import annotations
@@ -18,38 +21,43 @@ import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import open_clip
-import torch
-from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
-from open_clip.pretrained import download_pretrained_from_hf
-from torch import Tensor
-
+from models.clip import toy as toyclip
 from models.errors import Damaged, MaskMillError, WrongUse
-from models.hub import download, hub_cache_folder, in_hub_cache
+from models.hub import (
+    HF_CONFIG_NAME,
+    HF_SAFE_WEIGHTS_NAME,
+    HF_WEIGHTS_NAME,
+    download,
+    hub_cache_folder,
+    in_hub_cache,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUPPORTED = (
     "open_clip's ViTs with a class token (ViT-B-16, ViT-L-14, ..., their -quickgelu twins, the CLIPA ones, "
     "those with a Hugging Face text tower) and its ModifiedResNets (RN50, RN101, RN50x4, RN50x16, RN50x64)"
 )
-OPENAI_MEAN: tuple[float, float, float] = open_clip.constants.OPENAI_DATASET_MEAN
-OPENAI_STD: tuple[float, float, float] = open_clip.constants.OPENAI_DATASET_STD
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 _NO_DOWNLOAD = "Without any download: model toyclip, pretrained bundled."
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
 
 @dataclass(frozen=True)
 class WeightSource:
-    """An architecture and where its weights are.
+    """An architecture and the location of its weights.
 
     Attributes:
-        name: the model name as open_clip knows it (``ViT-B-16``, ``hf-hub:…``, ``local-dir:…``).
-        pretrained: the word that chose the weights, or None where the name does.
+        name: open_clip's model name (``ViT-B-16``, ``hf-hub:…``, ``local-dir:…``).
+        pretrained: the spec that chose the weights, or None if the model name implies them.
         config: open_clip's model configuration (``embed_dim``, ``vision_cfg``, ``text_cfg``, …).
-        path: the weights file; None for seeded random weights.
-        seed: of seeded random weights; None otherwise.
-        mean, std: the image statistics the weights were trained with, RGB in [0, 1].
+        path: the weights file; None for random weights.
+        seed: the seed of random weights, else None.
+        mean, std: the image statistics used in training, RGB in [0, 1].
     """
 
     name: str
@@ -69,14 +77,14 @@ class WeightSource:
 
 
 def find_weights(model: str, pretrained: str | None, *, cache_dir: str | Path | None = None) -> WeightSource:
-    """Find, and if need be fetch, the weights of a CLIP that MaskMill can use.
+    """Find the weights of a supported CLIP, downloading them if necessary.
 
     Args:
         model: an open_clip name (``ViT-B-16-quickgelu``), ``hf-hub:ORG/REPO``, ``local-dir:PATH``, or
             ``toyclip``.
-        pretrained: an open_clip tag (``openai``), a file, ``random:SEED``, ``bundled`` for ``toyclip``, or
-            None with ``hf-hub:`` and ``local-dir:``, whose weights come with the name.
-        cache_dir: where open_clip keeps downloads; None is its own choice.
+        pretrained: an open_clip tag (``openai``), a file, ``random:SEED``, or ``bundled`` for ``toyclip``;
+            None for ``hf-hub:`` and ``local-dir:``, where the name implies the weights.
+        cache_dir: the download cache; None for open_clip's default.
 
     Raises:
         MaskMillError: ``model_unknown``, ``model_unsupported``, ``weights_missing`` (with the file to get and
@@ -95,17 +103,17 @@ def find_weights(model: str, pretrained: str | None, *, cache_dir: str | Path | 
 
 
 def read_state(path: Path, *, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a weights file on the CPU, in the types they are stored in.
+    """Read the tensors of a weights file to the CPU, in their stored dtypes.
 
     Args:
         path: ``.safetensors``, a pickled state dict or training checkpoint, or an OpenAI (TorchScript)
             archive.
-        prefix: only names that start with it, the prefix kept (``visual.`` leaves the text tower on the
+        prefix: read only the names with this prefix, which they keep (``visual.`` leaves the text tower on
             disk).
 
     Raises:
-        MaskMillError: ``model_damaged`` if the file is damaged, no weights file, or holds more than weights;
-            ``model_unsupported`` for a TorchScript archive that OpenAI did not publish.
+        MaskMillError: ``model_damaged`` if the file is damaged, is not a weights file, or holds more than
+            weights; ``model_unsupported`` for a TorchScript archive that OpenAI did not publish.
     """
     try:
         if path.suffix == ".safetensors":
@@ -116,7 +124,7 @@ def read_state(path: Path, *, prefix: str = "") -> dict[str, Tensor]:
             state = _read_pickle(path)
     except MaskMillError:
         raise
-    except Exception as error:  # the readers raise a dozen unrelated types on damaged files
+    except Exception as error:  # on damaged files the readers raise a dozen unrelated types
         raise _unreadable(
             path, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
@@ -153,7 +161,9 @@ def sha256(path: Path) -> str:
 
 
 def openai_archives() -> frozenset[str]:
-    """SHA-256 of the files that OpenAI published, which their addresses contain."""
+    """SHA-256 of each file that OpenAI published, taken from its URL."""
+    import open_clip
+
     urls = [open_clip.get_pretrained_url(name, "openai") for name in open_clip.list_openai_models()]
     return frozenset(url.split("/")[-2] for url in urls if url)
 
@@ -166,7 +176,7 @@ def is_torchscript(path: Path) -> bool:
         return any(name.split("/", 1)[-1] == "constants.pkl" for name in archive.namelist())
 
 
-# --- where they are -----------------------------------------------------------------------------------------
+# --- finding ------------------------------------------------------------------------------------------------
 
 
 def _schema(model: str) -> tuple[str | None, str]:
@@ -197,12 +207,14 @@ def _seed(pretrained: str | None) -> int | None:
 
 
 def _from_name(name: str, pretrained: str | None, cache: str | None) -> WeightSource:
-    if name == "toyclip":
-        from models.clip import toy as toyclip
+    seed = _seed(pretrained)
+    if name == toyclip.MODEL_NAME and pretrained in (None, toyclip.PRETRAINED):
+        path = toyclip.weights_path()
+        return WeightSource(name, str(path), toyclip.config(), path, None, OPENAI_MEAN, OPENAI_STD)
+    import open_clip
 
+    if name == toyclip.MODEL_NAME:
         toyclip.register()
-        if pretrained in (None, toyclip.PRETRAINED):
-            pretrained = str(toyclip.weights_path())
     config = open_clip.get_model_config(name)
     if config is None:
         raise WrongUse(
@@ -211,7 +223,6 @@ def _from_name(name: str, pretrained: str | None, cache: str | None) -> WeightSo
             _near(name, open_clip.list_models()) + f"MaskMill works with {SUPPORTED}.",
         )
     check_supported(name, config)
-    seed = _seed(pretrained)
     if seed is not None:
         return WeightSource(name, pretrained, config, None, seed, OPENAI_MEAN, OPENAI_STD)
     tags = open_clip.list_pretrained_tags_by_model(name)
@@ -248,6 +259,8 @@ def _from_name(name: str, pretrained: str | None, cache: str | None) -> WeightSo
 
 
 def _unknown_tag(name: str, pretrained: str, tags: list[str]) -> MaskMillError:
+    import open_clip
+
     plain = name.removesuffix("-quickgelu")
     if plain != name and open_clip.get_pretrained_cfg(plain, pretrained):
         return WrongUse(
@@ -263,6 +276,8 @@ def _unknown_tag(name: str, pretrained: str, tags: list[str]) -> MaskMillError:
 
 
 def _check_quick_gelu(name: str, config: dict[str, Any], trained: bool, what: str) -> None:
+    import open_clip
+
     if bool(config.get("quick_gelu", False)) == trained:
         return
     if trained:
@@ -282,7 +297,9 @@ def _check_quick_gelu(name: str, config: dict[str, Any], trained: bool, what: st
 
 
 def _tag_of_file(name: str, path: Path) -> dict[str, Any]:
-    """The tag whose published file has this name; tensors alone cannot tell which activation they want."""
+    """The open_clip tag whose published file has this name, for the activation, which no tensor tells."""
+    import open_clip
+
     for model in (name, name.removesuffix("-quickgelu")):
         for tag in open_clip.list_pretrained_tags_by_model(model):
             config = open_clip.get_pretrained_cfg(model, tag)
@@ -292,6 +309,8 @@ def _tag_of_file(name: str, path: Path) -> dict[str, Any]:
 
 
 def _fetch_tag(name: str, pretrained: str, tag: dict[str, Any], cache: str | None) -> Path:
+    import open_clip
+
     if tag.get("hf_hub"):
         repository, file = os.path.split(tag["hf_hub"])
         cached = in_hub_cache(repository, file or HF_WEIGHTS_NAME, cache)
@@ -303,10 +322,10 @@ def _fetch_tag(name: str, pretrained: str, tag: dict[str, Any], cache: str | Non
         store = cache or hub_cache_folder()
     else:
         place, store = tag["url"], cache or os.path.expanduser("~/.cache/clip")
-        kept = Path(store) / os.path.basename(tag["url"])
-        if kept.is_file() and kept.stat().st_size:
-            # open_clip would hash the whole file at every start; ours is hashed once, for the fingerprint.
-            return kept
+        cached = Path(store) / os.path.basename(tag["url"])
+        if cached.is_file() and cached.stat().st_size:
+            # open_clip would hash the whole file on every start; the fingerprint hashes it once.
+            return cached
     return download(
         lambda: open_clip.download_pretrained(tag, cache_dir=cache),
         place,
@@ -319,10 +338,16 @@ def _fetch_tag(name: str, pretrained: str, tag: dict[str, Any], cache: str | Non
 
 def _from_hub(model: str, repository: str, pretrained: str | None, cache: str | None) -> WeightSource:
     seed = _schema_seed(model, pretrained)
+
+    def fetch(file: str | None) -> str:
+        from open_clip.pretrained import download_pretrained_from_hf
+
+        return download_pretrained_from_hf(repository, filename=file, cache_dir=cache)
+
     page, store = f"https://huggingface.co/{repository}", cache or hub_cache_folder()
     use = f"put it into a folder, with {HF_CONFIG_NAME} beside the weights, and name it as local-dir:FOLDER"
     settings_path = in_hub_cache(repository, HF_CONFIG_NAME, cache) or download(
-        lambda: download_pretrained_from_hf(repository, filename=HF_CONFIG_NAME, cache_dir=cache),
+        lambda: fetch(HF_CONFIG_NAME),
         f"{page} ({HF_CONFIG_NAME})", store, model, use, otherwise=_NO_DOWNLOAD,
     )  # fmt: skip
     settings = _settings(settings_path)
@@ -330,7 +355,7 @@ def _from_hub(model: str, repository: str, pretrained: str | None, cache: str | 
     path = None
     if seed is None:
         path = in_hub_cache(repository, HF_WEIGHTS_NAME, cache) or download(
-            lambda: download_pretrained_from_hf(repository, cache_dir=cache),
+            lambda: fetch(None),
             f"{page} ({HF_SAFE_WEIGHTS_NAME} or {HF_WEIGHTS_NAME})", store, model, use,
             otherwise=_NO_DOWNLOAD,
         )  # fmt: skip
@@ -411,7 +436,7 @@ def _near(word: str, words: list[str]) -> str:
     return f"Did you mean {' or '.join(near)}? " if near else ""
 
 
-# --- what is in them ----------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 def _unreadable(path: Path, reason: str) -> MaskMillError:
@@ -431,13 +456,15 @@ def _read_safetensors(path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    # Only the zip format can be mapped; mapping leaves the tower that nobody asks for on the disk.
+    import torch
+
+    # Memory-mapping, which needs the zip format, leaves an unused tower on disk.
     state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict):
         raise _unreadable(path, f"it holds a {type(state).__name__}, not a state dict")
-    state = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    state = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     return state
@@ -451,4 +478,6 @@ def _read_torchscript(path: Path) -> dict[str, Tensor]:
             "If you trust it, convert it with torch.jit.load and safetensors.torch.save_file, and name the "
             ".safetensors file.",
         )
+    import torch
+
     return dict(torch.jit.load(path, map_location="cpu").state_dict())

@@ -55,6 +55,7 @@ def prepare_labeller(
             ``models.clip.loading.load_source``, ``models.clip.text.build_text_classifier`` and
             ``pipeline.trained.student.read_student_record``.
     """
+    require_weights(recipe)  # before torch is imported, so that missing weights are reported at once
     from models.device import best_device, native_precision
 
     precision = precision or recipe.precision
