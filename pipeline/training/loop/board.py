@@ -1,7 +1,7 @@
-"""What workers and driver tell each other during a run: figures one way, the wish to stop the other.
+"""The message board between workers and driver: figures one way, stop requests the other.
 
-``ray.train.report`` would do for the figures, but each call of it is a barrier for all workers that waits
-until Ray's controller polls, every two seconds by default.
+``ray.train.report`` could carry the figures, but each call is a barrier for all workers until Ray's
+controller polls, every two seconds by default.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ Line = dict[str, Any]
 
 @dataclass
 class News:
-    """What happened since the last look.
+    """What is new since the last poll.
 
     Attributes:
-        attempt: number of the workers' latest start.
-        step: updates that were done when they started.
+        attempt: how often workers have been started.
+        step: updates done when they started last.
         lines: new figures; if ``attempt`` is new, all figures since the start of the run.
-        notes: texts for the user.
+        notes: new messages for the user.
     """
 
     attempt: int = 0
@@ -30,7 +30,7 @@ class News:
 
 
 class Board:
-    """Lives in the driver's process if that trains, else in an actor."""
+    """Collects figures and messages; lives in the driver's process if that trains, else in an actor."""
 
     def __init__(self) -> None:
         self._attempt = 0
@@ -40,7 +40,7 @@ class Board:
         self._stop = ""
 
     def begin(self, step: int, lines: list[Line]) -> None:
-        """Workers start from the checkpoint of a step (0: from none) that has these figures."""
+        """Record that workers start from the checkpoint of a step (0: none) with these figures."""
         self._attempt += 1
         self._step = step
         self._lines = list(lines)
@@ -50,7 +50,7 @@ class Board:
         self._lines.append(line)
 
     def note(self, text: str) -> None:
-        """Tell the user something."""
+        """Add a message for the user."""
         self._notes.append(text)
 
     def stop(self, reason: str) -> None:
@@ -62,7 +62,7 @@ class Board:
         return self._stop
 
     def news(self, attempt: int, lines: int, notes: int) -> News:
-        """What is new after so many lines of an attempt, and so many notes."""
+        """What is new for a reader that has seen so many lines of an attempt, and so many notes."""
         seen = lines if attempt == self._attempt else 0
         return News(self._attempt, self._step, self._lines[seen:], self._notes[notes:])
 
@@ -72,29 +72,25 @@ class BoardLost(Exception):
 
 
 class BoardLink:
-    """Calls a board, wherever it is.
-
-    Args:
-        board: a ``Board``, or the handle of an actor.
-    """
+    """Calls a board in this process or in an actor."""
 
     def __init__(self, board: Any) -> None:
         self._board = board
 
     @classmethod
     def start(cls, *, in_process: bool) -> BoardLink:
-        """A new board: here, or an actor on this node."""
+        """Create a board in this process, or as an actor on this node."""
         if in_process:
             return cls(Board())
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        # On the driver's node: others may be taken away.
+        # Pin it to the driver's node: others may be preempted.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         return cls(ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote())
 
     def tell(self, method: str, *arguments: Any) -> None:
-        """Call ``begin``, ``add``, ``note`` or ``stop``, without waiting for it."""
+        """Call ``begin``, ``add``, ``note`` or ``stop`` without waiting."""
         if isinstance(self._board, Board):
             getattr(self._board, method)(*arguments)
         else:

@@ -1,14 +1,14 @@
-"""Checkpoints of a training run: whole or not there, checked when read, the newest whole one is taken.
+"""Checkpoints of a training run: written atomically, verified when read; a run resumes from the newest.
 
-A checkpoint is a folder ``step-NNNNNNN`` with ``module.pt`` (weights), ``training.pt`` (everything else that
-training needs to go on), ``metrics.jsonl`` (all figures so far) and, written last, ``manifest.json`` with the
-SHA-256 of each file. A folder without manifest is the trace of a run that was cut off while it wrote; it
-never counts. Files are read with ``torch.load(weights_only=True)``: nothing in them is executed.
+A checkpoint is a folder ``step-NNNNNNN`` with ``module.pt`` (weights), ``training.pt`` (all other state that
+is needed to resume), ``metrics.jsonl`` (all figures so far) and, written last, ``manifest.json`` with the
+SHA-256 of each file. A folder without a manifest was left by an interrupted write and never counts. Files are
+read with ``torch.load(weights_only=True)``, so nothing in them is executed.
 
-They are written through ``pipeline.files.storage`` and not handed to ``ray.train.report``: Ray Train copies
-files straight to their place, so a kill in between leaves a torn checkpoint that looks whole; it keeps no
-checksums, and its retention knows no milestones; its list of checkpoints can be read by the version of Ray
-alone that wrote it; and ``report`` is a barrier that waits for the controller's next poll.
+``pipeline.files.storage`` writes them rather than ``ray.train.report``: Ray Train copies files in place, so a
+kill leaves a torn checkpoint that looks complete; it keeps no checksums, and its retention has no milestones;
+its list of checkpoints is only readable by the same version of Ray; and ``report`` is a barrier that waits
+for the controller's next poll.
 """
 
 from __future__ import annotations
@@ -56,31 +56,27 @@ class BrokenCheckpoint(Exception):
 
 
 class Unfinished(BrokenCheckpoint):
-    """A checkpoint whose writing was cut off: it never was one."""
+    """A checkpoint whose write was interrupted."""
 
 
 class CheckpointStore:
-    """The checkpoints of one run.
-
-    Args:
-        storage: the run's folder; checkpoints lie in ``checkpoints/`` below it.
-    """
+    """The checkpoints of one run, in ``checkpoints/`` below the run's folder."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage.child(CHECKPOINTS_DIR)
 
     def claim(self, record: Mapping[str, Any]) -> str:
-        """Say with which settings the run trains, or check that they are the recorded ones.
+        """Record the run's settings, or check them against the recorded ones.
 
         Args:
-            record: JSON-able settings, all those that alter training.
+            record: JSON-able; all settings that affect training.
 
         Returns:
             Their hash.
 
         Raises:
-            MaskMillError: ``output_differs`` if there are checkpoints made with other settings; what
-                differs is named.
+            MaskMillError: ``output_differs`` if there are checkpoints made with other settings, naming the
+                differences; ``checkpoint_damaged`` if there are checkpoints without recorded settings.
         """
         record = json.loads(json.dumps(record))
         recorded = self.storage.read_json(SETTINGS_FILE, None)
@@ -101,23 +97,23 @@ class CheckpointStore:
             raise WrongUse(
                 "output_differs",
                 f"The checkpoints in {self.storage.uri} were made with other settings: {'; '.join(changed)}.",
-                "Go on with the recorded settings, or train anew into another output.",
+                "Use the recorded settings, or train anew into another output.",
             )
         self.storage.write_json(SETTINGS_FILE, record)
         return settings_hash(record)
 
     def sees(self, fingerprint: str) -> bool:
-        """Whether the settings recorded here, seen from this process, have that hash."""
+        """Whether this process sees recorded settings with that hash."""
         recorded = self.storage.read_json(SETTINGS_FILE, None)
         return recorded is not None and settings_hash(recorded) == fingerprint
 
     def steps(self) -> list[int]:
-        """Steps of the folders that are there, whole or not, ascending."""
+        """Steps of all checkpoint folders, complete or not, ascending."""
         folders = {name.partition("/")[0] for name in self.storage.list(recursive=True)}
         return sorted(int(found[1]) for name in folders if (found := _FOLDER.fullmatch(name)))
 
     def uri_of(self, step: int) -> str:
-        """Where the checkpoint of a step lies."""
+        """URI of a step's checkpoint."""
         return self.storage.uri_of(folder_name(step))
 
     def write(
@@ -130,15 +126,15 @@ class CheckpointStore:
         fingerprint: str,
         milestone: bool = False,
     ) -> None:
-        """Write a checkpoint; until the last byte it does not count.
+        """Write a checkpoint, which only counts once it is complete.
 
         Args:
             step: updates done.
             module: ``state_dict`` of the module.
             training: tensors, numbers, strings, None, and lists, tuples and dicts of them.
-            lines: figures logged up to here, JSON-able.
+            lines: figures logged so far, JSON-able.
             fingerprint: of the settings, from ``claim``.
-            milestone: whether ``prune`` keeps it for good.
+            milestone: whether ``prune`` must keep it.
 
         Raises:
             TypeError: ``training`` holds something that could not be read back.
@@ -163,14 +159,14 @@ class CheckpointStore:
         self.storage.write_json(f"{folder}/{MANIFEST_FILE}", manifest)
 
     def read(self, step: int, fingerprint: str | None = None) -> Checkpoint:
-        """Read and check one checkpoint.
+        """Read and verify one checkpoint.
 
         Args:
             step: updates done.
-            fingerprint: hash of the settings that it must have been made with; None takes any.
+            fingerprint: required hash of its settings; None accepts any.
 
         Raises:
-            BrokenCheckpoint: it is not whole, with the reason.
+            BrokenCheckpoint: it is incomplete or damaged, with the reason.
         """
         folder = folder_name(step)
         manifest = self._manifest(step)
@@ -197,17 +193,17 @@ class CheckpointStore:
         )
 
     def newest(self, fingerprint: str | None, warn: Callable[[str], None]) -> Checkpoint | None:
-        """The newest whole checkpoint.
+        """Read the newest usable checkpoint.
 
         Args:
-            fingerprint: as for ``read``.
-            warn: told of each newer one that is not whole.
+            fingerprint: see ``read``.
+            warn: called with a message for each newer one that is unusable.
 
         Returns:
-            None if the run has none yet: at most one folder is there, and its writing was cut off.
+            None if the run has none yet: there is at most one folder, left by an interrupted write.
 
         Raises:
-            MaskMillError: ``checkpoint_damaged`` if there are checkpoints and none is whole.
+            MaskMillError: ``checkpoint_damaged`` if there are checkpoints and none is usable.
         """
         steps = self.steps()
         reasons = []
@@ -228,10 +224,10 @@ class CheckpointStore:
         )
 
     def prune(self, step: int, keep: int) -> None:
-        """Delete checkpoints that are no longer needed, after that of ``step`` was written.
+        """Delete obsolete checkpoints, after that of ``step`` was written.
 
-        Milestones and the newest ``keep`` stay. Those of later steps go: the run came back to before them
-        because they could not be used.
+        Milestones and the newest ``keep`` stay. Later steps than ``step`` go: they were unusable, so the run
+        fell back to an earlier one.
         """
         kept = 0
         for other in reversed(self.steps()):
@@ -258,13 +254,13 @@ class CheckpointStore:
         return manifest
 
     def _drop(self, step: int) -> None:
-        # Without its manifest it no longer counts, should the rest of it survive a kill.
+        # Delete the manifest first: if a kill interrupts this, the rest no longer counts.
         self.storage.delete(f"{folder_name(step)}/{MANIFEST_FILE}")
         self.storage.delete(folder_name(step))
 
 
 def folder_name(step: int) -> str:
-    """Name of the folder of a step's checkpoint.
+    """Folder name of a step's checkpoint.
 
     >>> folder_name(100)
     'step-0000100'
@@ -291,7 +287,7 @@ def _unpacked(name: str, data: bytes) -> dict[str, Any]:
 
 
 def _check_plain(value: object, where: str) -> None:
-    """Refuse at once what ``torch.load(weights_only=True)`` would refuse when it is too late."""
+    """Refuse early what ``torch.load(weights_only=True)`` could not read back."""
     import torch
 
     if isinstance(value, Mapping):

@@ -1,14 +1,14 @@
 """The training loop that MaskCLIP+ and CLIPSeg share: the driver's side.
 
 ``train`` starts the workers (``pipeline.training.loop.worker``) on Ray Train, or trains in this process. It
-keeps ``metrics.jsonl`` up to date meanwhile and returns how the run ended. A run is a folder, here or on S3:
-started again with the same settings it resumes from its newest whole checkpoint, whatever ended it before.
+keeps ``metrics.jsonl`` up to date and returns how the run ended. A run is a local or S3 folder; started again
+with the same settings, it resumes from its newest usable checkpoint, however it ended before.
 
-* When a worker dies, Ray Train starts all of them again from the newest checkpoint.
-* A ``MaskMillError`` in a worker ends the run at once and is raised here as it was there.
-* SIGTERM or Ctrl-C to this process: the workers write a checkpoint and stop.
-* When Ray announces that a node will go away, the workers write a checkpoint and go on; once the node is
-  gone, Ray Train starts them elsewhere from that checkpoint.
+* When a worker dies, Ray Train restarts all of them from the newest checkpoint.
+* A ``MaskMillError`` in a worker ends the run at once and is re-raised here.
+* On SIGTERM or Ctrl-C, the workers write a checkpoint and stop.
+* When Ray announces the preemption of a node, the workers write a checkpoint and continue; once the node is
+  gone, Ray Train restarts them elsewhere from that checkpoint.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class Outcome:
     """How a call of ``train`` ended.
 
     Attributes:
-        step: updates done, those of earlier calls included.
+        step: updates done, including earlier calls.
         stopped: why it stopped before the last update: ``terminated`` (SIGTERM), ``interrupted`` (Ctrl-C),
             or empty if it did not.
-        resumed: updates that had been done before this call.
-        restarts: how often workers were started again in this call.
+        resumed: updates done before this call.
+        restarts: how often workers were restarted in this call.
         checkpoint: URI of the checkpoint of ``step``.
-        seconds: spent on updates, start-up and checkpoints left out, earlier calls included.
-        samples_per_second: in that time, all workers together; None if too little was timed.
+        seconds: spent on updates, without start-up and checkpoints, including earlier calls.
+        samples_per_second: in that time, over all workers; None if too little was timed.
         data_wait: share of that time that workers waited for samples, 0 to 1.
-        failed_samples: samples that could not be loaded, and were left out of the loss.
+        failed_samples: samples that could not be loaded and were left out of the loss.
     """
 
     step: int
@@ -89,28 +89,29 @@ def train(
     notice: Callable[[str], None],
     identity: Mapping[str, Any] | None = None,
 ) -> Outcome:
-    """Train, or resume, until the last step. Call with the lease on ``output`` held, and Ray started if
-    ``compute`` has workers.
+    """Train or resume until the last step.
+
+    The caller holds the lease on ``output``, and has started Ray if ``compute`` has workers.
 
     Args:
         make_task: builds the task in each worker; picklable.
-        samples: what to train on; picklable.
-        settings: how to train.
+        samples: the training data; picklable.
+        settings: optimisation settings.
         output: folder or URI of the run; gets ``checkpoints/`` and ``metrics.jsonl``. With workers on several
-            nodes it must be a place that all of them reach.
-        compute: workers and what each may use (``pipeline.training.loop.resources.plan_training``).
+            nodes, all of them must reach it.
+        compute: workers and resources of each (``pipeline.training.loop.resources.plan_training``).
         report: called in this thread with each new line of ``metrics.jsonl``: ``step``, ``loss``, the task's
-            figures, ``gradient_norm`` (means since the line before), ``learning_rate``,
-            ``samples_per_second``, ``data_wait``, ``failed_samples``, ``seconds``. After workers were
-            started again, steps after their checkpoint come once more.
-        notice: told what the user should know: damaged checkpoints, restarts.
-        identity: whatever else must not change between the calls of one run (recipe, data), JSON-able; keys
-            are the names that an error will list.
+            figures, ``gradient_norm`` (means since the previous line), ``learning_rate``,
+            ``samples_per_second``, ``data_wait``, ``failed_samples``, ``seconds``. After a restart, steps
+            after the checkpoint are reported again.
+        notice: called with messages for the user: damaged checkpoints, restarts.
+        identity: what else must not change between the calls of one run (recipe, data), JSON-able; an error
+            lists its keys.
 
     Raises:
         MaskMillError: ``output_differs``, ``checkpoint_damaged``, ``setting_invalid``,
-            ``model_unsupported``, ``output_not_shared``, any that task or samples raise; ``training_failed``,
-            also where workers died more than ``settings.max_failures`` times.
+            ``model_unsupported``, ``output_not_shared``, errors of task and samples; ``training_failed``,
+            also if workers died more than ``settings.max_failures`` times.
     """
     settings.check_workers(compute.workers)
     if settings.precision == "fp16" and not compute.gpu:
@@ -140,7 +141,7 @@ def train(
                     notice("Stopping after a checkpoint.")
                 reader.look()
         except BaseException:
-            # What is raised here must not wait for a step to end; whoever closes Ray ends the workers.
+            # Raise without waiting for the current step; closing Ray ends the workers.
             board.tell("stop", INTERRUPTED)
             raise
         reader.look(last=True)
@@ -179,9 +180,7 @@ def _outcome(
 
 
 class _Run(threading.Thread):
-    """The training itself, in a thread: in the main one Ray Train would install a Ctrl-C handler that ends
-    the workers without a checkpoint.
-    """
+    """Training in a thread; in the main one, Ray Train's Ctrl-C handler would skip the checkpoint."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(name="training", daemon=True)
@@ -197,21 +196,21 @@ class _Run(threading.Thread):
 
 
 def _work_on_ray(job: Job) -> dict[str, Any]:
-    """``work`` in every worker; what that of rank 0 returns."""
+    """Run ``work`` in every worker; returns the result of rank 0."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
     class EndOnMistake(ray.train.UserCallback):
-        """Ray Train would start workers again after any exception; an error of a callback ends the run."""
+        """Ends the run on a ``MaskMillError``, after which Ray Train would restart the workers."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for error in worker_exceptions.values():
                 if isinstance(error, MaskMillError):
                     raise error
 
-    # Relative paths of samples must mean the same in workers as in the driver.
+    # Workers must resolve relative sample paths like the driver.
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # How often Ray Train checks its workers; two seconds by default, for start and end as well.
+    # Ray Train's polling interval, two seconds by default, delays start and end too.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     compute = job.compute
     with tempfile.TemporaryDirectory(prefix="maskmill-train-") as scratch:
@@ -224,7 +223,7 @@ def _work_on_ray(job: Job) -> dict[str, Any]:
             ),
             run_config=ray.train.RunConfig(
                 name="run",
-                # Nothing but marker files of Ray's gets there; the workers write checkpoints themselves.
+                # Ray only puts marker files there; the workers write checkpoints themselves.
                 storage_path=scratch,
                 failure_config=ray.train.FailureConfig(max_failures=job.settings.max_failures),
                 callbacks=[EndOnMistake()],
@@ -235,7 +234,7 @@ def _work_on_ray(job: Job) -> dict[str, Any]:
 
 
 class _Reader:
-    """Carries the board's news to ``metrics.jsonl`` and to the user."""
+    """Passes the board's news on to ``metrics.jsonl`` and to the user."""
 
     def __init__(
         self,
@@ -261,7 +260,7 @@ class _Reader:
         try:
             news: News = self._board.ask("news", self._attempt, len(self._lines), self._notes)
         except BoardLost:
-            return  # Ray is being shut down
+            return  # Ray is shutting down
         for text in news.notes:
             self._notice(text)
         self._notes += len(news.notes)
@@ -269,7 +268,7 @@ class _Reader:
         if news.attempt != self._attempt:
             if self._attempt:
                 self.restarts += 1
-                self._notice(f"Workers were started again from the checkpoint of step {news.step:,}.")
+                self._notice(f"Workers were restarted from the checkpoint of step {news.step:,}.")
             else:
                 self.resumed = news.step
             self._attempt, self._lines, self._changed = news.attempt, [], True
@@ -289,7 +288,7 @@ def _write_lines(storage: Storage, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _explained(error: Exception) -> MaskMillError:
-    """The ``MaskMillError`` that ended the run, or one that says what did."""
+    """The ``MaskMillError`` that ended the run, or one that explains the error that did."""
     causes: list[BaseException] = [error]
     while causes:
         cause = causes.pop(0)
@@ -304,6 +303,5 @@ def _explained(error: Exception) -> MaskMillError:
     return FailedWork(
         "training_failed",
         f"Training stopped: {type(first).__name__}{f': {lines[-1]}' if lines else ''}",
-        "What was trained up to the last checkpoint is kept: run the same command again. "
-        "With -v Ray tells more.",
+        "Run the same command again to resume from the last checkpoint. With -v, Ray's log says more.",
     )

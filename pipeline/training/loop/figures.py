@@ -1,4 +1,4 @@
-"""Running figures of training, equal on every worker and carried by checkpoints."""
+"""Running training figures: identical on every worker, and part of checkpoints."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepFigures:
-    """What all workers together found in one step.
+    """The figures of one step, combined over all workers.
 
     Attributes:
         step: number of the update.
-        stop: whether a worker was asked to stop.
-        ask: whether it is time to ask Ray for notices of preemption.
-        not_finite: whether loss or gradient of some worker are NaN or infinite.
+        stop: whether any worker was asked to stop.
+        ask: whether it is time to ask Ray for preemption notices.
+        not_finite: whether any worker's loss or gradient is NaN or infinite.
         failed: samples that could not be loaded.
-        wait_s: seconds that a worker waited for samples, mean over workers.
-        means: means over workers: ``loss``, ``gradient_norm`` and what the task gave.
+        wait_s: seconds spent waiting for samples, mean over workers.
+        means: means over workers: ``loss``, ``gradient_norm`` and the task's figures.
     """
 
     step: int
@@ -36,13 +36,9 @@ class StepFigures:
 
 
 class Agreement:
-    """Adds up the workers' figures with one small all-reduce a step.
+    """Sums the workers' figures with one small all-reduce per step.
 
-    On a GPU results are read one step late, so that the host need not wait for the device each step.
-
-    Args:
-        world: number of workers.
-        device: where they compute.
+    On a GPU, results are read one step late, so the host need not wait for the device.
     """
 
     def __init__(self, world: int, device: torch.device) -> None:
@@ -62,15 +58,10 @@ class Agreement:
         finite: Tensor,
         means: Mapping[str, Tensor],
     ) -> None:
-        """Take part with this worker's figures, as in ``StepFigures``; all workers give the same names.
+        """Contribute this worker's figures, see ``StepFigures``; all workers must use the same names.
 
         Args:
-            step: number of the update.
-            stop: whether this worker was asked to stop.
-            ask: whether it finds that it is time to ask Ray.
-            failed: samples that it could not load.
-            wait_s: seconds that it waited for samples.
-            finite: one bool, on the device: whether its loss and gradient are finite.
+            finite: one bool on the device: whether its loss and gradient are finite.
             means: one element each, on the device.
         """
         names = sorted(means)
@@ -87,9 +78,9 @@ class Agreement:
             event.record()
         self._waiting.append((step, names, vector, event))
 
-    def results(self, *, all_of_them: bool) -> Iterator[StepFigures]:
+    def results(self, *, flush: bool) -> Iterator[StepFigures]:
         """Results that are due, oldest first."""
-        while len(self._waiting) > (0 if all_of_them else self._late):
+        while len(self._waiting) > (0 if flush else self._late):
             step, names, vector, event = self._waiting.pop(0)
             if event is not None:
                 event.synchronize()
@@ -104,10 +95,10 @@ class Meter:
     """Means since the last line of figures, and totals since the start of the run.
 
     Attributes:
-        seconds: spent on updates, start-up and checkpoints left out; of all runs that led here.
-        wait_s: of these, spent waiting for samples.
-        timed: updates that ``seconds`` stands for: the first after each start is left out, since it waits
-            for the first samples.
+        seconds: spent on updates, without start-up and checkpoints, before and after resuming.
+        wait_s: part of ``seconds`` spent waiting for samples.
+        timed: updates covered by ``seconds``; the first after each start is not, since it waits for the first
+            samples.
         failed: samples that could not be loaded.
     """
 
@@ -121,7 +112,7 @@ class Meter:
         self._before = (0.0, 0.0, 0)
 
     def add(self, figures: StepFigures) -> None:
-        """Count what a step found."""
+        """Add the figures of a step."""
         self.failed += figures.failed
         self.wait_s += figures.wait_s
         for name, value in figures.means.items():
@@ -130,12 +121,12 @@ class Meter:
             total[1] += 1
 
     def time(self, seconds: float) -> None:
-        """Count the time of a step."""
+        """Add the duration of a step."""
         self.seconds += seconds
         self.timed += 1
 
     def line(self, step: int, learning_rate: float) -> dict[str, Any]:
-        """Figures since the last call, JSON-able: a mean that is not finite is None."""
+        """Figures since the last call, JSON-able; non-finite means become None."""
         means = {name: total / count for name, (total, count) in self._sums.items()}
         seconds, wait_s, timed = (
             now - then
@@ -154,7 +145,7 @@ class Meter:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """State for a checkpoint."""
         return {
             "seconds": self.seconds,
             "wait_s": self.wait_s,
@@ -165,7 +156,7 @@ class Meter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """From a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.seconds, self.wait_s = state["seconds"], state["wait_s"]
         self.timed, self.failed = state["timed"], state["failed"]
         self._sums = {name: list(total) for name, total in state["sums"].items()}

@@ -1,14 +1,14 @@
-"""Training samples in a fixed order, loaded by processes next to the training worker.
+"""Loading of training samples in a fixed order, by subprocesses of the training worker.
 
 This is torch's ``DataLoader`` with a sampler of *positions* (``pipeline.training.loop.protocols``). The seed
-alone decides which sample a position holds and which random numbers augment it, so neither the number of
-workers and loaders nor a restart changes what is trained on, and a run resumes by position. For the same
-reason loaders that die are replaced without a trace: the new ones continue at the next step.
+alone decides which sample a position holds and which random numbers augment it. So neither the number of
+workers and loaders nor a restart changes the training data, a run resumes by position, and new loaders can
+replace dead ones at the next step.
 
-Loaders are spawned, not forked: a process that has Ray's threads and a GPU cannot be forked safely. A loader
-that loses its training worker ends within seconds.
+Loaders are spawned: a process with Ray's threads and a GPU cannot be forked safely. A loader that loses its
+training worker exits within seconds.
 
-Shapes: B samples of a batch of all workers together, b = B / world size of one worker's share.
+Shapes: B samples in a batch over all workers, b = B / world size in one worker's share.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from pipeline.files.images import use_one_thread
 from pipeline.training.loop.protocols import Sample, Samples
 
 AHEAD_BYTES = 2 << 30
-"""Batches that one training worker may have waiting, in bytes."""
+"""Limit on the prefetched batches of one training worker, in bytes."""
 _SHARED_MEMORY = Path("/dev/shm")
 _MOST_LOSSES, _LOSS_WINDOW = 3, 1000
-"""Loaders may be lost less often than this within so many steps."""
+"""Give up when loaders die this often within so many steps."""
 
 _Loaded = tuple[int, Sample, bytes]
-"""Position, sample, and its pickled error or nothing."""
+"""Position, sample, and its pickled error, or no bytes."""
 
 
 def batches(
@@ -61,24 +61,23 @@ def batches(
     max_failure_rate: float = 0.05,
     failure_window: int = 1000,
 ) -> Generator[dict[str, Tensor], None, None]:
-    """This worker's share of the batches of steps ``start_step + 1`` to ``stop_step``, in order.
+    """Yield this worker's share of the batches of steps ``start_step + 1`` to ``stop_step``, in order.
 
-    Close the iterator to end its loaders before the last step.
+    Close the iterator to stop its loaders before the last step.
 
     Args:
-        samples: what to load; pickled, and sent to each loader once.
-        seed: of the order and of the augmentation.
-        start_step: updates that are done already; 0 at the beginning.
+        samples: pickled and sent to each loader once.
+        seed: of order and augmentation.
+        start_step: updates already done; 0 at the beginning.
         stop_step: number of the last step.
         batch_size: B.
-        rank: of this worker: of each batch it gets samples ``rank * b`` to ``(rank + 1) * b - 1``.
+        rank: of this worker; it gets samples ``rank * b`` to ``(rank + 1) * b - 1`` of each batch.
         world_size: number of workers; must divide B.
-        loaders: processes that load for this worker; fewer where batches are so large that the ones waiting
-            would take more than 2 GiB.
-        pin_memory: whether batches lie in memory that a GPU copies from while it computes.
-        notice: called with what the user should know: loaders that died.
+        loaders: loader processes for this worker; fewer if prefetched batches would exceed 2 GiB.
+        pin_memory: put batches into pinned memory.
+        notice: called with messages for the user, when loaders died.
         max_failure_rate: share of ``failure_window`` that may fail to load.
-        failure_window: number of this worker's latest samples that are watched for failures.
+        failure_window: number of this worker's latest samples over which failures are counted.
 
     Yields:
         The columns of ``samples`` stacked to (b, ...), on the CPU; ``position`` int64 (b,); ``failed`` bool
@@ -86,12 +85,12 @@ def batches(
 
     Raises:
         MaskMillError: ``wrong_use``; ``training_data_empty``; ``training_failed`` with the latest reasons, or
-            if loaders keep dying. Whatever else a sample raises is a bug and is raised as it is.
+            if loaders keep dying. Any other error of a sample is a bug and is re-raised.
     """
     if world_size < 1 or not 0 <= rank < world_size or batch_size % world_size or batch_size < 1:
         raise WrongUse(
             "wrong_use",
-            f"A batch of {batch_size} samples cannot be shared out to {world_size} workers.",
+            f"A batch of {batch_size} samples cannot be divided among {world_size} workers.",
             "Choose a batch size that is a multiple of the number of workers.",
         )
     if loaders < 1 or start_step < 0:
@@ -112,11 +111,11 @@ def batches(
                 try:
                     columns, errors = next(running)
                 except (RuntimeError, OSError, EOFError) as error:
-                    # Errors of samples travel as data: this is the DataLoader's own, which lost a process.
+                    # Errors of samples arrive as data, so this is the DataLoader losing a process.
                     lost.append(step)
                     if len(lost) == _MOST_LOSSES and step - lost[0] < _LOSS_WINDOW:
                         raise _loaders_lost(error) from error
-                    notice(f"A process that loads samples died at step {step:,}; loading starts again.")
+                    notice(f"A process that loads samples died at step {step:,}; restarting the loaders.")
                     break
                 step += 1
                 batch = {name: torch.as_tensor(column) for name, column in columns.items()}
@@ -125,7 +124,7 @@ def batches(
                     failures.end()
                 yield batch
         finally:
-            del running  # ends the loaders
+            del running  # stops the loaders
 
 
 def shares_of(
@@ -138,7 +137,7 @@ def shares_of(
     rank: int,
     world_size: int,
 ) -> Iterator[list[tuple[int, int]]]:
-    """For each step, the positions of a worker's share and the samples' indices at these positions.
+    """Yield, for each step, (position, sample index) of a worker's share.
 
     Raises:
         MaskMillError: ``training_data_empty``.
@@ -162,7 +161,7 @@ def _order(samples: Samples, epoch: int, seed: int) -> npt.NDArray[np.int64]:
         raise WrongUse(
             "training_data_empty",
             "There is no sample to train on.",
-            "Give more images, or ask less of them (min_quality).",
+            "Give more images, or lower min_quality.",
         )
     return order
 
@@ -180,7 +179,7 @@ def _start(
 ) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
     batch_bytes = max(1, share * sum(column.nbytes for column in samples.blank().values()))
     ahead = max(1, AHEAD_BYTES // batch_bytes)
-    # Containers often have next to no shared memory; batches then come through a pipe, as arrays.
+    # Containers often have almost no shared memory; then batches are piped, as arrays.
     shared = free_shared_memory() > 2 * min(2 * loaders * batch_bytes, AHEAD_BYTES)
     with _interrupts_blocked():
         return iter(
@@ -193,20 +192,20 @@ def _start(
                 pin_memory=pin_memory,
                 worker_init_fn=_prepare_loader,
                 multiprocessing_context="spawn",
-                # Without one, torch would draw a number from the generator that training uses.
+                # By default, torch would draw from the global generator, which training uses.
                 generator=torch.Generator(),
             )
         )
 
 
 def free_shared_memory() -> float:
-    """Bytes of shared memory that are free; infinite where the system sets no limit."""
+    """Free shared memory in bytes; infinite if the system sets no limit."""
     return shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else math.inf
 
 
 @contextlib.contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """Processes started here never see Ctrl-C, which asks the training worker for a checkpoint."""
+    """Start processes that ignore Ctrl-C, which asks the training worker for a checkpoint."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -216,12 +215,13 @@ def _interrupts_blocked() -> Iterator[None]:
 
 def _prepare_loader(number: int) -> None:
     use_one_thread()
-    # Python would end the thread that hands batches over in the middle of torch's C++ code, which aborts.
+    # Exit at once: at shutdown, Python would kill the thread that hands batches over inside torch's C++ code,
+    # which aborts.
     atexit.register(os._exit, 0)
 
 
 class Loading(Dataset[_Loaded]):
-    """Positions and indices → samples, in a loader."""
+    """Maps (position, index) to samples, in a loader."""
 
     def __init__(self, samples: Samples, seed: int) -> None:
         self._samples, self._seed = samples, seed
@@ -235,7 +235,7 @@ class Loading(Dataset[_Loaded]):
             if found != wanted:
                 raise TypeError(f"sample {index} is {found}, a blank one {wanted}")
             return position, sample, b""
-        except Exception as error:  # raised here, it would come back as another one
+        except Exception as error:  # raised here, it would arrive as another type
             return position, self._blank, pickled_error(error)
 
 
@@ -259,11 +259,11 @@ def _tensors(loaded: list[_Loaded]) -> tuple[dict[str, Tensor], list[bytes]]:
 
 
 def pickled_error(error: Exception) -> bytes:
-    """An error and its traceback, or its text where it cannot be pickled."""
+    """Pickle an error with its traceback; only its text if it cannot be pickled."""
     trace = "".join(traceback.format_exception(error))
     try:
         data = pickle.dumps((error, trace))
-        pickle.loads(data)  # some can be written, but not read
+        pickle.loads(data)  # some errors pickle but do not unpickle
     except Exception:
         data = pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), trace))
     return data
@@ -273,7 +273,7 @@ def pickled_error(error: Exception) -> bytes:
 
 
 class Failures:
-    """Counts failed samples, and gives up when there are too many."""
+    """Counts failed samples and gives up if there are too many."""
 
     def __init__(self, max_rate: float, window: int) -> None:
         self._recent: deque[bool] = deque(maxlen=window)
@@ -282,11 +282,11 @@ class Failures:
         self._seen = self._count = self._recently = 0
 
     def add(self, positions: Sequence[int], errors: Sequence[bytes]) -> None:
-        """Take note of a batch.
+        """Count the failures of a batch.
 
         Raises:
             MaskMillError: ``training_failed``.
-            Exception: what is no failure of a sample, but of the program.
+            Exception: an error that is a bug, not a bad sample.
         """
         for position, data in zip(positions, errors, strict=True):
             if len(self._recent) == self._recent.maxlen:
@@ -295,7 +295,7 @@ class Failures:
             self._seen += 1
             if not data:
                 continue
-            error, trace = pickle.loads(data)  # of our own loader, a moment ago
+            error, trace = pickle.loads(data)  # trusted: from our own loader
             if not isinstance(error, MaskMillError | OSError):
                 raise error from RuntimeError(f"while sample {position} was loaded:\n{trace}")
             self._latest.append(str(error).splitlines()[0])
@@ -304,7 +304,7 @@ class Failures:
                 raise self._failing()
 
     def end(self) -> None:
-        """Give up, too, if nothing could be loaded at all."""
+        """Give up if nothing could be loaded at all."""
         if self._seen and self._count == self._seen:
             raise self._failing()
 

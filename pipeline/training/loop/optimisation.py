@@ -1,7 +1,7 @@
 """The optimiser, and the learning rate of each update.
 
-The rate is a pure function of the step, so a run that resumes needs no state for it. To add an optimiser or a
-schedule: name it in ``LoopSettings.optimizer`` or ``LoopSettings.schedule``, and add a branch here.
+The rate is a pure function of the step, so resuming needs no scheduler state. To add an optimiser or a
+schedule, name it in ``LoopSettings.optimizer`` or ``LoopSettings.schedule`` and add a branch here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pipeline.training.loop.settings import LoopSettings
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: LoopSettings) -> torch.optim.Optimizer:
-    """The optimiser that the settings name; the loop sets its rate before each update."""
+    """Create the optimiser; the loop sets its learning rate before each update."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     return torch.optim.SGD(
@@ -32,15 +32,12 @@ def learning_rate(step: int, settings: LoopSettings) -> float:
 
     With t = (step - 1) / iterations, base and minimum rates b and m:
 
-    * ``poly``: m + (b - m) (1 - t)^power, as the reference of MaskCLIP+ (mmcv's ``poly`` by iteration);
+    * ``poly``: m + (b - m) (1 - t)^power, as in MaskCLIP+'s reference (mmcv's ``poly`` by iteration);
     * ``cosine``: m + (b - m) (1 + cos(pi t)) / 2;
     * ``constant``: b.
 
-    During the warm-up this is multiplied by step / (warmup + 1).
-
-    Args:
-        step: number of the update, 1 to ``settings.iterations``.
-        settings: of the run.
+    During the warm-up this is multiplied by step / (warmup + 1). Steps count from 1 to
+    ``settings.iterations``.
     """
     assert 1 <= step <= settings.iterations, step
     done = (step - 1) / settings.iterations

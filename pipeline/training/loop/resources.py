@@ -1,4 +1,4 @@
-"""How a training run uses its machines: workers that train, and processes that load samples for them."""
+"""Resources of a training run: its workers, and the loader processes that feed them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from models.errors import WrongUse
 
 @dataclass(frozen=True)
 class TrainingCompute:
-    """What a training run uses.
+    """Resources of a training run.
 
     Attributes:
         workers: training processes; 0 trains in the driver's process.
-        gpu: whether each of them has a GPU of its own.
-        worker_cpus: logical CPUs of each worker.
-        threads: CPU threads of each worker; 0 leaves torch's choice.
-        loaders: processes that load samples, for each worker; Ray does not count them.
+        gpu: whether each of them has its own GPU.
+        worker_cpus: logical CPUs per worker.
+        threads: CPU threads per worker; 0 leaves the choice to torch.
+        loaders: loader processes per worker; Ray does not account for them.
     """
 
     workers: int
@@ -31,13 +31,13 @@ class TrainingCompute:
 def plan_training(
     nodes: Sequence[tuple[float, float]], *, cores: int | None, workers: int | None
 ) -> TrainingCompute:
-    """Share out what a cluster, or this machine, has.
+    """Divide the resources of a cluster, or of this machine, among workers.
 
     Args:
-        nodes: (logical CPUs, GPUs) of each node that is alive.
-        cores: real cores of this machine if Ray was started here for this run alone, else None.
-        workers: how many the user asks for; None takes one for each GPU, and without GPUs the driver's
-            process on this machine, or one worker on a cluster.
+        nodes: (logical CPUs, GPUs) of each live node.
+        cores: CPUs available to this process if Ray was started here for this run alone, else None.
+        workers: number the user asks for; None takes one per GPU, and without GPUs the driver's process on
+            this machine, or one worker on a cluster.
 
     Raises:
         MaskMillError: ``cluster_too_small``.
@@ -47,7 +47,7 @@ def plan_training(
     if workers == 0 and cores is None:
         raise WrongUse(
             "wrong_use",
-            "--workers 0 trains in this process, which on a cluster is one of the head.",
+            "--workers 0 trains in this process, which on a cluster runs on the head node.",
             "Ask for 1 worker or more, or leave --workers out.",
         )
     if workers is None:
@@ -71,7 +71,7 @@ def plan_training(
     real = float(cores if cores is not None else cpus)
     widest = cores if cores is not None else max((node[0] for node in nodes), default=1)
     threads = 0 if gpu else max(1, min(int(real) // share, int(widest)))
-    # GPUs wait for decoding: all CPUs but one a worker load. On CPUs training itself is the bottleneck.
+    # Decoding limits GPUs, so all CPUs but one per worker load. On CPUs, training is the bottleneck.
     loaders = max(1, int((real - share) / share)) if gpu else max(1, int(real) // (2 * share))
     return TrainingCompute(
         workers, gpu, 1.0 if not gpu or cpus > 2 * share else 0.5, threads, min(loaders, 16)
@@ -79,10 +79,10 @@ def plan_training(
 
 
 def plan_in_process(workers: int | None) -> TrainingCompute | None:
-    """Training in this process, which needs no Ray; None if ``workers`` ask for more, or several GPUs do.
+    """Plan training in this process, without Ray; None if ``workers`` or several GPUs call for more.
 
     Args:
-        workers: as for ``plan_training``.
+        workers: see ``plan_training``.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""States of the random number generators of a process, as plain values that a checkpoint can hold."""
+"""Random number generator states of a process, as plain values that a checkpoint can hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def seed_all(*numbers: int) -> None:
-    """Seed the generators of torch, numpy and Python from numbers that name a place (seed, rank …)."""
+    """Seed the generators of torch, numpy and Python from a sequence of numbers (seed, rank …)."""
     words = np.random.SeedSequence(numbers).generate_state(3)
     torch.manual_seed(int(words[0]))
     np.random.seed(int(words[1]))
@@ -19,7 +19,7 @@ def seed_all(*numbers: int) -> None:
 
 
 def capture() -> dict[str, Any]:
-    """States of the generators of torch (CPU, and the current GPU if CUDA is in use), numpy and Python."""
+    """Capture the states of torch (CPU, and the current GPU if CUDA is in use), numpy and Python."""
     generator: dict[str, Any] = dict(np.random.get_state(legacy=False))
     keys, position = generator["state"]["key"], generator["state"]["pos"]
     version, words, gauss = random.getstate()
@@ -37,7 +37,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: Mapping[str, Any]) -> None:
-    """Put back what ``capture`` gave."""
+    """Restore the states that ``capture`` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

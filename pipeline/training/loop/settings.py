@@ -1,4 +1,4 @@
-"""What a training run is told about optimisation, and what of it must stay the same when it goes on."""
+"""Optimisation settings of a training run, and the hash by which a resumed run recognises them."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ class LoopSettings(Settings):
     """How ``pipeline.training.loop.driver.train`` trains."""
 
     iterations: Annotated[int, Field(ge=1)]
-    """Optimiser updates; the learning rate ends with the last one."""
+    """Optimiser updates; the learning rate schedule ends with the last one."""
     batch_size: Annotated[int, Field(ge=1)]
-    """Samples of one update, all workers and micro-batches together."""
+    """Samples per update, over all workers and micro-batches."""
     accumulation: Annotated[int, Field(ge=1)] = 1
-    """Micro-batches that a worker cuts its share of a batch into, one after the other; saves memory. Batch
-    normalisation sees one micro-batch at a time."""
+    """Micro-batches into which a worker splits its share of a batch to save memory. Batch norm sees one
+    micro-batch at a time."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """``sgd`` or ``adamw`` (betas 0.9, 0.999)."""
     learning_rate: Annotated[float, Field(ge=0)] = 0.01
     """Learning rate of the first update after the warm-up."""
     min_learning_rate: Annotated[float, Field(ge=0)] = 1e-4
-    """Learning rate that the schedule falls to."""
+    """Learning rate at the end of the schedule."""
     momentum: Annotated[float, Field(ge=0)] = 0.9
     """Momentum of SGD."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    """Weight decay of all parameters; decoupled for AdamW."""
+    """Weight decay of all parameters; decoupled with AdamW."""
     schedule: Literal["poly", "cosine", "constant"] = "poly"
     """``poly``, ``cosine`` or ``constant``; see ``pipeline.training.loop.optimisation``."""
     power: Annotated[float, Field(ge=0)] = 0.9
@@ -41,22 +41,22 @@ class LoopSettings(Settings):
     warmup: Annotated[int, Field(ge=0)] = 0
     """Updates over which the learning rate rises linearly from 0."""
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
-    """Largest L2 norm of the gradient of all parameters; 0 does not clip."""
+    """Maximum L2 norm of the gradient of all parameters; 0 does not clip."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """``fp32``, or autocast to ``bf16`` or ``fp16``; the latter needs a GPU and scales the loss."""
     sync_batchnorm: bool = True
-    """Batch norms use the statistics of all workers' samples."""
+    """Compute batch norm statistics over all workers."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of initial weights, order of samples, augmentation and dropout."""
+    """Seed of initial weights, sample order, augmentation and dropout."""
     checkpoint_every: Annotated[int, Field(ge=1), NEUTRAL] = 1000
-    """Updates between two checkpoints; the last update has one in any case."""
+    """Updates between two checkpoints; the last update always writes one."""
     keep: Annotated[int, Field(ge=1), NEUTRAL] = 2
-    """Newest checkpoints that are kept; milestones are kept as well."""
+    """Number of newest checkpoints to keep, besides milestones."""
     log_every: Annotated[int, Field(ge=1), NEUTRAL] = 50
-    """Updates that one line of figures stands for."""
+    """Updates per line of figures."""
     max_failures: Annotated[int, Field(ge=-1), NEUTRAL] = 3
-    """How often workers that died are started again before the run gives up; -1 is without limit. Nodes
-    taken away with notice are not counted."""
+    """How often dead workers are restarted before the run gives up; -1 is unlimited. Announced preemptions do
+    not count."""
 
     @model_validator(mode="after")
     def _falls(self) -> Self:
@@ -70,7 +70,7 @@ class LoopSettings(Settings):
         return self
 
     def check_workers(self, workers: int) -> None:
-        """Refuse a number of workers among which a batch cannot be shared evenly.
+        """Refuse a number of workers that does not divide a batch evenly.
 
         Raises:
             MaskMillError: ``setting_invalid``.
@@ -86,6 +86,6 @@ class LoopSettings(Settings):
 
 
 def settings_hash(record: Mapping[str, Any]) -> str:
-    """Short fingerprint of JSON-able settings, the same whatever the order of their names."""
+    """Short hash of JSON-able settings, independent of their order."""
     text = json.dumps(record, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

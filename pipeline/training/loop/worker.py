@@ -1,8 +1,8 @@
-"""What runs in each training process: forward, backward, update, figures, checkpoints.
+"""The training process: forward, backward, update, figures, checkpoints.
 
-All workers take every decision alike, since each rests on figures that they have added up
-(``pipeline.training.loop.figures``): one small all-reduce a step carries whether somebody was asked to stop
-and whether a loss is NaN, next to the figures that are logged.
+All workers take the same decisions, because they base them on summed figures
+(``pipeline.training.loop.figures``): one small all-reduce per step carries the logged figures, whether a
+worker was asked to stop, and whether a loss is NaN.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pipeline.training.loop.resources import TrainingCompute
 from pipeline.training.loop.settings import LoopSettings
 
 NOTICE_S = 5.0
-"""Seconds between two questions whether a node is about to be taken away; Ray itself looks as often."""
+"""Seconds between checks for preemption notices, which Ray itself polls as often."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Job:
 
     Attributes:
         make_task: picklable factory of the task.
-        samples: what is trained on.
-        settings: how.
+        samples: the training data.
+        settings: optimisation settings.
         output: URI of the run.
         fingerprint: of the settings, from ``CheckpointStore.claim``.
-        compute: what each worker may use.
-        board: where figures go.
+        compute: resources of each worker.
+        board: receives figures, and passes stop requests on.
     """
 
     make_task: Callable[[], Task]
@@ -61,15 +61,16 @@ class Job:
 
 
 def work(job: Job) -> dict[str, Any]:
-    """Train until the last step or until asked to stop: in every worker of Ray Train, or in the driver's
-    process if there are none.
+    """Train until the last step or a stop request.
+
+    Runs in every worker of Ray Train, or in the driver's process if there are none.
 
     Returns:
-        ``step`` (updates done), ``stopped`` (why before the last one, or empty) and the state of ``meter``.
+        ``step`` (updates done), ``stopped`` (why it stopped early, or empty) and the state of ``meter``.
 
     Raises:
-        MaskMillError: ``training_failed``, ``checkpoint_damaged``, ``output_not_shared``, and those of
-            samples and task.
+        MaskMillError: ``training_failed``, ``checkpoint_damaged``, ``output_not_shared``, errors of samples
+            and task.
     """
     rank, world, device = 0, 1, torch.device("cpu")
     if job.compute.workers:
@@ -104,7 +105,7 @@ class _Worker:
         self.step = 0
         self.stop = self.ask = False
 
-        # The same weights everywhere, then other random numbers in each worker.
+        # Same initial weights everywhere, then different random numbers in each worker.
         rng.seed_all(settings.seed)
         self.task = job.make_task()
         module = self.task.build(device)
@@ -123,7 +124,7 @@ class _Worker:
             self.module = DistributedDataParallel(
                 module,
                 device_ids=[device] if device.type == "cuda" else None,
-                # Synchronised statistics are equal anyway; others are to be those of rank 0.
+                # Synchronised statistics are equal anyway; otherwise broadcast those of rank 0.
                 forward_sync_buffers=not settings.sync_batchnorm,
                 gradient_as_bucket_view=True,
             )
@@ -136,7 +137,7 @@ class _Worker:
                 self._train(watch)
                 stopped = watch.reason
         if self.rank == 0:
-            # An answer means that the figures sent before have arrived; this process may end any moment.
+            # Wait for an answer, so that all figures have arrived before this process ends.
             with contextlib.suppress(Exception):
                 self.job.board.ask("stop_reason")
         return {
@@ -186,7 +187,7 @@ class _Worker:
                 last = self.step == settings.iterations
                 log = last or self.step % settings.log_every == 0
                 due = last or self.step % settings.checkpoint_every == 0 or self.step in self.milestones
-                self._settle(all_of_them=log or due)
+                self._settle(flush=log or due)
                 if warm:
                     self.meter.time(time.perf_counter() - began)
                 if log:
@@ -197,16 +198,16 @@ class _Worker:
                 notice = False
                 if self.ask:
                     self.ask, asked_at = False, time.monotonic()
-                    notice = self._node_goes() and not noticed
+                    notice = self._preempted() and not noticed
                     noticed |= notice
                 if due or self.stop or notice:
-                    self._settle(all_of_them=True)
+                    self._settle(flush=True)
                     self._checkpoint()
                 if self.stop:
                     break
 
     def _update(self, batch: Mapping[str, Tensor], rate: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """One optimiser update; whether loss and gradient are finite, and this worker's figures."""
+        """Run one optimiser update; returns whether loss and gradient are finite, and the figures."""
         settings = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -238,7 +239,7 @@ class _Worker:
         else:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         if self.scaler:
-            # Overflows are part of scaling: the scaler leaves such updates out.
+            # Overflows are part of loss scaling: the scaler skips such updates.
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
@@ -247,22 +248,22 @@ class _Worker:
         self.optimizer.zero_grad(set_to_none=True)
         return finite.reshape(()), means | {"gradient_norm": norm}
 
-    def _settle(self, *, all_of_them: bool) -> None:
-        for figures in self.agreement.results(all_of_them=all_of_them):
+    def _settle(self, *, flush: bool) -> None:
+        for figures in self.agreement.results(flush=flush):
             if figures.not_finite:
                 raise FailedWork(
                     "training_failed",
                     f"Loss ({figures.means['loss']:g}) or gradient (norm {figures.means['gradient_norm']:g}) "
                     f"of step {figures.step} is not a finite number.",
                     "Lower the learning rate, clip the gradient (clip_norm), use a warm-up, or train in fp32 "
-                    "or bf16. The last checkpoint is from before.",
+                    "or bf16. The last checkpoint is not affected.",
                 )
             self.meter.add(figures)
             self.stop |= figures.stop
             self.ask |= figures.ask
 
-    def _node_goes(self) -> bool:
-        """Whether a node of ours will soon be taken away. A barrier: all workers ask, or none."""
+    def _preempted(self) -> bool:
+        """Whether one of our nodes is about to be preempted. A barrier: all workers must call it, or none."""
         if not self.job.compute.workers:
             return False
         import ray.train
@@ -312,11 +313,11 @@ class _Worker:
         if self.rank and step:
             found = self.store.read(step, self.job.fingerprint)
         if found:
-            self._take_up(found)
+            self._restore(found)
         if self.rank == 0:
             self.job.board.tell("begin", self.step, self.lines)
 
-    def _take_up(self, found: Checkpoint) -> None:
+    def _restore(self, found: Checkpoint) -> None:
         self.step, self.lines = found.step, found.lines
         self.bare.load_state_dict(found.module)
         self.optimizer.load_state_dict(found.training["optimizer"])
@@ -332,7 +333,7 @@ class _Worker:
 
 
 class _StopWatch:
-    """Whether the driver wants the workers to stop; asked in the background, so that no step waits for it."""
+    """Polls the board for a stop request in the background, so that no step waits for it."""
 
     def __init__(self, board: BoardLink, *, active: bool) -> None:
         self.reason = ""
@@ -346,7 +347,7 @@ class _StopWatch:
 
     def _watch(self) -> None:
         while not self._over.wait(0.25):
-            # A board that is gone went with the driver; Ray then ends this process.
+            # If the board is gone, so is the driver, and Ray ends this process.
             with contextlib.suppress(Exception):
                 self.reason = self._board.ask("stop_reason")
 
@@ -363,7 +364,7 @@ class _StopWatch:
 
 @contextlib.contextmanager
 def _process_settings(job: Job, device: torch.device) -> Iterator[None]:
-    """Threads, cuDNN and random numbers as training wants them; the driver's process gets its own back."""
+    """Set threads and cuDNN for training; restores them and the random states, for the driver's process."""
     threads, benchmark, state = torch.get_num_threads(), torch.backends.cudnn.benchmark, rng.capture()
     if job.compute.threads:
         torch.set_num_threads(job.compute.threads)

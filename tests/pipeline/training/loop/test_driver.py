@@ -412,7 +412,7 @@ def test_a_killed_worker_costs_nothing_but_time(session: None, whole: Run, tmp_p
     plan = Plan(at={(7, 1): "kill"}, marker=str(marker))
     result = run(tmp_path / "run", 2, plan)
     assert marker.exists() and result.outcome.restarts == 1 and result.outcome.finished
-    assert any("started again from the checkpoint of step 4" in text for text in result.notices)
+    assert any("restarted from the checkpoint of step 4" in text for text in result.notices)
     assert_same(result, whole, 1e-5)
     reported = [line["step"] for line in result.reported]
     assert reported[-8:] == list(range(5, 13)) and set(reported) == set(range(1, 13))
