@@ -174,38 +174,40 @@ def benchmarks() -> dict[str, str]:
     }
 
 
-def _params(asked: Benchmark) -> dict[str, Any]:
+def _params(options: Benchmark) -> dict[str, Any]:
     """The options in use, as parameters of the tracked run."""
-    params = dataclasses.asdict(asked)
+    params = dataclasses.asdict(options)
     for name in ("tracking", "overwrite", "output"):
         del params[name]
     return {name: value for name, value in params.items() if value not in (None, (), 0)}
 
 
-def _plan_toyworld(asked: Benchmark, _name: str, folder: Path, console: Console) -> Measure:
-    if any((asked.roots, asked.labels, asked.weights, asked.settings, asked.datasets, asked.limit)):
+def _plan_toyworld(options: Benchmark, _name: str, folder: Path, console: Console) -> Measure:
+    if any(
+        (options.roots, options.labels, options.weights, options.settings, options.datasets, options.limit)
+    ):
         raise WrongUse(
             "wrong_use",
             "The toy world's rows are fixed: only --row, --seeds and --scenes change them.",
             "Leave the other options out.",
         )
-    _refuse_sizes(asked)
-    if asked.scenes < 1:
-        raise WrongUse("wrong_use", f"--scenes {asked.scenes} is too few.", "Use --scenes 1 or more.")
-    if not 2 <= asked.seeds <= len(TOY_SEEDS):
+    _refuse_sizes(options)
+    if options.scenes < 1:
+        raise WrongUse("wrong_use", f"--scenes {options.scenes} is too few.", "Use --scenes 1 or more.")
+    if not 2 <= options.seeds <= len(TOY_SEEDS):
         raise WrongUse(
             "wrong_use",
-            f"--seeds {asked.seeds} gives no meaningful confidence interval.",
+            f"--seeds {options.seeds} gives no meaningful confidence interval.",
             f"Use 3 to {len(TOY_SEEDS)} (at least 2).",
         )
-    names = [name for name in TOY_SECTIONS if not asked.rows or any(row in name for row in asked.rows)]
+    names = [name for name in TOY_SECTIONS if not options.rows or any(row in name for row in options.rows)]
     if not names:
         raise WrongUse(
             "wrong_use",
-            f"The toy world has no section {', '.join(asked.rows)}.",
+            f"The toy world has no section {', '.join(options.rows)}.",
             f"Known: {', '.join(TOY_SECTIONS)}.",
         )
-    return functools.partial(_toyworld, names, TOY_SEEDS[: asked.seeds], asked.scenes, folder, console)
+    return functools.partial(_toyworld, names, TOY_SEEDS[: options.seeds], options.scenes, folder, console)
 
 
 def _toyworld(
@@ -243,48 +245,48 @@ def _toyworld(
     return measured
 
 
-def _plan_table(asked: Benchmark, name: str, folder: Path, console: Console) -> Measure:
-    _refuse_negative_limit(asked)
+def _plan_table(options: Benchmark, name: str, folder: Path, console: Console) -> Measure:
+    _refuse_negative_limit(options)
     if name not in clipseg.TABLES:
-        _refuse_sizes(asked)
+        _refuse_sizes(options)
     request = Request(
         folder=folder,
         console=console,
-        roots=named_values("--root", asked.roots, last=False),
-        labels=named_values("--labels", asked.labels),
-        weights=named_values("--weights", asked.weights),
-        settings=parse_settings(asked.settings),
-        rows=asked.rows,
-        datasets=asked.datasets,
-        limit=asked.limit,
-        image_sizes=asked.image_sizes,
+        roots=named_values("--root", options.roots, last=False),
+        labels=named_values("--labels", options.labels),
+        weights=named_values("--weights", options.weights),
+        settings=parse_settings(options.settings),
+        rows=options.rows,
+        datasets=options.datasets,
+        limit=options.limit,
+        image_sizes=options.image_sizes,
     )
     sections = _TABLES[name][1](request)
     return lambda: Measured(list(sections))
 
 
-def _plan_concepts(asked: Benchmark, _name: str, folder: Path, console: Console) -> Measure:
+def _plan_concepts(options: Benchmark, _name: str, folder: Path, console: Console) -> Measure:
     from pipeline.ontology.concepts import CONCEPTS as LISTS
     from pipeline.ontology.concepts import ConceptList
 
-    _refuse_sizes(asked)
-    _refuse_negative_limit(asked)
-    if asked.images is None:
+    _refuse_sizes(options)
+    _refuse_negative_limit(options)
+    if options.images is None:
         raise WrongUse(
             "wrong_use", "concepts needs images.", "Give --images DIR: the paper's are not distributed."
         )
-    concepts = LISTS.get(asked.concepts)
+    concepts = LISTS.get(options.concepts)
     if concepts is None:
-        prompts = comma_separated(asked.concepts)
+        prompts = comma_separated(options.concepts)
         if len(prompts) < 2:
             raise WrongUse(
                 "wrong_use",
-                f"--concepts {asked.concepts!r} is neither a list of at least two prompts nor a known name.",
+                f"--concepts {options.concepts!r} is neither a known list nor two or more prompts.",
                 f"Write --concepts 'a red car, a road', or one of {', '.join(LISTS)}.",
             )
         concepts = ConceptList(prompts, ())
-    recipe = load_recipe(asked.recipe, asked.settings)
-    uris = build_manifest(asked.images)["uri"].to_pylist()[: asked.limit or None]
+    recipe = load_recipe(options.recipe, options.settings)
+    uris = build_manifest(options.images)["uri"].to_pylist()[: options.limit or None]
     return functools.partial(_concepts, uris, concepts, recipe, folder, console)
 
 
@@ -297,19 +299,19 @@ def _concepts(
     return Measured([section], pictures=pictures)
 
 
-def _refuse_sizes(asked: Benchmark) -> None:
-    if asked.image_sizes:
+def _refuse_sizes(options: Benchmark) -> None:
+    if options.image_sizes:
         raise WrongUse(
             "wrong_use",
-            f"--image-size: the protocol of {asked.name} fixes the size.",
+            f"--image-size: the protocol of {options.name} fixes the size.",
             f"Use it with {', '.join(clipseg.TABLES)}.",
         )
 
 
-def _refuse_negative_limit(asked: Benchmark) -> None:
-    if asked.limit < 0:
+def _refuse_negative_limit(options: Benchmark) -> None:
+    if options.limit < 0:
         raise WrongUse(
-            "wrong_use", f"--limit {asked.limit} is not a number of images.", "Use --limit 0 for all."
+            "wrong_use", f"--limit {options.limit} is not a number of images.", "Use --limit 0 for all."
         )
 
 

@@ -109,9 +109,9 @@ VITSEG = Variant("vitseg", "ViTSeg", _VITSEG, tower=("tower.safetensors", THINGS
 VITSEG_ALL = Variant(
     "vitseg-all", "ViTSeg, tower told all classes", _VITSEG, tower=("tower-all.safetensors", CLASSES)
 )
-_ASKED = (CLIPSEG, PSEUDO, DECONV, VITSEG, VITSEG_ALL)
-_LABELLING = (ZERO_SHOT, GUESSED, PSEUDO, CLIPSEG)
-VARIANTS = (*_ASKED, ZERO_SHOT, GUESSED)
+_PROMPTED = (CLIPSEG, PSEUDO, DECONV, VITSEG, VITSEG_ALL)
+_LABELLERS = (ZERO_SHOT, GUESSED, PSEUDO, CLIPSEG)
+VARIANTS = (*_PROMPTED, ZERO_SHOT, GUESSED)
 
 
 def prompts(
@@ -151,11 +151,11 @@ def prompts(
                 changes.append(f"tower_weights={(folder / name).resolve()}")
             output = folder / f"seed-{seed}" / variant.name
             model = _trained(variant, changes, seed, training_scenes, output, console)
-            console.print(f"Asking {variant.title} on {scenes} scenes", highlight=False)
-            if variant in _ASKED:
-                figures |= _asked(model, variant.title, seed, scenes)
-            if variant in _LABELLING:
-                figures |= _labelled(model, variant.title, seed, scenes)
+            console.print(f"Evaluating {variant.title} on {scenes} scenes", highlight=False)
+            if variant in _PROMPTED:
+                figures |= _prompt_figures(model, variant.title, seed, scenes)
+            if variant in _LABELLERS:
+                figures |= _label_figures(model, variant.title, seed, scenes)
         for name, values in figures.items():
             runs = found.setdefault(name, {})
             for metric, value in values.items():
@@ -201,7 +201,7 @@ def _sections(found: Mapping[str, Runs], training_scenes: int) -> list[dict[str,
             "empty",
             "text_iou_strict",
         ],
-        "rows": [row(variant.title, found[variant.title]) for variant in _ASKED if variant.title in found],
+        "rows": [row(variant.title, found[variant.title]) for variant in _PROMPTED if variant.title in found],
     }
     kinds = {
         "name": "clipseg-phrases",
@@ -227,7 +227,7 @@ def _sections(found: Mapping[str, Runs], training_scenes: int) -> list[dict[str,
         "metrics": ["miou_unseen", "miou_seen", "miou"],
         "rows": [
             row(name, found[name])
-            for name in (_TEACHER, *(name for variant in _LABELLING for name in _label_rows(variant.title)))
+            for name in (_TEACHER, *(name for variant in _LABELLERS for name in _label_rows(variant.title)))
             if name in found
         ],
     }
@@ -362,16 +362,16 @@ def ask(model: ClipSeg, source: ToySource, *, seed: int) -> Answers:
         shown = [_example(source, phrase, image, rng) for phrase in phrases]
         for form, style in _SHOWN.items():
             if form == "text":
-                asked = list(range(len(phrases)))
+                indices = list(range(len(phrases)))
                 conditionals = model.encode_text([pairs.phrases[phrase][0] for phrase in phrases])
             else:
-                asked = [number for number, pair in enumerate(shown) if pair is not None]
+                indices = [number for number, pair in enumerate(shown) if pair is not None]
                 pictures = [
                     _picture(source, pair, style, triplets, rng) for pair in shown if pair is not None
                 ]
                 conditionals = model.encode_prompt_images(_pixels(pictures))
             found = model.decode(activations, conditionals)[0].sigmoid().numpy()
-            for number, answer in zip(asked, found, strict=True):
+            for number, answer in zip(indices, found, strict=True):
                 if number < len(examples):
                     kind = KINDS.index(kind_of(pairs.phrases[phrases[number]][0]))
                     present[form].append(
@@ -404,7 +404,7 @@ def _pixels(images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
     return normalize(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
 
 
-def _asked(model: ClipSeg, title: str, seed: int, scenes: int) -> dict[str, dict[str, float]]:
+def _prompt_figures(model: ClipSeg, title: str, seed: int, scenes: int) -> dict[str, dict[str, float]]:
     """Figures of a decoder, over all phrases and by kind."""
     answers = ask(model, _phrases(seed, scenes), seed=seed)
     chosen_on = ask(model, _phrases(seed + THRESHOLD_SEED, scenes), seed=seed)
@@ -441,7 +441,7 @@ def _only(statistics: ForegroundStatistics, number: int) -> ForegroundStatistics
 
 
 @torch.inference_mode()
-def _labelled(model: ClipSeg, title: str, seed: int, scenes: int) -> dict[str, dict[str, float]]:
+def _label_figures(model: ClipSeg, title: str, seed: int, scenes: int) -> dict[str, dict[str, float]]:
     """MIoU of a decoder's label maps."""
     conditionals = model.encode_text(CLASSES)
 
