@@ -1,12 +1,12 @@
-# What a fresh clone needs: python3 (3.10 to 3.13), make and a package index.
+# A fresh clone needs python3 (3.10 to 3.13), make and a package index.
 #   make demo PYTHON=python3.12     with another Python
-#   make test ARGS="-k images -x"   arguments for the program behind the target
+#   make test ARGS="-k images -x"   pass arguments to the underlying program
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# Tests that run at the same time.
+# Number of test processes.
 WORKERS ?= 2
-# glibc gives memory back less often, as in the job's own processes: tests take a twelfth less time.
+# glibc returns memory less often, as in the job's own processes, which saves a twelfth of the test time.
 MALLOC = glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=2147483648
 BIN = $(VENV)/bin
 BOOTSTRAP = command -v "$(PYTHON)" >/dev/null 2>&1 || { \
@@ -18,28 +18,28 @@ PYTEST = OMP_WAIT_POLICY=PASSIVE GLIBC_TUNABLES="$(MALLOC)" "$(BIN)/python" -m p
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo check test test-long lint bench clean
 
-help:  ## this list
+help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
-setup:  ## install what running needs into VENV; a no-op when that is done
+setup:  ## install the runtime packages into VENV; a no-op if done already
 	@$(BOOTSTRAP)
 
-setup-dev:  ## the same, and what tests and lint need
+setup-dev:  ## the same, plus the packages for tests and lint
 	@$(BOOTSTRAP) --dev
 
-demo: setup  ## label images of the toy world, train a student, measure both, offline
+demo: setup  ## label toy images, train a student, evaluate both, offline
 	@"$(BIN)/maskmill" demo $(ARGS)
 
-check: lint  ## for daily work, in minutes: lint, and the tests that are quick
+check: lint  ## for daily work, in minutes: lint and the quick tests
 	@$(PYTEST) -m "not (slow or cluster or browser or long)" $(ARGS)
 
-test: setup-dev  ## all tests but the long ones, in WORKERS processes; WORKERS=0 for a debugger
+test: setup-dev  ## all tests except the long ones, in WORKERS processes; WORKERS=0 for a debugger
 	@$(PYTEST) -m "not long" $(ARGS)
 
-test-long: setup-dev  ## the long tests: many kills, long trainings
+test-long: setup-dev  ## the long tests: repeated kills, long trainings
 	@$(PYTEST) -m long $(ARGS)
 
-lint: setup-dev  ## style, types and the direction of imports
+lint: setup-dev  ## check style, types and import directions
 	@status=0; \
 	"$(BIN)/ruff" check . || status=1; \
 	"$(BIN)/ruff" format --check . || status=1; \
@@ -47,7 +47,7 @@ lint: setup-dev  ## style, types and the direction of imports
 	"$(BIN)/lint-imports" || status=1; \
 	exit $$status
 
-bench: setup  ## the labelling job beside a bare loop and a naive script
+bench: setup  ## compare the labelling job with a bare loop and a naive script
 	@"$(BIN)/python" -m benchmarks.label_job $(ARGS)
 
 clean:  ## remove the environment, caches and the demo's output

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Draws docs/segment.png: what a CLIPSeg trained on the toy world finds in one of its scenes.
+# Draws docs/segment.png: results of a CLIPSeg trained on the toy world for one of its scenes.
 #
 #   maskmill train clipseg --recipe toy --dataset toyworld --split seed-3 --output finder/
 #   sh docs/segment.sh finder/
 #
-# The scene, the example and its mask are drawn anew; everything else is the program's own output.
+# The script draws the scene, the example and its mask; the rest is the program's own output.
 set -eu
 weights=${1:?"Name the folder of a trained toy CLIPSeg."}
 docs=$(cd "$(dirname "$0")" && pwd)

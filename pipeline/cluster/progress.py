@@ -1,4 +1,4 @@
-"""How far a labelling run has come."""
+"""Progress of a labelling run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run has done so far.
+    """Counts and timings of a run so far.
 
     Attributes:
         done: rows written, failures included.
         failures: count by error code.
-        first_s, last_s: seconds from the start of the flow to the first and the latest rows; None before.
-        first_done: rows in the first report; the steady rate leaves them out.
+        first_s, last_s: seconds from the start of the flow to the first and the latest rows, if any.
+        first_done: rows in the first report; the steady rate excludes them.
         decode_s, label_s, encode_s: seconds of work, summed over all workers of the stage.
     """
 
@@ -29,7 +29,7 @@ class Progress:
 
     @property
     def rate(self) -> float | None:
-        """Images per second in the steady state, start-up left out; None while too little is known."""
+        """Steady-state images per second, excluding start-up; None until it can be measured."""
         if self.first_s is None or self.last_s is None or self.done <= self.first_done:
             return None
         return (self.done - self.first_done) / max(self.last_s - self.first_s, 1e-9)

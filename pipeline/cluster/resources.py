@@ -1,4 +1,4 @@
-"""How a labelling run shares out a machine or a cluster among its stages."""
+"""How a labelling run divides a machine or a cluster among its stages."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from models.errors import WrongUse
 
 MOST_CALLS = 4
-"""Most concurrent calls in one process: beyond that, contention for the interpreter lock and the cost of a
-crash outweigh the start-up and memory of another process."""
+"""Most concurrent calls in one process. With more, GIL contention and the cost of a crash outweigh the
+start-up time and memory of another process."""
 
 _UNFUSED = 0.001
-"""CPU actors ask for slightly more than their share, because Ray Data fuses stages that ask for the same."""
+"""CPU actors request slightly more than their share: Ray Data would fuse stages with equal requests."""
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class Compute:
     """How a run uses the cluster.
 
     Attributes:
-        actors: CLIP actors, a fixed pool: one a GPU, or on CPUs as many as keep all cores busy.
-        calls: parts that an actor labels at a time. Calls in one process share the imports and the model,
-            which are most of its start-up time and memory.
+        actors: size of the pool of CLIP actors: one per GPU, or on CPUs enough to keep all cores busy.
+        calls: parts that an actor labels concurrently. Calls in one process share the imports and the model,
+            which account for most of its start-up time and memory.
         gpus: GPUs of each actor.
         cpus: logical CPUs of each actor.
-        threads: CPU threads of each call; actors x calls x threads never exceed the cores.
+        threads: CPU threads of each call; actors x calls x threads never exceeds the number of cores.
         decoders: concurrent fetch-and-decode tasks.
         writers: concurrent encode-and-write tasks.
-        task_cpus: logical CPUs of each such task.
+        task_cpus: logical CPUs of each decoder or writer task.
     """
 
     actors: int
@@ -42,17 +42,17 @@ class Compute:
 
     @property
     def needed_cpus(self) -> float:
-        """The fewest logical CPUs that keep the stages moving: the pool, one decoder and one writer."""
+        """Minimum logical CPUs to make progress: the pool, one decoder and one writer."""
         return self.actors * self.cpus + 2 * self.task_cpus
 
 
 def plan_compute(nodes: Sequence[tuple[float, float]], *, cores: int | None) -> Compute:
-    """Share out what a cluster has.
+    """Divide the CPUs and GPUs of a cluster among the stages.
 
     Args:
         nodes: (logical CPUs, GPUs) of each live node.
-        cores: real cores of this machine if Ray was started here for this run alone, else None: on a
-            cluster the logical CPUs stand for cores.
+        cores: physical cores of this machine if this run started its own Ray, else None: on a cluster,
+            logical CPUs count as cores.
 
     Raises:
         MaskMillError: ``cluster_too_small`` if the stages would wait forever for CPUs.
@@ -79,7 +79,7 @@ def plan_compute(nodes: Sequence[tuple[float, float]], *, cores: int | None) -> 
 
 
 def _plan_gpus(gpus: int, cpus: float, share: float) -> Compute:
-    # Decoding is what starves GPUs: it gets the CPUs that the actors leave, but for a quarter, which encodes.
+    # Slow decoding starves GPUs: it gets three quarters of the remaining CPUs, encoding a quarter.
     left = max(2, int(cpus - gpus * share))
     writers = max(1, left // 4)
     return Compute(
@@ -95,16 +95,16 @@ def _plan_gpus(gpus: int, cpus: float, share: float) -> Compute:
 
 
 def _plan_local_cpus(cores: int, share: float) -> Compute:
-    # Single-threaded calls never wait for one another; with many cores, memory asks for fewer and wider ones.
+    # Single-threaded calls never wait for each other; on many cores, fewer but wider calls save memory.
     threads = 4 if cores > 8 else 1
     streams = max(1, cores // threads)
-    # As many cores as can be filled, with as few processes as that allows.
+    # Fill as many cores as possible, with as few processes as possible.
     calls = max(range(1, MOST_CALLS + 1), key=lambda count: (streams // count * count, count))
     return _on_cpus(max(1, streams // calls), calls, threads, tasks=max(1, cores // 4), share=share)
 
 
 def _plan_cluster_cpus(nodes: Sequence[tuple[float, float]], share: float) -> Compute:
-    # All that is known of a cluster's nodes is their size: small actors fit in anywhere.
+    # Only the nodes' sizes are known, and small actors fit on any node.
     cpus = sum(node[0] for node in nodes)
     usable = [node[0] for node in nodes if node[0] >= 1]
     threads = 4 if min(usable, default=0) > 8 else 1

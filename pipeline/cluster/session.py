@@ -1,4 +1,4 @@
-"""Ray for the time of a run: join a cluster, or start one on this machine, and end it again."""
+"""A Ray session for one run: join a cluster, or start a local one, and shut it down afterwards."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pipeline.cluster.signals import handlers_kept, signals_held
 from pipeline.table.lease import RUN_ID_VARIABLE, end_orphans
 
 LOCAL_SLOTS = 8
-"""The fewest logical CPUs of a local Ray. They are scheduling slots, not cores: with only as many as a small
-machine has cores, the stages would wait forever for the slots that they need at once."""
+"""Minimum number of logical CPUs of a local Ray. They are scheduling slots, not cores: on a small machine,
+one slot per core would be too few, and the stages would deadlock."""
 
 WORKER_MALLOC = {
     "GLIBC_TUNABLES": ":".join(
@@ -26,30 +26,30 @@ WORKER_MALLOC = {
         for name, value in (("hugetlb", 1), ("mmap_threshold", 1 << 30), ("trim_threshold", 2 << 30))
     )
 }
-"""Environment of processes that compute on a CPU; a user's own tunables take precedence. By default glibc
-returns the memory of large tensors to the system at once and faults it in again page by page for the next
-image: a fifth of the time of a ViT-B/16. See "Memory Allocation Tunables" in the manual; ``hugetlb`` needs
-glibc 2.35."""
+"""Environment of processes that compute on a CPU; the user's own tunables take precedence. By default, glibc
+returns the memory of large tensors to the system at once, and the next image faults it in again page by page,
+which takes a fifth of the time of a ViT-B/16. See "Memory Allocation Tunables" in the glibc manual;
+``hugetlb`` needs glibc 2.35."""
 
 NODES_WAIT_S = 300.0
-"""How long a run waits for a cluster's worker nodes to join: booting a cloud machine takes minutes."""
+"""Time for a cluster's worker nodes to join: a cloud machine takes minutes to boot."""
 
 REACH_S = 20.0
-"""How long a cluster may take to accept a connection."""
+"""Timeout for connecting to a cluster."""
 
 P = TypeVar("P", covariant=True)
 
 
 class Plan(Protocol[P]):
-    """How a run shares out what a cluster has; see ``pipeline.cluster.resources.plan_compute``."""
+    """How a run divides a cluster; see ``pipeline.cluster.resources.plan_compute``."""
 
     def __call__(self, nodes: Sequence[tuple[float, float]], *, cores: int | None) -> P:
-        """Raises ``cluster_too_small`` if it takes more nodes."""
+        """Raises ``cluster_too_small`` if the nodes do not suffice."""
         ...
 
 
 def joins_cluster(address: str | None) -> bool:
-    """Whether ``ray_session`` joins a cluster, named by its argument or by ``RAY_ADDRESS``."""
+    """Whether ``ray_session`` joins a cluster, given by its argument or by ``RAY_ADDRESS``."""
     return (address or os.environ.get("RAY_ADDRESS")) not in (None, "", "local")
 
 
@@ -62,27 +62,27 @@ def ray_session(
     notice: Callable[[str], None] = lambda _text: None,
     plan: Plan[Any] = plan_compute,
 ) -> Iterator[Any]:
-    """Ray for the time of one run: the cluster that the environment names, or one on this machine.
+    """Join or start Ray for one run, and yield the plan for its nodes.
 
     Args:
-        run_id: marks every process of the run in its environment (``pipeline.table.lease.end_orphans``).
-        address: of a cluster; None joins the one that ``RAY_ADDRESS`` names (as within ``ray job submit``),
-            and starts a local one otherwise.
+        run_id: set in the environment of every process of the run (``pipeline.table.lease.end_orphans``).
+        address: of a cluster; None joins the one in ``RAY_ADDRESS`` (set within ``ray job submit``), else
+            starts a local one.
         verbose: show Ray's log.
-        notice: is called with what the run is waiting for.
-        plan: makes of the nodes what this context yields.
+        notice: called with what the run is waiting for.
+        plan: makes the yielded plan from the nodes.
 
     Raises:
         MaskMillError: ``cluster_unreachable``; ``cluster_too_small`` if too few nodes have joined a cluster
             after ``NODES_WAIT_S``.
     """
-    # Worker processes that are started before they are needed cost a core-second each, a lot on a laptop.
+    # Each prestarted worker process costs a core-second, which is a lot on a laptop.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_enable_worker_prestart", "0")
     for name, value in WORKER_MALLOC.items():
         os.environ.setdefault(name, value)
     if not verbose:
-        # Below "fatal", every run would print a warning about the arguments of pool actors.
+        # At lower levels, every run prints a warning about the arguments of pool actors.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ[RUN_ID_VARIABLE] = run_id
     local = not joins_cluster(address)
@@ -100,7 +100,7 @@ def ray_session(
 
 
 def _reach(address: str) -> None:
-    """Fail at once if nothing listens at ``host:port``: Ray itself would try for many minutes."""
+    """Fail at once if nothing listens at ``host:port``: Ray itself retries for many minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
@@ -117,13 +117,13 @@ def _begin_ray(where: dict[str, Any], run_id: str, *, local: bool, verbose: bool
             ray.init(**where, logging_level=level, log_to_driver=verbose)
     except BaseException as error:
         if local:
-            # A start that was cut short may leave processes that Ray does not know of yet.
+            # An interrupted start may leave processes that Ray does not know of yet.
             end_orphans(run_id)
-        if isinstance(error, SystemExit):  # Ray's own handler of SIGTERM, while it was in place
+        if isinstance(error, SystemExit):  # raised by Ray's own SIGTERM handler
             raise KeyboardInterrupt from error
         if not isinstance(error, Exception):
             raise
-        # A plain Exception too: Ray raises one when its processes take too long to start.
+        # Ray raises a plain Exception when its processes take too long to start.
         at = "" if local else f" at {where['address']}"
         raise FailedWork(
             "cluster_unreachable",
@@ -150,7 +150,7 @@ def _nodes() -> list[tuple[float, float]]:
 
 
 def _plan_when_joined(plan: Plan[P], notice: Callable[[str], None]) -> P:
-    """The plan for a cluster whose nodes may still be booting: a head alone has no CPUs for work."""
+    """Wait for the nodes of a cluster that may still be booting, and return the plan for them."""
     import ray
 
     deadline = time.monotonic() + NODES_WAIT_S
@@ -164,7 +164,7 @@ def _plan_when_joined(plan: Plan[P], notice: Callable[[str], None]) -> P:
                 raise
         if wanted is None:
             notice("waiting for the cluster's worker nodes")
-            # A task that waits for a processor makes an autoscaler start nodes.
+            # A pending task makes an autoscaler start nodes.
             wanted = ray.remote(num_cpus=1)(lambda: None).remote()
         time.sleep(1)
     if wanted is not None:
@@ -174,7 +174,7 @@ def _plan_when_joined(plan: Plan[P], notice: Callable[[str], None]) -> P:
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Discard what is written to standard error, by compiled code as well."""
+    """Discard writes to standard error, including those of compiled code."""
     sys.stderr.flush()
     saved = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -188,7 +188,7 @@ def _quiet_stderr() -> Iterator[None]:
 
 
 def worker_precision(compute: Compute) -> str:
-    """``models.device.native_precision`` of a machine that will do the work, which need not be this one."""
+    """``models.device.native_precision`` of a worker machine, which may differ from this one."""
     import ray
 
     @ray.remote(num_cpus=compute.task_cpus, num_gpus=compute.gpus, max_retries=3)

@@ -1,4 +1,4 @@
-"""Ending a process on SIGINT (Ctrl-C) and SIGTERM in good order."""
+"""Clean shutdown on SIGINT (Ctrl-C) and SIGTERM."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _holds = 0
 
 
 def interrupt_on_signals() -> None:
-    """Make SIGTERM do what Ctrl-C does: the run stops cleanly and can be resumed.
+    """Make SIGTERM act like Ctrl-C: the run stops cleanly and can be resumed.
 
     Stopping takes seconds. An impatient second Ctrl-C would leave processes behind, so signals are ignored
-    for ``PATIENCE_S`` after the first one. The first is deferred within ``signals_held`` and while Python
-    imports a module, for ``LONGEST_HOLD_S`` at most.
+    for ``PATIENCE_S`` after the first. The first is deferred within ``signals_held`` and while Python imports
+    a module, for at most ``LONGEST_HOLD_S``.
     """
     asked: float | None = None
     heeded = -math.inf
@@ -37,7 +37,7 @@ def interrupt_on_signals() -> None:
         nonlocal asked, heeded
         now = time.monotonic()
         if now < heeded + PATIENCE_S:
-            os.write(2, b"Stopping: that takes some seconds.\n")
+            os.write(2, b"Stopping: this takes a few seconds.\n")
             return
         asked = now if asked is None else asked
         if now < asked + LONGEST_HOLD_S and (_holds or _imports(frame)):
@@ -54,9 +54,9 @@ def interrupt_on_signals() -> None:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Defer the signals of ``interrupt_on_signals`` until this context ends. For the main thread.
+    """Defer the signals of ``interrupt_on_signals`` until this context ends. Main thread only.
 
-    For code in which an interruption may get lost (in a callback, a destructor) or leave a lock behind.
+    For code where an interrupt could be lost (in a callback or destructor) or leave a lock held.
     """
     global _holds
     _holds += 1
@@ -67,7 +67,7 @@ def signals_held() -> Iterator[None]:
 
 
 def _imports(frame: FrameType | None) -> bool:
-    """Whether an import is under way: importlib runs callbacks, in which an exception is lost."""
+    """Whether an import is under way: importlib runs callbacks that swallow exceptions."""
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             return True
@@ -78,7 +78,7 @@ def _imports(frame: FrameType | None) -> bool:
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
     """Restore this process's signal handlers at the end, for code that installs its own, such as Ray."""
-    if threading.current_thread() is not threading.main_thread():  # only there Python allows handlers
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
         yield
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -90,10 +90,10 @@ def handlers_kept() -> Iterator[None]:
 
 
 def end_process(status: int) -> NoReturn:
-    """Exit with a status that no later signal changes.
+    """Exit with a status that later signals cannot change.
 
-    While Python waits for threads, a signal ends the process at once. After that signals are ignored: they
-    would replace the status, or interrupt the teardown of libraries.
+    While Python waits for threads, a signal ends the process at once. After that, signals are ignored: they
+    would replace the status or interrupt the teardown of libraries.
     """
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -103,20 +103,20 @@ def end_process(status: int) -> NoReturn:
 
 
 def interrupt() -> None:
-    """Do what Ctrl-C does, from any thread."""
+    """Act like Ctrl-C, from any thread."""
     # With Ctrl-C ignored, as in a background job, the process still heeds SIGTERM.
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     os.kill(os.getpid(), signal.SIGTERM if ignored else signal.SIGINT)
 
 
 class StopRequest:
-    """Whether the user or the system has asked this process to end: ``reason`` is empty if not."""
+    """A request to stop this process; ``reason`` is empty until the user or the system asks."""
 
     def __init__(self) -> None:
         self.reason = ""
 
     def ask(self, number: int, _frame: FrameType | None) -> None:
-        """A signal handler. A second Ctrl-C raises KeyboardInterrupt."""
+        """Signal handler; a second Ctrl-C raises KeyboardInterrupt."""
         if number != signal.SIGINT:
             self.reason = TERMINATED
         elif self.reason == INTERRUPTED:
@@ -129,7 +129,7 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Take SIGTERM and the first Ctrl-C as a request to stop soon, such as after the next checkpoint.
 
-    Outside the main thread, where Python allows no handlers, signals keep their effect.
+    Outside the main thread, where Python allows no handlers, signals keep their usual effect.
     """
     request = StopRequest()
     with handlers_kept():

@@ -1,17 +1,17 @@
 """Image corruptions for robustness measurements: eight kinds, five levels each.
 
-The kinds and their parameters are those of ImageNet-C (Hendrycks and Dietterich, "Benchmarking Neural Network
-Robustness to Common Corruptions and Perturbations", ICLR 2019) that MaskCLIP's robustness table uses (Zhou et
-al., ECCV 2022). They are applied to the decoded image at its own size, before any resizing.
+Kinds and parameters come from ImageNet-C (Hendrycks and Dietterich, "Benchmarking Neural Network Robustness
+to Common Corruptions and Perturbations", ICLR 2019), as selected for MaskCLIP's robustness table (Zhou et
+al., ECCV 2022). They are applied to the decoded image at its original size, before resizing.
 
-    gaussian_noise     normal noise added to every value
-    shot_noise         photon counting: Poisson noise
-    impulse_noise      salt and pepper on single values
-    speckle_noise      normal noise times the value
+    gaussian_noise     additive Gaussian noise
+    shot_noise         Poisson noise, as from photon counting
+    impulse_noise      salt-and-pepper noise, per channel
+    speckle_noise      multiplicative Gaussian noise
     gaussian_blur      Gaussian filter
-    defocus_blur       disk filter: a lens out of focus
+    defocus_blur       disk filter, as from a lens out of focus
     spatter            drops of water on the lens (levels 1 to 3), mud (levels 4 and 5)
-    jpeg_compression   JPEG at a low quality
+    jpeg_compression   low-quality JPEG
 
 Shapes: H, W pixels. Images are uint8 RGB (H, W, 3); within this module float32 in [0, 1].
 """
@@ -39,18 +39,15 @@ LEVELS: Final = (1, 2, 3, 4, 5)
 _WATER: Final = np.array([175 / 255, 238 / 255, 238 / 255], np.float32)
 _MUD: Final = np.array([63 / 255, 42 / 255, 20 / 255], np.float32)
 
-# The multiple of JPEG's blocks below the greatest side (65,500) that its encoder takes.
+# The largest multiple of JPEG's block size within the encoder's limit of 65,500 pixels a side.
 _JPEG_SIDE: Final = 65_488
 
 
 def parse(text: str) -> tuple[str, int]:
-    """Name and level of a corruption written as ``NAME:LEVEL``.
-
-    Args:
-        text: such as ``jpeg_compression:3``.
+    """Parse a corruption written as ``NAME:LEVEL``.
 
     Raises:
-        MaskMillError: ``setting_invalid``, with what is allowed.
+        MaskMillError: ``setting_invalid``, listing what is allowed.
 
     >>> parse("jpeg_compression:3")
     ('jpeg_compression', 3)
@@ -64,26 +61,26 @@ def parse(text: str) -> tuple[str, int]:
 def corrupt(
     image: Bytes, name: str, level: int, *, seed: int, channels: Literal["rgb", "bgr"] = "rgb"
 ) -> Bytes:
-    """The image with one corruption.
+    """Apply one corruption to an image.
 
-    The result depends on the arguments only. With one seed, the normal and the salt-and-pepper noise of all
-    levels have the same pattern and differ in strength alone.
+    Deterministic. With the same seed, the Gaussian and the salt-and-pepper noise have the same pattern at all
+    levels and differ only in strength.
 
     Args:
-        image: uint8 (H, W, 3) RGB of any size from one pixel; not changed.
+        image: uint8 (H, W, 3) RGB of any size from one pixel; not modified.
         name: one of :data:`CORRUPTIONS`.
         level: 1 (mildest) to 5.
         seed: non-negative; give each image its own.
-        channels: ``rgb`` corrupts the image as it is. ``bgr`` corrupts it with red and blue exchanged, as
-            MaskCLIP's code did by accident: its mud is blue, and its JPEG keeps blue better than red.
-            Either way the image goes in and comes out as RGB.
+        channels: ``rgb`` corrupts the image as it is. ``bgr`` corrupts it with red and blue swapped, as
+            MaskCLIP's code did by accident: its mud is blue, and its JPEG preserves blue better than red.
+            Input and output are RGB either way.
 
     Returns:
-        uint8 (H, W, 3) RGB, C-contiguous, new. Values are truncated, not rounded, as in the reference.
+        A new uint8 (H, W, 3) RGB array, C-contiguous. Values are truncated, not rounded, as in the reference.
 
     Raises:
         MaskMillError: ``setting_invalid`` for a name or level that does not exist.
-        ValueError: if the array is no such image, or ``channels`` is unknown.
+        ValueError: for another dtype or shape, or unknown ``channels``.
     """
     if name not in _KINDS or level not in LEVELS:
         raise _invalid(f"{name}:{level}")
@@ -111,7 +108,7 @@ def _unit(image: Bytes) -> Floats:
 
 
 def _to_bytes(values: Floats) -> Bytes:
-    """[0, 1] to uint8, truncating; a thousandth of a grey level is left to the rounding of float32."""
+    """Convert [0, 1] to uint8, truncating, with 0.001 grey levels of tolerance for float32 rounding."""
     scaled = np.clip(values, 0, 1)
     scaled *= 255
     scaled += 1e-3
@@ -135,13 +132,13 @@ def _speckle_noise(image: Bytes, rng: np.random.Generator, sigma: float) -> Byte
 
 
 def _shot_noise(image: Bytes, rng: np.random.Generator, photons: float) -> Bytes:
-    """``photons`` are what a white value counts on average."""
+    """``photons`` is the mean count of a white value."""
     counts = rng.poisson(_unit(image) * photons)
     return _to_bytes((counts / photons).astype(np.float32))
 
 
 def _impulse_noise(image: Bytes, rng: np.random.Generator, amount: float) -> Bytes:
-    """Half of ``amount``, a share of all values, becomes 0 and half 255; the channels independently."""
+    """Set the share ``amount`` of all values, half to 0 and half to 255; channels are independent."""
     draw = rng.random(image.shape, np.float32)
     noisy = image.copy()
     noisy[draw < amount / 2] = 0
@@ -153,7 +150,7 @@ def _impulse_noise(image: Bytes, rng: np.random.Generator, amount: float) -> Byt
 
 
 def _smooth(values: Floats, sigma: float) -> Floats:
-    """Gaussian filter out to four sigma, the border repeated outwards."""
+    """Gaussian filter, truncated at four sigma, with replicated borders."""
     import cv2
 
     side = 2 * int(4 * sigma + 0.5) + 1
@@ -172,13 +169,13 @@ def _defocus_blur(image: Bytes, rng: np.random.Generator, radius: int, alias_sig
 
 
 def _disk(radius: int, alias_sigma: float) -> Floats:
-    """A disk with a softened rim, of sum 1; 17 × 17, or (2 radius + 1)² for a radius above 8."""
+    """A disk kernel with a soft rim and sum 1: 17 × 17, or (2 radius + 1)² for a radius above 8."""
     import cv2
 
     reach, side = (8, 3) if radius <= 8 else (radius, 5)
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
     disk = cv2.GaussianBlur((x**2 + y**2 <= radius**2).astype(np.float32), (side, side), alias_sigma)
-    # After softening: where the disk touches the edge of its grid, the filter adds 1 % of light.
+    # Normalised after softening: a disk that touches the grid's edge would brighten the image by 1 %.
     return np.asarray(disk / disk.sum(), dtype=np.float32)
 
 
@@ -197,7 +194,7 @@ def _spatter(
 ) -> Bytes:
     """Drops where smoothed normal noise exceeds a threshold.
 
-    ``blend`` is the greatest opacity of water, and the sigma that softens the rim of mud.
+    ``blend`` is the maximum opacity of water, or the sigma that softens the rim of mud.
     """
     liquid = rng.standard_normal(image.shape[:2], np.float32)
     liquid *= std
@@ -212,13 +209,12 @@ def _spatter(
 
 
 def _glints(drops: Bytes) -> Floats:
-    """How brightly each pixel of the drops shines, in [0, 1].
+    """Brightness of each pixel of the drops, in [0, 1].
 
-    The distance to the rim of the drops, equalised and run through an emboss filter, gives each drop a lit
-    and a dark side.
+    An emboss filter over the equalised distance to the rim gives each drop a lit and a dark side.
 
     Args:
-        drops: uint8 (H, W), thickness of the water, 0 where there is none.
+        drops: uint8 (H, W), thickness of the water; 0 is no water.
     """
     import cv2
 
@@ -227,7 +223,7 @@ def _glints(drops: Bytes) -> Floats:
     emboss = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]], np.float32)
     lit = cv2.blur(cv2.filter2D(cv2.equalizeHist(relief), cv2.CV_8U, emboss), (3, 3))
     glints = drops.astype(np.float32) * lit
-    return glints / max(float(glints.max()), 1.0)  # nothing shines where there is no drop at all
+    return glints / max(float(glints.max()), 1.0)  # avoids 0 / 0 without drops
 
 
 def _jpeg_compression(image: Bytes, rng: np.random.Generator, quality: int) -> Bytes:

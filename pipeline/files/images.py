@@ -1,6 +1,6 @@
-"""From a URI to pixels: fetching, decoding, and the resizing of the recipes.
+"""Fetch, decode and resize images.
 
-Bad input is the normal case here. Anything wrong with an image is an :class:`ImageError` with a code from
+Bad input is normal here. Any fault of an image raises :class:`ImageError` with a code from
 :data:`ERROR_CODES`, which goes into the image's row of the label table; no other exception escapes.
 
 Shapes: H, W pixels. Images are uint8 RGB (H, W, 3), C-contiguous, upright.
@@ -29,7 +29,7 @@ from pipeline.files import corruptions
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: Every code that :class:`ImageError` can carry. They stand in label tables for years: never rename one.
+#: The codes of :class:`ImageError`. Label tables store them for years: never rename one.
 ERROR_CODES: Mapping[str, str] = MappingProxyType(
     {
         "not_found": "there is no such file or object",
@@ -45,14 +45,14 @@ ERROR_CODES: Mapping[str, str] = MappingProxyType(
     }
 )
 
-#: Formats by Pillow's names. A closed list: some of Pillow's other readers start programs (EPS) or are rarely
+#: Accepted formats, by Pillow's names. Some of Pillow's other readers start programs (EPS) or are rarely
 #: tested against hostile files.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000", "PPM")
 
-#: 100 megapixels: 300 MB as uint8 RGB, and up to three times that for a moment while decoding.
+#: 100 megapixels: 300 MB as uint8 RGB, and briefly up to three times that while decoding.
 MAX_PIXELS = 100_000_000
 
-# What the common formats begin with: tells a cut-off image from a file that never was one.
+# Signatures of the common formats: distinguish a truncated image from a file that never was one.
 _SIGNATURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|II\*\x00|MM\x00\*|II\x2b\x00|MM\x00\x2b|BM|GIF8[79]a"
     rb"|....ftypavif|....jP  ",
@@ -78,8 +78,8 @@ _TRUNCATED = re.compile(
 )
 _LARGE = re.compile(r"decompression bomb|too large|exceeds limit", re.IGNORECASE)
 
-# Header readers warn about everything odd in a file, once per image, into the logs of every worker. The
-# filter that keeps them quiet is the interpreter's own, hence a lock; reading a header takes microseconds.
+# Header readers warn about every oddity of a file, once per image, into the logs of every worker. Warning
+# filters are global to the interpreter, hence a lock; reading a header takes microseconds.
 _header_lock = threading.Lock()
 
 
@@ -88,7 +88,7 @@ class ImageError(Exception):
 
     Args:
         code: a key of :data:`ERROR_CODES`.
-        message: what was found, without the URI (which is in the same row).
+        message: what is wrong, without the URI (which is in the same row).
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -98,23 +98,22 @@ class ImageError(Exception):
         self.message = message
 
     def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
-        # Crosses process borders; the default reduction would pass one argument only.
+        # For pickling: the default would pass only one argument.
         return type(self), (self.code, self.message)
 
 
 def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Decode an encoded image to upright RGB.
 
-    Of animations the first frame counts. EXIF orientation is applied. Transparency is blended over white, as
-    a page would show it. 16 bits per channel become the upper 8. 32-bit and floating-point images are taken
-    as [0, 1], [0, 255] or [0, 65535], the narrowest of these that holds all values, and otherwise stretched
-    from their least to their greatest value; NaN is black. Colour profiles are ignored, as in CLIP's
-    training.
+    Uses the first frame of an animation. Applies the EXIF orientation. Blends transparency over white, as a
+    web page would. Keeps the upper 8 of 16 bits per channel. Values of 32-bit and floating-point images are
+    assumed to lie in the narrowest of [0, 1], [0, 255] and [0, 65535] that holds them all, and are otherwise
+    stretched from minimum to maximum; NaN is black. Ignores colour profiles, as CLIP's training does.
 
     Args:
-        data: the encoded file. See :data:`FORMATS`.
-        max_pixels: the limit for height times width, checked before any pixel is decoded. Beyond about
-            179 million Pillow's own limit holds.
+        data: the encoded file, in one of :data:`FORMATS`.
+        max_pixels: limit of height times width, checked before decoding. Above about 179 million, Pillow's
+            own limit applies.
 
     Returns:
         uint8 (H, W, 3), C-contiguous and writable, owned by the caller.
@@ -124,7 +123,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
             ``unreadable``.
 
     Note:
-        libtiff writes a line to stderr about damaged TIFFs; that cannot be turned off from Python.
+        libtiff writes a line to stderr about damaged TIFFs, which Python cannot suppress.
     """
     if len(data) == 0:
         raise ImageError("empty", "the file has 0 bytes")
@@ -136,15 +135,13 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
                     "too_large", f"{width} x {height} pixels are more than the limit of {max_pixels:,}"
                 )
             _load(image)
-            # After load(): Pillow turns TIFFs upright itself and then takes the tag away.
+            # After load(): Pillow itself rotates TIFFs upright and then removes the tag.
             turn = _UPRIGHT.get(_orientation(image))
             upright = image if turn is None else image.transpose(turn)
             return _to_rgb(upright)
     except ImageError:
         raise
-    except (
-        Exception
-    ) as error:  # readers of hostile files raise anything: struct.error, KeyError, SyntaxError, …
+    except Exception as error:  # on hostile files, readers raise anything: struct.error, KeyError, …
         raise _explain(error, data) from error
 
 
@@ -160,7 +157,7 @@ def _load(image: Image.Image) -> None:
     if image.format != "TIFF":
         image.load()
         return
-    # The only reader that warns here too: it reads the camera data again.
+    # The only reader that warns here too: it reads the EXIF data again.
     with _header_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image.load()
@@ -172,15 +169,15 @@ def _orientation(image: Image.Image) -> int:
         with _header_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # a damaged block of camera data is no reason to lose the picture
+    except Exception:  # damaged EXIF data is no reason to reject the image
         return 1
     return value if isinstance(value, int) else 1
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Any of Pillow's modes to uint8 (H, W, 3)."""
+    """Convert any of Pillow's modes to uint8 (H, W, 3)."""
     if image.mode.startswith("I;16"):
-        # The upper byte, exactly what Pillow does to 16-bit RGB.
+        # The upper byte, as Pillow does for 16-bit RGB.
         return _grey_to_rgb((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         return _grey_to_rgb(_to_byte_range(np.asarray(image, dtype=np.float64)))
@@ -197,7 +194,7 @@ def _grey_to_rgb(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _to_byte_range(values: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Values without a stated range to 0…255; see :func:`decode`."""
+    """Map values of unknown range to 0…255; see :func:`decode`."""
     finite = values[np.isfinite(values)]
     if finite.size == 0:
         return np.zeros(values.shape, np.uint8)
@@ -206,14 +203,14 @@ def _to_byte_range(values: NDArray[np.float64]) -> NDArray[np.uint8]:
         top = next((top for top in (1.0, 255.0, 65535.0) if high <= top), None)
         if top is not None:
             low, high = 0.0, top
-    # Halved first: the span of the whole float range is no float.
+    # Halved first, because the span of the whole float range overflows.
     unit = (values / 2 - low / 2) / max(high / 2 - low / 2, np.finfo(np.float64).tiny)
     scaled = np.nan_to_num(unit, nan=0.0, posinf=1.0, neginf=0.0)
     return np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
 
 
 def _explain(error: Exception, data: bytes) -> ImageError:
-    """The code for an exception that a reader raised."""
+    """Translate an exception of an image reader."""
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     if isinstance(error, Image.DecompressionBombError | MemoryError) or _LARGE.search(text):
         return ImageError("too_large", text)
@@ -223,7 +220,7 @@ def _explain(error: Exception, data: bytes) -> ImageError:
         if not _SIGNATURES.match(data):
             return ImageError("not_an_image", f"{len(data)} bytes that begin with {data[:8]!r}")
         return ImageError("truncated", f"the header is cut off or damaged ({len(data)} bytes)")
-    # WebP states its length in the header; its reader only says that it failed.
+    # WebP stores its length in the header; its reader only reports failure.
     cut = data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data)
     if cut or isinstance(error, EOFError) or _TRUNCATED.search(text):
         return ImageError("truncated", text)
@@ -241,13 +238,13 @@ class ImageSettings(Settings):
     """Two sides in pixels: resize so that the long side is within the larger and the short side within the
     smaller (the paper's ``img_scale``)."""
     keep_ratio: bool = True
-    """No squashes to exactly ``scale`` (width, height)."""
+    """False resizes to exactly ``scale`` (width, height)."""
     resize: Literal["opencv", "antialias"] = "opencv"
-    """``opencv`` is bilinear without antialiasing, as in the paper's code; or ``antialias``."""
+    """``opencv`` is bilinear without antialiasing, as in the paper's code; ``antialias`` is Pillow's."""
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
     """Larger images are not decoded but recorded as ``too_large``."""
     corruption: str = ""
-    """``NAME:LEVEL``, such as ``jpeg_compression:3``, done to the decoded image before it is resized, to
+    """``NAME:LEVEL``, such as ``jpeg_compression:3``, applied to the decoded image before resizing, to
     measure robustness; empty is none."""
 
     @field_validator("corruption")
@@ -263,15 +260,14 @@ def target_size(
 ) -> tuple[int, int]:
     """The size at which the network sees an image.
 
-    With ``keep_ratio``, the largest size that fits into ``scale``, whichever way round: the long side within
-    the greater and the short side within the lesser of the two numbers, both sides rounded half up. No side
-    becomes less than 1 pixel, however long and thin the image.
+    With ``keep_ratio``, the largest size that fits into ``scale`` in either orientation: the long side within
+    the larger and the short side within the smaller number, both rounded half up, and at least 1 pixel.
 
     Args:
-        height: of the image, pixels.
-        width: of the image, pixels.
-        scale: two numbers of pixels; as (width, height) where the ratio is not kept.
-        keep_ratio: whether both sides shrink or grow by one factor.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+        scale: two numbers of pixels; (width, height) if the ratio is not kept.
+        keep_ratio: scale both sides by the same factor.
 
     Returns:
         (height, width).
@@ -290,13 +286,13 @@ def target_size(
 def resize(
     image: NDArray[np.uint8], size: tuple[int, int], *, method: Literal["opencv", "antialias"] = "opencv"
 ) -> NDArray[np.uint8]:
-    """Bilinear resizing.
+    """Resize bilinearly.
 
     Args:
         image: uint8 (H, W, 3).
-        size: (height, width) to make.
-        method: ``opencv`` weighs the four nearest pixels also when it shrinks, like the pipeline of the
-            reference; ``antialias`` averages over what a pixel covers (Pillow).
+        size: the new (height, width).
+        method: ``opencv`` interpolates between the four nearest pixels even when shrinking, like the
+            reference; ``antialias`` averages over the area of a pixel (Pillow).
 
     Returns:
         uint8 (height, width, 3); ``image`` itself if it has that size already.
@@ -316,11 +312,11 @@ def resize(
 
 
 def fit(image: NDArray[np.uint8], settings: ImageSettings) -> NDArray[np.uint8]:
-    """The image at the size at which the network sees it.
+    """Resize an image to the size at which the network sees it.
 
     Args:
-        image: uint8 (H, W, 3).
-        settings: scale, ratio and method; decoding and corruption are not repeated here.
+        image: uint8 (H, W, 3), decoded and corrupted already.
+        settings: scale, ratio and method.
 
     Returns:
         uint8 (Hn, Wn, 3), C-contiguous; ``image`` itself if it fits already.
@@ -331,10 +327,9 @@ def fit(image: NDArray[np.uint8], settings: ImageSettings) -> NDArray[np.uint8]:
 
 
 def use_one_thread() -> None:
-    """Make OpenCV use the calling thread only, in the whole process.
+    """Restrict OpenCV to the calling thread, in the whole process.
 
-    OpenCV's thread count is a property of the process. A worker calls this once when it starts: with one
-    worker per core, threads of its own only take time from the others.
+    With one worker per core, further threads would only take time from the other workers.
     """
     import cv2
 
@@ -355,14 +350,14 @@ def fetch(
     Args:
         uri: a local path, or a URL of any scheme that fsspec knows (``s3://``, ``gs://``, ``file://``, …).
         start: the first byte to read.
-        length: how many bytes; to the end if not given.
-        attempts: how often to try where the storage is remote and the error may pass.
-        wait: seconds before the second attempt; doubled each time, with up to half of it added at random so
-            that many workers do not come back at once.
-        sleep: waits.
+        length: number of bytes; None reads to the end.
+        attempts: tries after transient errors of remote storage.
+        wait: seconds before the second attempt; doubled each time, with up to 50 % of random jitter so that
+            many workers do not retry at once.
+        sleep: for tests.
 
     Returns:
-        The bytes; fewer than ``length`` where the file ends before.
+        The bytes; fewer than ``length`` if the file ends first.
 
     Raises:
         ImageError: ``not_found``, ``permission``, ``unavailable``, ``unsupported_uri`` or ``unreadable``.
@@ -372,13 +367,13 @@ def fetch(
             with open(uri, "rb") as file:
                 file.seek(start)
                 return file.read(-1 if length is None else length)
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
             raise _explain_io(error) from error
     try:
         import fsspec
 
         filesystem, path = fsspec.core.url_to_fs(uri)
-    except Exception as error:  # unknown scheme, a driver that is not installed, a malformed address
+    except Exception as error:  # unknown scheme, missing driver, malformed address
         raise ImageError("unsupported_uri", f"{type(error).__name__}: {error}") from error
     return _read_remote(filesystem, path, start, length, attempts, wait, sleep)
 
@@ -401,7 +396,7 @@ def _read_remote(
             return bytes(
                 filesystem.cat_file(path, start=start, end=None if length is None else start + length)
             )
-        except Exception as error:  # each driver has its own family of errors
+        except Exception as error:  # each driver has its own exceptions
             explained = _explain_io(error)
             if explained.code != "unavailable" or attempt == attempts - 1:
                 raise explained from error
@@ -411,7 +406,7 @@ def _read_remote(
 
 
 def _explain_io(error: Exception) -> ImageError:
-    """The code for an exception of a file system. What is not known to be lasting counts as passing."""
+    """Translate an exception of a file system. Errors not known to be permanent count as transient."""
     text = f"{type(error).__name__}: {error}"
     number = getattr(error, "errno", None)
     if isinstance(error, FileNotFoundError | NotADirectoryError):

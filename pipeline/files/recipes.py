@@ -1,7 +1,7 @@
-"""Recipes: named settings, looked up by name or read from YAML, changed by ``key=value``, checked once.
+"""Recipes: settings by name or from YAML, changed by ``key=value``, and validated once.
 
-A recipe may hold settings of its parts (``loop``). Their fields are written ``loop.iterations``, or
-``iterations`` alone where no other part has that name.
+A recipe may hold settings of its parts (``loop``). Their fields are written ``loop.iterations``, or just
+``iterations`` if no other part has a field of that name.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from models.settings import NEUTRAL, Settings, knobs, value_at
 
 
 class Recipe(Settings):
-    """What all recipes have."""
+    """Base class of all recipes."""
 
     name: Annotated[str, NEUTRAL] = ""
-    """What the recipe is called."""
+    """Name of the recipe."""
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON values."""
@@ -36,7 +36,7 @@ class Recipe(Settings):
         return hashlib.sha256(json.dumps(self.effective(), sort_keys=True).encode()).hexdigest()
 
     def differences(self, recorded: Recipe) -> list[str]:
-        """The fields that make the result another than ``recorded``'s: ``images.scale: … there, … here``."""
+        """The result-changing fields that differ from ``recorded``, as ``images.scale: … there, … here``."""
         theirs = recorded.effective()
         return [
             f"{name}: {theirs.get(name)!r} there, {value!r} here"
@@ -46,7 +46,7 @@ class Recipe(Settings):
 
 
 class Described(NamedTuple):
-    """One field of a recipe, explained. ``default`` is None where its kind has none."""
+    """A field of a recipe with its description; ``default`` is None if there is none."""
 
     name: str
     value: Any
@@ -56,7 +56,7 @@ class Described(NamedTuple):
 
 
 def describe(recipe: Recipe) -> list[Described]:
-    """Every field of a recipe, but for its name, explained."""
+    """Describe every field of a recipe except its name."""
     fields = recipe.to_dict()
     defaults = type(recipe)().to_dict()
     return [
@@ -70,12 +70,12 @@ R = TypeVar("R", bound=Recipe)
 
 
 class RecipeBook(Generic[R]):
-    """The recipes of one kind.
+    """The named recipes of one kind.
 
     Args:
-        kind: their class.
-        recipes: those with a name.
-        default: name of the recipe that files build on unless they say otherwise.
+        kind: class of the recipes.
+        recipes: the recipes.
+        default: name of the recipe that files extend unless they set ``base``.
     """
 
     def __init__(self, kind: type[R], recipes: Iterable[R], *, default: str) -> None:
@@ -85,23 +85,23 @@ class RecipeBook(Generic[R]):
         self._paths = tuple(knob.name for knob in knobs(kind))
 
     def load(self, name_or_path: str, settings: Sequence[str] = ()) -> R:
-        """A recipe by name or YAML file, with ``key=value`` changes applied in order.
+        """Load a recipe by name or from a YAML file, and apply ``key=value`` changes in order.
 
         Args:
-            name_or_path: a known name, or a YAML file of fields; ``base`` names the recipe it starts from.
+            name_or_path: a known name, or a YAML file of fields; ``base`` names the recipe it extends.
             settings: ``key=value`` strings; the value is read as YAML.
 
         Raises:
-            MaskMillError: ``recipe_invalid``, naming the key and what is allowed.
+            MaskMillError: ``recipe_invalid``, naming the key and the allowed ones.
         """
         fields = _merged(self._base_fields(name_or_path), self.parse(settings))
         return self._validated(fields, where=name_or_path)
 
     def parse(self, settings: Sequence[str]) -> dict[str, Any]:
-        """``key=value`` strings as fields by dotted name; the values are read as YAML.
+        """Parse ``key=value`` strings into fields by dotted name; values are read as YAML.
 
         Raises:
-            MaskMillError: ``recipe_invalid``, naming the key and what is allowed.
+            MaskMillError: ``recipe_invalid``, naming the key and the allowed ones.
         """
         fields: dict[str, Any] = {}
         for setting in settings:
@@ -120,10 +120,10 @@ class RecipeBook(Generic[R]):
         return fields
 
     def change(self, recipe: R, fields: Mapping[str, Any]) -> R:
-        """The recipe with other fields, checked as one from a file is.
+        """A copy of the recipe with some fields changed and validated.
 
         Args:
-            recipe: stays as it is.
+            recipe: the recipe to start from.
             fields: by dotted name, by last word, or nested.
 
         Raises:
@@ -133,7 +133,7 @@ class RecipeBook(Generic[R]):
         return self._validated(_merged(recipe.to_dict(), changes), where=recipe.name)
 
     def from_dict(self, fields: Mapping[str, Any]) -> R:
-        """The recipe that ``to_dict`` wrote, or an older MaskMill, which wrote no groups.
+        """The recipe written by ``to_dict``, or by an older MaskMill, which wrote flat fields.
 
         Raises:
             MaskMillError: ``recipe_invalid``.
@@ -179,11 +179,11 @@ class RecipeBook(Generic[R]):
         return _merged(fields, self._by_path(written, where=str(path)))
 
     def _by_path(self, fields: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
-        """Fields, nested or not, by their full dotted names."""
+        """Nested or flat fields by full dotted name."""
         return {self._path(key, where=where): value for key, value in _flat(fields, self._paths)}
 
     def _path(self, key: str, *, where: str) -> str:
-        """The full dotted name of a field, given that or its last word."""
+        """The full dotted name of a field, from that name or its last word."""
         if key in self._paths:
             return key
         meant = [path for path in self._paths if path.rpartition(".")[2] == key]
@@ -210,7 +210,7 @@ class RecipeBook(Generic[R]):
 
 
 def _flat(fields: Mapping[Any, Any], paths: Sequence[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Values by dotted name; a mapping that is itself the value of a field stays whole."""
+    """Values by dotted name; a mapping that is the value of a field stays whole."""
     for key, value in fields.items():
         path = f"{prefix}{key}"
         if isinstance(value, Mapping) and path not in paths:
@@ -220,7 +220,7 @@ def _flat(fields: Mapping[Any, Any], paths: Sequence[str], prefix: str = "") -> 
 
 
 def _merged(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested fields with changes by dotted name."""
+    """A copy of nested fields with changes given by dotted name."""
     merged = copy.deepcopy(dict(fields))
     for path, value in changes.items():
         *groups, last = path.split(".")

@@ -1,8 +1,8 @@
-"""What must not be written down: passwords and tokens in addresses, commands and settings.
+"""Remove passwords and tokens from URLs, commands and settings.
 
-Everything that tracking keeps passes through ``redact`` on its way to disk, so a secret reaches neither the
-spool nor a server. Three things are looked for: addresses that carry credentials, values that are given a
-secret's name (``api_key=…``, ``--token …``), and the values of environment variables with such names.
+Everything that tracking stores passes through ``redact`` on its way to disk, so a secret reaches neither the
+journal nor a server. It looks for URLs with credentials, values assigned to a secret's name (``api_key=…``,
+``--token …``), and the values of environment variables with such names.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _SECRET = (
     r"(?:secrets?|token|passwords?|passwd|passphrase|pwd|credentials?|signature|bearer"
     r"|(?:api|access|private|secret|account|storage|encryption)[_-]?key(?:[_-]?id)?)"
 )
-# A whole word of the name must say so: "num_tokens_max" and "monkey" are no secrets.
+# Matches whole words of a name: "num_tokens_max" and "monkey" are not secrets.
 _NAME = rf"(?:[\w.-]*[_.-])?{_SECRET}(?:[_.-](?:id|key|value|file|base64))?"
 _CAMEL = r"\w*(?:Secret|Token|Password|ApiKey|AccessKeyId|AccessKey|Signature)"
 _MIN_VALUE = 6
-"""Shorter values of environment variables are left alone: they would hit ordinary words."""
+"""Shorter values of environment variables are kept: they would match ordinary words."""
 
 _USER_INFO = re.compile(r"(?P<scheme>\b[a-zA-Z][\w+.-]*)://(?P<user>[^/\s?#'\"<>]+)@")
 _QUERY = re.compile(
@@ -49,20 +49,20 @@ _KNOWN = re.compile(
     r"\b(?:(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_\w{20,}|github_pat_\w{20,}|hf_[A-Za-z0-9]{20,}|glpat-[\w-]{16,}"
     r"|xox[abpr]-[\w-]{10,}|dapi[0-9a-f]{32}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+)"
 )
-# Most text holds no such word, and this is much faster than looking for the names.
+# Most text contains no such word, and this check is much faster than matching the names.
 _HINT = re.compile(r"secret|token|pass|pwd|credential|signature|bearer|key", re.IGNORECASE)
 _SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
 
 
 def redact(text: str, *, assignments: bool = True) -> str:
-    """The text with every secret in it replaced by ``***``.
+    """Replace every secret in a text with ``***``.
 
     >>> redact("https://me:pa55@host/x?a=1&sig=abc")
     'https://***@host/x?a=1&sig=***'
 
     Args:
-        text: any text: an address, a command, JSON.
-        assignments: whether ``name=value`` and ``--name value`` count as well; wrong for program code.
+        text: any text: a URL, a command, JSON.
+        assignments: also redact ``name=value`` and ``--name value``; not suitable for program code.
     """
     return _redact(text, _secret_values(), assignments)
 
@@ -84,7 +84,7 @@ def _redact(text: str, values: Sequence[str], assignments: bool) -> str:
 
 
 def redact_tree(value: Any) -> Any:
-    """``redact`` for every string in a JSON value; a string under a secret's name goes as a whole."""
+    """``redact`` every string in a JSON value; a string under a secret's name is replaced entirely."""
     values = _secret_values()
 
     def clean(item: Any, name: str = "") -> Any:
@@ -100,7 +100,7 @@ def redact_tree(value: Any) -> Any:
 
 
 def command_line(arguments: Sequence[str] | None = None) -> str:
-    """The command of this process as one would type it, without secrets.
+    """The command line of this process as one would type it, without secrets.
 
     Args:
         arguments: program and arguments; None is ``sys.argv``.
@@ -116,17 +116,17 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
 
 
 def _without_user(match: re.Match[str]) -> str:
-    # abfss://container@account is a place, not a person; https://token@host is a secret without a colon.
+    # abfss://container@account names a location; https://token@host is a secret without a colon.
     if ":" not in match["user"] and match["scheme"].lower() not in ("http", "https"):
         return match[0]
     return f"{match['scheme']}://{MASK}@"
 
 
 def _secret_values() -> list[str]:
-    """Values of the secret environment variables, longest first, also as they are written in addresses."""
+    """Values of secret environment variables, plain and URL-encoded, longest first."""
     values = set()
     for name, value in os.environ.items():
-        # A path to a file of credentials is no secret.
+        # The path of a credentials file is not a secret.
         if len(value) >= _MIN_VALUE and not value.startswith("/") and _SECRET_NAME.fullmatch(name):
             values |= {value, quote(value, safe="")}
     return sorted(values, key=len, reverse=True)

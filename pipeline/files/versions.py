@@ -1,4 +1,4 @@
-"""Which versions of Python and of the packages a result was made with."""
+"""Versions of Python and packages, recorded with each result."""
 
 from __future__ import annotations
 
