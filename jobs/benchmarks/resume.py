@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from rich.console import Console
 
 from jobs.console import LOG_EVERY_S, duration
 from models.errors import WrongUse
+from models.files import write_file
 from pipeline.evaluation.results import ROWS
 
 Progress = Callable[[int, int], None]
@@ -82,11 +82,8 @@ def measure_parts_once(
             measured = run(progress, absent)
         for part in absent:
             found[part] = {metric: _or_none(value) for metric, value in measured[part].items()}
-            file = files[part]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f".{file.name}.{os.getpid()}")
-            temporary.write_text(json.dumps({"key": list(identity), "found": found[part]}) + "\n")
-            os.replace(temporary, file)
+            record = {"key": list(identity), "found": found[part]}
+            write_file(files[part], json.dumps(record).encode() + b"\n")
     return {
         part: {metric: math.nan if value is None else value for metric, value in found[part].items()}
         for part in parts

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from models.clip.templates import fill, get_templates
 from models.errors import Damaged, MaskMillError, WrongUse
+from models.files import write_file
 
 if TYPE_CHECKING:
     from models.clip.loading import Clip
@@ -166,17 +165,7 @@ def write_text_classifier(path: Path, classifier: TextClassifier) -> None:
     data = save(
         {"embeddings": classifier.embeddings.contiguous(), "class_ids": classifier.class_ids.contiguous()}
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_file(path, data)
 
 
 def read_text_classifier(path: Path) -> TextClassifier:

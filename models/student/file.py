@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ from safetensors.torch import load, save
 
 from models.clip.text import TextClassifier
 from models.errors import Damaged, MaskMillError, WrongUse
+from models.files import write_file
 from models.settings import StudentConfig
 from models.student.deeplab import DeepLab
 
@@ -42,18 +41,8 @@ def write_student(folder: Path, model: DeepLab) -> Path:
         {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
         {_ENTRY: json.dumps({"version": _VERSION, "config": model.config.model_dump()})},
     )
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{FILE}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_file(path, data)
     return path
 
 

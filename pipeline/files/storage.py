@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,6 +18,7 @@ import fsspec
 import platformdirs
 
 from models.errors import Damaged, FailedWork, WrongUse
+from models.files import staged_file, write_file
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -154,8 +154,7 @@ class Storage:
         """Put a file in place whole: a reader sees the old content or the new, never a part."""
         with _user_errors(self.uri_of(name)):
             if self.is_local:
-                with _written_beside(Path(self.path(name)), data) as temporary:
-                    os.replace(temporary, self.path(name))
+                write_file(Path(self.path(name)), data)
             else:
                 self._put(name, data, "overwrite")
 
@@ -168,7 +167,7 @@ class Storage:
         with _user_errors(self.uri_of(name)):
             try:
                 if self.is_local:
-                    with _written_beside(Path(self.path(name)), data) as temporary:
+                    with staged_file(Path(self.path(name)), data) as temporary:
                         os.link(temporary, self.path(name))
                 else:
                     self._put(name, data, "create")
@@ -266,33 +265,6 @@ def _arrow_s3(bucket: str) -> FileSystem:
         options = {"endpoint_override": host.rstrip("/"), "scheme": scheme or "https"}
         region = region or "us-east-1"
     return arrow.S3FileSystem(region=region or arrow.resolve_s3_region(bucket), **options)
-
-
-@contextlib.contextmanager
-def _written_beside(target: Path, data: bytes) -> Iterator[str]:
-    """A finished temporary file in the target's folder, removed at the end if it is still there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # The leading dot keeps it out of listings by Ray and of manifests if the process dies here.
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-
-
-def _umask() -> int:
-    # There is no call that only reads it; /proc has it without the race of setting and restoring.
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
-        for line in status:
-            if line.startswith("Umask:"):
-                return int(line.split()[1], 8)
-    return 0o022
 
 
 @contextlib.contextmanager

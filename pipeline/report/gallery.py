@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.errors import WrongUse
+from models.files import write_file
 from pipeline.files.images import ERROR_CODES, ImageError, decode, fetch
 from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import Ontology
 from pipeline.ontology.palette import palette
-from pipeline.report.page import put_in_place, render
+from pipeline.report.page import render
 from pipeline.report.pictures import jpeg_uri, overlay_borders, viridis
 from pipeline.table import labels
 
@@ -110,7 +111,7 @@ def write_gallery(
         order=order,
     )
     path = Path(output)
-    put_in_place(path, page)
+    write_file(path, page.encode())
     return path
 
 

@@ -1,11 +1,9 @@
-"""What all pages share: templates, one style sheet, settings as text, and atomic writing."""
+"""What all pages share: templates, one style sheet, and settings as text."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 
@@ -26,14 +24,6 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(**values)
-
-
-def put_in_place(path: Path, page: str) -> None:
-    """Write a page atomically: a reader sees the old page or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    fresh.write_text(page, encoding="utf-8")
-    os.replace(fresh, path)
 
 
 def setting(value: Any) -> str:

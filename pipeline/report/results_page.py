@@ -17,6 +17,7 @@ import numpy as np
 from markupsafe import Markup
 
 from models.errors import MaskMillError, WrongUse
+from models.files import write_file
 from pipeline.evaluation.results import (
     BenchmarkResult,
     EvaluationResult,
@@ -32,7 +33,7 @@ from pipeline.files.images import ERROR_CODES, ImageError, decode
 from pipeline.files.storage import Storage
 from pipeline.metrics.names import metric_label
 from pipeline.report import charts, comparison
-from pipeline.report.page import put_in_place, render, setting
+from pipeline.report.page import render, setting
 from pipeline.report.pictures import picture_uri
 
 #: What is written into every report and found again before one is replaced.
@@ -83,7 +84,7 @@ def write_report(folders: Sequence[str | os.PathLike[str]], output: str | os.Pat
         metric_name=metric_label,
         setting=setting,
     )
-    put_in_place(path, page)
+    write_file(path, page.encode())
     return path
 
 

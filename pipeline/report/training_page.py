@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from models.errors import MaskMillError
+from models.files import write_file
 from pipeline.datasets.base import Dataset
 from pipeline.evaluation.tables import plan
 from pipeline.files import images
@@ -28,7 +29,7 @@ from pipeline.files.storage import is_remote
 from pipeline.labelling.clipseg.model import THRESHOLD
 from pipeline.ontology.ontology import Ontology
 from pipeline.report import charts
-from pipeline.report.page import put_in_place, render, setting_rows
+from pipeline.report.page import render, setting_rows
 from pipeline.report.pictures import (
     Found,
     colorize,
@@ -179,7 +180,7 @@ def write_training_page(path: Path, page: TrainingPage, lines: Sequence[Mapping[
         ],
         settings=setting_rows(page.settings),
     )
-    put_in_place(path, text)
+    write_file(path, text.encode())
     return path
 
 

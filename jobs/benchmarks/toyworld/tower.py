@@ -16,11 +16,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from models.clipseg import toyvit
 from models.clipseg.decoder import normalize
+from models.files import write_file
 from pipeline.toyworld import scenes as toyworld
 from pipeline.toyworld.phrases import auc
 from pipeline.toyworld.scenes import CLASSES, THINGS, VISIBLE_SHARE
@@ -85,11 +86,8 @@ def train_tower(
         scores = torch.cat([tower(normalize(part)) for part in images.split(BATCH)]).numpy()
     quality = np.nanmean([auc(scores[:, k], shown[:, k].numpy() > 0) for k in range(len(classes))])
     console.print(f"  AUC on new scenes: {quality:.3f}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: value for name, value in tower.state_dict().items() if not name.startswith("head.")}
-    partial = path.with_suffix(".part")
-    save_file(state, partial, training)
-    partial.replace(path)
+    write_file(path, save(state, training))
 
 
 def _scenes(seed: int, count: int, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
