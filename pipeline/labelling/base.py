@@ -1,4 +1,4 @@
-"""What MaskCLIP, students and CLIPSeg do alike: from a list of images to label maps.
+"""The base class of MaskCLIP, students and CLIPSeg: from a list of images to label maps.
 
 Shapes: B batch, C classes; H W the image's own size; Hn Wn the network's; h w the grid of scores.
 """
@@ -26,15 +26,15 @@ Self = TypeVar("Self", bound="BaseLabeller")
 class BaseLabeller(ABC):
     """A Labeller around a network; see ``pipeline.labelling.labeller`` for how to add one.
 
-    An image's labels do not depend on the batch that it falls into, because the network always sees the same
-    shape: on a CPU single images, which is the fastest way there, and on a GPU batches that are filled up.
+    An image's labels do not depend on its batch, because the network always sees the same shape: single
+    images on a CPU, which is fastest there, and padded batches on a GPU.
 
     Attributes:
-        settings: what it was told.
+        settings: see ``LabellerSettings``.
         device: the GPU if there is one, else the CPU.
-        dtype: of the network.
-        batch_size: images per call of ``label``; unless set, 1 on a CPU and ``GPU_BATCH`` on a GPU.
-        temperature: of the softmax that makes confidences of scores; None as for ``label_map``.
+        dtype: dtype of the network.
+        batch_size: images per call of ``label``; by default 1 on a CPU and ``GPU_BATCH`` on a GPU.
+        temperature: of the softmax that turns scores into confidences; None as in ``label_map``.
     """
 
     GPU_BATCH = 16
@@ -47,14 +47,14 @@ class BaseLabeller(ABC):
         self.batch_size = settings.batch_size or (1 if self.device.type == "cpu" else self.GPU_BATCH)
 
     def with_thresholds(self: Self, thresholds: Sequence[float]) -> Self:
-        """The same network with other thresholds, none if empty; nothing is loaded again."""
+        """A copy with other thresholds (none if empty) that shares the loaded network."""
         other = copy.copy(self)
         other.settings = dataclasses.replace(self.settings, thresholds=tuple(thresholds))
         return other
 
     @abstractmethod
     def scores(self, images: Tensor) -> Iterable[Tensor]:
-        """Class scores of a batch.
+        """Compute the class scores of a batch.
 
         Args:
             images: uint8 (B, 3, Hn, Wn) RGB on ``device``.
@@ -66,10 +66,10 @@ class BaseLabeller(ABC):
     def label_of(
         self, scores: Tensor, network_size: tuple[int, int], size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """Labels and uint8 confidence (H, W) of one image: the class with the best score.
+        """Labels and uint8 confidence (H, W) of one image, from the class with the best score.
 
         Args:
-            scores: (C, h, w), of ``scores``.
+            scores: (C, h, w), from ``scores``.
             network_size: (Hn, Wn).
             size: (H, W).
 
@@ -94,7 +94,7 @@ class BaseLabeller(ABC):
             MaskMillError: ``scores_not_finite``.
         """
         if self.settings.threads:
-            torch.set_num_threads(self.settings.threads)  # holds for the calling thread
+            torch.set_num_threads(self.settings.threads)  # per thread
         dtype = label_dtype(self.settings.num_classes)
         predictions = []
         for scores, image, size in zip(self._each_score(images), images, sizes, strict=True):
@@ -109,13 +109,13 @@ class BaseLabeller(ABC):
             for image in images:
                 yield from self.scores(_batch([image]))
             return
-        # A batch of another size may select other kernels, which round differently.
+        # Another batch size may select other kernels, which round differently.
         missing = max(0, self.batch_size - len(images))
         batch = _batch([*images, *[images[-1]] * missing]).to(self.device)
         yield from itertools.islice(self.scores(batch), len(images))
 
     def _take_classes(self, num_classes: int) -> None:
-        """Label this many classes from now on, without thresholds."""
+        """Switch to this many classes, without thresholds."""
         ignore_index = max(self.settings.ignore_index, num_classes)
         self.settings = dataclasses.replace(
             self.settings, num_classes=num_classes, ignore_index=ignore_index, thresholds=()

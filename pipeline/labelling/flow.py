@@ -1,7 +1,7 @@
 """The labelling data flow on Ray Data: parts of the manifest → fetch, decode → CLIP actors → encode, write.
 
-Every image of the manifest becomes exactly one row, see ``pipeline.table.committed``. The flow itself knows
-nothing of what is done: it labels all that it is given.
+Every image of the manifest becomes exactly one row; see ``pipeline.table.committed``. The flow itself does
+not track finished work: it labels everything it receives.
 """
 
 from __future__ import annotations
@@ -24,20 +24,19 @@ from pipeline.labelling.stages import Decode, Label, Write
 
 FIRST_PART, USUAL_PART, LARGEST_PART = 1, 32, 256
 MANY_PARTS = 4000
-"""Parts are of the usual size until there would be more of them than this. A small part costs little memory,
-and little work when a run is killed; many small files cost whoever reads the table."""
+"""Parts have the usual size up to this number of parts. Small parts use little memory and lose little work
+when a run is killed, but many small files slow down readers of the table."""
 
 
 def part_sizes(count: int, workers: int) -> list[int]:
-    """Sizes of the parts that a run is cut into.
+    """Sizes of the parts of a run.
 
-    They double from ``FIRST_PART``, so that the first results are on disk soon, up to ``USUAL_PART`` (more in
-    a run of very many images, ``LARGEST_PART`` at most), and shrink again at the end, so that no worker is
-    left alone with a large part.
+    They double from ``FIRST_PART``, so that first results appear soon, up to ``USUAL_PART`` (in very large
+    runs up to ``LARGEST_PART``), and shrink towards the end, so that no worker finishes far behind.
 
     Args:
-        count: images.
-        workers: parts that are labelled at a time.
+        count: number of images.
+        workers: number of parts labelled concurrently.
 
     Returns:
         Sizes that sum to ``count``, each at least 1.
@@ -64,19 +63,18 @@ def run_labelling(
     compute: Compute,
     report: Callable[[Progress], None],
 ) -> Progress:
-    """Label images into a table. Blocks until done; call with the lease of the table held.
+    """Label images into a table, and block until done. The caller must hold the lease of the table.
 
     Args:
         todo: manifest of the images without a row.
-        make_labeller: builds the Labeller, in each actor; picklable.
+        make_labeller: builds the Labeller in each actor; picklable.
         image_settings: for decoding and resizing.
         write: encodes and commits.
         compute: how to use the cluster.
         report: called after each part.
 
     Raises:
-        MaskMillError: ``labelling_failed`` with the cause. What is committed stays, and the same run can be
-            started again.
+        MaskMillError: ``labelling_failed`` with the cause. Committed rows stay, and the run can be resumed.
     """
     _configure()
     began = time.monotonic()
@@ -102,7 +100,7 @@ def _flow(
     write: Write,
     compute: Compute,
 ) -> ray.data.Dataset:
-    """The stages; each block is a part of the manifest, or a piece of one where that is large."""
+    """The stages. Each block is a part of the manifest, or a piece of a large one."""
     parts, start = [], 0
     for size in part_sizes(todo.num_rows, compute.actors * compute.calls):
         parts.append(todo.slice(start, size))
@@ -119,7 +117,7 @@ def _flow(
         .map_batches(
             Label,
             fn_constructor_args=(make_labeller,),
-            # With GPUs Ray Data wants a number: enough rows to fill batches of one image size.
+            # With GPUs, Ray Data requires a number: enough rows to fill batches of one image size.
             **stage | ({"batch_size": LARGEST_PART} if compute.gpus else {}),
             num_cpus=compute.cpus,
             num_gpus=compute.gpus or None,
@@ -142,15 +140,15 @@ def _configure() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Waiting for spot GPUs or in a queue is no fault; Ray Data would give up after half an hour.
+    # Waiting for spot GPUs or in a queue is fine; Ray Data would give up after half an hour.
     context.execution_no_progress_timeout_s = -1
     if logging.getLogger("ray").getEffectiveLevel() > logging.INFO:
-        # What matters of its errors is raised, and told in one line; -v shows the rest.
+        # Its errors are raised and reported in one line; -v shows the rest.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def _explained(error: ray.exceptions.RayError) -> MaskMillError:
-    """The error of ours that caused it, or one that tells what Ray says."""
+    """The MaskMillError that caused it, or a new one with Ray's message."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MaskMillError):
@@ -160,5 +158,5 @@ def _explained(error: ray.exceptions.RayError) -> MaskMillError:
     return FailedWork(
         "labelling_failed",
         f"The run stopped: {str(error).strip().splitlines()[-1]}",
-        "What is finished is kept: run the same command again. With -v Ray tells more.",
+        "Finished work is kept: run the same command again. -v shows Ray's own messages.",
     )

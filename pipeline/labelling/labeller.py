@@ -1,4 +1,4 @@
-"""What every Labeller agrees on: MaskCLIP, a student, CLIPSeg, and whatever comes next.
+"""The interface of all Labellers: MaskCLIP, students, CLIPSeg, and any added later.
 
 To add a kind of Labeller:
 
@@ -6,10 +6,10 @@ To add a kind of Labeller:
    ``__init__`` and turn a batch into class scores in ``scores``.
 2. Write a function in ``pipeline.labelling.prepare`` that finds its weights and embeds the class names, and
    let ``prepare_labeller`` choose it. Labelling, evaluation, the page, MLflow's models and benchmarks follow.
-3. Put its settings into ``pipeline.labelling.recipes``, and the kind into
-   ``tests/pipeline/labelling/test_labellers.py``, which tests what all of them promise.
+3. Add its settings to ``pipeline.labelling.recipes``, and the Labeller to
+   ``tests/pipeline/labelling/test_labellers.py``, which tests the common contract.
 
-No torch in here: stages that only decode or encode import this module too.
+Imports no torch, because stages that only decode or encode import this module too.
 
 Shapes: H W the image's own size; Hn Wn the size fed to the network.
 """
@@ -30,7 +30,7 @@ class Prediction:
     """Pseudo-labels of one image.
 
     Attributes:
-        labels: (H, W) class ids, uint8, or uint16 above 254 classes; ``ignore_index`` where unsure.
+        labels: (H, W) class ids, uint8, or uint16 above 254 classes; ``ignore_index`` where uncertain.
         confidence: (H, W) uint8, round(255 p) of the chosen class, before any threshold.
     """
 
@@ -42,7 +42,7 @@ class Labeller(Protocol):
     """Turns decoded images into pseudo-labels.
 
     Attributes:
-        batch_size: images per forward pass that it likes best.
+        batch_size: preferred number of images per forward pass.
     """
 
     batch_size: int
@@ -52,24 +52,24 @@ class Labeller(Protocol):
 
         Args:
             images: (Hn, Wn, 3) uint8 RGB each, at most ``batch_size``.
-            sizes: (H, W) of each original image; the label maps come at this size.
+            sizes: (H, W) of each original image and of its label map.
         """
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabellerSettings:
-    """What all Labellers are told.
+    """Settings common to all Labellers.
 
     Attributes:
-        num_classes: C, background included.
-        ignore_index: id of pixels without a label, not a class.
-        thresholds: C minimum confidences in [0, 1]; a class's pixels below its own are ignored. Empty keeps
-            every pixel.
-        precision: ``fp32``, ``bf16`` or ``fp16`` for the network; scores and confidence are fp32 in any case.
+        num_classes: C, including background.
+        ignore_index: id of pixels without a label; not a class id.
+        thresholds: C minimum confidences in [0, 1]; pixels below their class's threshold are ignored. Empty
+            keeps every pixel.
+        precision: ``fp32``, ``bf16`` or ``fp16`` for the network; scores and confidence are always fp32.
         batch_size: images per forward pass; 0 lets the Labeller choose.
-        threads: CPU threads of each call of ``label``, of which several may run at a time in different
-            threads; 0 leaves torch's choice.
+        threads: CPU threads of each call of ``label``; calls may run concurrently in different threads. 0
+            keeps torch's default.
     """
 
     num_classes: int
@@ -86,13 +86,13 @@ class LabellerSettings:
 
 @dataclass(frozen=True)
 class PreparedLabeller:
-    """A Labeller that any process can build: picklable, its weights found and its class names embedded.
+    """A picklable recipe for a Labeller, with weights found and class names embedded.
 
     Attributes:
-        make: builds it from settings.
-        settings: of the run; ``precision`` is never "auto".
-        weights: model, the word that chose the weights, and their fingerprint; of a student also ``text``,
-            the CLIP (with the same three) that its class names are embedded by.
+        make: builds the Labeller from settings.
+        settings: settings of the run; ``precision`` is never "auto".
+        weights: ``model``, ``pretrained`` and ``fingerprint``; for a student also ``text``, the same three of
+            the CLIP that embeds its class names.
     """
 
     make: Callable[[LabellerSettings], Labeller]
@@ -105,11 +105,11 @@ class PreparedLabeller:
         return self.settings.precision
 
     def build(self, *, threads: int = 0, precision: str | None = None) -> Labeller:
-        """The Labeller, in this process.
+        """Build the Labeller in this process.
 
         Args:
             threads: see ``LabellerSettings``.
-            precision: another than was prepared for.
+            precision: overrides the prepared one.
 
         Raises:
             MaskMillError: the weights cannot be loaded, or are no longer the same.
@@ -118,5 +118,5 @@ class PreparedLabeller:
 
 
 def label_dtype(num_classes: int) -> type[np.uint8] | type[np.uint16]:
-    """The type of label maps, as ``Ontology.mask_dtype``; ``ignore_index`` fits as well."""
+    """The dtype of label maps, as in ``Ontology.mask_dtype``; it can hold ``ignore_index`` too."""
     return np.uint8 if num_classes <= MAX_CLASSES_8BIT else np.uint16

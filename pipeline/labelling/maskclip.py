@@ -16,11 +16,11 @@ class MaskClipLabeller(BaseLabeller):
     """A CLIP that scores every patch against the class names.
 
     Args:
-        settings: of every Labeller.
-        model: as ``models.clip.loading.load_clip``; only the visual tower is loaded.
-        pretrained: as there.
-        text: the class names.
-        reading: how the tower is read.
+        settings: see ``LabellerSettings``.
+        model: see ``models.clip.loading.load_clip``; only the visual tower is loaded.
+        pretrained: see ``load_clip``.
+        text: classifier of the class names.
+        reading: how to compute dense scores.
 
     Raises:
         MaskMillError: as ``load_clip`` and ``MaskClip``.
@@ -46,7 +46,7 @@ class MaskClipLabeller(BaseLabeller):
         return self._maskclip.text
 
     def set_text(self, text: TextClassifier) -> None:
-        """Label with other classes from now on, without thresholds. Not while another thread labels."""
+        """Switch to other classes, without thresholds. Do not call while another thread labels."""
         self._maskclip = MaskClip(self._maskclip.clip, text, self._maskclip.config)
         self._take_classes(text.num_classes)
 

@@ -1,7 +1,7 @@
-"""From a recipe and an ontology to a Labeller: weights found, class names embedded, settings checked.
+"""Prepare a Labeller from a recipe and an ontology: find weights, embed class names, check settings.
 
-One function for each kind of Labeller; ``prepare_labeller`` chooses by what the recipe calls its model. For a
-new kind see ``pipeline.labelling.labeller``.
+There is one function per kind of Labeller; ``prepare_labeller`` chooses by the recipe's ``model``. To add a
+kind, see ``pipeline.labelling.labeller``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipeline.trained.student import StudentRecord
 
 CLIPSEG = "clipseg"
-"""What a recipe's ``model`` says for CLIPSeg; its ``pretrained`` names the weights."""
+"""A recipe's ``model`` for CLIPSeg; its ``pretrained`` names the weights."""
 
 CheckWeights = Callable[[str], None]
 
@@ -43,15 +43,15 @@ def prepare_labeller(
     """Find the weights and embed the class names, so that mistakes show before workers start.
 
     Args:
-        recipe: which model, and how its scores are read. The model is a student if it is a path or URI of a
-            student's folder, CLIPSeg if it is ``clipseg``, and otherwise a CLIP that labels as MaskCLIP.
+        recipe: which model, and how to read its scores. The model is a student if it is the path or URI of a
+            student's folder, CLIPSeg if it is ``clipseg``, and otherwise a CLIP used as MaskCLIP.
         ontology: the classes.
         precision: overrides the recipe's; ``auto`` is what this machine computes natively.
-        check_weights: is given the fingerprint before the class names are embedded; may raise.
+        check_weights: called with the fingerprint before the class names are embedded; may raise.
 
     Raises:
-        MaskMillError: ``recipe_invalid`` for settings that the model has no use for, ``classes_differ`` for
-            classes that it cannot take; as ``models.clip.weights.find_weights``,
+        MaskMillError: ``recipe_invalid`` for settings that the model does not use, ``classes_differ`` for
+            classes that it does not accept; as ``models.clip.weights.find_weights``,
             ``models.clip.loading.load_source``, ``models.clip.text.build_text_classifier`` and
             ``pipeline.trained.student.read_student_record``.
     """
@@ -76,7 +76,7 @@ def prepare_labeller(
 
 
 def require_weights(recipe: LabelRecipe) -> None:
-    """Find the weights of a recipe, and fetch them if need be; those of CLIPSeg are found when it is loaded.
+    """Find the weights of a recipe, and download them if needed; CLIPSeg finds its weights when loaded.
 
     Raises:
         MaskMillError: as ``models.clip.weights.find_weights`` and
@@ -117,7 +117,7 @@ def _prepare_maskclip(
 def _prepare_student(
     recipe: LabelRecipe, ontology: Ontology, settings: LabellerSettings, check_weights: CheckWeights
 ) -> PreparedLabeller:
-    """A trained student: its own classes as it was trained, any others through its CLIP's text tower."""
+    """A trained student: its own classes as trained, any others through its CLIP's text tower."""
     from pipeline.labelling.student import StudentLabeller
     from pipeline.trained.student import read_student_record, read_student_weights
 
@@ -132,7 +132,7 @@ def _prepare_student(
             "Leave them out; of a student's recipe, sizes, precision and thresholds can be changed.",
         )
     check_weights(record.fingerprint)
-    read_student_weights(record)  # a damaged file is better found here than by every worker
+    read_student_weights(record)  # find a damaged file here rather than in every worker
     text = None
     if not _same_words(record.ontology, ontology):
         text = embed_names(student_text_source(record), ontology, record.text["precision"])
@@ -149,7 +149,7 @@ def _prepare_student(
 def _prepare_clipseg(
     recipe: LabelRecipe, ontology: Ontology, settings: LabellerSettings, check_weights: CheckWeights
 ) -> PreparedLabeller:
-    """CLIPSeg: each class is asked for by its words or by examples, which are embedded in fp32."""
+    """CLIPSeg: each class is a prompt of words or examples, embedded in fp32."""
     import torch
 
     from models.clip.text import TextClassifier
@@ -186,15 +186,15 @@ def _prepare_clipseg(
     return PreparedLabeller(make, settings, described)
 
 
-# --- recipes of what was trained ----------------------------------------------------------------------------
+# --- recipes of trained models ------------------------------------------------------------------------------
 
 
 def student_recipe(uri: str, settings: Sequence[str] = ()) -> tuple[LabelRecipe, Ontology]:
-    """How a student labels: the recipe that names it, with the image sizes of its training, and its classes.
+    """The recipe for a student, with the image sizes of its training, and its classes.
 
     Args:
         uri: the student's folder.
-        settings: ``key=value`` changes, as of ``pipeline.labelling.recipes.load_recipe``.
+        settings: ``key=value`` changes, as in ``pipeline.labelling.recipes.load_recipe``.
 
     Raises:
         MaskMillError: as ``pipeline.trained.student.read_student_record``; ``recipe_invalid``.
@@ -207,18 +207,18 @@ def student_recipe(uri: str, settings: Sequence[str] = ()) -> tuple[LabelRecipe,
 
 
 def clipseg_recipe(uri: str, settings: Sequence[str] = ()) -> LabelRecipe:
-    """How a trained CLIPSeg labels: recipe ``clipseg`` with its weights and the sizes of its training.
+    """The recipe for a trained CLIPSeg: ``clipseg`` with its weights and the sizes of its training.
 
     Args:
         uri: its folder.
-        settings: ``key=value`` changes, as of ``pipeline.labelling.recipes.load_recipe``.
+        settings: ``key=value`` changes, as in ``pipeline.labelling.recipes.load_recipe``.
 
     Raises:
         MaskMillError: as ``pipeline.trained.clipseg.read_clipseg_record``; ``recipe_invalid``.
     """
     from pipeline.trained.clipseg import read_clipseg_record
 
-    # One spelling for each place: it is part of what a table was labelled with.
+    # Canonical, because the recipe is part of a table's identity.
     recipe = RECIPES["clipseg"].replace(pretrained=canonical_uri(uri))
     sizes = read_clipseg_record(uri).sizes
     if sizes is not None:
@@ -230,24 +230,24 @@ def clipseg_recipe(uri: str, settings: Sequence[str] = ()) -> LabelRecipe:
     return change_recipe(recipe, parse_settings(settings))
 
 
-# --- what a model can take ----------------------------------------------------------------------------------
+# --- what a model accepts -----------------------------------------------------------------------------------
 
 
 def _names_student(model: str) -> bool:
     from pipeline.trained.student import is_student
 
-    # A URI can mean nothing else; a folder that is no student's is told apart by reading it.
+    # A URI can only be a student's; reading a folder shows whether it holds a student.
     return "://" in model or (os.sep in model and Path(model).is_dir()) or is_student(model)
 
 
 def _changed_maskclip(recipe: LabelRecipe) -> list[str]:
-    """Settings of MaskCLIP that a recipe for another model sets, expecting an effect."""
+    """MaskCLIP settings changed by a recipe for another model, which ignores them."""
     usual, changed = LabelRecipe().effective(), recipe.effective()
     return [name for name in usual if name.startswith("maskclip.") and changed[name] != usual[name]]
 
 
 def _refuse_examples(ontology: Ontology, model: str) -> None:
-    """MaskCLIP and students read names only."""
+    """Refuse examples: MaskCLIP and students take names only."""
     shown = [name for name, given in zip(ontology.names, ontology.examples(), strict=True) if given]
     if shown:
         raise WrongUse(
@@ -258,7 +258,7 @@ def _refuse_examples(ontology: Ontology, model: str) -> None:
 
 
 def _same_words(own: Ontology, other: Ontology) -> bool:
-    """Whether two ontologies give one classifier; names of sets, colours and thresholds do not matter."""
+    """Whether two ontologies give the same classifier; set names, colours and thresholds do not matter."""
     return (own.prompts(), own.merges(), own.templates) == (other.prompts(), other.merges(), other.templates)
 
 
@@ -266,11 +266,11 @@ def _same_words(own: Ontology, other: Ontology) -> bool:
 
 
 def student_text_source(record: StudentRecord) -> WeightSource:
-    """The CLIP that embeds classes that a student was not trained for.
+    """The CLIP that embeds classes outside a student's own.
 
     Raises:
-        MaskMillError: ``classes_differ`` for a student that takes no other classes, ``weights_differ`` if
-            only other weights of that CLIP are here; as ``models.clip.weights.find_weights``.
+        MaskMillError: ``classes_differ`` for a student with a closed vocabulary, ``weights_differ`` if this
+            machine has other weights of that CLIP; as ``models.clip.weights.find_weights``.
     """
     from models.clip.weights import find_weights
 
@@ -301,12 +301,7 @@ def student_text_source(record: StudentRecord) -> WeightSource:
 
 
 def embed_names(source: WeightSource, ontology: Ontology, precision: str) -> TextClassifier:
-    """The class names as a classifier, from the cache if they were embedded before.
-
-    Args:
-        source: the CLIP.
-        ontology: the classes.
-        precision: of the run, or ``auto``.
+    """A classifier of the class names, from the cache if they were embedded before.
 
     Raises:
         MaskMillError: as ``models.clip.loading.load_source`` and ``models.clip.text.build_text_classifier``.
@@ -333,7 +328,7 @@ def embed_names(source: WeightSource, ontology: Ontology, precision: str) -> Tex
 
 
 def load_text_tower(source: WeightSource, precision: str) -> Clip:
-    """The text tower of a CLIP, ready to embed words for a run of this precision."""
+    """Load the text tower of a CLIP for a run of this precision."""
     from models.clip.loading import load_source
     from models.device import best_device
 
@@ -341,7 +336,7 @@ def load_text_tower(source: WeightSource, precision: str) -> Clip:
 
 
 def text_dtype(precision: str) -> torch.dtype:
-    """What text towers compute in: as asked for, or fp32 where this machine would have to emulate that."""
+    """The dtype of text towers: as requested, or fp32 if this machine would have to emulate it."""
     from models.device import DTYPES, best_device, native_precision
 
     native = native_precision(best_device())

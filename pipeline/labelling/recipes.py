@@ -1,7 +1,7 @@
-"""Recipes: every knob that changes a result, typed, named and hashed.
+"""Labelling recipes: every setting that changes the labels, typed, named and hashed.
 
-A recipe is written whole into what it produces. Start from a name (``--recipe maskclip``) or a YAML file
-(``--recipe my.yaml``, with an optional ``base: NAME``), then change single knobs with ``--set key=value``.
+A run writes its complete recipe into its output. Start from a name (``--recipe maskclip``) or a YAML file
+(``--recipe my.yaml``, with an optional ``base: NAME``), then change settings with ``--set key=value``.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class LabelRecipe(Recipe):
     images: ImageSettings = ImageSettings()
     """How images are decoded and resized."""
     maskclip: MaskClipSettings = MaskClipSettings()
-    """How MaskCLIP reads a CLIP; for others than students and CLIPSeg."""
+    """How MaskCLIP computes scores; not for students and CLIPSeg."""
     clipseg: ClipSegOptions = ClipSegOptions()
-    """How CLIPSeg is asked; for ``model`` ``clipseg``, whose weights ``pretrained`` names."""
+    """How to prompt CLIPSeg; for ``model`` ``clipseg``, whose weights ``pretrained`` names."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """``auto`` is bf16 where the processor computes it natively (fp16 on older GPUs), else fp32."""
     batch_size: Annotated[int, Field(ge=0, le=4096), NEUTRAL] = 0
     """Images per forward pass; 0 chooses 1 on a CPU, 16 on a GPU."""
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Pixels below it become ``ignore_index``; the threshold of a class takes precedence."""
+    """Pixels with less confidence become ``ignore_index``; a class's own threshold takes precedence."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -65,7 +65,7 @@ LABEL_RECIPES = RecipeBook(
             images=ImageSettings(scale=(2048, 336)),
             maskclip=MaskClipSettings(window=224, window_stride=112, image_stats="clip", profile="weights"),
         ),
-        # CLIPSeg with a list of prompts; what no class claims is the rest.
+        # CLIPSeg with a list of prompts; pixels that no class claims are background.
         LabelRecipe(
             name="clipseg",
             model="clipseg",
@@ -73,7 +73,7 @@ LABEL_RECIPES = RecipeBook(
             images=_WHOLE_352,
             min_confidence=0.3,
         ),
-        # Its paper's generalised zero-shot protocol: background is a prompt of its own.
+        # Its paper's generalised zero-shot protocol: background is a prompt.
         LabelRecipe(
             name="clipseg-zero-shot",
             model="clipseg",
@@ -100,10 +100,10 @@ recipe_from_dict = LABEL_RECIPES.from_dict
 
 
 def table_recipe(record: Mapping[str, Any]) -> LabelRecipe:
-    """The recipe that a label table was made by, with the precision that was used.
+    """The recipe of a label table, with the precision actually used.
 
     Args:
-        record: ``dataset.json``; of an older MaskMill as well: a field younger than it has its default.
+        record: ``dataset.json``, also of an older MaskMill; newer fields get their defaults.
     """
     recipe = recipe_from_dict(record["recipe"])
     return recipe.replace(precision=record["precision"])

@@ -1,7 +1,7 @@
-"""The stages of the labelling flow, callables on Arrow tables: decode, label, write. No Ray in here.
+"""The stages of the labelling flow as callables on Arrow tables: decode, label, write. Imports no Ray.
 
-Images travel between the stages as raw bytes beside their shape, which Arrow passes between processes without
-a copy. Rows carry the seconds that each stage spent on them, so that the last stage can report all of it.
+Images travel between stages as raw bytes and a shape, which Arrow passes between processes without a copy.
+Rows carry the seconds that each stage spent on them, which the last stage reports.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Decode:
         except images.ImageError as error:
             return row | {"status": error.code, "error": error.message}
         if settings.corruption:
-            # Seeded by the image, so that its noise is the same wherever and whenever it is labelled.
+            # Seeded by the image's id, so that its noise is reproducible.
             name, level = corruptions.parse(settings.corruption)
             image = corruptions.corrupt(image, name, level, seed=row_id % 2**64)  # ids are signed
         height, width = image.shape[:2]
@@ -160,7 +160,7 @@ class Label:
     def _outcomes(
         self, batch: list[np.ndarray], sizes: list[tuple[int, int]]
     ) -> Sequence[Prediction | Exception]:
-        """A prediction or an error for each image: one that cannot be labelled must not fail its batch."""
+        """A prediction or an error per image: one bad image must not fail its batch."""
         try:
             predictions = self._labeller.label(batch, sizes)
         except Exception as error:
@@ -168,7 +168,7 @@ class Label:
                 return [self._outcomes([image], [size])[0] for image, size in zip(batch, sizes, strict=True)]
             self._failed += 1
             if not self._succeeded and self._failed >= _HOPELESS:
-                # The images are not at fault: fail now, not after a million of them.
+                # The images are not the cause: fail now, not after a million of them.
                 raise FailedWork(
                     "labelling_failed",
                     f"None of {self._failed} images could be labelled: {type(error).__name__}: {error}",
@@ -185,13 +185,13 @@ def _passed_on(columns: dict[str, list[Any]], index: int) -> dict[str, Any]:
 
 
 class Write:
-    """Raw maps → a committed part of the label table, and one row about it.
+    """Raw maps → a committed part of the label table, and one row of statistics.
 
     Args:
         storage: the output.
-        run_id: of the run, which must still hold the lease of the output.
-        ignore_index: id of unsure pixels.
-        num_classes: C, background included.
+        run_id: this run, which must still hold the lease of the output.
+        ignore_index: id of uncertain pixels.
+        num_classes: C, including background.
     """
 
     def __init__(self, storage: Storage, run_id: str, *, ignore_index: int, num_classes: int) -> None:
@@ -201,7 +201,7 @@ class Write:
         self._dtype = label_dtype(num_classes)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Raises ``output_in_use`` if another run has taken the lease over."""
+        """Raises ``output_in_use`` if another run has taken over the lease."""
         start = time.perf_counter()
         rows = pa.Table.from_pylist([self._row(row) for row in table.to_pylist()], schema=labels.LABEL_SCHEMA)
         refuse_other_holder(self._storage, self._run_id)
@@ -239,7 +239,7 @@ def _fetch(entry: dict[str, Any]) -> bytes:
 def _ahead(
     pool: ThreadPoolExecutor, work: Callable[[_T], bytes], items: Iterable[_T], depth: int
 ) -> Iterator[Future[bytes]]:
-    """Futures of ``work`` in order, at most ``depth`` of them unread."""
+    """Futures of ``work`` in order, at most ``depth`` of them pending."""
     waiting: deque[Future[bytes]] = deque()
     source = iter(items)
     for item in itertools.islice(source, depth):

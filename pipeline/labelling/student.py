@@ -12,15 +12,15 @@ from pipeline.trained.student import load_student, read_student_record
 
 
 class StudentLabeller(BaseLabeller):
-    """A student with its own classes or with others.
+    """A student with its own or other classes.
 
-    Its logits were trained with cross entropy as they are, hence a temperature of 1.
+    Cross entropy trained its logits without scaling, hence a temperature of 1.
 
     Args:
-        settings: of every Labeller.
+        settings: see ``LabellerSettings``.
         uri: the student's folder, local or in an object store.
-        fingerprint: the weights that are meant; None takes any.
-        text: other classes than its own; None keeps the classifier that it was trained with.
+        fingerprint: the expected weights; None accepts any.
+        text: classifier of other classes; None keeps the one that it was trained with.
 
     Raises:
         MaskMillError: as ``read_student_record`` and ``load_student``; ``weights_differ`` if the folder holds
@@ -40,7 +40,7 @@ class StudentLabeller(BaseLabeller):
         if fingerprint is not None and fingerprint != record.fingerprint:
             raise WrongUse(
                 "weights_differ",
-                f"{record.uri} holds another student by now ({record.fingerprint[:12]}).",
+                f"{record.uri} now holds another student ({record.fingerprint[:12]}).",
                 "Start the run again.",
             )
         self._network = load_student(record, device=self.device, dtype=self.dtype)
@@ -50,9 +50,9 @@ class StudentLabeller(BaseLabeller):
         assert self._network.num_classes == settings.num_classes, "the classes of the settings"
 
     def set_text(self, text: TextClassifier | None) -> None:
-        """Label with other classes from now on (None: its own), without thresholds.
+        """Switch to other classes (None: its own), without thresholds.
 
-        Not while another thread labels.
+        Do not call while another thread labels.
         """
         self._network.set_classifier(self._own_text if text is None else text)
         self._take_classes(self._network.num_classes)

@@ -1,1 +1,1 @@
-"""Pages and pictures of label tables, results and trainings."""
+"""Pages and pictures of label tables, results and training runs."""

@@ -1,7 +1,7 @@
-"""Charts, drawn by matplotlib: as inline SVG that follows the page's colours, or as a PNG file.
+"""Charts, drawn with matplotlib, as inline SVG in the page's colours or as PNG files.
 
-Each chart is drawn for the width of a phone; a wider screen shows more of them side by side. One drawing
-serves light, dark and print: colours are replaced by the page's CSS variables. Sizes are in CSS pixels.
+Charts fit the width of a phone; a wider screen shows several side by side. The same SVG works in light, dark
+and print modes, because its colours become CSS variables of the page. Sizes are in CSS pixels.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours that nothing else uses, each for a CSS variable of the page.
+# Placeholder colours, each replaced by a CSS variable of the page.
 ACCENT, SECOND, INK, SOFT, LINE = "#00a001", "#00a002", "#00a003", "#00a004", "#00a005"
 _VARIABLES = {ACCENT: "accent", SECOND: "second", INK: "ink", SOFT: "soft", LINE: "line"}
-#: Colour of a full cell of a large confusion matrix: seen on white and on the dark page.
+#: Colour of a full cell of a large confusion matrix, visible on light and dark pages.
 _HEAT = (62, 118, 232)
 _TEXT = 11.5
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement of a curve; ``low`` and ``high`` are the ends of its interval, if it has one."""
+    """A point of a curve; ``low`` and ``high`` bound its interval, if any."""
 
     x: float
     y: float
@@ -42,7 +42,7 @@ class Point:
 
 
 def nice_top(largest: float) -> float:
-    """The end of an axis that starts at 0: the next of 1, 1.5, 2, 3, 4, 5, 6, 8 times a power of ten."""
+    """Round up to an axis limit: 1, 1.5, 2, 3, 4, 5, 6 or 8 times a power of ten."""
     if largest <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(largest))
@@ -51,10 +51,10 @@ def nice_top(largest: float) -> float:
 
 
 def reliability(bins: Sequence[Sequence[int]]) -> Markup:
-    """Reliability diagram: per bin of confidence the share of correct pixels, and below it their number.
+    """Reliability diagram: share of correct pixels per confidence bin, with a histogram below.
 
     Args:
-        bins: per bin the count of pixels, of correct ones, and the sum of their confidences in 0..255.
+        bins: per bin, the number of pixels, the number of correct ones, and the sum of confidences in 0..255.
     """
     figure = _figure(328, 388)
     upper = _axes(figure, left=46, top=8, width=272, height=272)
@@ -98,15 +98,15 @@ def curve(
     top: float,
     bottom: float = 0.0,
 ) -> Markup:
-    """One curve with its intervals, the other curves behind it in grey: small multiples on common axes.
+    """One curve of a set of small multiples: with its intervals, and the other curves in grey behind it.
 
     Args:
-        points: of this curve, by x.
-        label: what it shows, for screen readers.
-        others: curves that are drawn faintly.
-        references: values drawn as dashed lines across.
-        published: figures of a paper, drawn as squares.
-        xs: all positions of the section, in order: the ticks.
+        points: points of this curve, by x.
+        label: description for screen readers.
+        others: the other curves.
+        references: values drawn as dashed horizontal lines.
+        published: published values, drawn as squares.
+        xs: all x positions of the section, in order, as ticks.
         top: upper end of the y axis.
         bottom: lower end of the y axis.
     """
@@ -135,19 +135,19 @@ def curve(
         title = f"published at {p.x:g}: {p.y:.3f}"
         square = _line(axes, (p.x, p.x), (p.y, p.y), "theirs", title, color=SECOND, lw=7)
         square.set_solid_capstyle("projecting")
-    # Labels of close positions would run into each other.
+    # Skip labels that would overlap.
     every = max(1, math.ceil(len(xs) * max(len(f"{x:g}") for x in xs) * 7 / width))
     _frame(axes, ends, (bottom, top), xs=xs[::every], ys=(bottom, (bottom + top) / 2, top))
     return _svg(figure, label)
 
 
 def trace(points: Sequence[Point], *, label: str, marks: Sequence[float] = ()) -> Markup:
-    """A line through many measurements, such as a loss by step.
+    """A line through many points, such as a loss by step.
 
     Args:
         points: by x, at least two.
-        label: what it shows, for screen readers.
-        marks: positions on the x axis that are drawn as dashed lines.
+        label: description for screen readers.
+        marks: x positions drawn as dashed vertical lines.
     """
     width = 280
     figure = _figure(336, 150)
@@ -159,7 +159,7 @@ def trace(points: Sequence[Point], *, label: str, marks: Sequence[float] = ()) -
     for mark in marks:
         if ends[0] < mark < ends[1]:
             _line(axes, (mark, mark), (bottom, top), "reference", color=SECOND, lw=1.5, dashes=(3.3, 2.7))
-    thin = points[:: max(1, len(points) // (2 * width))]  # more points than pixels only make the page large
+    thin = points[:: max(1, len(points) // (2 * width))]  # more points than pixels only enlarge the page
     _line(axes, [p.x for p in thin], [p.y for p in thin], "main", color=ACCENT, lw=1.75)
     _frame(axes, ends, (bottom, top), xs=ends, ys=(bottom, (bottom + top) / 2, top))
     first, last = axes.get_xticklabels()
@@ -169,16 +169,16 @@ def trace(points: Sequence[Point], *, label: str, marks: Sequence[float] = ()) -
 
 
 def heat(shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Strength of colour in [0, 1]: the square root, so that a few per cent of confusion can be seen."""
+    """Colour strength in [0, 1]: the square root, so that a few per cent of confusion are visible."""
     return np.sqrt(np.clip(shares, 0, 1))
 
 
 def matrix_picture(shares: NDArray[np.float64], label: str) -> Markup:
-    """A confusion matrix of many classes: one pixel for each pair, ids along both sides.
+    """A confusion matrix of many classes: one pixel per pair, ids along both axes.
 
     Args:
-        shares: (C, C + 1) in [0, 1], row true class, column predicted class, the last one "no class".
-        label: what it shows, for screen readers.
+        shares: (C, C + 1) in [0, 1], row true class, column predicted class, last column "no class".
+        label: description for screen readers.
     """
     rows, columns = shares.shape
     pixels = np.empty((rows, columns, 4), np.uint8)
@@ -197,13 +197,13 @@ def matrix_picture(shares: NDArray[np.float64], label: str) -> Markup:
 
 
 def save_confusion(path: Path, confusion: NDArray[np.int64], names: Sequence[str], *, title: str) -> None:
-    """Draw a confusion matrix with its class names as a PNG that can be read with 2 classes and with 171.
+    """Save a confusion matrix with class names as a PNG, legible from 2 to 171 classes.
 
     Args:
-        path: of the PNG file.
+        path: the PNG file.
         confusion: (C, C + 1) pixel counts, row true class, column predicted class, last column "no class".
         names: C class names.
-        title: above the picture.
+        title: title of the picture.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
@@ -213,14 +213,14 @@ def save_confusion(path: Path, confusion: NDArray[np.int64], names: Sequence[str
     total = confusion.sum(1, keepdims=True)
     shares = np.where(total > 0, confusion / np.maximum(total, 1), np.nan)
     labels = [name if len(name) <= 28 else f"{name[:27]}…" for name in names]
-    # Inches: the smallest cell fits a line of 6 point text.
+    # In inches; the smallest cell fits a line of 6-point text.
     side = min(1.2, max(0.15, 5 / max(count, 1), 0.42 if few else 0))
     figure = Figure(figsize=(side * (count + 1) + 2.5, side * count + 2.5), dpi=130)
     axes = figure.add_axes(
         (0, 0, side * (count + 1) / figure.get_figwidth(), side * count / figure.get_figheight())
     )
-    axes.set_facecolor("#d9d9d9")  # classes without a true pixel
-    norm = PowerNorm(0.5, 0, 1)  # the root spreads small shares: most mistakes are a few per cent
+    axes.set_facecolor("#d9d9d9")  # avoids 0 / 0 for classes without true pixels
+    norm = PowerNorm(0.5, 0, 1)  # the square root spreads small shares: most confusions are a few per cent
     image = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest", aspect="auto")
     size = 9 if few else 6
     axes.set_xticks(range(count + 1), [*labels, "no class"], rotation=90, fontsize=size, parse_math=False)
@@ -241,7 +241,7 @@ def save_confusion(path: Path, confusion: NDArray[np.int64], names: Sequence[str
     )
     bar.ax.set_yticklabels(["0", "1 %", "5 %", "25 %", "50 %", "100 %"], fontsize=8)
     with warnings.catch_warnings():
-        # Scripts that the font lacks become boxes; the table next to the picture has the names.
+        # Scripts missing from the font become boxes; the table next to the picture has the names.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(path, bbox_inches="tight", pad_inches=0.15)
 
@@ -252,7 +252,7 @@ def save_confusion(path: Path, confusion: NDArray[np.int64], names: Sequence[str
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width / 72, height / 72))  # a point of matplotlib is a pixel of the drawing
+    return Figure(figsize=(width / 72, height / 72))  # so that a matplotlib point is a pixel
 
 
 def _axes(figure: Figure, *, left: float, top: float, width: float, height: float) -> Axes:
@@ -273,7 +273,7 @@ def _frame(
     xs: Sequence[float] = (),
     ys: Sequence[float] = (),
 ) -> None:
-    """Set limits, tick labels and grid lines; tick marks would need ids that are unique on the page."""
+    """Set limits, tick labels and grid lines; no tick marks, as they would need page-wide unique ids."""
     for y in ys:
         _line(axes, x_ends, (y, y), "grid", color=LINE, lw=1, zorder=0)
     axes.set(xlim=x_ends, ylim=y_ends)
@@ -289,12 +289,12 @@ def _line(axes: Axes, xs: Any, ys: Any, name: str, title: str = "", **style: Any
 
 
 def _dot(axes: Axes, x: float, y: float, title: str) -> None:
-    # A line without length and with round ends; a marker would need an id that is unique on the page.
+    # A zero-length line with round ends, because a marker would need a page-wide unique id.
     _line(axes, (x, x), (y, y), "dot", title, color=ACCENT, lw=5.5).set_solid_capstyle("round")
 
 
 def _name(artist: Any, name: str, title: str = "") -> None:
-    """Give an artist a class in the SVG, and a text that appears under the pointer."""
+    """Give an artist a CSS class in the SVG, and a tooltip."""
     artist.set_gid(f"{name}|{title}")
 
 
@@ -306,7 +306,7 @@ def _svg(figure: Figure, label: str) -> Markup:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     inside = text[text.index("</metadata>") + len("</metadata>") : text.rindex("</svg>")]
-    # Fonts and their sizes are the page's.
+    # The page sets fonts and sizes.
     inside = re.sub(r"<style.*?</style>|<!--.*?-->|font-(size|family): [^;\"]*;", "", inside, flags=re.S)
     inside = re.sub(r'base64,[^"]*', lambda found: "".join(found[0].split()), inside)
     inside = re.sub(r' id="(\w+)\|([^"]*)">', r' class="\1"><title>\2</title>', inside)

@@ -1,4 +1,4 @@
-"""Results compared: figures side by side, with a difference only where results are comparable."""
+"""Comparison of results: scores side by side, with differences only between comparable results."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pipeline.report.page import setting, setting_rows
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure, what it differs from the first run's by, and whether that is an improvement.
+    """A value, its difference from the first run's, and whether that is an improvement.
 
-    Both are None where there is nothing to compare with; ``better`` also where nothing changed.
+    Both are None without a value to compare with; ``better`` is also None if nothing changed.
     """
 
     value: float | None
@@ -24,7 +24,7 @@ class Cell:
 
 
 def cell(metric: str, value: float | None, first: float | None) -> Cell:
-    """A figure compared with that of the first run."""
+    """Compare a value with that of the first run."""
     if value is None or first is None:
         return Cell(value)
     difference = value - first
@@ -34,7 +34,7 @@ def cell(metric: str, value: float | None, first: float | None) -> Cell:
 
 
 def obstacles(first: EvaluationResult, other: EvaluationResult) -> list[str]:
-    """Why two evaluations must not be compared; empty if they can be."""
+    """Why two evaluations are not comparable; empty if they are."""
     pairs = {
         "protocol": (first.protocol, other.protocol),
         "dataset": (first.dataset.name, other.dataset.name),
@@ -52,13 +52,12 @@ def obstacles(first: EvaluationResult, other: EvaluationResult) -> list[str]:
 
 
 def evaluations(runs: Sequence[EvaluationResult]) -> dict[str, Any]:
-    """The first evaluation against each of the others.
+    """Compare the first evaluation with each of the others.
 
     Returns:
-        ``metrics``: their names, in order of appearance. ``rows``: per run its ``obstacles`` and ``cells``, a
-        cell for each metric. ``changes``: per later run that can be compared, its index ``run`` and the
-        ``classes`` whose IoU changed most. ``settings``: fields of recipe and weights that are not the same
-        everywhere, with the value in each run.
+        ``metrics``: names, in order of appearance. ``rows``: per run, its ``obstacles`` and one of ``cells``
+        per metric. ``changes``: per comparable later run, its index ``run`` and the ``classes`` whose IoU
+        changed most. ``settings``: fields of recipe and weights that differ, with the value in each run.
     """
     first, *others = runs
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics))
@@ -86,7 +85,7 @@ def evaluations(runs: Sequence[EvaluationResult]) -> dict[str, Any]:
 def _changed_classes(
     first: EvaluationResult, other: EvaluationResult, *, count: int = 8
 ) -> list[dict[str, Any]]:
-    """The classes whose IoU gained most, then those that lost most, ``count`` of each at most."""
+    """The classes whose IoU rose most, then those whose IoU fell most, at most ``count`` of each."""
     pairs: list[dict[str, Any]] = [
         {"name": b.name, "color": b.color, "first": a.iou, "cell": cell("iou", b.iou, a.iou)}
         for a, b in zip(first.classes, other.classes, strict=True)
@@ -97,7 +96,7 @@ def _changed_classes(
 
 
 def _settings(runs: Sequence[EvaluationResult]) -> list[tuple[str, list[str]]]:
-    # Hashes and fingerprints differ whenever anything does; they explain nothing.
+    # Hashes and fingerprints differ whenever anything else does, so they explain nothing.
     silent = {"hash", "fingerprint"}
     fields = [
         {
@@ -116,10 +115,10 @@ def _settings(runs: Sequence[EvaluationResult]) -> list[tuple[str, list[str]]]:
 
 
 def benchmarks(runs: Sequence[BenchmarkResult]) -> list[dict[str, Any]]:
-    """Sections that the first of several runs of one benchmark shares with another, line by line.
+    """Sections that the first run of a benchmark shares with another run, row by row.
 
     Returns:
-        Per section its ``title``, the charted ``metric`` and ``rows``: ``label`` and, per run, ``cells``.
+        Per section, its ``title``, the charted ``metric`` and ``rows``: ``label`` and, per run, ``cells``.
     """
     first, *others = runs
     shared = []
@@ -163,5 +162,5 @@ def _values(section: Section | None, metric: str) -> dict[tuple[str | None, floa
 
 
 def _key(row: Row) -> tuple[str | None, float | None]:
-    # The name of a point of a curve may be anything; its curve and place say which it is.
+    # A point of a curve is identified by its curve and position, whatever its name.
     return (row.series, row.x) if row.series is not None else (row.name, row.x)

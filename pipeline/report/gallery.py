@@ -1,7 +1,7 @@
-"""A label table as one page of pictures: ``maskmill show``.
+"""The gallery of a label table: ``maskmill show``.
 
 A self-contained HTML file: pictures are inline JPEGs, and a content security policy keeps the browser from
-loading anything else. Statistics are of the whole table, read as a stream; pictures are of ``limit`` rows.
+loading anything else. Statistics cover the whole table, read as a stream; pictures show ``limit`` rows.
 
 Shape letters: H W pixels of the image, T U pixels of its thumbnail.
 """
@@ -32,18 +32,18 @@ from pipeline.report.page import render
 from pipeline.report.pictures import jpeg_uri, overlay_borders, viridis
 from pipeline.table import labels
 
-#: Which rows are shown, and in which order: a sample by id, or the least or greatest label quality.
+#: Which rows to show, and in which order: a sample by id, or the lowest or highest label quality.
 Order = Literal["sample", "worst", "best"]
 
 _COLUMNS = ("id", "uri", "sha256", "height", "width", "mask", "confidence", "segments", "quality")
-# Below this many classes the whole legend is open; the rest folds away.
+# Up to this many classes the legend is fully open; the rest is folded.
 _LEGEND = 24
 _CHIPS = 6
 
 
 @dataclass(frozen=True)
 class Legend:
-    """What class ids look like on the page."""
+    """Names and colours of class ids on the page."""
 
     names: tuple[str, ...]
     colors: NDArray[np.uint8]  # (C, 3) sRGB
@@ -65,15 +65,15 @@ def write_gallery(
 ) -> Path:
     """Write a page that shows a label table.
 
-    Images are read again from their URIs. If that fails, or the file has changed since it was labelled, only
-    the labels are shown.
+    Reads the images again from their URIs. If that fails, or a file has changed since labelling, the page
+    shows only its labels.
 
     Args:
         table: the output of a labelling run.
-        output: the HTML file to write; an older one is replaced once the new one is whole.
-        limit: how many images to show. A page takes about 0.1 MB for each, in the file and in memory.
-        order: the rows that are shown; see :data:`Order`. The page itself can sort what it has.
-        thumbnail: long side of the pictures, pixels.
+        output: the HTML file to write; replaced atomically.
+        limit: how many images to show. Each takes about 0.1 MB, in the file and in memory.
+        order: which rows to show; see :data:`Order`. The page itself can sort its rows.
+        thumbnail: long side of the pictures in pixels.
 
     Returns:
         The path of the page.
@@ -115,11 +115,11 @@ def write_gallery(
     return path
 
 
-# --- what the page says about the whole table ---
+# --- the whole table ---
 
 
 def _legend(record: dict[str, Any], summary: dict[str, Any]) -> Legend:
-    """Names and colours from ``dataset.json``; for a table without it, numbers and default colours."""
+    """Names and colours from ``dataset.json``; without it, numbers and default colours."""
     given = {k: v for k, v in record.get("ontology", {}).items() if k in Ontology.model_fields}
     if given:
         ontology = Ontology.model_validate(given)
@@ -129,7 +129,7 @@ def _legend(record: dict[str, Any], summary: dict[str, Any]) -> Legend:
 
 
 def _title(record: dict[str, Any]) -> str:
-    """The ontology's name; its classes if it was a list on the command line."""
+    """The ontology's name, or its classes if they came from the command line."""
     ontology = record.get("ontology", {})
     if ontology.get("name") not in (None, "", "classes"):
         return str(ontology["name"])
@@ -138,7 +138,7 @@ def _title(record: dict[str, Any]) -> str:
 
 
 def _facts(record: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Names and values for the top of the page."""
+    """Names and values at the top of the page."""
     recipe, weights = record.get("recipe", {}), record.get("weights", {})
     mean = summary["mean_quality"]
     pairs = [
@@ -157,7 +157,7 @@ def _facts(record: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, s
 
 
 def _notice(record: dict[str, Any]) -> str:
-    """A warning about toy or random weights; empty for others."""
+    """A warning about toy or random weights, or ""."""
     weights = record.get("weights", {})
     if weights.get("model") == "toyclip":
         return (
@@ -216,11 +216,11 @@ def _short_number(value: int) -> str:
     return str(value)
 
 
-# --- which rows it shows ---
+# --- the shown rows ---
 
 
 def _chosen_rows(storage: Storage, limit: int, order: Order) -> Iterator[dict[str, Any]]:
-    """The rows to show, in order; reads masks only of row groups that hold one of them."""
+    """The rows to show, in order; reads masks only from row groups that contain one."""
     if limit == 0:
         return
     places = heapq.nsmallest(limit, _candidates(storage, order))
@@ -245,7 +245,7 @@ def _chosen_rows(storage: Storage, limit: int, order: Order) -> Iterator[dict[st
 
 
 def _candidates(storage: Storage, order: Order) -> Iterator[tuple[float, int, int, int, int]]:
-    """Per labelled row: its rank, its id (so that ties do not depend on files), file, row group, row."""
+    """Per labelled row: rank, id (breaks ties independently of files), file, row group, row."""
     folder, names = labels.table_files(storage)
     for file, name in enumerate(names):
         with (
@@ -266,7 +266,7 @@ def _rank(number: int, quality: float, order: Order) -> float:
         return quality
     if order == "best":
         return -quality
-    # A hash of the id: the same sample however the table is cut into files.
+    # A hash of the id gives the same sample however the table is split into files.
     return float((number * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 11)
 
 
@@ -274,7 +274,7 @@ def _rank(number: int, quality: float, order: Order) -> float:
 
 
 def _card(row: dict[str, Any], legend: Legend, thumbnail: int) -> dict[str, Any]:
-    """What the template needs of one row."""
+    """The template's values for a row."""
     mask = labels.decode_mask(row["mask"]["bytes"])
     confidence = labels.decode_confidence(row["confidence"]["bytes"])
     size = _fit(mask.shape, thumbnail)
@@ -324,7 +324,7 @@ def _photo(row: dict[str, Any], size: tuple[int, int]) -> tuple[NDArray[np.uint8
 
 
 def _fit(shape: Sequence[int], long_side: int) -> tuple[int, int]:
-    """(T, U) with the given long side at most, never enlarged."""
+    """(T, U) with at most the given long side; never enlarges."""
     factor = min(1.0, long_side / max(shape))
     return max(1, round(shape[0] * factor)), max(1, round(shape[1] * factor))
 

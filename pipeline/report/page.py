@@ -1,4 +1,4 @@
-"""What all pages share: templates, one style sheet, and settings as text."""
+"""Shared by all pages: templates, a style sheet, and settings as text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def render(template: str, **values: Any) -> str:
 
     Args:
         template: file name in this package; it may include others, such as ``base.css``.
-        values: the names that it uses.
+        values: its variables.
     """
     from jinja2 import Environment, FunctionLoader
 
@@ -27,7 +27,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def setting(value: Any) -> str:
-    """The value of a setting as people write it."""
+    """The value of a setting, for people."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -40,7 +40,7 @@ def setting(value: Any) -> str:
 
 
 def setting_rows(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as sorted rows of dotted names and values."""
+    """Nested settings as sorted rows of dotted name and value."""
     rows = []
     for key, value in settings.items():
         if isinstance(value, Mapping):

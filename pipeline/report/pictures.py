@@ -1,6 +1,6 @@
-"""Pictures: label maps over photographs, heat maps, contact sheets; and pictures as data URIs.
+"""Overlays of label maps, heat maps, contact sheets, and data URIs.
 
-Probabilities are shown on one scale from 0 to 1 everywhere: a prompt whose object is absent stays dark.
+Heat maps always use the scale from 0 to 1, so that a prompt whose object is absent stays dark.
 
 Shapes: H W pixels, C classes.
 """
@@ -32,7 +32,7 @@ _JPEG = {"quality": 82, "subsampling": 0, "optimize": True}
 
 
 def colorize(labels: NDArray[Any], palette: Pixels) -> Pixels:
-    """Paint a label map.
+    """Colour a label map.
 
     Args:
         labels: integer (H, W); ids without a colour (``ignore_index``) become light grey.
@@ -48,7 +48,7 @@ def colorize(labels: NDArray[Any], palette: Pixels) -> Pixels:
 
 
 def overlay(image: Pixels, labels: NDArray[Any], palette: Pixels, *, opacity: float = 0.7) -> Pixels:
-    """Class colours over the photograph in grey; where there is no class, light grey alone.
+    """Class colours over the photograph in grey; pixels without a class are light grey.
 
     Args:
         image: uint8 (H, W, 3).
@@ -65,7 +65,7 @@ def overlay(image: Pixels, labels: NDArray[Any], palette: Pixels, *, opacity: fl
 
 
 def overlay_borders(labels: NDArray[Any], image: Pixels | None, palette: Pixels) -> Pixels:
-    """Like ``overlay``, with borders between classes; where there is no class, the photograph shows dimly.
+    """Like ``overlay``, with borders between classes; pixels without a class show the dimmed photograph.
 
     Args:
         labels: integer (H, W).
@@ -77,7 +77,7 @@ def overlay_borders(labels: NDArray[Any], image: Pixels | None, palette: Pixels)
     colors[known] = palette[labels[known]]
     if image is not None:
         grey = image.mean(axis=2, dtype=np.float32, keepdims=True)
-        # Colour from the label, light and dark from the photograph: both can be read at once.
+        # Hue from the label, brightness from the photograph, so that both are legible.
         colors = np.where(known[..., None], 0.62 * colors + 0.38 * grey, 0.45 * grey)
     edge = np.zeros(labels.shape, bool)
     edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
@@ -87,7 +87,7 @@ def overlay_borders(labels: NDArray[Any], image: Pixels | None, palette: Pixels)
 
 
 def overlay_mask(image: Pixels, mask: NDArray[np.bool_]) -> Pixels:
-    """The object in its own colours with a red contour, everything else grey and dim.
+    """The object in its own colours with a red contour; the rest is grey and dim.
 
     Args:
         image: uint8 (H, W, 3) RGB.
@@ -109,7 +109,7 @@ def overlay_mask(image: Pixels, mask: NDArray[np.bool_]) -> Pixels:
 
 @cache
 def viridis() -> Pixels:
-    """The colours of heat maps, uint8 (256, 3), dark violet for 0 to yellow for 255."""
+    """The colour map of heat maps, uint8 (256, 3), from dark violet to yellow."""
     import matplotlib
 
     colours = matplotlib.colormaps["viridis"](np.arange(256))[:, :3]
@@ -117,7 +117,7 @@ def viridis() -> Pixels:
 
 
 def heat_map(probability: Pixels) -> Image.Image:
-    """A picture that is also data: pixel values are round(255 p), the palette shows them in viridis.
+    """A heat map that keeps its data: pixel values are round(255 p), with viridis as the palette.
 
     Args:
         probability: uint8 (H, W), round(255 p).
@@ -128,11 +128,11 @@ def heat_map(probability: Pixels) -> Image.Image:
 
 
 def overlay_heat(image: Pixels, values: NDArray[Any]) -> Pixels:
-    """A heat map through which the photograph can be seen in grey.
+    """A heat map over the photograph in grey.
 
     Args:
         image: uint8 (H, W, 3).
-        values: float (h, w) in [0, 1], at any size.
+        values: float (h, w) in [0, 1], of any size.
     """
     level = Image.fromarray((255 * np.clip(values, 0, 1)).astype(np.uint8))
     level = level.resize(image.shape[1::-1], Image.Resampling.BILINEAR)
@@ -146,7 +146,7 @@ def overlay_heat(image: Pixels, values: NDArray[Any]) -> Pixels:
 def panel(
     image: Pixels, truth: NDArray[Any], labels: NDArray[Any], palette: Pixels, *, side: int = 320
 ) -> Image.Image:
-    """Photograph, true classes over it, predicted classes over it, in a row.
+    """Photograph, overlay of true classes and overlay of predicted classes, in a row.
 
     Args:
         image: uint8 (H, W, 3).
@@ -169,13 +169,13 @@ def prompt_panel(
     side: int = 240,
     columns: int = 4,
 ) -> Image.Image:
-    """Photograph, prediction, and one confidence map for each prompt, each with its words above.
+    """Photograph, prediction, and one confidence map per prompt, each with a title.
 
     Args:
         image: uint8 (H, W, 3).
         labels: integer (H, W).
-        maps: float (h, w) in [0, 1] by prompt, at any size.
-        names: class names; the legend shows those that occur in ``labels``.
+        maps: float (h, w) in [0, 1] by prompt, of any size.
+        names: class names; the legend shows those present in ``labels``.
         palette: uint8 (C, 3).
         side: longest side of each picture in pixels.
         columns: pictures in a row.
@@ -196,14 +196,14 @@ def contact_sheet(
     cell: int = 192,
     caption: str = "",
 ) -> Image.Image:
-    """Arrange pictures in rows with a heading each, and a legend below.
+    """Arrange pictures in rows with headings, and a legend below.
 
     Args:
-        rows: (heading, pictures uint8 (H, W, 3)); pictures are scaled to ``cell`` pixels without smoothing.
+        rows: (heading, pictures uint8 (H, W, 3)); pictures are scaled to ``cell`` pixels (nearest).
         names: class names, in the order of the palette.
         palette: uint8 (C, 3).
         cell: side of a picture on the sheet in pixels.
-        caption: a line at the foot.
+        caption: a line at the bottom.
     """
     parts = []
     for heading, pictures in rows:
@@ -218,14 +218,14 @@ def contact_sheet(
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """A prompt's answer, at the size of the sheet's cells or larger.
+    """The result of a prompt, at the size of the sheet's cells or larger.
 
     Attributes:
-        title: what was asked.
+        title: the prompt.
         probability: uint8 (H, W), round(255 p).
         mask: bool (H, W).
-        caption: a line of figures.
-        example: uint8 (S, S, 3), what CLIP was shown, for a prompt with a picture.
+        caption: a line of statistics.
+        example: uint8 (S, S, 3), the visual prompt, if any.
     """
 
     title: str
@@ -238,19 +238,19 @@ class Found:
 def overview(
     name: str, image: Pixels, found: Sequence[Found], *, side: int = 300, columns: int = 4
 ) -> Image.Image:
-    """The photograph, then a cell for each prompt: its words, the overlay, the heat map, its figures.
+    """The photograph, then a cell per prompt with title, overlay, heat map and caption.
 
     Args:
-        name: of the photograph.
+        name: name of the photograph.
         image: uint8 (H, W, 3) RGB.
-        found: the prompts, in order; pictures of the image's shape.
+        found: the results, in order, at the image's shape.
         side: longest side of each picture in pixels; smaller photographs are enlarged to it.
-        columns: cells in a row at most.
+        columns: maximum number of cells per row.
     """
     bold, text = ImageFont.load_default(15), ImageFont.load_default(12)
     small = _sized(image, side, Image.Resampling.BILINEAR)
     width, height = small.size
-    cell_width = max(width, 170)  # room for words under upright photographs
+    cell_width = max(width, 170)  # room for text under upright photographs
     titles = [_wrapped(title, cell_width, bold) for title in (name, *(one.title for one in found))]
     head = 4 + 18 * max(map(len, titles))
     cells = []
@@ -264,7 +264,7 @@ def overview(
             _draw_scale(cell, draw, below + 20, min(width, 220), text)
         else:
             one = found[index - 1]
-            # Painted at the size of the cell: contours stay visible however large the photograph is.
+            # Painted at cell size, so that contours stay visible for large photographs.
             mask = Image.fromarray(one.mask).resize((width, height), Image.Resampling.NEAREST)
             cell.paste(Image.fromarray(overlay_mask(np.asarray(small), np.asarray(mask))), (0, head))
             heat = _sized(one.probability, side, Image.Resampling.BILINEAR)
@@ -278,7 +278,7 @@ def overview(
 
 
 def tile(pictures: Sequence[Image.Image], *, columns: int, gap: int = _GAP) -> Image.Image:
-    """Pictures in rows on white, each at the upper left of a cell as large as the largest of them."""
+    """Pictures in rows on white, each at the upper left of a cell of the largest picture's size."""
     width = max((picture.width for picture in pictures), default=1)
     height = max((picture.height for picture in pictures), default=1)
     columns = max(1, min(columns, len(pictures)))
@@ -291,7 +291,7 @@ def tile(pictures: Sequence[Image.Image], *, columns: int, gap: int = _GAP) -> I
 
 
 def legend(names: Sequence[str], palette: Pixels, width: int) -> Image.Image:
-    """Class names behind their colours, in as many lines as the width needs."""
+    """Colours and class names, wrapped to the width."""
     text = ImageFont.load_default(15)
     places, left, line = [], 0, 0
     for name in names:
@@ -310,7 +310,7 @@ def legend(names: Sequence[str], palette: Pixels, width: int) -> Image.Image:
 
 
 def _stacked(parts: Sequence[Image.Image], *, margin: int = 0) -> Image.Image:
-    """Pictures below each other, within a margin."""
+    """Pictures stacked vertically, within a margin."""
     width = max(part.width for part in parts)
     height = sum(part.height + _GAP for part in parts) - _GAP
     sheet = Image.new("RGB", (width + 2 * margin, height + 2 * margin), _PAPER)
@@ -336,7 +336,7 @@ def _line(text: str, width: int, size: int, color: tuple[int, int, int]) -> Imag
 
 
 def _sized(picture: Pixels, side: int, method: Image.Resampling | None = None) -> Image.Image:
-    """A picture whose longest side is ``side``; what is enlarged stays sharp, unless a method is given."""
+    """Scale a picture to longest side ``side``; enlarges by nearest neighbour unless a method is given."""
     scale = side / max(picture.shape[:2])
     size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
     if method is None:
@@ -345,7 +345,7 @@ def _sized(picture: Pixels, side: int, method: Image.Resampling | None = None) -
 
 
 def _inset(sheet: Image.Image, example: Pixels, corner: tuple[int, int], side: int) -> None:
-    """The example in the upper right corner of a picture, in a white frame."""
+    """Paste the example into the upper right corner of a picture, in a white frame."""
     side = max(side, 24)
     picture = Image.new("RGB", (side, side), _PAPER)
     picture.paste(Image.fromarray(example).resize((side - 4, side - 4), Image.Resampling.BILINEAR), (2, 2))
@@ -353,7 +353,7 @@ def _inset(sheet: Image.Image, example: Pixels, corner: tuple[int, int], side: i
 
 
 def _draw_scale(sheet: Image.Image, draw: ImageDraw.ImageDraw, top: int, width: int, font: Font) -> None:
-    """What the colours of the heat maps mean."""
+    """Draw the colour scale of the heat maps."""
     bar = np.repeat(viridis()[np.linspace(0, 255, width).astype(np.uint8)][None], 10, axis=0)
     draw.text((0, top - 16), "probability", _FAINT, font=font)
     sheet.paste(Image.fromarray(bar), (0, top))
@@ -362,7 +362,7 @@ def _draw_scale(sheet: Image.Image, draw: ImageDraw.ImageDraw, top: int, width: 
 
 
 def _wrapped(text: str, width: int, font: Font, most: int = 2) -> list[str]:
-    """Lines that fit a width; what is beyond the last one becomes an ellipsis."""
+    """Wrap text to a width; an ellipsis replaces what does not fit."""
     lines: list[str] = []
     left = text.split()
     while left and len(lines) < most:
@@ -395,7 +395,7 @@ def picture_uri(image: Pixels, *, longest: int) -> tuple[str, int, int]:
 
     Args:
         image: uint8 (H, W, 3).
-        longest: long side at most, pixels; smaller ones are not enlarged.
+        longest: maximum long side in pixels; smaller images are not enlarged.
 
     Returns:
         The URI, width and height.

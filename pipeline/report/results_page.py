@@ -1,4 +1,4 @@
-"""Results as one page: ``maskmill report``.
+"""The page of results: ``maskmill report``.
 
 A self-contained HTML file: charts are inline SVG, pictures are data URIs, and a content security policy
 keeps the browser from loading anything else.
@@ -36,7 +36,7 @@ from pipeline.report import charts, comparison
 from pipeline.report.page import render, setting
 from pipeline.report.pictures import picture_uri
 
-#: What is written into every report and found again before one is replaced.
+#: Marks a report, so that only reports are overwritten.
 MARK = '<meta name="generator" content="MaskMill report">'
 
 _PROTOCOLS = {
@@ -44,7 +44,7 @@ _PROTOCOLS = {
     "unified": "the one protocol of MaskCLIP's successors",
     "custom": "its own protocol: not comparable with published figures",
 }
-# A confusion matrix up to this size is a table of numbers, beyond it a picture.
+# Up to this many classes, a confusion matrix is a table of numbers, above it a picture.
 _TABLE_CLASSES = 30
 _CONFUSIONS = 12
 _LONGEST = 1200
@@ -54,16 +54,16 @@ def write_report(folders: Sequence[str | os.PathLike[str]], output: str | os.Pat
     """Write a page about one or several results.
 
     Args:
-        folders: outputs of ``maskmill evaluate`` and ``maskmill benchmark``, here or remote. The first
-            evaluation is what the others are compared with, and so with benchmarks of one name.
-        output: the HTML file to write. An older report is replaced once the new one is whole.
+        folders: outputs of ``maskmill evaluate`` and ``maskmill benchmark``, local or remote. The others are
+            compared with the first evaluation, and with the first benchmark of the same name.
+        output: the HTML file to write; an older report is replaced atomically.
 
     Returns:
         The path of the page.
 
     Raises:
         MaskMillError: ``result_missing``, ``newer_version`` or ``result_damaged`` for a folder,
-            ``output_exists`` if the output is there and no report.
+            ``output_exists`` if the output exists and is not a report.
     """
     if not folders:
         raise WrongUse("wrong_use", "No result folder was given.", "Give one, or several to compare.")
@@ -106,7 +106,7 @@ def _check_replaceable(path: Path) -> None:
 
 
 def number(value: float | None) -> str:
-    """Three decimals for shares, fewer for large numbers, a dash for what does not exist."""
+    """Three decimals for shares, fewer for large numbers, a dash for None."""
     if value is None:
         return "–"
     size = abs(value)
@@ -133,7 +133,7 @@ def _date(created: str) -> str:
 
 
 def _notice(result: Result) -> str:
-    """A warning about toy or random weights; empty for others."""
+    """A warning about toy or random weights, or ""."""
     if result.toy:
         return (
             "Toy: measured with the small bundled CLIP on the procedural toy world, or with one of them. "
@@ -163,7 +163,7 @@ def _run(index: int, storage: Storage, result: Result) -> dict[str, Any]:
 
 
 def _parts(result: Result, view: dict[str, Any]) -> list[tuple[str, str]]:
-    """Id and name of each part of the page, in order, for the links at the top."""
+    """Id and title of each part of the page, in order, for the links at the top."""
     if isinstance(result, EvaluationResult):
         parts = [
             ("published", "Published numbers", result.published),
@@ -233,7 +233,7 @@ def _evaluation(storage: Storage, run: EvaluationResult) -> dict[str, Any]:
 
 
 def _evaluation_gaps(run: EvaluationResult) -> list[str]:
-    """What the numbers do not cover, in sentences."""
+    """Sentences about what the numbers do not cover."""
     gaps = []
     if run.images.failed:
         gaps.append(f"Failed, and not in the numbers: {_images(run.images.failed)}.")
@@ -265,7 +265,7 @@ def _images(count: int) -> str:
 
 
 def _published(run: EvaluationResult) -> dict[str, Any]:
-    """Published figures: charts of those that are comparable with ours, and separately the others."""
+    """Published scores: charts of those comparable with ours, and the others separately."""
     same = [p for p in run.published if p.protocol == run.protocol]
     others = [p for p in run.published if p.protocol != run.protocol]
     panels = []
@@ -290,7 +290,7 @@ def _published(run: EvaluationResult) -> dict[str, Any]:
 
 
 def _confusions(run: EvaluationResult, shares: np.ndarray) -> list[dict[str, Any]]:
-    """The largest shares of a true class that were predicted as another class, or as none."""
+    """The largest shares of true classes predicted as another class or as none."""
     wrong = shares.copy()
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:_CONFUSIONS]
@@ -323,11 +323,11 @@ def _image(storage: Storage, image: ImageResult) -> dict[str, Any]:
 
 
 def _picture(storage: Storage, name: str | None) -> dict[str, Any]:
-    """A picture of the result folder as a data URI, or why there is none."""
+    """A picture of the result folder as a data URI, or the reason for its absence."""
     if not name:
         return {"uri": None, "reason": "no picture was kept"}
     place = PurePosixPath(name)
-    # A result may come from someone else; it shows what is in its folder, nothing outside.
+    # A result may come from someone else: show only files inside its folder.
     if place.is_absolute() or ".." in place.parts:
         return {"uri": None, "reason": f"{name} is outside the result folder"}
     try:
@@ -373,7 +373,7 @@ def _benchmark(storage: Storage, run: BenchmarkResult) -> dict[str, Any]:
 
 
 def _benchmark_gaps(run: BenchmarkResult) -> list[str]:
-    """What was not measured, and what it needs; lines of one section that need the same are one sentence."""
+    """What was not measured, and why: one sentence per section and reason."""
     gaps: dict[tuple[str, str], list[str]] = {}
     for section in run.sections:
         for row in section.rows:
@@ -387,7 +387,7 @@ def _some(names: Sequence[str], most: int) -> str:
 
 
 def _measured(row: Row) -> bool:
-    """Whether there is a figure of ours. Lines without one or a reason are other people's methods."""
+    """Whether the row has a score of ours. Rows with neither score nor reason are published methods."""
     return any(value.mean is not None for value in row.values.values())
 
 
@@ -436,7 +436,7 @@ def _section(section: Section) -> dict[str, Any]:
 
 
 def _panels(section: Section) -> list[dict[str, Any]]:
-    """Bars by group, a panel for each series and metric, all on one axis; none if the rows have no series."""
+    """Bars by group, one panel per series and metric, all on one axis; empty if the rows have no series."""
     series: dict[str, list[Row]] = {}
     for row in section.rows:
         if row.series is None or row.x is None:
@@ -464,14 +464,14 @@ def _panels(section: Section) -> list[dict[str, Any]]:
 
 
 def _row_label(row: Row) -> str:
-    """Name of a row; a point of a series is named by it and its place, unless its own name says so."""
+    """Label of a row; for a point of a series, series and position, unless its name includes them."""
     if row.series is None or row.x is None or row.series in row.name:
         return row.name
     return f"{row.series} {row.x:g}"
 
 
 def _range(section: Section, *metrics: str) -> tuple[float, float]:
-    """Ends of the axis that all bars or curves of a section share; 0 is on it."""
+    """Limits of the axis shared by all bars or curves of a section; includes 0."""
     pairs = [(row, metric) for row in section.rows for metric in metrics]
     values = [row.values[metric] for row, metric in pairs if metric in row.values]
     points = [x for v in values for x in (v.mean, v.low, v.high) if x is not None]
@@ -481,7 +481,7 @@ def _range(section: Section, *metrics: str) -> tuple[float, float]:
 
 
 def _curves(section: Section, metric: str, low: float, top: float) -> dict[str, Any] | None:
-    """Small multiples and a table of curves by place; None if the section has no curve to draw."""
+    """Small multiples and a table of curves by position; None if the section has no curve."""
     named = any(row.series is not None and row.x is not None for row in section.rows)
     series: dict[str, dict[float, Row]] = {}
     apart: list[Row] = []
@@ -490,7 +490,7 @@ def _curves(section: Section, metric: str, low: float, top: float) -> dict[str, 
             series.setdefault(row.series or metric_label(metric), {})[row.x] = row
         else:
             apart.append(row)
-    # A series of one point where no other has one (clean images before levels of corruption) is no curve.
+    # A single point at a position of its own (clean images before corruption levels) is no curve.
     places = Counter(x for rows in series.values() for x in rows)
     for name, rows in [*series.items()]:
         if len(series) > 1 and len(rows) == 1 and places[next(iter(rows))] == 1:
@@ -541,7 +541,7 @@ def _curves(section: Section, metric: str, low: float, top: float) -> dict[str, 
 
 
 def _table_cell(row: Row | None, metric: str) -> tuple[Row | None, Value | None, float | None]:
-    """A row with our value and the published one, as far as they exist."""
+    """A row with our value and the published one, if they exist."""
     return (None, None, None) if row is None else (row, row.values.get(metric), row.published.get(metric))
 
 
@@ -554,7 +554,7 @@ def _points(rows: dict[float, Row], metric: str) -> list[charts.Point]:
 
 
 def _comparisons(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """All evaluations side by side, and benchmarks of the same name."""
+    """Compare all evaluations, and benchmarks of the same name."""
     measured = [run for run in runs if isinstance(run["result"], EvaluationResult)]
     named: dict[str, list[dict[str, Any]]] = {}
     for run in runs:

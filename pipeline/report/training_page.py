@@ -1,7 +1,7 @@
-"""The page that every training leaves: how it went, pictures of what came of it, and what to do with it.
+"""The page of a training run: its course, pictures of its results, and commands to run next.
 
-``TrainingPage`` is what all of them show. A student stands next to its teacher, and next to the truth where
-it is known; a CLIPSeg or a baseline answers samples of its own training.
+``TrainingPage`` is common to all of them. A student is shown next to its teacher, and next to the truth if
+known; a CLIPSeg or a baseline answers samples of its own training.
 
 Shapes: H W pixels of an image, S of a training sample, V of CLIP's input.
 """
@@ -79,7 +79,7 @@ _CLIPSEG_CURVES = {
     "gradient_norm": "gradient norm",
 }
 _CLIPSEG_TITLES = {"clipseg": "CLIPSeg", "clip-deconv": "CLIP-Deconv", "vitseg": "ViTSeg"}
-_LOOKED_AT = 400  # rows of a table that examples are chosen from: a table may hold millions
+_LOOKED_AT = 400  # candidate rows for examples: a table may hold millions
 
 
 # --- any training ---
@@ -90,8 +90,8 @@ class Card:
     """Pictures of one image, side by side.
 
     Attributes:
-        name: below them.
-        pictures: captions and uint8 (H, W, 3); a card with fewer than others leaves its last columns empty.
+        name: name below the pictures.
+        pictures: captions and uint8 (H, W, 3); missing ones leave the last columns empty.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Score:
-    """Figures of one model on one set of images, to be compared with those of others.
+    """Scores of a model on a set of images, for comparison with others.
 
     Attributes:
         name: of the model.
@@ -115,27 +115,27 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPage:
-    """What is on the page.
+    """Content of the page.
 
     Attributes:
         title: heading.
-        toy: whether it is about the toy world.
-        training: of the record: ``iterations``, ``seconds``, ``samples_per_second``, ``data_wait``,
+        toy: whether the model is a toy.
+        training: from the record: ``iterations``, ``seconds``, ``samples_per_second``, ``data_wait``,
             ``failed_samples``, ``stopped``; all but the first may be missing.
-        samples: plural of what the training calls one.
-        tiles: names and figures at the top.
+        samples: plural noun for the training samples.
+        tiles: names and values at the top.
         cards: pictures.
-        note: a sentence about them.
+        note: a sentence about the pictures.
         classes: names and colours ("#rrggbb").
-        scores: where truth is known, from the model that is compared with to the newest.
+        scores: where truth is known, from the baseline model to the newest.
         names: of the classes in ``scores``.
         curves: keys of ``metrics.jsonl`` and the titles of their charts.
-        curves_note: a sentence about them.
-        marks: steps at which the charts have a dashed line.
-        data: names and values: what was trained on.
-        files: names and paths: what is where.
-        commands: purposes and commands: what to run next.
-        settings: every setting, nested.
+        curves_note: a sentence about the charts.
+        marks: steps with a dashed line in the charts.
+        data: names and values of the training data.
+        files: descriptions and paths of the files.
+        commands: purposes and commands to run next.
+        settings: all settings, nested.
     """
 
     title: str
@@ -158,12 +158,12 @@ class TrainingPage:
 
 
 def write_training_page(path: Path, page: TrainingPage, lines: Sequence[Mapping[str, Any]]) -> Path:
-    """Write the page; an older one is replaced once the new one is whole.
+    """Write the page, replacing an older one atomically.
 
     Args:
-        path: of the HTML file.
-        page: what is on it.
-        lines: of ``metrics.jsonl``.
+        path: the HTML file.
+        page: its content.
+        lines: records of ``metrics.jsonl``.
     """
     text = render(
         "training.html",
@@ -187,7 +187,7 @@ def write_training_page(path: Path, page: TrainingPage, lines: Sequence[Mapping[
 def _write(
     folder: Path, page: TrainingPage, sheet: Image.Image | None, lines: Sequence[Mapping[str, Any]]
 ) -> list[str]:
-    """Write the sheet, if there is one, and the page; returns their paths, the page last."""
+    """Write the sheet, if any, and the page; return their paths, the page last."""
     written = []
     if sheet is not None:
         sheet.save(folder / SHEET)
@@ -196,7 +196,7 @@ def _write(
 
 
 def thousands(count: Any) -> str:
-    """A number for people; anything else as it is."""
+    """A number with thousands separators; anything else unchanged."""
     return f"{count:,}" if isinstance(count, int) else str(count)
 
 
@@ -238,13 +238,13 @@ def _pictures(card: Card) -> list[dict[str, Any]]:
 
 
 def _large(picture: np.ndarray) -> np.ndarray:
-    """Small pictures enlarged by a whole factor, so that browsers do not blur them."""
+    """Enlarge small pictures by an integer factor, so that browsers do not blur them."""
     factor = _THUMBNAIL // max(picture.shape[:2])
     return picture.repeat(factor, 0).repeat(factor, 1) if factor > 1 else picture
 
 
 def _gains(scores: Sequence[Score], names: Sequence[str]) -> list[dict[str, Any]]:
-    """One row a class: IoU of each model, and what the last one gained over the first."""
+    """One row per class: IoU of each model, and the gain of the last over the first."""
     if not scores:
         return []
     rows = []
@@ -274,7 +274,7 @@ def _curves(page: TrainingPage, lines: Sequence[Mapping[str, Any]]) -> list[dict
 
 @dataclass(frozen=True)
 class Example:
-    """One image and what is made of it.
+    """An image and its labels.
 
     Attributes:
         name: of the image.
@@ -297,9 +297,9 @@ def student_page(
     """The page of a student.
 
     Args:
-        record: of the student.
+        record: record of the student.
         examples: images to show.
-        scores: of the teacher first, then of the student, where truth is known.
+        scores: of the teacher, then of the student, if truth is known.
         note: a sentence about the examples and scores.
     """
     teacher, palette = record.teacher["weights"], record.ontology.palette()
@@ -348,7 +348,7 @@ def student_page(
 
 
 def student_sheet(examples: Sequence[Example], record: StudentRecord) -> Image.Image:
-    """Images, truth if it is known, teacher and student in rows."""
+    """Rows of image, truth if known, teacher and student."""
     palette, shown = record.ontology.palette(), examples[:ON_SHEET]
     toy = record.teacher["weights"]["model"] == "toyclip"
     rows = [("images", [example.image for example in shown])]
@@ -381,13 +381,13 @@ def write_student_page(
     """Write the page and the contact sheet into the student's folder.
 
     Args:
-        record: of the student.
-        lines: of ``metrics.jsonl``.
-        labels: label table to take images and the teacher's labels from.
-        truth: of the same images, where it is known.
+        record: record of the student.
+        lines: records of ``metrics.jsonl``.
+        labels: label table with the images and the teacher's labels.
+        truth: of the same images, if known.
         scores: see ``student_page``.
         note: see ``student_page``.
-        count: images to show.
+        count: number of images to show.
 
     Returns:
         The files, the page last; none if the folder is not local.
@@ -400,7 +400,7 @@ def write_student_page(
 
 
 def student_commands(output: str) -> dict[str, str]:
-    """What to do with a student, by purpose."""
+    """Commands for a student, by purpose."""
     folder = shlex.quote(output)
     return {
         "Label with it": f"maskmill label --model {folder} --images DIR --output OUT",
@@ -410,9 +410,9 @@ def student_commands(output: str) -> dict[str, str]:
 
 
 def find_examples(record: StudentRecord, *, labels: str, truth: Dataset | None, count: int) -> list[Example]:
-    """Images of a label table with the teacher's, the student's and true labels; the same at every call.
+    """Images of a label table with the teacher's, the student's and the true labels; deterministic.
 
-    Images that cannot be read any more are left out.
+    Skips images that can no longer be read.
     """
     from models.device import best_device, native_precision
     from pipeline.labelling.labeller import LabellerSettings
@@ -451,7 +451,7 @@ def find_examples(record: StudentRecord, *, labels: str, truth: Dataset | None, 
 
 
 def _chosen_rows(labels: str) -> list[dict[str, Any]]:
-    """Labelled rows from the beginning of a table, in an order that does not depend on how it was made."""
+    """Labelled rows from the start of a table, in an order independent of how it was written."""
     rows = []
     for row in iter_rows(labels, ["id", "uri", "status", "sha256", "mask"]):
         if row["status"] == "ok":
@@ -473,13 +473,13 @@ def _image(row: Mapping[str, Any], record: StudentRecord) -> np.ndarray | None:
 
 
 def _teacher_ids(labels: str, ontology: Ontology) -> np.ndarray:
-    """Ids of the table → ids of the student, as in training; negative where the student has no such class."""
+    """Map table ids to student ids, as in training; negative for classes that the student lacks."""
     known = Ontology.from_record(read_table_record(labels)["ontology"])
     return class_ids(known.names, ontology, known.ignore_index, words=known.prompts())
 
 
 def _shown(ids: np.ndarray) -> np.ndarray:
-    """Ids for a picture: negative ones become 65535, which has no colour."""
+    """Ids for display: negative ones become 65535, which has no colour."""
     return np.where(ids < 0, 65535, ids).astype(np.uint16)
 
 
@@ -488,16 +488,16 @@ def _shown(ids: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """A training sample, and what the model answers.
+    """A training sample and the model's answer.
 
     Attributes:
-        phrase: what is asked for; "" if only by a picture.
+        phrase: the words of the prompt; "" for a picture alone.
         text_share: weight of the words in the prompt; the rest is the example's.
         image: uint8 (S, S, 3).
         there: bool (S, S), the truth.
         probability: float (S, S) in [0, 1].
-        example: uint8 (V, V, 3), as CLIP sees it; None without one.
-        known: bool (S, S), where the truth is known; other pixels are not counted. None is everywhere.
+        example: uint8 (V, V, 3), as CLIP sees it, or None.
+        known: bool (S, S), where the truth is known; other pixels are not counted. None means everywhere.
     """
 
     phrase: str
@@ -520,7 +520,7 @@ class Answer:
 
     @property
     def caption(self) -> str:
-        """How it was asked, and how well it was answered."""
+        """The kind of prompt, and the quality of the answer."""
         asked = "text" if self.text_share == 1 else f"text {self.text_share:.0%}, example"
         there, found = self._counted(self.there), self._counted(self.found)
         if not there.any():
@@ -530,7 +530,7 @@ class Answer:
 
     @property
     def share(self) -> float:
-        """Share of the object in the pixels whose truth is known."""
+        """Share of the object among the pixels with known truth."""
         there = self._counted(self.there)
         return float(there.mean()) if there.size else 0.0
 
@@ -544,10 +544,10 @@ def clipseg_page(
     """The page of a trained CLIPSeg or baseline.
 
     Args:
-        record: of its folder.
+        record: record of the model.
         answers: samples to show.
-        uri: of its folder.
-        commands: what to run next, by purpose.
+        uri: folder of the model.
+        commands: commands to run next, by purpose.
     """
     clip, config = record.clip, record.config
     files = [("folder", uri), ("decoder", f"{clipseg_folder.DECODER_FILE}, {clipseg_folder.RECORD_FILE}")]
@@ -582,7 +582,7 @@ def clipseg_page(
 
 
 def clipseg_sheet(answers: Sequence[Answer], *, columns: int = 3) -> Image.Image:
-    """All samples on one picture: image, what is there, what is found."""
+    """All samples on one picture: image, truth and prediction."""
     panels = []
     for answer in answers:
         there = answer.there.astype(np.uint8) * 255
@@ -620,12 +620,12 @@ def write_clipseg_page(
     """Write the page and the picture into the model's folder.
 
     Args:
-        folder: of the model.
-        lines: of ``metrics.jsonl``.
-        samples: what it was trained on.
-        seed: of the choice of samples.
-        commands: what to run next, by purpose.
-        count: samples to show.
+        folder: folder of the model.
+        lines: records of ``metrics.jsonl``.
+        samples: the training samples.
+        seed: seed for choosing samples.
+        commands: commands to run next, by purpose.
+        count: number of samples to show.
 
     Returns:
         The files, the page last.
@@ -641,13 +641,13 @@ def write_clipseg_page(
 
 
 def find_answers(model: ClipSeg, samples: TripletSamples, *, seed: int, count: int) -> list[Answer]:
-    """What a model answers to some of its training samples; the same at every call, different images first.
+    """Answers of a model to some of its training samples; deterministic, preferring different images.
 
     Args:
-        model: trained.
-        samples: what it was trained on; those that cannot be read are left out.
-        seed: of the choice and of the augmentation.
-        count: how many.
+        model: the trained model.
+        samples: the training samples; unreadable ones are skipped.
+        seed: seed for choosing and augmenting samples.
+        count: number of answers.
     """
     import torch
 

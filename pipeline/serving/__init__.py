@@ -1,1 +1,1 @@
-"""A small web page and API that show what models find in an image."""
+"""A small web page and API that run models on an image."""

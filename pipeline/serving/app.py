@@ -1,9 +1,9 @@
-"""The server: a page, and the small API that it uses.
+"""The server: a page and the small API behind it.
 
-FastAPI rather than Gradio: Gradio is a large dependency that loads fonts and scripts from other servers and
+Why FastAPI and not Gradio: Gradio is a large dependency that loads fonts and scripts from other servers and
 phones home by default, and its page needs a new request for every change of threshold or opacity. Here the
-maps are sent once and the browser does the rest; the page is five files of this folder. FastAPI's own
-documentation pages load from a CDN, so there is ``/openapi.json`` only.
+maps are sent once and the browser does the rest; the page is five files in this folder. FastAPI's own
+documentation pages load from a CDN, so only ``/openapi.json`` is served.
 
 Nothing is written to disk; uploads stay in memory for the duration of their request.
 """
@@ -69,7 +69,7 @@ log = logging.getLogger("maskmill.serve")
 
 SAMPLE_SEED, SAMPLE_SIZE = 2026, 256
 SAMPLES = (0, 1, 10, 43, 40, 51)
-"""Toy scenes offered on the page: every class occurs, and none was among the toy CLIP's training scenes."""
+"""Toy scenes offered on the page. Together they show every class; the toy CLIP was not trained on them."""
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -85,21 +85,21 @@ _HEADERS = {
 
 
 class _InMemoryParser(MultiPartParser):
-    """Starlette's parser, which would write files above 1 MB to disk."""
+    """Starlette's parser, kept from writing files above 1 MB to disk."""
 
-    spool_max_size = 0  # unlimited: the body as a whole is bounded
+    spool_max_size = 0  # unlimited: the whole body is bounded
 
 
 class TrustedHosts:
-    """Refuses requests that were meant for another name (DNS rebinding), with 400.
+    """Refuses requests for other host names with 400, to prevent DNS rebinding.
 
-    A page that makes its name resolve to this machine sends that name. An address literal cannot be rebound,
-    so a server that is open to the network is right under every address: it need not know its own.
+    A web site that makes its name resolve to this machine sends that name. An address literal cannot be
+    rebound, so a server on the network accepts any address and need not know its own.
 
     Args:
-        app: what it protects.
-        loopback: whether the server is open to this machine only.
-        names: host names besides ``localhost``.
+        app: the wrapped application.
+        loopback: whether the server listens on loopback only.
+        names: host names in addition to ``localhost``.
     """
 
     def __init__(self, app: ASGIApp, *, loopback: bool, names: Collection[str]) -> None:
@@ -116,12 +116,12 @@ class TrustedHosts:
 
 
 class Guard:
-    """Refuses what other sites send, keeps inner errors to the log, and adds the security headers.
+    """Refuses cross-site requests, hides internal errors in the log, and adds security headers.
 
-    Plain ASGI: behind starlette's ``BaseHTTPMiddleware`` a request does not notice that its client has gone.
+    Plain ASGI, because under starlette's ``BaseHTTPMiddleware`` a request does not notice a disconnect.
 
     Args:
-        app: what it protects.
+        app: the wrapped application.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -165,7 +165,7 @@ class Guard:
 
 
 class _Server:
-    """The state behind the routes."""
+    """State shared by the routes."""
 
     def __init__(self, registry: ModelRegistry, limits: Limits, loopback: bool) -> None:
         self.registry = registry
@@ -173,17 +173,17 @@ class _Server:
         self.loopback = loopback
         self.rate = RateLimiter(limits.per_minute, limits.burst)
         self.gate = Gate(limits.waiting + 1)
-        # One thread: calls of a model must not overlap, and two would only share the cores.
+        # One thread: calls of a model must not overlap, and two threads would only share the cores.
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="segment")
 
     async def form(self, request: Request) -> FormData:
-        """The multipart form of a request, within the limits."""
+        """Read the multipart form of a request, within the limits."""
         limits = self.limits
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise Refused(
                 415,
                 "form_missing",
-                "The request is no multipart form.",
+                "The request is not a multipart form.",
                 "Send the image as the part 'image'.",
             )
         stream = bounded(
@@ -191,7 +191,7 @@ class _Server:
         )
         parser = _InMemoryParser(
             request.headers,
-            stream,  # type: ignore[arg-type]  # a generator is asked for, an iterator is enough
+            stream,  # type: ignore[arg-type]  # typed as a generator; an iterator is enough
             max_files=1 + 2 * limits.examples,
             max_fields=4,
             max_part_size=2**20,
@@ -211,7 +211,7 @@ class _Server:
             ) from None
 
     async def run(self, request: Request, work: Callable[[], Any]) -> Any:
-        """Do work in the worker thread, unless the client has gone by then."""
+        """Run work in the worker thread, unless the client disconnects before it starts."""
         future = self.worker.submit(work)
         waiting = asyncio.wrap_future(future)
         while not (await asyncio.wait({waiting}, timeout=0.25))[0]:
@@ -220,9 +220,9 @@ class _Server:
         return waiting.result()
 
     async def model(self, name: str) -> ServedModel:
-        """A model, loaded if it is not yet."""
+        """A model, loaded on first use."""
         future = self.registry.load(name)
-        # Wrapped for each request and never cancelled: other requests may wait for it too.
+        # Never cancelled: other requests may wait for it too.
         await asyncio.wait({asyncio.wrap_future(future)}, timeout=self.limits.load_seconds)
         if not future.done():
             raise Refused(
@@ -238,10 +238,10 @@ class _Server:
         return future.result()
 
     def load_failure(self, name: str, error: BaseException) -> Refused:
-        """What a client is told about a model that could not be loaded."""
+        """The error for a model that could not be loaded."""
         if isinstance(error, MaskMillError) and self.loopback:
             return Refused(500, error.code, error.message, error.remedy)
-        # The network must not learn paths and settings of this machine.
+        # Do not reveal paths and settings of this machine to the network.
         return Refused(
             500,
             "model_failed",
@@ -250,7 +250,7 @@ class _Server:
         )
 
     def parse(self, form: FormData) -> SegmentRequest:
-        """The ``request`` part, checked against the limits."""
+        """Parse the ``request`` part and check it against the limits."""
         text = form.get("request", "{}")
         if not isinstance(text, str):
             raise _invalid("the part 'request' is a file; send it as text")
@@ -288,7 +288,7 @@ class _Server:
         return asked
 
     def check(self, info: ModelInfo, asked: SegmentRequest) -> None:
-        """Refuse kinds of prompts that the model does not take."""
+        """Refuse kinds of prompts that the model does not accept."""
         if not asked.prompts and not info.vocabulary:
             raise WrongUse("prompt_invalid", "There is no prompt.", "Write what to look for.")
         if any(prompt.image is not None for prompt in asked.prompts) and not info.image:
@@ -301,7 +301,7 @@ class _Server:
     def segment(
         self, info: ModelInfo, model: ServedModel, asked: SegmentRequest, parts: dict[str, bytes]
     ) -> SegmentReply:
-        """Decode, predict, encode; runs in the worker."""
+        """Decode, predict and encode; runs in the worker thread."""
         image = self.decode(parts, "image")
         prompts = [self.prompt(prompt, parts) for prompt in asked.prompts]
         context = info.context if asked.context is None else [_clean(word) for word in asked.context]
@@ -322,7 +322,7 @@ class _Server:
         )
 
     def prompt(self, asked: PromptRequest, parts: dict[str, bytes]) -> Prompt:
-        """A prompt with its images decoded."""
+        """Decode the images of a prompt."""
         if asked.text is not None:
             return TextPrompt(_clean(asked.text))
         assert asked.image is not None, "checked with the request"
@@ -331,7 +331,7 @@ class _Server:
         return ImagePrompt(_clean(asked.name or "example"), as_picture(example, mask))
 
     def decode(self, parts: dict[str, bytes], name: str) -> NDArray[np.uint8]:
-        """An image of the form."""
+        """Decode an image of the form."""
         if name not in parts:
             raise WrongUse(
                 "image_invalid", f"The form has no file {name[:100]!r}.", "Send the image as that part."
@@ -357,14 +357,14 @@ def create_app(
     loopback: bool = True,
     names: Collection[str] = (),
 ) -> FastAPI:
-    """The ASGI application.
+    """Build the ASGI application.
 
     Args:
         registry: the models.
-        limits: what clients may ask for.
-        loopback: whether it will listen on the loopback interface only; decides which ``Host`` headers are
-            right, and how much a client is told about a model that cannot be loaded.
-        names: host names besides ``localhost`` and address literals that the server goes by.
+        limits: limits for clients.
+        loopback: whether the server listens on loopback only; decides which ``Host`` headers are valid, and
+            how much clients learn about a model that cannot be loaded.
+        names: host names of the server in addition to ``localhost``.
     """
     limits = limits or Limits()
     server = _Server(registry, limits, loopback)
@@ -421,11 +421,11 @@ def create_app(
         openapi_extra=PREVIEW_FORM,
     )
     async def preview(request: Request) -> Response:
-        """An image that a browser cannot show (TIFF), as PNG; or what is wrong with it."""
+        """Convert an image that browsers cannot show (such as TIFF) to PNG."""
         server.rate.take(request.client.host if request.client else None)
         with server.gate.enter():
             parts = await _read_parts(await server.form(request))
-            # Not in the model's thread: it only decodes.
+            # Only decodes, so it need not wait for the model's thread.
             data = await asyncio.to_thread(lambda: _png(server.decode(parts, "image")))
         return Response(data, media_type="image/png")
 
@@ -472,7 +472,7 @@ def _add_samples(app: FastAPI) -> None:
 
     @app.get("/api/samples")
     def samples() -> list[dict[str, Any]]:
-        """Scenes of the toy world to try: where they are, and the classes that are in them."""
+        """Toy scenes to try: their URLs and classes."""
         listed = []
         for number in range(len(SAMPLES)):
             ids, areas = np.unique(scene(number).labels, return_counts=True)
@@ -485,7 +485,7 @@ def _add_samples(app: FastAPI) -> None:
 
     @app.get("/api/samples/{number}.png", response_class=Response)
     def sample(number: Annotated[int, Field(ge=0, lt=len(SAMPLES))]) -> Response:
-        """One of them."""
+        """A toy scene as PNG."""
         return Response(_png(scene(number).image), media_type="image/png")
 
 
@@ -508,7 +508,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _document(app: FastAPI) -> None:
-    """Add the one schema that no route declares to OpenAPI."""
+    """Add to OpenAPI the one schema that no route declares."""
     plain = app.openapi
 
     def complete() -> dict[str, Any]:
@@ -549,7 +549,7 @@ def _encoded(answer: Answer) -> tuple[list[str], list[LegendReply]]:
     maps: list[NDArray[Any]]
     other = None
     if isinstance(answer, LabelAnswer):
-        # Browsers read 8 bits only.
+        # Browsers decode only 8 bits.
         maps = [answer.confidence, (answer.labels & 255).astype(np.uint8)]
         if len(answer.names) > 256:
             maps.append((answer.labels >> 8).astype(np.uint8))
@@ -566,7 +566,7 @@ def _encoded(answer: Answer) -> tuple[list[str], list[LegendReply]]:
 
 def _png(array: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
-    # Fast rather than small: it usually goes over the loopback interface.
+    # Fast rather than small: it usually goes over loopback.
     Image.fromarray(array).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
@@ -580,7 +580,7 @@ def _clean(text: str) -> str:
 
 
 async def _read_parts(form: FormData) -> dict[str, bytes]:
-    """The files of a form by the names of their parts."""
+    """Read the files of a form, by part name."""
     parts = {name: await part.read() for name, part in form.multi_items() if isinstance(part, UploadFile)}
     await form.close()
     return parts
@@ -599,7 +599,7 @@ def _error_response(error: MaskMillError, status: int) -> JSONResponse:
     if isinstance(error, Refused) and error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
     if status in (408, 413):
-        headers["Connection"] = "close"  # else the rest of the upload would still be read
+        headers["Connection"] = "close"  # otherwise the rest of the upload would still be read
     return JSONResponse(
         {"code": error.code, "message": error.message, "remedy": error.remedy}, status, headers=headers
     )

@@ -1,9 +1,9 @@
-"""What a client may ask for: sizes, rates, requests at a time, and from which pages.
+"""Limits for clients: sizes, rates, concurrent requests and origins.
 
-The page listens on the loopback interface by default, yet any web site that the user has open can send
-requests there. A site cannot read the answers (no CORS headers are sent), unless it makes
-its own name resolve to this machine (DNS rebinding), which the ``Host`` header gives away
-(``pipeline.serving.app.TrustedHosts``); and what it can send blindly is refused by ``Origin``.
+The server listens on loopback by default, but any web site that the user has open can send requests there. It
+cannot read the answers (no CORS headers are sent) unless it makes its own name resolve to this machine (DNS
+rebinding), which ``pipeline.serving.app.TrustedHosts`` detects from the ``Host`` header. Blind requests are
+refused by their ``Origin``.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _LINGER_FACTOR = 4
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one request and of all together.
+    """Limits of a single request and of all requests together.
 
     Attributes:
-        upload_bytes: size of a request's body, with all its images.
+        upload_bytes: size of a request's body, including all images.
         upload_seconds: time for a body to arrive.
         image_pixels: pixels of an image, checked before it is decoded.
         result_pixels: pixels of a mask; larger images are labelled at this size.
@@ -37,8 +37,8 @@ class Limits:
         context_words: context words of a request.
         prompt_length: characters of a prompt.
         waiting: requests that may wait for the model while one is served.
-        load_seconds: how long a request waits for a model to load before it is told to try again.
-        per_minute: uploads of one client per minute in the long run; 0 is no limit.
+        load_seconds: how long a request waits for a model to load before the client must retry.
+        per_minute: sustained uploads per minute and client; 0 is no limit.
         burst: uploads that a client may send at once.
     """
 
@@ -57,12 +57,12 @@ class Limits:
 
 
 class Refused(MaskMillError):
-    """A request that is turned away before a model sees it.
+    """A request that is refused before it reaches a model.
 
     Args:
-        status: of the HTTP answer.
-        code, message, remedy: as ``MaskMillError``.
-        retry_after: seconds after which the same request may be taken, if waiting helps.
+        status: HTTP status.
+        code, message, remedy: as in ``MaskMillError``.
+        retry_after: seconds after which a retry may succeed, if waiting helps.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class RateLimiter:
     """A token bucket per client.
 
     Args:
-        per_minute: tokens that come back in a minute; 0 is no limit.
-        burst: tokens that a bucket holds.
-        clock: seconds.
-        clients: buckets to remember; beyond that the least recently used one is dropped.
+        per_minute: tokens refilled per minute; 0 is no limit.
+        burst: capacity of a bucket in tokens.
+        clock: time in seconds.
+        clients: number of buckets to keep; the least recently used are dropped.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class RateLimiter:
         """Take a token.
 
         Args:
-            address: of the client. An IPv6 client is its /64 network, which is what a household is given.
+            address: of the client. IPv6 clients count by /64 network, the usual size for a household.
 
         Raises:
             Refused: 429 ``too_many_requests``.
@@ -139,9 +139,9 @@ def _client(address: str | None) -> str:
 
 
 class Gate:
-    """Bounds how many requests are in memory at a time, including the one being served.
+    """Limits how many requests are in memory, including the one being served.
 
-    For use from one event loop only.
+    For a single event loop only.
     """
 
     def __init__(self, places: int) -> None:
@@ -149,7 +149,7 @@ class Gate:
 
     @contextmanager
     def enter(self) -> Iterator[None]:
-        """Hold a place.
+        """Occupy a place while the context is open.
 
         Raises:
             Refused: 503 ``busy``.
@@ -172,16 +172,16 @@ class Gate:
 async def bounded(
     stream: AsyncIterator[bytes], limit: int, *, declared: str | None = None
 ) -> AsyncIterator[bytes]:
-    """The chunks of a body up to a total size.
+    """Yield the chunks of a body, up to a total size.
 
     Args:
         stream: the body as it arrives.
-        limit: bytes.
-        declared: the ``Content-Length`` header; a greater one is refused before anything is kept.
+        limit: maximum size in bytes.
+        declared: the ``Content-Length`` header; if too large, the body is refused without storing any of it.
 
     Raises:
-        Refused: 413 ``upload_too_large``, after discarding for a while what still arrives: a client that is
-            cut off while it sends never reads the answer.
+        Refused: 413 ``upload_too_large``, after discarding further input for a while: a client that is cut
+            off while sending never reads the answer.
     """
     announced = int(declared) if declared is not None and declared.isdecimal() else 0
     received = 0
@@ -213,15 +213,15 @@ async def _discard(stream: AsyncIterator[bytes], most: int) -> None:
 
     try:
         await asyncio.wait_for(read(), _LINGER_S)
-    except Exception:  # the client has gone, or is too slow
+    except Exception:  # the client is gone or too slow
         return
 
 
 def check_origin(method: str, *, host: str | None, origin: str | None, site: str | None) -> None:
-    """Refuse what another web site sends (cross-site request forgery).
+    """Refuse requests from other web sites (cross-site request forgery).
 
     Args:
-        method: of the request; GET and HEAD are not checked.
+        method: HTTP method; GET and HEAD are not checked.
         host: the ``Host`` header.
         origin: the ``Origin`` header, which only browsers send.
         site: the ``Sec-Fetch-Site`` header.
@@ -253,7 +253,7 @@ def is_address(host: str | None) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address to listen on can only be reached from this machine."""
+    """Whether a listening address is reachable only from this machine."""
     if host.casefold() == "localhost":
         return True
     try:

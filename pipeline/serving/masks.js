@@ -1,8 +1,8 @@
-// From the maps of an answer to pixels on a canvas. No page elements in here.
+// Turns the maps of an answer into canvas pixels. Independent of the page's elements.
 
 const VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
 
-/** Grey values of a base64 PNG, exactly as they are in the file. */
+/** Grey values of a base64 PNG, exactly as stored. */
 async function decodeMap(base64) {
   const bytes = Uint8Array.from(atob(base64), character => character.charCodeAt(0));
   const bitmap = await createImageBitmap(new Blob([bytes], {type: "image/png"}), {colorSpaceConversion: "none"});
@@ -30,7 +30,7 @@ export async function decodeAnswer(reply) {
 }
 
 /**
- * The visible prompt that has each pixel, and how surely.
+ * The winning visible prompt of each pixel, and its strength.
  *
  * Returns {winner: Int32Array (-1 is none), strength: Uint8Array}. The strength is that of the best visible
  * prompt, also where it is below the threshold (0 to 255).
@@ -58,7 +58,7 @@ export function decide(answer, visible, threshold) {
   return {winner, strength};
 }
 
-/** Share of the image that each id has. */
+/** Share of the image covered by each id. */
 export function shares(winner, count) {
   const areas = new Float64Array(count);
   for (const id of winner) if (id >= 0) areas[id]++;
@@ -100,7 +100,7 @@ export const rgb = hex => [1, 3, 5].map(at => parseInt(hex.slice(at, at + 2), 16
 /**
  * An indexed PNG at the size of the image: 0 is nothing and transparent, id + 1 the prompts in their colours.
  *
- * Above 255 ids there is no palette for them: a 16-bit grey PNG then.
+ * Above 255 ids no palette fits: the result is a 16-bit grey PNG.
  */
 export async function indexedPng({winner}, width, height, outWidth, outHeight, colors) {
   const wide = colors.length > 255, bytes = wide ? 2 : 1;

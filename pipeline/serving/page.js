@@ -1,10 +1,10 @@
-// The page: what is chosen, what is asked of the server, and what is shown.
+// The page: its state, requests to the server, and rendering.
 
 import {decide, decodeAnswer, indexedPng, paintHeat, paintMasks, rgb, shares} from "/masks.js";
 import {editExample} from "/example.js";
 
 const byId = id => document.getElementById(id);
-const DISPLAYED = 2048; // longest side of the photo on screen; downloads have all of it
+const DISPLAYED = 2048; // longest side of the photo on screen; downloads keep full size
 
 const page = {
   models: [], palette: [], limits: {},

@@ -1,6 +1,6 @@
 """The interface of all models that the page serves, and a registry that loads them on first use.
 
-Imports no torch: what a model is called and can do is known before it is loaded.
+Imports no torch: the name and capabilities of a model are known before it is loaded.
 
 Shapes: H W pixels of the masks.
 """
@@ -53,11 +53,11 @@ class LabelAnswer:
     """One class per pixel: the classes compete.
 
     Attributes:
-        names: by class id. The first ones are the prompts, in their order.
+        names: by class id; the prompts come first, in order.
         labels: uint8 or uint16 (H, W) ids.
         confidence: uint8 (H, W), round(255 p) of the chosen class.
         other: id of "none of them", or None.
-        colors: "#rrggbb" by id where the model's own classes have some.
+        colors: "#rrggbb" by id, if the model's own classes have colours.
     """
 
     names: tuple[str, ...]
@@ -69,10 +69,10 @@ class LabelAnswer:
 
 @dataclass(frozen=True)
 class HeatAnswer:
-    """One probability map per prompt: each prompt is answered by itself, and none may be there.
+    """One probability map per prompt: prompts are independent, and any may be absent from the image.
 
     Attributes:
-        names: of the prompts, in their order.
+        names: of the prompts, in order.
         heat: uint8 (P, H, W), round(255 p).
     """
 
@@ -85,19 +85,19 @@ Answer = LabelAnswer | HeatAnswer
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model is and takes.
+    """Description of a model and its inputs.
 
     Attributes:
-        name: as the page lists it.
+        name: name on the page.
         kind: ``teacher`` (training-free MaskCLIP), ``student`` or ``clipseg``.
-        title: one line for people.
-        notice: what to know before trusting it; empty if nothing.
-        text, image: the kinds of prompt it takes.
+        title: one-line description.
+        notice: caveat, or empty.
+        text, image: the kinds of prompt that it accepts.
         vocabulary: its own classes, used without a prompt; empty if it needs prompts.
         suggestions: words to try.
-        context: words that prompts compete with, unless the request names others; empty if they do not
+        context: words that prompts compete with, unless the request sets others; empty if prompts do not
             compete.
-        threshold: probability that the page starts with.
+        threshold: initial threshold on the page.
     """
 
     name: str
@@ -126,12 +126,12 @@ class ServedModel(Protocol):
 
         Args:
             image: uint8 (h, w, 3) RGB.
-            prompts: of the kinds that the model takes; may be empty for a model with a vocabulary.
-            context: words that the prompts compete with; ignored where prompts do not compete.
+            prompts: of kinds that the model accepts; may be empty for a model with a vocabulary.
+            context: words that the prompts compete with; ignored if prompts do not compete.
             size: (H, W) of the maps to return.
 
         Raises:
-            MaskMillError: for prompts that it cannot read (``prompt_too_long``).
+            MaskMillError: for unusable prompts (``prompt_too_long``).
         """
         ...
 
@@ -199,7 +199,7 @@ class ModelRegistry:
         return ("ready", None) if error is None else ("failed", error)
 
     def load(self, name: str) -> Future[ServedModel]:
-        """Start loading unless that is under way or done; a failed load is tried again.
+        """Start loading a model unless it is loading or loaded; retries a failed load.
 
         Raises:
             MaskMillError: ``model_unknown``.
@@ -215,12 +215,12 @@ class ModelRegistry:
         def work() -> None:
             try:
                 fresh.set_result(entry.load())
-            except BaseException as error:  # whoever waits has to learn of it
+            except BaseException as error:  # must reach the waiting requests
                 known = isinstance(error, MaskMillError)
                 log.error("The model %s could not be loaded: %s", name, error, exc_info=not known)
                 fresh.set_exception(error)
 
-        # A daemon, so that a hanging download does not keep the server from ending.
+        # A daemon thread, so that a stuck download does not block the server's exit.
         threading.Thread(target=work, name=f"load {name}", daemon=True).start()
         return fresh
 

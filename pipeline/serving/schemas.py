@@ -25,7 +25,7 @@ SEGMENT_FORM: dict[str, Any] = {
                     "additionalProperties": {
                         "type": "string",
                         "format": "binary",
-                        "description": "examples and their masks, by the names that the request gives them",
+                        "description": "examples and their masks, named as in the request",
                     },
                 }
             }
@@ -49,14 +49,14 @@ PREVIEW_FORM: dict[str, Any] = {
 
 
 class PromptRequest(BaseModel):
-    """A prompt: words, or the name of the form's file with an example."""
+    """A prompt: words, or the name of the form part with an example."""
 
     model_config = ConfigDict(extra="forbid")
 
     text: str | None = Field(None, description="what to find, in words")
     image: str | None = Field(None, description="name of the part with an example image")
     mask: str | None = Field(
-        None, description="name of the part with its mask: an image, not black on the object"
+        None, description="name of the part with its mask: an image that is black outside the object"
     )
     name: str | None = Field(None, description="what to call an example in the legend")
 
@@ -76,7 +76,7 @@ class SegmentRequest(BaseModel):
 
     model: str | None = Field(None, description="a name from /api/models; default: the first")
     prompts: list[PromptRequest] = Field(
-        default_factory=list, description="what to find; none: the model's own classes"
+        default_factory=list, description="what to find; if empty, the model's own classes"
     )
     context: list[str] | None = Field(
         None, description="words that the prompts compete with; default: the model's"
@@ -84,7 +84,7 @@ class SegmentRequest(BaseModel):
 
 
 class ErrorReply(BaseModel):
-    """What is wrong, and what to do about it."""
+    """An error and its remedy."""
 
     code: str
     message: str
@@ -98,8 +98,8 @@ class ModelReply(BaseModel):
     kind: str
     title: str
     notice: str
-    text: bool = Field(description="takes words")
-    image: bool = Field(description="takes example images")
+    text: bool = Field(description="accepts words")
+    image: bool = Field(description="accepts example images")
     vocabulary: list[str]
     suggestions: list[str]
     context: list[str]
@@ -109,7 +109,7 @@ class ModelReply(BaseModel):
 
 
 class ModelsReply(BaseModel):
-    """All models, and what the server allows."""
+    """All models, and the server's limits."""
 
     models: list[ModelReply]
     palette: list[str] = Field(description="colours of prompts, in order")
@@ -125,7 +125,7 @@ class LegendReply(BaseModel):
 
 
 class SegmentReply(BaseModel):
-    """Maps as 8-bit grey PNG in base64, all of one size.
+    """Maps as 8-bit grey PNG in base64, all of the same size.
 
     Kind ``heat``: one map per prompt, 255 times its probability. Kind ``labels``: 255 times the probability
     of the best class, then that class's id; above 256 classes the id's lower and upper byte.
@@ -135,7 +135,7 @@ class SegmentReply(BaseModel):
     kind: str
     width: int
     height: int
-    image_width: int = Field(description="of the image, upright; the maps of large images are smaller")
+    image_width: int = Field(description="width of the upright image; maps of large images are smaller")
     image_height: int
     legend: list[LegendReply]
     maps: list[str]

@@ -1,6 +1,6 @@
-"""The models behind the page: Labellers whose words change with each request, and CLIPSeg.
+"""The models behind the page: Labellers whose classes change with each request, and CLIPSeg.
 
-Nothing goes to disk, text embeddings neither: what strangers ask for is not this machine's business.
+For privacy, nothing is written to disk, not even text embeddings.
 
 Shapes: C classes, D embedding channels, H W pixels of the masks.
 """
@@ -40,12 +40,12 @@ _WORDS_KEPT = 4096
 
 
 class Words:
-    """Embeddings of single words, kept in memory, least recently used out first.
+    """An in-memory LRU cache of word embeddings.
 
     Args:
-        load: the CLIP with its text tower; called for the first word that is not known.
-        templates: of ``models.clip.templates``.
-        known: embeddings (D,) by word.
+        load: returns the CLIP with its text tower; called for the first unknown word.
+        templates: from ``models.clip.templates``.
+        known: initial embeddings (D,) by word.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Words:
         return self._load()
 
     def classifier(self, classes: Sequence[Sequence[str]]) -> TextClassifier:
-        """A classifier of C classes with one or more words each, merged by their best."""
+        """A classifier of C classes with one or more words each; the best-scoring word counts."""
         wanted = list(dict.fromkeys(word for words in classes for word in words))
         fresh = [word for word in wanted if word not in self._rows]
         if fresh:
@@ -82,11 +82,11 @@ class WordModel:
     """MaskCLIP or a student: the prompts and, as one more class, the context compete for every pixel.
 
     Args:
-        labeller: what labels.
-        images: the size at which it sees images.
+        labeller: the Labeller.
+        images: its input size.
         words: embeds prompts.
-        own: the classes that the labeller has without any prompt; None if it needs prompts. Prompts among
-            them, against all of them as context, need no text tower and are scored as it was trained.
+        own: the labeller's own classes; None if it needs prompts. Prompts from these classes, with all of
+            them as context, need no text tower and are scored as in training.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class WordModel:
 
 
 class PromptModel:
-    """CLIPSeg: a probability map for each prompt, text or example, as ``maskmill segment`` makes them."""
+    """CLIPSeg: a probability map for each text or example prompt, as in ``maskmill segment``."""
 
     def __init__(self, finder: Finder) -> None:
         self._finder = finder
@@ -166,11 +166,11 @@ class PromptModel:
 
 
 def load_teacher(recipe: LabelRecipe, context: Ontology) -> WordModel:
-    """MaskCLIP for prompts.
+    """Load MaskCLIP for prompts.
 
     Args:
-        recipe: how it labels.
-        context: words that prompts usually compete with, one a class: embedded now, not with the first image.
+        recipe: its recipe.
+        context: the default context words, one per class; embedded now rather than with the first image.
 
     Raises:
         MaskMillError: as ``prepare_labeller``.
@@ -184,7 +184,7 @@ def load_teacher(recipe: LabelRecipe, context: Ontology) -> WordModel:
 
 
 def load_student(uri: str) -> WordModel:
-    """A trained student, for its own classes and for prompts.
+    """Load a trained student, for its own classes and for prompts.
 
     Raises:
         MaskMillError: as ``prepare_labeller``.
@@ -200,7 +200,7 @@ def load_student(uri: str) -> WordModel:
 
 
 def load_clipseg(finder: Finder) -> PromptModel:
-    """CLIPSeg, loaded.
+    """Load CLIPSeg.
 
     Raises:
         MaskMillError: as ``Finder.model``.

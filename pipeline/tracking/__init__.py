@@ -1,4 +1,4 @@
-"""Runs in MLflow: recorded on disk first, sent by a thread, never in the way of the work.
+"""Track runs in MLflow: recorded on disk first, sent by a thread, never blocking the work.
 
-``tracker`` is what jobs use; ``results`` files a result folder; ``flush`` sends what is left over.
+Jobs use ``tracker``; ``results`` logs a result folder; ``sender.flush`` sends what was left behind.
 """

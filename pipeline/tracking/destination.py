@@ -1,4 +1,4 @@
-"""Where runs go: which MLflow, how long it may take to answer, and how quiet it is."""
+"""The MLflow destination: URI, timeouts and logging."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ DEFAULT_URI = "sqlite:///mlruns.db"
 EXPERIMENT_PREFIX = "maskmill-"
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
 LIVE_TIMEOUT_S = 10
-"""For one request during a run: a server that swallows packets blocks only the sending thread."""
+"""Per request during a run; an unresponsive server blocks only the sending thread."""
 FLUSH_TIMEOUT_S = 60
-"""For one request of a command that does nothing else."""
+"""Per request of a command that only talks to MLflow."""
 
 
 def resolve_uri(uri: str | None) -> str:
     """The tracking URI to use, independent of the working directory.
 
     Args:
-        uri: what the user asked for; None takes MLFLOW_TRACKING_URI, else SQLite in the working directory.
+        uri: the user's choice; None takes MLFLOW_TRACKING_URI, else SQLite in the working directory.
 
     Raises:
-        WrongUse: ``tracking_uri`` for a folder, a file store or a database in memory.
+        WrongUse: ``tracking_uri`` for a folder, a file store or an in-memory database.
     """
     chosen = uri or os.environ.get(URI_VARIABLE) or DEFAULT_URI
     if re.match(r"databricks(-uc|://|$)", chosen):
@@ -38,7 +38,7 @@ def resolve_uri(uri: str | None) -> str:
     if not found or scheme == "file":
         raise WrongUse(
             "tracking_uri",
-            f"{redact(chosen)} is no tracking URI that MLflow writes to.",
+            f"{redact(chosen)} is not a tracking URI that MLflow writes to.",
             f"Give {DEFAULT_URI}, https://HOST:PORT, another URI of MLflow, or off.",
         )
     if scheme.partition("+")[0] != "sqlite":
@@ -58,13 +58,13 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def artifact_location(uri: str, experiment: str) -> str | None:
-    """Where a new experiment keeps its files: next to an SQLite file, else where the server says (None)."""
+    """Artifact location of a new experiment: next to an SQLite file; None lets the server choose."""
     database = sqlite_file(uri)
     return None if database is None else (database.parent / "mlruns" / experiment).as_uri()
 
 
 def shown_uri(uri: str) -> str:
-    """A resolved URI for messages: without secrets, SQLite relative to the working directory."""
+    """A resolved URI for messages: no secrets, SQLite relative to the working directory."""
     database = sqlite_file(uri)
     if database is not None and database.parent == Path.cwd():
         return f"sqlite:///{database.name}"
@@ -72,11 +72,11 @@ def shown_uri(uri: str) -> str:
 
 
 def with_credentials(kept: str, given: str | None) -> str:
-    """The URI to send to, for a journal that was written without the URI's credentials.
+    """Restore the credentials of a URI that was redacted in a journal.
 
     Args:
         kept: a resolved URI after ``redact``.
-        given: a URI that the user names now instead; may be None.
+        given: a URI that the user gives now instead, or None.
     """
     if given is not None:
         return resolve_uri(given)
@@ -88,13 +88,13 @@ def with_credentials(kept: str, given: str | None) -> str:
 
 
 def set_limits(timeout_s: int) -> None:
-    """Keep MLflow brief and quiet; variables that the user has set stay.
+    """Limit MLflow's timeouts and output; variables set by the user take precedence.
 
-    MLflow reads these variables with every request and offers no other way. Its own retries are off: they
-    would repeat the creation of a run, which is only safe after a search for it.
+    MLflow reads these variables on every request and offers no other way. Its own retries are off: they
+    would repeat the creation of a run, which is safe only after searching for it.
 
     Args:
-        timeout_s: for one request.
+        timeout_s: per request.
     """
     for name, value in {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s),
@@ -110,7 +110,7 @@ def set_limits(timeout_s: int) -> None:
 
 
 def connect(uri: str) -> MlflowClient:
-    """A client. Imports MLflow, which takes seconds; creates an SQLite database that does not exist."""
+    """Create a client. Importing MLflow takes seconds; a missing SQLite database is created."""
     import logging
 
     from mlflow.tracking import MlflowClient

@@ -1,15 +1,16 @@
-"""The journal of a run on disk: written first, sent later, deleted once all of it has arrived.
+"""The on-disk journal of a run: written first, sent later, deleted once fully delivered.
 
 A tracked run is a folder below ``journal_folders()``:
 
-    journal.jsonl   one event a line; the first opens the run, an ``end`` event closes it
-    files/ID/       copies of what an ``artifact`` event attaches
+    journal.jsonl   one event per line; the first opens the run, an ``end`` event closes it
+    files/ID/       copies of the files of an ``artifact`` event
 
-An event is on disk when the call that records it returns, so it survives the process; a call takes well under
-a millisecond. (MLflow's own SQLite store would need seconds to import and to create, some 25 ms a call, and
-a second copy of everything to be compared with the server's.)
-Whoever writes or sends a journal holds a lock on it. The lock ends with the process, so a journal without
-one is complete or belongs to a run that died.
+An event is on disk when the call that records it returns, so it survives the process. A call takes well under
+a millisecond. (MLflow's own SQLite store would take seconds to import and create, some 25 ms per call, and a
+second copy of everything to reconcile with the server.)
+
+The process that writes or sends a journal holds a lock on it, which ends with the process. An unlocked
+journal is therefore complete or belongs to a dead run.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from pipeline.files.storage import cache_dir
 
 JOURNAL, FILES = "journal.jsonl", "files"
 ABANDONED_S = 3600.0
-"""A folder without a first line belongs to a run that died at birth, if it is older than this."""
+"""A folder without a first line that is older than this belongs to a run that died at its start."""
 TEXT_SUFFIXES = frozenset({".json", ".jsonl", ".yaml", ".yml", ".txt", ".csv", ".md", ".log", ".toml"})
 PAGE_SUFFIXES = frozenset({".html", ".htm", ".svg", ".xml"})
 
@@ -40,16 +41,16 @@ Event = dict[str, Any]
 
 
 def journal_folders() -> list[Path]:
-    """Where journals may lie: in the cache, or where that is read-only in the folder for temporary files."""
+    """Where journals are stored: in the cache, or in the temporary folder if the cache is read-only."""
     folders = [cache_dir(), Path(tempfile.gettempdir(), f"maskmill-{os.getuid()}")]
     return [folder.absolute() / "tracking" for folder in folders]
 
 
 class Journal:
-    """A journal that this process holds; thread-safe. Made by ``create`` or ``take``.
+    """A journal locked by this process; thread-safe. Use ``create`` or ``take``.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         descriptor: of the locked journal file, open for reading and appending.
     """
 
@@ -60,10 +61,10 @@ class Journal:
 
     @classmethod
     def create(cls, opening: Event) -> Journal:
-        """Begin a journal with its first event.
+        """Create a journal with its first event.
 
         Raises:
-            OSError: no folder for it is writable.
+            OSError: none of the folders is writable.
         """
         problem = OSError("no folder for the journal")
         for parent in journal_folders():
@@ -80,20 +81,20 @@ class Journal:
 
     @classmethod
     def take(cls, folder: Path) -> Journal | None:
-        """Take up the journal of a run that has ended; None if a process holds it, or it is gone."""
+        """Open the journal of a finished run; None if a process holds it or it is gone."""
         try:
             return cls(folder, _open_locked(folder / JOURNAL))
         except (BlockingIOError, FileNotFoundError):
             return None
 
     def append(self, event: Event) -> None:
-        """Write an event, without any secrets in it.
+        """Write an event, with secrets redacted.
 
         Raises:
             OSError: the disk is full, or the journal is closed.
         """
         line = json.dumps(redact_tree(event), ensure_ascii=False, default=str) + "\n"
-        # Lone surrogates, from paths that are not UTF-8, could not be sent.
+        # Lone surrogates, from non-UTF-8 paths, cannot be sent.
         data = line.encode("utf-8", "replace")
         with self._lock:
             if self._descriptor is None:
@@ -103,14 +104,14 @@ class Journal:
                 while data:
                     data = data[os.write(self._descriptor, data) :]
             except OSError:
-                os.ftruncate(self._descriptor, start)  # a torn line would swallow the next one
+                os.ftruncate(self._descriptor, start)  # a partial line would corrupt the next one
                 raise
 
     def keep(self, fill: Callable[[Path], object]) -> str:
-        """Keep files for an ``artifact`` event; ``fill`` puts them into the folder that it is given.
+        """Store files for an ``artifact`` event; ``fill`` writes them to a given folder, removed if it fails.
 
         Returns:
-            The id for ``kept``. A folder that could not be filled is removed.
+            The id for ``kept``.
         """
         identity = uuid.uuid4().hex[:12]
         folder = self.kept(identity)
@@ -127,9 +128,9 @@ class Journal:
         return self.folder / FILES / identity
 
     def read(self, offset: int = 0) -> Iterator[tuple[Event, int]]:
-        """The whole events from an offset in bytes on, each with the offset behind it.
+        """The complete events from a byte offset on, each with the offset after it.
 
-        A last line without its end was being written when the process died; it is left out.
+        Skips an incomplete last line, which was being written when the process died.
         """
         with open(self.folder / JOURNAL, "rb") as file:
             file.seek(offset)
@@ -140,24 +141,24 @@ class Journal:
                 yield json.loads(line), offset
 
     def close(self) -> None:
-        """Let go of the journal; it stays for ``maskmill track --flush``."""
+        """Release the journal; it stays on disk for ``maskmill track --flush``."""
         with self._lock:
             if self._descriptor is not None:
                 os.close(self._descriptor)
                 self._descriptor = None
 
     def discard(self) -> None:
-        """Delete the run's folder, because all of it has arrived."""
+        """Delete the run's folder once everything has been delivered."""
         with contextlib.suppress(OSError):
-            (self.folder / JOURNAL).unlink()  # first: without it the rest counts as rubbish
+            (self.folder / JOURNAL).unlink()  # first: without it, the rest is garbage
             shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 
 
 def pending() -> list[tuple[Path, Event]]:
-    """Folders of runs that are not wholly sent, oldest first, each with its first event.
+    """Folders of runs that are not fully sent, oldest first, each with its first event.
 
-    Clears away what runs left that died before their first event.
+    Also deletes the folders of runs that died before their first event.
     """
     found = []
     for parent in journal_folders():
@@ -175,7 +176,7 @@ def pending() -> list[tuple[Path, Event]]:
 
 
 def copy_without_secrets(source: Path, folder: Path) -> None:
-    """Copy a file or a folder into a folder; copies of text files lose their secrets."""
+    """Copy a file or folder into a folder, with secrets redacted in text files."""
     target = folder / source.name
     if source.is_dir():
         shutil.copytree(source, target, copy_function=_copy)
@@ -195,7 +196,7 @@ def _copy(source: str | Path, target: str | Path) -> None:
 
 
 def _without_secrets(text: str, suffix: str) -> str:
-    """The text of a file without secrets; JSON stays valid, and a file without secrets stays as it is."""
+    """Redact the text of a file. JSON stays valid; a text without secrets is unchanged."""
     if suffix == ".json":
         with contextlib.suppress(ValueError):
             content = json.loads(text)

@@ -1,4 +1,4 @@
-"""The load of this machine as metrics, under the names that MLflow's own page for it looks for."""
+"""The load of this machine as metrics, under the names that MLflow's system metrics page expects."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 SAMPLE_EVERY_S = 5.0
 SAMPLES = 2
-"""Averaged into one value."""
+"""Number of samples averaged into one value."""
 
 
 def watch_load(
     log_metrics: Callable[[Mapping[str, float | None], int | None], None], done: threading.Event
 ) -> None:
-    """Sample processor, memory, disk, network and a GPU, if there is one, until ``done`` is set."""
+    """Sample CPU, memory, disk, network and any GPU until ``done`` is set."""
     monitors = _monitors()
     step = 0
     while not done.is_set():
@@ -39,6 +39,6 @@ def _monitors() -> list[Any]:
     monitors: list[Any] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
     try:
         monitors.append(GPUMonitor())
-    except Exception:  # no GPU, or not the package that reads it: MLflow raises several kinds
+    except Exception:  # no GPU or missing package: MLflow raises various exceptions
         return monitors
     return monitors

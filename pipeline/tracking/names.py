@@ -1,4 +1,4 @@
-"""Names that MLflow takes, made from any text; and settings as flat parameters."""
+"""Valid MLflow names from any text, and settings as flat parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_NAME = 200
-"""MLflow takes 250 characters; the rest is for a prefix."""
+"""MLflow allows 250 characters; the rest is for a prefix."""
 
 _FORBIDDEN = re.compile(r"[^\w.\- ]")
 
@@ -17,7 +17,7 @@ _FORBIDDEN = re.compile(r"[^\w.\- ]")
 def key_part(text: str) -> str:
     """One part of a metric's or parameter's name, between slashes.
 
-    MLflow takes letters of any script, digits, ``_ - .``, blanks, and reads names as paths.
+    MLflow allows letters of any script, digits, ``_ - .`` and spaces, and treats names as paths.
 
     >>> key_part("traffic light / sign")
     'traffic light _ sign'
@@ -29,7 +29,7 @@ def key_part(text: str) -> str:
 def key_parts(texts: Sequence[str]) -> list[str]:
     """``key_part`` of each text, made unique.
 
-    Some of MLflow's databases ignore case and accents in names; names that would collide get their position
+    Some of MLflow's databases ignore case and accents, so names that would collide get their position
     appended.
 
     >>> key_parts(["cat", "a/b", "a:b", "Cat"])

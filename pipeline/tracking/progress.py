@@ -10,7 +10,7 @@ from pipeline.tracking.tracker import Tracker
 
 
 class ProgressLog:
-    """Records the progress of a labelling run every few seconds; give it every update.
+    """Records the progress of a labelling run every few seconds; call ``update`` with every progress.
 
     Args:
         tracker: of the run.
@@ -24,11 +24,11 @@ class ProgressLog:
         self._last_done = -1
 
     def update(self, progress: Progress, *, final: bool = False) -> None:
-        """Record the figures, with the number of images done as the step.
+        """Record the progress, with the number of finished images as the step.
 
         Args:
-            progress: the figures.
-            final: record them even if the previous ones were recorded a moment ago.
+            progress: the current progress.
+            final: record it even if ``every_s`` has not passed.
         """
         now = time.monotonic()
         if progress.done == self._last_done or (now < self._next and not final) or not progress.done:

@@ -1,4 +1,4 @@
-"""Read runs: the newest ones, one by id or name, and how several differ."""
+"""Read runs: list the newest, find one by id or name, compare several."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.tracking.destination import (
 )
 
 SEARCHED = 1000
-"""How many of the newest runs are searched for a name."""
+"""Number of newest runs searched for a name."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def list_runs(uri: str | None = None, *, experiment: str | None = None, limit: i
 
     Args:
         uri: tracking URI; see ``destination.resolve_uri``.
-        experiment: its name, or the kind of job ("evaluate"); None is all of MaskMill's.
-        limit: at most so many.
+        experiment: name of an experiment, or the kind of job ("evaluate"); None is all of MaskMill's.
+        limit: maximum number of runs.
 
     Raises:
         MaskMillError: ``tracking_uri``; ``tracking_unreachable``; ``run_unknown``.
@@ -64,7 +64,7 @@ def list_runs(uri: str | None = None, *, experiment: str | None = None, limit: i
     target = resolve_uri(uri)
     database = sqlite_file(target)
     if database is not None and not database.exists():
-        return []  # looking must not create one
+        return []  # listing must not create one
     set_limits(FLUSH_TIMEOUT_S)
     try:
         client = connect(target)
@@ -77,7 +77,7 @@ def list_runs(uri: str | None = None, *, experiment: str | None = None, limit: i
         )
     except MaskMillError:
         raise
-    except Exception as error:  # MLflow raises several kinds, by the place
+    except Exception as error:  # MLflow raises various exceptions, depending on the store
         raise FailedWork(
             "tracking_unreachable",
             f"cannot read runs from {shown_uri(target)}: {reason(error)}",
@@ -90,7 +90,7 @@ def list_runs(uri: str | None = None, *, experiment: str | None = None, limit: i
 def choose_runs(
     wanted: Sequence[str], uri: str | None = None, *, experiment: str | None = None
 ) -> list[TrackedRun]:
-    """Runs by id, the beginning of an id, or name (of several with a name: the newest).
+    """Runs by id, start of an id, or name (the newest of several with that name).
 
     Raises:
         MaskMillError: ``run_unknown``; the errors of ``list_runs``.

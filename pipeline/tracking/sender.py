@@ -1,11 +1,10 @@
-"""From a journal to MLflow: the same code for a running job and for ``maskmill track --flush``.
+"""Send journals to MLflow, for a running job and for ``maskmill track --flush``.
 
-A journal is sent from its beginning until it is confirmed, so everything in it must be the same the second
-time:
+A journal may be sent again from its start until it is confirmed, so sending must be idempotent:
 
-- A run is known by a tag that its journal made up (``maskmill.key``). It is searched for before it is
-  created. A request to create it that timed out may still be carried out later: of several runs with the
-  key the one that has been written to stays, and the others are deleted at the end.
+- A run is identified by a tag with a random key from its journal (``maskmill.key``), and searched for before
+  it is created. A create request that timed out may still be executed later. Of several runs with the key,
+  the one with data stays, and the others are deleted at the end.
 - A metric carries the time and step of its event; MLflow stores the same (key, value, time, step) once.
 - Parameters, tags, inputs and files overwrite themselves.
 """
@@ -36,28 +35,28 @@ if TYPE_CHECKING:
 
 KEY_TAG = "maskmill.key"
 BATCH = {"params": 20, "tags": 20, "metrics": 500}
-"""Items of one request: MLflow takes a million bytes, and a parameter or tag may have 6,000 characters."""
+"""Items per request: MLflow accepts 1 MB, and a parameter or tag may have 6,000 characters."""
 MAX_DIGEST = 36
 REFUSALS = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS"})
 REFUSED_HTTP = frozenset({400, 413, 415, 422})
 PAUSES_S = (0.5, 1.5)
-"""Between the attempts of a flush at one server."""
+"""Pauses between the attempts of a flush."""
 
 State = Literal["waiting", "running", "sent", "kept", "gone"]
 T = TypeVar("T")
 
 
 class Deleted(Exception):
-    """The run was deleted in MLflow; there is nothing to send to."""
+    """The run was deleted in MLflow."""
 
 
 class Sender:
     """Sends one journal.
 
     Args:
-        journal: held by this process.
-        uri: resolved tracking URI, with credentials if there are any.
-        stop: asked between requests; True ends ``send``.
+        journal: locked by this process.
+        uri: resolved tracking URI, including any credentials.
+        stop: called between requests; True ends ``send``.
     """
 
     def __init__(self, journal: Journal, uri: str, *, stop: Callable[[], bool] = lambda: False) -> None:
@@ -73,17 +72,17 @@ class Sender:
         self._client: MlflowClient | None = None
 
     def send(self, *, died: bool = False) -> bool:
-        """Send what the journal holds by now and has not been confirmed.
+        """Send the events that have not been confirmed yet.
 
         Args:
-            died: the run's process is gone: a journal without an end gets the status ``KILLED``.
+            died: the run's process is gone, so a journal without an end gets the status ``KILLED``.
 
         Returns:
-            Whether the run is closed and all of it has arrived.
+            Whether the run is closed and fully delivered.
 
         Raises:
-            Deleted: see there.
-            Exception: whatever MLflow raises when it cannot be reached; try again later.
+            Deleted: the run was deleted in MLflow.
+            Exception: whatever MLflow raises when unreachable; retry later.
         """
         from mlflow.exceptions import MlflowException
 
@@ -142,7 +141,7 @@ class Sender:
                 self._deliver(items[kind][start : start + size], partial(_log_batch, client, run_id, kind))
 
     def _deliver(self, items: list[T], call: Callable[[list[T]], Any]) -> None:
-        """Send items; one that MLflow will never take is set aside instead of holding up the others."""
+        """Send items. Those that MLflow will never accept are noted as refused and do not block others."""
         try:
             call(items)
         except Exception as error:
@@ -159,7 +158,7 @@ class Sender:
             self._deliver(items[middle:], call)
 
     def _choose_run(self, client: MlflowClient, *, create: bool) -> None:
-        """Find the run by its key, or create it; leaves one run with the key."""
+        """Find the run by its key, or create it; deletes duplicates."""
         from mlflow.entities import ViewType
 
         event, _ = next(self._journal.read())
@@ -176,7 +175,7 @@ class Sender:
         active = [run for run in found if run.info.lifecycle_stage == "active"]
         if not active:
             raise Deleted(f"run {event['name']!r} was deleted in MLflow")
-        # Ours, or else the one that an earlier attempt has written to.
+        # The current run, else the one that an earlier attempt wrote to.
         chosen = max(active, key=lambda run: (run.info.run_id == self.run_id, len(run.data.params)))
         if chosen.info.run_id != self.run_id:
             self.run_id, self._offset = chosen.info.run_id, 0
@@ -196,7 +195,7 @@ class Sender:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
-                experiment = client.get_experiment_by_name(name)  # another run was faster
+                experiment = client.get_experiment_by_name(name)  # another run created it first
         if experiment.lifecycle_stage != "active":
             raise RuntimeError(
                 f"experiment {name} is deleted; bring it back: "
@@ -212,11 +211,11 @@ class UnsentRun:
     Attributes:
         name: of the run.
         experiment: of the run.
-        uri: where it goes, without secrets.
-        folder: where its journal is.
+        uri: its destination, without secrets.
+        folder: folder of its journal.
         started: seconds since the epoch.
         state: ``waiting`` to be sent; ``running``: its process or another flush holds it; ``sent``;
-            ``kept``: could not be sent; ``gone``: it was deleted in MLflow, so its journal was dropped.
+            ``kept``: could not be sent; ``gone``: deleted in MLflow, so its journal was dropped.
         detail: why it was kept, or what MLflow refused.
     """
 
@@ -230,7 +229,7 @@ class UnsentRun:
 
 
 def unsent_runs() -> list[UnsentRun]:
-    """The runs that are not wholly sent, oldest first; sends nothing."""
+    """The runs that are not fully sent, oldest first; sends nothing."""
     runs = []
     for folder, event in pending():
         journal = Journal.take(folder)
@@ -241,12 +240,12 @@ def unsent_runs() -> list[UnsentRun]:
 
 
 def flush(uri: str | None = None) -> Iterator[UnsentRun]:
-    """Send every journal whose process has ended; yields each run with what became of it.
+    """Send every journal whose process has ended; yields each run with its outcome.
 
-    Can be cut off and repeated at any time: nothing arrives twice.
+    Can be interrupted and repeated at any time: nothing arrives twice.
 
     Args:
-        uri: where to send, instead of where each run was meant to go.
+        uri: destination for all runs, instead of their own.
 
     Raises:
         WrongUse: ``tracking_uri``.
@@ -281,7 +280,7 @@ def _flush_one(sender: Sender) -> tuple[State, str]:
             return "sent", "; ".join(sender.refused)
         except Deleted as error:
             return "gone", str(error)
-        except Exception as error:  # every way in which a server can be away
+        except Exception as error:  # any failure to reach the server
             if pause is None:
                 return "kept", reason(error)
             time.sleep(pause)

@@ -1,9 +1,9 @@
-"""The tracker of a run: what a job calls while it works. No call waits for a network, and none fails.
+"""The tracker that a job uses to log its run. Calls never wait for the network and never fail.
 
-A call writes an event to the journal (``pipeline.tracking.journal``) and returns. One daemon thread sends
-the journal to MLflow (``pipeline.tracking.sender``), retries with growing pauses while the server is away,
-and leaves the rest to ``maskmill track --flush``. That thread imports MLflow, and only once the run has
-something to show, so that it does not compete with the imports and downloads that a run begins with.
+A call writes an event to the journal (``pipeline.tracking.journal``) and returns. A daemon thread sends the
+journal to MLflow (``pipeline.tracking.sender``), retries with growing pauses while the server is unreachable,
+and leaves the rest to ``maskmill track --flush``. Only that thread imports MLflow, and only once the run has
+data, so that it does not compete with the imports and downloads at the start of a run.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ FLUSH_COMMAND = "maskmill track --flush"
 SEND_EVERY_S = 2.0
 LONGEST_PAUSE_S = 60.0
 WAIT_S, WAIT_SQLITE_S = 15.0, 60.0
-"""How long ``close`` waits; longer where there is no network in between, only a slow disk."""
+"""How long ``close`` waits; longer for SQLite, where only a slow disk can delay it."""
 LAST_ATTEMPTS = 3
-"""After the end of the run: a server that has been away all along does not hold up the exit."""
+"""Attempts after the end of the run, so that an unreachable server does not delay the exit."""
 MAX_VALUE = 5_800
-"""MLflow takes 6,000 characters of a parameter; a longer one is attached as a file."""
+"""MLflow accepts 6,000 characters per parameter; longer ones are attached as files."""
 
 
 @dataclass(frozen=True)
 class TrackedDataset:
-    """The images that a run is about.
+    """The images of a run.
 
     Attributes:
         name: shown in MLflow.
-        fingerprint: hash of its content; MLflow shows the first 36 characters as its digest.
-        source: path or URI; None where it has no single one.
+        fingerprint: hash of the content; MLflow shows the first 36 characters as the digest.
+        source: path or URI; None if there is no single one.
         profile: facts shown with it, such as the number of images.
-        context: what it is used for.
+        context: its use.
     """
 
     name: str
@@ -79,14 +79,14 @@ def open_tracker(
     wait_s: float | None = None,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Tracker:
-    """The tracker that the user asked for; imports and contacts nothing.
+    """Create a tracker; imports and contacts nothing.
 
     Args:
         uri: tracking URI of MLflow; None is MLFLOW_TRACKING_URI, else SQLite in the working directory;
             "off", in either place, records nothing.
-        system_metrics: record the load of this machine as well.
+        system_metrics: also record the load of this machine.
         wait_s: how long ``close`` may wait; None is ``WAIT_S`` or ``WAIT_SQLITE_S``.
-        say: takes the one line that ``close`` has to say.
+        say: called with the one-line message of ``close``.
 
     Raises:
         WrongUse: ``tracking_uri``.
@@ -100,7 +100,7 @@ def open_tracker(
 
 
 class Tracker:
-    """Records one run: ``start`` once, ``close`` once; as a context manager it closes itself.
+    """Records one run: call ``start`` once and ``close`` once, or use it as a context manager.
 
     Args:
         uri: resolved tracking URI; None records nothing.
@@ -138,7 +138,7 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run, once a server has given it one."""
+        """MLflow's id of the run, once the server has assigned it."""
         return None if self._sender is None else self._sender.run_id
 
     def start(
@@ -153,8 +153,8 @@ class Tracker:
         """Open the run in the experiment ``maskmill-KIND``.
 
         Args:
-            kind: of job.
-            name: of the run.
+            kind: kind of job.
+            name: name of the run.
             params: see ``log_params``.
             tags: further tags.
             dataset: see ``log_dataset``.
@@ -164,7 +164,7 @@ class Tracker:
         assert self._journal is None and not self._closing.is_set(), "a tracker starts once"
         self._name, self._experiment = name, f"{EXPERIMENT_PREFIX}{kind}"
         command = command_line()
-        with contextlib.suppress(Exception):  # some containers have no name for the user's number
+        with contextlib.suppress(Exception):  # in some containers the user id has no name
             tags = {"mlflow.user": getpass.getuser(), **(tags or {})}
         opening = {
             "do": "open",
@@ -197,7 +197,7 @@ class Tracker:
         self._thread.start()
 
     def wait_for_run(self, timeout_s: float) -> str | None:
-        """MLflow's id of the run, as soon as a server has given it one; None if that takes too long."""
+        """Wait until the server has assigned an id to the run; None if that takes too long."""
         self._ready.set()
         deadline = time.monotonic() + timeout_s
         while self.run_id is None and self._thread is not None and time.monotonic() < deadline:
@@ -205,7 +205,7 @@ class Tracker:
         return self.run_id
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Record settings; nested ones get dotted names. The first value of a name stays."""
+        """Record settings; nested ones get dotted names. The first value of a name wins."""
         new = {key: value for key, value in flatten(params).items() if key not in self._params}
         self._params |= new.keys()
         for key, value in new.items():
@@ -217,7 +217,7 @@ class Tracker:
             self._record("params", values=new)
 
     def log_metrics(self, metrics: Mapping[str, float | None], step: int | None = None) -> None:
-        """Record measurements; None is left out. ``names.key_part`` makes names that MLflow takes."""
+        """Record metrics; None is skipped. Use ``names.key_part`` for valid names."""
         values = {key: float(value) for key, value in metrics.items() if value is not None}
         if values:
             self._record("metrics", values=values, step=step or 0)
@@ -228,25 +228,25 @@ class Tracker:
         self._record("tags", values={key: str(value)[:MAX_VALUE] for key, value in tags.items()})
 
     def log_dataset(self, dataset: TrackedDataset) -> None:
-        """Record which images the run is about, as a parameter and as an input of the run."""
+        """Record the images of the run, as parameters and as an input of the run."""
         facts = {"name": dataset.name, "fingerprint": dataset.fingerprint}
         self.log_params({"dataset": {**facts, **dataset.profile}})
         rest = {"source": dataset.source, "profile": dict(dataset.profile), "context": dataset.context}
         self._record("dataset", **facts, **rest)
 
     def log_artifact(self, path: str | os.PathLike[str], folder: str | None = None) -> None:
-        """Attach a copy of a local file or folder as it is now.
+        """Attach a copy of a local file or folder.
 
         Args:
-            path: of the file or folder.
-            folder: among the run's artifacts; None is their root.
+            path: the file or folder.
+            folder: artifact folder; None is the root.
         """
         source = Path(path)
         self._attach(source.name, partial(copy_without_secrets, source), folder)
         self._ready.set()
 
     def close(self, status: Status = "FINISHED") -> None:
-        """End the run, wait a little for what is not yet sent, and say in one line where the run is."""
+        """End the run, wait briefly for unsent events, and say in one line where the run is."""
         if self._closing.is_set():
             return
         self._record("end", status=status)
@@ -291,7 +291,7 @@ class Tracker:
                 self._problems.append(problem)
 
     def _send(self, journal: Journal, sender: Sender) -> None:
-        """Send until the run is closed and all of it has arrived; runs in the thread."""
+        """Send until the run is closed and fully delivered; runs in the thread."""
         self._note_git()
         self._ready.wait()
         done = self._watch_load()
@@ -308,7 +308,7 @@ class Tracker:
                     failures = 0
                 except Deleted:
                     self._outcome = "deleted"
-                except Exception as error:  # whatever goes wrong here must not harm the run
+                except Exception as error:  # nothing that fails here may harm the run
                     self._trouble = reason(error)
                     failures += 1
                     last_attempts -= closing
@@ -316,7 +316,7 @@ class Tracker:
                         break
                 if self._outcome is None:
                     pause = min(0.25 * 2**failures, LONGEST_PAUSE_S) if failures else SEND_EVERY_S
-                    # The end of the run cuts a pause short; after it only the patience of ``close`` does.
+                    # The end of the run cuts a pause short; after that, only the timeout of ``close`` does.
                     (self._leave if closing else self._closing).wait(pause)
             if self._outcome is not None:
                 journal.discard()
@@ -325,7 +325,7 @@ class Tracker:
             journal.close()
 
     def _line(self) -> str:
-        """Where the run is, or what became of it."""
+        """One line on where the run is, or what happened to it."""
         uri = shown_uri(self._uri or "")
         where = f"run {self._name} in {self._experiment}, {uri}"
         extra = [*self._problems, *(self._sender.refused if self._sender else [])]
@@ -348,7 +348,7 @@ class Tracker:
         return f"Tracked: {where}. Look at it: {look}{notes}"
 
     def _note_git(self) -> None:
-        """Record the state of the working directory, if it is under git."""
+        """Record the git state of the working directory, if there is one."""
         commit = _git("rev-parse", "HEAD")
         if commit is None:
             return
@@ -360,7 +360,7 @@ class Tracker:
         self.log_params({"git": git})
 
     def _watch_load(self) -> threading.Event:
-        """Record the load of this machine until the returned event is set, if the user asked for it."""
+        """Record the load of this machine until the returned event is set, if enabled."""
         done = threading.Event()
         if self._system_metrics:
             from pipeline.tracking.load import watch_load

@@ -1,6 +1,6 @@
-"""CLIPSeg as a Labeller: each class is asked for separately, and the answers become one label map.
+"""CLIPSeg as a Labeller: each class is prompted separately, and the answers become one label map.
 
-Shapes: B batch, C classes, K classes that are asked for, P prompts, E joint embedding; H W the image's own
+Shapes: B batch, C classes, K prompted classes, P prompts, E joint embedding; H W the image's own
 size; Hn Wn the network's.
 """
 
@@ -22,24 +22,23 @@ from pipeline.labelling.labeller import LabellerSettings
 from pipeline.ontology.ontology import Ontology
 
 BAND_BYTES = {"cpu": 16_000_000, "cuda": 256_000_000}
-"""Of probabilities that are resized at a time."""
+"""Bytes of probabilities resized at a time, by device."""
 
 
 @dataclass(frozen=True)
 class Resolution:
     """How K independent yes-or-no answers become one label.
 
-    A class is a candidate at a pixel where its probability reaches its threshold. Of the candidates the one
-    of the highest probability (times its factor) is the label; ties go to the first. Where there is none,
-    the label is ``none_id``. No probability is rescaled by what others are, or by its range in the image.
+    A class is a candidate at a pixel if its probability reaches its threshold. The candidate with the highest
+    probability (times its factor) becomes the label; ties go to the first. Without a candidate, the label is
+    ``none_id``. Probabilities are not normalised across classes or over the image.
 
     Attributes:
-        class_ids: K ids of the classes, increasing.
-        factors: K, above 0; they decide which is highest, and do not touch thresholds or confidence.
-        none_id: where no class is a candidate: the ignore index, or the id of a background that is defined
-            as what is left.
-        none_is_a_class: the background that is left. Its confidence is one minus the highest probability;
-            that of an ignored pixel is the probability of the highest class, as everywhere.
+        class_ids: K class ids, increasing.
+        factors: K, above 0; they affect the ranking but not thresholds or confidence.
+        none_id: label without a candidate: the ignore index, or the id of the background as the remainder.
+        none_is_a_class: whether ``none_id`` is the background. Its confidence is one minus the highest
+            probability; that of an ignored pixel is the probability of the highest class, as usual.
     """
 
     class_ids: tuple[int, ...]
@@ -49,15 +48,15 @@ class Resolution:
 
 
 def resolution_of(ontology: Ontology, options: ClipSegOptions, thresholds: Sequence[float]) -> Resolution:
-    """Which classes are asked for, and how the answers become one label.
+    """Which classes to prompt, and how to merge the answers into one label.
 
     Args:
         ontology: the classes.
-        options: what to do about the background.
+        options: how to treat the background.
         thresholds: C, in [0, 1].
 
     Raises:
-        MaskMillError: ``recipe_invalid`` where the background is the rest, and thresholds leave no rest.
+        MaskMillError: ``recipe_invalid`` if the background is the remainder and a class has no threshold.
     """
     ids = tuple(range(ontology.num_classes))
     if ontology.background is None:
@@ -82,8 +81,8 @@ def resolve(
 ) -> tuple[Tensor, Tensor]:
     """One label per pixel from the probabilities of K classes.
 
-    The probabilities are resized bilinearly (align_corners False) in bands of rows, so that memory does not
-    grow with the image times K.
+    Resizes the probabilities bilinearly (align_corners=False) in bands of rows, so that memory does not grow
+    with the image size times K.
 
     Args:
         probabilities: fp32 (K, Hn, Wn) in [0, 1], on any device.
@@ -123,11 +122,11 @@ class ClipSegLabeller(BaseLabeller):
     """CLIPSeg with a list of prompts (arXiv 2112.10003).
 
     Args:
-        settings: of every Labeller.
+        settings: see ``LabellerSettings``.
         weights: which CLIPSeg.
-        text: K classes of ``resolution``, not of the ontology; the rows are conditionals and keep their
-            length. Of several rows for one class the highest logit counts.
-        resolution: how the answers become one label.
+        text: K classes of ``resolution``, not of the ontology; the rows are conditionals, not normalised. If
+            a class has several rows, the highest logit counts.
+        resolution: how to merge the answers into one label.
 
     Raises:
         MaskMillError: as ``ClipSegWeights.load``.
@@ -152,7 +151,7 @@ class ClipSegLabeller(BaseLabeller):
     def scores(self, images: Tensor) -> Iterator[Tensor]:
         """Probabilities fp32 (K, Hn, Wn) of each image.
 
-        The tower reads all images together, the decoder one at a time: its memory grows with the prompts.
+        The tower reads all images at once, the decoder one at a time, as its memory grows with the prompts.
         """
         activations = self._model.encode_image(network_pixels(images, self._model))
         for index in range(len(images)):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 THRESHOLD = 0.3
 """Minimum probability of a mask's pixels: the paper's, for texts on PhraseCut and Pascal (tables 3, 5, 7)."""
 VISUAL_PROMPT = "crop_blur_highlight352"
-"""What happens to an example with a mask: darken and blur the background, crop to the object."""
+"""Treatment of an example with a mask: darken and blur the background, crop to the object."""
 _RELEASED_SIZE, _TOY_SIZE = 352, 128
 _TOY = "toyclip"
 _SCHEMES = ("hf-hub:", "local-dir:")
@@ -32,11 +32,11 @@ class ClipSegWeights:
 
     Attributes:
         weights: a decoder file, the folder of a trained CLIPSeg (local or in an object store), a folder in
-            Hugging Face's layout, a hub name, or ``random:SEED`` for an untrained decoder (to test the way
-            there). ``~`` is expanded, because a shell does not expand it after ``=``.
-        clip: NAME:PRETRAINED of the CLIP beneath a decoder file; a folder or hub name brings its own. None is
+            Hugging Face's layout, a hub name, or ``random:SEED`` for an untrained decoder (for tests).
+            ``~`` is expanded, because a shell does not expand it after ``=``.
+        clip: NAME:PRETRAINED of the CLIP under a decoder file; a folder or hub name includes its own. None is
             the toy CLIP if the file says so, else ``CLIP``.
-        extract_layers: blocks that the decoder reads; None is what the weights say.
+        extract_layers: blocks that the decoder reads; None takes those of the weights.
     """
 
     weights: str
@@ -53,12 +53,12 @@ class ClipSegWeights:
         dtype: torch.dtype | None = None,
         towers: Towers = "both",
     ) -> ClipSeg:
-        """The model in evaluation mode.
+        """Load the model in evaluation mode.
 
         Args:
-            device: where it goes.
+            device: device of the model.
             dtype: of CLIP and decoder; None is fp32.
-            towers: ``visual`` where no text will be embedded.
+            towers: ``visual`` if no text will be embedded.
 
         Raises:
             MaskMillError: as ``load_clipseg``, ``load_clip`` and ``load_trained``.
@@ -84,7 +84,7 @@ class ClipSegWeights:
         return model
 
     def beneath(self) -> tuple[str, str | None] | None:
-        """Name and weights of the CLIP, as far as they are known without loading it.
+        """Name and weights of the CLIP, if known without loading it.
 
         Raises:
             MaskMillError: as ``read_clipseg_record``.
@@ -97,7 +97,7 @@ class ClipSegWeights:
         return None
 
     def sizes(self) -> tuple[int, int]:
-        """Sides in pixels of the squares that it was trained on: of images, and of examples.
+        """Sides in pixels of the training images and examples, both square.
 
         Raises:
             MaskMillError: as ``read_clipseg_record``.
@@ -117,7 +117,7 @@ class ClipSegWeights:
 
     @property
     def _is_folder(self) -> bool:
-        """Whether the weights are more than a decoder: a folder, or the name of one on the hub."""
+        """Whether the weights are not just a decoder file but a folder or hub name."""
         return self._seed is None and not Path(self.weights).is_file()
 
     def _clip(self) -> str:
@@ -127,7 +127,7 @@ class ClipSegWeights:
 
 
 def split_clip(text: str) -> tuple[str, str | None]:
-    """``NAME:PRETRAINED`` as ``load_clip`` takes it; hub names and folders have no second part."""
+    """Split ``NAME:PRETRAINED`` for ``load_clip``; hub names and folders have no second part."""
     if text.startswith(_SCHEMES):
         return text, None
     name, _, pretrained = text.partition(":")
@@ -144,5 +144,5 @@ def _recorded_clip(path: Path) -> str | None:
         with safe_open(path, framework="numpy") as file:
             name: str | None = json.loads((file.metadata() or {}).get("clipseg", "{}")).get("clip")
     except (SafetensorError, ValueError):
-        return None  # loading says what is wrong with it
+        return None  # loading will report the fault
     return name

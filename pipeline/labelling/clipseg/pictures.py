@@ -1,4 +1,4 @@
-"""Example pictures, with or without a mask. Imports no torch: they are read before a model is loaded.
+"""Example pictures, with or without a mask. Imports no torch, because they are read before a model is loaded.
 
 Shapes: H W pixels.
 """
@@ -20,7 +20,7 @@ class Picture:
 
     Attributes:
         image: uint8 (H, W, 3) RGB.
-        mask: bool (H, W), true on the object; None where the whole image shows it.
+        mask: bool (H, W), true on the object; None if the whole image is the example.
     """
 
     image: NDArray[np.uint8]
@@ -32,7 +32,7 @@ def read_picture(image: str, mask: str | None = None) -> Picture:
 
     Args:
         image: path or URI.
-        mask: of an image of the same size; what is not black is the object.
+        mask: path or URI of an image of the same size; the object is not black.
 
     Raises:
         MaskMillError: ``example_unreadable``; as ``as_picture``.
@@ -46,12 +46,12 @@ def as_picture(
     *,
     names: tuple[str, str] = ("of the example", "itself"),
 ) -> Picture:
-    """An example from decoded images.
+    """Make an example from decoded images.
 
     Args:
         image: uint8 (H, W, 3) RGB.
-        mask: the same; what is not black is the object.
-        names: what to call the mask and the image in messages.
+        mask: uint8 (H, W, 3); the object is not black.
+        names: names of the mask and the image in messages.
 
     Raises:
         MaskMillError: ``mask_invalid`` if the sizes differ, or the mask is black.

@@ -1,4 +1,4 @@
-"""CLIPSeg prompt by prompt: words and pictures to conditionals, an image to probability maps.
+"""CLIPSeg prompt by prompt: from words and pictures to conditionals, from an image to probability maps.
 
 Shapes: B images, P prompts, E joint embedding, H W pixels, S side of a visual prompt.
 """
@@ -40,15 +40,15 @@ _KNOBS = tuple(field.name for field in dataclasses.fields(VisualPrompt))
 
 
 def parse_style(text: str, size: int | None = None) -> Style:
-    """A way to make visual prompts, by name and changes to it.
+    """Parse a style of visual prompts: a name and optional changes.
 
     Args:
         text: one of ``STYLE_NAMES``, optionally followed by values for fields of ``VisualPrompt``:
-            ``crop_blur_highlight352,blur=5,context=0.5``; ``context=none`` does not crop.
-        size: S of a style that crops, unless ``text`` sets it; None is the style's own.
+            ``crop_blur_highlight352,blur=5,context=0.5``; ``context=none`` disables cropping.
+        size: S of a style that crops, unless ``text`` sets it; None keeps the style's own.
 
     Raises:
-        MaskMillError: ``setting_invalid``, also for a field or value.
+        MaskMillError: ``setting_invalid`` for an unknown name, field or value.
     """
     name, *changes = (part.strip() for part in text.split(","))
     if name in _SIMPLE_STYLES:
@@ -90,14 +90,14 @@ def _knob(change: str) -> tuple[str, Any]:
 
 
 def visual_prompt_of(picture: Picture, style: Style, size: int) -> Tensor:
-    """What CLIP gets to see of an example, fp32 (3, S, S), ImageNet-normalised.
+    """The visual prompt of an example, fp32 (3, S, S), ImageNet-normalised.
 
-    As in the reference the image is first squeezed to a square, its mask by nearest neighbour, and the style
-    works on that; its blur is in pixels of the square. Without a mask the squeezed image is all there is.
+    As in the reference, the image is first resized to a square, its mask by nearest neighbour, and the style
+    is applied to the square; its blur is in pixels of the square. Without a mask, the square is the prompt.
 
     Args:
         picture: the example.
-        style: of ``parse_style``.
+        style: from ``parse_style``.
         size: side of the square.
     """
     image = torch.from_numpy(np.ascontiguousarray(picture.image)).permute(2, 0, 1)[None]
@@ -106,13 +106,13 @@ def visual_prompt_of(picture: Picture, style: Style, size: int) -> Tensor:
         return pixels[0]
     mask = torch.from_numpy(picture.mask.astype(np.float32))[None, None]
     mask = F.interpolate(mask, (size, size), mode="nearest")[:, 0]
-    if not bool(mask.any()):  # an object thinner than the steps of the sampling
+    if not bool(mask.any()):  # an object too thin for nearest-neighbour sampling
         mask = F.adaptive_max_pool2d(torch.from_numpy(picture.mask.astype(np.float32))[None], size)
     return style(pixels, mask)[0]
 
 
 def shown_pixels(prompt: Tensor) -> NDArray[np.uint8]:
-    """A visual prompt (3, S, S) as people see it, uint8 (S, S, 3)."""
+    """A visual prompt (3, S, S) as a displayable image, uint8 (S, S, 3)."""
     mean, std = (prompt.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     pixels = ((prompt * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     return pixels.permute(1, 2, 0).cpu().numpy()
@@ -120,7 +120,7 @@ def shown_pixels(prompt: Tensor) -> NDArray[np.uint8]:
 
 @torch.no_grad()
 def embed_words(model: ClipSeg, words: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Conditionals fp32 (P, E) on the model's device: per word the mean over the templates, not normalised.
+    """Conditionals fp32 (P, E) on the model's device: the mean over the templates per word, not normalised.
 
     Raises:
         MaskMillError: ``prompt_too_long``.
@@ -149,10 +149,10 @@ def embed_prompts(
     """Conditionals fp32 (P, E) of prompts of any kind, in order.
 
     Args:
-        model: with its text tower if there are words.
+        model: must include its text tower if there are words.
         prompts: each is words, a visual prompt (3, S, S), or both, which are mixed.
-        templates: put around words; their mean embedding is used.
-        text_weight: share of the words in a prompt that has both.
+        templates: templates for words; their embeddings are averaged.
+        text_weight: weight of the words in a mixed prompt.
 
     Raises:
         MaskMillError: ``prompt_too_long``.
@@ -174,9 +174,9 @@ def embed_prompts(
 def class_conditionals(model: ClipSeg, ontology: Ontology, class_id: int, options: ClipSegOptions) -> Tensor:
     """The conditionals of a class, fp32 (P, E).
 
-    Without examples there is one prompt per word. With examples there is one per example: the picture's
-    embedding, mixed with the mean embedding of the words (``text_weight``). A class that merges by its mean
-    has one prompt, the mean.
+    Without examples, there is one prompt per word. With examples, there is one per example: the picture's
+    embedding, mixed with the mean embedding of the words (``text_weight``). A class that merges by mean has
+    one prompt, the mean.
 
     Raises:
         MaskMillError: ``prompt_too_long``; as ``read_picture``; ``example_unreadable`` if a picture has
@@ -206,12 +206,12 @@ def class_conditionals(model: ClipSeg, ontology: Ontology, class_id: int, option
 
 
 def network_pixels(images: Tensor, model: ClipSeg) -> Tensor:
-    """uint8 (B, 3, H, W) at network size as the model reads them: normalised, on its device, in its dtype."""
+    """Normalise uint8 (B, 3, H, W) images at network size; the result has the model's device and dtype."""
     return normalize(images.to(model.clip.device)).to(model.clip.dtype)
 
 
 def check_finite(logits: Tensor) -> None:
-    """Raise if there are NaN or infinite logits.
+    """Check logits for NaN and infinite values.
 
     Raises:
         MaskMillError: ``scores_not_finite``.
@@ -248,20 +248,20 @@ def stretched(maps: Tensor, size: tuple[int, int], top: int = 0, bottom: int | N
 
 
 def levels(probability: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """round(255 p), as probability maps are shown and stored."""
+    """round(255 p), the format in which probability maps are shown and stored."""
     return np.rint(probability * 255).astype(np.uint8)
 
 
 class Finder:
-    """CLIPSeg asked prompt by prompt: each gets a probability map, for ``segment``, the page and MLflow.
+    """CLIPSeg with a probability map for each prompt, for ``segment``, the page and MLflow.
 
     Args:
-        weights: which CLIPSeg; it is loaded when ``model`` is first used.
+        weights: which CLIPSeg; loaded on first use of ``model``.
         precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
-        size: side of the square that images are squeezed to; None is that of its training.
-        keep_ratio: instead the short side becomes ``size``, the long one at most four times that.
-        example_size: side of the square that examples are squeezed to; None is that of its training.
-        visual_prompt: what is done to an example with a mask; see ``parse_style``.
+        size: side of the square that images are resized to; None is the training size.
+        keep_ratio: keep the aspect ratio: the short side becomes ``size``, the long one at most 4 times it.
+        example_size: side of the square that examples are resized to; None is the training size.
+        visual_prompt: treatment of an example with a mask; see ``parse_style``.
 
     Raises:
         MaskMillError: ``setting_invalid`` for the visual prompt; as ``ClipSegWeights.sizes``.
@@ -300,7 +300,7 @@ class Finder:
         return self._weights.load(device=self._device, dtype=DTYPES[self.precision])
 
     def show(self, picture: Picture) -> Tensor:
-        """What CLIP gets to see of an example, fp32 (3, S, S); does not need the model."""
+        """The visual prompt of an example, fp32 (3, S, S); does not load the model."""
         return visual_prompt_of(picture, self._style, self.example_size)
 
     def embed(
@@ -317,15 +317,15 @@ class Finder:
     def find(
         self, image: NDArray[np.uint8], conditionals: Tensor, size: tuple[int, int]
     ) -> Iterator[NDArray[np.float32]]:
-        """The probability of each prompt at each pixel.
+        """Compute the probability of each prompt at each pixel.
 
         Args:
             image: uint8 (h, w, 3) RGB.
-            conditionals: (P, E), of ``embed``.
+            conditionals: (P, E), from ``embed``.
             size: (H, W) of the maps.
 
         Yields:
-            P times fp32 (H, W) in [0, 1].
+            P maps, fp32 (H, W) in [0, 1].
 
         Raises:
             MaskMillError: ``scores_not_finite``.
