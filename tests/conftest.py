@@ -21,6 +21,10 @@ os.environ.setdefault("RAY_worker_niceness", "5")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+# A user's own cache would answer instead of the code that is tested.
+_CACHE = tempfile.TemporaryDirectory(prefix="maskmill-tests-")
+os.environ["MASKMILL_CACHE"] = _CACHE.name
+
 # Machines are shared, if only with other tests: how long an example takes shows nothing.
 hypothesis.settings.register_profile(
     "shared", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -45,36 +49,34 @@ def shared_ray() -> Iterator[str]:
 
     A subprocess holds it, and ends it when this process is gone, even if it was killed.
     """
-    with tempfile.TemporaryDirectory(prefix="cache-") as cache:
-        environment = os.environ | {
-            "MASKMILL_CACHE": cache,
-            "MLFLOW_TRACKING_URI": "off",
-            "PYTHONPATH": str(ROOT),
-            "RAY_BACKEND_LOG_LEVEL": "fatal",
-            "RAY_enable_worker_prestart": "0",
-            "RAY_prestart_worker_first_driver": "0",
-        }
-        for name in ("MASKMILL_RUN_ID", "RAY_ADDRESS"):
-            environment.pop(name, None)
-        with subprocess.Popen(
-            [sys.executable, "-c", CLUSTER],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        ) as holder:
-            assert holder.stdin is not None and holder.stdout is not None
-            address = holder.stdout.readline().strip()
-            assert address, "Ray did not start"
-            try:
-                yield address
-            finally:
-                holder.stdin.close()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    holder.wait(30)
-                holder.kill()
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": "off",
+        "PYTHONPATH": str(ROOT),
+        "RAY_BACKEND_LOG_LEVEL": "fatal",
+        "RAY_enable_worker_prestart": "0",
+        "RAY_prestart_worker_first_driver": "0",
+    }
+    for name in ("MASKMILL_RUN_ID", "RAY_ADDRESS"):
+        environment.pop(name, None)
+    with subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as holder:
+        assert holder.stdin is not None and holder.stdout is not None
+        address = holder.stdout.readline().strip()
+        assert address, "Ray did not start"
+        try:
+            yield address
+        finally:
+            holder.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                holder.wait(30)
+            holder.kill()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

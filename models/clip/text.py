@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Merge = Literal["max", "mean"]
 
-_FORMAT = 2  # of the cached files; a change of meaning or of arithmetic raises it
+_FORMAT = 3  # of the cached files; a change of meaning or of arithmetic raises it
 
 
 @dataclass(frozen=True, eq=False)

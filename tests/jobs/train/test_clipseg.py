@@ -143,7 +143,9 @@ def test_a_registered_model_no_longer_needs_its_folder(
     aside = trained.rename(trained.with_name("aside"))
     mlflow.set_tracking_uri(store)
     try:
-        loaded = mlflow.pyfunc.load_model("models:/finder@challenger", model_config={"precision": "fp32"})
+        loaded = mlflow.pyfunc.load_model(
+            "models:/finder@challenger", model_config={"precision": "fp32", "paths": True}
+        )
     finally:
         mlflow.set_tracking_uri(None)
         aside.rename(trained)
