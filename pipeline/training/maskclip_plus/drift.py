@@ -1,10 +1,10 @@
-"""The alarm that stops a self-training whose predictions run away from where it began.
+"""The alarm that stops self-training when predictions drift away from the guided phase.
 
 Shapes: C classes.
 
-A student that learns from its own predictions confirms its own mistakes: classes swallow others, and the loss
-falls all the while. What shows it without any truth is the histogram of predicted classes. It is compared
-with the one at the end of the guided phase, when the student had learned from its teacher alone.
+A student that learns from its own predictions confirms its own mistakes: some classes swallow others while
+the loss keeps falling. Without truth, the histogram of predicted classes reveals it. The alarm compares it
+with the histogram at the end of the guided phase, when the student had only learned from its teacher.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from models.errors import FailedWork, MaskMillError
 _NEGLIGIBLE = 0.01  # of an even share
 _LISTED = 5  # classes named in the alarm, of each kind
 _VANISHED = 0.1  # of its former share
-_NOTABLE = 1.2  # times the former share, or the other way round
+_NOTABLE = 1.2  # factor of change, up or down
 
 
 def relative_change(p: Tensor, q: Tensor) -> float:
-    """How much the shares of classes differ between two histograms, all classes counting alike.
+    """How much class shares differ between two histograms, with equal weight for all classes.
 
-    The Canberra distance (Lance and Williams, 1967), divided by the number of classes: the mean over the
-    classes of ``|p - q| / (p + q)``. A class that vanished counts 1 whatever its size, as it does in the mean
-    IoU; measures that go by pixels, such as the Jensen-Shannon divergence, hardly see a rare class go. Those
-    that are next to nothing in both histograms, under a hundredth of an even share, count for less and less.
+    The Canberra distance (Lance and Williams, 1967) divided by the number of classes: the mean over classes
+    of ``|p - q| / (p + q)``. A vanished class counts 1 whatever its size, as in the mean IoU; pixel-weighted
+    measures such as the Jensen-Shannon divergence hardly notice the loss of a rare class. Classes below a
+    hundredth of an even share in both histograms are weighted down.
 
     Args:
-        p: (C,), not negative, with a positive sum; normalised here.
-        q: the same.
+        p: (C,), non-negative, with a positive sum; normalised here.
+        q: (C,), with the same constraints.
 
     Returns:
-        0 for equal histograms to 1 for those without a common class.
+        0 for equal histograms up to 1 for disjoint ones.
     """
     p, q = p.double() / p.double().sum(), q.double() / q.double().sum()
     both = p + q + 2 * _NEGLIGIBLE / len(p)
@@ -44,12 +44,12 @@ def relative_change(p: Tensor, q: Tensor) -> float:
 
 
 class DriftAlarm:
-    """Compares histograms of predicted classes with a reference, and raises when they stay far from it.
+    """Compares histograms of predicted classes with a reference and raises if they stay far from it.
 
     Args:
         names: of the C classes.
-        bound: the largest ``relative_change`` (0 to 1) that is no cause for alarm.
-        patience: how many steps in a row it must be beyond.
+        bound: maximum acceptable ``relative_change`` (0 to 1).
+        patience: number of consecutive steps beyond the bound that raise the alarm.
     """
 
     def __init__(self, names: Sequence[str], *, bound: float, patience: int) -> None:
@@ -62,7 +62,7 @@ class DriftAlarm:
         self._beyond = 0
 
     def set_reference(self, step: int, histogram: Tensor) -> None:
-        """Take the histogram (C,) after this step as what later ones are compared with."""
+        """Set the histogram (C,) after this step as the reference for later ones."""
         if histogram.sum() > 0:
             self._reference = histogram.to("cpu", torch.float64, copy=True)
             self._reference_step = step
@@ -70,13 +70,13 @@ class DriftAlarm:
     def check(self, step: int, histogram: Tensor) -> float:
         """Compare the histogram (C,) after a step with the reference.
 
-        Every worker must call it with the same, joint histogram: then all of them raise, or none.
+        All workers must pass the same, summed histogram, so that all of them raise, or none.
 
         Returns:
-            The change, kept in ``drift`` as well; 0 as long as there is no reference.
+            The change, also stored in ``drift``; 0 without a reference.
 
         Raises:
-            MaskMillError: ``self_training_collapsed``, after ``patience`` steps in a row beyond the bound.
+            MaskMillError: ``self_training_collapsed`` after ``patience`` consecutive steps beyond the bound.
         """
         if self._reference is None or not histogram.sum() > 0:
             return self.drift
@@ -88,7 +88,7 @@ class DriftAlarm:
         return self.drift
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``load_state_dict`` needs to go on: plain tensors and numbers."""
+        """State for ``load_state_dict``: plain tensors and numbers."""
         state: dict[str, Any] = {
             "drift": self.drift,
             "beyond": self._beyond,
@@ -99,7 +99,7 @@ class DriftAlarm:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what ``state_dict`` gave."""
+        """Restore the result of ``state_dict``."""
         reference = state.get("reference")
         self.drift = float(state["drift"])
         self._beyond = int(state["beyond"])
@@ -125,7 +125,7 @@ class DriftAlarm:
             f"have changed by {self.drift:.0%} on average since step {self._reference_step}, the end of the "
             f"guided phase, and by more than {self._bound:.0%} for {self._beyond} steps. {listed}",
             f"The student of step {self._reference_step} is sound, and is kept. To train another one, into "
-            "another --output: hold it by its teacher (anchor=1), let it learn from its running average "
+            "another --output: anchor it to its teacher (anchor=1), let it learn from its running average "
             "(ema_decay=0.98), leave self_class_power at 0, or lower the learning rate. Raise drift_bound "
             "only if such a change is expected.",
         )

@@ -1,22 +1,22 @@
 """Recipes of ``maskmill train maskclip-plus``: the reference's schedules, and the toy world's.
 
-Every recipe has two forms. *Annotation-free*: all labels are guessed. *Zero-shot* (``-zero-shot``): the truth
-of the seen classes is given, and the unseen ones are guessed where it is withheld. A third, *supervised*, is
-what both are measured against.
+There are three forms. *Annotation-free*: all labels are guessed. *Zero-shot* (``-zero-shot``): the truth of
+the seen classes is given, and the unseen ones are guessed where truth is withheld. *Supervised*: the baseline
+for both.
 
-Where the paper's code slips, its way is a setting and the sane one the default:
+Bugs of the paper's code are settings, off by default:
 
 * ``augment.guess_is_category``: pixels to be guessed count as one category when a crop is chosen.
 * ``selftrain.threshold_overwrites_seen``: unsure pixels are ignored even where the truth is known.
-* ``void_from_truth``: annotation-free training leaves out what the truth calls background or void.
+* ``void_from_truth``: annotation-free training ignores what the truth calls background or void.
 * ``student.backbone``: its ViT configs named r101 build a ResNet-50: ``--set backbone=resnet50c``.
 
-A resumed run of it repeats the guided phase; ours never does.
+When resumed, the paper's code repeats the guided phase; ours does not.
 
-Where labels come from a table (``selftrain.teacher: table``), a pixel has the best of all classes that the
-table knows. The reference's zero-shot form takes the best of the unseen ones: its recipes here run the frozen
-CLIP on every crop as it does (``online``). A table that was labelled with the unseen names alone gives the
-same, and cheaper.
+With labels from a table (``selftrain.teacher: table``), the guess at a pixel is the best of all classes in
+the table. The reference's zero-shot form takes the best of the unseen classes, so its recipes here run the
+frozen CLIP on every crop (``online``). A table labelled with the unseen names alone gives the same result at
+lower cost.
 """
 
 from __future__ import annotations
@@ -38,64 +38,63 @@ NEVER = (-1, -1)
 
 
 class SelfTrainSettings(Settings):
-    """What is learned from, when. The defaults are the reference's annotation-free form.
+    """Which labels to learn from, and when. The defaults are the reference's annotation-free form.
 
-    A span of steps is (first, last), counted from 1, both included; last = -1 is the end of training and
+    A span of steps is (first, last), counted from 1 and inclusive; last = -1 is the end of training, and
     (-1, -1) is never.
     """
 
     guided: tuple[int, int] = (1, -1)
-    """The steps that learn from the teacher; they begin with step 1."""
+    """Steps that learn from the teacher; they begin with step 1."""
     self_train: tuple[int, int] = NEVER
-    """The steps that learn from the student's own guesses; they follow at once. After both, and without
-    them, only truth is learned from."""
+    """Steps that learn from the student's own guesses; they directly follow ``guided``. All other steps learn
+    from truth alone."""
     teacher: Literal["table", "online"] = "table"
-    """``table`` takes the batch's ``teacher`` and ``confidence``; ``online`` runs the frozen CLIP on the
+    """``table`` uses the batch's ``teacher`` and ``confidence``; ``online`` runs the frozen CLIP on the
     augmented crop, as the paper's code does."""
     guessable: tuple[int, ...] | None = None
     """Ids of the classes that may be guessed, and whose truth must never be seen: the unseen ones of a
     zero-shot split. None is all."""
     guided_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Teacher's guesses that are less sure are ignored, 0 to 1; 0 is off."""
+    """Ignore the teacher's guesses below this confidence, 0 to 1; 0 is off."""
     self_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The same for the student's guesses."""
+    """Ignore the student's guesses below this confidence, 0 to 1; 0 is off."""
     threshold_rule: ThresholdRule = "fixed"
-    """How ``self_threshold`` (not 0) becomes one threshold per class, see
+    """How to derive one threshold per class from ``self_threshold`` (not 0); see
     ``pipeline.training.maskclip_plus.thresholds``."""
     threshold_keep: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Rule ``quantile``: the share of each class's guesses that is kept at least."""
+    """Rule ``quantile``: minimum share of each class's guesses to keep."""
     threshold_overwrites_seen: bool = False
-    """Unsure pixels are ignored even where the truth is known, which is what the paper's code does."""
+    """Ignore unsure pixels even where the truth is known, as the paper's code does."""
     confidence_weight: bool = False
-    """Guessed pixels weigh in the loss by the confidence of their guess."""
+    """Weight guessed pixels in the loss by their confidence."""
     guided_class_power: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """A class weighs in the loss by its frequency to the power of minus this, scaled to a mean of 1 over
-    the pixels; 0 is off. Frequencies are those of the teacher's labels: with a teacher that hardly ever
-    names a class whose truth is known, leave it off. Holds for the guided phase, for truth alone, and for
-    ``anchor``."""
+    """Weight classes in the loss by frequency ** -power, scaled to a mean of 1 over the pixels; 0 is off.
+    Frequencies are those of the teacher's labels, so leave it off if the teacher rarely predicts a class
+    whose truth is known. Applies to the guided phase, to truth alone, and to ``anchor``."""
     self_class_power: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The same for the self-training phase. There it feeds back, rare classes growing at the expense of
-    others: on the toy world 0.8 ends in collapse."""
+    """The same for the self-training phase, where it feeds back: rare classes grow at the expense of others.
+    On the toy world, 0.8 ends in collapse."""
     anchor: Annotated[float, Field(ge=0)] = 0.0
-    """Adds so many times the guided phase's loss to that of self-training, which holds the student by its
-    teacher; 0 is off."""
+    """Weight of the guided phase's loss added in self-training, to anchor the student to its teacher; 0 is
+    off."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The student's guesses come from the running average of its weights, in evaluation mode, with this
-    decay per step; 0 takes them from the training pass itself, as the paper's code does."""
+    """Take the student's guesses from the running average of its weights, in evaluation mode, with this decay
+    per step; 0 takes them from the training pass, as the paper's code does."""
     freeze_batchnorm: bool = False
-    """In self-training, batch norms use and keep the statistics of the guided phase."""
+    """In self-training, freeze batch norm at the statistics of the guided phase."""
     loss_over: Literal["all", "valid"] = "all"
-    """The loss is the mean over ``all`` pixels, the ignored ones included, as in the paper's code, or over
-    the ``valid`` ones of all workers' batches."""
+    """Average the loss over ``all`` pixels including ignored ones, as the paper's code does, or over the
+    ``valid`` pixels of all workers."""
     drift_bound: Annotated[float, Field(gt=0, le=1)] = 0.25
-    """Self-training stops when the shares of the classes among the student's predictions have changed by
-    more than this since the end of the guided phase, 0 to 1, each class counting alike
+    """Stop self-training when the class shares of the student's predictions have changed by more than this
+    since the end of the guided phase, 0 to 1, all classes weighted equally
     (``pipeline.training.maskclip_plus.drift.relative_change``); 1 never stops."""
     drift_patience: Annotated[int, Field(ge=1)] = 20
-    """Steps in a row for which ``drift_bound`` must be passed."""
+    """Consecutive steps beyond ``drift_bound`` that stop it."""
     statistics_decay: Annotated[float, Field(ge=0, lt=1)] = 0.98
-    """Decay per step of the running averages behind thresholds and drift. They reach back some 1 /
-    (1 - decay) steps, which should hold every class often enough for its share to be steady."""
+    """Decay per step of the running averages behind thresholds and drift. Their window of about
+    1 / (1 - decay) steps should contain every class often enough for a stable share."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -123,7 +122,7 @@ class SelfTrainSettings(Settings):
             if self.self_train != NEVER:
                 raise self._wrong(
                     "self_train",
-                    "A student that never had a teacher would teach itself noise: begin with a guided phase.",
+                    "A student that never had a teacher would learn noise: begin with a guided phase.",
                 )
             return
         if self.guided[0] != 1:
@@ -140,7 +139,7 @@ class SelfTrainSettings(Settings):
             )
 
     def phase(self, step: int) -> Phase:
-        """The phase of a step, counted from 1."""
+        """The phase of a step; steps count from 1."""
         names: tuple[tuple[Phase, tuple[int, int]], ...] = (
             ("guided", self.guided),
             ("self", self.self_train),
@@ -151,10 +150,10 @@ class SelfTrainSettings(Settings):
         return "truth"
 
     def guessable_ids(self, num_classes: int) -> tuple[int, ...]:
-        """The guessable classes of C, ascending.
+        """Ids of the guessable classes, ascending.
 
         Raises:
-            MaskMillError: ``setting_invalid`` for an id that is no class.
+            MaskMillError: ``setting_invalid`` for an unknown class id.
         """
         if self.guessable is None:
             return tuple(range(num_classes))
@@ -167,35 +166,34 @@ class SelfTrainSettings(Settings):
 
 
 class MaskClipPlusRecipe(Recipe):
-    """How a label table becomes a student (MaskCLIP+, arXiv 2112.01071, section 3.4)."""
+    """How to train a student on a label table (MaskCLIP+, arXiv 2112.01071, section 3.4)."""
 
     student: StudentConfig = StudentConfig()
-    """The network; ``student.embed_dim`` is taken from the teacher's CLIP whatever it says."""
+    """The network; ``student.embed_dim`` is always replaced by that of the teacher's CLIP."""
     text: str = ""
-    """CLIP whose text tower classifies, ``NAME:PRETRAINED``; empty is the teacher's own."""
+    """CLIP whose text tower classifies, ``NAME:PRETRAINED``; empty takes the teacher's."""
     backbone_weights: str = "imagenet"
-    """What the backbone starts from: ``imagenet``, a file, or ``none``."""
+    """Initial weights of the backbone: ``imagenet``, a file, or ``none``."""
     augment: AugmentSettings = AugmentSettings()
-    """How crops are made."""
+    """How to augment and crop."""
     selftrain: SelfTrainSettings = SelfTrainSettings()
-    """What is learned from, when; ``selftrain.guessable`` follows from the unseen classes."""
+    """Which labels to learn from, and when; ``selftrain.guessable`` follows from the unseen classes."""
     loop: LoopSettings = LoopSettings(iterations=2000, batch_size=16)
     """Optimisation."""
     form: Literal["annotation-free", "zero-shot", "supervised"] = "annotation-free"
-    """All labels are guessed; the truth of the seen classes is given; or all truth is."""
+    """Whether all labels are guessed, the truth of the seen classes is given, or all truth is given."""
     unseen: tuple[str, ...] = ()
-    """Zero-shot: classes whose truth is withheld, by name; or the one name of a zero-shot split."""
+    """Zero-shot: names of the classes whose truth is withheld, or the name of one zero-shot split."""
     repeat_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Repeat images with a class that fewer than this share of the images hold (repeat-factor sampling); 0
-    is off."""
+    """Repeat images with a class that occurs in less than this share of the images (repeat-factor sampling);
+    0 is off."""
     min_quality: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Leave out images whose labels have a lower quality score."""
     void_from_truth: bool = False
-    """Annotation-free, but pixels that the truth ignores are left out, as the paper's code does; needs
-    truth."""
+    """Annotation-free, but ignore pixels that the truth ignores, as the paper's code does; needs truth."""
     keep_average: bool = False
-    """The student is the running average of its weights (``selftrain.ema_decay``), which is steadier;
-    otherwise the weights of the last step, as in the paper's code."""
+    """Keep the running average of the student's weights (``selftrain.ema_decay``), which is more stable, as
+    the result; otherwise the weights of the last step, as in the paper's code."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -223,7 +221,7 @@ class MaskClipPlusRecipe(Recipe):
         if self.student.learned_background and self.form == "annotation-free":
             raise WrongUse(
                 "setting_invalid",
-                "a learned background has no words that it could be guessed by.",
+                "a learned background has no words by which it could be guessed.",
                 "Train with truth for it (the other forms), or set learned_background=false.",
             )
         if selftrain.loss_over == "valid" and loop.accumulation > 1:
@@ -264,8 +262,8 @@ _COCO = MaskClipPlusRecipe(
     name="maskclip-plus-cocostuff171",
     loop=LoopSettings(iterations=8000, batch_size=16, checkpoint_every=1000),
 )
-# A toy: 128 px scenes, minutes on a CPU. Class weights and the anchor are what the toy world needs beyond the
-# paper: without weights the student forgets the small classes, and without the anchor it drifts.
+# A toy: 128 px scenes, minutes on a CPU. Beyond the paper, the toy world needs class weights, without which
+# the student forgets the small classes, and the anchor, without which it drifts.
 _TOY = MaskClipPlusRecipe(
     name="toy",
     keep_average=True,
@@ -303,7 +301,7 @@ MASKCLIP_PLUS_RECIPES = RecipeBook(
             loop=LoopSettings(iterations=20_000, batch_size=16),
         ),
         _CONTEXT,
-        # The paper's zero-shot setting on Context counts the background, which is learned as one vector.
+        # The paper's zero-shot setting on Context includes the background, learned as one vector.
         _CONTEXT.replace(
             name="maskclip-plus-context59-zero-shot",
             student=StudentConfig(decoder="deeplabv3plus", learned_background=True),

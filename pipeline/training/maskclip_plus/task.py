@@ -2,14 +2,13 @@
 
 Shapes: B batch, C classes, G guessable classes, S T pixels of a crop, h w grid.
 
-Two phases, both under one rule. Pixels marked ``GUESS``, and no others, get the best of the *guessable*
-classes; truth that is known stays; what gets no guess is ignored. In the guided phase the guesses are the
-teacher's: MaskCLIP's labels of the table, or of the frozen CLIP on the very crop. In the self-training phase
-they are the student's own.
+Both phases follow one rule: pixels marked ``GUESS``, and no others, get the best of the *guessable* classes;
+known truth stays; pixels without a guess are ignored. In the guided phase the teacher guesses: MaskCLIP's
+labels from the table, or the frozen CLIP on the crop. In the self-training phase the student guesses.
 
-Which phase a step is in depends on its number alone, so a resumed run goes on where it was. (The reference
-counts forward passes from the start of the process, and a resumed run of it repeats the guided phase.) Its
-ablation by distillation is not offered: as published it sends no gradient.
+The phase depends on the step number alone, so a resumed run continues in its phase. (The reference counts
+forward passes from the start of the process, so it repeats the guided phase when resumed.) The reference's
+distillation ablation is not implemented: as published it passes no gradient.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from models.clip.text import TextClassifier
 from models.errors import FailedWork, WrongUse
+from models.student.batchnorm import world_size
 from pipeline.training.loop.protocols import GUESS, IGNORED
 from pipeline.training.maskclip_plus.drift import DriftAlarm
 from pipeline.training.maskclip_plus.recipes import NEVER, Phase, SelfTrainSettings
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from models.maskclip import MaskClip
 
 _PHASE_NUMBERS: dict[Phase, float] = {"truth": 0.0, "guided": 1.0, "self": 2.0}
-_RAREST = 0.01  # of an even share: classes with less weigh as much as one with this
+_RAREST = 0.01  # of an even share: lower bound on class frequencies for class weights
 
 
 class Guesses(NamedTuple):
-    """One guess for every pixel, used or not.
+    """A guess for every pixel, used or not.
 
     Attributes:
-        classes: int64 (B, S, T), a class id, or negative where there is none.
+        classes: int64 (B, S, T), class ids, negative where there is no guess.
         confidence: float32 (B, S, T) in [0, 1].
     """
 
@@ -50,11 +50,12 @@ class Guesses(NamedTuple):
 
 
 def guessable_classifier(text: TextClassifier, classes: Sequence[int]) -> TextClassifier:
-    """The part of a classifier that an online teacher guesses with; key smoothing and prompt denoising then
-    see these classes only, as in the reference.
+    """Restrict a classifier to the guessable classes, for an online teacher.
+
+    Key smoothing and prompt denoising then see these classes only, as in the reference.
 
     Args:
-        text: of all classes with a name; with a learned background its class 0 is the student's class 1.
+        text: classifier of all named classes; with a learned background its class 0 is the student's class 1.
         classes: ids *in this classifier*, ascending.
 
     Returns:
@@ -68,17 +69,17 @@ def guessable_classifier(text: TextClassifier, classes: Sequence[int]) -> TextCl
 def training_labels(
     labels: Tensor, guesses: Guesses, limits: Tensor, *, overwrite_below: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The rule of both phases: which label every pixel is trained on.
+    """Merge truth and guesses into the labels to train on, by the rule of both phases.
 
     Args:
         labels: int (B, S, T): class ids, ``GUESS`` or ``IGNORED``.
         guesses: of the same size.
-        limits: float32 (C,): the confidence that a guess of each class must reach; infinite for classes that
-            must not be guessed.
-        overwrite_below: where the confidence is lower, even a known truth is ignored; 0 is off.
+        limits: float32 (C,): minimum confidence of a guess per class; infinite for classes that must not be
+            guessed.
+        overwrite_below: ignore even known truth where the confidence is lower; 0 is off.
 
     Returns:
-        Labels int64 (B, S, T), class ids or ``IGNORED``; and bool (B, S, T), the pixels that were guessed.
+        Labels int64 (B, S, T), class ids or ``IGNORED``; and bool (B, S, T), the guessed pixels.
     """
     classes = guesses.classes.clamp_min(0)
     guessed = (labels == GUESS) & (guesses.classes >= 0) & (guesses.confidence >= limits[classes])
@@ -90,27 +91,26 @@ def training_labels(
 
 
 class MaskClipPlus:
-    """The task that the training loop runs; see ``pipeline.training.loop.protocols.Task``.
+    """MaskCLIP+'s ``pipeline.training.loop.protocols.Task``.
 
-    Batches have the columns ``image`` uint8 (B, 3, S, T); ``labels`` (B, S, T), a class id (known truth),
-    ``GUESS`` or ``IGNORED``; and for a teacher in the table ``teacher`` (B, S, T), a class id or ``IGNORED``,
-    and ``confidence`` uint8 (B, S, T).
+    Batches have the columns ``image`` uint8 (B, 3, S, T); ``labels`` (B, S, T): class id (known truth),
+    ``GUESS`` or ``IGNORED``; and with a table as teacher, ``teacher`` (B, S, T): class id or ``IGNORED``, and
+    ``confidence`` uint8 (B, S, T).
 
-    Workers with a batch norm of their own would each have a running average of their own: synchronise it.
+    With several workers, synchronise batch norm; otherwise each worker has a different running average.
 
     Args:
         names: of the C classes, for messages.
-        settings: see there.
-        make_student: builds the student, such as ``models.student.deeplab.DeepLab``: uint8 images (B, 3, S,
-        T) to
-            logits (B, C, S, T) in fp32 or fp64.
-        make_teacher: builds the online teacher on a device. Its classes are the guessable ones, in ascending
-            order (``guessable_classifier``).
-        class_frequencies: C shares of the pixels, such as the teacher's labels of the whole table have; they
-            need not add up to 1. Needed for class weights.
+        settings: see ``SelfTrainSettings``.
+        make_student: builds the student, such as ``models.student.deeplab.DeepLab``, which maps uint8 images
+            (B, 3, S, T) to logits (B, C, S, T) in fp32 or fp64.
+        make_teacher: builds the online teacher on a device, with the guessable classes in ascending order
+            (``guessable_classifier``).
+        class_frequencies: C shares of the pixels, such as those of the teacher's labels in the whole table;
+            they need not sum to 1. Required for class weights.
 
     Raises:
-        MaskMillError: ``setting_invalid`` for settings that do not fit the classes or lack their partner.
+        MaskMillError: ``setting_invalid`` for settings that do not fit the classes or the other arguments.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class MaskClipPlus:
             "self": self._class_weights(settings.self_class_power, device),
         }
         counts = confidence_counts(*2 * (torch.zeros(0, dtype=torch.int64, device=device),), count)
-        # Of this step and worker; and of all steps and workers.
+        # Counts of this step and worker, and running averages over steps and workers.
         self._predicted, self._guessed = counts.clone(), counts.clone()
         self._running_predicted, self._running_guessed = counts.sum(1).double(), counts.double()
         return self._student
@@ -181,8 +181,8 @@ class MaskClipPlus:
         """See ``Task.loss``.
 
         Raises:
-            MaskMillError: ``training_failed`` if the batch knows the truth of a class that is to be guessed,
-                ``ontology_invalid`` for labels that are no class.
+            MaskMillError: ``training_failed`` if the batch contains the truth of a guessable class,
+                ``ontology_invalid`` for labels beyond the classes.
         """
         settings, phase = self.settings, self.settings.phase(step)
         images, labels = batch["image"], batch["labels"]
@@ -206,7 +206,7 @@ class MaskClipPlus:
         if own is not None and guesses is not None:
             counts = self._count(own, labels)
             self._predicted += counts
-            # Thresholds are those of who guesses in self-training; until then the student stands in for it.
+            # Thresholds follow whoever guesses in self-training; until then, the student's predictions.
             self._guessed += counts if phase == "guided" or guesses is own else self._count(guesses, labels)
         value, targets, guessed = self._cross_entropy(logits, labels, guesses, phase)
         if phase == "self" and taught is not None:
@@ -217,7 +217,7 @@ class MaskClipPlus:
         """See ``Task.after_step``.
 
         Raises:
-            MaskMillError: ``self_training_collapsed``, in all workers at once.
+            MaskMillError: ``self_training_collapsed``, in all workers alike.
         """
         settings, phase = self.settings, self.settings.phase(step)
         if self.averaged is not None:
@@ -239,7 +239,7 @@ class MaskClipPlus:
             self._alarm.check(step, self._running_predicted)
 
     def milestones(self) -> Sequence[int]:
-        """See ``Task.milestones``: the last steps of phases that end."""
+        """See ``Task.milestones``: the last step of each phase that ends."""
         return [last for _, last in (self.settings.guided, self.settings.self_train) if last != -1]
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,15 +257,15 @@ class MaskClipPlus:
         """See ``Task.load_state_dict``.
 
         Raises:
-            MaskMillError: ``weights_do_not_fit`` if it was written with other classes, or without the
-                running average that the settings want.
+            MaskMillError: ``weights_do_not_fit`` if it was written with other classes, or without a required
+                running average.
         """
         fits = state["guessed"].shape == self._running_guessed.shape
         if not fits or (self.averaged is not None and "averaged" not in state):
             raise WrongUse(
                 "weights_do_not_fit",
                 "The checkpoint was written with other classes or without a running average (ema_decay).",
-                "Go on with the settings that the run was started with, or begin a new run.",
+                "Use the settings that the run was started with, or start a new run.",
             )
         self._running_predicted.copy_(state["predicted"])
         self._running_guessed.copy_(state["guessed"])
@@ -276,7 +276,7 @@ class MaskClipPlus:
     # --- guesses ----------------------------------------------------------------------------------------
 
     def _best_guess(self, logits: Tensor) -> Guesses:
-        """The best guessable class of logits (B, C, S, T), with its probability among these classes."""
+        """The best guessable class of logits (B, C, S, T), and its probability among these classes."""
         if len(self._guessable_ids) < len(self._names):
             logits = logits[:, self._guessable]
         best, index = logits.max(1)
@@ -291,7 +291,7 @@ class MaskClipPlus:
             scores = F.interpolate(scores, images.shape[-2:], mode="bilinear", align_corners=False)
             best, index = scores.max(1)
             temperature = self._teacher.confidence_temperature
-            if temperature is None:  # key smoothing: a share, as in models.labelmap
+            if temperature is None:  # key smoothing: share of the scores, as in models.labelmap
                 confidence = best.clamp_min(0) / scores.clamp_min(0).sum(1).clamp_min(1e-30)
             else:
                 confidence = (temperature * best - (temperature * scores).logsumexp(1)).exp()
@@ -302,7 +302,7 @@ class MaskClipPlus:
         return confidence_counts(guesses.classes[pixels], guesses.confidence[pixels], len(self._names))
 
     def _limits(self, phase: Phase) -> Tensor:
-        """(C,) what a guess must reach; infinite for classes that are not guessed."""
+        """Minimum confidence of a guess (C,); infinite for classes that are not guessable."""
         settings = self.settings
         if phase == "self":
             limits = class_thresholds(
@@ -337,7 +337,7 @@ class MaskClipPlus:
     def _cross_entropy(
         self, logits: Tensor, labels: Tensor, guesses: Guesses | None, phase: Phase
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, the labels it was computed on, and which of them were guessed."""
+        """Loss, the labels it was computed on, and which of these were guessed."""
         settings = self.settings
         if guesses is None:
             guessed = torch.zeros_like(labels, dtype=torch.bool)
@@ -362,12 +362,12 @@ class MaskClipPlus:
             losses = torch.where(guessed, losses * guesses.confidence, losses)
         if settings.loss_over == "all":
             return losses.mean(), targets, guessed
-        # The loop takes the mean over workers, so each divides by the mean count of valid pixels.
-        valid = _summed((targets != IGNORED).sum().double()) / _workers()
+        # The loop averages over workers, so divide by the mean count of valid pixels.
+        valid = _summed((targets != IGNORED).sum().double()) / world_size()
         return losses.sum() / valid.clamp_min(1).to(losses.dtype), targets, guessed
 
     def _class_weights(self, power: float, device: torch.device) -> Tensor | None:
-        """(C,) frequency ** -power, scaled to a mean of 1 over the pixels; None if all are 1."""
+        """Class weights (C,): frequency ** -power with a mean of 1 over the pixels; None if power is 0."""
         if power == 0:
             return None
         shares = torch.tensor(self._frequencies, dtype=torch.float64)
@@ -404,9 +404,9 @@ class MaskClipPlus:
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
-        """Follow the student: its parameters and the statistics of its batch norms.
+        """Update the running average of the student's parameters and batch norm statistics.
 
-        Early on the decay is lower, or the random weights of the beginning would stay for long.
+        The decay is lower early on, so that the random initial weights fade quickly.
         """
         assert self.averaged is not None
         weight = 1 - min(self.settings.ema_decay, (1 + step) / (10 + step))
@@ -420,16 +420,12 @@ class MaskClipPlus:
 
 def _freeze_batchnorm(module: nn.Module) -> None:
     for part in module.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+        if isinstance(part, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
             part.eval()
 
 
-def _workers() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def _summed(values: Tensor) -> Tensor:
-    """The sum over all workers, in each of them; the argument may be used up."""
-    if _workers() > 1:
+    """Sum over all workers, in place."""
+    if world_size() > 1:
         dist.all_reduce(values)
     return values

@@ -1,8 +1,8 @@
-"""Training crops: random scale, crop, flip and colours, as the loader of MaskCLIP+'s reference makes them.
+"""Training crops with random scale, crop, flip and colours, as in MaskCLIP+'s reference.
 
 Everything is a function of its arguments and an explicit random generator: the same generator state gives the
-same bytes. Images are uint8 RGB (H, W, 3); maps are (H, W) arrays of ids, confidences and the like, which
-share the image's geometry and never get a value that was not there or is not their filling.
+same bytes. Images are uint8 RGB (H, W, 3). Maps are (H, W) arrays of ids, confidences and the like; they
+follow the image's geometry without interpolation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Map = npt.NDArray[Any]
 Box = tuple[int, int, int, int]
 
 MEAN_COLOUR: Final = (124, 116, 104)
-"""What padding is filled with: ImageNet's mean, hence 0 after normalisation."""
+"""Padding colour: ImageNet's mean, which is 0 after normalisation."""
 
 _REDRAWS = 10
 _BRIGHTNESS = 32.0
@@ -33,26 +33,25 @@ _HUE = 18  # of OpenCV's 180 steps
 
 
 class AugmentSettings(Settings):
-    """How a training crop is made."""
+    """How to augment and crop."""
 
     scale: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (2048, 512)
-    """Two numbers of pixels that the image is made to fit, whichever way round, times the ratio."""
+    """Long and short side in pixels, in either order, to fit the image into, times the random ratio."""
     ratio_range: tuple[float, float] = (0.5, 2.0)
-    """Least and greatest factor on ``scale``; one is drawn uniformly for each sample."""
+    """Minimum and maximum factor on ``scale``, drawn uniformly per sample."""
     crop: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (512, 512)
     """(height, width) of the result in pixels; smaller images are padded at the right and the bottom."""
     max_category_share: Annotated[float, Field(gt=0, le=1)] = 0.75
-    """A crop in which one class has this share of the counted pixels, or more, or in which there is only
-    one class, is drawn again, up to 10 times; 1 takes the first crop."""
+    """Redraw a crop, up to 10 times, if one class has at least this share of the counted pixels or is the
+    only one; 1 takes the first crop."""
     guess_is_category: bool = False
-    """Count pixels to be guessed as if they were a class of their own. That is a slip of the reference:
-    without annotation every pixel is to be guessed, all redraws fail, and the crop is as good as unchecked.
-    If False such pixels don't count, and where a crop has no known pixel the teacher's classes are counted
-    instead."""
+    """Count pixels to be guessed as a class. This is a bug of the reference: without annotation every pixel
+    is to be guessed, so every redraw fails and crops are effectively unchecked. If False, such pixels do not
+    count, and in a crop without known pixels the teacher's classes are counted instead."""
     flip: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Probability of a horizontal flip."""
     photometric: bool = True
-    """Whether brightness, contrast, saturation and hue are changed."""
+    """Vary brightness, contrast, saturation and hue."""
 
     @field_validator("ratio_range")
     @classmethod
@@ -71,20 +70,18 @@ def augment(
     rng: np.random.Generator,
     categories: Sequence[str] = (),
 ) -> tuple[Image, dict[str, Map]]:
-    """Scale, crop, flip, recolour and pad one image, and its maps in the same way.
+    """Scale, crop, flip, recolour and pad an image, and its maps in the same way.
 
     Args:
         image: uint8 (H, W, 3) RGB.
         maps: (H, W) each, by name.
-        fill: per map the value of padding.
-        settings: what may happen.
-        rng: decides what happens.
-        categories: names of the maps by which crops are judged (``settings.max_category_share``): the first,
-            and the others in turn for crops of which those before know nothing. Class ids are >= 0; ``GUESS``
-            is as the settings say; other negative numbers don't count. None: every crop is good.
+        fill: padding value of each map.
+        categories: names of the maps that judge crops (``settings.max_category_share``); later ones are only
+            used if earlier ones have no counted pixel in the crop. Class ids are >= 0; the settings decide on
+            ``GUESS``; other negative values do not count. Without any, every crop is accepted.
 
     Returns:
-        uint8 (crop height, crop width, 3), and the maps at that size with their own dtypes.
+        uint8 (crop height, crop width, 3), and the maps at that size with unchanged dtypes.
     """
     image, scaled = random_resize(image, maps, settings.scale, settings.ratio_range, rng)
     box = choose_crop([scaled[name] for name in categories], image.shape[:2], settings, rng)
@@ -108,9 +105,9 @@ def random_resize(
     ratio_range: tuple[float, float],
     rng: np.random.Generator,
 ) -> tuple[Image, dict[str, Map]]:
-    """Fit image and maps into ``scale`` times a random ratio, their aspect kept: bilinear, maps nearest."""
+    """Fit image (bilinear) and maps (nearest) into ``scale`` times a random ratio, keeping the aspect."""
     ratio = rng.uniform(*ratio_range)
-    # The reference cuts the scaled numbers off before it fits the image in.
+    # Like the reference, truncate the scaled sides before fitting.
     long, short = (max(1, int(side * ratio)) for side in scale)
     height, width = target_size(*image.shape[:2], scale=(long, short))
     resized = {
@@ -123,10 +120,10 @@ def random_resize(
 def choose_crop(
     judged: Sequence[Map], size: tuple[int, ...], settings: AugmentSettings, rng: np.random.Generator
 ) -> Box:
-    """A crop, drawn again up to 10 times while ``is_varied`` says no; the last draw is taken as it is.
+    """Draw a crop, up to 10 times more until ``is_varied`` accepts it; the last draw is not checked.
 
     Returns:
-        top, left, bottom, right; at most ``settings.crop`` large, within the image of ``size``.
+        top, left, bottom, right: at most ``settings.crop`` large, within the image of ``size``.
     """
     box = _random_box(size, settings.crop, rng)
     if not judged or settings.max_category_share >= 1:
@@ -141,7 +138,7 @@ def choose_crop(
 
 
 def is_varied(judged: Sequence[Map], max_share: float, *, guess_is_category: bool) -> bool:
-    """Whether several classes are in a crop, none with ``max_share`` of the counted pixels or more.
+    """Whether a crop has several classes, all below ``max_share`` of the counted pixels.
 
     Args:
         judged: maps of the crop; the first with any counted pixel decides.
@@ -167,12 +164,11 @@ def photometric_distortion(image: Image, rng: np.random.Generator) -> Image:
     """Change brightness, contrast, saturation and hue, each with probability 1/2, as mmsegmentation does.
 
     Brightness by up to 32 of 255; contrast and saturation by a factor of 0.5 to 1.5; hue by -18 to 17 of
-    OpenCV's 180 steps. Contrast comes before saturation and hue or after them, with probability 1/2 each.
-    Every step rounds to uint8 (towards 0), as there.
+    OpenCV's 180 steps. Contrast comes before or after saturation and hue, with probability 1/2 each. Every
+    step truncates to uint8, as in mmsegmentation.
 
     Args:
         image: uint8 (H, W, 3) RGB; not changed.
-        rng: decides.
     """
     if _coin(rng):
         image = _mapped(image, beta=rng.uniform(-_BRIGHTNESS, _BRIGHTNESS))
@@ -201,13 +197,13 @@ def _coin(rng: np.random.Generator) -> bool:
 
 
 def _mapped(values: Image, *, alpha: float = 1.0, beta: float = 0.0) -> Image:
-    """``values * alpha + beta``, cut off at 0 and 255; by table, for there are only 256 values."""
+    """Compute ``values * alpha + beta`` clipped to 0..255, by lookup table."""
     table = np.clip(np.arange(256, dtype=np.float32) * np.float32(alpha) + np.float32(beta), 0, 255)
     return np.asarray(cv2.LUT(np.ascontiguousarray(values), table.astype(np.uint8)), dtype=np.uint8)
 
 
 def pad(values: npt.NDArray[Any], size: tuple[int, int], fill: int | Sequence[int]) -> npt.NDArray[Any]:
-    """``values`` (H, W, ...) in the upper left of an array of ``size``, the rest filled; always a copy."""
+    """Pad ``values`` (H, W, ...) to ``size`` at the bottom and right; always a copy."""
     height, width = values.shape[:2]
     out = np.empty((*size, *values.shape[2:]), values.dtype)
     out[:height, :width] = values
