@@ -1,10 +1,9 @@
 """Training samples from a label table: images, the teacher's labels, and truth where a method may know it.
 
-An index of the table (no pixels) is made once and travels to every loader; images, masks and confidences are
-read sample by sample. A table is a set of Parquet files, its *parts*, of which only whole columns can be
-read, so the order of an epoch is shuffled in windows: the parts are shuffled, and rows are shuffled within as
-many of them as a loader can hold (``WINDOW_BYTES``). A loader thus reads a part once per epoch, not once per
-row.
+An index of the table (no pixels) is built once and sent to every loader; images, masks and confidences are
+read per sample. A table is a set of Parquet files, its *parts*, which can only be read column by column, so
+an epoch is shuffled in windows: the parts are shuffled, then the rows of as many parts as a loader can cache
+(``WINDOW_BYTES``). A loader thus reads a part once per epoch, not once per row.
 
 Shapes: C classes of the training ontology, N images, S T sides of a crop.
 """
@@ -37,7 +36,7 @@ from pipeline.training.loop.protocols import GUESS, IGNORED, Sample
 from pipeline.training.samples.augment import MEAN_COLOUR, AugmentSettings, augment
 
 WINDOW_BYTES = 96 << 20
-"""Masks and confidences, as stored, among which rows are shuffled. A loader keeps twice as much."""
+"""Stored size of the masks and confidences of one shuffling window. A loader caches twice as much."""
 
 _MANIFESTS = "manifest"
 _READERS = 16
@@ -49,20 +48,20 @@ _Ids = npt.NDArray[np.int32]
 class TableSamples:
     """``pipeline.training.loop.protocols.Samples`` over a label table; see ``open_table_samples``.
 
-    Columns of a sample: ``image`` uint8 (3, S, T) RGB; ``labels`` int32 (S, T): a class id that is known,
-    ``GUESS`` or ``IGNORED``; ``teacher`` int32 (S, T): the table's class where it may be guessed, else
-    ``IGNORED``; ``confidence`` uint8 (S, T): the table's; ``id`` int64 (): of the table's row.
+    Columns of a sample: ``image`` uint8 (3, S, T) RGB; ``labels`` int32 (S, T): known class id, ``GUESS`` or
+    ``IGNORED``; ``teacher`` int32 (S, T): the table's class if it may be guessed, else ``IGNORED``;
+    ``confidence`` uint8 (S, T): from the table; ``id`` int64 (): of the table's row.
 
     Attributes:
-        augment: how crops are made.
+        augment: how to augment and crop.
         num_classes: C.
         hidden: bool (C,): classes whose truth must not be seen.
-        left_out: rows of the table that are no samples, by reason.
-        storage: of the table.
-        parts: names of its files.
-        part: int32 (N,), ascending: the file that each sample is in.
-        row: int32 (N,): its row there.
-        teacher: int32: ids of the table → ids of the training, ``IGNORED`` where they may not be guessed.
+        left_out: number of rows that are not used, by reason.
+        storage: of the table's parts.
+        parts: names of the parts.
+        part: int32 (N,), ascending: part of each sample.
+        row: int32 (N,): row of each sample in its part.
+        teacher: int32: maps the table's ids to training ids, ``IGNORED`` if they may not be guessed.
     """
 
     augment: AugmentSettings
@@ -86,18 +85,18 @@ class TableSamples:
 
     @property
     def num_images(self) -> int:
-        """N, the number of different samples."""
+        """N, the number of distinct samples."""
         return len(self.part)
 
     def class_frequencies(self) -> npt.NDArray[np.float64]:
-        """Share of each class in the labels that the teacher gave: (C,), its sum 1, or 0 without any."""
+        """Share of each class in the teacher's labels: (C,), with sum 1, or 0 if there are none."""
         return np.asarray(self._pixels / max(int(self._pixels.sum()), 1), dtype=np.float64)
 
     def order(self, epoch: int, seed: int) -> npt.NDArray[np.int64]:
         """Indices of one epoch; see ``Samples.order``.
 
-        Where classes are balanced, an image with repeat factor r comes r times on average: the whole part of
-        r in each epoch, and once more with the probability of the rest.
+        With repeat-factor sampling, an image with factor r occurs floor(r) times per epoch, and once more
+        with probability r - floor(r).
         """
         rng = np.random.default_rng((seed, epoch))
         if self._repeats is None:
@@ -124,8 +123,7 @@ class TableSamples:
 
         Raises:
             MaskMillError: a code of ``pipeline.files.images.ERROR_CODES``; ``image_invalid`` if the image is
-                not the one that was labelled; ``table_damaged``; ``mask_invalid``; what reading the truth
-                raises.
+                not the one that was labelled; ``table_damaged``; ``mask_invalid``; errors of reading truth.
         """
         row = self.read_row(index)
         image = self.read_image(index, row)
@@ -159,7 +157,7 @@ class TableSamples:
         }
 
     def blank(self) -> Sample:
-        """A sample of which every pixel is ignored; its ``id`` is -1."""
+        """A sample whose pixels are all ignored; its ``id`` is -1."""
         size = self.augment.crop
         colour = np.array(MEAN_COLOUR, np.uint8)[:, None, None]
         return {
@@ -171,13 +169,18 @@ class TableSamples:
         }
 
     def _check(self, labels: npt.NDArray[Any]) -> None:
-        """No truth of a hidden class gets out of here, whatever happened before."""
+        """Last guard: no truth of a hidden class leaves this module."""
         known = labels[labels >= 0]
         if self.hidden[known].any():
             raise RuntimeError(f"truth of hidden classes in a sample: {np.unique(known[self.hidden[known]])}")
 
     def read_image(self, index: int, row: dict[str, Any]) -> npt.NDArray[np.uint8]:
-        """The image of a row, uint8 (H, W, 3) RGB; raises ``image_invalid`` and those of ``images.fetch``."""
+        """Read the image of a row, uint8 (H, W, 3) RGB.
+
+        Raises:
+            MaskMillError: ``image_invalid`` if its bytes have changed; errors of ``images.fetch`` and
+                ``images.decode``.
+        """
         start, length = (0, -1) if self._ranges is None else self._ranges[index].tolist()
         try:
             data = images.fetch(row["uri"], start=max(start, 0), length=None if length < 0 else length)
@@ -194,7 +197,11 @@ class TableSamples:
             ) from error
 
     def read_row(self, index: int) -> dict[str, Any]:
-        """The columns id, uri, sha256, mask and confidence of a sample's row; raises ``table_damaged``."""
+        """Read id, uri, sha256, mask and confidence of a sample.
+
+        Raises:
+            MaskMillError: ``table_damaged``.
+        """
         table = self._cache(self.parts[self.part[index]])
         row = int(self.row[index])
         return {name: table[name][row].as_py() for name in table.column_names}
@@ -211,7 +218,7 @@ class TableSamples:
 
 
 class _PartCache:
-    """The latest used parts of a table, up to a number of bytes, and never less than one."""
+    """LRU cache of a table's parts, limited in bytes; always holds at least one part."""
 
     def __init__(self, storage: Storage, capacity: int) -> None:
         self._storage, self._capacity = storage, capacity
@@ -219,7 +226,7 @@ class _PartCache:
         self.reads = 0
 
     def __call__(self, part: str) -> pa.Table:
-        """Columns id, uri, sha256, and bytes as mask and confidence.
+        """Return the part's columns id, uri, sha256, mask and confidence, the last two as bytes.
 
         Raises:
             MaskMillError: ``table_damaged``.
@@ -275,36 +282,36 @@ def open_table_samples(
 ) -> TableSamples:
     """Index a label table for training.
 
-    What is known of a pixel, and what is to be guessed, depends on what is given:
+    The arguments decide which pixels are known and which are to be guessed:
 
     - no truth: everything is to be guessed (annotation-free);
-    - truth and ``void_from_truth``: the same, but pixels that the truth ignores are ignored, as the
-      reference does;
-    - truth and ``unseen_ids``: the truth of the other classes is known, that of the unseen ones is to be
-      guessed (zero-shot, transductive);
-    - truth alone: all truth is known (supervised).
+    - truth and ``void_from_truth``: the same, but pixels that the truth ignores are ignored, as in the
+      reference;
+    - truth and ``unseen_ids``: the unseen classes are to be guessed, the others are known (zero-shot,
+      transductive);
+    - truth alone: everything is known (supervised).
 
-    Classes of table, truth and training are matched by name, and the table's by synonyms too. What the
-    training ontology lacks becomes ``IGNORED``; classes that the table or the truth lacks are allowed.
+    Classes of table, truth and training are matched by name, those of the table also by synonym. Classes
+    missing from the training ontology become ``IGNORED``; table and truth may lack classes.
 
     Args:
         table: output of a labelling run: a path or URI.
-        ontology: of the training; its ids are those of the samples.
-        augment: how crops are made.
-        truth: label maps of the table's images, found by URI or file name as ``maskmill evaluate`` does;
-            rows without truth are left out.
+        ontology: training classes; samples use its ids.
+        augment: how to augment and crop.
+        truth: label maps of the table's images, matched by URI or file name as in ``maskmill evaluate``; rows
+            without truth are left out.
         unseen_ids: classes whose truth is never used.
-        guessable: classes that the teacher may give; by default the unseen ones, or all without truth.
-        repeat_threshold: t of repeat-factor sampling (Gupta et al., "LVIS", 2019): an image comes
-            max(1, sqrt(t / f)) times an epoch on average, f the share of images with the rarest of its
-            classes, by the teacher's labels where they may be guessed and by truth where it is known (which
-            reads all truth once); 0 takes each image once.
-        min_quality: least quality score of rows that are used, in [0, 1].
+        guessable: classes that the teacher may predict; default: the unseen ones, or all without truth.
+        repeat_threshold: t of repeat-factor sampling (Gupta et al., "LVIS", 2019): an image occurs
+            max(1, sqrt(t / f)) times per epoch on average, where f is the share of images with the rarest of
+            its classes, by the teacher's labels for guessable classes and by truth for known ones (which
+            reads all truth once); 0 uses each image once.
+        min_quality: minimum quality score of a row, in [0, 1].
         void_from_truth: see above.
 
     Raises:
         MaskMillError: ``table_damaged``; ``classes_differ`` if table or truth share no class with the
-            training; ``image_invalid`` as ``pipeline.evaluation.tables.plan``; ``wrong_use``;
+            training; ``image_invalid`` from ``pipeline.evaluation.tables.plan``; ``wrong_use``;
             ``training_data_empty`` if no row is left.
     """
     count = ontology.num_classes
@@ -313,7 +320,7 @@ def open_table_samples(
     known = Ontology.from_record(record["ontology"], origin=root.uri_of(DATASET_FILE))
     teacher = class_ids(known.names, ontology, known.ignore_index, words=known.prompts())
     if may_guess.any() and not np.isin(teacher, np.flatnonzero(may_guess)).any():
-        raise _strangers(f"the labels in {root.uri}", known.names, ontology, may_guess)
+        raise _no_common_class(f"the labels in {root.uri}", known.names, ontology, may_guess)
     pixels_of = teacher
     teacher = np.where((teacher >= 0) & may_guess[np.maximum(teacher, 0)], teacher, IGNORED).astype(np.int32)
 
@@ -327,7 +334,7 @@ def open_table_samples(
         raise WrongUse(
             "training_data_empty",
             f"No row of {root.uri} can be trained on: {reasons or 'it has none'}.",
-            "Label more images, ask less of them (min_quality), or give the truth of these images.",
+            "Label more images, lower min_quality, or give the truth of these images.",
         )
     ids = np.concatenate(rows.ids)
     samples = () if work is None else tuple(work.samples[row_id] for row_id in ids.tolist())
@@ -335,7 +342,7 @@ def open_table_samples(
     if truth is not None:
         true = class_ids(truth.class_names, ontology, truth.ignore_index)
         if (true < 0).all():
-            raise _strangers(f"the truth of {truth.name}", truth.class_names, ontology)
+            raise _no_common_class(f"the truth of {truth.name}", truth.class_names, ontology)
         marked = set(true.tolist())
         unmarked = [
             name for number, name in enumerate(ontology.names) if hidden[number] and number not in marked
@@ -380,10 +387,10 @@ def open_table_samples(
 def repeat_factors(
     pairs: npt.NDArray[np.integer[Any]], num_images: int, num_classes: int, threshold: float
 ) -> npt.NDArray[np.float32]:
-    """Repeat factors of Gupta et al. (2019), appendix B: max over the image's classes of sqrt(t / f), or 1.
+    """Repeat factors of Gupta et al. (2019), appendix B: maximum of 1 and sqrt(t / f) of the image's classes.
 
     Args:
-        pairs: (n, 2): image and class that is in it, each pair once.
+        pairs: (n, 2): image and a class in it, each pair once.
         num_images: N.
         num_classes: C.
         threshold: t, the share of images below which a class is repeated.
@@ -401,7 +408,7 @@ def repeat_factors(
 def _roles(
     count: int, truth: bool, unseen: Sequence[int], guessable: Sequence[int] | None, void: bool
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Which of C classes are hidden, and which may be guessed."""
+    """Which classes are hidden and which may be guessed: two bool (C,)."""
 
     def marked(ids: Sequence[int]) -> npt.NDArray[np.bool_]:
         if ids and not 0 <= min(ids) <= max(ids) < count:
@@ -413,7 +420,7 @@ def _roles(
     if (unseen or void) and not truth:
         raise WrongUse(
             "wrong_use",
-            "Unseen classes and void pixels are those of a truth.",
+            "Unseen classes and void pixels need truth.",
             "Give the truth as well.",
         )
     if unseen and void:
@@ -427,7 +434,7 @@ def _roles(
 
 
 def _open(table: str) -> tuple[Storage, Storage, list[str], dict[str, Any]]:
-    """Root of a label table, the folder of its parts, their names, and its record."""
+    """Open a label table: its root, the storage of its parts, their names, and its record."""
     root = open_storage(table)
     storage, parts = table_files(root)
     record: dict[str, Any] | None = root.read_json(DATASET_FILE, None)
@@ -444,19 +451,19 @@ def _open(table: str) -> tuple[Storage, Storage, list[str], dict[str, Any]]:
 def class_ids(
     names: Sequence[str], ontology: Ontology, ignore_index: int, words: Sequence[Sequence[str]] = ()
 ) -> _Ids:
-    """By id in a file: the id in ``ontology``, or ``IGNORED``.
+    """Lookup table from the ids of a file to those of ``ontology``, or ``IGNORED``.
 
     Args:
-        names: by id in the file.
-        ontology: to which ids are wanted.
+        names: class names by id in the file.
+        ontology: target of the mapping.
         ignore_index: of the file.
-        words: by id in the file: name and synonyms.
+        words: name and synonyms by id in the file.
     """
     own = {name.casefold(): number for number, name in enumerate(ontology.names)}
     synonyms = {
         word.casefold(): number for number, prompts in enumerate(ontology.prompts()) for word in prompts
     }
-    # Any value of a mask has a place: one that is no class is ignored.
+    # Cover every value of a mask; values that are not a class are ignored.
     lookup = np.full(max(256, len(names), ignore_index + 1), IGNORED, np.int32)
     for number, name in enumerate(names):
         found = own.get(name.casefold())
@@ -467,7 +474,7 @@ def class_ids(
     return lookup
 
 
-def _strangers(
+def _no_common_class(
     what: str, names: Sequence[str], ontology: Ontology, wanted: npt.NDArray[np.bool_] | None = None
 ) -> MaskMillError:
     asked = [name for number, name in enumerate(ontology.names) if wanted is None or wanted[number]]
@@ -479,7 +486,7 @@ def _strangers(
 
 
 class _Rows:
-    """The index of a table as it grows, part by part."""
+    """Builds the index of a table, part by part."""
 
     def __init__(self, num_classes: int) -> None:
         self.ids: list[npt.NDArray[np.int64]] = []
@@ -500,7 +507,7 @@ class _Rows:
         min_quality: float,
         joined: dict[int, base.Sample] | None,
     ) -> None:
-        """Take in a part: the rows that can be trained on."""
+        """Add the usable rows of a part."""
         table, size = found
         self.part_bytes.append(size)
         ids = table["id"].to_numpy()
@@ -532,12 +539,12 @@ class _Rows:
         self.kept += len(rows)
 
     def present(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Image and class of everything that the teacher saw."""
+        """Image and class of every segment that the teacher found."""
         return np.concatenate(self._image), np.concatenate(self._class)
 
 
 def read_index(storage: Storage, part: str) -> tuple[pa.Table, int]:
-    """What the index needs of a part, and the bytes of its masks and confidences as stored."""
+    """Read the index columns of a part, and the stored size of its masks and confidences in bytes."""
     with _opened(storage, part) as file:
         lacking = {"id", "uri", "sha256", "status", "mask", "confidence", "segments", "quality"} - set(
             file.schema_arrow.names
@@ -558,7 +565,7 @@ def read_index(storage: Storage, part: str) -> tuple[pa.Table, int]:
 
 
 def _true_classes(dataset: base.Dataset, samples: Sequence[base.Sample], true: _Ids) -> npt.NDArray[np.int64]:
-    """(n, 2): image and class that its truth shows, hidden ones left out."""
+    """Image and class of everything in the truth, without hidden classes: (n, 2)."""
 
     def classes(sample: base.Sample) -> npt.NDArray[np.int64]:
         found = np.unique(true[np.flatnonzero(np.bincount(dataset.truth(sample).ravel()))])
@@ -571,7 +578,7 @@ def _true_classes(dataset: base.Dataset, samples: Sequence[base.Sample], true: _
 
 
 def _byte_ranges(root: Storage, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
-    """(N, 2): offset and length of images within larger files, from the manifests kept beside the table."""
+    """Offset and length (N, 2) of images within larger files, from the manifests next to the table."""
     wanted = ["id", "offset", "length"]
     ranges = None
     filesystem = root.arrow_filesystem()
