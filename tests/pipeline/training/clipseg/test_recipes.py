@@ -1,4 +1,4 @@
-"""Recipes of CLIPSeg's training against the authors' experiment files, and the data that their words mean."""
+"""CLIPSeg recipes against the authors' experiment files, and how their settings select data."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_samples_are_the_papers(
 
 
 @pytest.mark.parametrize("name", CLIPSEG_RECIPES.recipes)
-def test_recipes_survive_their_record(name: str) -> None:
+def test_recipes_round_trip(name: str) -> None:
     recipe = CLIPSEG_RECIPES.load(name)
     again = CLIPSEG_RECIPES.from_dict(recipe.to_dict())
     assert again == recipe and again.hash == recipe.hash
@@ -116,7 +116,7 @@ def test_a_baseline_has_no_start() -> None:
     assert error.value.code == "recipe_invalid"
 
 
-# --- words for data -----------------------------------------------------------------------------------------
+# --- selection of data --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fold", range(4))
@@ -131,7 +131,7 @@ def test_a_fold_trains_on_the_other_folds(benchmark: str, fold: int) -> None:
 @pytest.mark.parametrize(
     ("unseen", "phrase", "dropped"),
     [
-        (("pascal5i:0",), "white sparrows", True),  # WordNet knows that a sparrow is a bird
+        (("pascal5i:0",), "white sparrows", True),  # in WordNet, a sparrow is a bird
         (("pascal5i:0",), "brown horse", False),
         (("pascal5i:2",), "brown horse", True),
         (("pascal-unseen10",), "black cat", True),
@@ -145,9 +145,7 @@ def test_a_fold_trains_on_the_other_folds(benchmark: str, fold: int) -> None:
         ((), "anything", False),
     ],
 )
-def test_phrases_that_name_the_unseen_are_dropped(
-    unseen: tuple[str, ...], phrase: str, dropped: bool
-) -> None:
+def test_phrases_that_name_unseen_classes_match(unseen: tuple[str, ...], phrase: str, dropped: bool) -> None:
     assert unseen_phrases(unseen)(phrase) is dropped
 
 
@@ -199,7 +197,7 @@ def test_unseen_classes_are_learnt_from_labels_and_the_others_from_truth(table: 
         assert example.weight is not None and example.weight.max() < 1
 
 
-def test_truth_and_labels_need_classes_to_be_learnt_from_labels(table: str) -> None:
+def test_truth_with_labels_needs_unseen_classes(table: str) -> None:
     with pytest.raises(MaskMillError) as error:
         open_source(SourceSettings(), labels=table, dataset=open_toyworld(count=1))
     assert error.value.code == "wrong_use" and "--unseen" in error.value.remedy

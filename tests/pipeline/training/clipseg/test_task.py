@@ -1,4 +1,4 @@
-"""CLIPSeg's training task: its loss against arithmetic by hand, what is trained, what it starts from."""
+"""CLIPSeg's training task: its loss against manual arithmetic, what it trains, what it starts from."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _batch(texts: list[str], shares: list[float], *, seed: int = 0) -> dict[str,
 TEXTS, SHARES = ["a red ladybug", "grass", "a zebra", "grass"], [1.0, 0.0, 0.25, 1.0]
 
 
-def test_loss_is_the_weighted_mean_of_what_the_model_itself_says(clip: Clip, task: ClipSegTask) -> None:
+def test_loss_is_the_weighted_mean_over_the_model_s_logits(clip: Clip, task: ClipSegTask) -> None:
     batch = _batch(TEXTS, SHARES)
     loss, figures = task.loss(task.model.decoder, batch, 1)
     # One sample at a time, conditional and logits through the public interface of models.clipseg.decoder.
@@ -94,11 +94,11 @@ def test_loss_of_a_batch_is_the_mean_of_its_parts(task: ClipSegTask) -> None:
     assert whole.item() == pytest.approx(torch.stack(parts).mean().item(), rel=1e-5)
 
 
-def test_phrases_of_one_image_share_a_run_of_the_tower(
+def test_consecutive_phrases_of_an_image_share_its_encoding(
     task: ClipSegTask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch = _batch(TEXTS, SHARES)
-    batch["image"] = batch["image"][[0, 0, 1, 0]]  # the last is the first again, but not next to it
+    batch["image"] = batch["image"][[0, 0, 1, 0]]  # the last equals the first, but not its neighbour
     alone = [
         task.loss(task.model.decoder, {name: column[row : row + 1] for name, column in batch.items()}, 1)[0]
         for row in range(4)
@@ -125,13 +125,13 @@ def test_ignored_pixels_and_blank_samples_give_no_gradient(task: ClipSegTask) ->
     assert all(not p.grad.any() for p in task.model.decoder.parameters() if p.grad is not None)
 
 
-def test_a_phrase_longer_than_clip_reads_is_left_out(task: ClipSegTask) -> None:
+def test_a_phrase_too_long_for_clip_is_left_out(task: ClipSegTask) -> None:
     long = "zebra and " * 20
     batch = _batch(["grass", long, "grass", long], [1.0, 0.5, 0.5, 0.0])
     loss, figures = task.loss(task.model.decoder, batch, 1)
     kept = batch | {"weight": batch["weight"] * torch.tensor([1.0, 0, 1, 1])[:, None, None]}
     kept["phrase"] = torch.from_numpy(np.stack([encode_phrase("grass")] * 4))
-    assert figures["unread"].item() == 0.25  # the last one's picture alone is asked for
+    assert figures["unread"].item() == 0.25  # the last sample's prompt is its picture alone
     assert loss.item() == pytest.approx(task.loss(task.model.decoder, kept, 1)[0].item(), rel=1e-6)
 
 
@@ -149,7 +149,7 @@ def test_texts_are_embedded_once(task: ClipSegTask, monkeypatch: pytest.MonkeyPa
     task.loss(task.model.decoder, _batch(TEXTS, SHARES), 2)
     assert asked == ["a red ladybug", "grass", "a zebra"]
     asked.clear()
-    task.loss(task.model.decoder, _batch(["sand", *TEXTS[:3]], SHARES), 3)  # four do not fit: begun anew
+    task.loss(task.model.decoder, _batch(["sand", *TEXTS[:3]], SHARES), 3)  # four do not fit: cache cleared
     assert asked == ["sand", "a red ladybug", "grass", "a zebra"]
 
 
@@ -198,7 +198,7 @@ def test_equal_seeds_give_equal_decoders() -> None:
 
 
 @pytest.mark.parametrize("layout", ["decoder file", "Hugging Face"])
-def test_a_start_is_taken_up_whole(clip: Clip, tmp_path: Path, layout: str) -> None:
+def test_training_starts_from_given_weights(clip: Clip, tmp_path: Path, layout: str) -> None:
     given = build_clipseg(clip, SMALL.replace(extract_layers=(0, 2)), seed=9)
     start = tmp_path / "decoder.safetensors" if layout == "decoder file" else tmp_path / "folder"
     (save_decoder if layout == "decoder file" else save_clipseg)(given, start)
@@ -212,7 +212,7 @@ def test_a_start_is_taken_up_whole(clip: Clip, tmp_path: Path, layout: str) -> N
     pixels, conditional = torch.randn(1, 3, SIDE, SIDE), given.encode_text(["grass"])
     torch.testing.assert_close(model(pixels, conditional), given(pixels, conditional), atol=1e-5, rtol=0)
     assert torch.equal(model.encode_text(["grass"]), conditional)
-    model.decoder.train()  # the new dropout is in force everywhere
+    model.decoder.train()  # the new dropout applies everywhere
     with torch.no_grad():
         assert not torch.equal(model(pixels, conditional), model(pixels, conditional))
     assert F.l1_loss(model(pixels, conditional), given(pixels, conditional)) > 0.01
@@ -221,7 +221,7 @@ def test_a_start_is_taken_up_whole(clip: Clip, tmp_path: Path, layout: str) -> N
 
 
 class Ahead:
-    """Samples of noise, some of which cannot be read."""
+    """Noise samples, some of them unreadable."""
 
     def __init__(self, count: int = 70, broken: range = range(0)) -> None:
         self.count, self.broken = count, broken
@@ -242,7 +242,7 @@ class Ahead:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_what_the_decoder_reads_is_whitened_by_the_first_samples(clip: Clip, keep: bool) -> None:
+def test_the_decoder_s_inputs_are_whitened_by_the_first_samples(clip: Clip, keep: bool) -> None:
     def make(_device: torch.device) -> ClipSeg:
         return build_clipseg(clip, SMALL, seed=1)
 
@@ -254,7 +254,7 @@ def test_what_the_decoder_reads_is_whitened_by_the_first_samples(clip: Clip, kee
     assert all(torch.equal(p, q) for p, q in zip(module.parameters(), again.parameters(), strict=True))
     assert all(torch.equal(p, q) for p, q in zip(module.buffers(), again.buffers(), strict=True))
 
-    # The mean of a map is that of what it reads: of the conditionals, computed here one by one.
+    # A whitened layer's mean is that of its inputs: here the conditionals, computed one by one.
     film = module.get_submodule("film_mul")
     assert isinstance(film, WhitenedLinear)
     readable = [index for index in samples.read if index not in samples.broken]
@@ -265,7 +265,7 @@ def test_what_the_decoder_reads_is_whitened_by_the_first_samples(clip: Clip, kee
         read.append(mix(task.model.encode_text([TEXTS[index % 4]]), picture, batch["text_weight"])[0])
     torch.testing.assert_close(film.mean, torch.stack(read).mean(0), atol=1e-4, rtol=1e-4)
 
-    # A decoder that was trained before says what it said; a new one takes its weights for the whitened input.
+    # A trained decoder keeps its function; a new one applies its weights to the whitened input.
     plain = make(CPU)
     folded = build_clipseg(clip, SMALL, seed=2)
     folded.decoder.load_state_dict(fold(module.state_dict()))
@@ -274,7 +274,7 @@ def test_what_the_decoder_reads_is_whitened_by_the_first_samples(clip: Clip, kee
     assert same is keep
 
 
-def test_nothing_that_can_be_read_ahead(clip: Clip) -> None:
+def test_whitening_without_a_readable_sample(clip: Clip) -> None:
     task = ClipSegTask(lambda _device: build_clipseg(clip, SMALL), ahead=Ahead(broken=range(70)), whiten=3)
     with pytest.raises(MaskMillError) as error:
         task.build(CPU)
@@ -286,10 +286,10 @@ def test_nothing_that_can_be_read_ahead(clip: Clip) -> None:
     [
         (PromptModel(kind="vitseg", start="CIDAS/clipseg-rd64"), "model_unsupported"),
         (PromptModel(start="no-such-folder/at-all/here"), "weights_missing"),
-        (PromptModel(clip=TOY), "weights_do_not_fit"),  # the paper's layers, of a tower with three
+        (PromptModel(clip=TOY), "weights_do_not_fit"),  # the paper's layers, in a tower with three
     ],
 )
-def test_mistakes_are_told(settings: PromptModel, code: str) -> None:
+def test_wrong_models_are_refused(settings: PromptModel, code: str) -> None:
     with pytest.raises(MaskMillError) as error:
         build_model(settings, CPU)
     assert error.value.code == code

@@ -1,4 +1,4 @@
-"""Triplets: what is drawn, how often, and what it looks like, against counting and independent formulas."""
+"""Triplets: what is drawn, how often, and how it looks, against counts and independent formulas."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from pipeline.training.clipseg.triplets import (
 )
 from pipeline.training.samples.augment import MEAN_COLOUR
 
-#: Phrases of each image. "lamp" occurs once; "red cup" says that there is a cup.
+# Phrases of each image. "lamp" occurs once; "red cup" implies a cup.
 TRUE: tuple[tuple[str, ...], ...] = (
     ("red cup", "plate"), ("cup", "plate", "fork"), ("fork",), ("red cup", "spoon"), ("cup", "lamp"),
     ("spoon", "plate"),
 )  # fmt: skip
 TEXTS = sorted(set(itertools.chain(*TRUE)))
-#: Not among the phrases of image 2, but nobody knows.
+# Not among the phrases of image 2, but possibly true of it.
 UNSURE = (2, "spoon")
 HEIGHT, WIDTH = 12, 20
 
@@ -46,10 +46,9 @@ def colour(image: int) -> tuple[int, int, int]:
 
 
 class Boxes(TripletSource):
-    """Images of one colour each; the object of pair i is column i % 8 + 2 to its right end, but one."""
+    """Images of one colour each; the object of pair i spans columns i % 8 + 2 to the last but one."""
 
     def read(self, pair: int) -> Example:
-        """See the class."""
         image = np.full((HEIGHT, WIDTH, 3), colour(int(self.pairs.image[pair])), np.uint8)
         mask = np.full((HEIGHT, WIDTH), OTHER, np.uint8)
         mask[2:9, pair % 8 + 2 : -1] = OBJECT
@@ -76,7 +75,7 @@ def drawn(samples: TripletSamples, index: int, count: int) -> list[dict[str, Any
 
 
 def may_hold(image: int, text: str) -> bool:
-    """The definition, from the list above."""
+    """``Pairs.may_hold`` by its definition."""
     words = set(text.split())
     return (image, text) == UNSURE or any(words <= set(held.split()) for held in TRUE[image])
 
@@ -115,11 +114,11 @@ def test_a_negative_is_never_true_and_all_others_are_equally_likely(index: int) 
         assert chisquare([counts[text] for text in allowed]).pvalue > 1e-4
 
 
-def test_where_no_phrase_can_be_a_negative_there_is_none() -> None:
+def test_without_an_allowed_phrase_there_are_no_negatives() -> None:
     samples = TripletSamples(source((("cup", "fork"), ("cup", "fork"))), TEXT.replace(q_neg=1.0))
     for found in drawn(samples, 0, 20):
         assert found["negative"] == 0 and OBJECT in found["mask"]
-    # A phrase that is hard to hit by drawing is found all the same.
+    # A phrase that random draws are unlikely to hit is found nevertheless.
     many = tuple(f"kind {number}" for number in range(600))
     samples = TripletSamples(source((many, ("rare",))), TEXT.replace(q_neg=1.0))
     assert {decode_phrase(found["phrase"]) for found in drawn(samples, 0, 2)} == {"rare"}
@@ -128,11 +127,11 @@ def test_where_no_phrase_can_be_a_negative_there_is_none() -> None:
 def test_the_reference_s_negatives_of_coco_contradict_the_phrase() -> None:
     samples = TripletSamples(source(), SMALL.replace(q_neg=1.0, negative_rule="support"))
     plain = TripletSamples(source(), SMALL.replace(q_neg=0.0))
-    index = 1  # a plate, which two others show
+    index = 1  # a plate, shown by two other images
     for found, usual in zip(drawn(samples, index, 20), drawn(plain, index, 20), strict=True):
         assert decode_phrase(found["phrase"]) == "plate" and found["negative"] == 0
         assert OBJECT in found["mask"]
-        # Nothing is marked in the support: of "overlay" only the mean colour is left.
+        # Nothing is marked in the support, so "overlay" leaves only the mean colour.
         if found["text_weight"] < 1:
             assert (found["support"] == np.array(MEAN_COLOUR)[:, None, None]).all()
         assert (usual["support"] != np.array(MEAN_COLOUR)[:, None, None]).any()
@@ -162,7 +161,7 @@ def test_supports_of_negatives_show_the_new_phrase() -> None:
     samples = TripletSamples(source(), SMALL.replace(q_neg=1.0))
     for found in drawn(samples, 0, 60):
         text, image = decode_phrase(found["phrase"]), shown_image(found["support"])
-        if text == "lamp":  # there is one only: whether there is a support must not tell a negative
+        if text == "lamp":  # occurs once: a support must not give negatives away
             assert image is None and found["text_weight"] == 1
         else:
             assert image is not None and text in TRUE[image] and found["text_weight"] < 1
@@ -173,7 +172,7 @@ def test_supports_come_from_the_query_s_block_where_it_has_any() -> None:
     plates = [1, 3, 11]
     samples = TripletSamples(source(block=blocks), SMALL.replace(q_neg=0.0))
     assert {shown_image(found["support"]) for found in drawn(samples, plates[0], 40)} == {5}
-    # The only one of its block is shown by those of others, not by itself.
+    # A pair alone in its block gets its support from other blocks, not from itself.
     for rule in ("other", "any"):
         samples = TripletSamples(source(block=blocks), SMALL.replace(q_neg=0.0, support=rule))
         found = {shown_image(found["support"]) for found in drawn(samples, plates[1], 40)}
@@ -240,7 +239,7 @@ def test_a_random_style_draws_from_the_sample_s_generator() -> None:
 @pytest.mark.parametrize("shape", [(9, 30), (30, 9), (20, 21), (16, 16), (1, 7)])
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.2, 1.0])
 def test_windows_follow_the_paper_s_rule(shape: tuple[int, int], share: float) -> None:
-    """Against the rule carried out try by try."""
+    """Compare with the rule applied draw by draw."""
     maker = np.random.default_rng(3)
     side = min(shape)
     for seed in range(25):
@@ -262,13 +261,12 @@ def test_windows_follow_the_paper_s_rule(shape: tuple[int, int], share: float) -
 def test_crops_hold_the_object_of_a_long_image() -> None:
     inside = np.zeros((20, 400), bool)
     inside[:, 300:330] = True
-    share = 0.04  # of the image: 16 of the 20 columns of a crop; 19 of 381 places have them
+    share = 0.04  # of the image: 16 of a crop's 20 columns; 19 of 381 positions have them
     held = []
     for seed in range(300):
         _, left, _, right = object_window(inside, np.random.default_rng(seed), tries=50, share=share)
         held.append(inside[:, left:right].sum() / inside.size)
-    # Of 50 tries, one of the 49 places that touch the object is missed with a probability of 0.1 %, one of
-    # the 19 with 7.7 %.
+    # 50 draws miss all 49 positions that touch the object with probability 0.1 %, and all 19 with 7.7 %.
     assert np.mean(np.array(held) > 0) > 0.98
     assert 0.85 < np.mean(np.array(held) > share) < 0.98
 
@@ -335,7 +333,7 @@ def test_templates_and_wordings_are_drawn_evenly(prefix: Any) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=400))
-def test_phrases_are_cut_between_characters(text: str) -> None:
+def test_phrases_are_truncated_between_characters(text: str) -> None:
     row = encode_phrase(text)
     assert row.shape == (256,) and row.dtype == np.uint8
     back = decode_phrase(row)
@@ -367,7 +365,7 @@ def test_the_same_generator_gives_the_same_bytes(changes: dict[str, Any]) -> Non
     assert different > 0
 
 
-def test_a_blank_does_not_weigh() -> None:
+def test_a_blank_has_no_weight() -> None:
     blank = TripletSamples(source(), SMALL).blank()
     assert not blank["weight"].any() and (blank["mask"] == IGNORED).all()
     assert blank["text_weight"] == 1 and blank["negative"] == 0 and decode_phrase(blank["phrase"]) == ""
@@ -418,7 +416,7 @@ def test_wrong_styles_are_refused_before_training(style: str, code: str) -> None
     assert caught.value.code == code
 
 
-def test_pairs_drop_phrases_that_nothing_shows() -> None:
+def test_pairs_drop_phrases_without_an_image() -> None:
     pairs = Pairs.of([("a",), ("b",), ("c",)], [0, 1, 1], [2, 0, 2], unsure=[(0, 0), (0, 1)])
     assert pairs.phrases == (("a",), ("c",)) and pairs.phrase.tolist() == [1, 0, 1]
     assert pairs.unsure.tolist() == [[0, 0]]

@@ -36,7 +36,7 @@ VOC = {name.partition(".")[0]: number for number, name in enumerate(VOC_SYNSETS,
         ("cattle", "oxen in a field", True),
         ("bus", "double-decker buses", True),
         ("bus", "two busses", True),
-        ("person", "three policemen", False),  # "policeman" is not in the paper's own list for people
+        ("person", "three policemen", False),  # "policeman" is not in CLIPSeg's list for people
         ("person", "men", True),
         ("person", "children playing", True),
         ("person", "a woman's hat", False),
@@ -63,7 +63,7 @@ def test_every_class_names_itself() -> None:
     ]  # fmt: skip
     for number, name in enumerate(names, 1):
         naming = [other for other in range(1, 21) if voc_phrases([other])(f"some {name}s")]
-        # WordNet has a bus among the cars.
+        # WordNet lists "bus" below "car".
         assert naming == ([6, 7] if name == "bus" else [number])
 
 
@@ -84,7 +84,7 @@ def test_zero_shot_split() -> None:
 
 
 @pytest.mark.parametrize("ids", [[], [0], [21], [1, 255]])
-def test_ids_that_are_no_classes(ids: list[int]) -> None:
+def test_invalid_class_ids(ids: list[int]) -> None:
     with pytest.raises(MaskMillError) as caught:
         voc_phrases(ids)
     assert caught.value.code == "wrong_use"
@@ -96,7 +96,7 @@ def test_ids_that_are_no_classes(ids: list[int]) -> None:
         ("traffic light", True),
         ("Traffic Lights at night", True),
         ("light traffic", False),
-        ("knives", False),  # WordNet takes "-ves" for "-f", and lists "knives" as an exception of its word
+        ("knives", False),  # WordNet's rule is "-ves" to "-f"; "knives" is an exception listed for "knife"
         ("a giraffe", True),
         ("giraffes", True),
         ("foxes", True),

@@ -1,4 +1,4 @@
-"""Whole or not there, the newest whole one, nothing executed, nothing lost in silence."""
+"""Checkpoints: atomic writes, the newest usable one, no code execution, no silent loss."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ HARMS: list[tuple[Callable[[Path], object], str]] = [
 
 
 @pytest.mark.parametrize(("harm", "says"), HARMS)
-def test_a_damaged_one_is_named_and_the_one_before_taken(
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_used(
     harm: Callable[[Path], object], says: str, store: CheckpointStore, tmp_path: Path
 ) -> None:
     write(store, 100)
@@ -119,7 +119,7 @@ def test_a_damaged_one_is_named_and_the_one_before_taken(
 
 
 @pytest.mark.parametrize(("harm", "says"), HARMS)
-def test_never_from_scratch_in_silence(
+def test_training_never_silently_restarts_from_scratch(
     harm: Callable[[Path], object], says: str, store: CheckpointStore, tmp_path: Path
 ) -> None:
     fingerprint = write(store, 100)
@@ -132,7 +132,7 @@ def test_never_from_scratch_in_silence(
     assert "name another output" in caught.value.remedy
 
 
-def test_a_first_checkpoint_that_was_cut_off_is_none(store: CheckpointStore, tmp_path: Path) -> None:
+def test_an_interrupted_first_checkpoint_does_not_count(store: CheckpointStore, tmp_path: Path) -> None:
     fingerprint = write(store, 100)
     (tmp_path / "run/checkpoints" / folder_name(100) / "manifest.json").unlink()
     warnings: list[str] = []
@@ -141,7 +141,7 @@ def test_a_first_checkpoint_that_was_cut_off_is_none(store: CheckpointStore, tmp
 
 
 def test_killed_at_any_point_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each prefix of the writes of a checkpoint leaves the one before, or the new one whole."""
+    """After any prefix of a checkpoint's writes, the previous or the complete new one is readable."""
     for stop_after in range(5):
         store = CheckpointStore(open_storage(tmp_path / str(stop_after)))
         fingerprint = write(store, 1)
@@ -174,7 +174,7 @@ def test_killed_at_any_point_while_writing(tmp_path: Path, monkeypatch: pytest.M
         ([1, 2, 3, 4], [1, 4], 2, [1, 3, 4]),
     ],
 )
-def test_what_is_kept(
+def test_pruning(
     steps: list[int], milestones: list[int], keep: int, left: list[int], store: CheckpointStore
 ) -> None:
     for step in steps:
@@ -183,18 +183,18 @@ def test_what_is_kept(
     assert store.steps() == left
 
 
-def test_checkpoints_that_a_run_came_back_from_do_not_count(store: CheckpointStore, tmp_path: Path) -> None:
+def test_unusable_later_checkpoints_are_pruned(store: CheckpointStore, tmp_path: Path) -> None:
     for step in (10, 20, 30):
         write(store, step)
     flip(tmp_path / "run/checkpoints" / folder_name(30))
-    write(store, 25)  # taken up at 20, stopped at 25
+    write(store, 25)  # resumed at 20, stopped at 25
     store.prune(25, keep=2)
     assert store.steps() == [20, 25]
 
 
 def test_other_settings_are_refused_and_named(store: CheckpointStore) -> None:
     store.claim({"iterations": 5})
-    assert store.claim(RECORD) == store.claim(dict(reversed(RECORD.items())))  # nothing trained yet: free
+    assert store.claim(RECORD) == store.claim(dict(reversed(RECORD.items())))  # no checkpoint yet
     write(store, 1)
     with pytest.raises(MaskMillError) as caught:
         store.claim({"iterations": 10, "learning_rate": 0.1, "teacher": "x"})
@@ -211,14 +211,14 @@ def test_a_checkpoint_of_other_settings_does_not_count(store: CheckpointStore) -
 
 
 @pytest.mark.parametrize("bad", [np.float64(1.0), {1, 2}, Path("x"), object()])
-def test_what_could_not_be_read_back_is_refused_when_written(bad: object, store: CheckpointStore) -> None:
+def test_unreadable_state_is_refused_when_written(bad: object, store: CheckpointStore) -> None:
     with pytest.raises(TypeError, match=r"training\['task'\]\[0\]"):
         store.write(1, module={}, training={"task": [bad]}, lines=[], fingerprint="")
     assert store.steps() == []
 
 
 def test_nothing_in_a_checkpoint_is_executed(store: CheckpointStore, tmp_path: Path) -> None:
-    """Even one whose manifest fits: an attacker can compute checksums as well."""
+    """Even with a matching manifest: an attacker can compute checksums too."""
     import hashlib
     import os
 
@@ -238,7 +238,7 @@ def test_nothing_in_a_checkpoint_is_executed(store: CheckpointStore, tmp_path: P
     assert not (tmp_path / "pwned").exists()
 
 
-def test_random_numbers_go_on_where_they_were(store: CheckpointStore) -> None:
+def test_random_states_are_restored(store: CheckpointStore) -> None:
     def draw() -> list[float]:
         return [
             *torch.rand(2).tolist(), *np.random.rand(2).tolist(), np.random.randn(), random.random(),

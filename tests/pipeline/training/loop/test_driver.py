@@ -1,4 +1,4 @@
-"""The training loop on real Ray Train: equal curves whoever trains, and whatever is killed."""
+"""The training loop on real Ray Train: the same curves whoever trains and whatever is killed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Blobs:
     def load(self, index: int, rng: np.random.Generator) -> Sample:
         if index in self.bad:
             raise MaskMillError("unreadable", "damaged on purpose", "None.")
-        # Of the index alone, so that plain PyTorch can make the same.
+        # Depends on the index alone, so that plain PyTorch can reproduce it.
         image = np.random.default_rng(index).normal(0, 0.5, (3, 8, 8)).astype(np.float32)
         image[:, 4 * (index % 2) :, 4 * (index // 2 % 2) :][:, :4, :4] += 1.0
         return {"image": image, "label": np.array(index % 4, np.int64)}
@@ -56,13 +56,13 @@ class Blobs:
 
 @dataclass
 class Plan:
-    """What goes wrong in a task, when.
+    """Faults to inject into a task.
 
     Attributes:
-        batchnorm, dropout: whether the model has them.
-        at: what is done before the loss of a step, in one rank: (step, rank) -> word.
-        marker: a file that says that the harm is done: it is done once.
-        tally: a file that gets a character for each harm.
+        batchnorm, dropout: of the model.
+        at: fault to inject before the loss of a step in one rank: (step, rank) -> name.
+        marker: file that is written at the first fault; with it, faults happen once.
+        tally: file that gets one character per fault.
         driver: pid of the driver.
         pause_s: length of each step.
         milestones: of the task.
@@ -126,7 +126,7 @@ class Classify:
         if word == "stop me":
             os.kill(os.getpid(), signal.SIGTERM)
         if word == "node goes":
-            # What Ray's watcher does in each worker when a node drains.
+            # This is what Ray's watcher does in each worker when a node drains.
             from ray.train.v2._internal.execution.context import get_train_context
             from ray.train.v2.api.preemption import PreemptionInfo
 
@@ -174,7 +174,7 @@ def in_memory(
     world_size: int,
     **_: Any,
 ) -> Iterator[dict[str, Tensor]]:
-    """``ingest.batches`` for one process, without the seconds that loaders take to start."""
+    """``ingest.batches`` for one process, without loaders, which take seconds to start."""
     assert (rank, world_size) == (0, 1)
     order = np.concatenate([samples.order(epoch, seed) for epoch in range(4)])
     for step in range(start_step, stop_step):
@@ -250,12 +250,12 @@ def test_in_process(whole: Run) -> None:
     for line in whole.lines:
         assert line["learning_rate"] == learning_rate(line["step"], settings)
         assert 0 <= line["accuracy"] <= 1 and line["gradient_norm"] > 0 and line["failed_samples"] == 0
-    assert whole.lines[0]["samples_per_second"] is None  # start-up is no speed
+    assert whole.lines[0]["samples_per_second"] is None  # start-up is not timed
     assert whole.lines[-1]["samples_per_second"] > 0 and 0 <= whole.lines[-1]["data_wait"] <= 1
 
 
 def plain_training(iterations: int, batch_size: int = 8, clip: float = 0.0) -> tuple[list[float], nn.Module]:
-    """The same in a dozen lines of PyTorch."""
+    """The same training in a dozen lines of PyTorch."""
     from pipeline.training.loop import rng
 
     settings = LoopSettings(**(BASE | {"clip_norm": clip}))
@@ -290,7 +290,7 @@ def test_equals_plain_pytorch(clip: float, whole: Run, tmp_path: Path) -> None:
     for name, value in module.state_dict().items():
         torch.testing.assert_close(ours.weights[name], value, rtol=1e-6, atol=1e-7)
     if clip:
-        assert max(line["gradient_norm"] for line in ours.lines) > clip  # it had something to do
+        assert max(line["gradient_norm"] for line in ours.lines) > clip  # clipping had an effect
 
 
 def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
 
 
 def test_interrupted_equals_whole(whole: Run, tmp_path: Path) -> None:
-    """SIGTERM in step 6: a checkpoint out of turn, then the same command goes on."""
+    """SIGTERM in step 6 writes an extra checkpoint, from which the same command resumes."""
     first = run(tmp_path, plan=Plan(at={(6, 0): "stop me"}, pause_s=0.2))
     at = first.outcome.step
     assert not first.outcome.finished and first.outcome.stopped == "terminated" and 6 <= at <= 9
@@ -311,7 +311,7 @@ def test_interrupted_equals_whole(whole: Run, tmp_path: Path) -> None:
     assert [line["step"] for line in second.reported] == list(range(at + 1, 13))
     assert_same(second, whole, 0.0)
     assert second.task == {"steps": 12}
-    # Once more: nothing to do, and no line is reported again; one that a kill had cost is there.
+    # Running it again does nothing and reports no line again, but restores a lost line of metrics.jsonl.
     (tmp_path / METRICS_FILE).write_text("")
     third = run(tmp_path)
     assert third.outcome.resumed == third.outcome.step == 12 and third.reported == []
@@ -319,7 +319,7 @@ def test_interrupted_equals_whole(whole: Run, tmp_path: Path) -> None:
 
 
 def test_random_numbers_and_windows_survive_an_interruption(tmp_path: Path) -> None:
-    """With dropout, adamw, and lines that stand for five steps, of which the checkpoint sees two."""
+    """With dropout, AdamW, and lines of five steps, two of which precede the checkpoint."""
     options: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 0.01, "log_every": 5}
     straight = run(tmp_path / "straight", plan=Plan(dropout=0.5), **options)
     failing = Plan(dropout=0.5, at={(8, 0): "mistake"})
@@ -359,7 +359,7 @@ def test_a_loss_that_is_nan_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(MaskMillError, match="step 6") as caught:
         run(tmp_path, plan=Plan(at={(6, 0): "nan"}), checkpoint_every=1)
     assert caught.value.code == "training_failed"
-    # No checkpoint has seen it.
+    # No checkpoint contains it.
     store = CheckpointStore(open_storage(tmp_path))
     assert store.steps()[-1] == 5
     assert all(torch.isfinite(value).all() for value in store.read(5).module.values())
@@ -407,7 +407,7 @@ def test_workers_equal_one_process(session: None, whole: Run, tmp_path: Path) ->
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_killed_worker_costs_nothing_but_time(session: None, whole: Run, tmp_path: Path) -> None:
-    """Rank 1 dies in step 7; two workers in all have the curve and the weights of one process."""
+    """Rank 1 dies in step 7; the two workers still match one process in curve and weights."""
     marker = tmp_path / "killed"
     plan = Plan(at={(7, 1): "kill"}, marker=str(marker))
     result = run(tmp_path / "run", 2, plan)
@@ -420,7 +420,7 @@ def test_a_killed_worker_costs_nothing_but_time(session: None, whole: Run, tmp_p
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_mistake_in_one_worker_is_raised_as_it_was_and_not_repeated(session: None, tmp_path: Path) -> None:
+def test_a_worker_s_user_error_is_reraised_without_a_restart(session: None, tmp_path: Path) -> None:
     marker = tmp_path / "attempts"
     plan = Plan(at={(3, 1): "mistake"}, tally=str(marker))
     with pytest.raises(MaskMillError) as caught:
@@ -431,7 +431,7 @@ def test_a_mistake_in_one_worker_is_raised_as_it_was_and_not_repeated(session: N
 
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_the_announced_end_of_a_node_brings_a_checkpoint(
+def test_a_preemption_notice_triggers_a_checkpoint(
     session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = run(tmp_path, 1, Plan(at={(2, 0): "node goes"}, pause_s=0.7), checkpoint_every=100, keep=9)

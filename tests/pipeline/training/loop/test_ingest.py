@@ -38,7 +38,7 @@ SEED = 5
 
 @dataclass(frozen=True)
 class Numbers:
-    """Samples without images: n of them, of which some fail, that leave a file when they are loaded."""
+    """``count`` samples without images; some fail, and each writes a file when it is loaded."""
 
     count: int
     size: int = 4
@@ -68,7 +68,7 @@ class Numbers:
 
 
 def reference(samples: Any, seed: int, positions: range) -> list[tuple[int, Sample]]:
-    """Samples at positions by the definition, one by one."""
+    """Load the samples at positions one by one, by the definition."""
     order: list[int] = []
     epoch = 0
     while len(order) < positions.stop:
@@ -123,10 +123,10 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> TableSamples:
     ("start", "stop", "rank", "world", "loaders"),
     [(0, 9, 0, 1, 2), (4, 9, 2, 4, 1)],
 )
-def test_position_decides_whatever_workers_loaders_and_restarts(
+def test_samples_depend_on_position_not_on_workers_loaders_or_restarts(
     table: TableSamples, start: int, stop: int, rank: int, world: int, loaders: int
 ) -> None:
-    """All shares are those of one reference, so they are those of each other."""
+    """All shares equal one reference, so they equal each other."""
     found = ingest.batches(
         table, seed=SEED, start_step=start, stop_step=stop, batch_size=4, rank=rank, world_size=world,
         loaders=loaders,
@@ -166,7 +166,7 @@ def test_failed_samples_are_blank_and_counted() -> None:
         ("shape", TypeError, "blank"),
     ],
 )
-def test_what_goes_wrong_is_told_as_it_is(wrong: str, error: type[Exception], text: str) -> None:
+def test_errors_keep_their_type_and_text(wrong: str, error: type[Exception], text: str) -> None:
     loading = ingest.Loading(Numbers(2, failing=(1,), wrong=wrong), 0)
     failures = ingest.Failures(0.2, 20)
     with pytest.raises(error) as caught:
@@ -179,18 +179,18 @@ def test_what_goes_wrong_is_told_as_it_is(wrong: str, error: type[Exception], te
 
 
 def started(folder: Path) -> int:
-    """How many samples were begun to be loaded."""
+    """How many samples have started to load."""
     return len(os.listdir(folder))
 
 
 @pytest.mark.slow
 def test_a_slow_consumer_is_not_overrun(tmp_path: Path) -> None:
-    """Loaders stop when two batches each are waiting, and end when nobody wants the others."""
+    """Each loader pauses at two prefetched batches, and exits when the iterator is closed."""
     samples = Numbers(1000, size=1000, folder=str(tmp_path))
     found = ingest.batches(samples, seed=0, start_step=0, stop_step=1000, batch_size=2, loaders=2)
     for _ in range(3):
         next(found)
-    expected = 2 * (3 + 2 * 2)  # what was taken, and what is waiting
+    expected = 2 * (3 + 2 * 2)  # consumed and prefetched
     deadline = time.monotonic() + 60
     while started(tmp_path) < expected and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -206,7 +206,7 @@ def is_loader(process: psutil.Process) -> bool:
 
 @pytest.mark.slow
 def test_large_batches_wait_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One loader with one batch where a second would be too much; and without shared memory."""
+    """One loader prefetches one batch if a second would exceed the limit; also without shared memory."""
     monkeypatch.setattr(ingest, "AHEAD_BYTES", 20_000)
     monkeypatch.setattr(ingest, "free_shared_memory", lambda: 1000)
     samples = Numbers(1000, size=1000)
@@ -235,7 +235,7 @@ def test_a_killed_loader_is_replaced_and_three_are_too_many(tmp_path: Path, time
 
 @dataclass(frozen=True)
 class Suicidal(Numbers):
-    """Kills the process that loads sample 5, so many times."""
+    """Kills the process that loads sample 5, a number of times."""
 
     times: int = 1
 
@@ -259,7 +259,7 @@ time.sleep(600)
 
 
 @pytest.mark.slow
-def test_loaders_survive_ctrl_c_and_end_with_their_worker() -> None:
+def test_loaders_survive_ctrl_c_and_exit_with_their_worker() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", ORPHANED],
         cwd=ROOT,
@@ -277,7 +277,7 @@ def test_loaders_survive_ctrl_c_and_end_with_their_worker() -> None:
     assert not loader.is_running()
 
 
-def test_training_s_random_numbers_are_left_alone() -> None:
+def test_loading_leaves_the_global_random_state_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
@@ -286,7 +286,7 @@ def test_training_s_random_numbers_are_left_alone() -> None:
 
 
 @pytest.mark.slow
-def test_a_short_run_of_nothing_but_failures_fails() -> None:
+def test_a_short_run_without_a_loaded_sample_fails() -> None:
     samples = Numbers(4, failing=(0, 1, 2, 3))
     found = ingest.batches(samples, seed=0, start_step=0, stop_step=2, batch_size=2, loaders=1)
     assert next(found)["failed"].all()  # far below the limit of 1000 samples
@@ -299,7 +299,7 @@ def test_a_short_run_of_nothing_but_failures_fails() -> None:
 
 @given(st.integers(0, 9), st.integers(1, 30), st.sampled_from([1, 2, 3, 6]), st.integers(1, 12))
 def test_shares_follow_the_epochs(start: int, steps: int, world: int, count: int) -> None:
-    """The ranks' shares of each step, one after the other, are the sequence of all epochs."""
+    """The ranks' shares of each step, concatenated, are the sequence of all epochs."""
     samples = Numbers(count)
     order = np.concatenate([samples.order(epoch, SEED) for epoch in range(250)]).tolist()
     shares = [
@@ -320,15 +320,15 @@ def test_failures_are_counted_in_a_window() -> None:
         failures.add(range(5), [bad, b"", b"", b"", b""])  # always 2 of the latest 10
     failures.end()
     with pytest.raises(MaskMillError) as caught:
-        failures.add([150, 151], [bad, bad])  # the first takes the place of one that failed as well
+        failures.add([150, 151], [bad, bad])  # the first displaces another failure
     assert caught.value.code == "training_failed" and "gone" in str(caught.value)
     few = ingest.Failures(0.2, 1000)
     few.add(range(3), [bad] * 3)
     with pytest.raises(MaskMillError):
-        few.end()  # far below the limit of the window, but all there is
+        few.end()  # far below the limit, but every sample failed
 
 
-def test_errors_that_cannot_be_pickled_keep_their_words() -> None:
+def test_errors_that_cannot_be_pickled_keep_their_text() -> None:
     class Local(Exception):
         pass
 

@@ -62,7 +62,7 @@ def test_agrees_with_pytorch(kind: str) -> None:
         ({"max_failures": -2}, "max_failures is -2"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], says: str) -> None:
+def test_invalid_settings_are_refused(changes: dict[str, object], says: str) -> None:
     with pytest.raises(MaskMillError, match=says) as caught:
         settings(**changes)
     assert caught.value.code == "setting_invalid"
@@ -71,7 +71,7 @@ def test_settings_that_make_no_sense_are_refused(changes: dict[str, object], say
 @pytest.mark.parametrize(
     ("workers", "accumulation", "fits"), [(0, 1, True), (2, 2, True), (3, 1, False), (2, 3, False)]
 )
-def test_a_batch_must_be_shared_evenly(workers: int, accumulation: int, fits: bool) -> None:
+def test_a_batch_must_divide_evenly(workers: int, accumulation: int, fits: bool) -> None:
     chosen = settings(batch_size=8, accumulation=accumulation)
     if fits:
         chosen.check_workers(workers)

@@ -36,7 +36,7 @@ def test_plans(
         ([(8, 0)], 0, "the head"),
     ],
 )
-def test_too_small_is_said(nodes: list[tuple[float, float]], asked: int, says: str) -> None:
+def test_a_cluster_too_small_is_refused(nodes: list[tuple[float, float]], asked: int, says: str) -> None:
     with pytest.raises(MaskMillError, match=says) as caught:
         plan_training(nodes, cores=None, workers=asked)
     assert caught.value.code in ("cluster_too_small", "wrong_use")

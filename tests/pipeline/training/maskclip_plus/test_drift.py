@@ -32,7 +32,7 @@ def test_change_is_the_canberra_distance_per_class(seed):
     )
 
 
-def test_rare_classes_count_but_specks_do_not():
+def test_rare_classes_count_but_negligible_ones_do_not():
     before = torch.tensor([0.5, 0.47, 0.03, 0.0])
     assert relative_change(before, torch.tensor([0.5, 0.5, 0.0, 0.0])) > 0.3
     assert relative_change(before, torch.tensor([0.5, 0.47 - 1e-5, 0.03, 1e-5])) < 0.01
@@ -65,7 +65,7 @@ def test_alarm_waits_for_its_patience_and_says_what_happened():
     assert "step 100" in error.remedy
 
 
-def test_only_steps_in_a_row_count():
+def test_only_consecutive_steps_count():
     alarm = _alarm()
     for step in range(101, 131):
         alarm.check(step, SOUND if step % 3 == 0 else COLLAPSED)
@@ -94,7 +94,7 @@ def test_state_carries_reference_and_count():
         resumed.check(103, COLLAPSED)
 
 
-def test_without_anything_to_compare_there_is_no_drift():
+def test_without_a_reference_there_is_no_drift():
     alarm = DriftAlarm(NAMES, bound=0.25, patience=1)
     alarm.set_reference(1, torch.zeros(4))
     assert alarm.check(2, COLLAPSED) == 0

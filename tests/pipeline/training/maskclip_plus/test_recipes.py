@@ -59,7 +59,7 @@ def test_the_references_schedules(name: str, facts: dict[str, Any]) -> None:
     assert (recipe.loop.optimizer, recipe.loop.momentum, recipe.loop.power) == ("sgd", 0.9, 0.9)
     assert (recipe.loop.min_learning_rate, recipe.loop.warmup, recipe.loop.clip_norm) == (1e-4, 0, 0)
     assert (recipe.augment.ratio_range, recipe.augment.flip) == ((0.5, 2.0), 0.5)
-    # Its slips are choices, and off.
+    # Its bugs are settings, and off.
     assert not recipe.augment.guess_is_category and not recipe.selftrain.threshold_overwrites_seen
     assert recipe.selftrain.teacher == ("online" if recipe.unseen else "table")
     assert not recipe.void_from_truth and recipe.selftrain.ema_decay == 0
@@ -88,10 +88,10 @@ def test_round_trip(name: str) -> None:
         ("toy", ["loop.batch_size=0"], "batch_size"),
     ],
 )
-def test_combinations_that_mean_nothing(name: str, settings: list[str], says: str) -> None:
+def test_contradictory_settings_are_refused(name: str, settings: list[str], says: str) -> None:
     with pytest.raises(MaskMillError, match=says):
         BOOK.load(name, settings)
 
 
-def test_the_references_slip_in_its_vit_configs_can_be_had() -> None:
+def test_the_bug_in_the_references_vit_configs_can_be_reproduced() -> None:
     assert BOOK.load("maskclip-plus-voc20", ["backbone=resnet50c"]).student.backbone == "resnet50c"

@@ -44,7 +44,7 @@ TWO_PHASES = {"guided": (1, 3), "self_train": (4, -1)}
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """These networks are far too small for more."""
+    """These networks are far too small for more threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -147,14 +147,14 @@ def test_phase_is_a_function_of_the_step(guided, self_train, phases):
         ({"teacher": "online"}, "teacher=table"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings, words):
+def test_invalid_settings_are_refused(settings, words):
     with pytest.raises(MaskMillError) as caught:
         MaskClipPlus(NAMES, SelfTrainSettings(**settings), _student)
     assert caught.value.code == "setting_invalid"
     assert words in str(caught.value)
 
 
-def test_spans_may_be_lists_as_recipe_files_have_them():
+def test_spans_may_be_lists_as_in_recipe_files():
     settings = SelfTrainSettings(guided=[1, 4], self_train=[-1, -1], guessable=[3, 1])
     assert settings == SelfTrainSettings(guided=(1, 4), guessable=(3, 1))
     assert settings.phase(9) == "truth" and settings.guessable_ids(C) == (1, 3)
@@ -176,7 +176,7 @@ def _softmax(values: np.ndarray) -> np.ndarray:
 
 
 def _by_hand(logits, own_logits, batch, settings, phase, limits, power):
-    """Loss and figures from a loop over pixels; (B, C, S, T) logits of the student and of who guesses."""
+    """Loss and figures from a loop over pixels; (B, C, S, T) logits of the student and of the guesser."""
     guessable = settings.guessable_ids(C)
     shares = np.array(FREQUENCIES) / sum(FREQUENCIES)
     weights = shares**-power / (shares * shares**-power).sum()
@@ -244,7 +244,7 @@ def test_loss_and_figures_are_those_of_a_loop_over_pixels(phase, changes):
     task = _task(**TWO_PHASES, **changes)
     settings, step = task.settings, 1 if phase == "guided" else 5
     module = task.build(CPU).train()
-    for before in range(1, 3):  # the running average gets weights of its own
+    for before in range(1, 3):  # the running average departs from the student
         _update(module, task, before, _batch(before, guessable=settings.guessable))
     batch = _batch(9, guessable=settings.guessable)
     with torch.no_grad():
@@ -290,7 +290,7 @@ def test_label_rule_with_a_limit_per_class(guessable, overwrite):
         assert guessed[at] == take
 
 
-def test_a_batch_without_anything_to_learn_has_a_loss_of_zero_that_can_be_derived():
+def test_a_batch_without_valid_pixels_has_a_differentiable_loss_of_zero():
     for changes in ({}, {"loss_over": "valid"}):
         task = _task(**TWO_PHASES, **changes)
         module = task.build(CPU).train()
@@ -301,7 +301,7 @@ def test_a_batch_without_anything_to_learn_has_a_loss_of_zero_that_can_be_derive
             assert figures["loss"] == 0 and figures["ignored"] == 1 and math.isfinite(figures["agreement"])
 
 
-def test_after_the_phases_only_truth_is_learned_from():
+def test_after_the_phases_only_truth_is_used():
     task = _task(guided=(1, 1), guessable=UNSEEN)
     module = task.build(CPU).train()
     batch = _batch(0, guessable=UNSEEN)
@@ -327,7 +327,7 @@ def test_one_pixel_of_hidden_truth_stops_the_training(step):
     assert caught.value.code == "training_failed"
 
 
-def test_labels_that_are_no_class_are_named():
+def test_labels_beyond_the_classes_are_reported():
     task = _task()
     batch = _batch(0)
     batch["labels"][0, 0, 0] = 255
@@ -343,7 +343,7 @@ def test_labels_that_are_no_class_are_named():
     "config", [{}, {"pd_threshold": 0.5}, {"ks_threshold": 1.0, "ks_axis": "channel", "pd_threshold": 0.3}]
 )
 def test_online_teacher_guesses_among_the_guessable_classes_only(config):
-    # Here, and not above, for the sake of the processes of another test: these take seconds to import.
+    # Imported here because the subprocesses of another test would spend seconds on it.
     from models.clip.loading import load_clip
     from models.clip.text import build_text_classifier
     from models.maskclip import MaskClip, key_smoothing, prompt_denoising
@@ -390,7 +390,7 @@ def test_online_teacher_guesses_among_the_guessable_classes_only(config):
     assert set(guesses.classes.unique().tolist()) <= set(guessable)
 
 
-def test_a_part_of_a_classifier_keeps_all_rows_of_its_classes():
+def test_a_restricted_classifier_keeps_all_rows_of_its_classes():
     text = TextClassifier(F.normalize(torch.randn(6, 4), dim=1), torch.tensor([0, 0, 1, 2, 2, 3]), 4)
     part = guessable_classifier(text, (0, 2))
     assert torch.equal(part.embeddings, text.embeddings[[0, 1, 3, 4]])
@@ -431,7 +431,7 @@ def test_frozen_batch_norms_keep_the_statistics_of_the_guided_phase(frozen):
 
 
 @pytest.mark.parametrize("at", [2, 3, 5])
-def test_a_resumed_run_goes_on_as_if_nothing_had_happened(at):
+def test_a_resumed_run_equals_an_uninterrupted_one(at):
     changes = {**TWO_PHASES, "ema_decay": 0.5, "self_threshold": 0.3, "threshold_rule": "quantile"}
 
     def resumable(start: int, stop: int, state=None):
@@ -477,7 +477,7 @@ def test_state_of_another_run_is_refused():
 
 
 class _Colours(nn.Module):
-    """A student that sees single pixels."""
+    """A student that classifies single pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -491,7 +491,7 @@ class _Colours(nn.Module):
 
 @pytest.mark.parametrize(("rule", "survives"), [("fixed", False), ("relative", True), ("quantile", True)])
 def test_adaptive_thresholds_keep_a_class_alive_that_a_fixed_one_kills(rule, survives):
-    """Three colours, told apart with ease; but the teacher takes 35 % of the third for the first."""
+    """Three colours that are easy to separate, but the teacher labels 35 % of the third as the first."""
     colours = torch.tensor([[200.0, 60, 60], [60, 60, 200], [200, 100, 60]])
     settings = SelfTrainSettings(
         guided=(1, 150),
@@ -530,7 +530,7 @@ def test_adaptive_thresholds_keep_a_class_alive_that_a_fixed_one_kills(rule, sur
 
 
 class _Toy:
-    """A real training on 48 scenes whose teacher is right: what goes wrong later is self-training's doing."""
+    """A real training on 48 scenes with a perfect teacher: any later damage is due to self-training."""
 
     guided, steps = 50, 90
 
@@ -548,7 +548,7 @@ class _Toy:
         return DeepLab(StudentConfig(decoder="light", backbone="light", embed_dim=32, width=8, depth=1), text)
 
     def train(self, **changes) -> dict[str, object]:
-        """Both phases; the second until it ends or is stopped."""
+        """Run both phases, the second until it ends or is stopped."""
         settings = SelfTrainSettings(
             guided=(1, self.guided),
             self_train=(self.guided + 1, -1),
@@ -605,7 +605,7 @@ def test_class_weights_make_self_training_run_away_and_the_alarm_stops_it(toy):
     assert max(result["drift"][: toy.guided + 1]) == 0
 
 
-def test_a_held_student_trains_on_without_alarm(toy):
+def test_an_anchored_student_trains_without_alarm(toy):
     result = toy.train(anchor=1.0, ema_decay=0.9, drift_bound=BOUND)
     assert result["error"] is None and result["step"] == toy.steps
     assert 0 < max(result["drift"]) < BOUND
@@ -613,7 +613,7 @@ def test_a_held_student_trains_on_without_alarm(toy):
 
 @pytest.mark.parametrize(("bound", "stops"), [(0.5, True), (1.0, False)])
 def test_the_alarm_compares_what_the_student_predicts(bound, stops):
-    """From the end of the guided phase on, the student is made to predict one class everywhere."""
+    """After the guided phase, the student is forced to predict one class everywhere."""
     settings = SelfTrainSettings(
         guided=(1, 3), self_train=(4, -1), statistics_decay=0.0, drift_bound=bound, drift_patience=2
     )
@@ -664,7 +664,7 @@ WORKED = {
 
 
 def _work(rank: int, world: int) -> dict[str, object]:
-    """Steps of one worker on its part of joint batches of four, until the alarm stops them."""
+    """Train one worker on its share of batches of four, until the alarm stops it."""
     task = _task(**WORKED)
     module: nn.Module = synchronise_batchnorm(task.build(CPU)).train()
     if world > 1:
@@ -674,7 +674,7 @@ def _work(rank: int, world: int) -> dict[str, object]:
     share = slice(rank * 4 // world, (rank + 1) * 4 // world)
     for step in range(1, 9):
         batch = _batch(step, guessable=UNSEEN, count=4)
-        batch["labels"][2:, :, :7] = IGNORED  # the second worker has fewer pixels to learn from
+        batch["labels"][2:, :, :7] = IGNORED  # the second worker has fewer valid pixels
         try:
             figures = _update(module, task, step, {name: column[share] for name, column in batch.items()})
             losses.append(figures["loss"])

@@ -10,14 +10,14 @@ C = 5
 
 
 def _guesses(seed: int, count: int = 4000) -> tuple[torch.Tensor, torch.Tensor]:
-    """Classes 0 to 3 (never 4), each surer than the one before."""
+    """Guesses of classes 0 to 3 (never 4) with increasing confidence."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randint(0, C - 1, (count,), generator=generator)
     confidence = (0.35 + 0.15 * classes + 0.2 * torch.rand(count, generator=generator)).clamp(0, 1)
     return classes, confidence
 
 
-def test_counts_are_those_of_a_plain_count_and_add_up():
+def test_counts_are_correct_and_additive():
     classes, confidence = _guesses(0)
     expected = np.zeros((C, LEVELS), np.int64)
     for c, p in zip(classes.tolist(), confidence.tolist(), strict=True):

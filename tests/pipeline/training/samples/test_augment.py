@@ -1,4 +1,4 @@
-"""Augmentation against independent formulas, and what must hold whatever is drawn."""
+"""Augmentation against independent formulas, and invariants for any draw."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_shapes_types_and_values(seed: int, height: int, width: int, tall: int, 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_image_and_maps_share_their_geometry(seed: int) -> None:
-    """A ramp in both: each pixel of the image says where it comes from, and so does each of the map."""
+    """With a ramp in both, each pixel of image and map encodes its source position."""
     height, width = 60, 100
     y, x = np.mgrid[:height, :width]
     image = np.stack([2 * x, 4 * y, np.full_like(x, 50)], -1).astype(np.uint8)
@@ -110,7 +110,7 @@ def test_ratios_fill_their_range() -> None:
 @pytest.mark.parametrize(
     ("values", "share", "as_category", "varied"),
     [
-        ([0, 0, 0, 1], 0.75, False, False),  # exactly the share is too much, as in the reference
+        ([0, 0, 0, 1], 0.75, False, False),  # exactly the maximum is refused, as in the reference
         ([0, 0, 1, 1], 0.75, False, True),
         ([0, 0, 0, 0], 0.75, False, False),
         ([0, 1, IGNORED, IGNORED], 0.75, False, True),
@@ -122,19 +122,19 @@ def test_ratios_fill_their_range() -> None:
     ],
 )
 def test_variety(values: list[int], share: float, as_category: bool, varied: bool) -> None:
-    # The reference's rule: np.unique over what is not ignored, more than one, the largest below the share.
+    # The reference's rule: np.unique over valid pixels, more than one, the largest below the share.
     counted = [v for v in values if v >= 0 or (as_category and v == GUESS)]
     _, counts = np.unique(counted, return_counts=True)
     assert (len(counts) > 1 and counts.max() / counts.sum() < share) == varied
     assert is_varied([np.array([values], np.int32)], share, guess_is_category=as_category) == varied
 
 
-def test_teacher_decides_where_nothing_is_known() -> None:
+def test_the_teacher_decides_if_no_pixel_is_known() -> None:
     unknown = np.full((2, 2), GUESS, np.int32)
     mixed = np.array([[1, 2], [1, 2]], np.int32)
     assert is_varied([unknown, mixed], 0.75, guess_is_category=False)
     assert not is_varied([unknown, np.ones_like(mixed)], 0.75, guess_is_category=False)
-    assert not is_varied([unknown, mixed], 0.75, guess_is_category=True)  # the reference's slip
+    assert not is_varied([unknown, mixed], 0.75, guess_is_category=True)  # the reference's bug
     assert not is_varied([np.zeros_like(mixed), mixed], 0.75, guess_is_category=False)  # truth comes first
 
 
@@ -218,12 +218,12 @@ def test_photometric_distortion_is_the_references(seed: int) -> None:
     assert difference.mean() <= (3.0 if colour else 0)
 
 
-def test_every_change_happens_half_of_the_time() -> None:
+def test_every_change_has_probability_one_half() -> None:
     grey = np.full((2, 2, 3), 100, np.uint8)
     changed = [
         photometric_distortion(grey, np.random.default_rng(seed))[0, 0, 0] != 100 for seed in range(400)
     ]
-    # Of grey, brightness and contrast alone can change anything: 1 - 1/2 * 1/2.
+    # Only brightness and contrast can change grey: 1 - 1/2 * 1/2.
     assert abs(np.mean(changed) - 0.75) < 4 * math.sqrt(0.75 * 0.25 / 400) + 0.02
 
 

@@ -45,7 +45,7 @@ def png(image: np.ndarray) -> bytes:
 
 
 def teacher_of(index: int) -> tuple[np.ndarray, np.ndarray]:
-    """What stands in the table for a scene: its truth turned upside down, and a confidence ramp."""
+    """The table's labels of a scene: its truth upside down, and a confidence ramp."""
     labels = toyworld.scene(SEED, index, SIZE).labels[::-1].copy()
     labels[:4] = 255
     confidence = np.broadcast_to(np.arange(SIZE, dtype=np.uint8) + 100, (SIZE, SIZE)).copy()
@@ -77,7 +77,7 @@ def write_table(
 
 
 def make(folder: Path, count: int, **options: Any) -> str:
-    """Scenes as files, and their table."""
+    """Write scenes as files, and their table."""
     (folder / "images").mkdir(parents=True)
     uris, data = [], []
     for index in range(count):
@@ -134,10 +134,10 @@ def test_zero_shot_never_shows_an_unseen_truth(table: str, truth: Any) -> None:
         guessed, _ = teacher_of(index)
         expected = np.where(np.isin(guessed, unseen), guessed.astype(np.int32), IGNORED)
         assert np.array_equal(found["teacher"], expected)
-    assert shown & set(unseen)  # there was something to hide
+    assert shown & set(unseen)  # the scenes contain unseen classes
 
 
-def test_the_check_at_the_end_of_load_is_one_of_its_own(table: str, truth: Any) -> None:
+def test_load_checks_its_result_independently(table: str, truth: Any) -> None:
     samples = opened(table, truth=truth, unseen_ids=(0, 1, 2, 3, 4, 5))
     object.__setattr__(samples, "_true", np.where(samples._true == GUESS, 1, samples._true))
     with pytest.raises(RuntimeError, match="hidden"):
@@ -148,7 +148,7 @@ def test_supervised_and_void(table: str, truth: Any) -> None:
     true = toyworld.scene(SEED, 4, SIZE).labels
     known = sample(opened(table, truth=truth), 4)
     assert np.array_equal(known["labels"], true) and (known["teacher"] == IGNORED).all()
-    # A class that the training lacks is void of the truth, and nothing but the void is taken from it.
+    # Truth of a class that the training lacks is void, and the rest of the truth is not used.
     present = np.unique(true).tolist()
     fewer = Ontology(name="fewer", classes=[n for i, n in enumerate(TOY.names) if i != present[0]])
     void = sample(opened(table, truth=truth, ontology=fewer, void_from_truth=True), 4)
@@ -209,7 +209,7 @@ def test_rows_without_truth_or_quality_are_left_out(tmp_path: Path) -> None:
     assert samples.left_out == {"not labelled": 2, "of quality below 0.5": 2, "without truth": 1}
 
 
-def test_blank_looks_like_a_sample_and_weighs_nothing(table: str) -> None:
+def test_blank_has_the_layout_of_a_sample_and_no_weight(table: str) -> None:
     config = AugmentSettings(scale=(96, 96), crop=(40, 56))
     samples = opened(table, augment=config)
     blank, real = samples.blank(), sample(samples, 0)
@@ -220,7 +220,7 @@ def test_blank_looks_like_a_sample_and_weighs_nothing(table: str) -> None:
 
 def test_the_same_generator_gives_the_same_bytes_in_any_process(table: str) -> None:
     samples = opened(table, augment=AugmentSettings(scale=(96, 48), crop=(32, 40)))
-    sample(samples, 0)  # fills its cache, which stays at home
+    sample(samples, 0)  # fills its cache, which is not pickled
     copy = pickle.loads(pickle.dumps(samples))
     assert "_cache" not in copy.__dict__
     for index in range(10):
@@ -238,7 +238,7 @@ def test_the_same_generator_gives_the_same_bytes_in_any_process(table: str) -> N
         (lambda path: path.write_bytes(path.read_bytes()[:99]), "image_invalid"),
     ],
 )
-def test_images_that_are_gone_or_changed(tmp_path: Path, damage: Any, code: str) -> None:
+def test_missing_or_changed_images(tmp_path: Path, damage: Any, code: str) -> None:
     made = make(tmp_path, 2)
     damage(tmp_path / "images" / "scene_000001.png")
     samples = opened(made)
@@ -255,7 +255,7 @@ def test_truth_of_another_size(table: str) -> None:
     assert caught.value.code == "mask_invalid"
 
 
-def test_tables_that_are_none(tmp_path: Path) -> None:
+def test_folders_without_a_table(tmp_path: Path) -> None:
     with pytest.raises(MaskMillError) as caught:
         opened(str(tmp_path))
     assert caught.value.code == "table_damaged"
@@ -267,12 +267,11 @@ def test_tables_that_are_none(tmp_path: Path) -> None:
     assert caught.value.code == "table_damaged" and part.name in str(caught.value)
 
 
-def test_upright_as_it_was_labelled(tmp_path: Path) -> None:
-    """EXIF orientation is applied, as labelling did."""
+def test_exif_orientation_is_applied_as_in_labelling(tmp_path: Path) -> None:
     scene = toyworld.scene(SEED, 0, SIZE).image[:, : SIZE // 2]
     image = Image.fromarray(np.rot90(scene, 1))
     exif = image.getexif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to see it upright
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise to display
     path = tmp_path / "turned.png"
     image.save(path, exif=exif)
     root = open_storage(tmp_path / "table")
@@ -292,7 +291,7 @@ def test_upright_as_it_was_labelled(tmp_path: Path) -> None:
 
 
 def tarred(folder: Path, data: Sequence[bytes]) -> tuple[Path, Path]:
-    """A tar with images, and a list of where in it they are."""
+    """Write a tar with images, and a list of their byte ranges."""
     shard = folder / "shard.tar"
     with tarfile.open(shard, "w") as tar:
         for index, encoded in enumerate(data):
@@ -314,7 +313,7 @@ def test_members_of_a_tar(tmp_path: Path) -> None:
     root = open_storage(tmp_path / "table")
     write_table(root, [str(shard)] * 5, data, part=2, ids=manifest["id"].to_pylist())
     (tmp_path / "table" / "manifest").mkdir()
-    # Two runs labelled it; their manifests are in another order than the table.
+    # Two runs labelled it; their manifests are ordered differently from the table.
     write_manifest(manifest.take([4, 0]), tmp_path / "table/manifest/one.parquet")
     write_manifest(manifest.take([3, 1, 2]), tmp_path / "table/manifest/two.parquet")
     samples = opened(str(tmp_path / "table"))
@@ -345,14 +344,14 @@ def test_windows_keep_parts_together_and_each_is_read_once(tmp_path: Path) -> No
         starts.append(set(samples.part[order[at : at + 12]].tolist()))
     assert any(len(parts) == 3 for parts in starts) and starts[0] != {0, 1, 2}
     within = samples.part[order[:12]]
-    assert (np.diff(within) != 0).sum() > 3  # rows of the window are mixed
+    assert (np.diff(within) != 0).sum() > 3  # rows are shuffled across the window's parts
     for index in order.tolist():
         sample(samples, index)
     assert samples._cache.reads == 10
     shuffled = np.random.default_rng(0).permutation(40).tolist()
     for index in shuffled:
         sample(samples, index)
-    assert samples._cache.reads > 15  # what the windows are for
+    assert samples._cache.reads > 15  # without windows
 
 
 def brute_force_factors(present: list[set[int]], threshold: float) -> list[float]:
@@ -372,7 +371,7 @@ def test_repeat_factors(threshold: float) -> None:
 
 
 @pytest.mark.parametrize("zero_shot", [False, True])
-def test_rare_classes_come_more_often(table: str, truth: Any, zero_shot: bool) -> None:
+def test_images_with_rare_classes_are_repeated(table: str, truth: Any, zero_shot: bool) -> None:
     unseen = (6, 7, 8, 9) if zero_shot else ()
     options: dict[str, Any] = {"truth": truth, "unseen_ids": unseen} if zero_shot else {}
     samples = opened(table, repeat_threshold=1.0, **options)
@@ -404,9 +403,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    fsspec.filesystem(
-        "s3"
-    ).clear_instance_cache()  # clients keep the address of the server they were made for
+    fsspec.filesystem("s3").clear_instance_cache()  # clients keep the address of their server
     fsspec.filesystem("s3", use_listings_cache=False).mkdir("training")
     yield "s3://training"
     fsspec.filesystem("s3").clear_instance_cache()

@@ -1,4 +1,4 @@
-"""Sources of triplets: every pair there is and no other, and masks as the readers give them."""
+"""Triplet sources: exactly the expected pairs, with the masks of the datasets."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def png(image: np.ndarray) -> bytes:
 
 @pytest.fixture
 def phrasecut(tmp_path: Path) -> Any:
-    """Two images; three phrases of one, of one polygon, two and none that is real."""
+    """Two images with four phrases, one of them with two instances."""
     folder = tmp_path / "VGPhraseCut_v0"
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -194,7 +194,7 @@ def coco(folder: Path) -> CocoDataset:
     return open_coco_json(str(folder / "instances.json"), str(folder / "images"), ontology=ontology)
 
 
-def test_instances_are_whole_under_what_covers_them(tmp_path: Path) -> None:
+def test_instances_are_complete_where_others_cover_them(tmp_path: Path) -> None:
     dataset = coco(tmp_path)
     source = pickle.loads(pickle.dumps(open_instance_source(dataset)))
     pairs = held(source)[0]
@@ -256,7 +256,7 @@ def test_a_table_s_labels_weigh_by_their_confidence(table: str) -> None:
             assert example.weight is not None
             np.testing.assert_allclose(example.weight, confidence / 255, rtol=1e-6)
             assert np.array_equal(example.image, toyworld.scene(SEED, index, SIZE).image)
-    # In a sample as well: half as sure is half the weight, and what is ignored has none.
+    # Samples too: half the confidence is half the weight, and ignored pixels have weight 0.
     samples = TripletSamples(source, TripletSettings(size=SIZE, with_visual=False, q_neg=0.5))
     for index in range(5):
         sample = samples.load(index, np.random.default_rng(index))
@@ -295,7 +295,7 @@ def test_faint_classes_of_a_table_are_neither_asked_for_nor_negatives(
         ({"class_ids": [99]}, "wrong_use"),
     ],
 )
-def test_table_options_that_leave_nothing(table: str, options: dict[str, Any], code: str) -> None:
+def test_wrong_table_options(table: str, options: dict[str, Any], code: str) -> None:
     with pytest.raises(MaskMillError) as caught:
         opened(table, **options)
     assert caught.value.code == code
@@ -320,8 +320,8 @@ def test_order_over_a_table_has_every_pair_once(table: str, grouped: bool) -> No
 # --- toy phrases --------------------------------------------------------------------------------------------
 
 
-def test_toy_phrases_are_true_of_what_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the colours that the scene was drawn with, which its captions are written from."""
+def test_toy_phrases_are_true_of_the_drawn_scene(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare with the colours that the scene was drawn with, intercepted where its caption is written."""
     drawn: list[dict[str, str]] = []
     caption = toyworld.caption
 
@@ -378,7 +378,7 @@ def test_toy_negatives_are_absent() -> None:
             if not source.pairs.may_hold(image, number):
                 absent += 1
                 colour = text.removeprefix("something ")
-                # A word for a colour can be ruled out where no class of the scene may have it only.
+                # A colour can only be absent if no class of the scene always has it.
                 assert text not in present
                 assert not any(COLOURS[name] == ((colour, 1.0),) for name in present)
     assert absent > 100

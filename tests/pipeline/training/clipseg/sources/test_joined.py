@@ -1,4 +1,4 @@
-"""``pipeline.training.clipseg.sources.joined``: every pair of both sources, nothing claimed across them."""
+"""Joined sources: all pairs of both, and no negatives across them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIDE = 16
 
 @dataclass(frozen=True, eq=False)
 class Flat(TripletSource):
-    """Pictures of one grey each, which tells source and image; a mask that tells the phrase."""
+    """Images whose grey value encodes source and image, with a mask that encodes the phrase."""
 
     shade: int
 
@@ -60,16 +60,16 @@ def test_every_pair_is_read_from_its_own_source(first: Flat, second: Flat, joine
         assert np.array_equal(read.image, own.image) and np.array_equal(read.mask, own.mask)
         text = joined.pairs.phrases[joined.pairs.phrase[pair]]
         assert text == source.pairs.phrases[source.pairs.phrase[number]]
-    # Pictures of the two are different ones, and so are the parts in which they are stored.
+    # The sources share no image and no block.
     for column in (joined.pairs.image, joined.pairs.block):
         assert not set(column[:count].tolist()) & set(column[count:].tolist())
 
 
-def test_only_within_a_source_something_is_known_to_be_absent(
+def test_a_phrase_can_only_be_absent_within_its_source(
     first: Flat, second: Flat, joined: JoinedSource
 ) -> None:
     images, phrases = joined.pairs.seam or (0, 0)
-    assert images == 6 and phrases == 3  # image 5 has doubts only
+    assert images == 6 and phrases == 3  # image 5 only has an unsure phrase
     for image in range(9):
         for phrase in range(5):
             own = (image >= images) == (phrase >= phrases)
@@ -80,7 +80,7 @@ def test_only_within_a_source_something_is_known_to_be_absent(
             assert joined.pairs.may_hold(image, phrase) is expected
 
 
-def test_negatives_are_drawn_from_the_own_source(joined: JoinedSource) -> None:
+def test_negatives_are_drawn_from_the_same_source(joined: JoinedSource) -> None:
     samples = TripletSamples(joined, TripletSettings(size=SIDE, support_size=SIDE, crop=False, q_neg=1.0))
     drawn = {}
     for pair in range(len(joined.pairs)):
@@ -88,7 +88,7 @@ def test_negatives_are_drawn_from_the_own_source(joined: JoinedSource) -> None:
             other = samples._other_phrase(pair, np.random.default_rng(seed))
             if other is not None:
                 drawn.setdefault(pair >= 5, set()).add(joined.pairs.phrases[other][0])
-    # Where there is a red cat there is a cat; no picture of the second source is known to lack a fish but 2.
+    # A red cat implies a cat. In the second source, only image 2 surely lacks a phrase: the fish.
     assert drawn == {False: {"red cat", "dog", "cat"}, True: {"fish"}}
 
 
@@ -109,7 +109,7 @@ def test_an_epoch_has_every_pair_once_and_mixes_the_sources(grouped: bool) -> No
     assert changes == 239 if grouped else changes > 600
 
 
-def test_its_fingerprint_names_both(first: Flat, second: Flat) -> None:
+def test_the_fingerprint_depends_on_both_sources(first: Flat, second: Flat) -> None:
     made = {
         join_sources(a, b).fingerprint
         for a, b in [
