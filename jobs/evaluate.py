@@ -76,14 +76,14 @@ class Evaluate:
             words to label with instead of the benchmark's.
         protocol: the published numbers to compare with: seed (MaskCLIP's repository), unified (its
             successors; not comparable with seed) or custom; default: the one that the recipe follows.
-        zero_shot: a split into seen and unseen classes: voc20, voc21, context60, cocostuff171, ….
+        zero_shot: a split into seen and unseen classes: voc20, voc21, context60, cocostuff171, …
         limit: use only the first N images, to try things out.
         output: folder for the result, on a disk that all nodes share if --recipe runs on a cluster; default:
             a new one below results/.
         overwrite: replace a result that is already in --output.
         workers: number of Ray tasks that compare; 0: this process alone; default: depends on the number of
             images.
-        boundary: measure boundary IoU; --no-boundary skips it.
+        boundary: --no-boundary skips boundary IoU.
     """
 
     labels: str | None = None
@@ -181,10 +181,10 @@ class Evaluate:
                 self.ontology and self.labels and self.data.dataset not in (None, "pairs", "coco-json"),
                 "--labels have an ontology already: --ontology is for --truth, or for --recipe.",
             ),
-            (self.limit < 0, f"--limit {self.limit} is no number of images."),
+            (self.limit < 0, f"--limit {self.limit} is not a number of images."),
             (
                 self.workers is not None and self.workers < 0,
-                f"--workers {self.workers} is no number of tasks.",
+                f"--workers {self.workers} is not a number of tasks.",
             ),
         ):
             if wrong:

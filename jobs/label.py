@@ -72,12 +72,12 @@ class Label:
     Run the same command again to resume after a crash or to label new images.
 
     Attributes:
-        images: folder, glob ("photos/*.jpg") or list file (.txt, one path or URI a line) of images.
+        images: folder, glob ("photos/*.jpg") or list file (.txt, one path or URI per line) of images.
         manifest: manifest in Parquet (columns id, uri), instead of --images.
         output: folder (or s3://… prefix) for the label table.
         classes: class names, separated by commas: "cat, dog, grass". Everything else becomes "background".
         ontology: YAML file of classes, or a built-in name (voc21, context59, …), instead of --classes.
-        background: add a background class; --no-background gives every pixel one of the named classes.
+        background: --no-background gives every pixel one of the named classes.
         min_confidence: pixels below this confidence (0 to 1) become "ignore" (255).
         max_failure_rate: exit with 1 if a larger share of the images fails.
         overwrite: delete a table that is already in --output and start over.

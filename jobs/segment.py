@@ -63,7 +63,7 @@ class Segment:
         blur: sigma in pixels of the blur on the background; 0 is none.
         background: brightness of the background, from 1 (unchanged) to 0 (grey).
         context: margin around the object when cropping, as a share of its extent.
-        crop: crop to the object; --no-crop keeps the whole picture.
+        crop: --no-crop keeps the whole picture.
         crop_size: side that the crop is resized to; default: --example-size.
         example_size: side of the square that examples are resized to first; default: as in training, 352.
         weights: a decoder file (rd64-uni.pth), the --output of maskmill train clipseg, a folder in Hugging

@@ -84,7 +84,7 @@ def serve(job: Serve, console: Console | None = None) -> int:
         if "*" in name.removeprefix("*.") and name != "*":
             raise WrongUse(
                 "wrong_use",
-                f"--allow-host {name} is no host name.",
+                f"--allow-host {name} is not a host name.",
                 "Give a name such as studio.local, or *.example.org for all of a domain.",
             )
     registry = ModelRegistry([entry(spec, clip=job.clip) for spec in job.models or DEFAULT_MODELS])
@@ -234,7 +234,7 @@ def _notice(name: str, model: str, pretrained: str | None) -> str:
 def listen(host: str, port: int | None) -> socket.socket:
     """A listening socket; see ``Serve.port``."""
     if port is not None and not 0 <= port <= 65_535:
-        raise WrongUse("address_unusable", f"{port} is no port.", "Choose one from 1024 to 65535, or 0.")
+        raise WrongUse("address_unusable", f"{port} is not a port.", "Choose one from 1024 to 65535, or 0.")
     for attempt in [PORT, 0] if port is None else [port]:
         try:
             return _bind(host, attempt)
