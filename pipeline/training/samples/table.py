@@ -49,7 +49,7 @@ class TableSamples:
     """``pipeline.training.loop.protocols.Samples`` over a label table; see ``open_table_samples``.
 
     Columns of a sample: ``image`` uint8 (3, S, T) RGB; ``labels`` int32 (S, T): known class id, ``GUESS`` or
-    ``IGNORED``; ``teacher`` int32 (S, T): the table's class if it may be guessed, else ``IGNORED``;
+    ``IGNORED``; ``teacher`` int32 (S, T): the table's class if that is hidden, else ``IGNORED``;
     ``confidence`` uint8 (S, T): from the table; ``id`` int64 (): of the table's row.
 
     Attributes:
@@ -61,7 +61,7 @@ class TableSamples:
         parts: names of the parts.
         part: int32 (N,), ascending: part of each sample.
         row: int32 (N,): row of each sample in its part.
-        teacher: int32: maps the table's ids to training ids, ``IGNORED`` if they may not be guessed.
+        teacher: int32: maps the table's ids to training ids, ``IGNORED`` if they are not hidden.
     """
 
     augment: AugmentSettings
@@ -275,7 +275,6 @@ def open_table_samples(
     augment: AugmentSettings,
     truth: base.Dataset | None = None,
     unseen_ids: Sequence[int] = (),
-    guessable: Sequence[int] | None = None,
     repeat_threshold: float = 0.0,
     min_quality: float = 0.0,
     void_from_truth: bool = False,
@@ -301,10 +300,9 @@ def open_table_samples(
         truth: label maps of the table's images, matched by URI or file name as in ``maskmill evaluate``; rows
             without truth are left out.
         unseen_ids: classes whose truth is never used.
-        guessable: classes that the teacher may predict; default: the unseen ones, or all without truth.
         repeat_threshold: t of repeat-factor sampling (Gupta et al., "LVIS", 2019): an image occurs
             max(1, sqrt(t / f)) times per epoch on average, where f is the share of images with the rarest of
-            its classes, by the teacher's labels for guessable classes and by truth for known ones (which
+            its classes, by the teacher's labels for hidden classes and by truth for known ones (which
             reads all truth once); 0 uses each image once.
         min_quality: minimum quality score of a row, in [0, 1].
         void_from_truth: see above.
@@ -315,14 +313,14 @@ def open_table_samples(
             ``training_data_empty`` if no row is left.
     """
     count = ontology.num_classes
-    hidden, may_guess = _roles(count, truth is not None, unseen_ids, guessable, void_from_truth)
+    hidden = _hidden(count, truth is not None, unseen_ids, void_from_truth)
     root, storage, parts, record = _open(table)
     known = Ontology.from_record(record["ontology"], origin=root.uri_of(DATASET_FILE))
     teacher = class_ids(known.names, ontology, known.ignore_index, words=known.prompts())
-    if may_guess.any() and not np.isin(teacher, np.flatnonzero(may_guess)).any():
-        raise _no_common_class(f"the labels in {root.uri}", known.names, ontology, may_guess)
+    if hidden.any() and not np.isin(teacher, np.flatnonzero(hidden)).any():
+        raise _no_common_class(f"the labels in {root.uri}", known.names, ontology, hidden)
     pixels_of = teacher
-    teacher = np.where((teacher >= 0) & may_guess[np.maximum(teacher, 0)], teacher, IGNORED).astype(np.int32)
+    teacher = np.where((teacher >= 0) & hidden[np.maximum(teacher, 0)], teacher, IGNORED).astype(np.int32)
 
     work = None if truth is None else evaluation.plan(storage, truth.samples)
     rows = _Rows(count)
@@ -358,7 +356,7 @@ def open_table_samples(
     repeats = None
     if repeat_threshold > 0:
         image, present = rows.present()
-        guessed = may_guess[present]
+        guessed = hidden[present]
         pairs = np.stack([image[guessed], present[guessed]], 1)
         if truth is not None and true is not None and not hidden.all():
             pairs = np.concatenate([pairs, _true_classes(truth.reader(), samples, true)])
@@ -405,18 +403,10 @@ def repeat_factors(
     return repeats.astype(np.float32)
 
 
-def _roles(
-    count: int, truth: bool, unseen: Sequence[int], guessable: Sequence[int] | None, void: bool
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Which classes are hidden and which may be guessed: two bool (C,)."""
-
-    def marked(ids: Sequence[int]) -> npt.NDArray[np.bool_]:
-        if ids and not 0 <= min(ids) <= max(ids) < count:
-            raise WrongUse(
-                "wrong_use", f"{list(ids)}: ids must be from 0 to {count - 1}.", "Correct the ids."
-            )
-        return np.isin(np.arange(count), list(ids))
-
+def _hidden(count: int, truth: bool, unseen: Sequence[int], void: bool) -> npt.NDArray[np.bool_]:
+    """Which classes are hidden, bool (C,): the teacher guesses them, and their truth is never used."""
+    if unseen and not 0 <= min(unseen) <= max(unseen) < count:
+        raise WrongUse("wrong_use", f"{list(unseen)}: ids must be from 0 to {count - 1}.", "Correct the ids.")
     if (unseen or void) and not truth:
         raise WrongUse(
             "wrong_use",
@@ -429,8 +419,9 @@ def _roles(
             "void_from_truth is for training without any class's truth; with unseen classes it is implied.",
             "Leave one of them out.",
         )
-    hidden = np.ones(count, np.bool_) if void or not truth else marked(unseen)
-    return hidden, hidden if guessable is None else marked(guessable)
+    if void or not truth:
+        return np.ones(count, np.bool_)
+    return np.isin(np.arange(count), list(unseen))
 
 
 def _open(table: str) -> tuple[Storage, Storage, list[str], dict[str, Any]]:
