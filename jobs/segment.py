@@ -171,8 +171,8 @@ def segment(job: Segment, console: Console | None = None) -> int:
     )
     prompts = _prompts(job, finder)
     began = time.monotonic()
-    beneath = weights.beneath()
-    toy = " (a toy: it knows the toy world only)" if beneath and beneath[0] == "toyclip" else ""
+    clip = weights.known_clip()
+    toy = " (a toy: it knows the toy world only)" if clip and clip[0] == "toyclip" else ""
     _say(console, f"{_count(uris, 'image')}, {_count(prompts, 'prompt')}, {job.weights}{toy} → {folder}")
     with console.status("reading the weights"):
         conditionals = finder.embed(

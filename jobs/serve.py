@@ -205,7 +205,7 @@ def _student(name: str, source: str) -> Entry:
 
 def _clipseg(name: str, source: str, clip: str | None) -> Entry:
     weights = ClipSegWeights(source, clip)
-    model, pretrained = weights.beneath() or ("", None)
+    model, pretrained = weights.known_clip() or ("", None)
     info = ModelInfo(
         name=name,
         kind="clipseg",

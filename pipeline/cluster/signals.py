@@ -19,7 +19,7 @@ LONGEST_HOLD_S = 10.0
 TERMINATED, INTERRUPTED = "terminated", "interrupted"
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_AGAIN_S = 0.05
+_RETRY_S = 0.05
 _holds = 0
 
 
@@ -30,20 +30,20 @@ def interrupt_on_signals() -> None:
     for ``PATIENCE_S`` after the first. The first is deferred within ``signals_held`` and while Python imports
     a module, for at most ``LONGEST_HOLD_S``.
     """
-    asked: float | None = None
-    heeded = -math.inf
+    requested_at: float | None = None
+    interrupted_at = -math.inf
 
     def interrupted(number: int, frame: FrameType | None) -> None:
-        nonlocal asked, heeded
+        nonlocal requested_at, interrupted_at
         now = time.monotonic()
-        if now < heeded + PATIENCE_S:
+        if now < interrupted_at + PATIENCE_S:
             os.write(2, b"Stopping: this takes a few seconds.\n")
             return
-        asked = now if asked is None else asked
-        if now < asked + LONGEST_HOLD_S and (_holds or _imports(frame)):
-            threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number)).start()
+        requested_at = now if requested_at is None else requested_at
+        if now < requested_at + LONGEST_HOLD_S and (_holds or _imports(frame)):
+            threading.Timer(_RETRY_S, os.kill, (os.getpid(), number)).start()
             return
-        asked, heeded = None, now
+        requested_at, interrupted_at = None, now
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupted)

@@ -29,7 +29,7 @@ from pipeline.table.lease import refuse_other_holder
 _T = TypeVar("_T")
 _CHUNK_BYTES = 64 << 20
 _FETCHES_AHEAD = 16
-_HOPELESS = 16
+_GIVE_UP_AFTER = 16
 
 _KNOWN = ("id", "uri", "sha256", "height", "width", "status", "error")
 _DECODED = pa.schema(
@@ -73,7 +73,7 @@ class Decode:
         size = 0
         entries = table.to_pylist()
         with ThreadPoolExecutor(_FETCHES_AHEAD) as pool:
-            for entry, future in zip(entries, _ahead(pool, _fetch, entries, _FETCHES_AHEAD), strict=True):
+            for entry, future in zip(entries, prefetch(pool, _fetch, entries, _FETCHES_AHEAD), strict=True):
                 start = time.perf_counter()
                 row = self._row(entry["id"], entry["uri"], future)
                 row["decode_s"] = time.perf_counter() - start
@@ -127,7 +127,7 @@ class Label:
                 shape = columns["network_height"][index], columns["network_width"][index]
                 buckets.setdefault(shape, []).append(index)
             else:
-                rows.append(_passed_on(columns, index))
+                rows.append(_common_fields(columns, index))
         size = 0
         for (height, width), members in sorted(buckets.items()):
             for chosen in _batched(members, self._labeller.batch_size):
@@ -140,7 +140,7 @@ class Label:
                 outcomes = self._outcomes(batch, sizes)
                 label_s = (time.perf_counter() - start) / len(chosen)
                 for index, outcome in zip(chosen, outcomes, strict=True):
-                    row = _passed_on(columns, index) | {"label_s": label_s}
+                    row = _common_fields(columns, index) | {"label_s": label_s}
                     if isinstance(outcome, Prediction):
                         row["labels"] = outcome.labels.tobytes()
                         row["confidence"] = outcome.confidence.tobytes()
@@ -167,7 +167,7 @@ class Label:
             if len(batch) > 1:
                 return [self._outcomes([image], [size])[0] for image, size in zip(batch, sizes, strict=True)]
             self._failed += 1
-            if not self._succeeded and self._failed >= _HOPELESS:
+            if not self._succeeded and self._failed >= _GIVE_UP_AFTER:
                 # The images are not the cause: fail now, not after a million of them.
                 raise FailedWork(
                     "labelling_failed",
@@ -179,7 +179,7 @@ class Label:
         return predictions
 
 
-def _passed_on(columns: dict[str, list[Any]], index: int) -> dict[str, Any]:
+def _common_fields(columns: dict[str, list[Any]], index: int) -> dict[str, Any]:
     row = {name: columns[name][index] for name in (*_KNOWN, "decode_s")}
     return row | {"labels": None, "confidence": None, "label_s": 0.0}
 
@@ -236,7 +236,7 @@ def _fetch(entry: dict[str, Any]) -> bytes:
     return images.fetch(entry["uri"], start=entry.get("offset") or 0, length=entry.get("length"))
 
 
-def _ahead(
+def prefetch(
     pool: ThreadPoolExecutor, work: Callable[[_T], bytes], items: Iterable[_T], depth: int
 ) -> Iterator[Future[bytes]]:
     """Futures of ``work`` in order, at most ``depth`` of them pending."""

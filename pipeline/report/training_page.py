@@ -567,9 +567,9 @@ def clipseg_page(
             ("decoder", f"{config['reduce_dim']} wide, layers {' '.join(str(each) for each in layers)}"),
         ],
         cards=[_answer_card(answer) for answer in answers],
-        note=f"Samples of the training: what was asked is beneath, and found is what has p ≥ {THRESHOLD:g}.",
+        note=f"Training samples with their prompts below; the found mask is p ≥ {THRESHOLD:g}.",
         curves=_CLIPSEG_CURVES,
-        curves_note="By step, on what was trained with. What it is worth elsewhere, maskmill evaluate says.",
+        curves_note="By step, on the training data. For other data, run maskmill evaluate.",
         data=[
             (names.get(name, name), thousands(value))
             for name, value in record.data.items()

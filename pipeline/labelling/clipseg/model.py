@@ -83,7 +83,7 @@ class ClipSegWeights:
         model.decoder.cast(dtype)
         return model
 
-    def beneath(self) -> tuple[str, str | None] | None:
+    def known_clip(self) -> tuple[str, str | None] | None:
         """Name and weights of the CLIP, if known without loading it.
 
         Raises:
@@ -106,7 +106,7 @@ class ClipSegWeights:
             recorded = read_clipseg_record(self.weights).sizes
             if recorded is not None:
                 return recorded
-        known = self.beneath()
+        known = self.known_clip()
         side = _TOY_SIZE if known is not None and known[0] == _TOY else _RELEASED_SIZE
         return side, side
 

@@ -226,7 +226,7 @@ def test_fetching_runs_ahead_but_not_away() -> None:
         return bytes([item])
 
     with ThreadPoolExecutor(8) as pool:
-        futures = stages._ahead(pool, work, range(100), 4)
+        futures = stages.prefetch(pool, work, range(100), 4)
         assert [future.result() for future in futures] == [bytes([item]) for item in range(100)]
     assert most <= 4
 

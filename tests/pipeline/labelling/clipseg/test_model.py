@@ -73,7 +73,7 @@ def test_what_is_known_before_it_is_loaded(
     sizes: tuple[int, int],
 ) -> None:
     weights = ClipSegWeights(str(places.get(place, place)), clip)
-    assert weights.beneath() == beneath and weights.sizes() == sizes
+    assert weights.known_clip() == beneath and weights.sizes() == sizes
 
 
 @pytest.mark.parametrize("place", ["toy.safetensors", "run"])
@@ -82,7 +82,7 @@ def test_weights_in_the_home_folder(
 ) -> None:
     monkeypatch.setenv("HOME", str(places[place].parent))
     weights = ClipSegWeights(f"~/{place}")
-    assert weights == ClipSegWeights(str(places[place])) and weights.beneath() == TOY
+    assert weights == ClipSegWeights(str(places[place])) and weights.known_clip() == TOY
 
 
 @pytest.mark.parametrize("place", ["toy.safetensors", "run", "hub", "deconv"])
