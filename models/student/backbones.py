@@ -1,7 +1,7 @@
-"""Backbones of the students, ResNets at output stride 8 and a light one for CPUs, and their start weights.
+"""Student backbones (ResNets at output stride 8, and a light one for CPUs) and their initial weights.
 
-Shapes: B batch, H W pixels. Every backbone takes normalised images (B, 3, H, W) and gives two feature maps:
-``low`` at ceil(H/4) x ceil(W/4), which DeepLabV3+ and the light decoder use for borders, and ``high`` at
+Shapes: B batch, H W pixels. Every backbone maps normalised images (B, 3, H, W) to two feature maps: ``low``
+at ceil(H/4) x ceil(W/4), which DeepLabV3+ and the light decoder use to refine borders, and ``high`` at
 ceil(H/8) x ceil(W/8). ``low`` is the reference's C1, ``high`` its C4.
 """
 
@@ -22,7 +22,7 @@ from models.hub import HUB, hub_cache_folder, in_hub_cache, reachable
 
 @dataclass(frozen=True)
 class _Pretrained:
-    """ImageNet weights: a repository of timm's at the hub, and single files that fit as well."""
+    """ImageNet weights: timm's hub repository, and other files that fit."""
 
     repository: str
     files: tuple[str, ...]
@@ -31,7 +31,7 @@ class _Pretrained:
 _MMCV = "https://download.openmmlab.com/pretrain/third_party"
 _GLUON = "https://github.com/rwightman/pytorch-pretrained-gluonresnet/releases/download/v0.1"
 _TORCHVISION = "https://download.pytorch.org/models"
-# torchvision's first weights, not timm's default ones: those are what segmentation networks start from.
+# torchvision's first weights rather than timm's defaults, because segmentation networks start from those.
 PRETRAINED = {
     "resnet50c": _Pretrained(
         "timm/resnet50c.gluon_in1k",
@@ -54,7 +54,7 @@ def conv_bn(
     channels_in: int, channels: int, kernel: int, *, stride: int = 1, dilation: int = 1, groups: int = 1,
     relu: bool = True,
 ) -> nn.Sequential:  # fmt: skip
-    """Convolution without bias that keeps the size (at stride 1), batch norm, and ReLU if wanted."""
+    """Same-size convolution (at stride 1) without bias, batch norm, and optionally ReLU."""
     conv = nn.Conv2d(
         channels_in, channels, kernel, stride, padding=dilation * (kernel // 2), dilation=dilation,
         groups=groups, bias=False,
@@ -67,7 +67,7 @@ def conv_bn(
 
 
 class _Residual(nn.Module):
-    """One dilated 3x3 convolution and a shortcut around it."""
+    """A dilated 3x3 convolution with a shortcut."""
 
     def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()
@@ -78,10 +78,10 @@ class _Residual(nn.Module):
 
 
 class LightBackbone(nn.Module):
-    """A small residual network for images of about 100 to 200 pixels.
+    """A small residual network for images of about 100 to 200 pixels a side.
 
     Args:
-        width: channels after the first convolution; ``low`` has twice, ``high`` four times as many.
+        width: channels after the first convolution; ``low`` has twice as many, ``high`` four times.
         depth: residual blocks at stride 8, with dilations 1, 2, 4, ...
     """
 
@@ -100,18 +100,18 @@ class LightBackbone(nn.Module):
 
 
 def build_backbone(name: str, *, width: int, depth: int) -> tuple[nn.Module, tuple[int, int]]:
-    """A backbone with random weights.
+    """Build a backbone with random weights.
 
-    The ResNets are at output stride 8 as in the reference: strides 1, 2, 1, 1 and dilations 1, 1, 2, 4 of the
-    four stages, the first 3x3 convolution of a dilated stage with half its dilation. ``resnet50c`` and
+    The ResNets have output stride 8 as in the reference: strides 1, 2, 1, 1 and dilations 1, 1, 2, 4 in the
+    four stages, with half the dilation in the first 3x3 convolution of a dilated stage. ``resnet50c`` and
     ``resnet101c`` are the reference's ResNetV1c, with a stem of three 3x3 convolutions.
 
     Args:
         name: one of ``BACKBONES``.
-        width, depth: of ``light``; the others do not use them.
+        width, depth: used by ``light`` only.
 
     Returns:
-        The module, normalised images to ``[low, high]``; and the channels of the two.
+        The module, which maps normalised images to ``[low, high]``, and the channels of the two.
     """
     if name == LIGHT:
         return LightBackbone(width, depth), (2 * width, 4 * width)
@@ -121,15 +121,15 @@ def build_backbone(name: str, *, width: int, depth: int) -> tuple[nn.Module, tup
 
 
 def load_weights(backbone: nn.Module, name: str, source: str | Path) -> None:
-    """Give a backbone its start weights.
+    """Load initial weights into a backbone.
 
     Args:
         backbone: from ``build_backbone``; changed in place.
         name: its name.
-        source: ``imagenet`` (fetched from the hub unless it is in its cache), a ``.safetensors`` or ``.pth``
-            file, or ``none``. A file may hold a state dict of timm, torchvision, or OpenMMLab (backbone or
-            whole segmentor); a classification or decode head in it is left out. Anything else missing or left
-            over is an error. Pickles are read without running code.
+        source: ``imagenet`` (downloaded from the hub unless cached), a ``.safetensors`` or ``.pth`` file, or
+            ``none``. A file may hold a state dict of timm, torchvision or OpenMMLab (backbone or whole
+            segmentor); its classification or decode head is ignored. Any other missing or unexpected tensor
+            is an error. Pickles are read without running code.
 
     Raises:
         MaskMillError: ``weights_missing`` with the file to get; ``model_damaged``;
@@ -146,7 +146,7 @@ def load_weights(backbone: nn.Module, name: str, source: str | Path) -> None:
         )
     state = _timm_names(read_state(path))
     own = backbone.state_dict()
-    # Old files have no counters; evaluation never reads them.
+    # Old files lack these counters, which evaluation never reads.
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
     misshapen = [key for key in own if key in state and state[key].shape != own[key].shape]
@@ -188,7 +188,7 @@ def _imagenet_file(name: str) -> Path:
 
         try:
             return Path(hf_hub_download(known.repository, _HUB_FILE))
-        except Exception as error:  # the HTTP libraries beneath have their own exceptions
+        except Exception as error:  # each HTTP library underneath raises its own exceptions
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     files = " or ".join((f"https://{HUB}/{known.repository} ({_HUB_FILE})", *known.files))
     raise WrongUse(
@@ -204,7 +204,10 @@ _STEM = {"0": "conv1.0", "1": "conv1.1", "3": "conv1.3", "4": "conv1.4", "6": "c
 
 
 def _timm_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without heads and prefixes; OpenMMLab counts the layers of the deep stem, timm ends it with bn1."""
+    """Rename tensors to timm's names, without heads and prefixes.
+
+    OpenMMLab numbers the layers of the deep stem consecutively; timm's last one is ``bn1``.
+    """
     renamed = {}
     for key, tensor in state.items():
         if _HEADS.match(key):

@@ -1,7 +1,7 @@
-"""Batch norm over the joint batch of all training processes, on GPUs and on CPUs.
+"""Batch norm over the joint batch of all training processes, on GPUs and CPUs.
 
-PyTorch's ``SyncBatchNorm`` refuses tensors on a CPU. The one here does the same there; its parameters and
-buffers have the same names, so weights travel freely between plain and synchronised modules.
+PyTorch's ``SyncBatchNorm`` rejects CPU tensors. The class here does the same on a CPU. Parameter and buffer
+names are the same, so plain and synchronised modules can exchange weights.
 
 Shapes: B batch, C channels, H W size.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum of all processes' tensors, in each of them; so is the gradient."""
+    """All-reduce (sum) in the forward and the backward pass."""
 
     @staticmethod
     def forward(context: Any, values: Tensor) -> Tensor:
@@ -32,24 +32,24 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class CrossReplicaBatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` whose training statistics are those of the batches of all processes together.
+    """``nn.BatchNorm2d`` with training statistics over the batches of all processes.
 
-    Processes may have batches and images of different sizes; each has to take part in every training step,
-    and in its backward pass. In evaluation, and without a process group, it is ``nn.BatchNorm2d``.
+    Batch and image sizes may differ between processes, but every process must take part in every forward and
+    backward pass of training. In evaluation, or without a process group, it is ``nn.BatchNorm2d``.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W), of the input's dtype.
+        """(B, C, H, W) -> (B, C, H, W) in the input's dtype.
 
         Raises:
-            ValueError: one value per channel in all processes together: there is no variance.
+            ValueError: there is only one value per channel over all processes, so no variance.
         """
         local = self.running_mean is not None and not self.training
         if local or world_size() == 1:
             return super().forward(input)
         if input.ndim != 4:
             raise ValueError(f"Images (B, C, H, W) are expected, not {input.ndim} dimensions.")
-        # Half precision overflows in sums; torch's own keeps its statistics in fp32 as well.
+        # Sums overflow in half precision; torch's SyncBatchNorm keeps its statistics in fp32 too.
         x = input if input.dtype == torch.float64 else input.float()
         sums = torch.cat([x.sum((0, 2, 3)), x.new_tensor([x.numel() // x.shape[1]])])
         sums = _SumOverProcesses.apply(sums)
@@ -58,7 +58,7 @@ class CrossReplicaBatchNorm2d(nn.BatchNorm2d):
             raise ValueError("Batch norm needs more than one value per channel in training.")
         mean = sums[:-1] / count
         centred = x - mean[:, None, None]
-        # Around the joint mean, and not as the difference of two large sums, which cancels.
+        # Around the joint mean, because the difference of two large sums would cancel.
         variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
         self._track(mean.detach(), variance.detach() * count / (count - 1))
         scale = (variance + self.eps).rsqrt()
@@ -83,17 +83,17 @@ class CrossReplicaBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise_batchnorm(module: nn.Module) -> nn.Module:
-    """Let the batch norms of a module see the joint batch of all processes.
+    """Make a module's batch norms use the joint batch of all processes.
 
-    Call it in every process after the process group is there and before ``DistributedDataParallel``. Without
-    a process group, or alone in it, nothing changes.
+    Call it in every process, after the process group is initialised and before ``DistributedDataParallel``. A
+    no-op without a process group or in a group of one.
 
     Args:
-        module: changed in place; on its device, which decides between PyTorch's ``SyncBatchNorm`` (CUDA) and
+        module: changed in place. Its device decides between PyTorch's ``SyncBatchNorm`` (CUDA) and
             ``CrossReplicaBatchNorm2d``. Parameters and buffers stay the same objects with the same names.
 
     Returns:
-        The module; another one only if it is a batch norm itself.
+        The module; a new one only if it is itself a batch norm.
     """
     if world_size() == 1:
         return module
@@ -104,7 +104,7 @@ def synchronise_batchnorm(module: nn.Module) -> nn.Module:
 
 
 def world_size() -> int:
-    """Processes in the default group; 1 without one."""
+    """Number of processes in the default group, 1 without one."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -1,14 +1,15 @@
-"""Students of MaskCLIP+ (arXiv 2112.01071 §3.4): a DeepLab whose last layer is CLIP's text classifier.
+"""Students of MaskCLIP+ (arXiv 2112.01071 §3.4): DeepLabs whose last layer is CLIP's text classifier.
 
 Shapes: B batch, C classes, P classifier rows, D embedding channels, H W pixels, h w feature grid.
 
-The network gives non-negative features of CLIP's width, and a class scores their product with the embedding
-of its name. The embeddings are buffers, never trained: other class names can take their place at any time.
+The network computes non-negative features of CLIP's width; a class's score is their product with the
+embedding of its name. The embeddings are buffers and never trained, so they can be replaced by those of other
+class names at any time.
 
-* ``deeplabv2``: four parallel dilated convolutions, summed (arXiv 1606.00915), straight to D channels.
+* ``deeplabv2``: four parallel dilated convolutions to D channels, summed (arXiv 1606.00915).
 * ``deeplabv3plus``: image pooling and separable dilated convolutions, refined with low features (arXiv
   1802.02611).
-* ``light``: high features are added to the low ones and go through summed dilated convolutions on that grid.
+* ``light``: high features added to the low ones, then summed dilated convolutions on that grid.
 """
 
 from __future__ import annotations
@@ -25,22 +26,21 @@ from models.settings import StudentConfig
 from models.student.backbones import build_backbone, conv_bn, load_weights
 
 _SKIP_CHANNELS = 48
-# ImageNet's, in thousandths of a grey level: whole numbers, which a change of the model's dtype leaves alone.
+# ImageNet's, in thousandths of a grey level: integer buffers do not change with the model's dtype.
 _MEAN = (123_675, 116_280, 103_530)
 _STD = (58_395, 57_120, 57_375)
 
 
 class DeepLab(nn.Module):
-    """A student: RGB images in, class scores at their size out.
+    """A student: RGB images to class scores at their size.
 
-    It goes through ``torch.export``, ``torch.onnx.export`` and ``torch.compile`` as it is; batch, height and
-    width may be dynamic there if both sides are at least 16 pixels.
+    It works with ``torch.export``, ``torch.onnx.export`` and ``torch.compile``; batch, height and width may
+    be dynamic there if both sides are at least 16 pixels.
 
-    Weights are random, and a function of the seed (``torch.manual_seed``);
-    ``load_backbone_weights`` starts the backbone from ImageNet.
+    Weights are random (``torch.manual_seed``); ``load_backbone_weights`` initialises the backbone from
+    ImageNet.
 
     Args:
-        config: what to build.
         text: the classifier; with ``config.learned_background`` its class 0 becomes class 1.
 
     Raises:
@@ -81,7 +81,7 @@ class DeepLab(nn.Module):
         return TextClassifier(self.text_rows.float().cpu(), class_ids, int(class_ids[-1]) + 1)
 
     def set_classifier(self, text: TextClassifier) -> None:
-        """Score other classes from now on; nothing is trained. A learned background stays class 0.
+        """Replace the classes; nothing is trained. A learned background stays class 0.
 
         Raises:
             MaskMillError: ``weights_do_not_fit``.
@@ -94,20 +94,20 @@ class DeepLab(nn.Module):
                 "Build it with the CLIP that the student was trained with.",
             )
         device = self._mean.device
-        # Copies: what the caller does with his tensors must not reach the model.
+        # Copy, so that the caller may change the tensors later.
         self.text_rows = text.embeddings.detach().to(device, torch.float32, copy=True)
         self.text_class_ids = text.class_ids.to(device, copy=True)
         self._row_table = row_table(text).to(device)
 
     def features(self, images: Tensor) -> Tensor:
-        """Images to features on the grid.
+        """Map images to features on the grid.
 
         Args:
-            images: uint8 (B, 3, H, W) RGB, or any float type with the same range, 0 to 255.
+            images: (B, 3, H, W) RGB, uint8 or any float dtype, in [0, 255].
 
         Returns:
-            (B, D, h, w), non-negative, in the model's dtype (autocast's, under it); h = ceil(H/8), w =
-            ceil(W/8), with ``deeplabv3plus`` and ``light`` ceil(H/4), ceil(W/4).
+            (B, D, h, w), non-negative, in the model's dtype, or autocast's; h = ceil(H/8), w = ceil(W/8),
+            or ceil(H/4), ceil(W/4) with ``deeplabv3plus`` and ``light``.
         """
         exact = torch.float64 if self._dtype == torch.float64 else torch.float32
         normalised = (images.to(exact) * 1000 - self._mean.to(exact)) / self._std.to(exact)
@@ -115,18 +115,14 @@ class DeepLab(nn.Module):
         return self.decoder(low, high)
 
     def grid_logits(self, features: Tensor) -> Tensor:
-        """Features to class scores.
-
-        Args:
-            features: (B, D, h, w), from ``features``.
+        """Map features (B, D, h, w) to class scores.
 
         Returns:
-            (B, C, h, w), fp32, or fp64 if the features are. A class with several rows scores the best of
-            them.
+            (B, C, h, w), fp32, or fp64 if the features are; the maximum over each class's rows.
         """
         device = features.device.type
         if torch.is_autocast_enabled(device):
-            # Half precision would round scores to steps of a sixteenth, and the product is cheap.
+            # Half precision would round scores to multiples of 1/16, and the product is cheap.
             with torch.autocast(device, enabled=False):
                 return self._grid_logits(features)
         return self._grid_logits(features)
@@ -146,13 +142,13 @@ class DeepLab(nn.Module):
         return torch.cat([scores[:, :1], scores[:, 1:][:, self._row_table].amax(2)], 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images to class scores at their size.
+        """Map images to class scores at their size.
 
         Args:
-            images: as ``features`` takes them; H and W from 1.
+            images: see ``features``; any size from 1x1.
 
         Returns:
-            (B, C, H, W), fp32 or fp64: the grid's scores, resized bilinearly (``align_corners=False``).
+            (B, C, H, W), fp32 or fp64: the grid's scores resized bilinearly (``align_corners=False``).
         """
         logits = self.grid_logits(self.features(images))
         return F.interpolate(logits, images.shape[-2:], mode="bilinear", align_corners=False)
@@ -163,7 +159,7 @@ class DeepLab(nn.Module):
 
 
 def load_backbone_weights(model: DeepLab, source: str | Path) -> None:
-    """Start a student's backbone from ImageNet.
+    """Initialise a student's backbone.
 
     Args:
         model: changed in place.
@@ -179,7 +175,7 @@ def load_backbone_weights(model: DeepLab, source: str | Path) -> None:
 
 
 class _SummedBranches(nn.ModuleList):
-    """Parallel dilated 3x3 convolutions, each with batch norm and ReLU, added up."""
+    """Parallel dilated 3x3 convolutions, each with batch norm and ReLU, summed."""
 
     def __init__(self, channels_in: int, channels: int, dilations: tuple[int, ...]) -> None:
         super().__init__(conv_bn(channels_in, channels, 3, dilation=dilation) for dilation in dilations)
@@ -233,7 +229,7 @@ class _DeepLabV3Plus(nn.Module):
 
 
 def _separable(channels_in: int, channels: int, dilation: int = 1) -> nn.Sequential:
-    """A depthwise 3x3 and a pointwise convolution, batch norm and ReLU after each."""
+    """A depthwise 3x3 and a pointwise convolution, each with batch norm and ReLU."""
     return nn.Sequential(
         conv_bn(channels_in, channels_in, 3, dilation=dilation, groups=channels_in),
         conv_bn(channels_in, channels, 1),
@@ -254,9 +250,5 @@ def _build_decoder(config: StudentConfig, channels: tuple[int, int]) -> nn.Modul
 
 
 def _index_rows(model: DeepLab, _: object) -> None:
-    """After ``load_state_dict``: the rows may have come with other classes."""
+    """Recompute the row table after ``load_state_dict``, which may bring other classes."""
     model._row_table = row_table(model.text).to(model.text_rows.device)
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

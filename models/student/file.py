@@ -1,7 +1,6 @@
 """A student as one file: weights, text classifier and configuration in safetensors.
 
-The configuration is JSON in the file's metadata, so the file alone makes the student again. Nothing in it is
-ever run.
+The configuration is JSON in the file's metadata, so the file is self-contained. It holds no code.
 """
 
 from __future__ import annotations
@@ -21,21 +20,19 @@ from models.settings import StudentConfig
 from models.student.deeplab import DeepLab
 
 FILE = "model.safetensors"
-_ENTRY = "maskmill_student"  # one entry: safetensors writes several in any order, and fingerprints would vary
-_VERSION = 1  # of the entry and the names of tensors
+_ENTRY = "maskmill_student"  # one entry, because safetensors does not fix the order of several
+_VERSION = 1  # of the entry and the tensor names
 
 
 def write_student(folder: Path, model: DeepLab) -> Path:
-    """Write a student into a folder as ``model.safetensors``.
-
-    A file of that name is replaced; readers see the old one or the new one, never a part.
+    """Write a student into a folder as ``model.safetensors``, replacing an existing file atomically.
 
     Args:
-        folder: made if it is not there.
-        model: on any device, in any dtype; both are left as they are, and the file keeps the dtype.
+        folder: created if necessary.
+        model: on any device, in any dtype; the file keeps the dtype.
 
     Returns:
-        The file.
+        The file's path.
     """
     data = save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()},
@@ -49,19 +46,19 @@ def write_student(folder: Path, model: DeepLab) -> Path:
 def read_student(
     source: Path | bytes, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> DeepLab:
-    """Read what ``write_student`` wrote.
+    """Read a file of ``write_student``.
 
     Args:
         source: the file, or its bytes.
-        device: where the student shall be.
-        dtype: of its weights; None is that of the file. The text classifier stays in fp32.
+        device: the student's device.
+        dtype: of its weights; None keeps the file's. The text classifier stays in fp32.
 
     Returns:
-        In evaluation mode.
+        The student in evaluation mode.
 
     Raises:
         OSError: the file cannot be read.
-        MaskMillError: ``model_damaged`` if it is damaged or no student; ``newer_version`` if a later
+        MaskMillError: ``model_damaged`` if it is damaged or not a student; ``newer_version`` if a later
             MaskMill wrote it.
     """
     data, name = (source, "The data") if isinstance(source, bytes) else (source.read_bytes(), str(source))
@@ -82,7 +79,7 @@ def read_student(
         config = StudentConfig(**about["config"])
         class_ids = tensors["text_class_ids"]
         text = TextClassifier(tensors["text_rows"].float(), class_ids, int(class_ids.max()) + 1)
-        with torch.random.fork_rng(devices=[]):  # reading a file is no reason for other random numbers
+        with torch.random.fork_rng(devices=[]):  # do not change the global random state
             model = DeepLab(config, text)
         model.load_state_dict(tensors, assign=True)
     except (MaskMillError, LookupError, ValueError, TypeError, AssertionError, RuntimeError) as error:
@@ -106,7 +103,7 @@ def fingerprint(source: Path | bytes) -> str:
 
 
 def _metadata(data: bytes) -> dict[str, str]:
-    """Of a whole safetensors file: the length of a JSON header, then the header."""
+    """Metadata of a safetensors file, which starts with the length of a JSON header, then the header."""
     length = int.from_bytes(data[:8], "little")
     return json.loads(data[8 : 8 + length]).get("__metadata__", {})
 
