@@ -1,4 +1,4 @@
-"""Which device and which number format to compute with."""
+"""Choose the device and the precision."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def best_device() -> torch.device:
-    """The GPU that this process may use, else the CPU."""
+    """The GPU if this process may use one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def native_precision(device: torch.device) -> str:
-    """The fastest precision that the processor computes natively: ``bf16``, ``fp16`` or ``fp32``.
+    """The fastest precision with native support on a device: ``bf16``, ``fp16`` or ``fp32``.
 
-    bf16 keeps more than 99.5 % of the labels of fp32 (``benchmarks/maskclip_forward.py``). On a processor
-    without bf16 instructions it is emulated, and slower than fp32.
+    More than 99.5 % of the labels are the same in bf16 as in fp32 (``benchmarks/maskclip_forward.py``). A
+    processor without bf16 instructions emulates it, slower than fp32.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"

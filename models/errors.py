@@ -1,15 +1,15 @@
-"""The one family of errors that users can cause, and mend."""
+"""Errors that users can cause and fix."""
 
 from __future__ import annotations
 
 
 class MaskMillError(Exception):
-    """A mistake in input, settings or set-up that the user can put right. Raise one of its subclasses.
+    """An error in input, settings or set-up that the user can fix. Raise one of the subclasses.
 
     Args:
-        code: stable, lower-case identifier (``weights_missing``); tests and scripts may rely on it.
-        message: what is wrong, with the offending value, file and line where there is one.
-        remedy: what to do about it, as an instruction.
+        code: stable, lower-case identifier (``weights_missing``) that tests and scripts may rely on.
+        message: what is wrong, with the offending value, file and line if any.
+        remedy: how to fix it, as an instruction.
     """
 
     exit_status = 1
@@ -24,7 +24,7 @@ class MaskMillError(Exception):
         return f"{self.message}\n{self.remedy} [{self.code}]"
 
     def __reduce__(self) -> tuple[type[MaskMillError], tuple[str, str, str]]:
-        # Exceptions cross process borders in Ray; the default reduction would pass one argument only.
+        # Ray pickles exceptions; the default reduction would pass only one argument.
         return type(self), (self.code, self.message, self.remedy)
 
 
@@ -35,8 +35,8 @@ class WrongUse(MaskMillError):
 
 
 class FailedWork(MaskMillError):
-    """The work itself failed, or what it needs is not reachable now; the same command may succeed later."""
+    """The work itself failed, or something it needs is unreachable; the same command may succeed later."""
 
 
 class Damaged(MaskMillError):
-    """A file that MaskMill or somebody else wrote is not what it should be."""
+    """A file is damaged or not what it should be."""

@@ -1,12 +1,12 @@
-"""From class scores on a grid to a label map at image size, in bounded memory.
+"""Turn class scores on a grid into a label map at image size, in bounded memory.
 
 Shapes: C classes, h w grid, H W image pixels.
 
-The reference resizes the scores of all classes twice, bilinearly with align_corners False, from the grid to
-the size that went through the network and from there to the image, and takes the argmax: 171 classes on
-4000x3000 pixels are 8 GB. Both steps are linear and separable, so here they are composed into one banded
-matrix per axis (in fp64, a part of the axis at a time), and the image is made in tiles that fit the cache,
-each finished down to label and confidence.
+The reference resizes the scores of all classes twice (bilinear, align_corners False), from the grid to the
+network's input size and from there to the image, and takes the argmax; 171 classes on 4000x3000 pixels take
+8 GB. Both steps are linear and separable. Here they are composed into one banded matrix per axis (in fp64, a
+part of the axis at a time), and the image is computed in tiles that fit the cache, each of them down to label
+and confidence.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from models.errors import FailedWork
 
-_CPU_TILE_BYTES = 1_000_000  # of scores: half of a common second-level cache
+_CPU_TILE_BYTES = 1_000_000  # of scores: half of a common L2 cache
 _CPU_TILE_COLUMNS = 512
 _GPU_TILE_BYTES = 256_000_000
-_PART = 1024  # rows or columns whose interpolation is one matrix, however long and thin the image is
-_NEGLIGIBLE = 30.0  # a class this many nats below another one everywhere adds under 1e-13 to a softmax
+_PART = 1024  # maximum rows or columns per interpolation matrix, for very long images
+_NEGLIGIBLE = 30.0  # nats: a class this far below another one everywhere adds under 1e-13 to a softmax
 
 
 def label_map(
@@ -44,24 +44,24 @@ def label_map(
 
     Args:
         scores: fp32 (C, h, w) on any device.
-        network_size: (H, W) that went through the network, without padding.
+        network_size: (H, W) of the network's input, without padding.
         image_size: (H, W) of the result.
         temperature: the confidence is ``softmax(temperature * scores)`` of the chosen class, taken at image
-            size. None if the scores are sums of probabilities (key smoothing): it is then the chosen class's
-            share of the positive scores.
-        thresholds: (C,); a pixel whose confidence is below that of its class gets ``ignore_index``.
-        ignore_index: no class id, at least C.
+            size. None if the scores are sums of probabilities (key smoothing); the confidence is then the
+            chosen class's share of the positive scores.
+        thresholds: (C,); pixels with a confidence below their class's threshold get ``ignore_index``.
+        ignore_index: at least C.
 
     Returns:
-        labels (H, W), uint8 or, above 254 classes or 255, uint16; confidence uint8 (H, W), round(255 p). Both
-        on the device of the scores.
+        labels (H, W), uint8, or uint16 with more than 254 classes or ``ignore_index`` above 255; confidence
+        uint8 (H, W), round(255 p). Both are on the scores' device.
 
     Raises:
         MaskMillError: ``scores_not_finite``.
     """
     assert ignore_index >= len(scores), "the ignore index must not be a class"
     limits = None if thresholds is None else thresholds.to(scores.device, torch.float32)
-    # All of it in there: one parallel operation on a busy machine costs as much as the whole map.
+    # Everything runs in one thread: on a busy machine a single parallel operation costs as much as the map.
     with torch.inference_mode(), _one_thread(scores.device):
         return _tiled(scores, network_size, image_size, temperature, limits, ignore_index)
 
@@ -85,7 +85,7 @@ def _tiled(
     kept = _contenders(scores, temperature)
     scores = scores[kept].float()
     if temperature is not None:
-        scores = scores * temperature  # once here, rather than at every pixel; the order stays
+        scores = scores * temperature  # once here rather than per pixel; the order of classes stays
     limits = None if limits is None else limits[kept]
     wide = classes > 254 or ignore_index > 255
     ids = kept.to(torch.int32) if wide else kept.to(torch.uint8)
@@ -97,7 +97,7 @@ def _tiled(
     tile_columns = min(width, _CPU_TILE_COLUMNS if device.type == "cpu" else _PART)
     count = len(kept)
     tile_rows = min(height, _PART, max(1, tile_bytes // (4 * count * tile_columns)))
-    # Taken once: fresh pages for each tile would cost more than the arithmetic.
+    # Allocated once: fresh pages for every tile would cost more than the arithmetic.
     memory = torch.empty(tile_rows * count * tile_columns, device=device)
     by_row = scores.permute(1, 0, 2).reshape(h * count, w)
     for left in range(0, width, tile_columns):
@@ -129,9 +129,9 @@ def _tiled(
 def _one_thread(device: torch.device) -> Iterator[None]:
     """Run the tiles in the calling thread.
 
-    Each tile is a dozen operations of some 50 microseconds. Two threads would take 11 ms instead of 15 for 30
-    classes on 500x375 when both cores are free, and ten times as long when they are not, since every
-    operation then waits for the thread that is not running.
+    Each tile takes a dozen operations of about 50 microseconds. For 30 classes on 500x375, two threads take
+    11 ms instead of 15 if both cores are free, but ten times as long if not, because every operation waits
+    for the descheduled thread.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
@@ -145,14 +145,14 @@ def _one_thread(device: torch.device) -> Iterator[None]:
 
 
 def _decide(tile: Tensor, *, share: bool) -> tuple[Tensor, Tensor]:
-    """Best class, first of equals, and its confidence of a tile (rows, C, columns); the tile is used up.
+    """Best class (ties: the lowest id) and its confidence in a tile (rows, C, columns), which is overwritten.
 
     The confidence is the softmax over C or, with ``share``, the share of the positive values.
     """
     count = tile.shape[1]
     best = tile.amax(1, keepdim=True)
-    # torch.max with indices is not vectorised along an inner axis; marking the winners and taking the highest
-    # mark, where lower ids have higher marks, is several times faster.
+    # torch.max with indices is not vectorised along an inner axis. Marking the winners, with higher marks for
+    # lower ids, and taking the highest mark is several times faster.
     small = count <= 255
     marks = torch.arange(count, 0, -1, dtype=torch.uint8 if small else torch.int32, device=tile.device)[
         :, None
@@ -163,16 +163,16 @@ def _decide(tile: Tensor, *, share: bool) -> tuple[Tensor, Tensor]:
         total = tile.clamp_(min=0).sum(1)
         p = best[:, 0].clamp(min=0) / total.clamp_(min=torch.finfo(tile.dtype).tiny)
     else:
-        # Below -80 exp gives denormals, which cost ten times as much and add nothing.
+        # exp of less than -80 is denormal, ten times slower and negligible.
         p = tile.sub_(best).clamp_(min=-80).exp_().sum(1).reciprocal_()
     return index, p
 
 
 def _contenders(scores: Tensor, temperature: float | None) -> Tensor:
-    """Ids (ascending) of the classes that can win a pixel or weigh in its confidence.
+    """Ascending ids of the classes that can win a pixel or affect its confidence.
 
-    Interpolation stays between the grid values. A class that is, at its best, far below the worst of another
-    one can therefore be left out; prompt denoising makes many such classes.
+    Interpolated values stay within the range of the grid values, so a class whose maximum is far below
+    another's minimum can be left out. Prompt denoising produces many of these.
     """
     if temperature is None:
         return torch.arange(scores.shape[0], device=scores.device)
@@ -181,11 +181,11 @@ def _contenders(scores: Tensor, temperature: float | None) -> Tensor:
 
 
 class _Axis(NamedTuple):
-    """Both resizes for a part of an axis.
+    """Both resizes composed, for a part of an axis.
 
     Attributes:
         weights: fp32 (positions, cells).
-        first, last: the grid cells [first, last) that this part reads.
+        first, last: this part reads the grid cells [first, last).
         spans: the cells [first, last) that each position reads.
     """
 
@@ -197,7 +197,7 @@ class _Axis(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _axis(grid: int, network: int, image: int, start: int, stop: int) -> _Axis:
-    """Both resizes, grid to network to image, for the image's positions [start, stop)."""
+    """Compose the resizes grid to network to image for the image's positions [start, stop)."""
     outer = _bilinear(network, image, start, stop)
     begin, end = int(outer[0][0].min()), int(outer[1][0].max()) + 1
     inner = _bilinear(grid, network, begin, end)
@@ -215,7 +215,7 @@ def _axis(grid: int, network: int, image: int, start: int, stop: int) -> _Axis:
 
 
 def _bilinear(source: int, target: int, start: int, stop: int) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Two (source index, weight) pairs for the target positions [start, stop), as F.interpolate has them."""
+    """The two (source index, weight) pairs of ``F.interpolate`` for the target positions [start, stop)."""
     position = torch.arange(start, stop, dtype=torch.float64)
     position = ((position + 0.5) * (source / target) - 0.5).clamp_(min=0)
     low = position.floor().long().clamp_(max=source - 1)

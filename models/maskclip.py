@@ -1,10 +1,10 @@
-"""MaskCLIP (arXiv 2112.01071): images and a text classifier to class scores on the patch grid.
+"""MaskCLIP (arXiv 2112.01071): class scores on the patch grid from images and a text classifier.
 
 Shapes: B batch, C classes, P classifier rows, D embedding channels, H W pixels, h w grid, L = h*w, K key
 channels.
 
-The order is the reference's: cosines, prompt denoising, key smoothing; resizing and argmax follow in
-``models.labelmap``. Cosines are never multiplied by the temperature before they are resized.
+The order is the reference's: cosines, prompt denoising, key smoothing, then resizing and argmax in
+``models.labelmap``. Cosines are resized before the temperature is applied.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from models.settings import KeyAxis, MaskClipSettings
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DENIED = -100.0
-"""The score of a class that prompt denoising took out of an image."""
+"""The score of a class that prompt denoising removed from an image."""
 
 
 class MaskClip:
     """A CLIP with a dense head and a text classifier.
 
     Args:
-        clip: the visual tower is shared, not changed; the text tower is not used.
-        text: the classifier; its D must be the CLIP's.
-        config: the knobs.
+        clip: its visual tower is shared and not changed; the text tower is not used.
+        text: the classifier, with the CLIP's D.
+        config: the settings.
 
     Raises:
-        MaskMillError: settings that do not fit this CLIP (``setting_invalid``, ``setting_invalid``,
-            ``setting_invalid``), or a classifier of another width (``weights_do_not_fit``).
+        MaskMillError: ``setting_invalid`` for settings that do not suit this CLIP; ``weights_do_not_fit`` for
+            a classifier of another width.
     """
 
     def __init__(self, clip: Clip, text: TextClassifier, config: MaskClipSettings | None = None) -> None:
@@ -70,10 +70,9 @@ class MaskClip:
 
     @property
     def confidence_temperature(self) -> float | None:
-        """What ``models.labelmap.label_map`` needs as ``temperature`` for these scores.
+        """The ``temperature`` for ``models.labelmap.label_map``.
 
-        None with key smoothing: its scores are sums of probabilities, no cosines, and a class's confidence is
-        its share of them.
+        None with key smoothing, whose scores are sums of probabilities, not cosines.
         """
         return None if self.config.ks_threshold > 0 else self.config.temperature
 
@@ -81,15 +80,15 @@ class MaskClip:
     def grid_scores(self, images: Tensor) -> Tensor:
         """Class scores on the patch grid.
 
-        On a CPU the images of a batch are run one after the other: that is the faster way there, and a score
-        then never depends on the batch an image fell into.
+        On a CPU the images of a batch run one by one, which is faster there and makes scores independent of
+        the batch.
 
         Args:
-            images: uint8 (B, 3, H, W) RGB, as large as they shall go through the network.
+            images: uint8 (B, 3, H, W) RGB at the network's input size.
 
         Returns:
-            fp32 (B, C, h, w) (fp64 if the CLIP is): cosines, ``DENIED`` for removed classes; with key
-            smoothing its unnormalised scores. On this CLIP's device.
+            fp32 (B, C, h, w), or fp64 for an fp64 CLIP, on the CLIP's device: cosines, with ``DENIED`` for
+            removed classes; with key smoothing, its unnormalised scores.
         """
         if images.device.type == "cpu" and self.clip.device.type == "cpu" and len(images) > 1:
             return torch.cat([self.grid_scores(image[None]) for image in images])
@@ -99,7 +98,7 @@ class MaskClip:
         return self.scores(self.encoder(images))
 
     def scores(self, dense: Dense) -> Tensor:
-        """``grid_scores`` from what ``self.encoder`` gave."""
+        """``grid_scores`` from the output of ``self.encoder``."""
         return self._refine(self._cosines(dense.features), dense.keys)
 
     def _refine(self, cosines: Tensor, keys: Tensor | None) -> Tensor:
@@ -114,22 +113,22 @@ class MaskClip:
         return scores
 
     def _cosines(self, features: Tensor) -> Tensor:
-        """(B, D, h, w) -> (B, P, h, w). The rows of the classifier are taken as they are."""
+        """(B, D, h, w) -> (B, P, h, w); the classifier's rows already have length 1."""
         features = features.to(self._rows.dtype)
         norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
         return torch.einsum("pd,bdhw->bphw", self._rows, features) / norm
 
     def _merge(self, cosines: Tensor) -> Tensor:
-        """(B, P, h, w) -> (B, C, h, w), each class the best of its rows."""
+        """(B, P, h, w) -> (B, C, h, w), the maximum over each class's rows."""
         if self._row_table.shape[1] == 1:
             return cosines
         return cosines[:, self._row_table].amax(2)
 
     def _windows(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Cosines and keys on the grid of the whole image, averaged where windows overlap.
+        """Cosines and keys on the whole image's grid, averaged where windows overlap.
 
-        The image is padded to whole cells and the last window of a row or column is moved back to its end, so
-        all windows have one size and lie on the grid. PD and KS see the assembled image.
+        The image is padded to whole cells, and the last window of each row or column is aligned with its end,
+        so all windows have the same size and lie on the grid. PD and KS run on the assembled image.
         """
         stride, step = self.encoder.stride, self.config.window_stride
         images = F.pad(images, (0, -images.shape[-1] % stride, 0, -images.shape[-2] % stride))
@@ -157,17 +156,16 @@ class MaskClip:
 
 
 def prompt_denoising(scores: Tensor, threshold: float, *, temperature: float = 100.0) -> Tensor:
-    """Take the classes out of an image that are nowhere likely (paper §3.3).
+    """Remove the classes that are nowhere likely in an image (paper §3.3).
 
     Args:
         scores: (B, C, h, w) cosines, fp32 or fp64.
-        threshold: a class is removed if its best softmax probability in the image is strictly below; 0 is
-            off.
+        threshold: remove a class if its highest softmax probability in the image is strictly below this; 0
+            disables the step.
         temperature: of the softmax.
 
     Returns:
-        (B, C, h, w), ``DENIED`` in all of a removed class. The probabilities are not evaluated again
-        afterwards.
+        (B, C, h, w), ``DENIED`` everywhere for a removed class. The probabilities are not recomputed.
     """
     if threshold <= 0:
         return scores
@@ -178,26 +176,25 @@ def prompt_denoising(scores: Tensor, threshold: float, *, temperature: float = 1
 def key_smoothing(
     scores: Tensor, keys: Tensor, threshold: float, *, axis: KeyAxis = "token", temperature: float = 100.0
 ) -> Tensor:
-    """Let positions vote for each other by the likeness of their keys (paper §3.3, as the reference codes
-    it).
+    """Average class probabilities over positions with similar keys (paper §3.3, as the reference codes it).
 
     Args:
         scores: (B, C, h, w) cosines after prompt denoising, fp32 or fp64.
-        keys: (B, L, K), any float type.
-        threshold: positions whose best probability is strictly below are smoothed, the others keep their
-            probabilities; 0 is off.
-        axis: what the keys are normalised along: ``token`` (reference) or ``channel`` (paper).
+        keys: (B, L, K), any float dtype.
+        threshold: smooth positions whose highest probability is strictly below this, keep the others; 0
+            disables the step.
+        axis: normalise the keys along ``token`` (reference) or ``channel`` (paper).
         temperature: of the softmax.
 
     Returns:
-        (B, C, h, w): probabilities where not smoothed, elsewhere their sum over all positions weighted by key
-        likeness, which may be negative and is not normalised. No cosines any more.
+        (B, C, h, w), no longer cosines: probabilities where not smoothed, elsewhere their sum over all
+        positions, weighted by key similarity, which may be negative and is not normalised.
     """
     if threshold <= 0:
         return scores
     probabilities = (temperature * scores).flatten(2).softmax(1).transpose(1, 2)
     keys = F.normalize(keys.to(scores.dtype), dim=1 if axis == "token" else 2, eps=1e-12)
-    # (k k^T) p = k (k^T p): the L x L matrix is never made
+    # (k k^T) p = k (k^T p) avoids the L x L matrix.
     smoothed = keys @ (keys.transpose(1, 2) @ probabilities)
     unsure = probabilities.amax(2, keepdim=True) < threshold
     result = torch.where(unsure, smoothed, probabilities)
@@ -205,7 +202,7 @@ def key_smoothing(
 
 
 def _spans(length: int, window: int, step: int) -> tuple[list[int], int]:
-    """Where windows start along an axis, and how long they are; the last one ends at the end."""
+    """Starts of the windows along an axis, and their length; the last window ends at the end."""
     if length <= window:
         return [0], length
     return [*range(0, length - window, step), length - window], window

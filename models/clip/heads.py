@@ -1,11 +1,11 @@
-"""Dense features from the last block of CLIP's visual tower, by the name of the head.
+"""Dense heads: features from the last block of CLIP's visual tower.
 
-To add a head, write one function per kind of tower with the signatures of ``Head``, enter them in ``HEADS``
+To add a head, write one function per kind of tower with the signatures in ``Head``, enter them in ``HEADS``
 at the end of this module, and add the name to ``HeadName`` in ``models.settings``; recipes, tables and
-benchmarks then know it. ``_value_vit`` is an example in four lines. Everything before the last block and the
-projection behind it are shared.
+benchmarks pick it up from there. ``_value_vit`` is a short example. The heads share everything before the
+last block and the projection behind it.
 
-open_clip's own modules do the work; no parameter is written to.
+The computation runs on open_clip's own modules and never changes a parameter.
 
 Shapes: B batch, D embedding channels, H W pixels, h w grid, L = h*w, N = 1 + L tokens, W_ tower width, K key
 channels.
@@ -34,11 +34,11 @@ _KEY, _VALUE = 1, 2  # places in the packed q, k, v
 
 
 class Dense(NamedTuple):
-    """What a tower gives for a batch of images.
+    """Output of a tower for a batch of images.
 
     Attributes:
         features: (B, D, h, w) in the joint embedding, not normalised, in the tower's dtype.
-        keys: (B, L, K) of the last attention, or None where they were not asked for.
+        keys: (B, L, K) of the last attention; None unless requested.
     """
 
     features: Tensor
@@ -47,13 +47,13 @@ class Dense(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """One reading of the last layer.
+    """One way to read the last layer.
 
     Attributes:
-        vit: (last residual block, its input (B, N, W_), class token first) -> patches (B, L, W_), which go on
-            to the tower's final norm and projection.
+        vit: (last residual block, its input (B, N, W_), class token first) -> patches (B, L, W_), the input
+            of the tower's final norm and projection.
         resnet: (attention pool, output of layer4 (B, L, W_)) -> embeddings (B, L, D).
-        has_keys: whether key smoothing makes sense with it.
+        has_keys: whether the head supports key smoothing.
     """
 
     vit: Callable[[Any, Tensor], Tensor]
@@ -68,17 +68,17 @@ def dense_encoder(
     profile: Profile = "weights",
     keys: KeySource | None = None,
 ) -> VitDense | ResNetDense:
-    """Wrap a visual tower of open_clip so that it gives dense features at any image size.
+    """Wrap a visual tower of open_clip to compute dense features at any image size.
 
     Args:
         visual: ``VisionTransformer`` with a class token, or ``ModifiedResNet``; shared, never changed.
         head: a name in ``HEADS``.
-        profile: ``weights`` computes what the weights were trained with. ``reference`` computes what the
-            MaskCLIP code does with a ViT: exact (erf) GELU and LayerNorm eps 1e-6, on a second view of the
-            modules that shares every parameter. A ResNet has neither, so there it changes nothing.
-        keys: also give the keys of the last attention for key smoothing: ``projected`` through the output
-            projection as the reference code does, or ``raw``. A ResNet has raw keys only, and gives those for
-            both.
+        profile: ``weights`` runs the tower as it was trained. ``reference`` runs a ViT as the MaskCLIP code
+            does: exact (erf) GELU and LayerNorm eps 1e-6, on copies of the modules that share every
+            parameter. A ResNet has neither, so the profile makes no difference there.
+        keys: also return the keys of the last attention, for key smoothing: ``projected`` through the output
+            projection, as in the reference code, or ``raw``. A ResNet has only raw keys and returns those
+            either way.
 
     Raises:
         MaskMillError: ``setting_invalid``, ``model_unsupported``.
@@ -109,7 +109,7 @@ def dense_encoder(
 def reference_view(visual: VisionTransformer) -> VisionTransformer:
     """The tower with erf-GELU and LayerNorm eps 1e-6, as the MaskCLIP code runs it.
 
-    The modules are new, the parameters and buffers are the very tensors of ``visual``, which stays as it is.
+    The modules are copies that share the parameters and buffers of ``visual``, which is left unchanged.
     """
     shared = {id(tensor): tensor for tensor in (*visual.parameters(), *visual.buffers())}
     view = copy.deepcopy(visual, memo=dict(shared))
@@ -125,8 +125,8 @@ def reference_view(visual: VisionTransformer) -> VisionTransformer:
 class VitDense(nn.Module):
     """Dense features of an open_clip ViT.
 
-    Images are zero-padded to the right and below to whole patches after normalisation, so the pad is the mean
-    colour; h = ceil(H / patch), w = ceil(W / patch).
+    Normalised images are zero-padded right and below to whole patches, so the padding has the mean colour;
+    h = ceil(H / patch), w = ceil(W / patch).
     """
 
     def __init__(self, visual: VisionTransformer, head: Head, keys: KeySource | None) -> None:
@@ -135,7 +135,7 @@ class VitDense(nn.Module):
         self._head = head
         self._keys = keys
         self._tables: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
-        self._tables_lock = threading.Lock()  # images may be labelled by several threads
+        self._tables_lock = threading.Lock()  # several threads may label images
 
     @property
     def stride(self) -> int:
@@ -153,15 +153,20 @@ class VitDense(nn.Module):
         return self.encode(x, self.position_table(grid))
 
     def whole_patches(self, images: Tensor) -> Tensor:
-        """Images in the tower's dtype, (B, 3, H', W') with H', W' multiples of the patch."""
+        """Pad images to (B, 3, H', W') in the tower's dtype, H' and W' multiples of the patch."""
         right, below = -images.shape[-1] % self.stride, -images.shape[-2] % self.stride
-        # One memory layout for all: the convolution of an image that was cut out of a batch, or decoded with
-        # its channels last, would take another kernel, which rounds differently in bf16.
+        # One memory layout for all: for a slice of a batch, or an image decoded with channels last, the
+        # convolution would pick another kernel, which rounds differently in bf16.
         padded = F.pad(images.to(self.visual.conv1.weight.dtype), (0, right, 0, below))
         return padded.contiguous()
 
     def encode(self, images: Tensor, positions: Tensor) -> Dense:
-        """The arithmetic alone, for ``torch.compile``: whole patches and their position table (1 + L, W_)."""
+        """The arithmetic alone, for ``torch.compile``.
+
+        Args:
+            images: from ``whole_patches``.
+            positions: (1 + L, W_), from ``position_table``.
+        """
         h, w = images.shape[-2] // self.stride, images.shape[-1] // self.stride
         blocks = list(self.visual.transformer.resblocks)
         x = self.tokens(images, positions)
@@ -172,9 +177,9 @@ class VitDense(nn.Module):
         return Dense(features.transpose(1, 2).unflatten(2, (h, w)), keys)
 
     def image_embedding(self, images: Tensor) -> Tensor:
-        """CLIP's own embedding (B, D) of whole images at any size, by the same path without the change.
+        """CLIP's unmodified embedding (B, D) of whole images of any size.
 
-        At the size the weights were trained at this is open_clip's ``encode_image``.
+        At the training size it equals open_clip's ``encode_image``.
         """
         x = self.whole_patches(images)
         x = self.tokens(x, self.position_table((x.shape[-2] // self.stride, x.shape[-1] // self.stride)))
@@ -183,7 +188,7 @@ class VitDense(nn.Module):
         return self.pooled(x)
 
     def pooled(self, x: Tensor) -> Tensor:
-        """CLIP's embedding (B, D) from the tokens (B, N, W_) behind the last block."""
+        """CLIP's embedding (B, D) from the last block's output (B, N, W_)."""
         norm, pool = self.visual.ln_post, self.visual.pool_type
         if not self.visual.final_ln_after_pool:
             x = norm(x)
@@ -193,12 +198,11 @@ class VitDense(nn.Module):
         return self._project(x)
 
     def position_table(self, grid: tuple[int, int]) -> Tensor:
-        """Position embeddings (1 + L, W_) of a grid, the class row as it is.
+        """Position embeddings (1 + L, W_) for a grid, the class row unchanged.
 
-        The grid part is resized bicubically, align_corners False, without antialias.
-
-        The reference leaves the table alone whenever the token *count* is the native one, so that it reads a
-        7x28 grid with the 14x14 table. That is a slip without a purpose: here the grid decides.
+        The grid part is resized bicubically, align_corners False, without antialiasing. The reference skips
+        this whenever the token *count* is the native one, so it reads a 7x28 grid with the 14x14 table. That
+        is a bug; here the grid decides.
         """
         native = self.visual.positional_embedding
         if grid == tuple(self.visual.grid_size):
@@ -219,7 +223,7 @@ class VitDense(nn.Module):
         return table
 
     def tokens(self, images: Tensor, positions: Tensor) -> Tensor:
-        """Input (B, N, W_) of the first block, the class token first."""
+        """Input (B, N, W_) of the first block, class token first."""
         x = self.visual.conv1(images).flatten(2).transpose(1, 2)
         first = self.visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)
         return self.visual.ln_pre(torch.cat([first, x], dim=1) + positions)
@@ -231,9 +235,8 @@ class VitDense(nn.Module):
 class ResNetDense(nn.Module):
     """Dense features of open_clip's ModifiedResNet.
 
-    The trunk takes any size of at least 32 pixels a side (smaller images are zero-padded) and its pools round
-    down: 333x500 gives a 10x15 grid. The position table of the attention pool is not used, as in the
-    reference.
+    The trunk takes any size from 32 pixels a side (smaller images are zero-padded), and its pools round down:
+    333x500 gives a 10x15 grid. As in the reference, the attention pool's position table is not used.
     """
 
     stride = 32
@@ -256,7 +259,7 @@ class ResNetDense(nn.Module):
         return Dense(features, None if self._keys is None else pool.k_proj(tokens))
 
     def image_embedding(self, images: Tensor) -> Tensor:
-        """CLIP's own embedding (B, D) of whole images at any size; the pool's position table is resized."""
+        """CLIP's embedding (B, D) of whole images of any size; the pool's position table is resized."""
         pool = self.visual.attnpool
         x = self._trunk(images)
         native = pool.positional_embedding
@@ -282,7 +285,7 @@ def _plain_vit(block: Any, x: Tensor) -> Tensor:
 
 
 def _plain_resnet(pool: AttentionPool2d, x: Tensor) -> Tensor:
-    # The reference's baseline keeps the mean token in the attention and leaves the positions out.
+    # The reference's baseline keeps the mean token in the attention and omits the positions.
     return _attention_pool(pool, x, None)[:, 1:]
 
 
@@ -296,19 +299,19 @@ def _value_resnet(pool: AttentionPool2d, x: Tensor) -> Tensor:
 
 
 def _maskclip_vit(block: Any, x: Tensor) -> Tensor:
-    # No token sees another one from here on, so the class token is left out.
+    # From here on tokens do not interact, so the class token can be dropped.
     z = x[:, 1:] + block.ls_1(_value_vit(block, x))
     return z + block.ls_2(block.mlp(block.ln_2(z)))
 
 
 def _keys_vit(block: Any, x: Tensor, source: KeySource) -> Tensor:
-    """Keys (B, L, W_) of the patches in the last attention, raw or run through the output projection."""
+    """Keys (B, L, W_) of the patches in the last attention, raw or through the output projection."""
     key = _in_projection(block, block.ln_1(x[:, 1:]), _KEY)
     return _after_mixing(block, key) if source == "projected" else key
 
 
 def _in_projection(block: Any, y: Tensor, part: int) -> Tensor:
-    """Queries, keys or values (B, L, W_) of a block; the packed rows are in the order q, k, v."""
+    """Queries, keys or values (B, L, W_) of a block; rows are packed in the order q, k, v."""
     attention = block.attn
     width = attention.in_proj_weight.shape[1]
     rows = slice(part * width, (part + 1) * width)
@@ -317,7 +320,7 @@ def _in_projection(block: Any, y: Tensor, part: int) -> Tensor:
 
 
 def _after_mixing(block: Any, x: Tensor) -> Tensor:
-    """What a block does with the mixed values (B, L, W_): output projection, and what custom blocks add."""
+    """Map attention outputs (B, L, W_): output projection, plus the scaling and norms of custom blocks."""
     attention = block.attn
     head_scale = getattr(attention, "head_scale", None)
     if head_scale is not None:
@@ -329,7 +332,7 @@ def _after_mixing(block: Any, x: Tensor) -> Tensor:
 
 
 def _attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor | None) -> Tensor:
-    """All outputs (B, 1 + L, D) of the attention pool on (B, L, W_), the first that of the mean token."""
+    """All outputs (B, 1 + L, D) of the attention pool on (B, L, W_), the mean token's first."""
     x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
     if positions is not None:
         x = x + positions.to(x.dtype)
@@ -346,7 +349,7 @@ HEADS: dict[HeadName, Head] = {
     "value": Head(_value_vit, _value_resnet),
     "plain": Head(_plain_vit, _plain_resnet, has_keys=False),
 }
-"""Dense heads by name. ``maskclip`` (arXiv 2112.01071, §3.2) takes the mixing of tokens out of the last
-attention: each token keeps its own value, run through the output projection. As in the reference code, a ViT
-keeps the block's residual and MLP. ``value`` drops those two, as the paper's text and several later methods
-have it; on a ResNet both are the same. ``plain`` reads the tokens of the unmodified CLIP."""
+"""Dense heads by name. ``maskclip`` (arXiv 2112.01071, §3.2) removes the mixing of tokens from the last
+attention: each token keeps its own value, sent through the output projection. As in the reference code, a ViT
+keeps the block's residual and MLP. ``value`` drops both, as in the paper's text and several later methods; on
+a ResNet the two heads are the same. ``plain`` reads the tokens of the unmodified CLIP."""

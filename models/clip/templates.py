@@ -1,4 +1,4 @@
-"""Prompt template sets by name, from ``templates.yaml``: add a set there."""
+"""Named sets of prompt templates, read from ``templates.yaml``; add new sets there."""
 
 from __future__ import annotations
 
@@ -21,17 +21,11 @@ TEMPLATE_SETS = _read()
 
 
 def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
-    """The templates of a named set, or a checked copy of the user's own.
-
-    Args:
-        templates: the name of a set in ``TEMPLATE_SETS``, or the templates themselves.
-
-    Returns:
-        The templates, each with exactly one ``{}``.
+    """Look up a set in ``TEMPLATE_SETS``, or check the user's own templates.
 
     Raises:
-        MaskMillError: ``templates_invalid`` for an unknown name, no template, or one without exactly one
-            ``{}``.
+        MaskMillError: ``templates_invalid`` for an unknown name, an empty list, or a template without exactly
+            one ``{}``.
     """
     if isinstance(templates, str):
         if templates in TEMPLATE_SETS:
@@ -56,5 +50,5 @@ def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def fill(templates: Sequence[str], name: str) -> list[str]:
-    """The prompts of one class name, one per template, braces in the name left alone."""
+    """One prompt per template for a class name, which may itself contain braces."""
     return [template.replace("{}", name) for template in templates]

@@ -1,13 +1,13 @@
-"""From class names to the rows of a dense classifier, and their cache on disk.
+"""Turn class names into the rows of a dense classifier, cached on disk.
 
 Shapes: C classes, P rows, D embedding channels.
 
-Every name is put into every template; the embeddings of one name are normalised, averaged and normalised
-again (MaskCLIP, arXiv 2112.01071). A class with several names is merged either way:
+Each name fills every template; its embeddings are normalised, averaged and normalised again (MaskCLIP, arXiv
+2112.01071). The names of one class are merged in one of two ways:
 
-* ``max``: one row per name, and the class scores the best of its rows, position by position. Right for
-  background words and for synonyms that look different.
-* ``mean``: one row per class, the normalised mean of its names' rows. Right for synonyms that mean the same.
+* ``max``: one row per name; at each position the class scores the best of its rows. For background words and
+  synonyms that look different.
+* ``mean``: one row per class, the normalised mean of its names' rows. For synonyms that mean the same.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Merge = Literal["max", "mean"]
 
-_FORMAT = 3  # of the cached files; a change of meaning or of arithmetic raises it
+_FORMAT = 3  # of cached files; increase it when their meaning or arithmetic changes
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class TextClassifier:
 
     Attributes:
         embeddings: fp32 (P, D), rows of length 1.
-        class_ids: int64 (P,), ascending: the class each row speaks for.
+        class_ids: int64 (P,), ascending: the class of each row.
         num_classes: C; every class has at least one row.
     """
 
@@ -57,7 +57,7 @@ class TextClassifier:
 
 
 def row_table(text: TextClassifier) -> Tensor:
-    """(C, R) row indices of each class, R the most rows of a class; shorter lists repeat their last row."""
+    """(C, R) row indices of each class, R the largest row count; shorter lists repeat their last row."""
     counts = torch.bincount(text.class_ids, minlength=text.num_classes)
     first = counts.cumsum(0) - counts
     offsets = torch.minimum(torch.arange(int(counts.max()))[None], counts[:, None] - 1)
@@ -72,19 +72,19 @@ def build_text_classifier(
     merge: Merge | Sequence[Merge] = "max",
     cache_dir: Path | None = None,
 ) -> TextClassifier:
-    """Embed the names of all classes, or take them from the cache.
+    """Embed the names of all classes, or read them from the cache.
 
     Args:
-        clip: with its text tower; not touched if the cache has the answer.
-        class_prompts: the names of class 0, 1, …; C lists of at least one name. Background words are the
-            names of class 0 where the ontology wants a background.
-        templates: a set of ``models.clip.templates`` or the templates themselves.
+        clip: its text tower is needed only on a cache miss.
+        class_prompts: the names of class 0, 1, …; C lists of at least one name. With a background, class 0
+            has the background words.
+        templates: the name of a set in ``models.clip.templates``, or the templates themselves.
         merge: one rule for all classes, or one per class; see the module.
-        cache_dir: where to cache the result; None does not.
+        cache_dir: where to cache the result; None disables the cache.
 
     Raises:
-        MaskMillError: ``ontology_invalid``, ``templates_invalid``,
-            ``prompt_too_long``, ``model_unsupported``.
+        MaskMillError: ``ontology_invalid``, ``setting_invalid``, ``templates_invalid``, ``prompt_too_long``,
+            ``model_unsupported``.
     """
     texts, merges = get_templates(templates), _merges(merge, class_prompts)
     cached = cached_text_classifier(
@@ -128,16 +128,16 @@ def cached_text_classifier(
     dtype: torch.dtype = torch.float32,
     embed_dim: int | None = None,
 ) -> TextClassifier | None:
-    """The classifier that ``build_text_classifier`` cached for the same weights and words; needs no tower.
+    """Read the classifier that ``build_text_classifier`` cached for these weights and words.
 
     Args:
-        fingerprint: of the CLIP weights (``Clip.fingerprint``).
-        class_prompts, templates, merge, cache_dir: as for ``build_text_classifier``.
-        dtype: that the text tower computed in (``Clip.dtype``).
+        fingerprint: ``Clip.fingerprint``.
+        class_prompts, templates, merge, cache_dir: see ``build_text_classifier``.
+        dtype: ``Clip.dtype`` when the classifier was built.
         embed_dim: D, checked if given.
 
     Returns:
-        None if there is none, or if its file is damaged or has another shape; compute it again then.
+        None on a cache miss, or if the file is damaged or has another shape.
     """
     texts, merges = get_templates(templates), _merges(merge, class_prompts)
     if cache_dir is None:
@@ -159,7 +159,7 @@ def cached_text_classifier(
 
 
 def write_text_classifier(path: Path, classifier: TextClassifier) -> None:
-    """Write a classifier as safetensors; readers see the old file or the new one, never a part."""
+    """Write a classifier as safetensors, atomically."""
     from safetensors.torch import save
 
     data = save(
@@ -169,11 +169,11 @@ def write_text_classifier(path: Path, classifier: TextClassifier) -> None:
 
 
 def read_text_classifier(path: Path) -> TextClassifier:
-    """Read what ``write_text_classifier`` wrote.
+    """Read a file of ``write_text_classifier``.
 
     Raises:
         OSError: the file cannot be read.
-        MaskMillError: ``model_damaged`` if it is damaged.
+        MaskMillError: ``model_damaged``.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load

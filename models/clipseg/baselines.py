@@ -1,9 +1,9 @@
-"""The baselines of the CLIPSeg paper (§4): the decoder without attention, and the tower without CLIP.
+"""Baselines of the CLIPSeg paper (§4): a decoder without attention, and a tower other than CLIP's.
 
-Both have the methods of ``models.clipseg.decoder.ClipSeg``, so everything that runs or trains a CLIPSeg
-runs and trains them.
+Both share the interface of ``models.clipseg.decoder.ClipSeg``, so anything that runs or trains a CLIPSeg
+works with them too.
 
-Shapes: as in ``models.clipseg.decoder``.
+Shapes: see ``models.clipseg.decoder``.
 """
 
 from __future__ import annotations
@@ -40,17 +40,16 @@ class ClipDeconvConfig(Settings):
     reduce_dim: Annotated[int, Field(ge=1)] = 64
     """D."""
     reduce2_dim: Annotated[int, Field(ge=1)] = 64
-    """Hidden width of the two-layer map behind the conditioning."""
+    """Hidden width of the two-layer MLP behind the conditioning."""
     extract_layer: Annotated[int, Field(ge=0)] = 9
-    """The one block whose output is read."""
+    """0-based index of the one block to read."""
 
 
 class ClipDeconvDecoder(PromptDecoder):
-    """One activation, FiLM, a two-layer map per token, and a transposed convolution: no attention, no skips.
+    """One activation, FiLM, a two-layer MLP per token, a transposed convolution; no attention, no skips.
 
     Args:
-        config: the settings.
-        width, embed_dim, patch: of the CLIP it shall read; the defaults are those of ViT-B/16.
+        width, embed_dim, patch: of the CLIP; the defaults are those of ViT-B/16.
     """
 
     config: ClipDeconvConfig
@@ -78,9 +77,7 @@ class ClipDeconvDecoder(PromptDecoder):
 
 
 def build_clip_deconv(clip: Clip, config: ClipDeconvConfig | None = None, *, seed: int = 0) -> ClipSeg:
-    """CLIP-Deconv with a new decoder; arguments, result and errors as
-    ``models.clipseg.decoder.build_clipseg``.
-    """
+    """Build CLIP-Deconv with a new decoder; otherwise like ``models.clipseg.decoder.build_clipseg``."""
     width, _ = tower_shape(clip)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -91,19 +88,19 @@ def build_clip_deconv(clip: Clip, config: ClipDeconvConfig | None = None, *, see
 
 
 class ViTSegConfig(ClipSegConfig):
-    """ViTSeg: the decoder of CLIPSeg over a ViT that was trained on ImageNet's labels."""
+    """ViTSeg: CLIPSeg's decoder on a ViT trained with ImageNet labels."""
 
     extract_layers: tuple[int, ...] = (3, 7, 9)
-    """0-based blocks of the tower whose outputs are read, increasing."""
+    """0-based indices of the tower's blocks to read, increasing."""
     tower: str = "vit_base_patch16_384"
     """A timm ViT with a class token."""
 
 
 class ViTSegDecoder(ClipSegDecoder):
-    """CLIPSeg's decoder, and the random map that takes the place of the tower's classifier.
+    """CLIPSeg's decoder, plus a random projection in place of the tower's classifier.
 
-    ``prompt_projection`` brings an example image's class token to the size of a text embedding. It is never
-    trained, but it is drawn anew with every seed, so it is kept with the decoder's weights.
+    ``prompt_projection`` maps an example image's class token to the width of a text embedding. It is never
+    trained, but depends on the seed, so it is saved with the decoder's weights.
     """
 
     config: ViTSegConfig
@@ -116,16 +113,16 @@ class ViTSegDecoder(ClipSegDecoder):
 
 
 class ViTSeg(ClipSeg):
-    """A timm ViT for the images, CLIP's text tower for the texts.
+    """A timm ViT for images, CLIP's text tower for texts.
 
-    Images of any size are squeezed to the tower's own (384 x 384) by nearest neighbour, and the logits go
-    back the same way, both as in the reference; pixels are ImageNet-normalised there too. In the reference
-    CLIP's text tower is left trainable by an omission; here it is frozen like everything but the decoder.
+    As in the reference, images of any size are resized to the tower's (384 x 384) by nearest neighbour, and
+    the logits are resized back the same way; pixels are ImageNet-normalised. The reference leaves CLIP's text
+    tower trainable by oversight; here everything but the decoder is frozen.
 
     Args:
-        clip: its text tower is used, and its visual tower is not.
-        tower: timm's module, without a classifier; frozen.
-        decoder: made for this tower and this CLIP's embedding.
+        clip: only its text tower is used.
+        tower: timm's module without a classifier; frozen.
+        decoder: built for this tower and this CLIP's embedding.
 
     Raises:
         MaskMillError: ``weights_do_not_fit``.
@@ -171,13 +168,13 @@ class ViTSeg(ClipSeg):
 
     @torch.no_grad()
     def encode_prompt_images(self, pixels: Tensor) -> Tensor:
-        """Conditionals fp32 (P, E): class token, the tower's norm, the random map."""
+        """Conditionals fp32 (P, E): the normed class token through the random projection."""
         tokens = self.tower.forward_features(self._squeeze(pixels))
         projection = self.decoder.prompt_projection
         return projection(tokens[:, 0].to(projection.weight.dtype)).float()
 
     def decode(self, activations: Activations, conditionals: Tensor, *, prompts_at_once: int = 64) -> Tensor:
-        """As ``ClipSeg.decode``; logits go from the tower's size to H x W by nearest neighbour."""
+        """``ClipSeg.decode``, with logits resized from the tower's size to H x W by nearest neighbour."""
         side = self.tower.patch_embed.img_size
         logits = super().decode(
             activations._replace(size=tuple(side)), conditionals, prompts_at_once=prompts_at_once
@@ -188,14 +185,13 @@ class ViTSeg(ClipSeg):
 def build_vitseg(
     clip: Clip, config: ViTSegConfig | None = None, *, weights: str = "pretrained", seed: int = 0
 ) -> ViTSeg:
-    """ViTSeg with a new decoder.
+    """Build ViTSeg with a new decoder.
 
     Args:
-        clip: gives the text tower.
-        config: the settings.
-        weights: of the tower: ``pretrained`` (timm fetches its own), a file with timm's names, or
+        clip: provides the text tower.
+        weights: for the tower: ``pretrained`` (timm downloads its own), a file with timm's names, or
             ``random:SEED``.
-        seed: of the decoder and of the map for example images.
+        seed: of the decoder and the random projection.
 
     Raises:
         MaskMillError: ``model_unknown`` if timm has no such ViT with a class token; ``weights_missing``,
@@ -222,7 +218,7 @@ def _timm_tower(name: str, weights: str) -> Any:
     if kind == "pretrained":
         try:
             tower = timm.create_model(name, pretrained=True, num_classes=0)
-        except Exception as error:  # the hub client and the network have exceptions of their own
+        except Exception as error:  # the hub client and the network raise many types
             raise WrongUse(
                 "weights_missing",
                 f"timm's weights of {name} are not on this machine and could not be fetched: "

@@ -1,9 +1,9 @@
 """CLIPSeg (arXiv 2112.10003): a mask from a text or an example image.
 
-A frozen CLIP ViT reads the image; a small transformer decoder reads the outputs of a few of its blocks, the
-deepest first, and is told by an embedding of CLIP's joint space (FiLM) what to find. Images may have any size
-and shape. The vision tower runs once per image, and all prompts go through the decoder together; what comes
-before the conditioning is computed once for all of them.
+A frozen CLIP ViT encodes the image. A small transformer decoder reads the outputs of a few of its blocks,
+deepest first, conditioned (FiLM) on an embedding from CLIP's joint space that says what to find. Images may
+have any size and shape. The vision tower runs once per image and all prompts are decoded in one batch;
+everything before the conditioning is computed once for all prompts.
 
 Shapes: B images, P prompts, E joint embedding, W_ tower width, D decoder width, h w grid, L = h*w,
 N = 1 + L tokens (class token first), H W pixels.
@@ -29,10 +29,10 @@ from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
 from models.settings import PAPER, ClipSegConfig
 
 IMAGE_SIZE = 352
-"""Side of the square that training and evaluation squeeze images to: 22 x 22 tokens of 16 pixels."""
+"""Side of the square that training and evaluation resize images to: 22 x 22 tokens of 16 pixels."""
 _READERS = frozenset({"film_mul", "film_add", "reduce", "reduces"})
 PROMPTS_AT_ONCE = 64
-"""Prompts in one decoder batch at inference; their activations then take less than 0.4 GB at 352 x 352."""
+"""Prompts per decoder batch at inference; their activations take under 0.4 GB at 352 x 352."""
 
 
 ABLATIONS = {
@@ -42,18 +42,18 @@ ABLATIONS = {
     "layer3": PAPER.replace(extract_layers=(3,)),
     "refined": PAPER.replace(refined=True),
 }
-"""Decoders of the paper's tables by name. Its row without CLIP pre-training is ``base`` over
-``load_clip(NAME, "random:SEED")``; the rows about negatives, visual prompts and highlighting are settings of
-the training data."""
+"""Decoders of the paper's ablation table by name. The row without CLIP pre-training is ``base`` on
+``load_clip(NAME, "random:SEED")``; those on negatives, visual prompts and highlighting are settings of the
+training data."""
 
 
 class PromptDecoder(nn.Module):
-    """Outputs of tower blocks and conditional embeddings in, logits out.
+    """Base of decoders: outputs of tower blocks and conditional embeddings to logits.
 
     Attributes:
         extract_layers: the blocks whose outputs ``forward`` takes.
-        width, embed_dim, patch: W_, E and the patch size it was built for.
-        config: a frozen dataclass with the settings.
+        width, embed_dim, patch: W_, E and patch size of the tower it was built for.
+        config: the decoder's ``Settings``.
     """
 
     config: Any
@@ -69,7 +69,7 @@ class PromptDecoder(nn.Module):
 
         Args:
             layers: (B, N, W_) per block of ``extract_layers``, in that order.
-            conditionals: (P, E) for all images, or (B, P, E) with prompts of each image's own.
+            conditionals: (P, E) for all images, or (B, P, E) with separate prompts per image.
             grid: (h, w).
         """
         raise NotImplementedError
@@ -82,7 +82,7 @@ class PromptDecoder(nn.Module):
 
     @property
     def readers(self) -> dict[str, nn.Linear]:
-        """The maps that read CLIP's outputs, by name: FiLM's, and those that narrow the tokens."""
+        """The linear maps that read CLIP's outputs, by name: FiLM's, and those that reduce the tokens."""
         return {
             name: module
             for name, module in self.named_modules()
@@ -90,10 +90,10 @@ class PromptDecoder(nn.Module):
         }
 
     def cast(self, dtype: torch.dtype) -> PromptDecoder:
-        """Choose the number format, in place.
+        """Convert to a dtype, in place.
 
-        With a half type the maps that read CLIP's outputs stay in fp32. Most of what they read is common to
-        all inputs, and they take it away again; in half precision little would be left of the rest.
+        For half types the ``readers`` stay in fp32: most of CLIP's output is common to all inputs and cancels
+        in these maps; in half precision little of the remainder would survive.
         """
         half = torch.finfo(dtype).bits < 32
         exact = {name: copy.deepcopy(reader).float() for name, reader in self.readers.items()} if half else {}
@@ -104,16 +104,15 @@ class PromptDecoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The number format behind the readers."""
+        """The dtype of everything behind the readers."""
         return next(self.get_submodule("trans_conv").parameters()).dtype
 
 
 class ClipSegDecoder(PromptDecoder):
-    """The decoder of the paper (§3); its state dict has the names of the authors' files.
+    """The paper's decoder (§3), with the tensor names of the authors' files.
 
     Args:
-        config: the settings.
-        width, embed_dim, patch: of the CLIP it shall read; the defaults are those of ViT-B/16.
+        width, embed_dim, patch: of the CLIP; the defaults are those of ViT-B/16.
     """
 
     config: ClipSegConfig
@@ -142,7 +141,7 @@ class ClipSegDecoder(PromptDecoder):
         for index, (reduce, block) in enumerate(zip(self.reduces, self.blocks, strict=True)):
             step = reduce(layers[-1 - index].to(self.film_mul.weight.dtype))
             if x is not None:
-                # Behind the conditioning there is a prompt axis that the tower's tokens do not have.
+                # Conditioned tokens have a prompt axis, the tower's do not.
                 step = (step if x.ndim == 3 else step[:, None]) + x
             x = self.film(step, conditionals) if index == self.config.cond_layer else step
             x = _post_norm_block(block, x.to(self.dtype))
@@ -151,15 +150,15 @@ class ClipSegDecoder(PromptDecoder):
 
 
 def plain_head(dim: int, patch: int) -> nn.Module:
-    """One linear map of a token to its patch x patch pixels."""
+    """A linear map from each token to its patch x patch pixels."""
     return nn.ConvTranspose2d(dim, 1, patch, stride=patch)
 
 
 def refined_head(dim: int, patch: int) -> nn.Module:
-    """The refined head: a 3 x 3 convolution and two upsamplings whose factors give the patch size.
+    """The refined head: a 3 x 3 convolution and two upsamplings whose factors multiply to the patch size.
 
-    The reference takes patch // 4 twice, which is right for 16 only; here it is the factor pair nearest to
-    the square root, the larger first: 4 * 4 for 16, 8 * 4 for 32, 7 * 2 for 14.
+    The reference uses patch // 4 twice, which is right only for 16. Here it is the factor pair nearest the
+    square root, larger first: 4 * 4 for 16, 8 * 4 for 32, 7 * 2 for 14.
     """
     second = max(factor for factor in range(1, math.isqrt(patch) + 1) if patch % factor == 0)
     first = patch // second
@@ -176,7 +175,7 @@ def upsample(x: Tensor, grid: tuple[int, int], head: nn.Module) -> Tensor:
     """Tokens (B, P, N, D) through a head to logits (B, P, H, W); the class token is dropped."""
     tokens = x[:, :, 1:].flatten(0, 1)
     if isinstance(head, nn.ConvTranspose2d):
-        # Stride and kernel are equal, so it is one matrix product: a fifth of the time on a CPU.
+        # Stride equals kernel, so one matrix product does it, in a fifth of the time on a CPU.
         assert head.bias is not None
         tiles = F.linear(tokens, head.weight.flatten(1).T) + head.bias
         tiles = tiles.unflatten(2, head.kernel_size).unflatten(1, grid)
@@ -189,8 +188,8 @@ def upsample(x: Tensor, grid: tuple[int, int], head: nn.Module) -> Tensor:
 def _post_norm_block(block: nn.Module, x: Tensor) -> Tensor:
     """A ``TransformerEncoderLayer`` (post-norm, ReLU) on tokens (..., N, D).
 
-    Written out because torch's own fused path leaves open in which precision the norms are computed, and is
-    not taken in training. The fused attention keeps its softmax in fp32 for half types.
+    Written out because torch's fused path does not specify the precision of the norms and is not used in
+    training. The fused attention computes its softmax in fp32 for half types.
     """
     assert isinstance(block, nn.TransformerEncoderLayer)
     attention = block.self_attn
@@ -216,15 +215,14 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 class ClipSeg:
     """A frozen CLIP and a decoder.
 
-    Training uses ``encode_*`` as they are (no gradient goes into CLIP) and ``decoder`` as the module to
-    train.
+    ``encode_*`` pass no gradient to CLIP; only ``decoder`` is trained.
 
     Args:
-        clip: a ViT; its text tower is needed for text prompts only.
-        decoder: moved to the CLIP's device; its number format stays its own.
+        clip: a ViT; its text tower is needed only for text prompts.
+        decoder: moved to the CLIP's device; it keeps its dtype.
 
     Raises:
-        MaskMillError: ``model_unsupported`` for a ResNet; ``weights_do_not_fit`` if the decoder was made
+        MaskMillError: ``model_unsupported`` for a ResNet; ``weights_do_not_fit`` if the decoder was built
             for another tower.
     """
 
@@ -266,15 +264,15 @@ class ClipSeg:
         return digest.hexdigest()
 
     def _fingerprinted(self) -> tuple[nn.Module, ...]:
-        """Modules whose tensors no file's fingerprint stands for."""
+        """Modules to hash, since no file's fingerprint covers them."""
         return (self.decoder,)
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Activations:
-        """Run the vision tower once, as far as the decoder reads it.
+        """Run the vision tower up to the deepest block that the decoder reads.
 
-        Images whose sides are no multiples of the patch are zero-padded (the mean colour) to the right and
-        below, and ``decode`` cuts the logits back to H x W.
+        Images are zero-padded (with the mean colour) right and below to whole patches, and ``decode`` crops
+        the logits to H x W.
 
         Args:
             pixels: float (B, 3, H, W), ImageNet-normalised (``normalize``).
@@ -282,28 +280,27 @@ class ClipSeg:
         return self.clip.activations(pixels, self.decoder.extract_layers)
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Conditionals fp32 (P, E) of P texts, taken as they are given: no template, not normalised."""
-        # The clone leaves inference mode, so that a decoder can be trained on it.
+        """Conditionals fp32 (P, E) of P texts, without a template and not normalised."""
+        # The clone is a normal tensor, not an inference one, so a decoder can be trained on it.
         return self.clip.encode_text(prompts, normalize=False).clone()
 
     @torch.no_grad()
     def encode_prompt_images(self, pixels: Tensor) -> Tensor:
         """Conditionals fp32 (P, E) of example images (P, 3, H, W), not normalised.
 
-        The images are ImageNet-normalised; ``models.clipseg.visual_prompts`` brings the object forward in
-        them.
+        The images are ImageNet-normalised; ``models.clipseg.visual_prompts`` emphasises the object in them.
         """
         return self.clip.encode_image(pixels).float()
 
     def decode(
         self, activations: Activations, conditionals: Tensor, *, prompts_at_once: int = PROMPTS_AT_ONCE
     ) -> Tensor:
-        """Logits fp32 (B, P, H, W) (fp64 from a fp64 decoder); a sigmoid makes them probabilities.
+        """Logits fp32 (B, P, H, W), or fp64 from an fp64 decoder; their sigmoid is the probability.
 
         Args:
             activations: from ``encode_image``.
-            conditionals: (P, E) for all images, or (B, P, E) with prompts of each image's own.
-            prompts_at_once: more are decoded in several rounds, to bound the memory.
+            conditionals: (P, E) for all images, or (B, P, E) with separate prompts per image.
+            prompts_at_once: the decoder's batch size, which bounds the memory.
         """
         height, width = activations.size
         grid, layers = activations.grid, activations.layers
@@ -320,18 +317,18 @@ class ClipSeg:
 
 
 def build_clipseg(clip: Clip, config: ClipSegConfig = PAPER, *, seed: int = 0) -> ClipSeg:
-    """A CLIPSeg with a new decoder, initialised as torch initialises its layers.
+    """Build a CLIPSeg with a new decoder in torch's default initialisation.
 
     Args:
         clip: a ViT.
         config: the decoder's settings.
-        seed: equal seeds give equal decoders; the global random state is left as it is.
+        seed: equal seeds give equal decoders; the global random state does not change.
 
     Returns:
-        In evaluation mode, the decoder in fp32.
+        The model in evaluation mode, the decoder in fp32.
 
     Raises:
-        MaskMillError: as ``ClipSeg``.
+        MaskMillError: see ``ClipSeg``.
     """
     width, _ = tower_shape(clip)
     with torch.random.fork_rng(devices=[]):
@@ -357,7 +354,7 @@ def tower_shape(clip: Clip) -> tuple[int, int]:
 
 
 def mix(text: Tensor, image: Tensor, weight: float | Tensor) -> Tensor:
-    """Interpolate conditionals: weight * text + (1 - weight) * image, none of them normalised (§3.2).
+    """Interpolate unnormalised conditionals: weight * text + (1 - weight) * image (§3.2).
 
     Args:
         text: (..., E).
@@ -370,12 +367,12 @@ def mix(text: Tensor, image: Tensor, weight: float | Tensor) -> Tensor:
 
 
 def normalize(images: Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
-    """Pixels as CLIPSeg reads them: ImageNet's statistics, not CLIP's.
+    """Normalise images for CLIPSeg, with ImageNet's statistics rather than CLIP's.
 
     Args:
         images: uint8 (B, 3, H, W) RGB.
-        size: (height, width) or the side of a square to squeeze the images to, bilinearly with antialiasing;
-            None leaves their size alone. The paper squeezes to ``IMAGE_SIZE``.
+        size: (height, width), or the side of a square, to resize to (bilinear, antialiased); None keeps the
+            size. The paper uses ``IMAGE_SIZE``.
 
     Returns:
         fp32 (B, 3, height, width).

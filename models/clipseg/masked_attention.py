@@ -1,8 +1,8 @@
 """CLIP's image embedding with the patches outside a mask hidden (CLIPSeg, arXiv 2112.10003, §3.3).
 
-It is the first of the paper's ways to tell CLIP which object is meant. A hidden patch takes no part in the
-softmax, and every image of a batch has its own mask. (The paper's code multiplies scores with 0 before the
-softmax, which leaves a weight of exp(0), and gives images of a batch each other's masks.)
+This is the first of the paper's ways to tell CLIP which object is meant. A hidden patch is excluded from the
+softmax, and every image of a batch has its own mask. (The paper's code multiplies scores by 0 before the
+softmax, which leaves a weight of exp(0), and mixes up the masks within a batch.)
 
 Shapes: B batch, D embedding channels, H W pixels, h w grid, N = 1 + h*w tokens.
 """
@@ -23,7 +23,7 @@ from models.errors import WrongUse
 
 @dataclass(frozen=True)
 class AttentionMask:
-    """Who does not see the patches outside.
+    """Which tokens do not see the patches outside the mask.
 
     Attributes:
         tokens: ``cls``, the class token alone; ``patches``, all patch tokens (the class token sees all).
@@ -40,12 +40,12 @@ def masked_embedding(clip: Clip, images: Tensor, masks: Tensor, how: AttentionMa
     Args:
         clip: a ViT.
         images: normalised, float (B, 3, H, W).
-        masks: (B, H, W), not 0 on the object; resized to the grid by nearest neighbour. Where nothing of the
-            object is left on the grid, the class token sees itself alone, or patches the class token.
+        masks: (B, H, W), nonzero on the object; resized to the grid by nearest neighbour. If that leaves
+            nothing of the object, the class token sees only itself, and patches only the class token.
         how: which tokens in which layers.
 
     Raises:
-        MaskMillError: ``model_unsupported`` for a ResNet or a ViT with an attention of its own.
+        MaskMillError: ``model_unsupported`` for a ResNet or a ViT with a custom attention.
     """
     tower = dense_encoder(clip.visual, head="plain")
     if not isinstance(tower, VitDense) or not all(
@@ -69,9 +69,9 @@ def masked_embedding(clip: Clip, images: Tensor, masks: Tensor, how: AttentionMa
 
 
 def _hidden(masks: Tensor, grid: tuple[int, int], how: AttentionMask) -> Tensor:
-    """fp32 (B, N, N), added to the scores: -inf where a token (row) does not see another one (column)."""
+    """Additive mask fp32 (B, N, N): -inf where a token (row) does not see another (column)."""
     inside = F.interpolate((masks != 0).float()[:, None], grid, mode="nearest").flatten(1) > 0
-    seen = F.pad(inside, (1, 0), value=True)[:, None, :]  # (B, 1, N); the class token is seen by all
+    seen = F.pad(inside, (1, 0), value=True)[:, None, :]  # (B, 1, N); all tokens see the class token
     rows = torch.arange(seen.shape[-1], device=seen.device) > 0
     if how.tokens == "cls":
         rows = ~rows

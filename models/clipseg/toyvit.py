@@ -1,7 +1,7 @@
-"""A ViT for the toy world with the shape of the bundled CLIP's visual tower, known to timm as ``toyvit``.
+"""A ViT for the toy world, shaped like the bundled CLIP's visual tower; timm knows it as ``toyvit``.
 
-It is to ViTSeg at toy scale what an ImageNet ViT is in the paper: a tower that has learnt from image labels
-and has never seen a text. It has no weights of its own; ``jobs.benchmarks.toyworld.tower`` trains some.
+At toy scale it is to ViTSeg what an ImageNet ViT is in the paper: a tower trained on image labels, never on
+text. No weights are bundled; ``jobs.benchmarks.toyworld.tower`` trains them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ MODEL_NAME = "toyvit"
 
 
 def register() -> None:
-    """Make ``timm.create_model("toyvit")`` possible; a second call does nothing."""
+    """Register the model with timm, so that ``timm.create_model("toyvit")`` works; idempotent."""
     if not timm.is_model(MODEL_NAME):
         register_model(toyvit)
 
 
 def toyvit(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """128 pixels in patches of 8, width 192, 3 blocks; other options as timm's ``VisionTransformer``.
+    """128 pixels in patches of 8, width 192, 3 blocks; options as for timm's ``VisionTransformer``.
 
     Raises:
-        ValueError: if pretrained weights are asked for; there are none.
+        ValueError: ``pretrained`` is set; there are no weights.
     """
     if pretrained:
         raise ValueError("toyvit has no pretrained weights: train some, and pass their file")

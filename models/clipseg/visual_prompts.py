@@ -1,8 +1,8 @@
-"""Visual prompts: an example image and the mask of its object made into one image that CLIP can read.
+"""Visual prompts: combine an example image and its object mask into one image for CLIP.
 
-CLIPSeg (arXiv 2112.10003, §3.3 and Table 2) brings the object forward by darkening and blurring what is
-around it and by cropping. All of it happens on ImageNet-normalised pixels, as in the reference, so darkening
-moves the background to the mean colour, a grey, and not to black; padding is that grey too.
+CLIPSeg (arXiv 2112.10003, §3.3 and Table 2) emphasises the object by darkening and blurring the background
+and by cropping. As in the reference, this happens on ImageNet-normalised pixels, so darkening moves the
+background towards the mean colour, a grey, not towards black; padding is that grey too.
 
 Shapes: B batch, H W pixels, S side of a crop.
 """
@@ -22,7 +22,7 @@ from models.errors import WrongUse
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
 
 BLUR_KERNEL = 15
-DYE = (1.0, 0.2, 0.2)  # red; multiplies the grey image inside the mask
+DYE = (1.0, 0.2, 0.2)  # red, multiplied with the grey image inside the mask
 OUTLINE = (1.0, 0.0, 0.0)
 OUTLINE_WIDTH = 5
 
@@ -31,16 +31,16 @@ Paint = Literal["none", "dye", "outline"]
 
 @dataclass(frozen=True)
 class VisualPrompt:
-    """What is done to the image: out = image * m + background * blur(image) * (1 - m), then the crop.
+    """One image operation: out = image * m + background * blur(image) * (1 - m), then the crop.
 
     Attributes:
-        blur: sigma of the Gaussian (15 x 15) on the background in pixels; 0 is none.
-        background: factor on the background's normalised values; 0 is the mean colour.
+        blur: sigma in pixels of the 15 x 15 Gaussian on the background; 0 disables it.
+        background: factor on the background's normalised values; 0 gives the mean colour.
         context: crop to the mask's bounding box, each side extended by this share of the box's extent in that
             direction; None does not crop.
         size: side that a crop is resized to, by nearest neighbour.
-        shift: added to every value at the end.
-        paint: ``dye`` makes the image grey and the object red, ``outline`` draws a red contour of 5 pixels.
+        shift: constant added at the end.
+        paint: ``dye`` makes the image grey and the object red; ``outline`` draws a red contour 5 pixels wide.
     """
 
     blur: float = 0.0
@@ -69,11 +69,11 @@ class VisualPrompt:
 
         Args:
             images: float (B, 3, H, W), ImageNet-normalised; not changed.
-            masks: (B, H, W), 1 on the object and 0 elsewhere, any type. An empty mask is the whole image to a
-                crop, and an image without an object to everything else.
+            masks: (B, H, W), 1 on the object and 0 elsewhere, any dtype. With an empty mask a crop keeps the
+                whole image; to everything else it means that there is no object.
 
         Returns:
-            (B, 3, H, W), or (B, 3, size, size) where it crops, in the images' type.
+            (B, 3, H, W), or (B, 3, size, size) if it crops, in the images' dtype.
 
         Raises:
             MaskMillError: ``mask_invalid`` if image and mask differ in size.
@@ -103,18 +103,18 @@ def visual_prompt(
     size: int = 224,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Visual prompts by the reference's name of the mode; one of ``MODES``.
+    """Make visual prompts by the reference's name of the mode.
 
     Args:
         images: float (B, 3, H, W), ImageNet-normalised; not changed.
         masks: (B, H, W), 1 on the object and 0 elsewhere.
-        mode: ``crop_blur_highlight352`` is what CLIPSeg was trained with.
-        size: side of the result of ``crop`` and ``crop_blur_highlight``.
-        generator: of ``blur_highlight_random``, which draws anew for each image.
+        mode: one of ``MODES``; CLIPSeg was trained with ``crop_blur_highlight352``.
+        size: output side of ``crop`` and ``crop_blur_highlight``.
+        generator: for ``blur_highlight_random``, which draws for each image.
 
     Returns:
-        (B, 3, H, W), or (B, 3, S, S) from a mode that crops; (B, 4, H, W) from ``concat``, which no CLIP
-        reads.
+        (B, 3, H, W), or (B, 3, S, S) from a mode that crops; (B, 4, H, W) from ``concat``, which no CLIP can
+        read.
 
     Raises:
         MaskMillError: ``setting_invalid``; ``mask_invalid``.
@@ -165,8 +165,8 @@ TABLE2: dict[str, VisualPrompt] = {
     "crop_intensity10": VisualPrompt(blur=3, background=0.1),
     "crop_blur_intensity10": VisualPrompt(blur=3, background=0.1, context=0.1),
 }
-"""The image operations of the paper's Table 2, as its notebook runs them: crop and blur has the large
-context, and "crop & intensity 10 %" does not crop, so it equals blur and 10 % there and here."""
+"""The image operations of the paper's Table 2 as its notebook runs them: "crop & blur" has the large context,
+and "crop & intensity 10 %" does not crop, so it equals "blur & intensity 10 %"."""
 
 
 def _random_highlight(generator: torch.Generator | None) -> VisualPrompt:
@@ -185,12 +185,12 @@ _SIMPLE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "image_black": lambda image, m: torch.zeros_like(image),
 }
 MODES: tuple[str, ...] = (*STYLES, "blur_highlight_random", *_SIMPLE)
-"""All names that ``visual_prompt`` takes. The reference's ``separate`` modes hand image and mask on unchanged
-or blank and make no prompt."""
+"""All modes of ``visual_prompt``. The reference's ``separate`` modes are missing: they pass on image and mask
+unchanged or blank, and make no prompt."""
 
 
 def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
-    """Blur (B, C, H, W) with a 15 x 15 Gaussian, mirrored at the border without repeating it, as OpenCV does.
+    """Blur (B, C, H, W) with a 15 x 15 Gaussian; the border is reflected as by OpenCV's REFLECT_101.
 
     Args:
         images: float.
@@ -202,7 +202,7 @@ def gaussian_blur(images: Tensor, sigma: float) -> Tensor:
     kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).to(images.device, exact)
     x = images.to(exact)
-    # Index arithmetic instead of torch's padding, which refuses images smaller than the reach.
+    # Indexing instead of torch's reflect padding, which rejects images smaller than the reach.
     x = x[..., _mirrored(images.shape[-2], reach, images.device), :]
     x = x[..., _mirrored(images.shape[-1], reach, images.device)]
     flat = x.flatten(0, 1)[:, None]
@@ -221,14 +221,14 @@ def _mirrored(length: int, reach: int, device: torch.device) -> Tensor:
 
 
 def object_crop(image: Tensor, mask: Tensor, context: float, size: int) -> Tensor:
-    """Cut an object out, pad to a square with zeros, and resize by nearest neighbour.
+    """Crop to an object, pad to a square with zeros, and resize by nearest neighbour.
 
-    The padding is centred; an odd pixel goes to the right or below.
+    The crop is centred; an odd pixel of padding goes right or below.
 
     Args:
         image: (1, C, H, W).
-        mask: (H, W); where it is empty, the box is the whole image.
-        context: share of the box's extent by which each side is extended, cut at the image's border.
+        mask: (H, W); an empty one keeps the whole image.
+        context: extend each side of the box by this share of its extent, clipped at the image's border.
         size: S.
 
     Returns:
@@ -245,10 +245,10 @@ def object_crop(image: Tensor, mask: Tensor, context: float, size: int) -> Tenso
 
 
 def _extended(present: Tensor, context: float) -> tuple[int, int]:
-    """First and one-past-last index of a box along an axis, extended.
+    """Extended range [first, last) of a box along an axis.
 
-    The reference takes the image's height for the bound in both directions, which is the same for the square
-    images it has; here it is each axis's own.
+    The reference clips both axes at the image's height, which is right for its square images; here each axis
+    has its own limit.
     """
     where = present.nonzero().flatten()
     length = len(present)
@@ -258,7 +258,7 @@ def _extended(present: Tensor, context: float) -> tuple[int, int]:
 
 
 def _inside(images: Tensor, masks: Tensor) -> Tensor:
-    """The masks as (B, 1, H, W) in the images' type."""
+    """The masks as (B, 1, H, W) in the images' dtype."""
     if masks.shape != (images.shape[0], *images.shape[-2:]):
         raise WrongUse(
             "mask_invalid",

@@ -1,12 +1,12 @@
-"""Training a prompt decoder in whitened coordinates of what it reads.
+"""Train a prompt decoder on whitened inputs.
 
-What a frozen tower gives is far from white: single channels are large, embeddings of all texts are mostly
-alike, and what tells one prompt from another is small beside it. A linear map that reads such input learns
-slowly. Here each map that reads CLIP's outputs takes them whitened, so that it starts with equal regard to
-all directions and learns all of them at the same rate. A whitened linear map is a linear map: after training
-``fold`` gives the plain weights, and the decoder is one like any other.
+The outputs of a frozen tower are far from white: single channels are large, the embeddings of all texts are
+nearly alike, and the differences between prompts are comparatively small. A linear map learns slowly from
+such input. Here each map that reads CLIP's outputs gets them whitened, so it starts with equal weight on all
+directions and learns them at the same rate. A whitened linear map is still linear: after training, ``fold``
+computes the plain weights, and the decoder is like any other.
 
-No paper of CLIPSeg does this; the recipes of the paper leave it off.
+The CLIPSeg paper does not do this, and its recipes leave it off.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from models.clipseg.decoder import PromptDecoder
 
 _SHRINKAGE = 0.03
-"""Share of the mean variance that is added to all directions: those that hardly vary stay small."""
+"""Share of the mean variance added to all directions, so that those that hardly vary stay small."""
 _FLOOR = 1e-3
-"""What is added is at least this share of the mean square, should there be next to no variance at all."""
+"""Minimum of that addition, as a share of the mean square, in case there is almost no variance."""
 _MEAN, _WHITENING = "mean", "whitening"
 
 
@@ -30,8 +30,8 @@ class WhitenedLinear(nn.Linear):
     """A linear map of ``(x - mean) @ whitening``.
 
     Args:
-        linear: gives size, weights and bias, which are of the whitened input here.
-        mean: (in,) of the input.
+        linear: its weights and bias are taken over and apply to the whitened input.
+        mean: (in,), of the input.
         whitening: (in, in), symmetric.
     """
 
@@ -39,30 +39,30 @@ class WhitenedLinear(nn.Linear):
     whitening: Tensor
 
     def __init__(self, linear: nn.Linear, mean: Tensor, whitening: Tensor) -> None:
-        # Weights are taken over, not drawn: the global random state stays as it is.
+        # On the meta device no weights are drawn, so the global random state does not change.
         super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.register_buffer(_MEAN, mean.to(linear.weight))
         self.register_buffer(_WHITENING, whitening.to(linear.weight))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not in half precision, which would drown the small directions in the large ones.
+        # Half precision would lose the small directions among the large ones.
         with torch.autocast(x.device.type, enabled=False):
             white = (x.to(self.mean.dtype) - self.mean) @ self.whitening
         return F.linear(white, self.weight, self.bias)
 
 
 def whiten(decoder: PromptDecoder, run: Callable[[], object], *, keep: bool = False) -> None:
-    """Whiten what a decoder's maps read that read CLIP's outputs: FiLM's, and those that narrow the tokens.
+    """Whiten the inputs of a decoder's ``readers``, in place.
 
-    Mean and covariance are those of all vectors that the maps are given in ``run``. Directions that do not
-    vary in them are scaled like those that hardly do.
+    Mean and covariance are those of all vectors that the readers see during ``run``. Directions without
+    variance are scaled like those with very little.
 
     Args:
         decoder: changed in place.
         run: calls ``decoder`` with typical inputs.
-        keep: what the decoder computes stays as it is, as for one that is trained already; else its weights
-            are taken for those of whitened input, which is what a new decoder wants.
+        keep: adapt the weights so that the decoder computes the same as before, for a trained decoder. By
+            default they are reused as weights of the whitened input, which suits a new decoder.
     """
     readers = decoder.readers
     moments = {name: _Moments(module) for name, module in readers.items()}
@@ -84,13 +84,10 @@ def whiten(decoder: PromptDecoder, run: Callable[[], object], *, keep: bool = Fa
 
 
 def fold(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a decoder with plain linear maps that computes what the whitened one does.
-
-    Args:
-        state: of a decoder, be it whitened or not.
+    """Convert a decoder's state, whitened or not, to that of an equivalent decoder with plain linear maps.
 
     Returns:
-        A new mapping; tensors that do not change are shared.
+        A new mapping; unchanged tensors are shared.
     """
     plain = dict(state)
     for key in state:
@@ -106,7 +103,7 @@ def fold(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Moments:
-    """A forward pre-hook that adds up what a linear map reads."""
+    """A forward pre-hook that accumulates first and second moments of a linear map's input."""
 
     def __init__(self, linear: nn.Linear) -> None:
         zeros = linear.weight.new_zeros
@@ -122,7 +119,7 @@ class _Moments:
         self._squares += rows.T @ rows
 
     def whitening(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, inverse square root of the covariance, and its inverse, fp64."""
+        """Mean, inverse square root and square root of the shrunk covariance, fp64."""
         mean = self._sum / self._count
         covariance = self._squares / self._count - torch.outer(mean, mean)
         values, vectors = torch.linalg.eigh(covariance)

@@ -1,10 +1,6 @@
-"""CLIPSeg's weights: the authors' files, Hugging Face's layout, and files of this project.
+"""Hugging Face's layout of CLIP and decoder, read and written.
 
-The authors' files (``rd64-uni.pth``, ``rd16-uni.pth``, ``rd64-uni-refined.pth``) and this project's decoder
-files hold the decoder; a CLIP is given to them. Hugging Face's layout (a folder or a hub repository with
-``config.json`` and ``model.safetensors``) holds CLIP and decoder, and is read and written here. One table of
-names serves both directions, so what is missing or unexpected is known by name, and always an error: a
-refined checkpoint that is read into the plain head otherwise keeps a random head in silence.
+One table of names serves both directions.
 """
 
 from __future__ import annotations
@@ -24,8 +20,8 @@ from torch import Tensor
 from models.clip import toy as toyclip
 from models.clip.loading import Clip, load_source
 from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource, read_state
-from models.clipseg.baselines import ClipDeconvConfig, ViTSegConfig, build_clip_deconv, build_vitseg
 from models.clipseg.decoder import IMAGE_SIZE, ClipSeg, ClipSegDecoder, tower_shape
+from models.clipseg.weights.fitting import build_decoder, check_names, detached, refuse_existing
 from models.errors import MaskMillError, WrongUse
 from models.hub import download, hub_cache_folder, in_hub_cache
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
@@ -33,9 +29,8 @@ from models.settings import ClipSegConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-_METADATA = "clipseg"  # of a decoder file: the settings, which tensors do not tell all of
 
-# What Hugging Face takes where a configuration is silent.
+# Hugging Face's defaults for missing entries.
 _TEXT_DEFAULTS = {
     "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
     "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu",
@@ -50,250 +45,6 @@ _VISION_KEYS = {"image_size", "layers", "width", "patch_size", "head_width", "ml
 _TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"}
 
 
-def load_clipseg(
-    weights: str | Path,
-    *,
-    clip: Clip | None = None,
-    extract_layers: tuple[int, ...] | None = None,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    cache_dir: str | None = None,
-) -> ClipSeg:
-    """Load a CLIPSeg.
-
-    Args:
-        weights: the authors' ``.pth``, a decoder file of ``save_decoder``, a folder in Hugging Face's layout,
-            or a hub name (``CIDAS/clipseg-rd64-refined``).
-        clip: the CLIP beneath the decoder; needed with a file that holds a decoder only. With Hugging Face's
-            layout it takes the place of the CLIP in there, which is then not read.
-        extract_layers: read these blocks; None takes what the weights say, and for the authors' files, which
-            do not say, (3, 6, 9) as everybody runs them. The paper has (3, 7, 9).
-        device: of what is read here. A given ``clip`` stays where it is, and the decoder joins it.
-        dtype: of what is read here.
-        cache_dir: where the hub client keeps downloads; None is its own choice.
-
-    Returns:
-        In evaluation mode.
-
-    Raises:
-        MaskMillError: ``weights_missing``, also for a decoder without a CLIP; ``model_damaged``;
-            ``weights_do_not_fit`` with the names of missing and unexpected tensors, or if CLIP and decoder
-            are of different kinds; ``model_unsupported`` for a configuration that open_clip cannot run;
-            ``weights_differ`` if a file of ``save_decoder`` was trained on other weights of CLIP.
-    """
-    path = Path(weights).expanduser()
-    if path.is_file():
-        if clip is None:
-            raise WrongUse(
-                "weights_missing",
-                f"{path} holds a decoder without the CLIP beneath it.",
-                "Pass clip=load_clip('ViT-B-16-quickgelu', 'openai'), or the CLIP it was trained on.",
-            )
-        decoder = read_decoder(path, extract_layers=extract_layers)
-    else:
-        settings_path, tensors_path = _hugging_face_files(str(weights), cache_dir)
-        settings = _read_settings(settings_path)
-        config = _decoder_config(settings, settings_path)
-        if clip is None:
-            clip = _read_clip(str(weights), settings, settings_path, tensors_path, device, dtype)
-        decoder = _decoder_from_hugging_face(config, settings, tensors_path)
-        if extract_layers is not None:
-            decoder = _with_layers(decoder, extract_layers)
-    model = ClipSeg(clip, decoder.cast(dtype).eval())
-    if path.is_file():
-        _check_clip(path, clip)
-    return model
-
-
-# --- the decoder alone --------------------------------------------------------------------------------------
-
-
-def read_decoder(path: Path, *, extract_layers: tuple[int, ...] | None = None) -> ClipSegDecoder:
-    """The decoder in a file of the authors or of ``save_decoder``, in the types it is stored in.
-
-    Width, number of blocks and kind of head are read from the tensors. ``reduce.*``, a layer that training
-    kept and CLIPSeg never uses, may be there.
-
-    Args:
-        path: ``.pth`` (read without running code) or ``.safetensors``.
-        extract_layers: as ``load_clipseg``.
-
-    Raises:
-        MaskMillError: ``model_damaged``, ``weights_do_not_fit``.
-    """
-    state = {name: tensor for name, tensor in read_state(path).items() if not name.startswith("reduce.")}
-    needed = ("film_mul.weight", "reduces.0.weight", "blocks.0.linear1.weight")
-    if any(name not in state for name in needed):
-        raise _does_not_fit(path, [name for name in needed if name not in state], [])
-    depth = len({name.split(".")[1] for name in state if name.startswith("reduces.")})
-    told = _metadata(path)
-    layers = extract_layers or told.get("extract_layers") or ((3, 6, 9) if depth == 3 else None)
-    if layers is None or len(layers) != depth:
-        raise WrongUse(
-            "setting_invalid",
-            f"{path} has {depth} decoder blocks, and extract_layers is {layers}.",
-            f"Name the {depth} blocks of the tower that it was trained on as extract_layers.",
-        )
-    refined = "trans_conv.0.weight" in state
-    config = ClipSegConfig(
-        reduce_dim=state["film_mul.weight"].shape[0],
-        extract_layers=tuple(layers),
-        refined=refined,
-        heads=told.get("heads", 4),  # no tensor tells; all released decoders have 4
-        feedforward=state["blocks.0.linear1.weight"].shape[0],
-        cond_layer=told.get("cond_layer", 0),
-        dropout=told.get("dropout", 0.1),
-    )
-    kernels = ["trans_conv.2.weight", "trans_conv.4.weight"] if refined else ["trans_conv.weight"]
-    if any(name not in state for name in kernels):
-        raise _does_not_fit(path, [name for name in kernels if name not in state], [])
-    patch = 1
-    for name in kernels:
-        patch *= state[name].shape[-1]
-    return _decoder(
-        config,
-        state,
-        path,
-        width=state["reduces.0.weight"].shape[1],
-        embed_dim=state["film_mul.weight"].shape[1],
-        patch=patch,
-    )
-
-
-def save_decoder(model: ClipSeg, path: str | Path, *, overwrite: bool = False) -> None:
-    """Write a decoder with its settings.
-
-    ``load_clipseg`` reads a CLIPSeg's, given the CLIP, and ``load_baseline`` a baseline's.
-
-    Args:
-        model: only its decoder is written, under the authors' names; with ViTSeg's goes the random map.
-        path: ``.safetensors``.
-        overwrite: replace a file that is there.
-
-    Raises:
-        MaskMillError: ``output_exists``.
-    """
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    _refuse_existing([path], overwrite)
-    decoder = model.decoder
-    told = {
-        **decoder.config.model_dump(),
-        "kind": type(decoder).__name__,
-        "clip": model.clip.name,
-        "clip_fingerprint": model.clip.fingerprint,
-    }
-    save_file(_plain(decoder.state_dict()), path, metadata={_METADATA: json.dumps(told)})
-
-
-def load_baseline(path: str | Path, clip: Clip, *, tower: str = "pretrained") -> ClipSeg:
-    """A CLIP-Deconv or ViTSeg from a file of ``save_decoder``.
-
-    Args:
-        path: ``.safetensors``.
-        clip: the CLIP it was trained on.
-        tower: weights of ViTSeg's image tower, as ``models.clipseg.baselines.build_vitseg`` takes them.
-
-    Returns:
-        In evaluation mode.
-
-    Raises:
-        MaskMillError: ``weights_missing``, ``model_damaged``; ``weights_do_not_fit`` if the file holds
-            no baseline, or other tensors than its settings ask for; ``weights_do_not_fit``;
-            ``weights_differ``.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise WrongUse("weights_missing", f"There is no file {path}.", "Check the path.")
-    state = read_state(path)
-    told = _metadata(path)
-    _check_clip(path, clip)
-    kind = told.get("kind")
-    if kind == "ClipDeconvDecoder":
-        model = build_clip_deconv(clip, ClipDeconvConfig(**_settings_of(ClipDeconvConfig, told)))
-    elif kind == "ViTSegDecoder":
-        model = build_vitseg(clip, ViTSegConfig(**_settings_of(ViTSegConfig, told)), weights=tower)
-    else:
-        raise WrongUse(
-            "weights_do_not_fit",
-            f"{path} is not a baseline that save_decoder wrote.",
-            "Read a CLIPSeg with load_clipseg.",
-        )
-    expected = model.decoder.state_dict()
-    _check_names(path, expected, state)
-    _check_shapes(path, expected, state)
-    model.decoder.load_state_dict(state)
-    return model
-
-
-def _check_clip(path: Path, clip: Clip) -> None:
-    """A decoder over another CLIP of the same shape gives wrong masks without a word."""
-    told = _metadata(path)
-    trained_on = told.get("clip_fingerprint")
-    # Seeded weights are told apart by their seed; the same model may go by several names.
-    same = [
-        part.split(":")[:2] if part.startswith("random:") else part
-        for part in (trained_on or "", clip.fingerprint)
-    ]
-    if trained_on is not None and same[0] != same[1]:
-        raise WrongUse(
-            "weights_differ",
-            f"{path} was trained on other weights of CLIP ({told.get('clip')}, {trained_on[:20]}) than those "
-            f"of {clip.name} ({clip.fingerprint[:20]}).",
-            "Load the CLIP it was trained on.",
-        )
-
-
-def _settings_of(config: type[ClipDeconvConfig | ViTSegConfig], told: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in told.items() if name in config.model_fields}
-
-
-def _decoder(
-    config: ClipSegConfig, state: Mapping[str, Tensor], where: Path, *, width: int, embed_dim: int, patch: int
-) -> ClipSegDecoder:
-    with torch.device("meta"):
-        decoder = ClipSegDecoder(config, width=width, embed_dim=embed_dim, patch=patch)
-    expected = decoder.state_dict()
-    _check_names(where, expected, state)
-    _check_shapes(where, expected, state)
-    # The file may change or vanish under a mapping; own the memory.
-    decoder.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
-    return decoder.requires_grad_(True)
-
-
-def _with_layers(decoder: ClipSegDecoder, layers: tuple[int, ...]) -> ClipSegDecoder:
-    if len(layers) != len(decoder.extract_layers):
-        raise WrongUse(
-            "setting_invalid",
-            f"The weights have {len(decoder.extract_layers)} decoder blocks, and extract_layers is {layers}.",
-            f"Name {len(decoder.extract_layers)} blocks of the tower.",
-        )
-    decoder.config = decoder.config.replace(extract_layers=layers)
-    decoder.extract_layers = decoder.config.extract_layers
-    return decoder
-
-
-def _metadata(path: Path) -> dict[str, Any]:
-    if path.suffix != ".safetensors":
-        return {}
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(_METADATA)
-    return {} if text is None else json.loads(text)
-
-
-def _clipseg_decoder(model: ClipSeg) -> ClipSegDecoder:
-    if type(model.decoder) is not ClipSegDecoder:
-        raise WrongUse(
-            "model_unsupported",
-            f"Hugging Face has no class for a {type(model.decoder).__name__}; it has CLIPSeg's decoder.",
-            "Write it with save_decoder; load_baseline reads it.",
-        )
-    return model.decoder
-
-
 # --- names --------------------------------------------------------------------------------------------------
 
 
@@ -302,8 +53,8 @@ class _Name:
     """A tensor's name here and in Hugging Face's layout.
 
     Attributes:
-        ours: open_clip's or the decoder's.
-        theirs: Hugging Face's; three where the packed q, k, v are apart there.
+        ours: open_clip's or the decoder's name.
+        theirs: Hugging Face's; three names where they split the packed q, k, v.
         transposed: whether their matrix is the transpose of ours.
     """
 
@@ -387,43 +138,10 @@ def _to_ours(names: Iterable[_Name], theirs: Mapping[str, Tensor]) -> dict[str, 
     return state
 
 
-def _check_names(where: Path, expected: Iterable[str], found: Iterable[str]) -> None:
-    expected, found = set(expected), set(found)
-    if expected != found:
-        raise _does_not_fit(where, sorted(expected - found), sorted(found - expected))
+# --- reading ------------------------------------------------------------------------------------------------
 
 
-def _check_shapes(where: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    wrong = [name for name, like in expected.items() if like.shape != found[name].shape]
-    if wrong:
-        raise WrongUse(
-            "weights_do_not_fit",
-            f"Tensors in {where} have other shapes than this decoder: "
-            + ", ".join(f"{n} {tuple(found[n].shape)}, not {tuple(expected[n].shape)}" for n in wrong[:4])
-            + ".",
-            "Its widths must agree with one another, and with the CLIP beneath.",
-        )
-
-
-def _does_not_fit(where: Path, missing: list[str], unexpected: list[str]) -> MaskMillError:
-    def listed(word: str, names: list[str]) -> str:
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        return f" {word}: {', '.join(names[:8])}{more}." if names else ""
-
-    return WrongUse(
-        "weights_do_not_fit",
-        f"The tensors of {where} are not those of a CLIPSeg or of its settings."
-        + listed("Missing", missing)
-        + listed("Unexpected", unexpected),
-        "Use the decoder as its authors saved it (rd64-uni.pth, rd16-uni.pth, rd64-uni-refined.pth), a file "
-        "of save_decoder, or a folder in Hugging Face's layout; fetch it again if it was cut off.",
-    )
-
-
-# --- Hugging Face's layout, read ----------------------------------------------------------------------------
-
-
-def _hugging_face_files(weights: str, cache: str | None) -> tuple[Path, Path]:
+def hugging_face_files(weights: str, cache: str | None) -> tuple[Path, Path]:
     folder = Path(weights).expanduser()
     if folder.is_dir():
         for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -457,7 +175,7 @@ def _from_hub(repository: str, name: str, cache: str | None) -> Path:
     )
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -465,13 +183,13 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or settings.get("model_type") != "clipseg":
         raise _unsupported(path, "its model_type is not clipseg")
     for part, defaults in (("text_config", _TEXT_DEFAULTS), ("vision_config", _VISION_DEFAULTS)):
-        # The *_config_dict of old files overrides what stands beside it.
+        # Old files have a *_config_dict that overrides *_config.
         old = settings.get(f"{part}_dict")
         settings[part] = {**defaults, **(settings.get(part) or {}), **({**defaults, **old} if old else {})}
     return settings
 
 
-def _decoder_config(settings: dict[str, Any], path: Path) -> ClipSegConfig:
+def decoder_config(settings: dict[str, Any], path: Path) -> ClipSegConfig:
     patch, refined = settings["vision_config"]["patch_size"], _refined(settings)
     if refined and patch != 16:
         raise _unsupported(path, f"its refined head gives {(patch // 4) ** 2} pixels a token of {patch}")
@@ -489,12 +207,12 @@ def _refined(settings: dict[str, Any]) -> bool:
     return bool(settings.get("use_complex_transposed_convolution", False))
 
 
-def _decoder_from_hugging_face(config: ClipSegConfig, settings: dict[str, Any], path: Path) -> ClipSegDecoder:
+def read_hugging_face_decoder(config: ClipSegConfig, settings: dict[str, Any], path: Path) -> ClipSegDecoder:
     names = _decoder_names(len(config.extract_layers), config.refined)
     theirs = read_state(path, prefix="decoder.")
-    _check_names(path, (part for name in names for part in name.theirs), theirs)
+    check_names(path, (part for name in names for part in name.theirs), theirs)
     vision = settings["vision_config"]
-    return _decoder(
+    return build_decoder(
         config,
         _to_ours(names, theirs),
         path,
@@ -504,7 +222,7 @@ def _decoder_from_hugging_face(config: ClipSegConfig, settings: dict[str, Any], 
     )
 
 
-def _read_clip(
+def read_clip(
     weights: str,
     settings: dict[str, Any],
     settings_path: Path,
@@ -519,7 +237,7 @@ def _read_clip(
         for name, tensor in read_state(tensors_path, prefix="clip.").items()
         if not name.endswith(".position_ids")  # a buffer of old versions: 0, 1, 2, ...
     }
-    _check_names(tensors_path, (part for name in names for part in name.theirs), theirs)
+    check_names(tensors_path, (part for name in names for part in name.theirs), theirs)
     name = _known_name(config)
     if name is None and config["text_cfg"]["vocab_size"] != 49408:
         raise _unsupported(settings_path, "its vocabulary is neither OpenAI's nor the bundled one")
@@ -557,7 +275,7 @@ def _open_clip_config(settings: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _known_name(config: dict[str, Any]) -> str | None:
-    """open_clip's name of an architecture, the shortest if there are several."""
+    """open_clip's name for an architecture, the shortest if there are several."""
     toyclip.register()
     wanted = _complete(config)
     known = [
@@ -567,7 +285,7 @@ def _known_name(config: dict[str, Any]) -> str | None:
 
 
 def _complete(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with open_clip's defaults written out."""
+    """A configuration with open_clip's defaults filled in."""
     return {
         "quick_gelu": False,
         **config,
@@ -584,14 +302,14 @@ def _unsupported(path: Path, reason: str) -> MaskMillError:
     )
 
 
-# --- Hugging Face's layout, written -------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 
 
 def hugging_face_state(model: ClipSeg) -> dict[str, Tensor]:
     """CLIP and decoder under Hugging Face's names: the state dict of ``CLIPSegForImageSegmentation``.
 
     Raises:
-        MaskMillError: ``model_unsupported`` as ``save_clipseg``.
+        MaskMillError: ``model_unsupported``; see ``save_clipseg``.
     """
     decoder = _clipseg_decoder(model)
     config = _complete_or_refuse(model)
@@ -606,10 +324,10 @@ def hugging_face_state(model: ClipSeg) -> dict[str, Tensor]:
 
 
 def hugging_face_config(model: ClipSeg) -> dict[str, Any]:
-    """The ``config.json`` to ``hugging_face_state``.
+    """The ``config.json`` that belongs to ``hugging_face_state``.
 
     Raises:
-        MaskMillError: ``model_unsupported`` as ``save_clipseg``.
+        MaskMillError: ``model_unsupported``; see ``save_clipseg``.
     """
     config, decoder = _complete_or_refuse(model), _clipseg_decoder(model).config
     vision, text = config["vision_cfg"], config["text_cfg"]
@@ -636,7 +354,7 @@ def hugging_face_config(model: ClipSeg) -> dict[str, Any]:
             "num_attention_heads": text["heads"],
             "max_position_embeddings": text["context_length"],
             "hidden_act": act,
-            # open_clip's last two tokens
+            # the last two ids in open_clip's vocabulary
             "bos_token_id": text["vocab_size"] - 2,
             "eos_token_id": text["vocab_size"] - 1,
             "pad_token_id": text["vocab_size"] - 1,
@@ -656,20 +374,20 @@ def hugging_face_config(model: ClipSeg) -> dict[str, Any]:
 
 
 def save_clipseg(model: ClipSeg, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Write CLIP, decoder, tokenizer and image processor as ``transformers`` reads them.
+    """Write CLIP, decoder, tokenizer and image processor for ``transformers``.
 
-    ``CLIPSegForImageSegmentation.from_pretrained`` and ``CLIPSegProcessor.from_pretrained`` take the folder,
-    and so does ``load_clipseg``. Dropout, which Hugging Face's decoder does not have, is not kept: a model
+    ``CLIPSegForImageSegmentation.from_pretrained``, ``CLIPSegProcessor.from_pretrained`` and
+    ``load_clipseg`` read the folder. Hugging Face's decoder has no dropout, so that setting is lost: a model
     read back has the paper's 0.1.
 
     Args:
-        model: with both towers.
-        folder: made if it is not there.
-        overwrite: replace files that are there.
+        model: needs both towers.
+        folder: created if necessary.
+        overwrite: replace existing files.
 
     Raises:
-        MaskMillError: ``output_exists``; ``model_unsupported`` for what Hugging Face's class cannot hold:
-            other towers than CLIP's own, or a refined head for another patch than 16.
+        MaskMillError: ``output_exists``; ``model_unsupported`` for what Hugging Face's class cannot
+            represent: towers unlike CLIP's, or a refined head for a patch other than 16.
     """
     from safetensors.torch import save_file
 
@@ -680,10 +398,10 @@ def save_clipseg(model: ClipSeg, folder: str | Path, *, overwrite: bool = False)
         **_tokenizer_files(model.clip),
         CONFIG_FILE: _json(config),
     }
-    _refuse_existing([folder / name for name in (WEIGHTS_FILE, *texts)], overwrite)
+    refuse_existing([folder / name for name in (WEIGHTS_FILE, *texts)], overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(_plain(state), folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    for name, text in texts.items():  # config.json last: a folder that has it is whole
+    save_file(detached(state), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    for name, text in texts.items():  # config.json last: it marks the folder as complete
         (folder / name).write_text(text, encoding="utf-8")
 
 
@@ -712,18 +430,14 @@ def _not_representable(model: ClipSeg, reason: str) -> MaskMillError:
     )
 
 
-def _refuse_existing(paths: list[Path], overwrite: bool) -> None:
-    there = [str(path) for path in paths if path.exists()]
-    if there and not overwrite:
+def _clipseg_decoder(model: ClipSeg) -> ClipSegDecoder:
+    if type(model.decoder) is not ClipSegDecoder:
         raise WrongUse(
-            "output_exists",
-            f"Already there: {', '.join(there)}.",
-            "Choose another place, or pass overwrite=True.",
+            "model_unsupported",
+            f"Hugging Face has no class for a {type(model.decoder).__name__}; it has CLIPSeg's decoder.",
+            "Write it with save_decoder; load_baseline reads it.",
         )
-
-
-def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    return model.decoder
 
 
 def _json(value: Any) -> str:
@@ -748,7 +462,7 @@ def _preprocessor() -> str:
 
 
 def _tokenizer_files(clip: Clip) -> dict[str, str]:
-    """The byte-pair vocabulary in the names of ``transformers``; empty for a tokenizer of another kind."""
+    """The byte-pair vocabulary as ``transformers`` names its files; empty for other kinds of tokenizer."""
     tokenizer = clip.tokenizer
     if not isinstance(tokenizer, open_clip.SimpleTokenizer):
         return {}
