@@ -1,11 +1,11 @@
-"""CLIPSeg here against transformers' CLIPSeg: the same random weights, the same image, the same prompts.
+"""Compare CLIPSeg's speed here and in transformers: same random weights, same image, same prompts.
 
     python -m benchmarks.clipseg_speed [--prompts 1 5 20 100] [--device cuda] [--refined] [--repeats 5]
 
-transformers is called as its documentation shows: the image once for each prompt, all of them one batch. Here
-the tower runs once for the image. Both in fp32 at 352 x 352, ViT-B/16, D = 64. The four ways take turns, so
-that a machine that is busy slows them all; the best time of each counts. The outputs are compared, and a
-difference above 1e-4 ends the run with status 1.
+transformers is called as in its documentation: the image is repeated for each prompt, all in one batch. Here
+the tower runs once per image. Both use fp32, 352 x 352, ViT-B/16, D = 64. The four variants take turns, so
+that other load on the machine slows all of them; the best time of each counts. If the outputs differ by more
+than 1e-4, the exit status is 1.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompts", type=int, nargs="+", default=[20], help="prompts an image (up to 100)")
-    parser.add_argument("--repeats", type=int, default=3, help="times that every way takes its turn")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[20], help="prompts per image (up to 100)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds in which each variant runs once")
     parser.add_argument("--device", default=str(best_device()), help="cpu or cuda")
     parser.add_argument("--refined", action="store_true", help="the refined head")
     arguments = parser.parse_args()
@@ -47,7 +47,7 @@ def main() -> None:
         parser.error("--prompts are from 1 to 100")
     if arguments.repeats < 1:
         parser.error("--repeats is at least 1")
-    # Products in full fp32 on a GPU as well: the outputs are compared.
+    # Full fp32 on a GPU too, since the outputs are compared.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     device = torch.device(arguments.device)
     ours = build_clipseg(
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def as_transformers(model: ClipSeg, device: torch.device) -> Any:
-    """The model of transformers with the weights of ours."""
+    """The model of transformers, with our weights."""
     import transformers
 
     theirs = transformers.CLIPSegForImageSegmentation(
@@ -77,12 +77,12 @@ def as_transformers(model: ClipSeg, device: torch.device) -> Any:
 
 
 def compare(ours: ClipSeg, theirs: Any, count: int, repeats: int) -> tuple[tuple[float, ...], float]:
-    """Seconds an image of the four ways, and the greatest difference of their logits."""
+    """Seconds per image of the four variants, and the largest difference of their logits."""
     device = ours.clip.device
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(device)
     prompts = [f"a {colour} {thing}" for thing in THINGS for colour in COLOURS][:count]
-    # transformers' processor pads to the longest prompt, and what is behind the last token does not matter.
+    # transformers' processor pads to the longest prompt too; what follows the last token does not matter.
     tokens = ours.clip.tokenizer(prompts)
     tokens = tokens[:, : int((tokens != 0).sum(1).max())].to(device)
     known = ours.encode_text(prompts)
@@ -108,7 +108,7 @@ def compare(ours: ClipSeg, theirs: Any, count: int, repeats: int) -> tuple[tuple
 
 
 def timed(work: Work, device: torch.device) -> float:
-    """Seconds until the result is there."""
+    """Seconds until the result is computed."""
     start = time.perf_counter()
     work()
     if device.type == "cuda":

@@ -1,16 +1,17 @@
-"""The whole label job beside a bare forward loop and a naive script, in short turns.
+"""Compare the whole label job with a bare forward loop and a naive script, in short turns.
 
     python -m benchmarks.label_job [--images DIR] [--count 64] [--rounds 3] [--model ViT-B-16-quickgelu]
 
-Each round runs, one after another, so that a drift of the machine's speed hits all three alike:
+Each round runs all three in turn, so that drift in the machine's speed affects them equally:
 
-(a) bare: the CLIP forward (head and class scores included) on preloaded tensors. The first round tries some
-    batch sizes in one process with all cores, and one single-threaded process a core; the best goes on.
-(b) job: ``maskmill label`` from files to table with class names that are not in the cache, then again with
-    nothing to do. Counted from outside, by the parts on disk; the steady state leaves the first part out.
-(c) naive: load the model, decode, forward in fp32, interpolate, argmax, save, one by one, as a user would.
+(a) bare: the CLIP forward pass, including head and class scores, on preloaded tensors. The first round tries
+    several batch sizes in one process with all cores, and one single-threaded process per core; later rounds
+    use the fastest.
+(b) job: ``maskmill label`` from files to table with uncached class names, then again with nothing to do. Its
+    progress is measured from outside by the parts on disk; the steady state excludes the first part.
+(c) naive: load the model, then decode, forward in fp32, interpolate, argmax and save one image at a time.
 
-Weights are random: the speed is the same, the labels mean nothing.
+Weights are random, which does not affect the speed; the labels are meaningless.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ CLASSES = (
 PRETRAINED = "random:0"
 
 Way = tuple[int, int, int]
-"""Processes, threads of each, batch size."""
+"""Processes, threads per process, batch size."""
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def spread(photos: list[Path], count: int) -> list[Path]:
-    """``count`` of them, evenly spread: the same mix of sizes as all."""
+    """``count`` evenly spread photographs, for the same mix of sizes."""
     count = min(count, len(photos))
     return [photos[index * len(photos) // count] for index in range(count)]
 
@@ -81,7 +82,7 @@ def spread(photos: list[Path], count: int) -> list[Path]:
 def run_rounds(
     photos: list[Path], few: list[Path], arguments: argparse.Namespace, work: Path
 ) -> tuple[str, dict[Way, float], dict[str, list[float]]]:
-    """The precision of the job, the bare loops of the first round, and all figures by name."""
+    """The job's precision, images/s of the first round's bare loops, and all figures by name."""
     folder = work / "images"
     folder.mkdir()
     for photo in photos:
@@ -160,7 +161,7 @@ def print_tables(
 
 
 def run_job(folder: Path, table: Path, model: str, *, cache: Path) -> dict[str, float]:
-    """Seconds of the whole command and until its first part, and images/s after that."""
+    """Seconds for the whole command and until its first part, and images/s after that."""
     command = [
         "jobs.cli", "label", "--images", str(folder), "--classes", CLASSES, "--output", str(table),
         "--tracking", "off", "--set", f"model={model}", "--set", f"pretrained={PRETRAINED}",
@@ -179,7 +180,7 @@ def run_job(folder: Path, table: Path, model: str, *, cache: Path) -> dict[str, 
 def watch(
     command: Sequence[str], files: Callable[[], Iterable[Path]], *, cache: Path
 ) -> tuple[float, dict[Path, float]]:
-    """Run a module; seconds until it ended and until each file was there (0 for those before)."""
+    """Run a module; return seconds until it ended, and until each file appeared (0 if it existed before)."""
     began = time.monotonic()
     seen = dict.fromkeys(files(), 0.0)
     process = subprocess.Popen(
@@ -200,15 +201,15 @@ def watch(
 
 
 def bare_ways() -> list[Way]:
-    """The ways that are tried: some batch sizes with all cores, and a process a core."""
+    """The variants to try: several batch sizes with all cores, and one process per core."""
     cores = len(os.sched_getaffinity(0))
     return [(1, cores, batch) for batch in (1, 2, 4)] + ([(cores, 1, 1)] if cores > 1 else [])
 
 
 def bare_loop(way: Way, photos: list[Path], model: str, precision: str) -> float:
-    """Images/s of the forward alone, on the same mix of sizes."""
+    """Images/s of the forward pass alone, on the same mix of sizes."""
     processes, threads, batch = way
-    os.environ |= WORKER_MALLOC  # as the job's workers have it
+    os.environ |= WORKER_MALLOC  # like the job's workers
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     barrier = context.Barrier(processes)
@@ -252,7 +253,7 @@ def _bare(
         barrier.wait()
         began = time.perf_counter()
         for images in batches:
-            # Not ``grid_scores``, which on a CPU runs a batch image by image.
+            # Not ``grid_scores``, which runs a batch image by image on a CPU.
             teacher.scores(teacher.encoder(images))
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -272,7 +273,7 @@ def _teacher(model: str, precision: str) -> Any:
     rows = torch.nn.functional.normalize(
         torch.randn(53, clip.embed_dim, generator=torch.Generator().manual_seed(0))
     )
-    classes = torch.arange(53).clamp(max=20)  # as many prompts and classes as the job has
+    classes = torch.arange(53).clamp(max=20)  # as many prompts and classes as in the job
     return MaskClip(clip, TextClassifier(rows, classes, 21), RECIPES["maskclip"].maskclip)
 
 
@@ -301,7 +302,7 @@ def run_naive(arguments: argparse.Namespace, output: Path) -> dict[str, float]:
 
 
 def naive_script(photos: list[Path], model: str, output: Path) -> None:
-    """What a user would write around the same model."""
+    """A straightforward script around the same model."""
     import numpy as np
     import torch
     from PIL import Image
@@ -326,7 +327,7 @@ def naive_script(photos: list[Path], model: str, output: Path) -> None:
 
 
 def processor() -> str:
-    """The processor, and the GPU if there is one."""
+    """The processor, and the GPU if any."""
     import torch
 
     name = platform.processor() or platform.machine()
@@ -340,7 +341,7 @@ def processor() -> str:
 
 
 def versions() -> str:
-    """Versions of what does the work."""
+    """Versions of the main libraries."""
     import open_clip
     import ray
     import torch

@@ -1,9 +1,9 @@
-"""Memory of the label job by process, for few and for many images: it must not grow with their number.
+"""Memory of the label job per process, for few and many images; it must not grow with their number.
 
     python -m benchmarks.label_memory [--images DIR] [--counts 100 10000]
 
-Photographs are labelled with the bundled toy CLIP: the labels mean nothing, but 10,000 images take minutes
-instead of hours, and everything around the model is as for any other one.
+Photographs are labelled with the bundled toy CLIP. The labels are meaningless, but 10,000 images take minutes
+instead of hours, and everything around the model is the same.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def measure(photos: list[Path], count: int) -> dict[str, int]:
-    """Peak resident bytes per kind of process of one run."""
+    """Peak resident bytes of one run, by kind of process."""
     peak: dict[str, int] = defaultdict(int)
     with tempfile.TemporaryDirectory(prefix="maskmill-bench-") as scratch:
         folder = Path(scratch) / "images"
@@ -66,7 +66,7 @@ def measure(photos: list[Path], count: int) -> dict[str, int]:
             for member, role in _family(process.pid):
                 try:
                     memory = member.memory_info()
-                    # Shared pages (the object store, mapped by all) are counted once, for the store's owner.
+                    # All map the object store; count its shared pages once, for its owner.
                     peak[role] = max(peak[role], memory.rss - (memory.shared if role != "raylet" else 0))
                     if role == "raylet":
                         peak["object store, mapped"] = max(peak["object store, mapped"], memory.shared)

@@ -1,10 +1,11 @@
-"""The forward of MaskCLIP and what follows it, by precision, threads and batch; labels kept in bf16.
+"""Speed of MaskCLIP's forward pass and label maps by precision, threads and batch; agreement with fp32.
 
     python -m benchmarks.maskclip_forward [--images DIR] [--repeats 5] [--quick]
 
-Speed: ViT-B/16 with random weights on 512x683 (the reference's size of a 500x375 photograph), preloaded
-tensors, best of the repeats. Agreement: share of pixels with the label of fp32, at image size, without prompt
-denoising or key smoothing, on photographs with random weights and on toy scenes with the bundled CLIP.
+Speed: ViT-B/16 with random weights on preloaded 512x683 tensors (the reference's size for a 500x375
+photograph), best of the repeats. Agreement: share of pixels with the same label as in fp32, at image size,
+without prompt denoising or key smoothing, on photographs with random weights and on toy scenes with the
+bundled CLIP.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def main() -> None:
 
 
 def best(work: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest of several runs, after one to warm up."""
+    """Seconds of the fastest of several runs, after a warm-up."""
     work()
     times = []
     for _ in range(repeats):
@@ -113,7 +114,7 @@ def random_text(width: int, classes: int) -> TextClassifier:
 
 
 def agreements(folder: Path, device: torch.device, precisions: list[str]) -> list[tuple[str, int, float]]:
-    """(name, images, share of pixels labelled as in fp32) for random weights and for the bundled toy CLIP."""
+    """(name, images, share of pixels labelled as in fp32) for random weights and the bundled toy CLIP."""
     from pipeline.toyworld.scenes import CLASSES, generate
 
     rows = []
@@ -149,7 +150,7 @@ def agreements(folder: Path, device: torch.device, precisions: list[str]) -> lis
 
 
 def read_photos(folder: Path, count: int) -> list[Tensor]:
-    """uint8 (3, 512, 683) each; landscape photographs only, so that one size is timed."""
+    """Landscape photographs only, each resized to uint8 (3, 512, 683), so that all have one size."""
     import numpy as np
     from PIL import Image
 

@@ -1,9 +1,9 @@
-"""Time and size of ways to write label maps and confidence maps as PNG, and of the codecs that were chosen.
+"""Compare the time and size of PNG encoders for label and confidence maps, with the chosen codecs.
 
     python -m benchmarks.png_codecs [--repeat N] [--images N] [--only-chosen]
 
-The maps are made as the labelling job makes them: per-class scores on a coarse grid, sharpened by temperature
-100, interpolated to image size, argmax and probability of the winner. Times are medians on one core.
+The maps imitate those of the label job: per-class scores on a coarse grid, scaled by temperature 100,
+interpolated to image size, then argmax and its probability. Times are medians on one core.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Map = npt.NDArray[np.uint8]
 
 
 def maps(seed: int, classes: int, grid: tuple[int, int], size: tuple[int, int]) -> tuple[Map, Map]:
-    """Label map and confidence map, uint8 (H, W), of one made-up image."""
+    """Label map and confidence map, uint8 (H, W), of one synthetic image."""
     random = np.random.default_rng(seed)
     height, width = size
     scores = np.empty((classes, height, width), dtype=np.float32)
     for index in range(classes):
-        # Cosines between patches and names: a class level, something smooth (objects), something per patch.
+        # Cosines of patches and names: a level per class, a smooth part (objects), noise per patch.
         coarse = cv2.resize(random.normal(size=(5, 6)), grid[::-1], interpolation=cv2.INTER_CUBIC)
         cosine = 0.2 + 0.01 * random.normal() + 0.02 * coarse + 0.006 * random.normal(size=grid)
         scores[index] = cv2.resize(cosine.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
@@ -42,7 +42,7 @@ def maps(seed: int, classes: int, grid: tuple[int, int], size: tuple[int, int]) 
 
 
 def cv2_png(level: int, strategy: int, row_filter: int | None = None) -> Callable[[Map], bytes]:
-    """Encoder by OpenCV."""
+    """An OpenCV encoder."""
     flags = [cv2.IMWRITE_PNG_COMPRESSION, level, cv2.IMWRITE_PNG_STRATEGY, strategy]
     if row_filter is not None:
         flags += [cv2.IMWRITE_PNG_FILTER, row_filter]
@@ -50,7 +50,7 @@ def cv2_png(level: int, strategy: int, row_filter: int | None = None) -> Callabl
 
 
 def pillow_png(level: int, strategy: int) -> Callable[[Map], bytes]:
-    """Encoder by Pillow."""
+    """A Pillow encoder."""
 
     def encode(array: Map) -> bytes:
         buffer = io.BytesIO()
@@ -61,7 +61,7 @@ def pillow_png(level: int, strategy: int) -> Callable[[Map], bytes]:
 
 
 def variants() -> dict[str, Callable[[Map], bytes]]:
-    """All encoders that are compared."""
+    """All encoders to compare."""
     strategies = {"default": 0, "filtered": 1, "huffman": 2, "rle": 3}
     found: dict[str, Callable[[Map], bytes]] = {}
     for name, number in strategies.items():
@@ -80,12 +80,12 @@ def variants() -> dict[str, Callable[[Map], bytes]]:
 
 
 def decode(data: bytes) -> object:
-    """Array of a PNG, by OpenCV."""
+    """Decode a PNG with OpenCV."""
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
 
 
 def measure(call: Callable[[], object], repeat: int) -> float:
-    """Median milliseconds, after one call that does not count."""
+    """Median milliseconds, after one warm-up call."""
     call()
     times = []
     for _ in range(repeat):

@@ -1,12 +1,12 @@
-"""A MaskCLIP teacher and DeepLab students side by side: latency of one image, throughput of batches.
+"""Compare a MaskCLIP teacher with DeepLab students: latency of one image, throughput of batches.
 
     python -m benchmarks.student_latency [--precisions fp32 bf16] [--repeats 7] [--seconds 6] [--output FILE]
 
-Each figure is the time from uint8 images on the device to label maps at their size: the network, and
-``models.labelmap`` as labelling uses it. Photographs are 512x683 (the reference's size of a 500x375
-one), 20 classes, a ViT-B/16 teacher; toy scenes are 128x128, 14 classes, with the bundled CLIP as teacher.
-Weights of ViT and students are random, which costs the same time as trained ones. Medians; a figure takes
-``--repeats`` runs, fewer if ``--seconds`` pass.
+Each figure is the time from uint8 images on the device to label maps at their size: the network plus
+``models.labelmap``, as in labelling. Photographs are 512x683 (the reference's size for a 500x375 one), with
+20 classes and a ViT-B/16 teacher; toy scenes are 128x128, with 14 classes and the bundled CLIP as teacher.
+The ViT's and the students' weights are random, which does not affect the speed. Each figure is the median of
+``--repeats`` runs, or fewer within ``--seconds``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Network = Callable[[Tensor], Tensor]  # uint8 (B, 3, H, W) -> scores (B, C, h, w
 
 @dataclass(frozen=True)
 class World:
-    """One size of images, its teacher, and the students that are compared with it."""
+    """An image size, its teacher, and the students to compare."""
 
     name: str
     size: tuple[int, int]
@@ -62,7 +62,7 @@ WORLDS = (
 
 @dataclass(frozen=True)
 class Model:
-    """What is timed; the temperature is that of its confidence."""
+    """A network to time, with the temperature of its confidence."""
 
     name: str
     network: Network
@@ -72,7 +72,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one model."""
+    """Measurements of one model."""
 
     world: World
     model: str
@@ -94,9 +94,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=6.0, help="per figure, at least one run")
     parser.add_argument(
-        "--channels-last", action="store_true", help="let the students' images and weights lie that way"
+        "--channels-last", action="store_true", help="store the students' images and weights channels last"
     )
-    parser.add_argument("--output", type=Path, help="write the report there as well")
+    parser.add_argument("--output", type=Path, help="also write the report to this file")
     arguments = parser.parse_args()
     if arguments.output and arguments.output.exists():
         parser.error(f"{arguments.output} exists; name another file")
@@ -126,7 +126,7 @@ def models(world: World, precision: str, device: torch.device, channels_last: bo
     for decoder, backbone in world.students:
         config = StudentConfig(decoder=decoder, backbone=backbone, embed_dim=clip.embed_dim)  # type: ignore[arg-type]
         student = DeepLab(config, text).to(device, DTYPES[precision]).to(memory_format=layout).eval()
-        student.set_classifier(text)  # in fp32 again, as a student that is read from its file
+        student.set_classifier(text)  # fp32 again, as in a student read from its file
 
         def scores(images: Tensor, student: DeepLab = student) -> Tensor:
             return student.grid_logits(student.features(images.contiguous(memory_format=layout)))
@@ -148,7 +148,7 @@ def count(module: torch.nn.Module) -> int:
 def measure(
     world: World, model: Model, device: torch.device, arguments: argparse.Namespace
 ) -> tuple[float, float, float]:
-    """Milliseconds of network and label map for one image; images/s of batches to label maps."""
+    """Milliseconds for one image, network and label map; images/s for batches, label maps included."""
     generator = torch.Generator().manual_seed(0)
     shape = (arguments.batch, 3, *world.size)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
@@ -168,7 +168,7 @@ def measure(
 
 
 def median_time(work: Callable[[], object], device: torch.device, repeats: int, seconds: float) -> float:
-    """Median seconds of runs, after one to warm up (three on a GPU, whose kernels are then chosen)."""
+    """Median seconds, after one warm-up run (three on a GPU, to settle the choice of kernels)."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -186,7 +186,7 @@ def median_time(work: Callable[[], object], device: torch.device, repeats: int, 
 
 
 def report(rows: list[Row], device: torch.device, arguments: argparse.Namespace) -> str:
-    """Markdown: where and how, then one table."""
+    """Markdown: machine and settings, then one table."""
     hardware = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"

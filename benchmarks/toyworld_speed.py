@@ -1,7 +1,7 @@
-"""How fast the toy world is drawn: ``python -m benchmarks.toyworld_speed [--count N]``.
+"""Measure how fast the toy world is drawn: ``python -m benchmarks.toyworld_speed [--count N]``.
 
-Prints scenes per second of one process at several sizes, in processor time (what one undisturbed core gives)
-and in wall time (what this machine gave just now).
+Prints scenes per second of one process at several sizes, in processor time (as on an idle core) and in wall
+time (as on this machine now).
 """
 
 from __future__ import annotations

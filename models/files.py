@@ -1,4 +1,4 @@
-"""Files put in place whole: a reader sees the old content or the new, never a part."""
+"""Atomic file writes: a reader sees the old content or the new, never a part."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write or replace a file atomically; its folder is made."""
+    """Write or replace a file atomically, creating its folder if necessary."""
     with staged_file(path, data) as temporary:
         os.replace(temporary, path)
 
@@ -37,7 +37,7 @@ def staged_file(path: Path, data: bytes) -> Iterator[str]:
 
 
 def _umask() -> int:
-    # There is no call that only reads it; /proc has it without the race of setting and restoring.
+    # os.umask can only set it, and setting and restoring it would race with other threads.
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
         for line in status:
             if line.startswith("Umask:"):

@@ -1,4 +1,4 @@
-"""Settings that recipes hold: typed, checked when they are made, and read without importing torch."""
+"""Settings in recipes: typed, validated on construction, importable without torch."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ NEUTRAL = Neutral()
 
 
 class Knob(NamedTuple):
-    """One field of settings, or of settings within them.
+    """One field of settings or of nested settings.
 
     Attributes:
         name: dotted.
-        description: in one line.
-        changes_result: whether hash and comparison count it.
+        description: one line.
+        changes_result: whether hashes and comparisons include it.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Knob(NamedTuple):
 
 
 class Settings(BaseModel):
-    """Base of all settings: immutable, without unknown fields. A field's docstring is its description.
+    """Base of all settings: immutable, unknown fields rejected. A field's docstring is its description.
 
     Raises:
         MaskMillError: ``setting_invalid``.
@@ -73,13 +73,13 @@ class Settings(BaseModel):
         return {knob.name: value_at(fields, knob.name) for knob in knobs(type(self)) if knob.changes_result}
 
     def replace(self, **changes: Any) -> Self:
-        """A checked copy with other values; nested settings are given whole."""
+        """A validated copy with other values; nested settings are replaced as a whole."""
         fields = {name: getattr(self, name) for name in type(self).model_fields}
         return type(self)(**(fields | changes))
 
 
 def knobs(kind: type[Settings], prefix: str = "") -> Iterator[Knob]:
-    """All fields of settings, with those of settings within them in their place."""
+    """All fields of settings, with nested settings flattened in place."""
     for name, field in kind.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, Settings):
@@ -91,7 +91,7 @@ def knobs(kind: type[Settings], prefix: str = "") -> Iterator[Knob]:
 
 
 def value_at(fields: Mapping[str, Any], path: str) -> Any:
-    """The value of a field, by dotted name, in settings as JSON has them."""
+    """The value at a dotted name in settings dumped as JSON."""
     value: Any = fields
     for part in path.split("."):
         value = value[part]
@@ -178,17 +178,17 @@ class ClipSegConfig(Settings):
 
 
 PAPER = ClipSegConfig(extract_layers=(3, 7, 9))
-"""As trained in the paper."""
+"""The paper's training settings."""
 
 
 Decoder = Literal["deeplabv2", "deeplabv3plus", "light"]
 Backbone = Literal["resnet50c", "resnet101c", "resnet50", "resnet101", "light"]
 DILATIONS = {"deeplabv2": (6, 12, 18, 24), "deeplabv3plus": (1, 12, 24, 36), "light": (1, 3, 6)}
-"""What a decoder has where none are given."""
+"""Default dilations by decoder."""
 
 
 class StudentConfig(Settings):
-    """What a student is made of; the defaults are the reference's ResNet-101."""
+    """Architecture of a student; the defaults are the reference's ResNet-101."""
 
     decoder: Decoder = "deeplabv2"
     """``deeplabv2``, ``deeplabv3plus`` or ``light``."""
@@ -214,7 +214,7 @@ class StudentConfig(Settings):
     @field_validator("dilations")
     @classmethod
     def _own(cls, dilations: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        # Where the decoder is none, that is the error.
+        # An invalid decoder is reported on its own.
         return dilations or DILATIONS.get(info.data.get("decoder", ""), ())
 
     @model_validator(mode="after")
