@@ -171,7 +171,7 @@ def test_it_says_where_it_is_serves_and_ends_when_asked(stop: signal.Signals) ->
             line = server.stdout.readline()
             assert line, server.stderr.read() if server.stderr else ""
             said += line
-        assert "Toy weights" in said and ("nobody for a password" in said) == public
+        assert "Toy weights" in said and ("has no password" in said) == public
         port = said.partition("http://")[2].partition("/")[0].rpartition(":")[2]
         deadline = time.monotonic() + 30
         while True:

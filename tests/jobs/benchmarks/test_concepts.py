@@ -47,7 +47,10 @@ def test_every_image_gets_a_picture_and_what_cannot_be_read_is_said(images: Path
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"concepts": "batman"}, "needs images"), ({"images": "x", "concepts": "one"}, "at least two prompts")],
+    [
+        ({"concepts": "batman"}, "needs images"),
+        ({"images": "x", "concepts": "one"}, "nor two or more prompts"),
+    ],
 )
 def test_wrong_use_says_what_to_do(options: dict, words: str, tmp_path: Path) -> None:
     with pytest.raises(MaskMillError, match=words):

@@ -337,7 +337,9 @@ def test_generalised_prompts(small: Any, decoders: Any, tmp_path: Path) -> None:
         assert (found["miou"], found["ap"]) == pytest.approx((best["iou_fg"], best["ap"]), abs=1e-3)
         assert line["published"].keys() == {"miou", "ap"}
         assert "On val2017 with 7 classes, not on LVIS." in sections[name]["note"]
-    assert "no class for 'ride on' of: pony, motorcycle." in sections["lvis-affordances"]["note"]
+    assert (
+        "Classes of 'ride on' that the data lack: pony, motorcycle." in sections["lvis-affordances"]["note"]
+    )
     by_prompt = rows_of(sections["lvis-affordances-prompt-text"])
     assert [name.partition(", ")[2] for name in by_prompt] == ["drink from", "ride on", "sit on"]
     missing = rows_of(sections["lvis-attributes"])["CLIPSeg (PC+)"]["missing"]

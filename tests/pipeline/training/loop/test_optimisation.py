@@ -54,12 +54,12 @@ def test_agrees_with_pytorch(kind: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"iterations": 0}, "iterations is 0"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan"),
-        ({"clip_norm": -1.0}, "clip_norm is -1"),
-        ({"optimizer": "lion"}, "optimizer is 'lion'"),
+        ({"iterations": 0}, "iterations = 0: "),
+        ({"learning_rate": float("nan")}, "learning_rate = nan: "),
+        ({"clip_norm": -1.0}, "clip_norm = -1.0: "),
+        ({"optimizer": "lion"}, "optimizer = 'lion': .*'sgd' or 'adamw'"),
         ({"min_learning_rate": 0.5}, "above learning_rate"),
-        ({"max_failures": -2}, "max_failures is -2"),
+        ({"max_failures": -2}, "max_failures = -2: "),
     ],
 )
 def test_invalid_settings_are_refused(changes: dict[str, object], says: str) -> None:
