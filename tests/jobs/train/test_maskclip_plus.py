@@ -243,7 +243,7 @@ def test_zero_shot_training_never_sees_the_unseen(
         assert done.returncode == 0, done.stderr
         record = json.loads((output / "student.json").read_text())
         assert record["training"]["unseen"] == ["sand", "zebra"] and record["recipe"]["form"] == "zero-shot"
-        prints.append(record["weights"]["fingerprint"])
+        prints.append(record["fingerprint"])
     assert prints[0] == prints[1]
 
 

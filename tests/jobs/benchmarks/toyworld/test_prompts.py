@@ -112,7 +112,7 @@ def test_a_tower_learns_which_classes_are_there(tmp_path: Path) -> None:
     console = Console(record=True, width=160)
     path = tmp_path / "new" / "tower.safetensors"
     toy_tower.train_tower(path, console, CLASSES, scenes=192, steps=30, held_out=60)
-    assert float(console.export_text().split("AUC of")[1].split()[0]) > 0.6
+    assert float(console.export_text().split("AUC on new scenes:")[1].split()[0]) > 0.6
     written = path.read_bytes()
     toy_tower.train_tower(path, console, CLASSES, scenes=192, steps=30, held_out=60)
     assert path.read_bytes() == written and not console.export_text()
