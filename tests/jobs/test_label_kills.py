@@ -18,7 +18,7 @@ from PIL import Image
 
 from pipeline.toyworld import scenes as toyworld
 
-pytestmark = [pytest.mark.cluster, pytest.mark.long]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = {
