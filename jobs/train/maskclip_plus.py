@@ -273,11 +273,10 @@ def _teacher_recipe(table: Mapping[str, Any], labels: str) -> LabelRecipe:
 
 
 def _identity(recipe: MaskClipPlusRecipe) -> dict[str, Any]:
-    """The recipe under dotted names, without the loop, which decides itself which settings may change."""
-    fields = recipe.to_dict()
-    for name in ("name", "loop"):
-        del fields[name]
-    return flatten(fields)
+    """What changes the result, by dotted name, without the loop, which is compared by itself."""
+    fields = {name: value for name, value in recipe.to_dict().items() if name != "loop"}
+    effective = recipe.effective()
+    return {name: text for name, text in flatten(fields).items() if name in effective}
 
 
 def unseen_ids(unseen: Sequence[str], ontology: Ontology) -> tuple[int, ...]:
