@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import math
 import os
 import pickle
@@ -103,6 +104,8 @@ def batches(
             samples, seed=seed, start_step=step, stop_step=stop_step, batch_size=batch_size, rank=rank,
             world_size=world_size,
         )  # fmt: skip
+        # Without samples, this raises before a process starts that nobody would stop in order.
+        shares = itertools.chain([next(shares)], shares)
         running = _start(
             samples, seed, shares, batch_size // world_size, min(loaders, stop_step - step), pin_memory
         )

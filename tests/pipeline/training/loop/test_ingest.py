@@ -350,7 +350,9 @@ def test_wrong_options(options: dict[str, Any], code: str) -> None:
     assert caught.value.code == code
 
 
-def test_no_samples() -> None:
+def test_no_samples_start_no_process() -> None:
+    before = set(psutil.Process().children())
     with pytest.raises(MaskMillError) as caught:
         next(ingest.batches(Numbers(0), seed=0, start_step=0, stop_step=1, batch_size=1))
     assert caught.value.code == "training_data_empty"
+    assert set(psutil.Process().children()) <= before
