@@ -6,14 +6,17 @@ not track finished work: it labels everything it receives.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
 import ray
 import ray.data
+from ray.data.block import BlockMetadata
 
 from models.errors import FailedWork, MaskMillError
 from pipeline.cluster.progress import Progress
@@ -100,19 +103,15 @@ def _flow(
     write: Write,
     compute: Compute,
 ) -> ray.data.Dataset:
-    """The stages. Each block is a part of the manifest, or a piece of a large one."""
-    parts, start = [], 0
-    for size in part_sizes(todo.num_rows, compute.actors * compute.calls):
-        parts.append(todo.slice(start, size))
-        start += size
+    """The stages. Each block is a decoded part of the manifest, or a piece of a large one."""
+    parts = _Parts(todo, part_sizes(todo.num_rows, compute.actors * compute.calls), Decode(image_settings))
     stage: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     return (
-        ray.data.from_arrow(parts)
-        .map_batches(
-            Decode(image_settings),
-            **stage,
+        ray.data.read_datasource(
+            parts,
+            override_num_blocks=len(parts.sizes),
             num_cpus=compute.task_cpus,
-            compute=ray.data.TaskPoolStrategy(size=compute.decoders),
+            concurrency=compute.decoders,
         )
         .map_batches(
             Label,
@@ -134,6 +133,40 @@ def _flow(
             compute=ray.data.TaskPoolStrategy(size=compute.writers),
         )
     )
+
+
+class _Parts(ray.data.Datasource):
+    """Parts of the manifest, decoded by the tasks that read them.
+
+    ``ray.data.from_arrow`` followed by a stage would first start tasks that only count the rows of each part.
+
+    Attributes:
+        sizes: images in each part.
+    """
+
+    def __init__(self, todo: pa.Table, sizes: Sequence[int], decode: Decode) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self._todo = todo
+        self._decode = decode
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown before images are decoded."""
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ray.data.ReadTask]:
+        """One task for each part, whatever number is asked for."""
+        ends = itertools.accumulate(self.sizes)
+        return [
+            ray.data.ReadTask(
+                # ``take`` copies; a slice would be pickled with the whole manifest.
+                functools.partial(self._decode, self._todo.take(pa.array(range(end - size, end)))),
+                BlockMetadata(num_rows=size, size_bytes=None, exec_stats=None),
+            )
+            for end, size in zip(ends, self.sizes, strict=True)
+        ]
 
 
 def _configure() -> None:
