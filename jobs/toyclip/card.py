@@ -138,6 +138,10 @@ def card(scores: Scores | None, table: Mapping[str, str], *, seed: int, scenes: 
         " (`toyclip_bpe.txt.gz`, see `models/clip/toy.py`).",
         "Reproduce it with `python -m jobs.toyclip.pretrain --output DIR`.",
         *_HEADS,
+        "## Licence and data",
+        "The weights are under the Apache License 2.0, as the code is. They were trained on pictures and"
+        " captions that `pipeline/toyworld/` makes, and on no data of others. The merge table is a cut of"
+        " CLIP's (MIT, OpenAI): see `NOTICE`.",
         "## Training",
         _table(["", ""], [[key, value] for key, value in table.items()]),
     ]

@@ -60,6 +60,7 @@ def test_a_few_steps_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     card = (tmp_path / "MODEL_CARD.md").read_text()
     for words in (
         "A toy.",
+        "Apache License 2.0",
         "| learning rate | (0.002, 0.001) |",
         "| ladybug |",
         "something striped",
