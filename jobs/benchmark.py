@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +22,7 @@ from jobs.benchmarks.tables import Request
 from jobs.console import stderr_console
 from jobs.options import Repeated, Settings, Tracking, comma_separated, named_values
 from models.errors import MaskMillError, WrongUse
-from pipeline.corpus.manifest import build_manifest
+from pipeline.corpus.manifest import ADDRESS, build_manifest
 from pipeline.evaluation.results import (
     REPORT_FILE,
     ROWS,
@@ -286,16 +286,22 @@ def _plan_concepts(options: Benchmark, _name: str, folder: Path, console: Consol
             )
         concepts = ConceptList(prompts, ())
     recipe = load_recipe(options.recipe, options.settings)
-    uris = build_manifest(options.images)["uri"].to_pylist()[: options.limit or None]
-    return functools.partial(_concepts, uris, concepts, recipe, folder, console)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
+    rows = build_manifest(options.images, notice=say).to_pylist()[: options.limit or None]
+    addresses = {row["uri"]: row.get(ADDRESS) or row["uri"] for row in rows}
+    return functools.partial(_concepts, addresses, concepts, recipe, folder, console)
 
 
 def _concepts(
-    uris: Sequence[str], concepts: ConceptList, recipe: LabelRecipe, folder: Path, console: Console
+    addresses: Mapping[str, str],
+    concepts: ConceptList,
+    recipe: LabelRecipe,
+    folder: Path,
+    console: Console,
 ) -> Measured:
     from jobs.benchmarks.concepts import draw_concepts
 
-    section, pictures = draw_concepts(uris, concepts, recipe, folder, console)
+    section, pictures = draw_concepts(addresses, concepts, recipe, folder, console)
     return Measured([section], pictures=pictures)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,8 +29,13 @@ from jobs.show import Show
 from jobs.track import Track
 from jobs.train.clipseg import TrainClipSeg
 from jobs.train.maskclip_plus import TrainMaskClipPlus
-from models.errors import MaskMillError
+from models.errors import FailedWork
 from pipeline.cluster.signals import end_process, interrupt_on_signals
+from pipeline.files.faults import explain
+from pipeline.files.redaction import redact
+
+TRACEBACK = "MASKMILL_TRACEBACK"
+"""Environment variable that shows the traceback of an error."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +89,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = run(given)
-    except MaskMillError as error:
-        print(f"maskmill: {error}", file=sys.stderr)
-        status = error.exit_status
     except KeyboardInterrupt:
         print("Stopped. Finished work is kept: run the same command again to continue.", file=sys.stderr)
         status = 130
-    except BrokenPipeError:
+    except BrokenPipeError as error:
         if not stdout_closed():
-            raise
+            end_process(tell(error))
         # Python flushes standard output once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    except Exception as error:
+        status = tell(error, detailed=not {"-v", "--verbose"}.isdisjoint(given))
     end_process(status)
+
+
+def tell(error: Exception, *, detailed: bool = False) -> int:
+    """Say on standard error what stopped a command and what to do about it, without secrets.
+
+    The border of every command: no exception leaves it as a traceback, unless that is asked for.
+
+    Args:
+        error: what the command raised.
+        detailed: show the traceback as well, as ``MASKMILL_TRACEBACK`` does.
+
+    Returns:
+        The exit status.
+    """
+    told = explain(error) or FailedWork(
+        "internal",
+        f"This is a fault of MaskMill: {type(error).__name__}: {' '.join(str(error).split())}",
+        f"Please report it; -v, or {TRACEBACK}=1 in the environment, shows where it happened.",
+    )
+    if detailed or os.environ.get(TRACEBACK):
+        print(redact("".join(traceback.format_exception(error)), assignments=False), file=sys.stderr)
+    print(f"maskmill: {redact(str(told), assignments=False)}", file=sys.stderr)
+    return told.exit_status
 
 
 def run(given: Sequence[str]) -> int:

@@ -34,6 +34,7 @@ from pipeline.cluster.session import joins_cluster, ray_session, worker_precisio
 from pipeline.cluster.signals import interrupt, signals_held
 from pipeline.corpus.manifest import build_manifest
 from pipeline.files.records import read_record
+from pipeline.files.redaction import without_signature
 from pipeline.files.storage import Storage, open_storage
 from pipeline.files.versions import versions
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe
@@ -180,7 +181,8 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
     began = time.monotonic()
     refuse_missing_file(job.recipe.pretrained)
     tracker = open_tracker(job.tracking, system_metrics=job.system_metrics)
-    manifest = build_manifest(job.source)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    manifest = build_manifest(job.source, notice=say)
     storage = open_storage(job.output)
     with Lease.acquire(storage, on_lost=_abandon, cluster=joins_cluster(job.address)) as lease:
         recorded = recorded_table(storage, job)
@@ -413,18 +415,19 @@ def _reporting(display: LabelDisplay, tracker: Tracker) -> Callable[[Progress], 
 
 def _begin_tracking(tracker: Tracker, job: LabelJob, manifest: pa.Table, todo: int) -> None:
     ids = np.sort(manifest["id"].to_numpy())
+    source = without_signature(job.source)
     tracker.start(
         "label",
-        f"{job.recipe.name} on {PurePosixPath(job.source).name or job.source}",
+        f"{job.recipe.name} on {PurePosixPath(source).name or source}",
         params={
             "recipe": job.recipe.to_dict() | {"hash": job.recipe.hash},
             "ontology": {"hash": job.ontology.hash, "classes": list(job.ontology.names)},
             "output": job.output,
         },
         dataset=TrackedDataset(
-            job.source,
+            source,
             hashlib.sha256(ids.tobytes()).hexdigest(),
-            source=job.source,
+            source=source,
             profile={"images": manifest.num_rows, "new": todo},
             context="labelling",
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections import Counter
@@ -20,8 +21,9 @@ from tyro.conf import Positional, UseAppendAction, arg
 from jobs.console import LOG_EVERY_S, duration, stderr_console
 from jobs.options import Repeated, refuse_missing_file
 from models.errors import WrongUse
-from pipeline.corpus.manifest import build_manifest
+from pipeline.corpus.manifest import ADDRESS, build_manifest
 from pipeline.files.images import MAX_PIXELS, ImageError, decode, fetch, target_size
+from pipeline.files.redaction import without_signature
 from pipeline.files.storage import open_storage
 from pipeline.labelling.clipseg.model import THRESHOLD, VISUAL_PROMPT, ClipSegWeights
 from pipeline.labelling.clipseg.options import PREFIXES, RELEASED, Prefix
@@ -152,9 +154,12 @@ def segment(job: Segment, console: Console | None = None) -> int:
     console = console or stderr_console()
     _check(job)
     refuse_missing_file(job.weights)
-    uris = list(
-        dict.fromkeys(uri for source in job.images for uri in build_manifest(source)["uri"].to_pylist())
-    )
+    addresses = {
+        row["uri"]: row.get(ADDRESS) or row["uri"]
+        for source in job.images
+        for row in build_manifest(source, notice=functools.partial(_say, console)).to_pylist()
+    }
+    uris = list(addresses)
     weights = ClipSegWeights(job.weights, job.clip, job.extract_layers)
     folder = Path(job.output)
     earlier = _earlier_files(folder, overwrite=job.overwrite)
@@ -205,8 +210,8 @@ def segment(job: Segment, console: Console | None = None) -> int:
             {
                 "title": one.title,
                 "text": one.text,
-                "image": one.image,
-                "mask": one.mask,
+                "image": one.image and without_signature(one.image),
+                "mask": one.mask and without_signature(one.mask),
                 "threshold": one.threshold,
             }
             for one in prompts
@@ -217,7 +222,9 @@ def segment(job: Segment, console: Console | None = None) -> int:
     try:
         with _progress(console, len(uris)) as report:
             for done, uri in enumerate(uris, start=1):
-                record["images"].append(_segment(job, finder, conditionals, prompts, uri, folder, names[uri]))
+                record["images"].append(
+                    _segment(job, finder, conditionals, prompts, uri, addresses[uri], folder, names[uri])
+                )
                 report(done)
     finally:  # an interrupted run records its files too, so that they can be overwritten
         status = Counter(entry["status"] for entry in record["images"])
@@ -319,16 +326,20 @@ def _segment(
     conditionals: Tensor,
     prompts: Sequence[Prompt],
     uri: str,
+    address: str,
     folder: Path,
     name: str,
 ) -> dict[str, Any]:
-    """Segment an image for all prompts, write its files, and return its entry in the record."""
+    """Segment an image for all prompts, write its files, and return its entry in the record.
+
+    ``address`` is where to fetch it from: ``uri`` with its signature, if it has one.
+    """
     from pipeline.labelling.clipseg.prompting import levels, shown_pixels
     from pipeline.report.pictures import Found, heat_map, overlay_mask, overview
 
     entry: dict[str, Any] = {"uri": uri}
     try:
-        image = decode(fetch(uri), max_pixels=job.max_pixels)
+        image = decode(fetch(address), max_pixels=job.max_pixels)
     except ImageError as error:
         return entry | {"status": error.code, "error": error.message}
     height, width = image.shape[:2]

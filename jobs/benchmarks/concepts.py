@@ -6,7 +6,7 @@ prediction, and a confidence map per prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,16 @@ SHOWN = 10
 
 
 def draw_concepts(
-    uris: Sequence[str], concepts: ConceptList, recipe: LabelRecipe, folder: Path, console: Console
+    addresses: Mapping[str, str],
+    concepts: ConceptList,
+    recipe: LabelRecipe,
+    folder: Path,
+    console: Console,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Draw a picture of every image into ``folder``. Unreadable images are reported and skipped.
+
+    Args:
+        addresses: where to fetch each image from, by its URI.
 
     Returns:
         A section of ``benchmark.json`` with each prompt's share of the pixels and highest confidence, and
@@ -53,9 +60,9 @@ def draw_concepts(
     model = MaskClip(clip, text, recipe.maskclip)
     shares, peaks, pictures = [], [], []
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
-    for number, uri in enumerate(uris, 1):
+    for number, (uri, address) in enumerate(addresses.items(), 1):
         try:
-            image = images.decode(images.fetch(uri), max_pixels=recipe.images.max_pixels)
+            image = images.decode(images.fetch(address), max_pixels=recipe.images.max_pixels)
         except images.ImageError as error:
             console.print(f"left out {uri}: {error}", highlight=False, soft_wrap=True)
             continue
@@ -69,7 +76,7 @@ def draw_concepts(
             folder / file, optimize=True
         )
         pictures.append({"file": file, "caption": Path(uri).name})
-        console.print(f"{number} of {len(uris)}: {Path(uri).name}", highlight=False, soft_wrap=True)
+        console.print(f"{number} of {len(addresses)}: {Path(uri).name}", highlight=False, soft_wrap=True)
     rows = [
         row(
             name,

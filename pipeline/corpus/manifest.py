@@ -3,6 +3,10 @@
 ``id`` is the first 8 bytes of BLAKE2b over the canonical URI and the byte range, if any, so an image has the
 same id in every manifest. The optional columns ``offset`` and ``length`` (bytes within the URI), ``width``
 and ``height`` (pixels) are present only if known for at least one image.
+
+What grants access, such as the signature of a presigned URL, is not part of an address: it is neither stored
+nor hashed, so a list that was signed anew names the same images. A manifest in memory has it in the column
+``ADDRESS``, from which a run fetches; ``write_manifest`` leaves this column out.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import PurePosixPath
 
@@ -22,16 +27,24 @@ from pipeline.corpus.sources import (
     ImageList,
     bad_list,
     bad_manifest,
+    describe_left_out,
     find_images,
     read_parquet,
 )
+from pipeline.files.redaction import without_signature
 from pipeline.files.storage import canonical_uri, open_storage
 
+ADDRESS = "address"
+"""Column of a manifest in memory, if any address is signed: where to fetch from."""
 
-def build_manifest(source: str | os.PathLike[str]) -> pa.Table:
+
+def build_manifest(
+    source: str | os.PathLike[str], *, notice: Callable[[str], object] = lambda _line: None
+) -> pa.Table:
     """Find images and assign ids. Of several rows for one image, the first is kept.
 
     Args:
+        notice: called with a line on what was found and not taken, if anything was.
         source: one of
             - a folder, local or remote (``s3://bucket/prefix``): searched recursively, sorted; hidden names
               are skipped; symbolic links are followed, but no folder is entered twice;
@@ -43,13 +56,23 @@ def build_manifest(source: str | os.PathLike[str]) -> pa.Table:
             - a single image.
 
     Returns:
-        Columns id int64, uri string, and where known offset, length int64, width, height int32.
+        Columns id int64, uri string, and where known offset, length int64, width, height int32, ``ADDRESS``
+        string.
 
     Raises:
-        MaskMillError: ``source_missing``, ``source_invalid``, ``storage_*``.
+        MaskMillError: ``source_missing``, ``source_invalid``, ``password_in_address``, ``storage_*``.
     """
     uri = canonical_uri(source)
-    return _table(find_images(uri), uri)
+    images = find_images(uri)
+    table = _table(images, uri)
+    repeated = len(images.uris) - table.num_rows
+    lines = [
+        describe_left_out(images.left_out),
+        f"{repeated:,} listed more than once, and taken once" if repeated else "",
+    ]
+    if any(lines):
+        notice(f"{without_signature(uri)}: {'; '.join(line for line in lines if line)}")
+    return table
 
 
 def stable_id(uri: str, *, offset: int | None = None, length: int | None = None) -> int:
@@ -74,8 +97,9 @@ def read_manifest(path: str | os.PathLike[str]) -> pa.Table:
 
 
 def write_manifest(table: pa.Table, path: str | os.PathLike[str]) -> None:
-    """Write a manifest to one Parquet file, atomically."""
+    """Write a manifest to one Parquet file, atomically, without signatures."""
     uri = canonical_uri(path)
+    table = table.drop_columns([ADDRESS]) if ADDRESS in table.column_names else table
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     open_storage(uri.rpartition("/")[0] or "/").write_bytes(PurePosixPath(uri).name, buffer.getvalue())
@@ -86,7 +110,8 @@ def _table(images: ImageList, source: str) -> pa.Table:
     _check_numbers(images, source)
     unknown = [None] * len(images.uris)
     offsets, lengths = (images.optional.get(name, unknown) for name in ("offset", "length"))
-    keys = list(zip(images.uris, offsets, lengths, strict=True))
+    uris = [without_signature(uri) for uri in images.uris]
+    keys = list(zip(uris, offsets, lengths, strict=True))
     ids = [stable_id(uri, offset=offset, length=length) for uri, offset, length in keys]
     if images.ids is not None:
         _check_ids(images.ids, ids, images.uris, source)
@@ -99,10 +124,12 @@ def _table(images: ImageList, source: str) -> pa.Table:
                 f"two images share the id {identity}: {_shown(keys[earlier])} and {_shown(keys[row])}",
                 "Rename or move one of them.",
             )
-    columns = {"id": pa.array(ids, pa.int64()), "uri": pa.array(images.uris, pa.string())}
+    columns = {"id": pa.array(ids, pa.int64()), "uri": pa.array(uris, pa.string())}
     for name, kind in OPTIONAL_COLUMNS.items():
         if any(value is not None for value in images.optional.get(name, ())):
             columns[name] = pa.array(images.optional[name], kind)
+    if uris != images.uris:
+        columns[ADDRESS] = pa.array(images.uris, pa.string())
     table = pa.table(columns)
     return table if len(first) == len(ids) else table.take(pa.array(first.values(), pa.int64()))
 
@@ -145,8 +172,11 @@ def _check_numbers(images: ImageList, source: str) -> None:
 def _check_ids(given: list[int], expected: list[int], uris: list[str], source: str) -> None:
     """Check that an existing manifest has the ids and canonical URIs that it would get now."""
     for row, (uri, identity, right) in enumerate(zip(uris, given, expected, strict=True)):
-        if canonical_uri(uri) != uri:
-            raise bad_manifest(source, f"row {row}: uri '{uri}' is not canonical ('{canonical_uri(uri)}')")
+        wanted = without_signature(canonical_uri(uri))
+        if wanted != uri:
+            raise bad_manifest(
+                source, f"row {row}: uri '{without_signature(uri)}' is not canonical ('{wanted}')"
+            )
         if identity != right:
             raise bad_manifest(source, f"row {row}: id {identity} is not the id of '{uri}' ({right})")
     if len(set(given)) < len(given):

@@ -9,13 +9,17 @@ Shapes: H, W pixels. Images are uint8 RGB (H, W, 3), C-contiguous, upright.
 from __future__ import annotations
 
 import errno
+import functools
 import io
+import os
+import queue
 import random
 import re
+import stat
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,6 +29,7 @@ from pydantic import Field, field_validator
 
 from models.settings import Settings
 from pipeline.files import corruptions
+from pipeline.files.redaction import redact, without_signature
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,6 +41,8 @@ ERROR_CODES: Mapping[str, str] = MappingProxyType(
         "permission": "the file or object may not be read with the present rights",
         "unavailable": "the storage did not answer after several attempts; another run may succeed",
         "unsupported_uri": "nothing here can read from this kind of address",
+        "not_a_file": "the path is a folder, a pipe or a device, not a file",
+        "too_many_bytes": "the file has more bytes than an image within the limit of pixels can have",
         "empty": "the file has no content",
         "not_an_image": "the content is not an image",
         "unsupported_format": "the content is an image of a format that is not read here",
@@ -49,34 +56,70 @@ ERROR_CODES: Mapping[str, str] = MappingProxyType(
 #: tested against hostile files.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000", "PPM")
 
-#: 100 megapixels: 300 MB as uint8 RGB, and briefly up to three times that while decoding.
+#: 100 megapixels: 300 MB as uint8 RGB, and briefly some three times that while decoding.
 MAX_PIXELS = 100_000_000
 
 # Signatures of the common formats: distinguish a truncated image from a file that never was one.
 _SIGNATURES = re.compile(
     rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|II\*\x00|MM\x00\*|II\x2b\x00|MM\x00\x2b|BM|GIF8[79]a"
-    rb"|....ftypavif|....jP  ",
+    rb"|....ftypavi[fs]|....jP  |\xff\x4f\xff\x51|P[1-6]\s",
     re.DOTALL,
 )
-_HEIF = re.compile(rb"....ftyp(heic|heix|hevc|heim|heis|hevm|hevs|mif1|msf1)", re.DOTALL)
+# Images of formats that are not read, by their first bytes.
+_UNSUPPORTED: tuple[tuple[str, re.Pattern[bytes]], ...] = tuple(
+    (name, re.compile(signature, re.DOTALL))
+    for name, signature in (
+        ("a HEIC/HEIF image", rb"....ftyp(heic|heix|hevc|heim|heis|hevm|hevs|mif1|msf1)"),
+        ("an AVIF sequence", rb"....ftypavis"),
+        ("a raw photograph (Canon CR3)", rb"....ftypcrx "),
+        ("a raw photograph (Canon CR2)", rb"II\*\x00....CR"),
+        ("a raw photograph (Olympus ORF)", rb"IIR[OS]|MMOR"),
+        ("a raw photograph (Panasonic RW2)", rb"IIU\x00"),
+        ("a raw photograph (Fujifilm RAF)", rb"FUJIFILMCCD-RAW"),
+        ("a JPEG XL image", rb"\xff\x0a|\x00\x00\x00\x0cJXL \r\n\x87\n"),
+        ("a JPEG XR image", rb"II\xbc"),
+        ("a Photoshop document (PSD)", rb"8BPS"),
+        ("a Windows icon or cursor", rb"\x00\x00[\x01\x02]\x00[^\x00]\x00"),
+        ("a Macintosh icon", rb"icns"),
+        ("an OpenEXR image", rb"v/1\x01"),
+        ("a Radiance HDR image", rb"#\?R(ADIANC|GB)E"),
+        ("a DirectDraw surface (DDS)", rb"DDS "),
+        ("a DICOM image", rb".{128}DICM"),
+        ("a FITS image", rb"SIMPLE  ="),
+        ("a QOI image", rb"qoif"),
+        ("a floating-point map (PFM)", rb"P[Ff]\s"),
+        ("a GIMP document (XCF)", rb"gimp xcf"),
+        ("a BPG image", rb"BPG\xfb"),
+    )
+)
+_TGA_END = b"TRUEVISION-XFILE.\0"
+_ENDS = (b"IEND\xaeB`\x82", b"\xff\xd9")  # of a whole PNG or JPEG
+_XML = (b"<svg", b"<?xml", b"<!--", b"<!DOCTYPE svg")
 
 _EXIF_ORIENTATION = 0x0112
-_UPRIGHT: Mapping[int, Image.Transpose] = MappingProxyType(
+_STRIP_PIXELS = 1 << 20  # converted at a time
+_PIECE = 8 << 20  # bytes read at a time
+_PAST_END = re.compile(r"InvalidRange|\b416\b|not satisfiable", re.IGNORECASE)
+_CREDENTIALS = re.compile(
+    r"ExpiredToken|token has expired|RequestExpired|InvalidAccessKeyId|SignatureDoesNotMatch"
+    r"|Invalid endpoint",
+    re.IGNORECASE,
+)
+_UPRIGHT: Mapping[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = MappingProxyType(
     {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
+        2: lambda image: image[:, ::-1],
+        3: lambda image: image[::-1, ::-1],
+        4: lambda image: image[::-1],
+        5: lambda image: image.transpose(1, 0, 2),
+        6: lambda image: image[::-1].transpose(1, 0, 2),
+        7: lambda image: image[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda image: image[:, ::-1].transpose(1, 0, 2),
     }
 )
 _TRUNCATED = re.compile(
     r"truncated|not enough image data|unexpected end|end of file|broken PNG|premature|but only got",
     re.IGNORECASE,
 )
-_LARGE = re.compile(r"decompression bomb|too large|exceeds limit", re.IGNORECASE)
 
 # Header readers warn about every oddity of a file, once per image, into the logs of every worker. Warning
 # filters are global to the interpreter, hence a lock; reading a header takes microseconds.
@@ -109,6 +152,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     web page would. Keeps the upper 8 of 16 bits per channel. Values of 32-bit and floating-point images are
     assumed to lie in the narrowest of [0, 1], [0, 255] and [0, 65535] that holds them all, and are otherwise
     stretched from minimum to maximum; NaN is black. Ignores colour profiles, as CLIP's training does.
+    Besides the encoded file, memory holds Pillow's image (4 bytes a pixel; some readers briefly twice that)
+    and the result.
 
     Args:
         data: the encoded file, in one of :data:`FORMATS`.
@@ -128,21 +173,58 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     if len(data) == 0:
         raise ImageError("empty", "the file has 0 bytes")
     try:
-        with _open(data) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageError(
-                    "too_large", f"{width} x {height} pixels are more than the limit of {max_pixels:,}"
-                )
-            _load(image)
-            # After load(): Pillow itself rotates TIFFs upright and then removes the tag.
-            turn = _UPRIGHT.get(_orientation(image))
-            upright = image if turn is None else image.transpose(turn)
-            return _to_rgb(upright)
+        return _decode(data, max_pixels)
     except ImageError:
         raise
     except Exception as error:  # on hostile files, readers raise anything: struct.error, KeyError, …
-        raise _explain(error, data) from error
+        bare = _without_metadata(data)
+        if bare is None:
+            raise _explain(error, data) from error
+    try:
+        return _decode(bare, max_pixels)
+    except ImageError:
+        raise
+    except Exception as error:
+        raise _explain(error, bare) from error
+
+
+def _decode(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+    with _open(data) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            raise ImageError(
+                "too_large", f"{width} x {height} pixels are more than the limit of {max_pixels:,}"
+            )
+        if _is_thumbnail(image):
+            raise ImageError("unsupported_format", "a raw photograph, whose first image is a thumbnail")
+        _load(image)
+        # After load(): Pillow itself rotates TIFFs upright and then removes the tag.
+        turn = _UPRIGHT.get(_orientation(image))
+        rgb = _to_rgb(image)
+    return rgb if turn is None else np.ascontiguousarray(turn(rgb))
+
+
+def _without_metadata(data: bytes) -> bytes | None:
+    """A PNG without the chunks that say nothing about its pixels; None if there are none, or for others.
+
+    Pillow refuses a whole image for a text or a colour profile of more than a megabyte.
+    """
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return None
+    kept, start = [data[:8]], 8
+    while start + 8 <= len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if data[start + 4 : start + 8] not in (b"tEXt", b"zTXt", b"iTXt", b"iCCP"):
+            kept.append(data[start:end])
+        start = end
+    bare = b"".join(kept)
+    return bare if len(bare) < len(data) else None
+
+
+def _is_thumbnail(image: Image.Image) -> bool:
+    """Whether a TIFF begins with a reduced image (tag NewSubfileType), as NEF, ARW and DNG do."""
+    tags = getattr(image, "tag_v2", None)
+    return image.format == "TIFF" and tags is not None and bool(tags.get(254, 0) & 1)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -175,34 +257,56 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """Convert any of Pillow's modes to uint8 (H, W, 3)."""
-    if image.mode.startswith("I;16"):
-        # The upper byte, as Pillow does for 16-bit RGB.
-        return _grey_to_rgb((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        return _grey_to_rgb(_to_byte_range(np.asarray(image, dtype=np.float64)))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        page = Image.new("RGB", image.size, "white")
-        page.paste(rgba, mask=rgba.getchannel("A"))
-        return np.array(page)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    """Convert any of Pillow's modes to uint8 (H, W, 3), a strip at a time: its copies stay small."""
+    width, height = image.size
+    rgb = np.empty((height, width, 3), np.uint8)
+    limits = _value_range(image) if image.mode in ("I", "F") else (0.0, 255.0)
+    for top, strip in _strips(image):
+        rows = rgb[top : top + strip.height]
+        if image.mode.startswith("I;16"):
+            # The upper byte, as Pillow does for 16-bit RGB.
+            rows[:] = (np.asarray(strip) >> 8).astype(np.uint8)[:, :, None]
+        elif image.mode in ("I", "F"):
+            rows[:] = _to_byte_range(np.asarray(strip, dtype=np.float64), *limits)[:, :, None]
+        elif strip.has_transparency_data:
+            rgba = strip.convert("RGBA")
+            page = Image.new("RGB", strip.size, "white")
+            page.paste(rgba, mask=rgba.getchannel("A"))
+            rows[:] = np.asarray(page)
+        else:
+            rows[:] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
+    return rgb
 
 
-def _grey_to_rgb(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.repeat(grey[:, :, None], 3, axis=2)
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The image from top to bottom in strips of whole rows; their first rows and themselves."""
+    rows = max(1, _STRIP_PIXELS // image.width)
+    if image.height <= rows:
+        yield 0, image
+        return
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(image.height, top + rows)))
 
 
-def _to_byte_range(values: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Map values of unknown range to 0…255; see :func:`decode`."""
-    finite = values[np.isfinite(values)]
-    if finite.size == 0:
-        return np.zeros(values.shape, np.uint8)
-    low, high = float(finite.min()), float(finite.max())
+def _value_range(image: Image.Image) -> tuple[float, float]:
+    """The values that become 0 and 255; see :func:`decode`."""
+    low, high = np.inf, -np.inf
+    for _, strip in _strips(image):
+        values = np.asarray(strip)
+        finite = values[np.isfinite(values)]
+        if finite.size:
+            low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    if low > high:
+        return 0.0, 1.0
     if low >= 0:
         top = next((top for top in (1.0, 255.0, 65535.0) if high <= top), None)
         if top is not None:
-            low, high = 0.0, top
+            return 0.0, top
+    return low, high
+
+
+def _to_byte_range(values: NDArray[np.float64], low: float, high: float) -> NDArray[np.uint8]:
+    """Map values from ``low`` to ``high`` to 0…255; NaN is 0."""
     # Halved first, because the span of the whole float range overflows.
     unit = (values / 2 - low / 2) / max(high / 2 - low / 2, np.finfo(np.float64).tiny)
     scaled = np.nan_to_num(unit, nan=0.0, posinf=1.0, neginf=0.0)
@@ -212,19 +316,76 @@ def _to_byte_range(values: NDArray[np.float64]) -> NDArray[np.uint8]:
 def _explain(error: Exception, data: bytes) -> ImageError:
     """Translate an exception of an image reader."""
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if isinstance(error, Image.DecompressionBombError | MemoryError) or _LARGE.search(text):
+    if isinstance(error, Image.DecompressionBombError | MemoryError):
         return ImageError("too_large", text)
     if isinstance(error, UnidentifiedImageError):
-        if _HEIF.match(data):
-            return ImageError("unsupported_format", "HEIC/HEIF image; convert it to JPEG or PNG")
+        other = _other_format(data)
+        if other is not None:
+            return ImageError("unsupported_format", f"{other}; convert it to JPEG or PNG")
         if not _SIGNATURES.match(data):
             return ImageError("not_an_image", f"{len(data)} bytes that begin with {data[:8]!r}")
+        if data.endswith(_ENDS):
+            return ImageError("unreadable", "the header is damaged")
         return ImageError("truncated", f"the header is cut off or damaged ({len(data)} bytes)")
     # WebP stores its length in the header; its reader only reports failure.
     cut = data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data)
     if cut or isinstance(error, EOFError) or _TRUNCATED.search(text):
         return ImageError("truncated", text)
     return ImageError("unreadable", text)
+
+
+def _other_format(data: bytes) -> str | None:
+    """What an image is that none of the readers knows; None if it may be one of theirs, damaged."""
+    head = data[:4096]
+    for name, signature in _UNSUPPORTED:
+        if signature.match(head):
+            return name
+    if b"<svg" in head and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(_XML):
+        return "an SVG drawing"
+    if data.endswith(_TGA_END):
+        return "a TGA image"
+    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return _tiff_kind(data)
+    return _jpeg_kind(data) if data[:3] == b"\xff\xd8\xff" else None
+
+
+def _tiff_kind(data: bytes) -> str | None:
+    """Samples and compression of a TIFF whose header is whole; None if it is cut off."""
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+    file = io.BytesIO(data)
+    try:
+        with _header_lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tags = ImageFileDirectory_v2(file.read(16 if data[2:3] == b"+" or data[3:4] == b"+" else 8))
+            file.seek(tags.next)
+            tags.load(file)
+        bits = tags[258] if isinstance(tags[258], tuple) else (tags[258],)
+        kind = {1: "unsigned", 2: "signed", 3: "floating-point"}.get(tags.get(339, (1,))[0], "unusual")
+        channels, compression = tags.get(277, 1), tags.get(259, 1)
+        ends = [start + size for start, size in zip(tags.get(273, ()), tags.get(279, ()), strict=False)]
+    except Exception:  # a damaged directory, in any of many ways
+        return None
+    if any(end > len(data) for end in ends):
+        return None
+    return f"a TIFF of {channels} channel(s) of {bits[0]} bits, {kind}, compression {compression}"
+
+
+def _jpeg_kind(data: bytes) -> str | None:
+    """A JPEG of a kind that libjpeg is not built for: more than 8 bits, or lossless."""
+    start = 2
+    while start + 9 < len(data) and data[start] == 0xFF:
+        marker = data[start + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            lossless = marker in (0xC3, 0xC7, 0xCB, 0xCF)
+            bits = data[start + 4]
+            return (
+                f"a JPEG of {bits} bits{', lossless' if lossless else ''}" if lossless or bits != 8 else None
+            )
+        if marker == 0xF7:
+            return "a JPEG-LS image"
+        start += 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+    return None
 
 
 class ImageSettings(Settings):
@@ -336,11 +497,21 @@ def use_one_thread() -> None:
     cv2.setNumThreads(1)
 
 
+def max_bytes(max_pixels: int) -> int:
+    """The size of the largest file that can hold an image of so many pixels, with 64 MB for metadata.
+
+    Twelve bytes a pixel: three channels of 32 bits. RGBA of 16 bits, the largest that is read, has eight.
+    """
+    return 12 * max_pixels + (64 << 20)
+
+
 def fetch(
     uri: str,
     *,
     start: int = 0,
     length: int | None = None,
+    max_bytes: int = max_bytes(MAX_PIXELS),
+    patience: float = 60.0,
     attempts: int = 4,
     wait: float = 0.5,
     sleep: Callable[[float], object] = time.sleep,
@@ -351,7 +522,9 @@ def fetch(
         uri: a local path, or a URL of any scheme that fsspec knows (``s3://``, ``gs://``, ``file://``, …).
         start: the first byte to read.
         length: number of bytes; None reads to the end.
-        attempts: tries after transient errors of remote storage.
+        max_bytes: larger files are not read.
+        patience: seconds without any new byte after which a read is given up.
+        attempts: tries after transient errors.
         wait: seconds before the second attempt; doubled each time, with up to 50 % of random jitter so that
             many workers do not retry at once.
         sleep: for tests.
@@ -360,64 +533,163 @@ def fetch(
         The bytes; fewer than ``length`` if the file ends first.
 
     Raises:
-        ImageError: ``not_found``, ``permission``, ``unavailable``, ``unsupported_uri`` or ``unreadable``.
+        ImageError: ``not_found``, ``permission``, ``unavailable``, ``unsupported_uri``, ``not_a_file``,
+            ``too_many_bytes`` or ``unreadable``. Its message holds no secrets of the address.
+        MaskMillError: ``storage_unreachable`` if credentials have expired, which is no fault of the image.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", uri) is None:
-        try:
-            with open(uri, "rb") as file:
-                file.seek(start)
-                return file.read(-1 if length is None else length)
-        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-            raise _explain_io(error) from error
-    try:
-        import fsspec
-
-        filesystem, path = fsspec.core.url_to_fs(uri)
-    except Exception as error:  # unknown scheme, missing driver, malformed address
-        raise ImageError("unsupported_uri", f"{type(error).__name__}: {error}") from error
-    return _read_remote(filesystem, path, start, length, attempts, wait, sleep)
-
-
-def _read_remote(
-    filesystem: Any,
-    path: str,
-    start: int,
-    length: int | None,
-    attempts: int,
-    wait: float,
-    sleep: Callable[[float], object],
-) -> bytes:
+    if length is not None and length > max_bytes:
+        raise _too_many(length, max_bytes)
+    chunks = _chunks(uri, start, length, max_bytes)
     for attempt in range(attempts):
         try:
-            if start == 0 and length is None:
-                return bytes(filesystem.cat_file(path))
-            if length == 0:
-                return b""
-            return bytes(
-                filesystem.cat_file(path, start=start, end=None if length is None else start + length)
-            )
+            return _gather(chunks, max_bytes, patience)
+        except ImageError:
+            raise
         except Exception as error:  # each driver has its own exceptions
+            _refuse_credentials(uri, error)
             explained = _explain_io(error)
-            if explained.code != "unavailable" or attempt == attempts - 1:
+            if explained.code != "unavailable" or isinstance(error, _Stalled) or attempt == attempts - 1:
                 raise explained from error
         delay = wait * 2**attempt
         sleep(delay + random.uniform(0, delay / 2))
     raise AssertionError("attempts must be positive")
 
 
+class _Stalled(TimeoutError):
+    """Nothing arrived for too long."""
+
+
+def _chunks(uri: str, start: int, length: int | None, most: int) -> Callable[[], Iterator[bytes]]:
+    """A function that reads the bytes piece by piece, from their beginning at each call."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", uri) is None:
+        return functools.partial(_local_chunks, uri, start, length, most)
+    from fsspec.core import url_to_fs
+
+    from pipeline.files.storage import canonical_uri, is_remote
+
+    try:
+        place = canonical_uri(uri)
+        if not is_remote(place):  # file://
+            return functools.partial(_local_chunks, place, start, length, most)
+        filesystem, path = url_to_fs(place)
+    except Exception as error:  # a password, an unknown scheme, a missing driver, a malformed address
+        raise ImageError("unsupported_uri", _text(error)) from error
+    if place.startswith(("http://", "https://")) and start == 0 and length is None:
+        return functools.partial(_streamed_chunks, filesystem, path)
+    return functools.partial(_ranged_chunks, filesystem, path, start, length)
+
+
+def _local_chunks(path: str, start: int, length: int | None, most: int) -> Iterator[bytes]:
+    # Asked first: opening a pipe waits for a writer, and some devices act when they are opened.
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise ImageError("not_a_file", f"the path is {kinds.get(stat.S_IFMT(status.st_mode), 'a device')}")
+    left = max(0, status.st_size - start) if length is None else length
+    if left > most:
+        raise _too_many(left, most)
+    with open(path, "rb") as file:
+        file.seek(start)
+        while length is None or left > 0:
+            # One more than there should be, so that one call shows the end.
+            want = min(_PIECE, left + (length is None))
+            piece = file.read(want)
+            yield piece
+            left -= len(piece)
+            if len(piece) < want:
+                return
+
+
+def _streamed_chunks(filesystem: Any, path: str) -> Iterator[bytes]:
+    """The answer of a web server, which may be without length, or without end."""
+    # With a block size of 0 fsspec streams; with a size it does not ask for it.
+    with filesystem.open(path, block_size=0, size=1) as file:
+        while piece := file.read(_PIECE):
+            yield piece
+
+
+def _ranged_chunks(filesystem: Any, path: str, start: int, length: int | None) -> Iterator[bytes]:
+    """An object in pieces, so that neither a large one nor a slow one goes unnoticed."""
+    end = None if length is None else start + length
+    while end is None or start < end:
+        want = _PIECE if end is None else min(_PIECE, end - start)
+        try:
+            piece = bytes(filesystem.cat_file(path, start=start, end=start + want))
+        except Exception as error:
+            if _PAST_END.search(_text(error)):  # of an empty object, or of one that fills the last piece
+                return
+            raise
+        yield piece
+        if len(piece) != want:
+            return
+        start += want
+
+
+def _gather(chunks: Callable[[], Iterator[bytes]], most: int, patience: float) -> bytes:
+    """Read all pieces in a thread, which is left behind if nothing arrives for ``patience`` seconds.
+
+    Nothing else ends a read from a network share that is gone.
+    """
+    arrived: queue.SimpleQueue[bytes | Exception | None] = queue.SimpleQueue()
+    abandoned = threading.Event()
+
+    def read() -> None:
+        size = 0
+        try:
+            for piece in chunks():
+                size += len(piece)
+                if size > most:
+                    raise _too_many(size, most)
+                if abandoned.is_set():
+                    return
+                arrived.put(piece)
+            arrived.put(None)
+        except Exception as error:
+            arrived.put(error)
+
+    threading.Thread(target=read, name="fetch", daemon=True).start()
+    pieces: list[bytes] = []
+    while True:
+        try:
+            item = arrived.get(timeout=patience)
+        except queue.Empty:
+            abandoned.set()
+            raise _Stalled(f"nothing arrived for {patience:g} s") from None
+        if item is None:
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if isinstance(item, Exception):
+            raise item
+        pieces.append(item)
+
+
+def _too_many(size: int, most: int) -> ImageError:
+    return ImageError("too_many_bytes", f"{size:,} bytes or more; the limit is {most:,}")
+
+
+def _refuse_credentials(uri: str, error: Exception) -> None:
+    """Stop at credentials that have expired or name no server: every other image would fail alike."""
+    if not uri.lower().startswith(("http://", "https://")) and _CREDENTIALS.search(
+        f"{error} {error.__cause__ or ''}"
+    ):
+        from pipeline.files.faults import unreachable
+
+        raise unreachable(without_signature(uri), error) from error
+
+
 def _explain_io(error: Exception) -> ImageError:
     """Translate an exception of a file system. Errors not known to be permanent count as transient."""
-    text = f"{type(error).__name__}: {error}"
-    number = getattr(error, "errno", None)
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
+    text = _text(error)
+    number, status = getattr(error, "errno", None), getattr(error, "status", None)
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or status in (404, 410):
         return ImageError("not_found", text)
-    if isinstance(error, PermissionError) or type(error).__name__ in (
-        "NoCredentialsError",
-        "PartialCredentialsError",
-        "CredentialRetrievalError",
-    ):
+    if isinstance(error, PermissionError) or status in (401, 403) or "Credential" in type(error).__name__:
         return ImageError("permission", text)
-    lasting = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EIO)
-    if isinstance(error, IsADirectoryError | ValueError | NotImplementedError) or number in lasting:
+    lasting = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EIO, errno.EISDIR)
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
+    if isinstance(error, ValueError | NotImplementedError) or number in lasting or refused:
         return ImageError("unreadable", text)
     return ImageError("unavailable", text)
+
+
+def _text(error: Exception) -> str:
+    return redact(f"{type(error).__name__}: {error}", assignments=False)

@@ -1,8 +1,9 @@
-"""Remove passwords and tokens from URLs, commands and settings.
+"""Remove passwords, tokens and signatures from URLs, commands and settings.
 
 Everything that tracking stores passes through ``redact`` on its way to disk, so a secret reaches neither the
 journal nor a server. It looks for URLs with credentials, values assigned to a secret's name (``api_key=…``,
-``--token …``), and the values of environment variables with such names.
+``--token …``), and the values of environment variables with such names. ``without_signature`` gives the
+address under which an image is stored.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 MASK = "***"
 _SECRET = (
@@ -29,7 +30,8 @@ _MIN_VALUE = 6
 
 _USER_INFO = re.compile(r"(?P<scheme>\b[a-zA-Z][\w+.-]*)://(?P<user>[^/\s?#'\"<>]+)@")
 _QUERY = re.compile(
-    rf"(?P<name>[?&;](?:{_NAME}|{_CAMEL}|sig|se?key|auth|x-(?:amz|goog)-[\w-]+)=)[^&;\s'\"<>#]+",
+    rf"(?P<name>[?&;](?:{_NAME}|{_CAMEL}|sig|se?key|auth|hmac|jwt|hdnts|hdnea|__token__|x-(?:amz|goog|oss|cos)-[\w-]+"
+    r"|q-(?:ak|sign[\w-]*|key-time))=)[^&;\s'\"<>#]+",
     re.IGNORECASE,
 )
 _FLAG = re.compile(
@@ -47,7 +49,22 @@ _SECRET_FLAG = re.compile(rf"--?{_NAME}", re.IGNORECASE)
 _HEADER = re.compile(r"\b(?P<name>(?:Bearer|Basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE)
 _KNOWN = re.compile(
     r"\b(?:(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_\w{20,}|github_pat_\w{20,}|hf_[A-Za-z0-9]{20,}|glpat-[\w-]{16,}"
-    r"|xox[abpr]-[\w-]{10,}|dapi[0-9a-f]{32}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+)"
+    r"|xox[abpr]-[\w-]{10,}|dapi[0-9a-f]{32}|AIza[\w-]{35}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+)"
+)
+# Parameters that change with a signature, or are of no use without it (CloudFront, S3 and Google version 2,
+# Alibaba, Azure's shared access signatures).
+_WITH_SIGNATURE = frozenset(
+    {
+        "expires",
+        "policy",
+        "key-pair-id",
+        "googleaccessid",
+        "ossaccesskeyid",
+        "q-header-list",
+        "q-url-param-list",
+    }
+    | {"sv", "ss", "srt", "sr", "sp", "st", "se", "sip", "spr", "sdd", "ses", "skoid", "sktid", "skt", "ske"}
+    | {"sks", "skv", "saoid", "suoid", "scid"}
 )
 # Most text contains no such word, and this check is much faster than matching the names.
 _HINT = re.compile(r"secret|token|pass|pwd|credential|signature|bearer|key", re.IGNORECASE)
@@ -81,6 +98,33 @@ def _redact(text: str, values: Sequence[str], assignments: bool) -> str:
         text = _WHOLE.sub(rf"\g<quote>\g<name>{MASK}\g<quote>", text)
         text = _BARE.sub(rf"\g<name>{MASK}", text)
     return text
+
+
+def without_signature(address: str) -> str:
+    """An address without the parts of its query that grant access; what is not a URL stays as it is.
+
+    The result is the same however often the address is signed again, and does not depend on the environment.
+
+    >>> without_signature("https://h/a.jpg?X-Amz-Date=1&X-Amz-Signature=2&version=3#top")
+    'https://h/a.jpg?version=3#top'
+    """
+    place, question, rest = address.partition("?")
+    if not question or "://" not in place:
+        return address
+    query, mark, fragment = rest.partition("#")
+    parameters = [(unquote(text.partition("=")[0]), text) for text in query.split("&")]
+    secret = [
+        bool(_QUERY.match(f"?{name}={text.partition('=')[2]}") or _KNOWN.search(text))
+        for name, text in parameters
+    ]
+    if not any(secret):
+        return address
+    kept = [
+        text
+        for (name, text), hidden in zip(parameters, secret, strict=True)
+        if not hidden and name.lower() not in _WITH_SIGNATURE
+    ]
+    return f"{place}{'?' if kept else ''}{'&'.join(kept)}{mark}{fragment}"
 
 
 def redact_tree(value: Any) -> Any:

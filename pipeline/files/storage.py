@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,14 +18,15 @@ from urllib.parse import unquote
 import fsspec
 import platformdirs
 
-from models.errors import Damaged, FailedWork, WrongUse
+from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
 from models.files import staged_file, write_file
+from pipeline.files.faults import unreachable
+from pipeline.files.redaction import MASK, redact, without_signature
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
 
 _SCHEME_ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
-_UNREACHABLE = {"NoCredentialsError", "PartialCredentialsError", "EndpointConnectionError"}
 _MISSING: Any = object()
 
 Names = list[str]  # inside the class, "list" is a method
@@ -37,7 +39,10 @@ def canonical_uri(uri: str | os.PathLike[str]) -> str:
     leading ``~`` is the home folder, which a shell leaves to the program in ``--output=~/table``.
     Symbolic links and Unicode normalisation forms are left alone, since the path must still open the same
     file. Remote places keep their key as it is, after a lower-case scheme with one name per service (``s3a``
-    is ``s3``).
+    is ``s3``) and a lower-case host.
+
+    Raises:
+        MaskMillError: ``password_in_address``; the message does not repeat it.
 
     >>> canonical_uri("/data/./photos/../cat.jpg")
     '/data/cat.jpg'
@@ -56,8 +61,47 @@ def canonical_uri(uri: str | os.PathLike[str]) -> str:
     scheme = scheme.lower()
     if scheme == "memory":
         return f"memory://{rest.lstrip('/')}"
-    host, slash, key = rest.partition("/")
-    return f"{_SCHEME_ALIASES.get(scheme, scheme)}://{host.lower()}{slash}{key}"
+    if _names_user(scheme, rest):
+        where = without_signature(f"{scheme}://{rest.rpartition('@')[2] if '@' in rest else '…'}")
+        raise WrongUse(
+            "password_in_address",
+            f"An address holds a user name or a password: {where.replace('://', f'://{MASK}@', 1)}",
+            "Leave it out: addresses are stored with the labels. S3 reads AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY or a profile; other storages read FSSPEC_SCHEME_NAME, such as "
+            "FSSPEC_SFTP_PASSWORD.",
+        )
+    host = re.match(r"[^/?#]*", rest)
+    assert host is not None, "it may be empty"
+    user, at, name = host[0].rpartition("@")
+    return f"{_SCHEME_ALIASES.get(scheme, scheme)}://{user}{at}{name.lower()}{rest[host.end() :]}"
+
+
+def _names_user(scheme: str, rest: str) -> bool:
+    """Whether an address (after ``://``) has user information that may be a secret."""
+    host = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    user, at, name = host.rpartition("@")
+    if at:
+        # abfss://container@account and sftp://user@host are no secrets; a lone token before a web host is.
+        return ":" in user or scheme in ("http", "https")
+    # A "/" in a password, as AWS's keys have, seems to end the host: what follows its ":" is no port.
+    _, colon, port = name.rpartition(":")
+    return bool(colon) and not port.isdigit() and not name.startswith(("[", "arn:"))
+
+
+def refuse_secrets(uri: str) -> None:
+    """Refuse an address that is stored as it is, if it holds a password or a signature.
+
+    Raises:
+        MaskMillError: ``password_in_address``, ``signed_address``.
+    """
+    place = canonical_uri(uri)
+    public = without_signature(place)
+    if public != place:
+        raise WrongUse(
+            "signed_address",
+            f"The address {public} holds a signature or a token, and would be stored with it.",
+            "Save the file and give its path, or give an address that needs no signature.",
+        )
 
 
 def _absolute(path: str) -> str:
@@ -115,12 +159,12 @@ class Storage:
 
     def exists(self, name: str = "") -> bool:
         """Whether there is a file, or a folder with something in it."""
-        with _user_errors(self.uri_of(name)):
+        with storage_errors(self.uri_of(name)):
             return bool(self.fs.exists(self.path(name)))
 
     def list(self, name: str = "", *, recursive: bool = False) -> Names:
         """Sorted relative names of the files in a folder; none if there is no such folder."""
-        with _user_errors(self.uri_of(name)):
+        with storage_errors(self.uri_of(name)):
             try:
                 found = self.fs.find(self.path(name), maxdepth=None if recursive else 1)
             except FileNotFoundError:
@@ -129,16 +173,17 @@ class Storage:
 
     def glob(self, pattern: str) -> Names:
         """Sorted relative names of the files and folders that match (``*``, ``?``, ``[]``, ``**``)."""
-        with _user_errors(self.uri_of(pattern)):
+        with storage_errors(self.uri_of(pattern)):
             return self._relative(self.fs.glob(self.path(pattern)))
 
     def _relative(self, paths: Iterable[str]) -> Names:
         start = len(self.root.rstrip("/")) + 1
-        return sorted(str(path)[start:] for path in paths)
+        # Object stores have no folders: consoles put an empty object "name/" in the place of one.
+        return sorted(str(path)[start:] for path in paths if not str(path).endswith("/"))
 
     def delete(self, name: str = "") -> None:
         """Remove a file, or a folder with all that is in it; nothing happens if it is not there."""
-        with _user_errors(self.uri_of(name)), contextlib.suppress(FileNotFoundError):
+        with storage_errors(self.uri_of(name)), contextlib.suppress(FileNotFoundError):
             self.fs.rm(self.path(name), recursive=True)
 
     def read_bytes(self, name: str) -> bytes:
@@ -147,12 +192,12 @@ class Storage:
         Raises:
             FileNotFoundError: there is none.
         """
-        with _user_errors(self.uri_of(name)):
+        with storage_errors(self.uri_of(name)):
             return bytes(self.fs.cat_file(self.path(name)))
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Put a file in place whole: a reader sees the old content or the new, never a part."""
-        with _user_errors(self.uri_of(name)):
+        with storage_errors(self.uri_of(name)):
             if self.is_local:
                 write_file(Path(self.path(name)), data)
             else:
@@ -164,7 +209,7 @@ class Storage:
         Returns:
             Whether this call made the file.
         """
-        with _user_errors(self.uri_of(name)):
+        with storage_errors(self.uri_of(name)):
             try:
                 if self.is_local:
                     with staged_file(Path(self.path(name)), data) as temporary:
@@ -245,10 +290,10 @@ def open_storage(uri: str | os.PathLike[str]) -> Storage:
     try:
         # Listings must be fresh: other processes write to the same place.
         fs = fsspec.filesystem(scheme, use_listings_cache=False)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # unknown scheme, missing package, missing options: each driver has its own
         raise WrongUse(
             "storage_unsupported",
-            f"cannot reach {place}: {error}",
+            f"cannot reach {redact(place)}: {redact(str(error))}",
             "Use a local path, s3://bucket/prefix, or install the fsspec package of that scheme.",
         ) from None
     return Storage(place.rstrip("/"), fs, str(fsspec.core.strip_protocol(place)).rstrip("/"))
@@ -268,22 +313,26 @@ def _arrow_s3(bucket: str) -> FileSystem:
 
 
 @contextlib.contextmanager
-def _user_errors(uri: str) -> Iterator[None]:
+def storage_errors(uri: str) -> Iterator[None]:
+    """Tell what the driver of a storage raises, whatever its type; see ``pipeline.files.faults``.
+
+    Passes on whether a file is there or not, which callers ask for, and what a local disk says, which names
+    its path.
+
+    Raises:
+        MaskMillError: ``storage_unreachable``.
+    """
     try:
         yield
-    except PermissionError as error:
-        raise FailedWork(
-            "storage_unreachable",
-            f"no access to {uri}: {error}",
-            "Check the permissions of the place and the credentials in the environment.",
-        ) from error
+    except (FileNotFoundError, FileExistsError, MaskMillError):
+        raise
     except Exception as error:
-        # botocore is there only if S3 is used, hence by name.
-        if type(error).__name__ not in _UNREACHABLE:
+        if is_remote(uri):
+            raise unreachable(uri, error) from error
+        if not isinstance(error, PermissionError):
             raise
         raise FailedWork(
             "storage_unreachable",
-            f"cannot reach {uri}: {error}",
-            "Set AWS credentials (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role) and"
-            " check the endpoint (AWS_ENDPOINT_URL).",
+            f"no access to {uri}: {error}",
+            "Check the permissions of the place.",
         ) from error

@@ -21,6 +21,7 @@ from ray.data.block import BlockMetadata
 from models.errors import FailedWork, MaskMillError
 from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Compute
+from pipeline.files.faults import explain
 from pipeline.files.images import ImageSettings
 from pipeline.labelling.labeller import Labeller
 from pipeline.labelling.stages import Decode, Label, Write
@@ -91,8 +92,8 @@ def run_labelling(
                     failures[code] = failures.get(code, 0) + 1
                 progress = progress.plus(**row, failures=failures, at_s=time.monotonic() - began)
                 report(progress)
-    except ray.exceptions.RayError as error:
-        raise _explained(error) from error
+    except Exception as error:  # Ray Data wraps what happened in types of its own
+        raise explain(error) or _stopped(error) from error
     return progress
 
 
@@ -180,16 +181,13 @@ def _configure() -> None:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
-def _explained(error: ray.exceptions.RayError) -> MaskMillError:
-    """The MaskMillError that caused it, or a new one with Ray's message."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, MaskMillError):
-            return cause
-        inner = getattr(cause, "cause", None)
-        cause = inner if isinstance(inner, BaseException) else cause.__cause__
+def _stopped(error: Exception) -> MaskMillError:
+    """A fault in a worker that is no fault of the user's, with the innermost exception."""
+    cause: BaseException = error
+    while isinstance(inner := getattr(cause, "cause", None) or cause.__cause__, BaseException):
+        cause = inner
     return FailedWork(
         "labelling_failed",
-        f"The run stopped: {str(error).strip().splitlines()[-1]}",
+        f"The run stopped at a fault of MaskMill: {type(cause).__name__}: {' '.join(str(cause).split())}",
         "Finished work is kept: run the same command again. -v shows Ray's own messages.",
     )

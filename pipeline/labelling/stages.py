@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from models.errors import FailedWork
+from pipeline.corpus.manifest import ADDRESS
 from pipeline.files import corruptions, images
 from pipeline.files.images import ImageSettings
 from pipeline.files.storage import Storage
@@ -73,7 +74,8 @@ class Decode:
         size = 0
         entries = table.to_pylist()
         with ThreadPoolExecutor(_FETCHES_AHEAD) as pool:
-            for entry, future in zip(entries, prefetch(pool, _fetch, entries, _FETCHES_AHEAD), strict=True):
+            fetched = prefetch(pool, self._fetch, entries, _FETCHES_AHEAD)
+            for entry, future in zip(entries, fetched, strict=True):
                 start = time.perf_counter()
                 row = self._row(entry["id"], entry["uri"], future)
                 row["decode_s"] = time.perf_counter() - start
@@ -84,6 +86,14 @@ class Decode:
                     rows, size = [], 0
         if rows:
             yield pa.Table.from_pylist(rows, schema=_DECODED)
+
+    def _fetch(self, entry: dict[str, Any]) -> bytes:
+        return images.fetch(
+            entry.get(ADDRESS) or entry["uri"],
+            start=entry.get("offset") or 0,
+            length=entry.get("length"),
+            max_bytes=images.max_bytes(self._settings.max_pixels),
+        )
 
     def _row(self, row_id: int, uri: str, fetched: Future[bytes]) -> dict[str, Any]:
         settings = self._settings
@@ -230,10 +240,6 @@ class Write:
 
 def _batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-def _fetch(entry: dict[str, Any]) -> bytes:
-    return images.fetch(entry["uri"], start=entry.get("offset") or 0, length=entry.get("length"))
 
 
 def prefetch(

@@ -43,7 +43,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from models.errors import MaskMillError, WrongUse
-from pipeline.files.storage import is_remote
+from pipeline.files.storage import is_remote, refuse_secrets
 from pipeline.ontology.palette import BACKGROUND_GREY, palette
 
 #: Ids 0..65,533 and the ignore index 65,535 fit a 16-bit mask.
@@ -113,7 +113,11 @@ class Example(BaseModel):
         found = dict(data)
         for key in ("image", "mask"):
             path = found.get(key)
-            if isinstance(path, str) and path and not is_remote(path):
+            if not isinstance(path, str) or not path:
+                continue
+            if is_remote(path):
+                refuse_secrets(path)
+            else:
                 found[key] = str((folder / Path(path).expanduser()).resolve())
         image, mask = found.get("image"), found.get("mask")
         if isinstance(image, str) and image and (mask is None or (isinstance(mask, str) and mask)):

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import Damaged
+from pipeline.files.faults import says_damage
 from pipeline.files.storage import Storage
 
 CHECKPOINT_DIR = "checkpoint"
@@ -99,6 +100,8 @@ def _read(storage: Storage, part: str, columns: list[str] | None = None) -> pa.T
     try:
         return pq.read_table(storage.path(part), columns=columns, filesystem=storage.arrow_filesystem())
     except (OSError, pa.ArrowException) as error:
+        if not says_damage(error):
+            raise
         raise Damaged(
             "table_damaged",
             f"{storage.uri_of(part)} cannot be read: {error}",

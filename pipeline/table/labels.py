@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import Damaged, MaskMillError
+from pipeline.files.faults import says_damage
 from pipeline.files.storage import Storage, open_storage
 from pipeline.table.statistics import Confidence, Labels, quality, segments
 
@@ -293,7 +294,9 @@ def _batches(
                 yield from file.iter_batches(
                     batch_size, columns=list(columns or LABEL_SCHEMA.names), use_threads=False
                 )
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OSError) as error:
+            if not says_damage(error):
+                raise
             raise _bad_table(storage.uri_of(name), " ".join(str(error).split())) from None
 
 

@@ -23,7 +23,7 @@ import psutil
 from pydantic import Field, FiniteFloat, StringConstraints, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from models.errors import Damaged, FailedWork
+from models.errors import Damaged, FailedWork, MaskMillError
 from pipeline.files.storage import Storage
 
 LEASE_FILE = "lease.json"
@@ -166,7 +166,7 @@ class Lease:
                 holder = vars(self._holder) | {"heartbeat": time.time()}
                 self._storage.write_json(LEASE_FILE, holder)
                 last = time.time()
-            except OSError:
+            except (OSError, MaskMillError):
                 # A passing storage fault must not kill a run of days, but a run whose heartbeat is too old
                 # must give up: by now another may have taken over.
                 if time.time() - last > LEASE_TTL_S * 0.8:

@@ -28,6 +28,7 @@ from models.errors import Damaged, MaskMillError, WrongUse
 from pipeline.datasets import base
 from pipeline.evaluation import tables as evaluation
 from pipeline.files import images
+from pipeline.files.faults import says_damage
 from pipeline.files.storage import Storage, open_storage
 from pipeline.labelling.recipes import recipe_from_dict
 from pipeline.ontology.ontology import Ontology
@@ -261,6 +262,8 @@ def _opened(storage: Storage, part: str) -> Iterator[pq.ParquetFile]:
         ):
             yield file
     except (pa.ArrowException, OSError) as error:
+        if not says_damage(error):
+            raise
         raise Damaged(
             "table_damaged",
             f"{storage.uri_of(part)} cannot be read: {' '.join(str(error).split())}",

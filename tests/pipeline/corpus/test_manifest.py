@@ -109,6 +109,35 @@ def test_symbolic_links(tmp_path):
     assert names(build_manifest(root), root) == ["one.jpg", "out/b.jpg", "out/c.jpg", "real/a.jpg"]
 
 
+def test_links_that_lead_nowhere_and_what_else_is_not_taken(tmp_path):
+    touch(tmp_path, "a.jpg", "b.heic", "c.HEIC", "notes.txt", ".hidden.png", "sub/d.webm")
+    (tmp_path / "itself.jpg").symlink_to("itself.jpg")
+    (tmp_path / "sub" / "ping.jpg").symlink_to("pong.jpg")
+    (tmp_path / "sub" / "pong.jpg").symlink_to("ping.jpg")
+    (tmp_path / "gone.jpg").symlink_to("nothing.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    lines: list[str] = []
+    assert names(build_manifest(tmp_path, notice=lines.append), tmp_path) == ["a.jpg"]
+    assert lines == [
+        f"{tmp_path}: 11 not taken: 3 × link to itself (itself.jpg, ping.jpg, pong.jpg); "
+        "2 × .heic (b.heic, c.HEIC); 2 × neither file nor folder (pipe.jpg, zero.jpg); "
+        "1 × .txt (notes.txt); 1 × .webm (d.webm); 1 × broken link (gone.jpg); 1 × hidden (.hidden.png)"
+    ]
+    lines.clear()
+    assert build_manifest(f"{tmp_path}/*.jpg", notice=lines.append).num_rows == 1
+    assert "link to itself (itself.jpg)" in lines[0] and "neither file nor folder (pipe.jpg" in lines[0]
+    lines.clear()
+    build_manifest(tmp_path / "a.jpg", notice=lines.append)
+    assert lines == []
+
+
+def test_every_ending_that_can_be_read_is_taken(tmp_path):
+    endings = "avif jp2 j2k ppm pgm pbm pjp pjpeg jfif tif mpo"
+    touch(tmp_path, *(f"x.{ending}" for ending in endings.split()), "x.heic")
+    assert build_manifest(tmp_path).num_rows == len(endings.split())
+
+
 def test_symbolic_link_as_source(tmp_path):
     touch(tmp_path, "in/a.jpg")
     (tmp_path / "link").symlink_to(tmp_path / "in")
@@ -229,6 +258,48 @@ def test_text_list(tmp_path):
 def test_duplicates_are_merged(tmp_path):
     (tmp_path / "list.txt").write_text("b.jpg\na.jpg\n./b.jpg\nsub/../a.jpg\nb.jpg\n")
     assert names(build_manifest(tmp_path / "list.txt"), tmp_path) == ["b.jpg", "a.jpg"]
+
+
+def test_a_list_that_is_signed_anew_names_the_same_images(tmp_path):
+    def signed(secret: str) -> pa.Table:
+        (tmp_path / "list.txt").write_text(
+            f"https://h/a.jpg?X-Amz-Date={secret}&X-Amz-Signature={secret}\n"
+            f"https://h/b.jpg?v=2&sig={secret}\n"
+            "https://h/c.jpg\nd.jpg\n"
+            f"https://h/a.jpg?X-Amz-Signature={secret}2\n"
+        )
+        return build_manifest(tmp_path / "list.txt", notice=lines.append)
+
+    lines: list[str] = []
+    one, other = signed("hunter21"), signed("hunter22")
+    uris = ["https://h/a.jpg", "https://h/b.jpg?v=2", "https://h/c.jpg", f"{tmp_path}/d.jpg"]
+    assert one["uri"].to_pylist() == other["uri"].to_pylist() == uris
+    assert one["id"].equals(other["id"]) and one["id"].to_pylist() == [stable_id(uri) for uri in uris]
+    assert other["address"].to_pylist()[1:3] == ["https://h/b.jpg?v=2&sig=hunter22", "https://h/c.jpg"]
+    assert "1 listed more than once, and taken once" in lines[0]
+    write_manifest(one, tmp_path / "m.parquet")
+    assert b"hunter2" not in (tmp_path / "m.parquet").read_bytes() and "hunter2" not in str(lines)
+    assert read_manifest(tmp_path / "m.parquet").column_names == ["id", "uri"]
+
+
+@pytest.mark.parametrize("name", ["l.txt", "l.csv", "l.parquet"])
+def test_a_password_in_a_list_is_refused_with_its_place(tmp_path, name):
+    uris = ["a.jpg", "https://me:hunter2@h/b.jpg"]
+    if name == "l.parquet":
+        pq.write_table(pa.table({"uri": uris}), tmp_path / name)
+    else:
+        (tmp_path / name).write_text("\n".join(["uri"] * (name == "l.csv") + uris))
+    with pytest.raises(MaskMillError) as error:
+        build_manifest(tmp_path / name)
+    assert error.value.code == "password_in_address" and "hunter2" not in str(error.value)
+    place = {"l.txt": "l.txt:2: ", "l.csv": "l.csv:3: ", "l.parquet": "l.parquet: row 1: "}[name]
+    assert place in error.value.message
+
+
+def test_a_pipe_as_list_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "l.txt")
+    with pytest.raises(MaskMillError, match="a pipe"):
+        build_manifest(tmp_path / "l.txt")
 
 
 def test_csv_list(tmp_path):

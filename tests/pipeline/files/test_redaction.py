@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from pipeline.files.redaction import command_line, redact, redact_tree
+from pipeline.files.redaction import command_line, redact, redact_tree, without_signature
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,40 @@ from pipeline.files.redaction import command_line, redact, redact_tree
 def test_redact(text: str, expected: str) -> None:
     assert redact(text) == expected
     assert redact(expected) == expected
+
+
+AWS = (
+    "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKID%2F2026&X-Amz-Date=20261129T1Z&X-Amz-Expires=60"
+    "&X-Amz-SignedHeaders=host&X-Amz-Security-Token=tok%2Fen&X-Amz-Signature=abc"
+)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        (f"https://b.s3.amazonaws.com/a.jpg?{AWS}", "https://b.s3.amazonaws.com/a.jpg"),
+        (f"https://b.s3.amazonaws.com/a.jpg?versionId=7&{AWS}#x", "https://b.s3.amazonaws.com/a.jpg?versionId=7#x"),
+        ("https://b.s3.amazonaws.com/a?AWSAccessKeyId=A&Signature=b%3D&Expires=9", "https://b.s3.amazonaws.com/a"),
+        ("https://storage.googleapis.com/b/a?X-Goog-Algorithm=G&X-Goog-Credential=me&X-Goog-Signature=f", "https://storage.googleapis.com/b/a"),
+        ("https://storage.googleapis.com/b/a?GoogleAccessId=me&Expires=1&Signature=s", "https://storage.googleapis.com/b/a"),
+        ("https://a.blob.core.windows.net/c/a?sv=2024&st=1&se=2&sr=b&sp=r&sig=x%2Fy%3D", "https://a.blob.core.windows.net/c/a"),
+        ("https://cdn/a?Expires=1&Policy=p&Key-Pair-Id=K&Signature=s", "https://cdn/a"),
+        ("https://oss/a?OSSAccessKeyId=1&Expires=2&Signature=3", "https://oss/a"),
+        ("https://cos/a?q-sign-algorithm=sha1&q-ak=A&q-key-time=2&q-header-list=h&q-signature=s", "https://cos/a"),
+        ("https://h/a?id=5&token=t&size=3", "https://h/a?id=5&size=3"),
+        ("https://h/a?access_token=t", "https://h/a"),
+        ("https://h/a?apikey=t&jwt=x", "https://h/a"),
+        ("https://maps/a?center=1&key=AIza" + "x" * 35, "https://maps/a?center=1"),
+        ("https://h/a?X%2DAmz%2DSignature=s", "https://h/a"),
+        # no secrets: these parameters may say which image it is
+        ("https://h/get?key=photos/1.jpg&Expires=never&sp=3", "https://h/get?key=photos/1.jpg&Expires=never&sp=3"),
+        ("https://h/get?id=1&id=2&", "https://h/get?id=1&id=2&"),
+        ("/photos/what?token=1.jpg", "/photos/what?token=1.jpg"),
+    ],
+)  # fmt: skip
+def test_addresses_are_stored_without_signatures(address: str, expected: str) -> None:
+    assert without_signature(address) == expected
+    assert without_signature(expected) == expected
 
 
 def test_values_of_secret_variables_are_found_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,42 @@ def test_canonical_uri(uri, expected):
     assert is_remote(expected) == ("://" in expected)
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://key:hunter2@bucket/a",
+        "s3://AKIA:hun/ter2@bucket/a",  # keys of AWS often have a slash
+        "s3://AKIA:hunter2/a",
+        "https://me:hunter2@host:9000/a.jpg",
+        "https://hunter2@host/a.jpg",
+        "sftp://me:hunter2@host/a",
+        "HTTPS://me:hunter2@Host/a?sig=hunter2",
+    ],
+)
+def test_passwords_in_addresses_are_refused_and_not_repeated(uri):
+    for use in (canonical_uri, open_storage, build_manifest):
+        with pytest.raises(MaskMillError) as error:
+            use(uri)
+        assert error.value.code == "password_in_address"
+        assert "hun" not in str(error.value) and "ter2" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "abfss://Container@account.dfs.net/x",
+        "sftp://Me@host/x",  # a name that is no secret keeps its case
+        "https://[::1]:9000/a",
+        "http://host:9000/a",
+        "s3://arn:aws:s3:eu-west-1:1:accesspoint/x",
+        "https://host/a@b:c",
+        "https://host?x=a@b",
+    ],
+)
+def test_what_is_no_password_is_taken(uri):
+    assert canonical_uri(uri) == uri
+
+
 def test_relative_paths_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert canonical_uri("x/y") == str(tmp_path / "x" / "y")
@@ -191,6 +227,15 @@ def test_local_files_have_ordinary_permissions(tmp_path):
     (tmp_path / "plain").write_bytes(b"")
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("ours", "plain")]
     assert modes[0] == modes[1]
+
+
+def test_the_mark_of_a_folder_is_no_file(storage):
+    if not storage.uri.startswith("s3://"):
+        pytest.skip("only object stores have such marks")
+    storage.write_bytes("run/part", b"1")
+    for mark in ("run/", "run/inner/"):
+        storage.fs.pipe_file(f"{storage.root}/{mark}", b"")
+    assert storage.list("run") == storage.list("run", recursive=True) == ["run/part"]
 
 
 def test_listings_are_fresh(storage):
