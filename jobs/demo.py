@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 from rich.console import Console
@@ -28,9 +27,7 @@ from pipeline.ontology.ontology import load_ontology
 from pipeline.report.training_page import PAGE, SHEET, Score, write_student_page
 from pipeline.tracking.tracker import OFF
 from pipeline.trained.student import read_student_record
-
-if TYPE_CHECKING:
-    from pipeline.training.maskclip_plus.recipes import MaskClipPlusRecipe
+from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
 
 MARKER = "made-by-maskmill-demo.txt"
 TRUTH_SEED = 1
@@ -61,8 +58,12 @@ class Demo:
         """Draw scenes, label them, train a student on the labels, evaluate both models on held-out scenes.
 
         Raises:
-            MaskMillError: ``output_not_ours`` if the folder holds other files.
+            MaskMillError: ``output_not_ours`` if the folder holds other files; ``wrong_use``.
         """
+        recipe = MASKCLIP_PLUS_RECIPES.load("toy", [f"iterations={self.steps}"])
+        for name in ("images", "size", "test"):
+            if getattr(self, name) < 1:
+                raise WrongUse("wrong_use", f"--{name} {getattr(self, name)} is too small.", "Give 1 or more.")
         output = self.output
         empty_folder(output)
         console = console or Console()
@@ -86,7 +87,7 @@ class Demo:
         _title(console, "3. maskmill train maskclip-plus: a student learns from the pseudo-labels")
         status = train_student(
             str(table),
-            _shortened(self.steps),
+            recipe,
             TrainOptions(output=str(student), tracking=OFF),
             console=console,
         )
@@ -124,23 +125,6 @@ class Demo:
 
 def _title(console: Console, text: str) -> None:
     console.print(f"\n[bold]{text}[/bold]", highlight=False)
-
-
-def _shortened(steps: int) -> MaskClipPlusRecipe:
-    """The recipe ``toy`` with ``steps`` iterations and its phases scaled in proportion."""
-    from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
-
-    recipe = MASKCLIP_PLUS_RECIPES.recipes["toy"]
-    guided = max(1, round(steps * recipe.selftrain.guided[1] / recipe.loop.iterations))
-    return MASKCLIP_PLUS_RECIPES.change(
-        recipe,
-        {
-            "loop": {"iterations": steps, "warmup": min(recipe.loop.warmup, steps // 2)},
-            "selftrain": {"guided": (1, guided), "self_train": (guided + 1, -1)}
-            if guided < steps
-            else {"guided": (1, -1), "self_train": (-1, -1)},
-        },
-    )
 
 
 def empty_folder(output: Path) -> None:

@@ -32,6 +32,18 @@ class Neutral:
 NEUTRAL = Neutral()
 
 
+class Steps(NamedTuple):
+    """Marks a field that counts steps, and follows ``iterations`` unless it is set: ``Annotated[int, Steps()]``.
+
+    Attributes:
+        interval: it only becomes shorter; a longer run keeps it.
+        after: name of the span next to this one in the settings that this span directly follows.
+    """
+
+    interval: bool = False
+    after: str = ""
+
+
 class Knob(NamedTuple):
     """One field of settings or of nested settings.
 
@@ -39,11 +51,13 @@ class Knob(NamedTuple):
         name: dotted.
         description: one line.
         changes_result: whether hashes and comparisons include it.
+        steps: how it follows ``iterations``, if it does.
     """
 
     name: str
     description: str
     changes_result: bool
+    steps: Steps | None = None
 
 
 class Settings(BaseModel):
@@ -87,7 +101,8 @@ def knobs(kind: type[Settings], prefix: str = "") -> Iterator[Knob]:
         else:
             description = " ".join((field.description or "").split())
             neutral = any(isinstance(mark, Neutral) for mark in field.metadata)
-            yield Knob(prefix + name, description, not neutral)
+            steps = next((mark for mark in field.metadata if isinstance(mark, Steps)), None)
+            yield Knob(prefix + name, description, not neutral, steps)
 
 
 def value_at(fields: Mapping[str, Any], path: str) -> Any:

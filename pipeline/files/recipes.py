@@ -1,7 +1,8 @@
 """Recipes: settings by name or from YAML, changed by ``key=value``, and validated once.
 
 A recipe may hold settings of its parts (``loop``). Their fields are written ``loop.iterations``, or just
-``iterations`` if no other part has a field of that name.
+``iterations`` if no other part has a field of that name. Changing ``iterations`` changes in proportion what is
+marked with ``Steps`` (phases, warm-up, intervals), unless that is set as well.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 import yaml
 
 from models.errors import MaskMillError, WrongUse
-from models.settings import NEUTRAL, Settings, knobs, value_at
+from models.settings import NEUTRAL, Settings, Steps, knobs, value_at
 
 
 class Recipe(Settings):
@@ -60,7 +61,13 @@ def describe(recipe: Recipe) -> list[Described]:
     fields = recipe.to_dict()
     defaults = type(recipe)().to_dict()
     return [
-        Described(knob.name, value_at(fields, knob.name), value_at(defaults, knob.name), *knob[1:])
+        Described(
+            knob.name,
+            value_at(fields, knob.name),
+            value_at(defaults, knob.name),
+            knob.description,
+            knob.changes_result,
+        )
         for knob in knobs(type(recipe))
         if knob.name != "name"
     ]
@@ -83,6 +90,7 @@ class RecipeBook(Generic[R]):
         self.default = default
         self._kind = kind
         self._paths = tuple(knob.name for knob in knobs(kind))
+        self._steps = {knob.name: knob.steps for knob in knobs(kind) if knob.steps is not None}
 
     def load(self, name_or_path: str, settings: Sequence[str] = ()) -> R:
         """Load a recipe by name or from a YAML file, and apply ``key=value`` changes in order.
@@ -94,7 +102,7 @@ class RecipeBook(Generic[R]):
         Raises:
             MaskMillError: ``recipe_invalid``, naming the key and the allowed ones.
         """
-        fields = _merged(self._base_fields(name_or_path), self.parse(settings))
+        fields = self._changed(self._base_fields(name_or_path), self.parse(settings))
         return self._validated(fields, where=name_or_path)
 
     def parse(self, settings: Sequence[str]) -> dict[str, Any]:
@@ -130,7 +138,7 @@ class RecipeBook(Generic[R]):
             MaskMillError: ``recipe_invalid``.
         """
         changes = self._by_path(fields, where=recipe.name)
-        return self._validated(_merged(recipe.to_dict(), changes), where=recipe.name)
+        return self._validated(self._changed(recipe.to_dict(), changes), where=recipe.name)
 
     def from_dict(self, fields: Mapping[str, Any]) -> R:
         """The recipe written by ``to_dict``, or by an older MaskMill, which wrote flat fields.
@@ -176,7 +184,27 @@ class RecipeBook(Generic[R]):
                 f"Known: {', '.join(self.recipes)}.",
             )
         fields = self.recipes[base].to_dict() | {"name": path.stem}
-        return _merged(fields, self._by_path(written, where=str(path)))
+        return self._changed(fields, self._by_path(written, where=str(path)))
+
+    def _changed(self, fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+        """All fields with changes by dotted name; what counts steps follows ``iterations``."""
+        merged = _merged(fields, changes)
+        path = next((path for path in self._paths if path.rpartition(".")[2] == "iterations"), None)
+        if path is None:
+            return merged
+        before, now = value_at(fields, path), value_at(merged, path)
+        if not all(isinstance(count, int) and count >= 1 for count in (before, now)):
+            return merged  # refused when it is validated
+        follow = {}
+        for name, steps in self._steps.items():
+            if name in changes:
+                continue
+            value = _scaled(value_at(fields, name), steps, before, now)
+            sibling = f"{name.rpartition('.')[0]}.{steps.after}"
+            if steps.after and sibling in changes:
+                value = _following(value, changes[sibling], now)
+            follow[name] = value
+        return _merged(merged, follow)
 
     def _by_path(self, fields: Mapping[Any, Any], *, where: str) -> dict[str, Any]:
         """Nested or flat fields by full dotted name."""
@@ -217,6 +245,37 @@ def _flat(fields: Mapping[Any, Any], paths: Sequence[str], prefix: str = "") -> 
             yield from _flat(value, paths, f"{path}.")
         else:
             yield path, value
+
+
+NEVER = (-1, -1)
+"""The span of steps that is empty."""
+
+
+def _scaled(value: Any, steps: Steps, before: int, now: int) -> Any:
+    """A number of steps, or a span (first, last), of a run of ``before`` steps in one of ``now`` steps."""
+
+    def scale(count: int) -> int:
+        return max(1, round(count * now / before)) if count > 0 else count
+
+    if isinstance(value, int):
+        return min(value, scale(value)) if steps.interval else scale(value)
+    if not _is_span(value):
+        return value  # refused when it is validated
+    first, last = value
+    first, last = (first if first <= 1 else 1 + scale(first - 1)), scale(last)
+    return NEVER if first > now else (first, last)
+
+
+def _following(span: Any, previous: Any, iterations: int) -> Any:
+    """A span that begins where the previous one ends; ``NEVER`` if nothing is left for it."""
+    if not (_is_span(span) and _is_span(previous)) or tuple(span) == NEVER:
+        return span
+    end = previous[1]
+    return NEVER if end == -1 or end >= iterations else (end + 1, span[1])
+
+
+def _is_span(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(end, int) for end in value)
 
 
 def _merged(fields: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

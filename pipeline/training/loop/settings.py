@@ -11,14 +11,15 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from models.errors import WrongUse
-from models.settings import NEUTRAL, Settings
+from models.settings import NEUTRAL, Settings, Steps
 
 
 class LoopSettings(Settings):
     """How ``pipeline.training.loop.driver.train`` trains."""
 
     iterations: Annotated[int, Field(ge=1)]
-    """Optimiser updates; the learning rate schedule ends with the last one."""
+    """Optimiser updates; the learning rate schedule ends with the last one. Phases, warm-up and intervals follow
+    in proportion when it is changed, unless they are set as well."""
     batch_size: Annotated[int, Field(ge=1)]
     """Samples per update, over all workers and micro-batches."""
     accumulation: Annotated[int, Field(ge=1)] = 1
@@ -38,7 +39,7 @@ class LoopSettings(Settings):
     """``poly``, ``cosine`` or ``constant``; see ``pipeline.training.loop.optimisation``."""
     power: Annotated[float, Field(ge=0)] = 0.9
     """Exponent of ``poly``."""
-    warmup: Annotated[int, Field(ge=0)] = 0
+    warmup: Annotated[int, Field(ge=0), Steps()] = 0
     """Updates over which the learning rate rises linearly from 0."""
     clip_norm: Annotated[float, Field(ge=0)] = 0.0
     """Maximum L2 norm of the gradient of all parameters; 0 does not clip."""
@@ -48,11 +49,11 @@ class LoopSettings(Settings):
     """Compute batch norm statistics over all workers."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of initial weights, sample order, augmentation and dropout."""
-    checkpoint_every: Annotated[int, Field(ge=1), NEUTRAL] = 1000
+    checkpoint_every: Annotated[int, Field(ge=1), NEUTRAL, Steps(interval=True)] = 1000
     """Updates between two checkpoints; the last update always writes one."""
     keep: Annotated[int, Field(ge=1), NEUTRAL] = 2
     """Number of newest checkpoints to keep, besides milestones."""
-    log_every: Annotated[int, Field(ge=1), NEUTRAL] = 50
+    log_every: Annotated[int, Field(ge=1), NEUTRAL, Steps(interval=True)] = 50
     """Updates per line of figures."""
     max_failures: Annotated[int, Field(ge=-1), NEUTRAL] = 3
     """How often dead workers are restarted before the run gives up; -1 is unlimited. Announced preemptions do

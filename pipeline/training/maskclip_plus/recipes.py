@@ -27,14 +27,13 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from models.errors import MaskMillError, WrongUse
-from models.settings import Settings, StudentConfig
-from pipeline.files.recipes import Recipe, RecipeBook
+from models.settings import Settings, Steps, StudentConfig
+from pipeline.files.recipes import NEVER, Recipe, RecipeBook
 from pipeline.training.loop.settings import LoopSettings
 from pipeline.training.samples.augment import AugmentSettings
 
 Phase = Literal["truth", "guided", "self"]
 ThresholdRule = Literal["fixed", "relative", "quantile"]
-NEVER = (-1, -1)
 
 
 class SelfTrainSettings(Settings):
@@ -44,9 +43,9 @@ class SelfTrainSettings(Settings):
     (-1, -1) is never.
     """
 
-    guided: tuple[int, int] = (1, -1)
+    guided: Annotated[tuple[int, int], Steps()] = (1, -1)
     """Steps that learn from the teacher; they begin with step 1."""
-    self_train: tuple[int, int] = NEVER
+    self_train: Annotated[tuple[int, int], Steps(after="guided")] = NEVER
     """Steps that learn from the student's own guesses; they directly follow ``guided``. All other steps learn
     from truth alone."""
     teacher: Literal["table", "online"] = "table"
@@ -204,7 +203,7 @@ class MaskClipPlusRecipe(Recipe):
                 "setting_invalid",
                 f"the phases (guided {selftrain.guided}, self_train {selftrain.self_train}) go beyond "
                 f"the {loop.iterations} iterations.",
-                "Change --set guided=… and --set self_train=… along with iterations.",
+                "Leave guided and self_train out, and they follow iterations; or let them end with the last one.",
             )
         if bool(self.unseen) != (self.form == "zero-shot"):
             raise WrongUse(

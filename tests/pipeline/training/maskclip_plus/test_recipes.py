@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,7 +76,10 @@ def test_round_trip(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "says"),
     [
-        ("toy", ["iterations=100"], "go beyond"),
+        ("toy", ["iterations=100", "guided=[1, 120]", "self_train=[121, -1]"], "go beyond"),
+        ("toy", ["iterations=0"], "iterations"),
+        ("toy", ["iterations=many"], "iterations"),
+        ("toy", ["guided=soon"], "guided"),
         ("toy", ["unseen=[sand]"], "form is annotation-free"),
         ("toy-zero-shot", ["unseen=[]"], "form is zero-shot"),
         ("toy-zero-shot", ["void_from_truth=true"], "void"),
@@ -95,3 +99,54 @@ def test_contradictory_settings_are_refused(name: str, settings: list[str], says
 
 def test_the_bug_in_the_references_vit_configs_can_be_reproduced() -> None:
     assert BOOK.load("maskclip-plus-voc20", ["backbone=resnet50c"]).student.backbone == "resnet50c"
+
+
+@pytest.mark.parametrize(
+    ("settings", "iterations", "guided", "self_train", "warmup", "log_every", "checkpoint_every"),
+    [
+        ([], 1400, (1, 1000), (1001, -1), 20, 20, 200),
+        (["iterations=20"], 20, (1, 14), (15, -1), 1, 1, 3),
+        (["iterations=2"], 2, (1, 1), (2, -1), 1, 1, 1),
+        (["iterations=1"], 1, (1, 1), (-1, -1), 1, 1, 1),
+        # Longer: phases and warm-up grow, intervals stay.
+        (["iterations=14000"], 14_000, (1, 10_000), (10_001, -1), 200, 20, 200),
+        # What is named stays, whatever the order; what follows a named phase begins after it.
+        (["warmup=7", "log_every=5", "iterations=20"], 20, (1, 14), (15, -1), 7, 5, 3),
+        (["iterations=20", "guided=[1, 12]"], 20, (1, 12), (13, -1), 1, 1, 3),
+        (["iterations=20", "guided=[1, 20]"], 20, (1, 20), (-1, -1), 1, 1, 3),
+        (["iterations=20", "guided=[1, 12]", "self_train=[13, 16]"], 20, (1, 12), (13, 16), 1, 1, 3),
+        (["guided=[1, 600]"], 1400, (1, 600), (601, -1), 20, 20, 200),
+        (["guided=[1, -1]"], 1400, (1, -1), (-1, -1), 20, 20, 200),
+    ],
+)
+def test_what_counts_steps_follows_the_iterations(
+    settings: list[str],
+    iterations: int,
+    guided: tuple[int, int],
+    self_train: tuple[int, int],
+    warmup: int,
+    log_every: int,
+    checkpoint_every: int,
+) -> None:
+    recipe = BOOK.load("toy", settings)
+    assert (recipe.loop.iterations, recipe.loop.warmup) == (iterations, warmup)
+    assert (recipe.selftrain.guided, recipe.selftrain.self_train) == (guided, self_train)
+    assert (recipe.loop.log_every, recipe.loop.checkpoint_every) == (log_every, checkpoint_every)
+
+
+@pytest.mark.parametrize("name", BOOK.recipes)
+@pytest.mark.parametrize("iterations", [1, 2, 3, 20, 100_000])
+def test_every_recipe_takes_any_number_of_iterations(name: str, iterations: int) -> None:
+    recipe = BOOK.load(name, [f"iterations={iterations}"])
+    assert recipe.loop.iterations == iterations
+    assert recipe.selftrain.phase(1) == BOOK.recipes[name].selftrain.phase(1)
+
+
+def test_a_file_that_changes_the_iterations_changes_the_phases(tmp_path: Path) -> None:
+    path = tmp_path / "short.yaml"
+    path.write_text("base: toy\nloop: {iterations: 140}\n")
+    assert BOOK.load(str(path)).selftrain.self_train == (101, -1)
+    # The file's own phases are what later changes scale.
+    path.write_text("base: toy\niterations: 140\nguided: [1, 70]\n")
+    assert BOOK.load(str(path)).selftrain.self_train == (71, -1)
+    assert BOOK.load(str(path), ["iterations=14"]).selftrain.guided == (1, 7)
