@@ -19,9 +19,9 @@ from jobs.benchmarks import maskclip
 from jobs.benchmarks.clipseg import tables as clipseg
 from jobs.benchmarks.clipseg import visual_prompts
 from jobs.benchmarks.tables import Request
-from jobs.console import stderr_console
-from jobs.options import Repeated, Settings, Tracking, comma_separated, named_values
-from models.errors import MaskMillError, WrongUse
+from jobs.console import duration, stderr_console, timed
+from jobs.options import Flag, Maybe, Repeated, Settings, Tracking, comma_separated, named_values
+from models.errors import MaskMillError, WrongUse, did_you_mean
 from pipeline.corpus.manifest import ADDRESS, build_manifest
 from pipeline.evaluation.results import (
     REPORT_FILE,
@@ -39,6 +39,7 @@ from pipeline.evaluation.results import (
 )
 from pipeline.files.redaction import command_line
 from pipeline.labelling.recipes import load_recipe, parse_settings
+from pipeline.metrics.names import metric_label, percent
 from pipeline.report.results_page import write_report
 from pipeline.tracking.results import log_result
 from pipeline.tracking.tracker import open_tracker
@@ -81,22 +82,24 @@ class Benchmark:
         overwrite: replace the result in --output.
     """
 
-    name: Positional[str]
+    name: Annotated[Positional[str], arg(metavar="NAME")]
     roots: Annotated[Repeated, arg(name="root", metavar="DATASET=DIR")] = ()
     labels: Annotated[Repeated, arg(metavar="ROW=TABLE")] = ()
     weights: Annotated[Repeated, arg(metavar="ROW=PATH")] = ()
     settings: Settings = ()
     rows: Annotated[Repeated, arg(name="row")] = ()
     datasets: Annotated[Repeated, arg(name="dataset")] = ()
-    images: str | None = None
+    images: Maybe[str] = None
     concepts: str = "sports"
     recipe: str = "maskclip"
     limit: int = 0
-    image_sizes: Annotated[UseAppendAction[tuple[int, ...]], arg(name="image-size")] = ()
+    image_sizes: Annotated[
+        UseAppendAction[tuple[int, ...]], arg(name="image-size", help_behavior_hint="")
+    ] = ()
     seeds: int = 5
     scenes: int = 60
-    output: str | None = None
-    overwrite: bool = False
+    output: Maybe[str] = None
+    overwrite: Flag = False
     tracking: Tracking = None
 
     def run(self, console: Console | None = None) -> int:
@@ -112,13 +115,15 @@ class Benchmark:
         name = self.name.replace("_", "-")
         if name not in benchmarks():
             raise WrongUse(
-                "dataset_unknown", f"There is no benchmark {name!r}.", f"Known: {', '.join(benchmarks())}."
+                "dataset_unknown",
+                f"There is no benchmark {name!r}.",
+                f"{did_you_mean(name, [*benchmarks(), 'list'])}Known: {', '.join(benchmarks())}.",
             )
         console = console or stderr_console()
         folder = new_folder(self.output, name, overwrite=self.overwrite)
         plan = {TOYWORLD: _plan_toyworld, CONCEPTS: _plan_concepts}.get(name, _plan_table)
         measure = plan(self, name, folder, console)
-        with open_tracker(self.tracking) as tracker:
+        with open_tracker(self.tracking, waiting=functools.partial(timed, console)) as tracker:
             tracker.start("benchmark", name, params=_params(self))
             claim_folder(folder, overwrite=self.overwrite)
             began = time.monotonic()
@@ -136,17 +141,21 @@ class Benchmark:
                 pictures=tuple(map(Picture.model_validate, measured.pictures)),
             )
             write_result(folder, result)
-            page = write_report([folder], folder / REPORT_FILE)
+            with timed(console, "writing the page"):
+                page = write_report([folder], folder / REPORT_FILE)
             log_result(tracker, folder)
             _print(result, console)
         console.print(
-            f"Result         {folder}/benchmark.json ({result.seconds:.0f} s)\n"
+            f"Result         {folder}/benchmark.json (measured in {duration(result.seconds)})\n"
             f"Look at it:    {page.resolve().as_uri()}",
             highlight=False,
             soft_wrap=True,
         )
         figures = [line.values for section in result.sections for line in section.rows]
-        return 0 if any(value.mean is not None for row in figures for value in row.values()) else 1
+        if any(value.mean is not None for row in figures for value in row.values()):
+            return 0
+        console.print("Nothing was measured: the table says what each row lacks.", style="bold red")
+        return 1
 
     def _uses_toy_model(self) -> bool:
         return self.recipe == "toy" or str(parse_settings(self.settings).get("model")).startswith("toy")
@@ -200,13 +209,14 @@ def _plan_toyworld(options: Benchmark, _name: str, folder: Path, console: Consol
             f"--seeds {options.seeds} gives no meaningful confidence interval.",
             f"Use 3 to {len(TOY_SEEDS)} (at least 2).",
         )
-    names = [name for name in TOY_SECTIONS if not options.rows or any(row in name for row in options.rows)]
-    if not names:
+    unknown = [row for row in options.rows if not any(row in name for name in TOY_SECTIONS)]
+    if unknown:
         raise WrongUse(
             "wrong_use",
-            f"The toy world has no section {', '.join(options.rows)}.",
-            f"Known: {', '.join(TOY_SECTIONS)}.",
+            f"--row {unknown[0]}: the toy world has no such section.",
+            f"{did_you_mean(unknown[0], TOY_SECTIONS)}Sections: {', '.join(TOY_SECTIONS)}.",
         )
+    names = [name for name in TOY_SECTIONS if not options.rows or any(row in name for row in options.rows)]
     return functools.partial(_toyworld, names, TOY_SEEDS[: options.seeds], options.scenes, folder, console)
 
 
@@ -329,7 +339,7 @@ def _print(result: BenchmarkResult, console: Console) -> None:
         table.add_column("row")
         published = {metric for line in section.rows for metric in line.published}
         for metric in section.metrics:
-            table.add_column(f"{metric}\nours", justify="right")
+            table.add_column(f"{metric_label(metric)} %\nours", justify="right")
             if metric in published:
                 table.add_column("\npublished", justify="right")
         lacking = any(line.missing for line in section.rows)
@@ -341,7 +351,7 @@ def _print(result: BenchmarkResult, console: Console) -> None:
                 cells.append(_cell(line.values.get(metric)))
                 if metric in published:
                     figure = line.published.get(metric)
-                    cells.append("" if figure is None else f"{100 * figure:.1f}")
+                    cells.append("" if figure is None else percent(figure))
             table.add_row(line.name, *cells, *([line.missing or ""] if lacking else []))
         console.print(table)
     if result.claims:
@@ -357,7 +367,7 @@ def _print(result: BenchmarkResult, console: Console) -> None:
 def _cell(value: Value | None) -> str:
     if value is None or value.mean is None:
         return ""
-    mean = f"{100 * value.mean:.1f}"
+    mean = percent(value.mean)
     if value.low is None or value.high is None:
         return mean
-    return f"{mean} ± {50 * (value.high - value.low):.1f}"
+    return f"{mean} ± {percent((value.high - value.low) / 2)}"

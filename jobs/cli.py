@@ -29,7 +29,7 @@ from jobs.show import Show
 from jobs.track import Track
 from jobs.train.clipseg import TrainClipSeg
 from jobs.train.maskclip_plus import TrainMaskClipPlus
-from models.errors import FailedWork
+from models.errors import FailedWork, WrongUse, did_you_mean
 from pipeline.cluster.signals import end_process, interrupt_on_signals
 from pipeline.files.faults import explain
 from pipeline.files.redaction import redact
@@ -71,12 +71,51 @@ Command = (
 )
 
 
+COMMANDS = (
+    "label",
+    "show",
+    "train",
+    "export",
+    "segment",
+    "serve",
+    "evaluate",
+    "benchmark",
+    "report",
+    "runs",
+    "track",
+    "datasets",
+    "recipes",
+    "demo",
+)
+TRAININGS = ("maskclip-plus", "clipseg")
+
+
+def check_command(arguments: Sequence[str]) -> None:
+    """Refuse a misspelt command; the parser would list everything that could be meant.
+
+    Raises:
+        WrongUse: ``wrong_use``.
+    """
+    for place, known in enumerate((COMMANDS, TRAININGS)):
+        if place and arguments[:1] != ["train"]:
+            return
+        given = arguments[place] if len(arguments) > place else "-"
+        if not given.startswith("-") and given not in known:
+            what = " ".join([*arguments[:place], given])
+            raise WrongUse(
+                "wrong_use",
+                f"There is no command {what}.",
+                f"{did_you_mean(given, known)}There are: {', '.join(known)}.",
+            )
+
+
 def parse(arguments: Sequence[str]) -> Command:
     """Parse the arguments into a command. Exits with 2 if they are invalid, with 0 after printing help."""
     command: Command = tyro.cli(
         Command,
         prog="maskmill",
-        description="Images and class names in; a segmentation dataset and a trained model out.",
+        description="Images and class names in; a segmentation dataset and a trained model out. "
+        "maskmill COMMAND --help explains a command, maskmill --version prints the version.",
         args=arguments,
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.OmitSubcommandPrefixes),
     )
@@ -132,6 +171,7 @@ def run(given: Sequence[str]) -> int:
         if list(given) == ["--version"]:
             print(f"maskmill {version('maskmill')}")
             return 0
+        check_command(list(given))
         return parse(given).run()
     finally:
         sys.stdout.flush()

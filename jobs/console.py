@@ -1,21 +1,25 @@
-"""Progress output of a job: a live bar on a terminal, plain lines in a log."""
+"""Progress output of a job: a live bar on a terminal, plain lines in a log, and the time of what follows."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
-if TYPE_CHECKING:
-    from pipeline.cluster.progress import Progress
+from pipeline.cluster.progress import Progress as LabelProgress
+from pipeline.cluster.progress import TimeLeft
 
+Progress = Callable[[int, int], None]
+"""Callback that takes the work done so far and the total."""
 LOG_EVERY_S = 10.0
+WORTH_TELLING_S = 1.0
+"""Steps that take longer leave a line with their time."""
 
 
 class LabelDisplay:
@@ -29,6 +33,7 @@ class LabelDisplay:
     def __init__(self, total: int, console: Console) -> None:
         self._total = total
         self._console = console
+        self._left = TimeLeft(total)
         self._bar: Bar | None = None
         self._last_line = time.monotonic()
         if console.is_terminal:
@@ -38,11 +43,11 @@ class LabelDisplay:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"),
                 TextColumn("[red]{task.fields[failed]}"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]}"),
                 console=console,
                 transient=True,
             )
-            self._task = self._bar.add_task("starting", total=total, rate="", failed="")
+            self._task = self._bar.add_task("starting", total=total, rate="", failed="", left="")
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -60,8 +65,11 @@ class LabelDisplay:
         else:
             self._say(text)
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: LabelProgress) -> None:
         """Show new numbers; in a log at most every ``LOG_EVERY_S`` seconds."""
+        now = time.monotonic()
+        self._left.update(progress.done, now)
+        left = time_left(self._left.seconds(now))
         rate = f"{progress.rate:.1f} images/s" if progress.rate else ""
         failed = sum(progress.failures.values())
         if self._bar is not None:
@@ -70,17 +78,14 @@ class LabelDisplay:
                 completed=progress.done,
                 rate=rate,
                 failed=f"{failed} failed" if failed else "",
+                left=left,
             )
             if progress.done:
                 self.stage("labelling")
-        elif progress.done and time.monotonic() - self._last_line >= LOG_EVERY_S:
-            self._last_line = time.monotonic()
-            left = ""
-            if progress.rate:
-                left = f", about {duration((self._total - progress.done) / progress.rate)} left"
-            self._say(
-                f"labelled {progress.done}/{self._total}, {failed} failed, {rate or 'rate unknown yet'}{left}"
-            )
+        elif progress.done and (now - self._last_line >= LOG_EVERY_S or progress.done == self._total):
+            self._last_line = now
+            parts = [f"labelled {progress.done:,} of {self._total:,}", f"{failed:,} failed" if failed else ""]
+            self._say(", ".join(part for part in (*parts, rate, left) if part))
 
     def _say(self, text: str) -> None:
         self._console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)
@@ -96,6 +101,7 @@ class TrainDisplay:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._total = 0
+        self._left = TimeLeft(0)
         self._last_line = time.monotonic()
         self._bar: Bar | None = None
         if console.is_terminal:
@@ -104,11 +110,11 @@ class TrainDisplay:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[left]}"),
                 console=console,
                 transient=True,
             )
-            self._task = self._bar.add_task("starting", total=None, figures="")
+            self._task = self._bar.add_task("starting", total=None, figures="", left="")
 
     @contextmanager
     def live(self) -> Iterator[None]:
@@ -121,7 +127,7 @@ class TrainDisplay:
 
     def begin(self, total: int, stage: str) -> None:
         """Start counting steps towards ``total``."""
-        self._total = total
+        self._total, self._left = total, TimeLeft(total)
         if self._bar is not None:
             self._bar.update(self._task, total=total)
         self.stage(stage)
@@ -140,13 +146,78 @@ class TrainDisplay:
 
     def update(self, line: Mapping[str, Any]) -> None:
         """Show a record of ``metrics.jsonl``; in a log at most every ``LOG_EVERY_S`` seconds."""
+        now, step = time.monotonic(), line["step"]
+        self._left.update(step, now)
+        left = time_left(self._left.seconds(now))
         rate = line.get("samples_per_second")
         figures = f"loss {line['loss']:.3f}" + (f", {rate:.1f} samples/s" if rate else "")
         if self._bar is not None:
-            self._bar.update(self._task, completed=line["step"], description="training", figures=figures)
-        elif time.monotonic() - self._last_line >= LOG_EVERY_S or line["step"] == self._total:
-            self._last_line = time.monotonic()
-            self.say(f"step {line['step']}/{self._total}, {figures}")
+            self._bar.update(self._task, completed=step, description="training", figures=figures, left=left)
+        elif now - self._last_line >= LOG_EVERY_S or step == self._total:
+            self._last_line = now
+            self.say(f"step {step:,} of {self._total:,}, {figures}" + (left and f", {left}"))
+
+
+@contextmanager
+def timed(console: Console, text: str) -> Iterator[None]:
+    """Name a step of the work while it runs (``writing the page``), and say its time if that is noticeable.
+
+    Args:
+        console: shows a status line if it is a terminal, else a plain line at the beginning.
+        text: what is done, as a participle.
+    """
+    began = time.monotonic()
+    if console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        _stamped(console, text)
+        yield
+    took = time.monotonic() - began
+    if took >= WORTH_TELLING_S:
+        _stamped(console, f"{text} took {duration(took)}")
+
+
+@contextmanager
+def counted(console: Console, doing: str, unit: str) -> Iterator[Progress]:
+    """Show how much of a piece of work is done, and the time left.
+
+    Args:
+        console: shows a status line if it is a terminal, else a line every ``LOG_EVERY_S`` seconds.
+        doing: the work.
+        unit: its unit, in the plural.
+    """
+    last = time.monotonic()
+    estimate: TimeLeft | None = None
+    with console.status(doing) as status:
+
+        def report(done: int, total: int) -> None:
+            nonlocal last, estimate
+            now = time.monotonic()
+            estimate = estimate or TimeLeft(total)
+            estimate.update(done, now)
+            left = time_left(estimate.seconds(now))
+            text = f"{doing}: {done:,} of {total:,} {unit}" + (left and f", {left}")
+            status.update(text)
+            if not console.is_terminal and now - last >= LOG_EVERY_S:
+                last = now
+                _stamped(console, text)
+
+        yield report
+
+
+def _stamped(console: Console, text: str) -> None:
+    console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def time_left(seconds: float | None) -> str:
+    """An estimate for people, no more exact than it is: ``about 3 min left``; empty for None."""
+    if seconds is None:
+        return ""
+    if seconds < 10:
+        return "a few seconds left"
+    unit = 10 if seconds < 120 else 60 if seconds < 7200 else 600
+    return f"about {duration(unit * round(seconds / unit)).removesuffix(' 0 s').removesuffix(' 0 min')} left"
 
 
 def duration(seconds: float) -> str:

@@ -23,6 +23,7 @@ from pipeline.datasets.pairs import open_pairs
 from pipeline.evaluation.results import EvaluationResult
 from pipeline.labelling.prepare import student_recipe
 from pipeline.labelling.recipes import RECIPES, LabelRecipe
+from pipeline.metrics.names import percent
 from pipeline.ontology.ontology import load_ontology
 from pipeline.report.training_page import PAGE, SHEET, Score, write_student_page
 from pipeline.tracking.tracker import OFF
@@ -63,7 +64,9 @@ class Demo:
         recipe = MASKCLIP_PLUS_RECIPES.load("toy", [f"iterations={self.steps}"])
         for name in ("images", "size", "test"):
             if getattr(self, name) < 1:
-                raise WrongUse("wrong_use", f"--{name} {getattr(self, name)} is too small.", "Give 1 or more.")
+                raise WrongUse(
+                    "wrong_use", f"--{name} {getattr(self, name)} is too small.", "Give 1 or more."
+                )
         output = self.output
         empty_folder(output)
         console = console or Console()
@@ -165,15 +168,15 @@ def _evaluate(truth: Dataset, recipe: LabelRecipe, folder: Path, console: Consol
 
 
 def _print_scores(found: Mapping[str, EvaluationResult], console: Console) -> None:
-    report = Table(title="IoU on scenes with truth", title_justify="left")
+    report = Table(title="IoU on scenes with truth, in percent", title_justify="left")
     report.add_column("class")
     for name in found:
         report.add_column(name, justify="right")
     for entries in zip(*(one.classes for one in found.values()), strict=True):
         report.add_row(
             entries[0].name,
-            *("–" if entry.iou is None else f"{entry.iou:.3f}" for entry in entries),
+            *(percent(entry.iou) for entry in entries),
         )
     report.add_section()
-    report.add_row("mIoU", *(f"{one.metrics['miou']:.3f}" for one in found.values()))
+    report.add_row("mIoU", *(percent(one.metrics["miou"]) for one in found.values()))
     console.print(report)

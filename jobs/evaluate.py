@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from jobs.console import stderr_console
+from jobs.console import counted, stderr_console, timed
 from jobs.label import LabelJob, label_images
 from jobs.options import (
     FLAT,
     Address,
+    Flag,
     LabellingModel,
+    Maybe,
     Tracking,
     Truth,
     Verbose,
@@ -27,6 +29,7 @@ from jobs.options import (
     refuse_missing_file,
 )
 from models.errors import FailedWork, WrongUse
+from models.settings import as_written
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.datasets.protocols import PROTOCOLS, Protocol, get_protocol
 from pipeline.datasets.registry import DATASETS
@@ -50,6 +53,7 @@ from pipeline.evaluation.results import (
 from pipeline.evaluation.tables import Evaluation, ImageScore, class_lookup, evaluate_table, read_labels
 from pipeline.labelling.prepare import require_weights
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, recipe_from_dict
+from pipeline.metrics.names import metric_label, percent
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.report.pictures import panel
 from pipeline.report.results_page import write_report
@@ -83,20 +87,20 @@ class Evaluate:
         overwrite: replace a result that is already in --output.
         workers: number of Ray tasks that compare; 0: this process alone; default: depends on the number of
             images.
-        boundary: --no-boundary skips boundary IoU.
+        boundary: skip boundary IoU.
     """
 
-    labels: str | None = None
+    labels: Maybe[str] = None
     by: Annotated[LabellingModel, FLAT] = field(default_factory=LabellingModel)
     data: Annotated[Truth, FLAT] = field(default_factory=Truth)
-    ontology: str | None = None
-    protocol: ProtocolName | None = None
-    zero_shot: str | None = None
+    ontology: Maybe[str] = None
+    protocol: Maybe[ProtocolName] = None
+    zero_shot: Maybe[str] = None
     limit: int = 0
-    output: str | None = None
-    overwrite: bool = False
-    workers: int | None = None
-    boundary: bool = True
+    output: Maybe[str] = None
+    overwrite: Flag = False
+    workers: Maybe[int] = None
+    boundary: Flag = True
     tracking: Tracking = None
     address: Address = None
     verbose: Verbose = False
@@ -116,7 +120,7 @@ class Evaluate:
         # Find mistakes in the command before a tracking run is opened.
         new_folder(self.output, slug, overwrite=self.overwrite)
         self._check_against(dataset, recipe, classes)
-        with open_tracker(self.tracking) as tracker:
+        with open_tracker(self.tracking, waiting=functools.partial(timed, console)) as tracker:
             tracker.start(
                 "evaluate",
                 slug,
@@ -145,7 +149,8 @@ class Evaluate:
             )
             made = read_table_record(self.labels or str(folder / "labels"))
             tracker.log_params({"ontology": {"hash": made["ontology"]["hash"]}})
-            page = write_report([folder], folder / REPORT_FILE)
+            with timed(console, "writing the page"):
+                page = write_report([folder], folder / REPORT_FILE)
             log_result(tracker, folder)
             _print(result, console)
         console.print(
@@ -253,7 +258,7 @@ def evaluate(
     if workers is None:
         workers = (os.cpu_count() or 1) if len(dataset.samples) > ON_RAY_FROM else 0
     threshold = followed.background_threshold if followed else 0.0
-    with console.status(f"comparing {len(dataset.samples):,} images") as status:
+    with counted(console, "comparing", "images") as report:
         evaluation = evaluate_table(
             table,
             dataset,
@@ -262,7 +267,7 @@ def evaluate(
             background_below=threshold,
             boundary=boundary,
             workers=workers,
-            progress=lambda done, total: status.update(f"compared {done:,} of {total:,} images"),
+            progress=report,
         )
     whole = not (evaluation.missing or evaluation.failed)
     if labels is None and not whole:
@@ -273,7 +278,8 @@ def evaluate(
         )
     claim_folder(folder, overwrite=overwrite and labels is not None)
     name = followed.name if followed else CUSTOM
-    worst, best = _pictures(dataset, table, made, evaluation, folder, threshold, count=pictures)
+    with timed(console, "drawing the worst and best images"):
+        worst, best = _pictures(dataset, table, made, evaluation, folder, threshold, count=pictures)
     setting = f"{dataset.name}/zero-shot" if zero_shot else dataset.name
     result = evaluation_result(
         evaluation,
@@ -384,13 +390,13 @@ def _differences(
     made = recipe_from_dict(recipe).effective()
     wanted = protocol.recipe_overrides() | {"min_confidence": 0.0, "images.corruption": ""}
     differing = [
-        f"{key} is {made[key]!r}, not {value!r}"
+        f"{key} is {as_written(made[key])}, not {as_written(value)}"
         for key, value in wanted.items()
         if _plain(made[key]) != _plain(value)
     ]
     classes = Ontology.from_dict(dataset.classes.to_dict() | {"templates": protocol.templates})
     if ontology["templates"] != protocol.templates:
-        differing.append(f"templates are {ontology['templates']!r}, not {protocol.templates!r}")
+        differing.append(f"templates are {as_written(ontology['templates'])}, not {protocol.templates}")
     elif ontology["hash"] != classes.hash:
         differing.append(f"the classes are not those of {dataset.name} as they are")
     return differing
@@ -469,7 +475,7 @@ def _print(result: EvaluationResult, console: Console) -> None:
     toy = " (a toy: it knows the toy world only)" if result.model.toy else ""
     table = Table(title=f"{result.title}, protocol {result.protocol}{toy}", title_justify="left")
     table.add_column("class")
-    for name in ("IoU", "boundary IoU", "accuracy"):
+    for name in ("IoU %", "boundary IoU %", "accuracy %"):
         table.add_column(name, justify="right")
     classes = result.classes
     shown = classes if len(classes) <= 30 else sorted(classes, key=lambda c: -(c.iou or 0))
@@ -480,10 +486,12 @@ def _print(result: EvaluationResult, console: Console) -> None:
             continue
         values = (entry.iou, entry.boundary_iou, entry.accuracy)
         name = f"{entry.name} ({entry.group})" if entry.group else entry.name
-        table.add_row(name, *(_percent(value) for value in values))
+        table.add_row(name, *map(percent, values))
     console.print(table)
     metrics = result.metrics
-    line = ", ".join(f"{key} {_percent(value)}" for key, value in metrics.items() if value is not None)
+    line = ", ".join(
+        f"{metric_label(key)} {percent(value)} %" for key, value in metrics.items() if value is not None
+    )
     console.print(f"{line}", highlight=False, soft_wrap=True)
     images = result.images
     if images.failed or images.missing:
@@ -497,12 +505,9 @@ def _print(result: EvaluationResult, console: Console) -> None:
     for figure in result.published:
         if figure.metric in metrics:
             console.print(
-                f"  published: {figure.method} {figure.metric} {figure.value:.1%} [{figure.source}]",
+                f"  published: {figure.method} {metric_label(figure.metric)} {percent(figure.value)} % "
+                f"[{figure.source}]",
                 highlight=False,
                 soft_wrap=True,
                 markup=False,
             )
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None or not np.isfinite(value) else f"{100 * value:.1f}"

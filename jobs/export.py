@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from rich.console import Console
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from jobs.console import stderr_console
+from jobs.console import stderr_console, timed
+from jobs.options import Flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +24,17 @@ class Export:
         overwrite: replace an existing file.
     """
 
-    student: Positional[str]
+    student: Annotated[Positional[str], arg(metavar="STUDENT")]
     format: Literal["onnx", "torch"]
     output: Path
-    overwrite: bool = False
+    overwrite: Flag = False
 
     def run(self, console: Console | None = None) -> int:
         """Write the file, and say how to use it."""
         from pipeline.trained.export import OPSET, SMALLEST, to_onnx, to_torch_export
 
         console = console or stderr_console()
-        with console.status("exporting, and comparing with the student"):
+        with timed(console, "exporting, and comparing with the student"):
             write = to_onnx if self.format == "onnx" else to_torch_export
             made = write(self.student, self.output, overwrite=self.overwrite)
         kind = f"ONNX, opset {OPSET}" if self.format == "onnx" else "torch.export"

@@ -18,11 +18,13 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
-from jobs.console import LabelDisplay, duration, stderr_console
+from jobs.console import LabelDisplay, duration, stderr_console, timed
 from jobs.options import (
     FLAT,
     Address,
+    Flag,
     LabellingModel,
+    Maybe,
     SystemMetrics,
     Tracking,
     Verbose,
@@ -37,7 +39,7 @@ from pipeline.files.records import read_record
 from pipeline.files.redaction import without_signature
 from pipeline.files.storage import Storage, open_storage
 from pipeline.files.versions import versions
-from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe
+from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe, templates_for
 from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
 from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, discard_leftovers, done_ids
 from pipeline.table.labels import DATASET_FILE, iter_rows
@@ -78,22 +80,22 @@ class Label:
         output: folder (or s3://… prefix) for the label table.
         classes: class names, separated by commas: "cat, dog, grass". Everything else becomes "background".
         ontology: YAML file of classes, or a built-in name (voc21, context59, …), instead of --classes.
-        background: --no-background gives every pixel one of the named classes.
+        background: give every pixel one of the named classes.
         min_confidence: pixels below this confidence (0 to 1) become "ignore" (255).
         max_failure_rate: exit with 1 if a larger share of the images fails.
         overwrite: delete a table that is already in --output and start over.
     """
 
-    images: str | None = None
-    manifest: str | None = None
+    images: Maybe[str] = None
+    manifest: Maybe[str] = None
     output: str
-    classes: str | None = None
-    ontology: str | None = None
+    classes: Maybe[str] = None
+    ontology: Maybe[str] = None
     by: Annotated[LabellingModel, FLAT] = field(default_factory=LabellingModel)
-    background: bool = True
-    min_confidence: float | None = None
+    background: Flag = True
+    min_confidence: Maybe[float] = None
     max_failure_rate: float = 0.05
-    overwrite: bool = False
+    overwrite: Flag = False
     tracking: Tracking = None
     system_metrics: SystemMetrics = False
     address: Address = None
@@ -131,9 +133,8 @@ class Label:
             return own
         exactly_one("--classes", self.classes, "--ontology", self.ontology, command="label")
         if self.classes is not None:
-            templates = "toyworld" if recipe.model == "toyclip" else own.templates if own else "openai85"
             background = "default" if self.background else None
-            return parse_classes(self.classes, background=background, templates=templates)
+            return parse_classes(self.classes, background=background, templates=templates_for(recipe, own))
         assert self.ontology is not None
         ontology = load_ontology(self.ontology)
         return ontology if self.background else Ontology.from_dict(ontology.to_dict() | {"background": None})
@@ -180,7 +181,9 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
     console = console or stderr_console()
     began = time.monotonic()
     refuse_missing_file(job.recipe.pretrained)
-    tracker = open_tracker(job.tracking, system_metrics=job.system_metrics)
+    tracker = open_tracker(
+        job.tracking, system_metrics=job.system_metrics, waiting=functools.partial(timed, console)
+    )
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
     manifest = build_manifest(job.source, notice=say)
     storage = open_storage(job.output)
@@ -212,15 +215,18 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
                 report = _reporting(display, tracker)
                 progress = _label(job, storage, lease, todo, prepared, compute, report)
                 startup_s += progress.first_s or 0.0
-            _refuse_gaps(storage, todo)
-            outcome = _count_status(storage, todo)
-            record = _record_counts(storage)
+                display.stage("stopping Ray")
+            with timed(console, "counting the table"):
+                _refuse_gaps(storage, todo)
+                outcome = _count_status(storage, todo)
+                record = _record_counts(storage)
+            took = time.monotonic() - began
             busy = _busy(progress, compute)
             _end_tracking(tracker, record, outcome, progress, startup_s=startup_s, busy=busy)
     speed = (
         f" ({progress.rate:.1f} images/s after {duration(startup_s)} of start-up)" if progress.rate else ""
     )
-    lines = [f"Labelled {outcome['ok']:,} images in {duration(time.monotonic() - began)}{speed}"]
+    lines = [f"Labelled {outcome['ok']:,} images in {duration(took)}{speed}"]
     if busy:
         lines.append(f"  CLIP workers busy {busy:.0%} of the time")
     return _summary(job, storage, outcome, lines, console)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from rich.console import Console
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from models.errors import WrongUse
+from models.errors import WrongUse, did_you_mean
+from models.settings import as_written
 from pipeline.files.recipes import Recipe, RecipeBook, describe
 
 WIDTH = 92
@@ -39,7 +39,7 @@ class Recipes:
         name: the recipe to explain; default: list all.
     """
 
-    name: Positional[str | None] = None
+    name: Annotated[Positional[str | None], arg(metavar="RECIPE", help_behavior_hint="")] = None
 
     def run(self, console: Console | None = None) -> int:
         """Print them.
@@ -60,7 +60,9 @@ class Recipes:
         known = {name: None for book in books.values() for name in book.recipes}
         if self.name not in known:
             raise WrongUse(
-                "recipe_invalid", f"There is no recipe {self.name!r}.", f"Known: {', '.join(known)}."
+                "recipe_invalid",
+                f"There is no recipe {self.name!r}.",
+                f"{did_you_mean(self.name, known)}Known: {', '.join(known)}.",
             )
         for command, book in books.items():
             if self.name in book.recipes:
@@ -87,7 +89,7 @@ def _summary(recipe: Recipe, book: RecipeBook[Any], width: int) -> str:
         return "the default"
     usual = {field.name: field.value for field in describe(book.recipes[book.default])}
     changes = [
-        f"{field.name}={_text(field.value)}"
+        f"{field.name}={as_written(field.value)}"
         for field in describe(recipe)
         if field.value != usual.get(field.name)
     ]
@@ -97,18 +99,14 @@ def _summary(recipe: Recipe, book: RecipeBook[Any], width: int) -> str:
 def _explain(console: Console, command: str, recipe: Recipe) -> None:
     _print(console, f"maskmill {command} --recipe {recipe.name}")
     for field in describe(recipe):
-        default = "" if field.value == field.default else f"    (default: {_text(field.default)})"
-        _print(console, f"\n  {field.name} = {_text(field.value)}{default}")
+        default = "" if field.value == field.default else f"    (default: {as_written(field.default)})"
+        _print(console, f"\n  {field.name} = {as_written(field.value)}{default}")
         note = "" if field.changes_result else " Does not change the result."
         _print(
             console,
             textwrap.indent(textwrap.fill((field.description + note).replace("``", ""), WIDTH), "      "),
         )
     _print(console, "")
-
-
-def _text(value: Any) -> str:
-    return value if value and isinstance(value, str) else json.dumps(value)
 
 
 def _print(console: Console, text: str) -> None:

@@ -24,22 +24,32 @@ T = TypeVar("T")
 
 WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 FLAT = tyro.conf.arg(name="")
-Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-Settings = Annotated[
-    tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="set", metavar="KEY=VALUE")
-]
+NO_HINT = tyro.conf.arg(help_behavior_hint="")
+"""For options whose help says what happens without them; tyro would add "(default: None)"."""
+Maybe = Annotated[T | None, NO_HINT]
+Flag = Annotated[bool, NO_HINT]
+Repeated = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, NO_HINT]
+Settings = Annotated[Repeated, tyro.conf.arg(name="set", metavar="KEY=VALUE")]
 Address = Annotated[
     str | None,
-    tyro.conf.arg(help="address of a Ray cluster; default: the one in RAY_ADDRESS, else this machine alone."),
+    tyro.conf.arg(
+        help="address of a Ray cluster; default: the one in RAY_ADDRESS, else this machine alone.",
+        help_behavior_hint="",
+    ),
 ]
-Verbose = Annotated[bool, tyro.conf.arg(aliases=["-v"], help="show Ray's own messages.")]
+Verbose = Annotated[
+    bool, tyro.conf.arg(aliases=["-v"], help="show Ray's own messages.", help_behavior_hint="")
+]
 Tracking = Annotated[
     str | None,
     tyro.conf.arg(
-        help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db; off: none."
+        help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns.db; off: none.",
+        help_behavior_hint="",
     ),
 ]
-SystemMetrics = Annotated[bool, tyro.conf.arg(help="also track the load of this machine.")]
+SystemMetrics = Annotated[
+    bool, tyro.conf.arg(help="also track the load of this machine.", help_behavior_hint="")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +64,8 @@ class LabellingModel:
         settings: change one setting of the recipe, such as head=value; may be repeated.
     """
 
-    recipe: str | None = None
-    model: str | None = None
+    recipe: Maybe[str] = None
+    model: Maybe[str] = None
     settings: Settings = ()
 
     def load(self) -> tuple[LabelRecipe, Ontology | None]:
@@ -95,11 +105,11 @@ class Truth:
         truth: folder of masks for --images (PNG, values are class ids, 255 is ignored).
     """
 
-    dataset: str | None = None
-    root: str | None = None
-    split: str | None = None
-    images: str | None = None
-    truth: str | None = None
+    dataset: Maybe[str] = None
+    root: Maybe[str] = None
+    split: Maybe[str] = None
+    images: Maybe[str] = None
+    truth: Maybe[str] = None
 
     @property
     def given(self) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
+from jobs.console import stderr_console, timed
+from jobs.options import Maybe
 from pipeline.files.storage import canonical_uri, is_remote
 from pipeline.report.results_page import write_report
 
@@ -21,8 +24,8 @@ class Report:
         output: page to write; default: report.html in the first folder, or here if that is remote.
     """
 
-    results: Positional[tuple[str, ...]]
-    output: Path | None = None
+    results: Annotated[Positional[tuple[str, ...]], arg(metavar="RESULT...")]
+    output: Maybe[Path] = None
 
     def run(self, console: Console | None = None) -> int:
         """Write the page.
@@ -33,6 +36,7 @@ class Report:
         console = console or Console()
         here = not self.results or is_remote(canonical_uri(self.results[0]))
         output = self.output or (Path() if here else Path(self.results[0])) / "report.html"
-        page = write_report(self.results, output)
+        with timed(stderr_console(), "writing the page"):
+            page = write_report(self.results, output)
         console.print(f"Open in a browser: {page.resolve().as_uri()}", soft_wrap=True, highlight=False)
         return 0

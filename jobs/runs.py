@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.console import duration
+from jobs.console import duration, stderr_console, timed
+from jobs.options import Maybe
 from models.errors import WrongUse
-from pipeline.metrics.names import METRICS
+from pipeline.metrics.names import METRICS, is_share, percent
 from pipeline.tracking.destination import resolve_uri, shown_uri
 from pipeline.tracking.runs import TrackedRun, choose_runs, differences, list_runs
 
@@ -29,6 +30,7 @@ KEY_METRICS = (
 """In order of importance; the list shows the first ``SHOWN_METRICS`` that a run has."""
 SHOWN_METRICS = 3
 SHORT_ID = 8
+READING = "reading the runs from MLflow"
 MIN_LAST = 16
 """Least width of the command column; a narrower terminal drops it."""
 STYLES = {"FINISHED": "green", "RUNNING": "cyan", "FAILED": "red", "KILLED": "yellow"}
@@ -45,8 +47,8 @@ class Runs:
         compare: show how runs differ; ids (or their first letters) or names of at least two.
     """
 
-    tracking: str | None = None
-    experiment: str | None = None
+    tracking: Maybe[str] = None
+    experiment: Maybe[str] = None
     limit: int = 20
     compare: tuple[str, ...] = ()
 
@@ -65,11 +67,14 @@ class Runs:
                 raise WrongUse(
                     "wrong_use", "One run cannot be compared.", "Name two or more: --compare RUN RUN"
                 )
-            _compare(choose_runs(self.compare, self.tracking, experiment=self.experiment), console)
+            with timed(stderr_console(), READING):
+                chosen = choose_runs(self.compare, self.tracking, experiment=self.experiment)
+            _compare(chosen, console)
             return 0
         if self.limit < 1:
             raise WrongUse("wrong_use", f"--limit {self.limit} shows nothing.", "Give a number from 1.")
-        found = list_runs(self.tracking, experiment=self.experiment, limit=self.limit)
+        with timed(stderr_console(), READING):
+            found = list_runs(self.tracking, experiment=self.experiment, limit=self.limit)
         if found:
             _list(found, console)
         else:
@@ -120,8 +125,8 @@ def _compare(runs: Sequence[TrackedRun], console: Console) -> None:
     for key in sorted(metrics, key=lambda name: ("/" in name, name)):
         row = metrics[key]
         known = [value for value in row if value is not None]
-        change = (f"{row[1] - row[0]:+.4g}" if len(known) == 2 else "",) if two else ()
-        table.append((key, *map(_text, row), *change))
+        change = (_figure(key, row[1] - row[0], sign=True) if len(known) == 2 else "",) if two else ()
+        table.append((key, *(_figure(key, value) for value in row), *change))
     if table:
         _print_table(console, (*names, "difference") if two else names, table)
     num_params = len(set().union(*(entry.params for entry in runs)))
@@ -134,8 +139,15 @@ def _compare(runs: Sequence[TrackedRun], console: Console) -> None:
 
 
 def _key_metrics(metrics: Mapping[str, float]) -> str:
-    shown = [f"{key} {_text(metrics[key])}" for key in KEY_METRICS if key in metrics]
+    shown = [f"{key} {_figure(key, metrics[key])}" for key in KEY_METRICS if key in metrics]
     return ", ".join(shown[:SHOWN_METRICS])
+
+
+def _figure(key: str, value: float | None, *, sign: bool = False) -> str:
+    """A metric as people read it: shares, which MLflow has as fractions of 1, in percent."""
+    if value is not None and is_share(key):
+        return f"{percent(value, sign=sign)} {'points' if sign else '%'}"
+    return f"{value:+.4g}" if sign and value is not None else _text(value)
 
 
 def _text(value: Any) -> str:

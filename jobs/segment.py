@@ -6,8 +6,7 @@ import functools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,8 +17,8 @@ from PIL import Image
 from rich.console import Console
 from tyro.conf import Positional, UseAppendAction, arg
 
-from jobs.console import LOG_EVERY_S, duration, stderr_console
-from jobs.options import Repeated, refuse_missing_file
+from jobs.console import counted, duration, stderr_console, timed
+from jobs.options import Flag, Maybe, Repeated, refuse_missing_file
 from models.errors import WrongUse
 from pipeline.corpus.manifest import ADDRESS, build_manifest
 from pipeline.files.images import MAX_PIXELS, ImageError, decode, fetch, target_size
@@ -65,7 +64,7 @@ class Segment:
         blur: sigma in pixels of the blur on the background; 0 is none.
         background: brightness of the background, from 1 (unchanged) to 0 (grey).
         context: margin around the object when cropping, as a share of its extent.
-        crop: --no-crop keeps the whole picture.
+        crop: keep the whole picture.
         crop_size: side that the crop is resized to; default: --example-size.
         example_size: side of the square that examples are resized to first; default: as in training, 352.
         weights: a decoder file (rd64-uni.pth), the --output of maskmill train clipseg, a folder in Hugging
@@ -85,24 +84,26 @@ class Segment:
     prompts: Annotated[Repeated, arg(name="prompt")] = ()
     prompt_images: Annotated[Repeated, arg(name="prompt-image")] = ()
     prompt_masks: Annotated[Repeated, arg(name="prompt-mask")] = ()
-    text_weight: float | None = None
-    thresholds: Annotated[UseAppendAction[tuple[float, ...]], arg(name="threshold")] = ()
+    text_weight: Maybe[float] = None
+    thresholds: Annotated[
+        UseAppendAction[tuple[float, ...]], arg(name="threshold", help_behavior_hint="")
+    ] = ()
     prefix: Prefix = "plain"
     visual_prompt: str = VISUAL_PROMPT
-    blur: float | None = None
-    background: float | None = None
-    context: float | None = None
-    crop: bool = True
-    crop_size: int | None = None
-    example_size: int | None = None
+    blur: Maybe[float] = None
+    background: Maybe[float] = None
+    context: Maybe[float] = None
+    crop: Flag = True
+    crop_size: Maybe[int] = None
+    example_size: Maybe[int] = None
     weights: str = RELEASED
-    clip: Annotated[str | None, arg(name="model")] = None
-    extract_layers: tuple[int, ...] | None = None
-    size: int | None = None
-    keep_ratio: bool = False
+    clip: Annotated[str | None, arg(name="model", help_behavior_hint="")] = None
+    extract_layers: Annotated[Maybe[tuple[int, ...]], arg(metavar="INT ...")] = None
+    size: Maybe[int] = None
+    keep_ratio: Flag = False
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     max_pixels: int = MAX_PIXELS
-    overwrite: bool = False
+    overwrite: Flag = False
 
     @property
     def style(self) -> str:
@@ -179,7 +180,7 @@ def segment(job: Segment, console: Console | None = None) -> int:
     clip = weights.known_clip()
     toy = " (a toy: it knows the toy world only)" if clip and clip[0] == "toyclip" else ""
     _say(console, f"{_count(uris, 'image')}, {_count(prompts, 'prompt')}, {job.weights}{toy} → {folder}")
-    with console.status("reading the weights"):
+    with timed(console, "reading the weights"):
         conditionals = finder.embed(
             [(one.text, one.shown) for one in prompts],
             PREFIXES[job.prefix],
@@ -220,12 +221,12 @@ def segment(job: Segment, console: Console | None = None) -> int:
     }
     names = _folder_names(uris)
     try:
-        with _progress(console, len(uris)) as report:
+        with counted(console, "segmenting", "images") as report:
             for done, uri in enumerate(uris, start=1):
                 record["images"].append(
                     _segment(job, finder, conditionals, prompts, uri, addresses[uri], folder, names[uri])
                 )
-                report(done)
+                report(done, len(uris))
     finally:  # an interrupted run records its files too, so that they can be overwritten
         status = Counter(entry["status"] for entry in record["images"])
         record["counts"] = dict(sorted(status.items()))
@@ -488,24 +489,6 @@ def _slug(text: str, letters: int = 40) -> str:
 
 
 # --- output -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[int], None]]:
-    began = last = time.monotonic()
-    with console.status("segmenting") as status:
-
-        def report(done: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            left = duration((now - began) / done * (total - done))
-            text = f"segmented {done:,} of {total:,} images, about {left} left"
-            status.update(text)
-            if not console.is_terminal and now - last >= LOG_EVERY_S:
-                last = now
-                _say(console, f"{time.strftime('%H:%M:%S')} {text}")
-
-        yield report
 
 
 def _summary(

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from tyro.conf import arg
 
-from jobs.options import Repeated
-from models.errors import WrongUse
+from jobs.options import Flag, Maybe, Repeated
+from models.errors import WrongUse, did_you_mean
 from pipeline.labelling.clipseg.model import THRESHOLD, ClipSegWeights
-from pipeline.labelling.recipes import LabelRecipe, load_recipe
+from pipeline.labelling.recipes import RECIPES, LabelRecipe, load_recipe
 from pipeline.ontology.ontology import Ontology, default_background, load_ontology
 from pipeline.serving.limits import Limits, is_loopback
 from pipeline.serving.registry import Entry, ModelInfo, ModelRegistry
@@ -57,13 +57,13 @@ class Serve:
     """
 
     models: Annotated[Repeated, arg(name="model", metavar="[NAME=]SPEC")] = ()
-    clip: str | None = None
+    clip: Maybe[str] = None
     host: str = "127.0.0.1"
-    port: int | None = None
+    port: Maybe[int] = None
     allow_hosts: Annotated[Repeated, arg(name="allow-host")] = ()
     per_minute: int = 120
     upload_mb: int = 32
-    verbose: bool = False
+    verbose: Flag = False
 
     def run(self, console: Console | None = None) -> int:
         """Serve until Ctrl-C; see ``serve``."""
@@ -150,6 +150,13 @@ def entry(spec: str, *, clip: str | None = None) -> Entry:
             "model_unknown",
             f"{source} is a folder without student.json, clipseg.json or config.json.",
             "Name the output of maskmill train, or a CLIPSeg folder in Hugging Face's layout.",
+        )
+    if source not in RECIPES and path.suffix not in (".yaml", ".yml"):
+        raise WrongUse(
+            "model_unknown",
+            f"There is no model {source}: it is neither a recipe nor a folder or weights file.",
+            f"{did_you_mean(source, RECIPES)}Name the output of maskmill train, CLIPSeg weights "
+            f"(.pth, .safetensors), clipseg:HUB-NAME, or a recipe: {', '.join(RECIPES)}.",
         )
     return _teacher(name, load_recipe(source))
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
+from jobs.console import stderr_console, timed
+from jobs.options import Maybe
 from pipeline.files.storage import canonical_uri, is_remote
 from pipeline.report.gallery import write_gallery
 
@@ -22,8 +25,8 @@ class Show:
         limit: largest number of images on the page.
     """
 
-    table: Positional[str]
-    output: Path | None = None
+    table: Annotated[Positional[str], arg(metavar="TABLE")]
+    output: Maybe[Path] = None
     limit: int = 60
 
     def run(self, console: Console | None = None) -> int:
@@ -35,6 +38,7 @@ class Show:
         console = console or Console()
         remote = is_remote(canonical_uri(self.table))
         output = self.output or (Path() if remote else Path(self.table)) / "gallery.html"
-        page = write_gallery(self.table, output, limit=self.limit)
+        with timed(stderr_console(), "writing the page"):
+            page = write_gallery(self.table, output, limit=self.limit)
         console.print(f"Open in a browser: {page.resolve().as_uri()}", soft_wrap=True, highlight=False)
         return 0

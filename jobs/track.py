@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from jobs.console import duration
+from jobs.options import Flag, Maybe
 from pipeline.tracking.sender import UnsentRun, flush, unsent_runs
 
 EXIT_KEPT = 1
@@ -22,8 +23,8 @@ class Track:
         tracking: send them to this MLflow URI instead of their own.
     """
 
-    flush: bool = False
-    tracking: str | None = None
+    flush: Flag = False
+    tracking: Maybe[str] = None
 
     def run(self, console: Console | None = None) -> int:
         """List the waiting runs, or send them.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class MaskMillError(Exception):
     """An error in input, settings or set-up that the user can fix. Raise one of the subclasses.
@@ -40,3 +43,17 @@ class FailedWork(MaskMillError):
 
 class Damaged(MaskMillError):
     """A file is damaged or not what it should be."""
+
+
+def did_you_mean(word: str, known: Iterable[str], *, most: int = 1, cutoff: float = 0.6) -> str:
+    """``Did you mean voc20? `` for a misspelt name, for the beginning of a remedy; empty if nothing is near.
+
+    Args:
+        word: what was given; case does not matter.
+        known: the valid names.
+        most: how many to suggest.
+        cutoff: least similarity, 0 to 1 (``difflib.get_close_matches``).
+    """
+    spelled = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), spelled, n=most, cutoff=cutoff)
+    return f"Did you mean {' or '.join(spelled[name] for name in near)}? " if near else ""

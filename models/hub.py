@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from models.errors import WrongUse
@@ -46,36 +47,47 @@ def hub_cache_folder() -> str:
     return str(HF_HUB_CACHE)
 
 
-def download(
-    fetch: Callable[[], str], place: str, store: str, what: str, use: str, *, otherwise: str = ""
-) -> Path:
+def hub_file(repository: str, file: str) -> str:
+    """The URL of a file of a hub repository."""
+    return f"https://{HUB}/{repository}/resolve/main/{file}"
+
+
+def download(fetch: Callable[[], str], urls: Sequence[str], what: str, use: str) -> Path:
     """Download a weights file if the network is reachable.
 
     Args:
         fetch: downloads the file and returns its path.
-        place: the URL, optionally followed by the file name in parentheses.
-        store: the cache folder that can be copied from another machine.
+        urls: what to get by hand if it cannot be downloaded; the first one is what ``fetch`` gets.
         what: the model, as the error names it.
-        use: how to use a file that was downloaded by hand.
-        otherwise: an alternative remedy, one sentence.
+        use: what to do with files that were fetched by hand: commands on lines of their own, then a sentence.
 
     Raises:
-        MaskMillError: ``weights_missing``.
+        MaskMillError: ``weights_missing``, with commands that can be pasted.
     """
-    host = HUB if place.startswith(f"https://{HUB}") else urllib.parse.urlparse(place).hostname
+    host = urllib.parse.urlparse(urls[0]).hostname
     reason = "the network cannot be reached"
     if reachable(host or ""):
         try:
-            logging.getLogger(__name__).info("fetching the weights of %s from %s", what, place)
+            logging.getLogger(__name__).info("fetching the weights of %s from %s", what, urls[0])
             return Path(fetch())
         except Exception as error:  # each HTTP library underneath raises its own exceptions
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise WrongUse(
         "weights_missing",
         f"The weights of {what} are not on this machine and could not be fetched: {reason}.",
-        f"Get {place} on another machine and {use}; or copy that machine's {store} to the same place here."
-        f"{otherwise and ' '}{otherwise}",
+        f"{fetch_by_hand(urls)}{use}",
     )
+
+
+def fetch_by_hand(urls: Sequence[str]) -> str:
+    """The commands that get files on another machine, each on a line of its own."""
+    return "On a machine with a network:\n" + "".join(f"  curl -fLO {shlex.quote(url)}\n" for url in urls)
+
+
+def put_into(folder: str, file: str) -> str:
+    """The command that puts a file from the current folder into another one, on a line of its own."""
+    where = shlex.quote(folder)
+    return f"  mkdir -p {where} && cp {shlex.quote(file)} {where}/\n"
 
 
 def reachable(host: str) -> bool:

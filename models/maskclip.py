@@ -17,6 +17,7 @@ from models.clip.heads import Dense, dense_encoder
 from models.clip.loading import Clip
 from models.clip.text import TextClassifier, row_table
 from models.errors import WrongUse
+from models.labelmap import label_map
 from models.settings import KeyAxis, MaskClipSettings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -96,6 +97,30 @@ class MaskClip:
         if self.config.window:
             return self._refine(*self._windows(images))
         return self.scores(self.encoder(images))
+
+    def label(self, image: Tensor, *, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
+        """Label every pixel of an image with its best class.
+
+        Args:
+            image: uint8 (3, H, W) RGB at the network's input size (about 512 pixels on the short side for
+                ViT-B/16).
+            size: (H, W) of the result; None is that of the image.
+
+        Returns:
+            labels (H, W), uint8 class ids, uint16 with more than 254 classes; confidence uint8 (H, W),
+            round(255 p) of the chosen class. Both are on the CLIP's device.
+
+        Raises:
+            MaskMillError: ``scores_not_finite``.
+        """
+        height, width = image.shape[-2:]
+        return label_map(
+            self.grid_scores(image[None])[0].float(),
+            network_size=(height, width),
+            image_size=size or (height, width),
+            temperature=self.confidence_temperature,
+            ignore_index=max(255, self.text.num_classes),
+        )
 
     def scores(self, dense: Dense) -> Tensor:
         """``grid_scores`` from the output of ``self.encoder``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -33,7 +34,7 @@ NEUTRAL = Neutral()
 
 
 class Steps(NamedTuple):
-    """Marks a field that counts steps, and follows ``iterations`` unless it is set: ``Annotated[int, Steps()]``.
+    """Marks a field that counts steps: ``Annotated[int, Steps()]`` follows ``iterations`` unless it is set.
 
     Attributes:
         interval: it only becomes shorter; a longer run keeps it.
@@ -77,7 +78,7 @@ class Settings(BaseModel):
             place = ".".join(str(part) for part in first["loc"])
             raise WrongUse(
                 "setting_invalid",
-                f"{place} = {first['input']!r}: {first['msg']}.",
+                f"{place} = {as_written(first['input'])}: {first['msg']}.",
                 "Correct the value, or leave it out.",
             ) from error
 
@@ -103,6 +104,11 @@ def knobs(kind: type[Settings], prefix: str = "") -> Iterator[Knob]:
             neutral = any(isinstance(mark, Neutral) for mark in field.metadata)
             steps = next((mark for mark in field.metadata if isinstance(mark, Steps)), None)
             yield Knob(prefix + name, description, not neutral, steps)
+
+
+def as_written(value: Any) -> str:
+    """A value as ``--set`` and recipe files take it, for messages: ``[1, 12]``, ``null``, ``text``."""
+    return value if value and isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def value_at(fields: Mapping[str, Any], path: str) -> Any:
@@ -189,7 +195,7 @@ class ClipSegConfig(Settings):
         return self
 
     def _wrong(self, name: str, remedy: str) -> MaskMillError:
-        return WrongUse("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
+        return WrongUse("setting_invalid", f"{name} cannot be {as_written(getattr(self, name))}.", remedy)
 
 
 PAPER = ClipSegConfig(extract_layers=(3, 7, 9))
@@ -238,7 +244,7 @@ class StudentConfig(Settings):
             if self.backbone != "light" and getattr(self, name) != default:
                 raise WrongUse(
                     "setting_invalid",
-                    f"{name} cannot be {getattr(self, name)!r}.",
+                    f"{name} cannot be {as_written(getattr(self, name))}.",
                     f"It is a setting of the backbone light; {self.backbone} has none.",
                 )
         return self

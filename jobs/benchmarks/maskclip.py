@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from jobs.benchmarks.rows import row
 from jobs.benchmarks.tables import (
     RANDOM_WEIGHTS,
     Request,
+    check_rows,
     needs_root,
     of_other_images,
     open_root,
@@ -20,7 +20,7 @@ from jobs.benchmarks.tables import (
     why_not_measured,
 )
 from jobs.evaluate import evaluate, protocol_recipe
-from models.errors import MaskMillError, WrongUse
+from models.errors import MaskMillError, WrongUse, did_you_mean
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.protocols import PROTOCOLS, get_protocol
 from pipeline.datasets.registry import DATASETS
@@ -66,6 +66,7 @@ def zero_shot(request: Request) -> Iterator[dict[str, Any]]:
 def robustness(request: Request) -> Iterator[dict[str, Any]]:
     """Eight corruptions at five levels."""
     _check(request, names=[name for name in PROTOCOLS if "seed" in PROTOCOLS[name]], rows=())
+    check_rows(request, [f"MaskCLIP ({model})" for model in MODELS])
     return _robustness(request)
 
 
@@ -128,6 +129,7 @@ def _table(table: PublishedTable, request: Request, *, extra: Sequence[str] = ()
     titles = [line.title for line in table.rows]
     names = [setting.partition("/")[0] for setting in settings]
     _check(request, names=names, rows=[f"{title}@{name}" for title in titles for name in names])
+    check_rows(request, [*titles, *(f"{method} ({model})" for method in extra for model in MODELS)])
     return _table_sections(table, settings, request, extra)
 
 
@@ -202,11 +204,10 @@ def _check(request: Request, *, names: Sequence[str], rows: Sequence[str]) -> No
     ):
         unknown = [name for name in given if name not in known]
         if unknown:
-            near = difflib.get_close_matches(unknown[0], known, n=1)
             raise WrongUse(
                 "wrong_use",
                 f"{flag} {unknown[0]}: this benchmark has no such thing.",
-                f"Did you mean {near[0]}?" if near else f"Possible here: {', '.join(known) or 'nothing'}.",
+                f"{did_you_mean(unknown[0], known)}Possible here: {', '.join(known) or 'nothing'}.",
             )
 
 
@@ -337,7 +338,7 @@ def _note(dataset: Dataset | None, request: Request) -> str:
 
 def _wanted(models: Mapping[str, str], request: Request) -> list[str]:
     return (
-        [model for model in models if any(part in model for part in request.rows)]
+        [model for model in models if any(part in f"MaskCLIP ({model})" for part in request.rows)]
         if request.rows
         else ["ViT-B/16", "RN50"]
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
-from jobs.console import LOG_EVERY_S, duration
-from models.errors import WrongUse
+from jobs.console import Progress, counted
+from models.errors import Damaged, WrongUse
 from models.files import write_file
 from pipeline.evaluation.results import ROWS
-
-Progress = Callable[[int, int], None]
-"""Callback that takes the work done so far and the total."""
 
 
 def measure_once(
@@ -73,6 +69,7 @@ def measure_parts_once(
 
     Raises:
         WrongUse: ``output_differs`` if a stored part has another identity.
+        Damaged: ``result_damaged`` if a stored part cannot be read.
     """
     files = {part: folder / ROWS / f"{slug(f'{name} {part}')}.json" for part in parts}
     found = {part: _earlier(file, identity) for part, file in files.items() if file.exists()}
@@ -91,34 +88,29 @@ def measure_parts_once(
 
 
 def _earlier(file: Path, identity: Sequence[Any]) -> dict[str, Any]:
-    earlier: dict[str, Any] = json.loads(file.read_text())
-    if earlier["key"] != list(identity):
+    try:
+        earlier = json.loads(file.read_bytes())
+        key, found = earlier["key"], dict(earlier["found"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise Damaged(
+            "result_damaged",
+            f"{file} is damaged: {type(error).__name__}: {error}.",
+            "Delete it and run the same command again: it is measured anew, and the other rows are kept.",
+        ) from error
+    if key != list(identity):
         raise WrongUse(
             "output_differs",
             f"{file} was measured on other data, with other weights or another --limit.",
             "Name another --output.",
         )
-    found: dict[str, Any] = earlier["found"]
     return found
 
 
 @contextmanager
 def shown_progress(console: Console, name: str, unit: str) -> Iterator[Progress]:
-    """Show progress: a status line on a terminal, or a log line every ``LOG_EVERY_S`` seconds."""
+    """Name a measurement, and show its progress."""
     console.print(f"[bold]{name}[/bold]", highlight=False)
-    began = last = time.monotonic()
-    with console.status(name) as status:
-
-        def report(done: int, total: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            left = duration((now - began) / done * (total - done))
-            text = f"{name}: {done:,} of {total:,} {unit}, about {left} left"
-            status.update(text)
-            if not console.is_terminal and now - last >= LOG_EVERY_S:
-                last = now
-                console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)
-
+    with counted(console, name, unit) as report:
         yield report
 
 

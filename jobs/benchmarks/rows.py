@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.metrics.names import percent
+
 
 def interval(values: Sequence[float]) -> dict[str, Any]:
     """Mean of several runs with its 95 % confidence interval (Student's t).
@@ -99,13 +101,13 @@ def claim(
     elif high < min(0.0, margin):
         verdict = "; the opposite holds"
     elif low > 0:
-        verdict = f"; better, but not certainly by {margin:g}"
+        verdict = f"; better, but not certainly by {percent(margin)} points"
     else:
         verdict = "; no significant difference"
     return {
         "claim": text,
         "source": source,
         "shows": low > margin,
-        "detail": f"{gaps['mean']:+.3f} {unit} (95 % {low:+.3f} to {high:+.3f}, {len(gaps['runs'])} seeds)"
-        f"{verdict}",
+        "detail": f"{percent(gaps['mean'], sign=True)} points of {unit} (95 % {percent(low, sign=True)} to "
+        f"{percent(high, sign=True)}, {len(gaps['runs'])} seeds){verdict}",
     }

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from models.errors import FailedWork, MaskMillError
+from models.errors import FailedWork, MaskMillError, WrongUse, did_you_mean
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.registry import DATASETS, open_dataset
 
@@ -65,6 +65,21 @@ def open_root(request: Request, name: str, *, usual_split: str | None = None) ->
     return open_dataset(name, root=root or None, split=split or usual_split)
 
 
+def check_rows(request: Request, titles: Sequence[str]) -> None:
+    """Refuse a ``--row`` that selects none of the rows.
+
+    Raises:
+        WrongUse: ``wrong_use``.
+    """
+    for part in request.rows:
+        if not any(part in title for title in titles):
+            raise WrongUse(
+                "wrong_use",
+                f"--row {part}: no row has this in its name.",
+                f"{did_you_mean(part, titles)}Rows: {'; '.join(titles)}.",
+            )
+
+
 def needs_root(name: str) -> str:
     """The option that provides a missing dataset."""
     return f"{DATASETS[name].source.title}: --root {name}=DIR"
@@ -77,7 +92,7 @@ def random_weights(settings: Mapping[str, Any]) -> bool:
 
 def why_not_measured(error: MaskMillError) -> str:
     """The reason to print in a row. Re-raises errors that a second run could resolve."""
-    if isinstance(error, FailedWork) or error.code == "output_differs":
+    if isinstance(error, FailedWork) or error.code in ("output_differs", "result_damaged"):
         raise error
     return f"{error.code}: {error.message}"
 

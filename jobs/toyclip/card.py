@@ -19,6 +19,7 @@ from models.labelmap import label_map
 from models.maskclip import MaskClip
 from models.settings import MaskClipSettings
 from pipeline.metrics.confusion import confusion_matrix, iou_per_class
+from pipeline.metrics.names import percent
 from pipeline.toyworld import phrases as toyphrases
 from pipeline.toyworld import scenes as toyworld
 
@@ -33,9 +34,9 @@ _HEADS = (
     " paper describes MaskCLIP). The head `maskclip` keeps the block's residual and MLP, as the reference"
     " code does. The unmodified tokens (`plain`) are worse than those of a CLIP trained the usual way. Read"
     " the gaps between the heads with that in mind.",
-    "Tried, and worse for the head `maskclip` at 128 px: phases of 800, 300 and 200 steps (0.36); patch"
-    " dropout 0.85 throughout (0.27); the token swap without the last phase (0.35); 600 steps in the last"
-    " phase (0.38); the mean of the dense features as the picture's embedding (0.22). The goal of 0.60 for"
+    "Tried, and worse for the head `maskclip` at 128 px: phases of 800, 300 and 200 steps (36 %); patch"
+    " dropout 0.85 throughout (27 %); the token swap without the last phase (35 %); 600 steps in the last"
+    " phase (38 %); the mean of the dense features as the picture's embedding (22 %). The goal of 60 % for"
     " this head was missed.",
 )
 
@@ -154,9 +155,9 @@ def _measured(scores: Scores, *, seed: int, scenes: int) -> list[str]:
     heads = [f"`{head}`" for head in scores.iou]
     sizes = list(next(iter(scores.iou.values())))
     first = sizes[0]
-    means = [[f"{np.mean(by_size[size]):.3f}" for size in sizes] for by_size in scores.iou.values()]
+    means = [[percent(float(np.mean(by_size[size]))) for size in sizes] for by_size in scores.iou.values()]
     classes = [
-        [name, *(f"{by_size[first][row]:.3f}" for by_size in scores.iou.values()), f"{scores.auc[row]:.3f}"]
+        [name, *(percent(by_size[first][row]) for by_size in scores.iou.values()), percent(scores.auc[row])]
         for row, name in enumerate(toyworld.CLASSES)
     ]
     return [
@@ -165,19 +166,19 @@ def _measured(scores: Scores, *, seed: int, scenes: int) -> list[str]:
         f" prompt templates `{TEMPLATES}`.",
         f"Class token, {first} px: the best-scoring class is in the picture in {scores.top1:.1%} of the"
         f" scenes; of the k classes a scene shows, {scores.recall:.1%} are among its k best; mean ROC AUC of"
-        f" presence {np.mean(scores.auc):.3f} (lowest {min(scores.auc):.3f}).",
-        f"Label maps, mean IoU over {len(classes)} classes, all of them candidates in every scene; `plain`"
-        " are the patch tokens of the unmodified CLIP:",
+        f" presence {percent(float(np.mean(scores.auc)))} % (lowest {percent(min(scores.auc))} %).",
+        f"Label maps, mean IoU in percent over {len(classes)} classes, all of them candidates in every scene;"
+        " `plain` are the patch tokens of the unmodified CLIP:",
         _table(
             ["head", *(f"{size} px" for size in sizes)],
             [[h, *row] for h, row in zip(heads, means, strict=True)],
         ),
-        f"IoU per class, {first} px, and ROC AUC of the class token:",
+        f"IoU per class, {first} px, and ROC AUC of the class token, in percent:",
         _table(["class", *heads, "class token AUC"], classes),
         f"Words without a class name, `maskclip` head, {first} px: how often a grid cell that the words"
-        " describe outranks one that they do not (ROC AUC, 0.5 is chance; colours are judged by the hue of"
-        " the cell's mean colour):",
-        _table(["prompt", "AUC"], [[phrase, f"{value:.3f}"] for phrase, value in scores.words.items()]),
+        " describe outranks one that they do not (ROC AUC in percent, 50 is chance; colours are judged by"
+        " the hue of the cell's mean colour):",
+        _table(["prompt", "AUC"], [[phrase, percent(value)] for phrase, value in scores.words.items()]),
     ]
 
 

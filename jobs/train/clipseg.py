@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
-from jobs.options import FLAT, Settings, Truth, comma_separated, refuse_missing_file
+from jobs.options import FLAT, Maybe, Settings, Truth, comma_separated, refuse_missing_file
 from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, run_training
 from models.errors import WrongUse
 from pipeline.datasets.base import Dataset
@@ -68,12 +68,12 @@ class TrainClipSeg:
 
     recipe: str = "clipseg-phrasecut-plus"
     settings: Settings = ()
-    labels: str | None = None
-    ontology: str | None = None
+    labels: Maybe[str] = None
+    ontology: Maybe[str] = None
     data: Annotated[Truth, FLAT] = field(default_factory=Truth)
-    scenes: int | None = None
-    unseen: str | None = None
-    start: str | None = None
+    scenes: Maybe[int] = None
+    unseen: Maybe[str] = None
+    start: Maybe[str] = None
     options: Annotated[TrainOptions, FLAT]
 
     def run(self, console: Console | None = None) -> int:
@@ -219,8 +219,7 @@ def prepare(
             write_clipseg_page, samples=samples, seed=recipe.loop.seed, commands=commands
         ),
         commands=commands,
-        # With its CLIP the model is large, so it is copied into MLflow only on request.
-        log_model=functools.partial(_log_model, options) if options.register else None,
+        log_model=functools.partial(_log_model, options),
     )
 
 
@@ -275,7 +274,7 @@ def _finish(
     return Finished(lines, metrics, artifacts)
 
 
-def _log_model(options: TrainOptions, run_id: str, register_as: str | None) -> str:
+def _log_model(options: TrainOptions, run_id: str, register_as: str) -> str:
     from pipeline.serving.flavours.clipseg import log_clipseg
     from pipeline.tracking.destination import connect, resolve_uri
 

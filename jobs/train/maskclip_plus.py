@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from rich.console import Console
 
-from jobs.options import FLAT, Settings, Truth, comma_separated, refuse_missing_file
+from jobs.options import FLAT, Maybe, Settings, Truth, comma_separated, refuse_missing_file
 from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, run_training
-from models.errors import WrongUse
+from models.errors import WrongUse, did_you_mean
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.zeroshot import SPLITS
 from pipeline.files.versions import versions
@@ -63,8 +63,8 @@ class TrainMaskClipPlus:
     labels: str
     recipe: str = "maskclip-plus-voc20"
     settings: Settings = ()
-    ontology: str | None = None
-    unseen: str | None = None
+    ontology: Maybe[str] = None
+    unseen: Maybe[str] = None
     data: Annotated[Truth, FLAT] = field(default_factory=Truth)
     options: Annotated[TrainOptions, FLAT]
 
@@ -295,7 +295,8 @@ def unseen_ids(unseen: Sequence[str], ontology: Ontology) -> tuple[int, ...]:
         raise WrongUse(
             "ontology_invalid",
             f"Of the unseen classes, {', '.join(absent)} are not among those to train with.",
-            f"Known: {', '.join(ontology.names[:30])}; or a zero-shot split: {', '.join(SPLITS)}.",
+            f"{did_you_mean(absent[0], [*ontology.names, *SPLITS])}Known: {', '.join(ontology.names[:30])}; "
+            f"or a zero-shot split: {', '.join(SPLITS)}.",
         )
     return tuple(sorted({ontology.names.index(name) for name in unseen}))
 
@@ -424,7 +425,7 @@ def student_state(checkpoint: Checkpoint, *, keep_average: bool) -> Mapping[str,
     return checkpoint.module
 
 
-def _log_model(options: TrainOptions, run_id: str, register_as: str | None) -> str:
+def _log_model(options: TrainOptions, run_id: str, register_as: str) -> str:
     from pipeline.serving.flavours.student import log_student
     from pipeline.tracking.destination import connect, resolve_uri
 

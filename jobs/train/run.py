@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from jobs.console import TrainDisplay, duration, stderr_console
-from jobs.options import Address, SystemMetrics, Tracking, Verbose
+from jobs.console import TrainDisplay, duration, stderr_console, timed
+from jobs.options import Address, Flag, Maybe, SystemMetrics, Tracking, Verbose
 from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
 from pipeline.files.storage import Storage, open_storage
 from pipeline.report.training_page import PAGE
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from pipeline.training.loop.settings import LoopSettings
 
 INTERRUPTED = 130
+COPYING = "copying the model into MLflow"
 _NEVER_LOGGED = "model_unsupported"
 """Error code of a model that MLflow cannot store, so that retrying is pointless."""
 PACKAGES = (
@@ -65,14 +67,14 @@ class TrainOptions:
             cluster it must be reachable from all nodes.
         workers: training processes; default: one per GPU, or this process alone.
         overwrite: delete the run in --output and start over.
-        register: register the model in MLflow under this name, as challenger; CLIPSeg models are large and
-            are only copied into MLflow with this option.
+        register: register the model in MLflow under this name, as challenger; without it, no model is copied
+            into MLflow.
     """
 
     output: str
-    workers: int | None = None
-    overwrite: bool = False
-    register: str | None = None
+    workers: Maybe[int] = None
+    overwrite: Flag = False
+    register: Maybe[str] = None
     tracking: Tracking = None
     system_metrics: SystemMetrics = False
     address: Address = None
@@ -96,7 +98,7 @@ class Prepared:
         write_pages: given the local folder of a finished run and the lines of its ``metrics.jsonl``, writes
             ``PAGE`` and its pictures there, ``PAGE`` last, and returns the files.
         commands: commands that use the result, by purpose.
-        log_model: logs the result to MLflow, given (run id, registry name or None); None logs nothing.
+        log_model: copies the result into MLflow, given run id and registry name; None if it cannot be.
         fallback: error code after which the newest milestone still yields a result.
     """
 
@@ -110,7 +112,7 @@ class Prepared:
     finish: Callable[[Checkpoint, Mapping[str, Any]], Finished]
     write_pages: Callable[[Path, list[Mapping[str, Any]]], Sequence[str]]
     commands: Mapping[str, str]
-    log_model: Callable[[str, str | None], str] | None = None
+    log_model: Callable[[str, str], str] | None = None
     fallback: str = ""
 
 
@@ -159,7 +161,9 @@ def run_training(
         raise WrongUse(
             "wrong_use", f"--workers {options.workers} is not a number of processes.", "Give 0 or more."
         )
-    tracker = open_tracker(options.tracking, system_metrics=options.system_metrics)
+    tracker = open_tracker(
+        options.tracking, system_metrics=options.system_metrics, waiting=functools.partial(timed, console)
+    )
     if options.register and not tracker.on:
         raise WrongUse(
             "wrong_use",
@@ -169,7 +173,7 @@ def run_training(
     storage = open_storage(options.output)
     on_cluster = bool(options.address or os.environ.get("RAY_ADDRESS"))
     _refuse_foreign(storage, result_file, own_entries)
-    with console.status("reading weights and labels"):
+    with timed(console, "reading weights and labels"):
         prepared = prepare()
     with Lease.acquire(storage, on_lost=_abandon, cluster=on_cluster) as lease:
         _refuse_foreign(storage, result_file, own_entries)
@@ -209,7 +213,8 @@ def _already_finished(
         from pipeline.training.loop.driver import METRICS_FILE
 
         if storage.exists(METRICS_FILE):
-            pages, messages = write_pages(prepared, storage)
+            with timed(console, "writing the page"):
+                pages, messages = write_pages(prepared, storage)
             lines = [
                 f"The training in {storage.uri} is finished ({result_file}); its page was missing.",
                 *messages,
@@ -228,7 +233,8 @@ def _already_finished(
     if options.register and prepared.log_model is not None:
         with tracker:
             _begin_tracking(tracker, kind, options, prepared, storage, workers=None)
-            lines += log_model(prepared.log_model, tracker, options.register)
+            with timed(console, COPYING):
+                lines += log_model(prepared.log_model, tracker, options.register)
     else:
         lines.append("Name another --output for another run, or train anew with --overwrite.")
     console.print("\n".join(lines), soft_wrap=True, highlight=False)
@@ -254,13 +260,14 @@ def _run(
                 f"{outcome.message[:1].upper()}{outcome.message[1:]}.", soft_wrap=True, highlight=False
             )
             return INTERRUPTED
-        lines = _finish(prepared, outcome, error, options, storage, tracker)
+        trained_s = time.monotonic() - began
+        lines = _finish(prepared, outcome, error, options, storage, tracker, console)
         if error is not None:
             console.print("\n".join(lines), highlight=False, soft_wrap=True)
             raise error
     assert outcome is not None
     speed = f" ({outcome.samples_per_second:.1f} samples/s)" if outcome.samples_per_second else ""
-    summary = [f"Trained {outcome.step:,} steps in {duration(time.monotonic() - began)}{speed}"]
+    summary = [f"Trained {outcome.step:,} steps in {duration(trained_s)}{speed}"]
     if outcome.resumed:
         summary.append(f"  resumed from step {outcome.resumed:,}")
     if outcome.data_wait is not None and outcome.data_wait > 0.1:
@@ -370,6 +377,7 @@ def _finish(
     options: TrainOptions,
     storage: Storage,
     tracker: Tracker,
+    console: Console,
 ) -> Sequence[str]:
     """Write the result from the last checkpoint, or after ``error`` from the last milestone."""
     store = CheckpointStore(storage)
@@ -394,14 +402,17 @@ def _finish(
         except BrokenCheckpoint:
             raise error from None
         facts = {"iterations": checkpoint.step, "stopped": f"{error.code}: {error.message}"}
-    finished = prepared.finish(checkpoint, facts)
-    pages, messages = write_pages(prepared, storage, overwritten=options.overwrite)
+    with timed(console, "writing the model"):
+        finished = prepared.finish(checkpoint, facts)
+    with timed(console, "writing the page"):
+        pages, messages = write_pages(prepared, storage, overwritten=options.overwrite)
     tracker.log_metrics({f"final/{key}": value for key, value in finished.metrics.items()}, checkpoint.step)
     for path in (*pages, *finished.artifacts):
         tracker.log_artifact(path)
     lines = [*finished.lines, *messages]
-    if prepared.log_model is not None and tracker.on:
-        lines += log_model(prepared.log_model, tracker, options.register)
+    if prepared.log_model is not None and options.register and tracker.on:
+        with timed(console, COPYING):
+            lines += log_model(prepared.log_model, tracker, options.register)
     width = max(len(purpose) for purpose in prepared.commands) + 2
     return [*lines, *(f"{purpose + ':':{width}}{command}" for purpose, command in prepared.commands.items())]
 
@@ -435,12 +446,10 @@ def _read(store: CheckpointStore, step: int) -> Checkpoint:
         ) from damage
 
 
-def log_model(
-    log_model: Callable[[str, str | None], str], tracker: Tracker, register_as: str | None
-) -> list[str]:
-    """Log the model to MLflow if it answers: a dead server must not cost the user a trained model."""
+def log_model(log_model: Callable[[str, str], str], tracker: Tracker, register_as: str) -> list[str]:
+    """Copy the model into MLflow if it answers: a dead server must not cost the user a trained model."""
     run_id = tracker.wait_for_run(30)
-    again = f"; once it is back: the same command with --register {register_as}" if register_as else ""
+    again = f"; once it is back: the same command with --register {shlex.quote(register_as)}"
     if run_id is None:
         return [f"  not in MLflow  the server does not answer{again}"]
     try:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from models.errors import WrongUse
+from models.errors import WrongUse, did_you_mean
 
 
 def _read() -> dict[str, tuple[str, ...]]:
@@ -30,8 +29,7 @@ def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(templates, str):
         if templates in TEMPLATE_SETS:
             return TEMPLATE_SETS[templates]
-        near = difflib.get_close_matches(templates, TEMPLATE_SETS, n=3, cutoff=0.4)
-        hint = f"Did you mean {' or '.join(near)}? " if near else ""
+        hint = did_you_mean(templates, TEMPLATE_SETS, most=3, cutoff=0.4)
         raise WrongUse(
             "templates_invalid",
             f"There is no template set named {templates!r}.",

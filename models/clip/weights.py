@@ -13,7 +13,6 @@ at once wherever the spec alone decides.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -24,14 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.clip import toy as toyclip
-from models.errors import Damaged, MaskMillError, WrongUse
+from models.errors import Damaged, MaskMillError, WrongUse, did_you_mean
 from models.hub import (
     HF_CONFIG_NAME,
     HF_SAFE_WEIGHTS_NAME,
     HF_WEIGHTS_NAME,
     download,
-    hub_cache_folder,
+    hub_file,
     in_hub_cache,
+    put_into,
 )
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ SUPPORTED = (
 )
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-_NO_DOWNLOAD = "Without any download: model toyclip, pretrained bundled."
+_NO_DOWNLOAD = "To try MaskMill without a download, use the bundled toy: --recipe toy."
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
 
 
@@ -316,23 +316,23 @@ def _fetch_tag(name: str, pretrained: str, tag: dict[str, Any], cache: str | Non
         cached = in_hub_cache(repository, file or HF_WEIGHTS_NAME, cache)
         if cached:
             return cached
-        place = (
-            f"https://huggingface.co/{repository} ({file or f'{HF_SAFE_WEIGHTS_NAME} or {HF_WEIGHTS_NAME}'})"
-        )
-        store = cache or hub_cache_folder()
+        file = file or HF_SAFE_WEIGHTS_NAME
+        urls = [hub_file(repository, file)]
+        put = ""
     else:
-        place, store = tag["url"], cache or os.path.expanduser("~/.cache/clip")
-        cached = Path(store) / os.path.basename(tag["url"])
+        urls, store = [tag["url"]], cache or os.path.expanduser("~/.cache/clip")
+        file = os.path.basename(tag["url"])
+        cached = Path(store) / file
         if cached.is_file() and cached.stat().st_size:
             # open_clip would hash the whole file on every start; the fingerprint hashes it once.
             return cached
+        put = f"Copy it here, and put it where the same command finds it:\n{put_into(store, file)}"
+    named = f"{'Or leave it anywhere' if put else 'Copy it here'}, and add to the command:"
     return download(
         lambda: open_clip.download_pretrained(tag, cache_dir=cache),
-        place,
-        store,
+        urls,
         f"{name} {pretrained}",
-        "pass the file's path as pretrained",
-        otherwise=_NO_DOWNLOAD,
+        f"{put}{named}\n  --set pretrained={file}\n{_NO_DOWNLOAD}",
     )
 
 
@@ -344,21 +344,23 @@ def _from_hub(model: str, repository: str, pretrained: str | None, cache: str | 
 
         return download_pretrained_from_hf(repository, filename=file, cache_dir=cache)
 
-    page, store = f"https://huggingface.co/{repository}", cache or hub_cache_folder()
-    use = f"put it into a folder, with {HF_CONFIG_NAME} beside the weights, and name it as local-dir:FOLDER"
+    urls = [hub_file(repository, file) for file in (HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME)]
+    folder = repository.rpartition("/")[2]
+    use = (
+        f"Copy both here, into one folder:\n{put_into(folder, HF_CONFIG_NAME)}"
+        f"{put_into(folder, HF_SAFE_WEIGHTS_NAME)}"
+        f"Then add to the command:\n  --set model=local-dir:{folder} --set pretrained=null\n{_NO_DOWNLOAD}"
+    )
     settings_path = in_hub_cache(repository, HF_CONFIG_NAME, cache) or download(
-        lambda: fetch(HF_CONFIG_NAME),
-        f"{page} ({HF_CONFIG_NAME})", store, model, use, otherwise=_NO_DOWNLOAD,
-    )  # fmt: skip
+        lambda: fetch(HF_CONFIG_NAME), urls, model, use
+    )
     settings = _settings(settings_path)
     check_supported(model, settings["model_cfg"])
     path = None
     if seed is None:
         path = in_hub_cache(repository, HF_WEIGHTS_NAME, cache) or download(
-            lambda: fetch(None),
-            f"{page} ({HF_SAFE_WEIGHTS_NAME} or {HF_WEIGHTS_NAME})", store, model, use,
-            otherwise=_NO_DOWNLOAD,
-        )  # fmt: skip
+            lambda: fetch(None), urls, model, use
+        )
     return _from_settings(model, pretrained, settings, path, seed)
 
 
@@ -432,8 +434,7 @@ def _from_settings(
 
 
 def _near(word: str, words: list[str]) -> str:
-    near = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
-    return f"Did you mean {' or '.join(near)}? " if near else ""
+    return did_you_mean(word, words, most=3, cutoff=0.5)
 
 
 # --- reading ------------------------------------------------------------------------------------------------

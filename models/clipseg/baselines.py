@@ -223,7 +223,7 @@ def _timm_tower(name: str, weights: str) -> Any:
                 "weights_missing",
                 f"timm's weights of {name} are not on this machine and could not be fetched: "
                 f"{str(error).splitlines()[0] if str(error) else type(error).__name__}.",
-                "Fetch them on another machine and pass the file's path as weights.",
+                "Fetch them on another machine, copy the file here, and add: --set tower_weights=FILE.",
             ) from error
     elif kind == "random" and seed.isdigit():
         with torch.random.fork_rng(devices=[]):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.errors import WrongUse
+from models.errors import WrongUse, did_you_mean
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
 
 BLUR_KERNEL = 15
@@ -123,7 +123,7 @@ def visual_prompt(
         raise WrongUse(
             "setting_invalid",
             f"There is no visual prompt {mode!r}.",
-            f"Use one of {', '.join(MODES)}.",
+            f"{did_you_mean(mode, MODES)}Use one of {', '.join(MODES)}.",
         )
     if mode == "blur_highlight_random":
         prompts = [_random_highlight(generator) for _ in images]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.clip.weights import read_state
 from models.errors import WrongUse
-from models.hub import HUB, hub_cache_folder, in_hub_cache, reachable
+from models.hub import HUB, fetch_by_hand, hub_file, in_hub_cache, reachable
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ def load_weights(backbone: nn.Module, name: str, source: str | Path) -> None:
         raise WrongUse(
             "weights_missing",
             f"There is no weights file {path}.",
-            "Check the path; or write imagenet to fetch ImageNet weights, none to start from random ones.",
+            "Check the path. --set backbone_weights=imagenet fetches ImageNet weights, and "
+            "--set backbone_weights=none starts from random ones.",
         )
     state = _timm_names(read_state(path))
     own = backbone.state_dict()
@@ -176,7 +177,8 @@ def _imagenet_file(name: str) -> Path:
         raise WrongUse(
             "weights_missing",
             f"There are no ImageNet weights of the backbone {name}.",
-            f"Write none to train it from scratch, or use one of {', '.join(PRETRAINED)}.",
+            "Train it from scratch with --set backbone_weights=none, or use another one: "
+            f"--set student.backbone={next(iter(PRETRAINED))} (or {', '.join([*PRETRAINED][1:])}).",
         )
     known = PRETRAINED[name]
     cached = in_hub_cache(known.repository, _HUB_FILE)
@@ -190,13 +192,20 @@ def _imagenet_file(name: str) -> Path:
             return Path(hf_hub_download(known.repository, _HUB_FILE))
         except Exception as error:  # each HTTP library underneath raises its own exceptions
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    files = " or ".join((f"https://{HUB}/{known.repository} ({_HUB_FILE})", *known.files))
+    file = known.files[0].rpartition("/")[2]
     raise WrongUse(
         "weights_missing",
         f"The ImageNet weights of {name} are not on this machine and could not be fetched: {reason}.",
-        f"Get {files} on another machine and name the file in place of imagenet; or copy that machine's "
-        f"{hub_cache_folder()} to the same place here. To start from random weights, write none.",
+        f"{fetch_by_hand(known.files[:1])}Copy it here, and add to the command:\n"
+        f"  --set backbone_weights={file}\n"
+        f"{_also(known)}To start from random weights: --set backbone_weights=none.",
     )
+
+
+def _also(known: _Pretrained) -> str:
+    """The other places of the same kind of weights."""
+    others = [hub_file(known.repository, _HUB_FILE), *known.files[1:]]
+    return f"These fit as well: {', '.join(others)}.\n"
 
 
 _HEADS = re.compile(r"(fc|head|classifier|decode_head|auxiliary_head)\.")

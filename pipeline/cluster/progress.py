@@ -1,9 +1,17 @@
-"""Progress of a labelling run."""
+"""Progress of a run, and the time that it still takes."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+WINDOW_S = 60.0
+"""Recent work that an estimate of the time left is based on."""
+WARM_UP_S = 10.0
+"""Work before there is an estimate."""
+LEAST_REPORTS = 5
+"""Reports before there is an estimate, and in its window: work arrives in pieces of different sizes."""
 
 
 @dataclass(frozen=True)
@@ -58,3 +66,44 @@ class Progress:
             label_s=self.label_s + label_s,
             encode_s=self.encode_s + encode_s,
         )
+
+
+class TimeLeft:
+    """Estimates the time left from the work of the last minute, leaving out the start.
+
+    The first report only marks the start of the work: what came before it (loading, compiling, the earlier
+    steps of a resumed run) says nothing about the speed.
+
+    Args:
+        total: amount of work.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._began: float | None = None
+        self._count = 0
+        self._reports: deque[tuple[float, int]] = deque()
+
+    def update(self, done: int, at_s: float) -> None:
+        """Take note that ``done`` of the work was done at a time, in seconds of any clock."""
+        if self._reports and done < self._reports[-1][1]:
+            self._began, self._count = None, 0  # work is repeated after a restart
+            self._reports.clear()
+        if self._reports and done == self._reports[-1][1]:
+            return
+        if self._began is None:
+            self._began = at_s
+        self._count += 1
+        self._reports.append((at_s, done))
+        while len(self._reports) > LEAST_REPORTS and self._reports[1][0] <= at_s - WINDOW_S:
+            self._reports.popleft()
+
+    def seconds(self, now_s: float) -> float | None:
+        """Seconds left at a time; None during the warm-up and when the work is done."""
+        if self._began is None or self._count < LEAST_REPORTS:
+            return None
+        (first_s, first), (last_s, last) = self._reports[0], self._reports[-1]
+        if last >= self._total or last_s - self._began < WARM_UP_S:
+            return None
+        rate = (last - first) / (last_s - first_s)
+        return max(0.0, (self._total - last) / rate - (now_s - last_s))

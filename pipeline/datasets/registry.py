@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from models.errors import WrongUse
+from models.errors import WrongUse, did_you_mean
 from pipeline.datasets import (
     ade20k,
     cityscapes,
@@ -125,10 +124,10 @@ def open_dataset(
             ``dataset_incomplete``; ``dataset_invalid``.
     """
     if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
         raise WrongUse(
-            "dataset_unknown", f"There is no dataset {name!r}.", f"{hint}Known: {', '.join(DATASETS)}."
+            "dataset_unknown",
+            f"There is no dataset {name!r}.",
+            f"{did_you_mean(name, DATASETS)}Known: {', '.join(DATASETS)}.",
         )
     info = DATASETS[name]
     unknown = [option for option in options if option not in info.options]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from models.errors import WrongUse
+from models.errors import WrongUse, did_you_mean
 from pipeline.ontology.ontology import load_ontology
 
 
@@ -100,5 +100,9 @@ def zero_shot_split(name: str) -> ZeroShotSplit:
         MaskMillError: ``wrong_use`` for an unknown name.
     """
     if name not in SPLITS:
-        raise WrongUse("wrong_use", f"There is no zero-shot split {name!r}.", f"Known: {', '.join(SPLITS)}.")
+        raise WrongUse(
+            "wrong_use",
+            f"There is no zero-shot split {name!r}.",
+            f"{did_you_mean(name, SPLITS)}Known: {', '.join(SPLITS)}.",
+        )
     return SPLITS[name]

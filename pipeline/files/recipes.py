@@ -1,8 +1,8 @@
 """Recipes: settings by name or from YAML, changed by ``key=value``, and validated once.
 
 A recipe may hold settings of its parts (``loop``). Their fields are written ``loop.iterations``, or just
-``iterations`` if no other part has a field of that name. Changing ``iterations`` changes in proportion what is
-marked with ``Steps`` (phases, warm-up, intervals), unless that is set as well.
+``iterations`` if no other part has a field of that name. What is marked with ``Steps`` (phases, warm-up,
+intervals) follows ``iterations`` in proportion when that is changed, unless it is set as well.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import yaml
 
-from models.errors import MaskMillError, WrongUse
-from models.settings import NEUTRAL, Settings, Steps, knobs, value_at
+from models.errors import MaskMillError, WrongUse, did_you_mean
+from models.settings import NEUTRAL, Settings, Steps, as_written, knobs, value_at
 
 
 class Recipe(Settings):
@@ -40,7 +40,7 @@ class Recipe(Settings):
         """The result-changing fields that differ from ``recorded``, as ``images.scale: … there, … here``."""
         theirs = recorded.effective()
         return [
-            f"{name}: {theirs.get(name)!r} there, {value!r} here"
+            f"{name}: {as_written(theirs.get(name))} there, {as_written(value)} here"
             for name, value in self.effective().items()
             if theirs.get(name) != value
         ]
@@ -155,12 +155,11 @@ class RecipeBook(Generic[R]):
             return self.recipes[name_or_path].to_dict()
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml"):
-            near = difflib.get_close_matches(name_or_path, self.recipes, n=1)
-            hint = f"Did you mean {near[0]}? " if near else ""
             raise WrongUse(
                 "recipe_invalid",
                 f"There is no recipe {name_or_path!r}.",
-                f"{hint}Known: {', '.join(self.recipes)}; or give a YAML file.",
+                f"{did_you_mean(name_or_path, self.recipes)}Known: {', '.join(self.recipes)}; "
+                "or give a YAML file.",
             )
         try:
             written = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -181,7 +180,7 @@ class RecipeBook(Generic[R]):
             raise WrongUse(
                 "recipe_invalid",
                 f"{path}: base {base!r} is not a recipe.",
-                f"Known: {', '.join(self.recipes)}.",
+                f"{did_you_mean(str(base), self.recipes)}Known: {', '.join(self.recipes)}.",
             )
         fields = self.recipes[base].to_dict() | {"name": path.stem}
         return self._changed(fields, self._by_path(written, where=str(path)))
@@ -222,7 +221,7 @@ class RecipeBook(Generic[R]):
                 "recipe_invalid", f"{where}: {key!r} can be {' or '.join(meant)}.", "Write which one."
             )
         words = {path.rpartition(".")[2]: path for path in self._paths}
-        near = difflib.get_close_matches(key.rpartition(".")[2], words, n=1)
+        near = difflib.get_close_matches(key.rpartition(".")[2].lower(), words, n=1)
         hint = f"Did you mean {words[near[0]]}? " if near else ""
         raise WrongUse(
             "recipe_invalid",

@@ -6,8 +6,8 @@ A run writes its complete recipe into its output. Start from a name (``--recipe 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -17,6 +17,9 @@ from models.settings import NEUTRAL, MaskClipSettings
 from pipeline.files.images import ImageSettings
 from pipeline.files.recipes import Recipe, RecipeBook
 from pipeline.labelling.clipseg.options import RELEASED, ClipSegOptions
+
+if TYPE_CHECKING:
+    from pipeline.ontology.ontology import Ontology
 
 
 class LabelRecipe(Recipe):
@@ -107,3 +110,15 @@ def table_recipe(record: Mapping[str, Any]) -> LabelRecipe:
     """
     recipe = recipe_from_dict(record["recipe"])
     return recipe.replace(precision=record["precision"])
+
+
+def templates_for(recipe: LabelRecipe, own: Ontology | None) -> str | Sequence[str]:
+    """The prompt templates for class names that come without any.
+
+    Args:
+        recipe: of the model.
+        own: the classes of a student.
+    """
+    if recipe.model == "toyclip":
+        return "toyworld"
+    return own.templates if own is not None else "openai85"

@@ -42,7 +42,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from models.errors import MaskMillError, WrongUse
+from models.errors import MaskMillError, WrongUse, did_you_mean
 from pipeline.files.storage import is_remote, refuse_secrets
 from pipeline.ontology.palette import BACKGROUND_GREY, palette
 
@@ -479,12 +479,11 @@ def load_ontology(source: str | Path) -> Ontology:
     builtin = str(source) in builtin_ontologies()
     path = _FOLDER / f"{source}.yaml" if builtin else Path(source).expanduser()
     if not path.is_file():
-        close = difflib.get_close_matches(str(source), builtin_ontologies(), n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
         raise WrongUse(
             "ontology_invalid",
             f"no ontology file or built-in set '{source}'",
-            f"Name a YAML file or one of: {', '.join(builtin_ontologies())}.{hint}",
+            f"{did_you_mean(str(source), builtin_ontologies())}"
+            f"Name a YAML file or one of: {', '.join(builtin_ontologies())}.",
         )
     return read_ontology_text(
         path.read_bytes(), origin=str(path), default_name=path.stem, folder=path.resolve().parent

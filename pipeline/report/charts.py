@@ -19,6 +19,8 @@ import numpy as np
 from markupsafe import Markup, escape
 from numpy.typing import NDArray
 
+from pipeline.metrics.names import percent
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -66,9 +68,10 @@ def reliability(bins: Sequence[Sequence[int]]) -> Markup:
         if not count:
             continue
         share, mean, left = correct / count, confidence / count / 255, (index + 0.003 * len(bins)) * width
+        ends = f"{100 * index * width:.0f} to {100 * (index + 1) * width:.0f} %"
         title = (
-            f"confidence {index * width:.2f} to {(index + 1) * width:.2f}: {share:.3f} correct at a "
-            f"mean confidence of {mean:.3f}, {100 * count / total:.1f} % of the pixels"
+            f"confidence {ends}: {percent(share)} % correct at a mean confidence of {percent(mean)} %, "
+            f"{percent(count / total)} % of the pixels"
         )
         bar: dict[str, Any] = {"width": 0.94 * width, "align": "edge", "clip_on": False}
         _name(upper.bar(left, share, color=ACCENT, alpha=0.3, **bar)[0], "fill", title)
@@ -76,11 +79,12 @@ def reliability(bins: Sequence[Sequence[int]]) -> Markup:
         _dot(upper, mean, share, title)
     _name(upper.plot([0, 1], [0, 1], color=INK, alpha=0.6, dashes=(4, 3), lw=1.25, clip_on=False)[0], "ideal")
     ticks = (0, 0.5, 1)
-    _frame(upper, (0, 1), (0, 1), ys=ticks)
+    _frame(upper, (0, 1), (0, 1), ys=ticks, percent_ys=True)
     _frame(lower, (0, 1), (0, 1), xs=ticks, ys=(0,))
+    lower.set_xticklabels([f"{100 * tick:g}" for tick in ticks])
     lower.set_yticklabels([""])
-    upper.set_ylabel("share correct", labelpad=4, color=SOFT, fontsize=_TEXT)
-    lower.set_xlabel("confidence", labelpad=3, color=SOFT, fontsize=_TEXT)
+    upper.set_ylabel("correct, %", labelpad=4, color=SOFT, fontsize=_TEXT)
+    lower.set_xlabel("confidence, %", labelpad=3, color=SOFT, fontsize=_TEXT)
     upper.text(0, -18 / 272, "pixels per bin", color=SOFT, fontsize=_TEXT, va="baseline")
     return _svg(
         figure, f"Reliability diagram of {len(bins)} bins: share of correct pixels against confidence"
@@ -99,6 +103,8 @@ def curve(
     bottom: float = 0.0,
 ) -> Markup:
     """One curve of a set of small multiples: with its intervals, and the other curves in grey behind it.
+
+    All values are fractions of 1, shown in percent.
 
     Args:
         points: points of this curve, by x.
@@ -129,15 +135,15 @@ def curve(
     for x, low, high in known:
         _line(axes, (x, x), (low, high), "whisker", color=ACCENT, lw=1.25)
     for p in points:
-        interval = "" if p.low is None or p.high is None else f" (95 % {p.low:.3f} to {p.high:.3f})"
-        _dot(axes, p.x, p.y, f"{p.x:g}: {p.y:.3f}{interval}")
+        within = "" if p.low is None or p.high is None else f" (95 %: {percent(p.low)} to {percent(p.high)})"
+        _dot(axes, p.x, p.y, f"{p.x:g}: {percent(p.y)} %{within}")
     for p in published:
-        title = f"published at {p.x:g}: {p.y:.3f}"
+        title = f"published at {p.x:g}: {percent(p.y)} %"
         square = _line(axes, (p.x, p.x), (p.y, p.y), "theirs", title, color=SECOND, lw=7)
         square.set_solid_capstyle("projecting")
     # Skip labels that would overlap.
     every = max(1, math.ceil(len(xs) * max(len(f"{x:g}") for x in xs) * 7 / width))
-    _frame(axes, ends, (bottom, top), xs=xs[::every], ys=(bottom, (bottom + top) / 2, top))
+    _frame(axes, ends, (bottom, top), xs=xs[::every], ys=(bottom, (bottom + top) / 2, top), percent_ys=True)
     return _svg(figure, label)
 
 
@@ -272,13 +278,14 @@ def _frame(
     *,
     xs: Sequence[float] = (),
     ys: Sequence[float] = (),
+    percent_ys: bool = False,
 ) -> None:
     """Set limits, tick labels and grid lines; no tick marks, as they would need page-wide unique ids."""
     for y in ys:
         _line(axes, x_ends, (y, y), "grid", color=LINE, lw=1, zorder=0)
     axes.set(xlim=x_ends, ylim=y_ends)
     axes.set_xticks(xs, [f"{x:g}" for x in xs])
-    axes.set_yticks(ys, [f"{y:.3g}" for y in ys])
+    axes.set_yticks(ys, [f"{100 * y if percent_ys else y:.3g}" for y in ys])
     axes.tick_params(bottom=False, left=False, colors=SOFT, labelsize=_TEXT, pad=5)
 
 

@@ -31,7 +31,7 @@ from pipeline.evaluation.results import (
 )
 from pipeline.files.images import ERROR_CODES, ImageError, decode
 from pipeline.files.storage import Storage
-from pipeline.metrics.names import metric_label
+from pipeline.metrics.names import metric_label, percent
 from pipeline.report import charts, comparison
 from pipeline.report.page import render, setting
 from pipeline.report.pictures import picture_uri
@@ -106,16 +106,14 @@ def _check_replaceable(path: Path) -> None:
 
 
 def number(value: float | None) -> str:
-    """Three decimals for shares, fewer for large numbers, a dash for None."""
-    if value is None:
-        return "–"
-    size = abs(value)
-    text = f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:,.0f}"
+    """A score in percent; what is above 1 is no share of anything and stays as it is; a dash for None."""
+    size = abs(value or 0.0)
+    text = percent(value) if size <= 1 else f"{value:.1f}" if size < 1000 else f"{value:,.0f}"
     return text.replace("-", "−")
 
 
 def difference(value: float) -> str:
-    """A number with its sign."""
+    """A difference of scores in points, with its sign."""
     return number(value) if value < 0 else f"+{number(value)}" if value > 0 else "±0"
 
 
@@ -515,7 +513,7 @@ def _curves(section: Section, metric: str, low: float, top: float) -> dict[str, 
             "chart": charts.curve(
                 points[name],
                 label=f"{metric_label(metric)} of {name}: "
-                + ", ".join(f"{p.y:.3f} at {p.x:g}" for p in points[name]),
+                + ", ".join(f"{percent(p.y)} % at {p.x:g}" for p in points[name]),
                 others=[other for key, other in points.items() if key != name],
                 references=levels,
                 published=told[name],

@@ -27,9 +27,10 @@ from pipeline.evaluation.tables import plan
 from pipeline.files import images
 from pipeline.files.storage import is_remote
 from pipeline.labelling.clipseg.model import THRESHOLD
+from pipeline.metrics.names import is_share, percent
 from pipeline.ontology.ontology import Ontology
 from pipeline.report import charts
-from pipeline.report.page import render, setting_rows
+from pipeline.report.page import render, setting, setting_rows
 from pipeline.report.pictures import (
     Found,
     colorize,
@@ -73,7 +74,7 @@ _STUDENT_CURVES = {
 }
 _CLIPSEG_CURVES = {
     "loss": "loss",
-    "iou": "IoU at 0.5, of the batches",
+    "iou": "IoU at p ≥ 0.5, of the batches",
     "learning_rate": "learning rate",
     "found": "share of pixels that are found",
     "gradient_norm": "gradient norm",
@@ -196,8 +197,8 @@ def _write(
 
 
 def thousands(count: Any) -> str:
-    """A number with thousands separators; anything else unchanged."""
-    return f"{count:,}" if isinstance(count, int) else str(count)
+    """A number with thousands separators; anything else as a setting."""
+    return f"{count:,}" if isinstance(count, int) and not isinstance(count, bool) else setting(count)
 
 
 def _tiles(page: TrainingPage) -> list[tuple[str, str]]:
@@ -259,13 +260,15 @@ def _gains(scores: Sequence[Score], names: Sequence[str]) -> list[dict[str, Any]
 def _curves(page: TrainingPage, lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     curves = []
     for key, title in page.curves.items():
+        scale, unit = (100.0, ", %") if is_share(key) else (1.0, "")
         points = [
-            charts.Point(float(line["step"]), float(line[key]))
+            charts.Point(float(line["step"]), scale * float(line[key]))
             for line in lines
             if isinstance(line.get(key), (int, float)) and math.isfinite(line[key])
         ]
         if len(points) > 1:
-            curves.append({"title": title, "chart": charts.trace(points, label=title, marks=page.marks)})
+            chart = charts.trace(points, label=title + unit, marks=page.marks)
+            curves.append({"title": title + unit, "chart": chart})
     return curves
 
 
@@ -312,7 +315,7 @@ def student_page(
         training=record.training,
         samples="crops",
         tiles=[
-            *((f"mIoU of the {score.name}", f"{100 * score.miou:.1f}") for score in scores),
+            *((f"mIoU of the {score.name}", f"{percent(score.miou)} %") for score in scores),
             ("student", ", ".join(parts)),
         ],
         cards=[_student_card(example, palette) for example in examples],
@@ -526,7 +529,7 @@ class Answer:
         if not there.any():
             answered = "found all the same" if found.any() else "rightly nothing found"
             return f"{asked}; not there, and {answered}"
-        return f"{asked}; IoU {(there & found).sum() / (there | found).sum():.2f}"
+        return f"{asked}; IoU {percent((there & found).sum() / (there | found).sum())} %"
 
     @property
     def share(self) -> float:
@@ -563,7 +566,7 @@ def clipseg_page(
         training=record.training,
         samples="samples",
         tiles=[
-            *([("IoU at 0.5, last batches", f"{100 * iou:.1f}")] if isinstance(iou, float) else []),
+            *([("IoU at p ≥ 0.5, last batches", f"{percent(iou)} %")] if isinstance(iou, float) else []),
             ("decoder", f"{config['reduce_dim']} wide, layers {' '.join(str(each) for each in layers)}"),
         ],
         cards=[_answer_card(answer) for answer in answers],

@@ -23,7 +23,7 @@ from pipeline.evaluation.results import (
     read_results,
 )
 from pipeline.files.storage import Storage
-from pipeline.metrics.names import PER_CLASS, metric_label
+from pipeline.metrics.names import PER_CLASS, metric_label, percent
 from pipeline.report.charts import save_confusion
 from pipeline.tracking.names import key_part, key_parts
 from pipeline.tracking.tracker import TrackedDataset, Tracker
@@ -103,7 +103,7 @@ def _log_evaluation(tracker: Tracker, result: EvaluationResult, temporary: Path)
         *_markdown(
             ("metric", "value"),
             (
-                (metric_label(key), f"{value:.4f}")
+                (metric_label(key), f"{percent(value)} %")
                 for key, value in result.metrics.items()
                 if value is not None
             ),
@@ -216,7 +216,7 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 def _published(result: EvaluationResult) -> Iterable[tuple[str | None, ...]]:
     for entry in result.published:
-        value = f"{entry.value:.4f}"
+        value = f"{percent(entry.value)} %"
         yield entry.method, metric_label(entry.metric), value, entry.protocol, entry.source
 
 

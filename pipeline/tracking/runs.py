@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from models.errors import FailedWork, MaskMillError, WrongUse
+from models.errors import FailedWork, MaskMillError, WrongUse, did_you_mean
 from pipeline.tracking.destination import (
     EXPERIMENT_PREFIX,
     FLUSH_TIMEOUT_S,
@@ -122,10 +121,11 @@ def _choose(runs: Sequence[TrackedRun], text: str) -> TrackedRun:
             f"Give more of it: {', '.join(run.id[:12] for run in starts[:5])}.",
         )
     if not starts:
-        close = difflib.get_close_matches(text, [run.name for run in runs], 3)
-        hint = f" Similar names: {', '.join(close)}." if close else ""
         raise WrongUse(
-            "run_unknown", f"There is no run {text!r}.{hint}", "List them with: maskmill runs --limit 100"
+            "run_unknown",
+            f"There is no run {text!r}.",
+            f"{did_you_mean(text, (run.name for run in runs), most=3)}"
+            "List them with: maskmill runs --limit 100",
         )
     return starts[0]
 
@@ -140,7 +140,10 @@ def _experiments(found: Mapping[str, str], wanted: str | None) -> list[str]:
     raise WrongUse(
         "run_unknown",
         f"There is no experiment {wanted!r}.",
-        f"There are: {', '.join(ours)}." if ours else "There are none of MaskMill's yet.",
+        f"{did_you_mean(wanted, (name.removeprefix(EXPERIMENT_PREFIX) for name in ours))}"
+        f"There are: {', '.join(ours)}."
+        if ours
+        else "There are none of MaskMill's yet.",
     )
 
 

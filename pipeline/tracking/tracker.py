@@ -40,6 +40,7 @@ from pipeline.tracking.sender import Deleted, Sender
 
 Kind = Literal["label", "evaluate", "benchmark", "train"]
 Status = Literal["FINISHED", "FAILED", "KILLED"]
+Waiting = Callable[[str], contextlib.AbstractContextManager[Any]]
 
 OFF = "off"
 FLUSH_COMMAND = "maskmill track --flush"
@@ -78,6 +79,7 @@ def open_tracker(
     system_metrics: bool = False,
     wait_s: float | None = None,
     say: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    waiting: Waiting = contextlib.nullcontext,
 ) -> Tracker:
     """Create a tracker; imports and contacts nothing.
 
@@ -87,6 +89,7 @@ def open_tracker(
         system_metrics: also record the load of this machine.
         wait_s: how long ``close`` may wait; None is ``WAIT_S`` or ``WAIT_SQLITE_S``.
         say: called with the one-line message of ``close``.
+        waiting: context in which ``close`` waits, given what for; shows and times it.
 
     Raises:
         WrongUse: ``tracking_uri``.
@@ -96,7 +99,7 @@ def open_tracker(
     resolved = resolve_uri(uri)
     if wait_s is None:
         wait_s = WAIT_S if sqlite_file(resolved) is None else WAIT_SQLITE_S
-    return Tracker(resolved, system_metrics=system_metrics, wait_s=wait_s, say=say)
+    return Tracker(resolved, system_metrics=system_metrics, wait_s=wait_s, say=say, waiting=waiting)
 
 
 class Tracker:
@@ -107,6 +110,7 @@ class Tracker:
         system_metrics: see ``open_tracker``.
         wait_s: see ``open_tracker``.
         say: see ``open_tracker``.
+        waiting: see ``open_tracker``.
     """
 
     def __init__(
@@ -116,11 +120,13 @@ class Tracker:
         system_metrics: bool = False,
         wait_s: float = WAIT_S,
         say: Callable[[str], None] = lambda line: None,
+        waiting: Waiting = contextlib.nullcontext,
     ) -> None:
         self._uri = uri
         self._system_metrics = system_metrics
         self._wait_s = wait_s
         self._say = say
+        self._waiting = waiting
         self._journal: Journal | None = None
         self._sender: Sender | None = None
         self._thread: threading.Thread | None = None
@@ -253,7 +259,8 @@ class Tracker:
         self._closing.set()
         self._ready.set()
         if self._thread is not None:
-            self._thread.join(self._wait_s)
+            with self._waiting("sending the run to MLflow"):
+                self._thread.join(self._wait_s)
         self._leave.set()
         if self._journal is not None or self._problems:
             self._say(self._line())

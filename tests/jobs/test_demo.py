@@ -21,8 +21,8 @@ def test_demo_labels_trains_evaluates_and_shows(
     small = ("--images", 16, "--test", 8, "--steps", 20)
     done = maskmill("demo", "--output", output, *small)
     assert done.returncode == 0, done.stderr
-    found = re.search(r"mIoU\W+(0\.\d+)\W+(0\.\d+)", done.stdout)
-    assert found and float(found[1]) > 0.45, done.stdout  # the teacher; chance is below 0.05
+    found = re.search(r"mIoU\W+(\d+\.\d)\W+(\d+\.\d)", done.stdout)
+    assert found and float(found[1]) > 45, done.stdout  # the teacher; chance is below 5 %
     page = output / "student" / "report.html"
     assert page.as_uri() in done.stdout and (output / "gallery.html").as_uri() in done.stdout
     text = page.read_text()

@@ -50,8 +50,8 @@ def test_the_list_is_plain_columns_where_there_is_no_terminal(uri: str) -> None:
     assert head == ["id", "kind", "name", "dataset", "key metrics", "status", "age", "command"]
     assert [(row[1], row[2], row[3], row[4], row[5]) for row in rows] == [
         ("label", "photos", "", "images_done 1,200, images_failed 3", "FAILED"),
-        ("evaluate", "ours", "toyworld", "miou 0.4412, ece 0.1", "FINISHED"),
-        ("evaluate", "plain", "toyworld", "miou 0.13, ece 0.1", "FINISHED"),
+        ("evaluate", "ours", "toyworld", "miou 44.1 %, ece 10.0 %", "FINISHED"),
+        ("evaluate", "plain", "toyworld", "miou 13.0 %, ece 10.0 %", "FINISHED"),
     ]
     assert all(len(row[0]) == 32 and row[6].endswith(" s") and row[7] for row in rows)
 
@@ -82,8 +82,8 @@ def test_compare_shows_what_differs_and_nothing_else(uri: str) -> None:
     assert lines[0][0] == "run" and lines[0][1] == f"plain ({first[:8]})"
     assert [line for line in lines[1:-1]] == [
         ["recipe.head", "plain", "maskclip", ""],
-        ["miou", "0.13", "0.4412", "+0.3112"],
-        ["iou/cat", "0.065", "0.2206", "+0.1556"],
+        ["miou", "13.0 %", "44.1 %", "+31.1 points"],
+        ["iou/cat", "6.5 %", "22.1 %", "+15.6 points"],
     ]
     assert lines[-1] == ["Different: 1 of 5 parameters, 2 of 3 metrics."]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.clip.heads import Dense, dense_encoder
 from models.clip.loading import Clip, load_clip
-from models.clip.text import TextClassifier
+from models.clip.text import TextClassifier, build_text_classifier
 from models.errors import MaskMillError
 from models.labelmap import label_map
 from models.maskclip import DENIED, MaskClip, key_smoothing, prompt_denoising
@@ -466,3 +466,16 @@ def test_the_unchanged_path_is_open_clips_own(model: str, request: pytest.Fixtur
         assert isinstance(clip.model, open_clip.CLIP)
         expected = clip.model.encode_image(image)
         assert (dense_encoder(clip.visual).image_embedding(image) - expected).abs().max() < 1e-12
+
+
+def test_an_image_to_a_mask() -> None:
+    clip = load_clip("toyclip", "bundled")
+    text = build_text_classifier(clip, [["grass"], ["sky", "clouds"], ["zebra"]], templates="toyworld")
+    image = torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8)
+    for config in (MaskClipSettings(), MaskClipSettings(ks_threshold=1.0)):
+        maskclip = MaskClip(clip, text, config)
+        labels, confidence = maskclip.label(image)
+        scores = F.interpolate(maskclip.grid_scores(image[None]), (96, 128), mode="bilinear")[0]
+        assert labels.dtype == confidence.dtype == torch.uint8 and labels.shape == (96, 128)
+        assert (labels == scores.argmax(0)).double().mean() > 0.999  # but for ties
+        assert maskclip.label(image, size=(50, 61))[0].shape == (50, 61)

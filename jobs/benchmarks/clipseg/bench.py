@@ -11,16 +11,18 @@ import numpy as np
 
 from jobs.benchmarks.clipseg.breakdowns import Parts, parts_of
 from jobs.benchmarks.clipseg.models import RowModels, clip_settings
-from jobs.benchmarks.resume import Progress, measure_once, shown_progress
+from jobs.benchmarks.resume import measure_once, shown_progress
 from jobs.benchmarks.tables import (
     RANDOM_WEIGHTS,
     Request,
+    check_rows,
     needs_root,
     of_other_images,
     open_root,
     random_weights,
 )
-from models.errors import WrongUse
+from jobs.console import Progress
+from models.errors import WrongUse, did_you_mean
 from pipeline.datasets.base import shown
 from pipeline.datasets.cocojson import open_coco_root
 from pipeline.datasets.generalised import MatchedPrompt, generalised_prompts, match_prompts
@@ -108,8 +110,9 @@ class Bench:
             raise WrongUse(
                 "wrong_use",
                 f"--weights: the table has no row {unknown[0]!r} that is measured here.",
-                f"Its rows: {'; '.join(known)}.",
+                f"{did_you_mean(unknown[0], known)}Its rows: {'; '.join(known)}.",
             )
+        check_rows(request, known)
         wrong = [side for side in request.image_sizes if not 32 <= side <= 2048]
         if wrong:
             raise WrongUse(

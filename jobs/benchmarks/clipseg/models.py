@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.benchmarks.tables import random_weights
-from models.errors import WrongUse
+from models.errors import WrongUse, did_you_mean
 from pipeline.evaluation.published import Row
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def clip_settings(given: Mapping[str, Any]) -> dict[str, Any]:
         raise WrongUse(
             "wrong_use",
             f"The tables of CLIPSeg have no setting {wrong[0]!r}; their protocol is fixed.",
-            f"Settings: {', '.join(SETTINGS)}.",
+            f"{did_you_mean(wrong[0], SETTINGS)}Settings: {', '.join(SETTINGS)}.",
         )
     settings = SETTINGS | dict(given)
     if settings["precision"] not in PRECISIONS:

@@ -15,9 +15,9 @@ import numpy as np
 
 from jobs.benchmarks.clipseg.bench import SIDE, Bench, Figures, Values, can_run, root_names
 from jobs.benchmarks.clipseg.breakdowns import Parts, breakdown_sections, size_section
-from jobs.benchmarks.resume import Progress
 from jobs.benchmarks.rows import row
 from jobs.benchmarks.tables import Request, why_not_measured
+from jobs.console import Progress
 from models.errors import MaskMillError, WrongUse
 from pipeline.datasets.oneshot import BENCHMARKS, draw_episodes
 from pipeline.datasets.zeroshot import zero_shot_split

@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.benchmarks.clipseg.models import clip_settings, settings_clip
-from jobs.benchmarks.resume import Progress, measure_parts_once
+from jobs.benchmarks.resume import measure_parts_once
 from jobs.benchmarks.rows import interval, row
 from jobs.benchmarks.tables import (
     RANDOM_WEIGHTS,
     Request,
+    check_rows,
     needs_root,
     open_root,
     random_weights,
     why_not_measured,
 )
+from jobs.console import Progress
 from models.errors import MaskMillError, WrongUse
 from pipeline.datasets.registry import DATASETS
 from pipeline.evaluation.published import PublishedTable, load_published
@@ -45,6 +47,7 @@ class _Found:
 def prompt_strategies(request: Request) -> Iterator[dict[str, Any]]:
     """Table 2 on each given dataset; without any, a section that lists the paper's LVIS as missing."""
     _check(request)
+    check_rows(request, [line.method for line in load_published("clipseg_visual_prompts").rows])
     return _sections(request, clip_settings(request.settings))
 
 

@@ -186,14 +186,14 @@ def heads(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     source = f"{PAPER}, section 3.2"
     return section, [
         claim(
-            "MaskCLIP beats the unmodified CLIP by 0.15 mIoU",
+            "MaskCLIP beats the unmodified CLIP by 15 points of mIoU",
             source,
             runs["maskclip"],
             runs["plain"],
             margin=0.15,
         ),
         claim(
-            "The value path alone beats the unmodified CLIP by 0.15 mIoU",
+            "The value path alone beats the unmodified CLIP by 15 points of mIoU",
             source,
             runs["value"],
             runs["plain"],

@@ -93,11 +93,11 @@ def students(
     teacher, student = found["teacher"], found["student"]
     claims = [
         claim(
-            "Annotation-free, the student beats its teacher by 0.08 mIoU",
+            "Annotation-free, the student beats its teacher by 8 points of mIoU",
             source, student["miou"], teacher["miou"], margin=0.08,
         ),
         claim(
-            "Self-training never falls below the guided phase by more than 0.01 mIoU",
+            "Self-training never falls below the guided phase by more than 1 point of mIoU",
             source, student["miou"], found["student, guided phase"]["miou"], margin=-0.01,
         ),
     ]  # fmt: skip
@@ -115,11 +115,11 @@ def students(
     zero, full = found["student, zero-shot"], found["student, fully supervised"]
     claims += [
         claim(
-            "Zero-shot, the student beats its teacher on the unseen classes by 0.15 mIoU",
+            "Zero-shot, the student beats its teacher on the unseen classes by 15 points of mIoU",
             source, zero["miou_unseen"], teacher["miou_unseen"], margin=0.15,
         ),
         claim(
-            "Zero-shot, the seen classes are within 0.02 mIoU of full supervision",
+            "Zero-shot, the seen classes are within 2 points of mIoU of full supervision",
             source, zero["miou_seen"], full["miou_seen"], margin=-0.02,
         ),
     ]  # fmt: skip

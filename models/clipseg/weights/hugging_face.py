@@ -23,7 +23,7 @@ from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource, read_stat
 from models.clipseg.decoder import IMAGE_SIZE, ClipSeg, ClipSegDecoder, tower_shape
 from models.clipseg.weights.fitting import build_decoder, check_names, detached, refuse_existing
 from models.errors import MaskMillError, WrongUse
-from models.hub import download, hub_cache_folder, in_hub_cache
+from models.hub import download, hub_file, in_hub_cache, put_into
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
 from models.settings import ClipSegConfig
 
@@ -166,12 +166,14 @@ def _from_hub(repository: str, name: str, cache: str | None) -> Path:
     def fetch() -> str:
         return str(download_pretrained_from_hf(repository, filename=name, cache_dir=cache))
 
+    folder = repository.rpartition("/")[2]
     return in_hub_cache(repository, name, cache) or download(
         fetch,
-        f"https://huggingface.co/{repository} ({name})",
-        cache or hub_cache_folder(),
+        [hub_file(repository, file) for file in (CONFIG_FILE, WEIGHTS_FILE)],
         repository,
-        f"put {CONFIG_FILE} and {WEIGHTS_FILE} into one folder and name that folder",
+        f"Copy both here, into one folder:\n{put_into(folder, CONFIG_FILE)}{put_into(folder, WEIGHTS_FILE)}"
+        f"Then name the folder (label and evaluate: --set pretrained={folder}):\n  --weights {folder}\n"
+        "To try it without a download, use the bundled toy: maskmill serve --model toy.",
     )
 
 

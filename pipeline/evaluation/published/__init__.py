@@ -14,7 +14,6 @@ Datasets are named like the built-in ontologies; a setting that changes the task
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -24,7 +23,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from models.errors import WrongUse
+from models.errors import WrongUse, did_you_mean
 
 _FOLDER = Path(__file__).parent
 
@@ -213,12 +212,10 @@ def load_published(name: str) -> PublishedTable:
         MaskMillError: ``dataset_unknown``, listing the known names.
     """
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
         raise WrongUse(
             "dataset_unknown",
             f"There is no table of published figures {name!r}.",
-            f"{hint}Known: {', '.join(names())}.",
+            f"{did_you_mean(name, names())}Known: {', '.join(names())}.",
         )
     return PublishedTable.model_validate(
         yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from models.clip.templates import fill, get_templates
 from models.clipseg.decoder import ClipSeg, mix, normalize
 from models.clipseg.visual_prompts import STYLES, VisualPrompt, visual_prompt
 from models.device import DTYPES, best_device, native_precision
-from models.errors import FailedWork, WrongUse
+from models.errors import FailedWork, WrongUse, did_you_mean
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.files.images import MAX_PIXELS, ImageSettings, fit
 from pipeline.labelling.clipseg.model import VISUAL_PROMPT, ClipSegWeights
@@ -63,7 +63,7 @@ def parse_style(text: str, size: int | None = None) -> Style:
         raise WrongUse(
             "setting_invalid",
             f"There is no visual prompt {name!r}.",
-            f"Use one of {', '.join(STYLE_NAMES)}.",
+            f"{did_you_mean(name, STYLE_NAMES)}Use one of {', '.join(STYLE_NAMES)}.",
         )
     own = {} if size is None else {"size": size}
     return dataclasses.replace(STYLES[name], **own | dict(_knob(change) for change in changes))

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from models.errors import WrongUse
-from models.settings import Settings
+from models.settings import Settings, as_written
 from pipeline.labelling.clipseg.options import PREFIXES, Prefix
 from pipeline.training.clipseg.crops import Resize, crop_example, support_image, support_style
 from pipeline.training.clipseg.sources.base import IGNORED, OBJECT, OTHER, Example, TripletSource
@@ -101,7 +101,7 @@ class TripletSettings(Settings):
             ),
         ):
             if wrong:
-                message = f"{name} cannot be {getattr(self, name)!r}."
+                message = f"{name} cannot be {as_written(getattr(self, name))}."
                 raise WrongUse("setting_invalid", message, remedy)
         return self
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.errors import Damaged, WrongUse
+from models.settings import as_written
 from pipeline.files.storage import Storage
 from pipeline.training.loop.settings import settings_hash
 
@@ -90,7 +91,7 @@ class CheckpointStore:
                     f"Put {SETTINGS_FILE} back, or name another output.",
                 )
             changed = [
-                f"{name}: {recorded.get(name)!r} there, {record.get(name)!r} here"
+                f"{name}: {as_written(recorded.get(name))} there, {as_written(record.get(name))} here"
                 for name in sorted(record.keys() | recorded.keys())
                 if recorded.get(name) != record.get(name)
             ]

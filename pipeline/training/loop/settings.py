@@ -18,8 +18,8 @@ class LoopSettings(Settings):
     """How ``pipeline.training.loop.driver.train`` trains."""
 
     iterations: Annotated[int, Field(ge=1)]
-    """Optimiser updates; the learning rate schedule ends with the last one. Phases, warm-up and intervals follow
-    in proportion when it is changed, unless they are set as well."""
+    """Optimiser updates; the learning rate schedule ends with the last one. When this is changed, phases,
+    warm-up and intervals follow in proportion, unless they are set as well."""
     batch_size: Annotated[int, Field(ge=1)]
     """Samples per update, over all workers and micro-batches."""
     accumulation: Annotated[int, Field(ge=1)] = 1

@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from typing_extensions import Self
 
 from models.errors import MaskMillError, WrongUse
-from models.settings import Settings, Steps, StudentConfig
+from models.settings import Settings, Steps, StudentConfig, as_written
 from pipeline.files.recipes import NEVER, Recipe, RecipeBook
 from pipeline.training.loop.settings import LoopSettings
 from pipeline.training.samples.augment import AugmentSettings
@@ -106,7 +106,7 @@ class SelfTrainSettings(Settings):
         if guessable is not None and (len(set(guessable)) < len(guessable) or min(guessable, default=0) < 0):
             raise self._wrong("guessable", "Give class ids, each once.")
         if guessable == () and self.guided != NEVER:
-            raise self._wrong("guessable", "Name classes to guess, or set guided and self_train to (-1, -1).")
+            raise self._wrong("guessable", "Name classes to guess, or set guided and self_train to [-1, -1].")
         return self
 
     def _check_spans(self) -> None:
@@ -115,7 +115,7 @@ class SelfTrainSettings(Settings):
             if (first, last) != NEVER and (first < 1 or (last != -1 and last < first)):
                 raise self._wrong(
                     name,
-                    "Use (first, last), (first, -1) to the end, or (-1, -1) for never; steps count from 1.",
+                    "Use [first, last], [first, -1] to the end, or [-1, -1] for never; steps count from 1.",
                 )
         if self.guided == NEVER:
             if self.self_train != NEVER:
@@ -134,7 +134,8 @@ class SelfTrainSettings(Settings):
             kind = "overlaps" if self.self_train[0] <= self.guided[1] else "leaves a gap after"
             raise self._wrong(
                 "self_train",
-                f"It {kind} the guided phase {self.guided}: let it begin with step {self.guided[1] + 1}.",
+                f"It {kind} the guided phase {as_written(self.guided)}: "
+                f"let it begin with step {self.guided[1] + 1}.",
             )
 
     def phase(self, step: int) -> Phase:
@@ -161,7 +162,7 @@ class SelfTrainSettings(Settings):
         return tuple(sorted(self.guessable))
 
     def _wrong(self, name: str, remedy: str) -> MaskMillError:
-        return WrongUse("setting_invalid", f"{name} cannot be {getattr(self, name)!r}.", remedy)
+        return WrongUse("setting_invalid", f"{name} cannot be {as_written(getattr(self, name))}.", remedy)
 
 
 class MaskClipPlusRecipe(Recipe):
@@ -201,14 +202,15 @@ class MaskClipPlusRecipe(Recipe):
         if ends > loop.iterations:
             raise WrongUse(
                 "setting_invalid",
-                f"the phases (guided {selftrain.guided}, self_train {selftrain.self_train}) go beyond "
+                f"the phases (guided {as_written(selftrain.guided)}, self_train "
+                f"{as_written(selftrain.self_train)}) go beyond "
                 f"the {loop.iterations} iterations.",
-                "Leave guided and self_train out, and they follow iterations; or let them end with the last one.",
+                "Leave guided and self_train out, so that they follow iterations, or shorten them as well.",
             )
         if bool(self.unseen) != (self.form == "zero-shot"):
             raise WrongUse(
                 "setting_invalid",
-                f"the form is {self.form}, and the unseen classes are {list(self.unseen)}.",
+                f"the form is {self.form}, and the unseen classes are {as_written(self.unseen)}.",
                 "Zero-shot training has unseen classes, the other forms have none.",
             )
         if self.keep_average and not selftrain.ema_decay:
@@ -238,8 +240,8 @@ class MaskClipPlusRecipe(Recipe):
         if (self.form == "supervised") != (selftrain.guided == NEVER):
             raise WrongUse(
                 "setting_invalid",
-                f"the form is {self.form}, and the guided phase is {selftrain.guided}.",
-                "Supervised training guesses nothing (guided and self_train (-1, -1)); the other forms do.",
+                f"the form is {self.form}, and the guided phase is {as_written(selftrain.guided)}.",
+                "Supervised training guesses nothing (guided and self_train [-1, -1]); the other forms do.",
             )
         return self
 

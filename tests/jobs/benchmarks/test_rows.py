@@ -32,8 +32,8 @@ def test_one_run_has_no_interval(values: list, mean: float | None, runs: list) -
 @pytest.mark.parametrize(
     ("better", "worse", "margin", "shows", "words"),
     [
-        ([0.6, 0.61, 0.62], [0.4, 0.4, 0.41], 0.15, True, "+0.207"),
-        ([0.6, 0.61, 0.62], [0.5, 0.5, 0.51], 0.15, False, "not certainly by 0.15"),
+        ([0.6, 0.61, 0.62], [0.4, 0.4, 0.41], 0.15, True, "+20.7 points of mIoU"),
+        ([0.6, 0.61, 0.62], [0.5, 0.5, 0.51], 0.15, False, "not certainly by 15.0 points"),
         ([0.5, 0.6, 0.4], [0.5, 0.5, 0.5], 0.0, False, "no significant difference"),
         ([0.3, 0.31, 0.3], [0.5, 0.5, 0.5], 0.0, False, "the opposite holds"),
     ],

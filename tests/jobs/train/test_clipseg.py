@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from jobs.train.clipseg import commands_for, prepare, train_clipseg
+from jobs.train.clipseg import commands_for, train_clipseg
 from jobs.train.run import INTERRUPTED, TrainOptions
 from models.clipseg.decoder import ClipSeg, normalize
 from models.clipseg.weights import load_clipseg
@@ -258,15 +258,3 @@ def test_the_commands_name_the_folder(output: str) -> None:
     for purpose, command in commands_for(output).items():
         words = shlex.split(command)
         assert words[words.index("--weights" if purpose == "Ask it" else "--model") + 1] == output
-
-
-@pytest.mark.parametrize("name", [None, "finder"])
-def test_only_a_model_to_register_is_copied_into_mlflow(tmp_path: Path, name: str | None) -> None:
-    prepared = prepare(
-        CLIPSEG_RECIPES.load("toy", QUICK),
-        TrainOptions(output=str(tmp_path), register=name),
-        labels=None,
-        ontology=None,
-        dataset=open_toyworld(split="seed-7", count=2, size=64),
-    )
-    assert (prepared.log_model is not None) == (name is not None)

@@ -82,13 +82,10 @@ def test_which_command_writes_a_missing_page(tmp_path: Path, overwritten: bool, 
         (MaskMillError("model_unsupported", "It is too odd.", "Leave it."), "n", "Leave it.", False),
         (MaskMillError("tracking_unreachable", "It is away.", "Start it."), "n", "It is away.", True),
         (OSError("no route"), "n", "OSError: no route", True),
-        (OSError("no route"), None, "OSError: no route", False),
     ],
 )  # fmt: skip
-def test_a_failed_log_to_mlflow_is_reported(
-    error: Exception, name: str | None, says: str, again: bool
-) -> None:
-    def fail(run_id: str, register_as: str | None) -> str:
+def test_a_failed_log_to_mlflow_is_reported(error: Exception, name: str, says: str, again: bool) -> None:
+    def fail(run_id: str, register_as: str) -> str:
         raise error
 
     tracker: Any = SimpleNamespace(wait_for_run=lambda _timeout: "run")

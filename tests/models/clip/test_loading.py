@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import shlex
+import subprocess
 import warnings
 import zipfile
 from dataclasses import replace
@@ -29,6 +31,7 @@ from models.clip.weights import (
     sha256,
 )
 from models.errors import MaskMillError
+from pipeline.labelling.recipes import LABEL_RECIPES
 
 CONFIG: dict[str, Any] = {
     "embed_dim": 32,
@@ -319,10 +322,28 @@ def test_no_network_and_no_weights(model: str, tmp_path: Path, monkeypatch: pyte
     tag = {"ViT-B-16-quickgelu": "openai", "ViT-B-16-plus-240": "laion400m_e32"}.get(model)
     with pytest.raises(MaskMillError) as caught:
         load_clip(model, tag, cache_dir=str(tmp_path))
-    assert caught.value.code == "weights_missing"
-    assert str(tmp_path) in caught.value.remedy
-    assert "https://" in caught.value.remedy
-    assert "toyclip" in caught.value.remedy
+    remedy = caught.value.remedy
+    assert caught.value.code == "weights_missing" and "--recipe toy" in remedy
+    commands = [line.strip() for line in remedy.splitlines() if line.startswith("  ")]
+    got = [command.rpartition("/")[2] for command in commands if command.startswith("curl -fLO https://")]
+    assert got
+
+    # Paste them: the files that curl would get are there, then cp and --set do as they say.
+    here = tmp_path / "here"
+    here.mkdir()
+    for file in got:
+        (here / file).write_text('{"model_cfg": {"embed_dim": 8, "vision_cfg": {}, "text_cfg": {}}}')
+    for command in commands:
+        if command.startswith("mkdir"):
+            subprocess.run(command, shell=True, cwd=here, check=True)
+    monkeypatch.chdir(here)
+    sets = next(shlex.split(command) for command in commands if command.startswith("--set"))
+    settings = dict(item.split("=", 1) for item in sets if item != "--set")
+    if tag is not None and any(command.startswith("mkdir") for command in commands):
+        # The same command finds it.
+        assert find_weights(model, tag, cache_dir=str(tmp_path)).path == tmp_path / got[0]
+    recipe = LABEL_RECIPES.load("maskclip", [f"model={model}", *(f"{k}={v}" for k, v in settings.items())])
+    assert find_weights(recipe.model, recipe.pretrained).path is not None
 
 
 @pytest.mark.parametrize("name", open_clip.list_models())

@@ -216,7 +216,9 @@ def test_hub_names(clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(hub, "reachable", lambda host: False)
     missing = error(lambda: load_clipseg("ORG/other", cache_dir=str(tmp_path)))
     assert missing.code == "weights_missing"
-    assert "huggingface.co/ORG/other" in missing.remedy
+    lines = missing.remedy.splitlines()
+    assert "  curl -fLO https://huggingface.co/ORG/other/resolve/main/model.safetensors" in lines
+    assert "  mkdir -p other && cp config.json other/" in lines and "  --weights other" in lines
 
 
 # --- the authors' files, and ours -----------------------------------------------------------------------

@@ -216,6 +216,9 @@ def test_there_are_no_weights(source: str, monkeypatch: pytest.MonkeyPatch, tmp_
         if source == "imagenet" and name in PRETRAINED:
             assert PRETRAINED[name].repository in error.remedy
             assert all(url in error.remedy for url in PRETRAINED[name].files)
+            file = PRETRAINED[name].files[0].rpartition("/")[2]
+            assert f"  --set backbone_weights={file}" in error.remedy.splitlines()
+        assert "--set backbone_weights=none" in error.remedy
 
 
 def test_a_cached_file_is_used_without_a_network(

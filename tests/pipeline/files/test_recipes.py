@@ -50,7 +50,7 @@ def test_settings_reach_groups(settings: list[str], expected: Nested) -> None:
         (["loop.stepz=3"], "Did you mean loop.steps"),
         (["stepz=3"], "Did you mean loop.steps"),
         (["loop=3"], "no field 'loop'"),
-        (["loop.steps=many"], "steps = 'many'"),
+        (["loop.steps=many"], "steps = many"),
         (["steps"], "key=value"),
     ],
 )

@@ -23,7 +23,7 @@ def test_the_reliability_diagram_shows_the_share_correct() -> None:
     np.testing.assert_allclose(heights, [272 * 0.2, 272 * 0.9], atol=0.01)
     counts = [max(path[1::2]) - min(path[1::2]) for path in paths(drawing, "count")]
     assert counts[0] * 3 == pytest.approx(counts[1], abs=0.05)
-    assert "0.200 correct at a mean confidence of 0.400, 25.0 % of the pixels</title>" in drawing
+    assert "20.0 % correct at a mean confidence of 40.0 %, 25.0 % of the pixels</title>" in drawing
 
 
 def test_a_curve_goes_through_its_points() -> None:
@@ -40,8 +40,8 @@ def test_a_curve_goes_through_its_points() -> None:
     )
     assert paths(drawing, "main") == [[44, 118, 230, 8]] and paths(drawing, "faint") == [[44, 8, 137, 118]]
     assert paths(drawing, "reference") == [[44, 63, 230, 63]] and paths(drawing, "theirs") == [[137, 63] * 2]
-    assert "<title>3: 1.000 (95 % 0.900 to 1.000)</title>" in drawing
-    assert "<title>published at 2: 0.500</title>" in drawing
+    assert "<title>3: 100.0 % (95 %: 90.0 to 100.0)</title>" in drawing
+    assert "<title>published at 2: 50.0 %</title>" in drawing
     assert 'role="img" aria-label="a &lt;b&gt;"' in drawing
 
 

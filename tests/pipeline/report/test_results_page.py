@@ -362,14 +362,14 @@ def test_every_number_of_an_evaluation_is_on_the_page(tmp_path: Path) -> None:
     outline = report(tmp_path, record)
     words = squeeze(outline.words)
     for value in record["metrics"].values():
-        assert f"{value:.3f}" in words
+        assert f"{100 * value:.1f} %" in words
     for entry in record["classes"]:
         # Table of all numbers: id, class, IoU, boundary IoU, recall, precision, pixels.
         row = next(row for row in outline.rows if len(row) == 7 and row[0] == str(entry["id"]))
         figures = [entry[key] for key in ("iou", "boundary_iou", "accuracy", "precision")]
         assert row[1:] == [
             entry["name"],
-            *("–" if v is None else f"{v:.3f}" for v in figures),
+            *("–" if v is None else f"{100 * v:.1f}" for v in figures),
             f"{entry['pixels']:,}",
         ]
     assert "Failed, and not in the numbers: 2 images." in words
@@ -448,9 +448,9 @@ def test_published_figures_of_another_protocol_stand_apart(tmp_path: Path) -> No
     beside, apart = words.split("Measured by another protocol: not comparable with the numbers on this page")
     beside = beside.partition("Beside published numbers")[2]
     ours = record["metrics"]["miou"]
-    assert f"MaskCLIP Zhou et al. 2022, Table 2 0.495 ours {difference(ours - 0.495)}" in beside
-    assert "0.434" not in beside
-    assert outline.row("MaskCLIP, re-run")[1:4] == ["unified", "mIoU", "0.434"]
+    assert f"MaskCLIP Zhou et al. 2022, Table 2 49.5 ours {difference(ours - 0.495)}" in beside
+    assert "43.4" not in beside
+    assert outline.row("MaskCLIP, re-run")[1:4] == ["unified", "mIoU", "43.4"]
     assert "ours" not in apart.partition("Trident, Table 1")[0]
 
 
@@ -480,10 +480,10 @@ def test_groups_are_bars_in_a_panel_for_each_series_and_metric(tmp_path: Path) -
         assert [name for name, *_ in items] == [group for own, group in figures if own == series]
         for group, number_, bar in items:
             value = figures[series, group][place]
-            assert number_ == ("–" if value is None else f"{value:.3f}")
+            assert number_ == ("–" if value is None else f"{100 * value:.1f}")
             widths = [float(width) for width in re.findall(r"width:([\d.]+)%", bar)]
             assert widths == ([] if value is None else [pytest.approx(100 * value / 0.8, abs=0.006)])
-    assert "bars from 0 to 0.8" in text
+    assert "bars from 0 to 80 %" in text
 
 
 @pytest.mark.parametrize(
@@ -589,14 +589,14 @@ def test_benchmark_tables_claims_and_gaps(tmp_path: Path) -> None:
     outline = report(tmp_path, make_benchmark())
     words = squeeze(outline.words)
     assert outline.row("unmodified CLIP")[1:] == [
-        "0.131 0.119 to 0.143",
-        "0.112 ours +0.019",
-        "0.240 0.228 to 0.252",
+        "13.1 11.9 to 14.3",
+        "11.2 ours +1.9",
+        "24.0 22.8 to 25.2",
         "1",
     ]
-    assert outline.row("MaskCLIP + key smoothing")[1:] == ["0.471", "–", "–", "2"]
+    assert outline.row("MaskCLIP + key smoothing")[1:] == ["47.1", "–", "–", "2"]
     assert "Zhou et al. 2022, Table 2 Zhou et al. 2022, Table 3 Corrupted images" in words  # the sources
-    assert outline.row("MaskCLIP on PASCAL Context")[1:3] == ["not measured", "0.254"]
+    assert outline.row("MaskCLIP on PASCAL Context")[1:3] == ["not measured", "25.4"]
     assert (
         "MaskCLIP on PASCAL Context not measured: needs PASCAL Context: give --root context=FOLDER" in words
     )
@@ -604,7 +604,7 @@ def test_benchmark_tables_claims_and_gaps(tmp_path: Path) -> None:
     assert "not shown Prompt denoising helps" in words
     assert "not measured The gain grows with the backbone" in words
     assert re.search(r"claims shown\s*1\s*claims not shown\s*1\s*claims not measured\s*1", words)
-    assert outline.row("red leaf")[1:] == ["0.400 0.388 to 0.412", "12.5"]
+    assert outline.row("red leaf")[1:] == ["40.0 38.8 to 41.2", "12.5"]
     assert "hits per prompt" in words and "5 min 12 s" in words
     assert len(outline.all("span", **{"class": "badge"})) == 1
 
@@ -633,7 +633,7 @@ def test_a_section_with_negative_values_has_its_zero_inside(tmp_path: Path) -> N
     bars = re.findall(r"<i style=\"left:([\d.]+)%;width:([\d.]+)%", text)
     # From -0.3 to 0.5: zero lies at 37.5 %.
     assert [tuple(map(float, bar)) for bar in bars] == [(6.25, 31.25), (37.5, 62.5)]
-    assert "−0.250" in text
+    assert "−25.0" in text
 
 
 def test_curves_go_through_their_points(tmp_path: Path) -> None:
@@ -643,14 +643,13 @@ def test_curves_go_through_their_points(tmp_path: Path) -> None:
     assert len(labels) == 8
     for index, name in enumerate(CORRUPTIONS):
         assert labels[index] == f"mIoU of {name}: " + ", ".join(
-            f"{0.62 - 0.012 * (index + 1) * x:.3f} at {x}" for x in range(1, 6)
+            f"{62 - 1.2 * (index + 1) * x:.1f} % at {x}" for x in range(1, 6)
         )
         row = outline.row(name.replace("_", " "))
         assert row[1:] == [
-            f"{m:.3f} {m - 0.03:.3f} to {m + 0.03:.3f}"
-            for m in (0.62 - 0.012 * (index + 1) * x for x in range(1, 6))
+            f"{m:.1f} {m - 3:.1f} to {m + 3:.1f}" for m in (62 - 1.2 * (index + 1) * x for x in range(1, 6))
         ]
-    assert "clean 0.620 (0.608 to 0.632)" in squeeze(outline.words)
+    assert "clean 62.0 (60.8 to 63.2)" in squeeze(outline.words)
 
 
 def test_a_curve_without_a_name_and_lines_without_a_place(tmp_path: Path) -> None:
@@ -658,11 +657,11 @@ def test_a_curve_without_a_name_and_lines_without_a_place(tmp_path: Path) -> Non
     sizes = [line(f"{size} px", {"miou": {"mean": size / 1000}}, x=size) for size in (224, 336, 448)]
     record["sections"] = [record["sections"][1] | {"rows": sizes}]
     assert [svg["aria-label"] for svg in report(tmp_path / "a", record).all("svg")] == [
-        "mIoU of mIoU: 0.224 at 224, 0.336 at 336, 0.448 at 448"
+        "mIoU of mIoU: 22.4 % at 224, 33.6 % at 336, 44.8 % at 448"
     ]
     record["sections"][0]["rows"] = [line("one", {"miou": {"mean": 0.5}})]
     outline = report(tmp_path / "b", record)
-    assert not outline.all("svg") and outline.row("one")[1] == "0.500"
+    assert not outline.all("svg") and outline.row("one")[1] == "50.0"
 
 
 def test_the_clean_point_of_curves_is_a_line_across_and_published_points_are_marks(tmp_path: Path) -> None:
@@ -674,7 +673,7 @@ def test_the_clean_point_of_curves_is_a_line_across_and_published_points_are_mar
     outline = report(tmp_path, record)
     assert len(outline.all("svg")) == 8 and len(outline.all("g", **{"class": "reference"})) == 8
     assert len(outline.all("g", **{"class": "theirs"})) == 1
-    assert outline.row("gaussian noise")[5].endswith("published 0.111")
+    assert outline.row("gaussian noise")[5].endswith("published 11.1")
     assert outline.row("shot noise")[1] == "not measured"
     assert "Corrupted images: shot_noise 1 not measured: needs a GPU" in squeeze(outline.words)
 
@@ -684,7 +683,7 @@ def test_lines_of_other_people_are_neither_measured_nor_missing(tmp_path: Path) 
     others = [line("SPNet", {}, published={"miou": 0.3}), line("empty", {"miou": {"mean": None}})]
     record["sections"] = [record["sections"][0] | {"rows": others}]
     outline = report(tmp_path, record)
-    assert outline.row("SPNet")[1:3] == ["–", "0.300"]
+    assert outline.row("SPNet")[1:3] == ["–", "30.0"]
     assert "What is missing" not in outline.words and "lines measured 0 of 0" in squeeze(outline.words)
 
 
@@ -714,10 +713,12 @@ def test_comparable_evaluations_get_differences(page: Path, folders: list[Path])
     first, second = runs[0]["metrics"], runs[1]["metrics"]
     row = outline.row("maskclip, larger windows")
     assert row[1:3] == ["seed", "318"]
-    assert row[3:] == [" ".join((f"{second[k]:.3f}", *([difference(second[k] - first[k])]))) for k in first]
+    assert row[3:] == [
+        " ".join((f"{100 * second[k]:.1f}", *([difference(second[k] - first[k])]))) for k in first
+    ]
     other = outline.row("maskclip on cocostuff171")
     assert "not comparable: another protocol, another dataset, other classes" in other[0]
-    assert other[3:] == [f"{value:.3f}" for value in runs[2]["metrics"].values()]
+    assert other[3:] == [f"{100 * value:.1f}" for value in runs[2]["metrics"].values()]
     assert "5 results compared" in outline.words
 
 
@@ -769,8 +770,8 @@ def test_settings_and_classes_that_differ() -> None:
 
 def test_benchmarks_of_one_name_are_compared_line_by_line(page: Path) -> None:
     outline = Outline(page.read_text())
-    assert outline.row("MaskCLIP")[1:] == ["0.443", "0.473 +0.030"]
-    assert outline.row("shot_noise 2")[1:] == ["0.572", "0.602 +0.030"]
+    assert outline.row("MaskCLIP")[1:] == ["44.3", "47.3 +3.0"]
+    assert outline.row("shot_noise 2")[1:] == ["57.2", "60.2 +3.0"]
 
 
 # --- files ---
@@ -875,11 +876,11 @@ def test_only_a_report_is_replaced(tmp_path: Path) -> None:
     ("value", "text"),
     [
         (None, "–"),
-        (0.4954, "0.495"),
-        (-0.0321, "−0.032"),
+        (0.4954, "49.5"),
+        (-0.0321, "−3.2"),
         (12.34, "12.3"),
         (123456.7, "123,457"),
-        (1, "1.000"),
+        (1, "100.0"),
     ],
 )
 def test_numbers(value: float | None, text: str) -> None:

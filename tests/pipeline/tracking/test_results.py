@@ -154,7 +154,7 @@ def test_an_evaluation_is_filed_whole(
     )
     assert json.loads(run["params"]["ontology.classes"]) == HOSTILE
     assert [dataset.name for dataset in run["datasets"]] == ["odd"]
-    assert "| MaskCLIP | mIoU | 0.4950 | seed | Table 1 |" in run["tags"]["mlflow.note.content"]
+    assert "| MaskCLIP | mIoU | 49.5 % | seed | Table 1 |" in run["tags"]["mlflow.note.content"]
     assert run["tags"]["toy"] == "true"
 
     local = run["client"].download_artifacts(run["id"], "", str(tmp_path / "got"))
