@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import select
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -90,23 +92,49 @@ COMMANDS = (
 TRAININGS = ("maskclip-plus", "clipseg")
 
 
+OPTION_OF_ARGUMENT = {
+    "label": "--images",
+    "evaluate": "--labels",
+    "serve": "--model",
+    "train maskclip-plus": "--labels",
+    "train clipseg": "--labels",
+}
+"""What an argument of a command that takes none is meant for, most likely."""
+
+
 def check_command(arguments: Sequence[str]) -> None:
-    """Refuse a misspelt command; the parser would list everything that could be meant.
+    """Refuse a misspelt command, or an argument without its option, in a sentence.
+
+    The parser would list every option of every command that could be meant.
 
     Raises:
         WrongUse: ``wrong_use``.
     """
-    for place, known in enumerate((COMMANDS, TRAININGS)):
-        if place and arguments[:1] != ["train"]:
-            return
-        given = arguments[place] if len(arguments) > place else "-"
-        if not given.startswith("-") and given not in known:
-            what = " ".join([*arguments[:place], given])
+    words = [*itertools.takewhile(lambda word: not word.startswith("-"), arguments)]
+    if not words:
+        return
+    command, known = words[0], COMMANDS
+    if command == "train":
+        if len(words) == 1 and not {"-h", "--help"} & set(arguments):
             raise WrongUse(
                 "wrong_use",
-                f"There is no command {what}.",
-                f"{did_you_mean(given, known)}There are: {', '.join(known)}.",
+                "maskmill train does not know what to train.",
+                "Write maskmill train maskclip-plus, for a student, or maskmill train clipseg.",
             )
+        command, known = " ".join(words[:2]), ("train", *(f"train {name}" for name in TRAININGS))
+    if command not in known:
+        raise WrongUse(
+            "wrong_use",
+            f"There is no command {command}.",
+            f"{did_you_mean(command, known)}There are: {', '.join(known)}.",
+        )
+    argument = words[len(command.split()) :][:1]
+    if argument and command in OPTION_OF_ARGUMENT:
+        raise WrongUse(
+            "wrong_use",
+            f"maskmill {command} takes options only, and {argument[0]} stands alone.",
+            f"Did you mean {OPTION_OF_ARGUMENT[command]} {shlex.quote(argument[0])}?",
+        )
 
 
 def parse(arguments: Sequence[str]) -> Command:
@@ -171,7 +199,7 @@ def run(given: Sequence[str]) -> int:
         if list(given) == ["--version"]:
             print(f"maskmill {version('maskmill')}")
             return 0
-        check_command(list(given))
+        check_command(given)
         return parse(given).run()
     finally:
         sys.stdout.flush()

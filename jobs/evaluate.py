@@ -8,11 +8,12 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast, get_args
 
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from tyro.conf import arg
 
 from jobs.console import counted, stderr_console, timed
 from jobs.label import LabelJob, label_images
@@ -28,7 +29,7 @@ from jobs.options import (
     exactly_one,
     refuse_missing_file,
 )
-from models.errors import FailedWork, WrongUse
+from models.errors import FailedWork, WrongUse, did_you_mean
 from models.settings import as_written
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.datasets.protocols import PROTOCOLS, Protocol, get_protocol
@@ -94,7 +95,7 @@ class Evaluate:
     by: Annotated[LabellingModel, FLAT] = field(default_factory=LabellingModel)
     data: Annotated[Truth, FLAT] = field(default_factory=Truth)
     ontology: Maybe[str] = None
-    protocol: Maybe[ProtocolName] = None
+    protocol: Annotated[Maybe[str], arg(metavar="{seed,unified,custom}")] = None
     zero_shot: Maybe[str] = None
     limit: int = 0
     output: Maybe[str] = None
@@ -138,7 +139,7 @@ class Evaluate:
                 labels=self.labels,
                 recipe=recipe,
                 ontology=classes if self.labels is None else None,
-                protocol=self.protocol,
+                protocol=self._asked,
                 zero_shot=self.zero_shot,
                 output=self.output,
                 overwrite=self.overwrite,
@@ -165,14 +166,34 @@ class Evaluate:
         _groups(dataset, self.zero_shot)
         if recipe is None:
             made = read_table_record(str(self.labels))
-            _protocol(dataset, self.protocol, made["recipe"], made["ontology"])
+            _protocol(dataset, self._asked, made["recipe"], made["ontology"])
         else:
             refuse_missing_file(recipe.pretrained)
-            _plan(dataset, recipe, words, self.protocol)
+            _plan(dataset, recipe, words, self._asked)
             require_weights(recipe)
+
+    @property
+    def _asked(self) -> ProtocolName | None:
+        """``protocol``; it is text on the command line, because the parser would list None as a choice.
+
+        Raises:
+            WrongUse: ``wrong_use``.
+        """
+        for name in get_args(ProtocolName):
+            if self.protocol == name:
+                return cast(ProtocolName, name)
+        if self.protocol is not None:
+            known = get_args(ProtocolName)
+            raise WrongUse(
+                "wrong_use",
+                f"There is no protocol {self.protocol}.",
+                f"{did_you_mean(self.protocol, known)}Give {', '.join(known[:-1])} or {known[-1]}.",
+            )
+        return None
 
     def _check(self) -> None:
         """Refuse options that contradict each other."""
+        _ = self._asked
         exactly_one(
             "--labels",
             self.labels,

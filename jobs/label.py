@@ -282,7 +282,8 @@ def _without(manifest: pa.Table, done: np.ndarray) -> pa.Table:
 
 
 def _announcement(job: LabelJob, total: int, todo: int) -> str:
-    new = f"{todo:,} images" if todo == total else f"{todo:,} new of {total:,} images"
+    images = "image" if total == 1 else "images"
+    new = f"{todo:,} {images}" if todo == total else f"{todo:,} new of {total:,} {images}"
     toy = " (a toy: it knows the toy world only)" if job.recipe.model == "toyclip" else ""
     return f"Labelling {new} with {job.ontology.num_classes} classes, {job.recipe.model}{toy} → {job.output}"
 

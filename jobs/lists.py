@@ -19,15 +19,32 @@ WIDTH = 92
 
 @dataclass(frozen=True, kw_only=True)
 class Datasets:
-    """List the benchmark datasets and the folder layout that each needs."""
+    """List the benchmark datasets and the folder layout that each needs.
+
+    Attributes:
+        name: the dataset to show; default: list all.
+    """
+
+    name: Annotated[Positional[str | None], arg(metavar="DATASET", help_behavior_hint="")] = None
 
     def run(self) -> int:
-        """Print them."""
+        """Print them.
+
+        Raises:
+            WrongUse: ``dataset_unknown``.
+        """
         from pipeline.datasets.registry import DATASETS
 
+        if self.name is not None and self.name not in DATASETS:
+            raise WrongUse(
+                "dataset_unknown",
+                f"There is no dataset {self.name!r}.",
+                f"{did_you_mean(self.name, DATASETS)}Known: {', '.join(DATASETS)}.",
+            )
         for name, info in DATASETS.items():
-            print(f"{name:14} {info.description} (split {info.default_split})\n  from {info.source.home}")
-            print("\n".join(f"    {line}" for line in info.source.layout.splitlines()) + "\n")
+            if self.name in (None, name):
+                print(f"{name:14} {info.description} (split {info.default_split})\n  from {info.source.home}")
+                print("\n".join(f"    {line}" for line in info.source.layout.splitlines()) + "\n")
         return 0
 
 

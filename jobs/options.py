@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import tyro
 
-from models.errors import WrongUse
+from models.errors import WrongUse, did_you_mean
 
 if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset
@@ -88,6 +88,18 @@ class LabellingModel:
         from pipeline.labelling.prepare import clipseg_recipe, student_recipe
         from pipeline.trained.clipseg import is_trained
 
+        known = () if Path(self.model).exists() else LABEL_RECIPES.recipes
+        if self.model in known:
+            raise WrongUse(
+                "wrong_use", f"{self.model} is a recipe, not a trained model.", f"Give --recipe {self.model}."
+            )
+        if did_you_mean(self.model, known):
+            raise WrongUse(
+                "model_missing",
+                f"There is no model {self.model}.",
+                f"{did_you_mean(self.model, known)}Give --recipe NAME, or the --output of maskmill train.",
+            )
+
         if is_trained(self.model):
             return clipseg_recipe(self.model, self.settings), None
         return student_recipe(self.model, self.settings)
@@ -148,11 +160,13 @@ class Truth:
             assert isinstance(opened, Dataset), "only PhraseCut is no Dataset"
             return opened
         _refuse(self.root or self.split, "--root and --split belong to --dataset", command)
-        if self.truth is None or (classes is None and table is None):
+        if self.truth is None:
+            raise WrongUse("wrong_use", "--images needs --truth.", "Add the folder of masks: --truth DIR.")
+        if classes is None and table is None:
             raise WrongUse(
                 "wrong_use",
-                "--images needs --truth, and an --ontology unless --labels has one.",
-                f"See maskmill {command} --help.",
+                "What the values of --truth mean is not known.",
+                "Add --ontology, a YAML file or a built-in name, such as voc21.",
             )
         if classes is None:
             assert table is not None

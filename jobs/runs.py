@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from jobs.console import duration, stderr_console, timed
 from jobs.options import Maybe
 from models.errors import WrongUse
 from pipeline.metrics.names import METRICS, is_share, percent
-from pipeline.tracking.destination import resolve_uri, shown_uri
+from pipeline.tracking.destination import DEFAULT_URI, URI_VARIABLE, resolve_uri, shown_uri
 from pipeline.tracking.runs import TrackedRun, choose_runs, differences, list_runs
+from pipeline.tracking.tracker import OFF
 
 KEY_METRICS = (
     *(name for name, metric in METRICS.items() if metric.key),
@@ -62,6 +64,12 @@ class Runs:
             MaskMillError: ``wrong_use``; the errors of ``pipeline.tracking.runs``.
         """
         console = console or Console()
+        if (self.tracking or os.environ.get(URI_VARIABLE)) == OFF:
+            raise WrongUse(
+                "tracking_uri",
+                "Tracking is off (--tracking, or MLFLOW_TRACKING_URI), so there is nothing to list.",
+                f"Name the runs' place: --tracking {DEFAULT_URI}.",
+            )
         if self.compare:
             if len(self.compare) < 2:
                 raise WrongUse(

@@ -13,6 +13,7 @@ from jobs.console import stderr_console, timed
 from jobs.options import Maybe
 from pipeline.files.storage import canonical_uri, is_remote
 from pipeline.report.gallery import write_gallery
+from pipeline.table.record import read_table_record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class Show:
         console = console or Console()
         remote = is_remote(canonical_uri(self.table))
         output = self.output or (Path() if remote else Path(self.table)) / "gallery.html"
+        read_table_record(self.table)
         with timed(stderr_console(), "writing the page"):
             page = write_gallery(self.table, output, limit=self.limit)
         console.print(f"Open in a browser: {page.resolve().as_uri()}", soft_wrap=True, highlight=False)

@@ -209,7 +209,7 @@ class Source:
             "dataset_missing",
             f"{self.title}: {what}{where}.",
             f"Nothing is downloaded for you. Get it from {self.home}, lay it out as\n\n{self.layout}\n\n"
-            "and give the top folder (a path, or s3://bucket/prefix) as root.",
+            "and name the top folder (a path, or s3://bucket/prefix): --root DIR.",
         )
 
     def open(self, root: str | None, markers: Iterable[str], inner: Sequence[str] = ()) -> Storage:

@@ -56,6 +56,12 @@ def open_pairs(
     image_files = list_files(image_place, "", IMAGE_SUFFIXES, recursive=True)
     mask_files = list_files(mask_place, "", ".png", recursive=True)
     for place, files, what in ((image_place, image_files, "images"), (mask_place, mask_files, "mask PNGs")):
+        if not files and (images if what == "images" else masks) is not None:
+            raise WrongUse(
+                "dataset_missing",
+                f"There are no {what} in {place.uri}.",
+                "Check the path. Masks are PNG files whose values are class ids, 255 is ignored.",
+            )
         if not files:
             raise SOURCE.missing(place.uri, f"there are no {what}")
     wanted = sorted(image_files)

@@ -118,7 +118,7 @@ class RecipeBook(Generic[R]):
                 raise WrongUse(
                     "recipe_invalid",
                     f"--set {setting!r} is not of the form key=value.",
-                    f"Write --set {next(iter(self._paths))}=….",
+                    f"Write --set {setting}=VALUE.",
                 )
             path = self._path(key.strip(), where=f"--set {setting}")
             try:
@@ -160,6 +160,13 @@ class RecipeBook(Generic[R]):
                 f"There is no recipe {name_or_path!r}.",
                 f"{did_you_mean(name_or_path, self.recipes)}Known: {', '.join(self.recipes)}; "
                 "or give a YAML file.",
+            )
+        if not path.exists():
+            raise WrongUse(
+                "recipe_invalid",
+                f"There is no recipe file {path}.",
+                f"{did_you_mean(path.stem, self.recipes)}Check the path, or name a recipe: "
+                f"{', '.join(self.recipes)}.",
             )
         try:
             written = yaml.safe_load(path.read_text(encoding="utf-8"))
