@@ -146,7 +146,7 @@ class Benchmark:
             log_result(tracker, folder)
             _print(result, console)
         console.print(
-            f"Result         {folder}/benchmark.json (measured in {duration(result.seconds)})\n"
+            f"Result         {folder}/benchmark.json (measured in {duration(result.seconds or 0.0)})\n"
             f"Look at it:    {page.resolve().as_uri()}",
             highlight=False,
             soft_wrap=True,

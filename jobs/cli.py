@@ -113,7 +113,7 @@ def check_command(arguments: Sequence[str]) -> None:
     words = [*itertools.takewhile(lambda word: not word.startswith("-"), arguments)]
     if not words:
         return
-    command, known = words[0], COMMANDS
+    command, known = words[0], [*COMMANDS]
     if command == "train":
         if len(words) == 1 and not {"-h", "--help"} & set(arguments):
             raise WrongUse(
@@ -121,7 +121,7 @@ def check_command(arguments: Sequence[str]) -> None:
                 "maskmill train does not know what to train.",
                 "Write maskmill train maskclip-plus, for a student, or maskmill train clipseg.",
             )
-        command, known = " ".join(words[:2]), ("train", *(f"train {name}" for name in TRAININGS))
+        command, known = " ".join(words[:2]), ["train", *(f"train {name}" for name in TRAININGS)]
     if command not in known:
         raise WrongUse(
             "wrong_use",

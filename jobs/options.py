@@ -88,7 +88,7 @@ class LabellingModel:
         from pipeline.labelling.prepare import clipseg_recipe, student_recipe
         from pipeline.trained.clipseg import is_trained
 
-        known = () if Path(self.model).exists() else LABEL_RECIPES.recipes
+        known = () if "/" in self.model or Path(self.model).exists() else LABEL_RECIPES.recipes
         if self.model in known:
             raise WrongUse(
                 "wrong_use", f"{self.model} is a recipe, not a trained model.", f"Give --recipe {self.model}."
@@ -99,7 +99,6 @@ class LabellingModel:
                 f"There is no model {self.model}.",
                 f"{did_you_mean(self.model, known)}Give --recipe NAME, or the --output of maskmill train.",
             )
-
         if is_trained(self.model):
             return clipseg_recipe(self.model, self.settings), None
         return student_recipe(self.model, self.settings)

@@ -346,6 +346,8 @@ def _train(
                 if error.code != prepared.fallback:
                     raise
                 return None, error
+            if compute.workers:
+                display.stage("stopping Ray")
     return outcome, None
 
 
