@@ -40,6 +40,7 @@ from models.clip.loading import load_source
 from models.clip.templates import TEMPLATE_SETS
 from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource
 from models.errors import MaskMillError, WrongUse
+from pipeline.metrics.names import percent
 from pipeline.toyworld import scenes as toyworld
 from pipeline.toyworld.captions import caption_words
 
@@ -418,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if scores is not None:
         size = arguments.recipe.size
         for head, by_size in scores.iou.items():
-            print(f"{head}: mean IoU {np.mean(by_size[size]):.3f} at {size} px")
+            print(f"{head}: mean IoU {percent(float(np.mean(by_size[size])))} % at {size} px")
     print(f"Written to {output}")
     return 0
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from models.clipseg import toyvit
 from models.clipseg.decoder import normalize
 from models.files import write_file
+from pipeline.metrics.names import percent
 from pipeline.toyworld import scenes as toyworld
 from pipeline.toyworld.phrases import auc
 from pipeline.toyworld.scenes import CLASSES, THINGS, VISIBLE_SHARE
@@ -85,7 +86,7 @@ def train_tower(
         images, shown = _scenes(SEED + 1, held_out, classes)
         scores = torch.cat([tower(normalize(part)) for part in images.split(BATCH)]).numpy()
     quality = np.nanmean([auc(scores[:, k], shown[:, k].numpy() > 0) for k in range(len(classes))])
-    console.print(f"  AUC on new scenes: {quality:.3f}")
+    console.print(f"  AUC on new scenes: {percent(quality)} %")
     state = {name: value for name, value in tower.state_dict().items() if not name.startswith("head.")}
     write_file(path, save(state, training))
 
