@@ -12,6 +12,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from jobs.console import timed
 from jobs.evaluate import evaluate
 from jobs.label import LabelJob, label_images
 from jobs.show import Show
@@ -77,8 +78,11 @@ class Demo:
             console,
             f"1. Draw {self.images} unlabelled scenes of the toy world, and {self.test} with their true maps",
         )
-        _draw(images, None, count=self.images, size=self.size, seed=self.seed)
-        _draw(test / "images", test / "truth", count=self.test, size=self.size, seed=self.seed + TRUTH_SEED)
+        with timed(console, "drawing the scenes"):
+            _draw(images, None, count=self.images, size=self.size, seed=self.seed)
+            _draw(
+                test / "images", test / "truth", count=self.test, size=self.size, seed=self.seed + TRUTH_SEED
+            )
         truth = open_pairs(images=str(test / "images"), masks=str(test / "truth"), ontology=ontology)
 
         _title(console, "2. maskmill label: class names in, pseudo-labels out")
@@ -104,17 +108,18 @@ class Demo:
         }
         _print_scores(found, console)
         record = read_student_record(student)
-        write_student_page(
-            record,
-            [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()],
-            labels=str(results / "teacher" / "labels"),
-            truth=truth,
-            scores=[
-                Score(name, one.metrics["miou"] or 0.0, [entry.iou for entry in one.classes])
-                for name, one in found.items()
-            ],
-            note=f"{self.test} held-out scenes and their true maps.",
-        )
+        with timed(console, "writing the page of the student"):
+            write_student_page(
+                record,
+                [json.loads(line) for line in (student / "metrics.jsonl").read_text().splitlines()],
+                labels=str(results / "teacher" / "labels"),
+                truth=truth,
+                scores=[
+                    Score(name, one.metrics["miou"] or 0.0, [entry.iou for entry in one.classes])
+                    for name, one in found.items()
+                ],
+                note=f"{self.test} held-out scenes and their true maps.",
+            )
         Show(table=str(table), output=output / "gallery.html").run(Console(quiet=True))
         lines = [
             f"Side by side:      {(student / PAGE).resolve().as_uri()}",
