@@ -90,6 +90,12 @@ def put_into(folder: str, file: str) -> str:
     return f"  mkdir -p {where} && cp {shlex.quote(file)} {where}/\n"
 
 
+def same_cache(cache: str | None) -> str:
+    """The other way to bring a hub's file here: a line for the end of a remedy."""
+    store = cache or hub_cache_folder()
+    return f"Or copy {store} from a machine that has them: then the same command finds them.\n"
+
+
 def reachable(host: str) -> bool:
     """Whether a download is worth trying: without a network the hub client retries for 45 seconds."""
     endpoint = os.environ.get("HF_ENDPOINT")

@@ -32,6 +32,7 @@ from models.hub import (
     hub_file,
     in_hub_cache,
     put_into,
+    same_cache,
 )
 
 if TYPE_CHECKING:
@@ -317,8 +318,8 @@ def _fetch_tag(name: str, pretrained: str, tag: dict[str, Any], cache: str | Non
         if cached:
             return cached
         file = file or HF_SAFE_WEIGHTS_NAME
-        urls = [hub_file(repository, file)]
-        put = ""
+        urls, put = [hub_file(repository, file)], ""
+        also = same_cache(cache)
     else:
         urls, store = [tag["url"]], cache or os.path.expanduser("~/.cache/clip")
         file = os.path.basename(tag["url"])
@@ -326,13 +327,13 @@ def _fetch_tag(name: str, pretrained: str, tag: dict[str, Any], cache: str | Non
         if cached.is_file() and cached.stat().st_size:
             # open_clip would hash the whole file on every start; the fingerprint hashes it once.
             return cached
-        put = f"Copy it here, and put it where the same command finds it:\n{put_into(store, file)}"
+        put, also = f"Copy it here, and put it where the same command finds it:\n{put_into(store, file)}", ""
     named = f"{'Or leave it anywhere' if put else 'Copy it here'}, and add to the command:"
     return download(
         lambda: open_clip.download_pretrained(tag, cache_dir=cache),
         urls,
         f"{name} {pretrained}",
-        f"{put}{named}\n  --set pretrained={file}\n{_NO_DOWNLOAD}",
+        f"{put}{named}\n  --set pretrained={file}\n{also}{_NO_DOWNLOAD}",
     )
 
 
@@ -349,7 +350,8 @@ def _from_hub(model: str, repository: str, pretrained: str | None, cache: str | 
     use = (
         f"Copy both here, into one folder:\n{put_into(folder, HF_CONFIG_NAME)}"
         f"{put_into(folder, HF_SAFE_WEIGHTS_NAME)}"
-        f"Then add to the command:\n  --set model=local-dir:{folder} --set pretrained=null\n{_NO_DOWNLOAD}"
+        f"Then add to the command:\n  --set model=local-dir:{folder} --set pretrained=null\n"
+        f"{same_cache(cache)}{_NO_DOWNLOAD}"
     )
     settings_path = in_hub_cache(repository, HF_CONFIG_NAME, cache) or download(
         lambda: fetch(HF_CONFIG_NAME), urls, model, use

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.clip.weights import read_state
 from models.errors import WrongUse
-from models.hub import HUB, fetch_by_hand, hub_file, in_hub_cache, reachable
+from models.hub import HUB, fetch_by_hand, hub_file, in_hub_cache, reachable, same_cache
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def _imagenet_file(name: str) -> Path:
         f"The ImageNet weights of {name} are not on this machine and could not be fetched: {reason}.",
         f"{fetch_by_hand(known.files[:1])}Copy it here, and add to the command:\n"
         f"  --set backbone_weights={file}\n"
-        f"{_also(known)}To start from random weights: --set backbone_weights=none.",
+        f"{_also(known)}{same_cache(None)}To start from random weights: --set backbone_weights=none.",
     )
 
 

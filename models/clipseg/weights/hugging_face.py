@@ -23,7 +23,7 @@ from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource, read_stat
 from models.clipseg.decoder import IMAGE_SIZE, ClipSeg, ClipSegDecoder, tower_shape
 from models.clipseg.weights.fitting import build_decoder, check_names, detached, refuse_existing
 from models.errors import MaskMillError, WrongUse
-from models.hub import download, hub_file, in_hub_cache, put_into
+from models.hub import download, hub_file, in_hub_cache, put_into, same_cache
 from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
 from models.settings import ClipSegConfig
 
@@ -173,7 +173,7 @@ def _from_hub(repository: str, name: str, cache: str | None) -> Path:
         repository,
         f"Copy both here, into one folder:\n{put_into(folder, CONFIG_FILE)}{put_into(folder, WEIGHTS_FILE)}"
         f"Then name the folder (label and evaluate: --set pretrained={folder}):\n  --weights {folder}\n"
-        "To try it without a download, use the bundled toy: maskmill serve --model toy.",
+        f"{same_cache(cache)}To try it without a download, use the bundled toy: maskmill serve --model toy.",
     )
 
 
