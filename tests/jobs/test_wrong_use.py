@@ -103,7 +103,7 @@ CASES = {
     "datasets voc2": "Did you mean voc2",
     "nonsense": "There is no command nonsense.",
     "lable --images photos": "Did you mean label?",
-    "train maskclip --labels nowhere": "Did you mean maskclip-plus?",
+    "train maskclip --labels nowhere": "Did you mean train maskclip-plus?",
     "label --images photos --output out --class cat": "--classes STR",
     "label --images photos --output out --classes cat --no-backgroud": "--no-background",
 }
