@@ -86,7 +86,7 @@ def train_tower(
         images, shown = _scenes(SEED + 1, held_out, classes)
         scores = torch.cat([tower(normalize(part)) for part in images.split(BATCH)]).numpy()
     quality = np.nanmean([auc(scores[:, k], shown[:, k].numpy() > 0) for k in range(len(classes))])
-    console.print(f"  AUC on new scenes: {percent(quality)} %")
+    console.print(f"  AUC on new scenes: {percent(float(quality))} %")
     state = {name: value for name, value in tower.state_dict().items() if not name.startswith("head.")}
     write_file(path, save(state, training))
 
