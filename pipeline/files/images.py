@@ -323,7 +323,7 @@ def _explain(error: Exception, data: bytes) -> ImageError:
         if other is not None:
             return ImageError("unsupported_format", f"{other}; convert it to JPEG or PNG")
         if not _SIGNATURES.match(data):
-            return ImageError("not_an_image", f"{len(data)} bytes that begin with {data[:8]!r}")
+            return ImageError("not_an_image", f"{len(data)} bytes that begin with {repr(data[:8])[1:]}")
         if data.endswith(_ENDS):
             return ImageError("unreadable", "the header is damaged")
         return ImageError("truncated", f"the header is cut off or damaged ({len(data)} bytes)")
