@@ -86,7 +86,7 @@ def test_a_home_folder_in_a_spec(
 @pytest.mark.parametrize(
     ("spec", "code"),
     [
-        ("tpy", "recipe_invalid"),
+        ("tpy", "model_unknown"),
         ("{}/photos", "model_unknown"),
         ("{}/none.pth", "weights_missing"),
         ("{}/none.yaml", "recipe_invalid"),
