@@ -63,7 +63,7 @@ class LabelDisplay:
         if self._bar is not None:
             self._bar.update(self._task, description=text)
         else:
-            self._say(text)
+            self.say(text)
 
     def update(self, progress: LabelProgress) -> None:
         """Show new numbers; in a log at most every ``LOG_EVERY_S`` seconds."""
@@ -85,9 +85,10 @@ class LabelDisplay:
         elif progress.done and (now - self._last_line >= LOG_EVERY_S or progress.done == self._total):
             self._last_line = now
             parts = [f"labelled {progress.done:,} of {self._total:,}", f"{failed:,} failed" if failed else ""]
-            self._say(", ".join(part for part in (*parts, rate, left) if part))
+            self.say(", ".join(part for part in (*parts, rate, left) if part))
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Print a permanent line."""
         self._console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)
 
 

@@ -289,6 +289,7 @@ def evaluate(
             boundary=boundary,
             workers=workers,
             progress=report,
+            notice=lambda text: console.print(text, highlight=False, soft_wrap=True),
         )
     whole = not (evaluation.missing or evaluation.failed)
     if labels is None and not whole:

@@ -32,6 +32,7 @@ from jobs.options import (
     refuse_missing_file,
 )
 from models.errors import FailedWork, WrongUse
+from pipeline.cluster.nodes import plan_like, plan_when_joined
 from pipeline.cluster.session import joins_cluster, ray_session, worker_precision
 from pipeline.cluster.signals import interrupt, signals_held
 from pipeline.corpus.manifest import build_manifest
@@ -212,8 +213,7 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
                     storage.write_json(DATASET_FILE, _new_record(job, prepared))
                 display.stage(f"starting {_workers(compute)}")
                 startup_s = time.monotonic() - began
-                report = _reporting(display, tracker)
-                progress = _label(job, storage, lease, todo, prepared, compute, report)
+                progress = _label(job, storage, lease, todo, prepared, compute, display, tracker)
                 startup_s += progress.first_s or 0.0
                 display.stage("stopping Ray")
             with timed(console, "counting the table"):
@@ -303,7 +303,7 @@ def _started(
         preparing = None if asks_cluster else _begin_preparing(thread, job, precision, recorded)
         display.stage("embedding class names, starting Ray")
         compute = stack.enter_context(
-            ray_session(lease.run_id, address=job.address, verbose=job.verbose, notice=display.stage)
+            ray_session(lease.run_id, address=job.address, verbose=job.verbose, notice=display.say)
         )
         if preparing is None:
             preparing = _begin_preparing(thread, job, worker_precision(compute), recorded)
@@ -357,14 +357,15 @@ def _label(
     todo: pa.Table,
     prepared: PreparedLabeller,
     compute: Compute,
-    report: Callable[[Progress], None],
+    display: LabelDisplay,
+    tracker: Tracker,
 ) -> Progress:
     with signals_held():
-        from pipeline.labelling.flow import run_labelling
+        from pipeline.labelling.flow import Replanning, run_labelling
         from pipeline.labelling.stages import Write
     return run_labelling(
         todo,
-        make_labeller=functools.partial(prepared.build, threads=compute.threads),
+        make_labeller=prepared.build,
         image_settings=job.recipe.images,
         write=Write(
             storage,
@@ -373,7 +374,14 @@ def _label(
             num_classes=job.ontology.num_classes,
         ),
         compute=compute,
-        report=report,
+        report=_reporting(display, tracker),
+        replanning=Replanning(
+            plan=lambda before: plan_when_joined(plan_like(before), display.say),
+            unfinished=lambda manifest: _without(manifest, done_ids(storage)),
+            notice=display.say,
+        )
+        if joins_cluster(job.address)
+        else None,
     )
 
 

@@ -86,10 +86,19 @@ def test_every_node_has_the_same_image_and_gets_its_rights_from_a_profile(config
 
 
 def test_what_is_mounted_exists_and_is_installed(config: dict[str, Any]) -> None:
-    for remote, local in config["file_mounts"].items():
+    mounts = dict(config["file_mounts"])
+    assert mounts.pop("/home/ubuntu/.ray/auth_token") == "~/.ray/auth_token"  # where Ray keeps a user's token
+    for remote, local in mounts.items():
         assert not Path(local).is_absolute()
         assert (ROOT / local).exists(), local
         assert any(remote in command for command in config["setup_commands"])
+
+
+def test_every_node_wants_the_token(config: dict[str, Any]) -> None:
+    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
+        (start,) = [command for command in commands if "ray start" in command]
+        assert "export RAY_AUTH_MODE=token && " in start.split("ray start")[0]
+    assert "chmod 600 /home/ubuntu/.ray/auth_token" in config["setup_commands"]
 
 
 def test_the_requirements_start_a_cluster_on_aws() -> None:

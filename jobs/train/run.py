@@ -366,7 +366,7 @@ def _compute(options: TrainOptions, lease: Lease, display: TrainDisplay) -> Iter
         lease.run_id,
         address=options.address,
         verbose=options.verbose,
-        notice=display.stage,
+        notice=display.say,
         plan=functools.partial(plan_training, workers=options.workers),
     ) as compute:
         yield compute

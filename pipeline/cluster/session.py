@@ -1,17 +1,25 @@
-"""A Ray session for one run: join a cluster, or start a local one, and shut it down afterwards."""
+"""A Ray session for one run: join a cluster, or start a local one, and shut it down afterwards.
+
+A Ray that is started here belongs to its run alone: it listens on loopback, wants a token that only the
+processes of the run have, and keeps its sockets in a folder that only this user can enter.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import secrets
+import shutil
 import socket
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
-from models.errors import FailedWork, MaskMillError
+from models.errors import FailedWork, WrongUse
+from pipeline.cluster.nodes import Plan, live_nodes, plan_when_joined
 from pipeline.cluster.resources import Compute, plan_compute
 from pipeline.cluster.signals import handlers_kept, signals_held
 from pipeline.table.lease import RUN_ID_VARIABLE, end_orphans
@@ -31,21 +39,18 @@ returns the memory of large tensors to the system at once, and the next image fa
 which takes a fifth of the time of a ViT-B/16. See "Memory Allocation Tunables" in the glibc manual;
 ``hugetlb`` needs glibc 2.35."""
 
-NODES_WAIT_S = 300.0
-"""Time for a cluster's worker nodes to join: a cloud machine takes minutes to boot."""
-
 REACH_S = 20.0
 """Timeout for connecting to a cluster."""
 
-P = TypeVar("P", covariant=True)
+JOIN_TRIES = 5
+"""How often Ray tries to join a cluster that does not let it in; a try takes 1 to 11 s."""
 
+START_TRIES = 3
+"""How often a local Ray is started. Ray gives its processes half a minute, too little for a busy machine."""
 
-class Plan(Protocol[P]):
-    """How a run divides a cluster; see ``pipeline.cluster.resources.plan_compute``."""
-
-    def __call__(self, nodes: Sequence[tuple[float, float]], *, cores: int | None) -> P:
-        """Raises ``cluster_too_small`` if the nodes do not suffice."""
-        ...
+LONGEST_PARENT = 25
+"""Bytes of the folder's path below which a local Ray keeps its sockets. A socket's path has at most 103 bytes
+on macOS (107 on Linux), of which Ray and the name of our own folder take 78."""
 
 
 def joins_cluster(address: str | None) -> bool:
@@ -69,12 +74,13 @@ def ray_session(
         address: of a cluster; None joins the one in ``RAY_ADDRESS`` (set within ``ray job submit``), else
             starts a local one.
         verbose: show Ray's log.
-        notice: called with what the run is waiting for.
+        notice: called with what the user should know: the cluster that is joined, what the run waits for.
         plan: makes the yielded plan from the nodes.
 
     Raises:
-        MaskMillError: ``cluster_unreachable``; ``cluster_too_small`` if too few nodes have joined a cluster
-            after ``NODES_WAIT_S``.
+        MaskMillError: ``cluster_unreachable``; ``no_ray_folder`` if a local Ray has no place for its sockets;
+            ``cluster_too_small`` if too few nodes have joined a cluster after
+            ``pipeline.cluster.nodes.NODES_WAIT_S``.
     """
     # Each prestarted worker process costs a core-second, which is a lot on a laptop.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
@@ -85,53 +91,149 @@ def ray_session(
         # At lower levels, every run prints a warning about the arguments of pool actors.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ[RUN_ID_VARIABLE] = run_id
-    local = not joins_cluster(address)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    where: dict[str, Any] = (
-        {"address": "local", "num_cpus": max(LOCAL_SLOTS, 2 * cores), "include_dashboard": False}
-        if local
-        else {"address": address or os.environ["RAY_ADDRESS"]}
-    )
     with contextlib.ExitStack() as stack:
+        if joins_cluster(address):
+            with signals_held():
+                _join(address or os.environ["RAY_ADDRESS"], verbose=verbose, notice=notice)
+                stack.callback(_end_ray)
+            yield plan_when_joined(plan, notice)
+            return
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        stack.enter_context(_private_place())
         with signals_held():
-            _begin_ray(where, run_id, local=local, verbose=verbose)
+            _start(run_id, slots=max(LOCAL_SLOTS, 2 * cores), verbose=verbose, notice=notice)
             stack.callback(_end_ray)
-        yield plan(_nodes(), cores=cores) if local else _plan_when_joined(plan, notice)
+        yield plan(live_nodes(), cores=cores)
+
+
+@contextlib.contextmanager
+def _private_place() -> Iterator[None]:
+    """Make Ray listen on loopback, want a token, and work in a folder of its own, which is then removed."""
+    folder = _make_folder()
+    # Without support for several nodes, which Ray leaves off on macOS and Windows, it takes 127.0.0.1 for its
+    # address. By its own address, a dozen ports would be open to the network.
+    here = {"RAY_TMPDIR": folder, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    if "ray" not in sys.modules:
+        # Against other processes of this user, too, such as those that join any Ray they find ("auto"). It
+        # stays set afterwards, because Ray reads its token once in a process.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    elif "RAY_AUTH_TOKEN" not in os.environ:
+        # This process may have read Ray's file already.
+        _narrow_token_file()
+    try:
+        with _variables(here):
+            yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _make_folder() -> str:
+    """A new folder with a short path that only this user can enter.
+
+    Raises:
+        MaskMillError: ``no_ray_folder``.
+    """
+    named = os.environ.get("RAY_TMPDIR")
+    parents = [named] if named else [tempfile.gettempdir(), "/tmp"]
+    for parent in parents:
+        if len(os.fsencode(parent)) <= LONGEST_PARENT:
+            with contextlib.suppress(OSError):
+                return tempfile.mkdtemp(prefix="mill-", dir=parent)
+    raise WrongUse(
+        "no_ray_folder",
+        f"Ray has no place for its sockets: {' and '.join(dict.fromkeys(parents))} cannot be written to, or "
+        f"have a path of more than {LONGEST_PARENT} bytes, which leaves too little for the names of sockets.",
+        "Set RAY_TMPDIR to a folder on a local disk with a short path, such as /var/tmp.",
+    )
+
+
+def _narrow_token_file() -> None:
+    """Let nobody else read the token that Ray keeps in its documented place, and makes with mode 0644."""
+    path = Path.home() / ".ray" / "auth_token"
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(handle, "w") as file:
+                file.write(secrets.token_hex(32))
+        path.chmod(0o600)
+
+
+def _join(address: str, *, verbose: bool, notice: Callable[[str], None]) -> None:
+    import ray
+
+    try:
+        _reach(address)
+        with _variables({"RAY_gcs_server_port_wait_time_s": str(JOIN_TRIES)}):
+            _init({"address": address}, verbose=verbose)
+    except Exception as error:
+        raise FailedWork(
+            "cluster_unreachable",
+            f"Ray could not be reached at {address}: {error}",
+            "Check --address (or RAY_ADDRESS), or leave it out to run on this machine alone. A cluster that "
+            "wants a token needs RAY_AUTH_MODE=token and its RAY_AUTH_TOKEN here.",
+        ) from error
+    notice(f"joined the Ray at {ray.get_runtime_context().gcs_address}")
 
 
 def _reach(address: str) -> None:
     """Fail at once if nothing listens at ``host:port``: Ray itself retries for many minutes."""
+    import ray.util
+
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+        host = host.strip("[]")
+        if host in ("localhost", "127.0.0.1", "::1"):
+            host = ray.util.get_node_ip_address()  # which Ray takes instead
+        socket.create_connection((host, int(port)), timeout=REACH_S).close()
 
 
-def _begin_ray(where: dict[str, Any], run_id: str, *, local: bool, verbose: bool) -> None:
+def _start(run_id: str, *, slots: int, verbose: bool, notice: Callable[[str], None]) -> None:
+    import ray
+
+    for tried in range(1, START_TRIES + 1):
+        try:
+            _init({"address": "local", "num_cpus": slots, "include_dashboard": False}, verbose=verbose)
+            return
+        except BaseException as error:
+            # A start that was interrupted or failed may leave processes that Ray does not know of.
+            end_orphans(run_id)
+            # Ray raises a plain Exception when its processes take too long to start.
+            if not isinstance(error, Exception):
+                raise
+            if tried == START_TRIES or ray.is_initialized():
+                raise FailedWork(
+                    "cluster_unreachable",
+                    f"Ray could not be started on this machine, {tried} time(s): {error}",
+                    "If this machine is busy, try again later; -v shows Ray's own messages.",
+                ) from error
+            notice("Ray did not start in time; trying again")
+
+
+def _init(where: Mapping[str, Any], *, verbose: bool) -> None:
     import ray
 
     level = logging.INFO if verbose else logging.ERROR
     try:
         with contextlib.nullcontext() if verbose else _quiet_stderr(), handlers_kept():
-            if not local:
-                _reach(where["address"])
             ray.init(**where, logging_level=level, log_to_driver=verbose)
-    except BaseException as error:
-        if local:
-            # An interrupted start may leave processes that Ray does not know of yet.
-            end_orphans(run_id)
-        if isinstance(error, SystemExit):  # raised by Ray's own SIGTERM handler
-            raise KeyboardInterrupt from error
-        if not isinstance(error, Exception):
-            raise
-        # Ray raises a plain Exception when its processes take too long to start.
-        at = "" if local else f" at {where['address']}"
-        raise FailedWork(
-            "cluster_unreachable",
-            f"Ray could not be started or reached{at}: {error}",
-            "If this machine is busy, try again later."
-            if local
-            else "Check --address (or RAY_ADDRESS), or leave it out to run on this machine alone.",
-        ) from error
+    except SystemExit as error:  # raised by Ray's own SIGTERM handler
+        raise KeyboardInterrupt from error
 
 
 def _end_ray() -> None:
@@ -139,37 +241,6 @@ def _end_ray() -> None:
 
     with signals_held():
         ray.shutdown()
-
-
-def _nodes() -> list[tuple[float, float]]:
-    """(logical CPUs, GPUs) of each live node."""
-    import ray
-
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [(resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive]
-
-
-def _plan_when_joined(plan: Plan[P], notice: Callable[[str], None]) -> P:
-    """Wait for the nodes of a cluster that may still be booting, and return the plan for them."""
-    import ray
-
-    deadline = time.monotonic() + NODES_WAIT_S
-    wanted = None
-    while True:
-        try:
-            planned = plan(_nodes(), cores=None)
-            break
-        except MaskMillError:
-            if time.monotonic() > deadline:
-                raise
-        if wanted is None:
-            notice("waiting for the cluster's worker nodes")
-            # A pending task makes an autoscaler start nodes.
-            wanted = ray.remote(num_cpus=1)(lambda: None).remote()
-        time.sleep(1)
-    if wanted is not None:
-        ray.cancel(wanted, force=True)
-    return planned
 
 
 @contextlib.contextmanager

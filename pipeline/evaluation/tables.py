@@ -282,6 +282,7 @@ def evaluate_table(
     boundary: bool = True,
     workers: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
+    notice: Callable[[str], None] = lambda _text: None,
 ) -> Evaluation:
     """Compare a label table with the truth.
 
@@ -294,6 +295,7 @@ def evaluate_table(
         boundary: also count for boundary IoU.
         workers: parallel Ray tasks, on the running Ray or a temporary local one; 0 works in this process.
         progress: called with the number of images done and in total.
+        notice: called with what the user should know about Ray.
 
     Raises:
         MaskMillError: those of ``plan`` and ``class_lookup``.
@@ -307,7 +309,8 @@ def evaluate_table(
         "boundary": boundary,
     }
     total = Evaluation(SegmentationStatistics.zero(len(dataset.class_names)), missing=work.missing)
-    for found in _on_ray(work.parts, settings, workers) if workers else _here(work.parts, settings):
+    each = _on_ray(work.parts, settings, workers, notice) if workers else _here(work.parts, settings)
+    for found in each:
         total.statistics = total.statistics + found.statistics
         total.images += found.images
         total.failed += found.failed
@@ -321,14 +324,16 @@ def _here(parts: Sequence[str], settings: dict[str, Any]) -> Iterator[Evaluation
     return (score_part(part, **settings) for part in parts)
 
 
-def _on_ray(parts: Sequence[str], settings: dict[str, Any], workers: int) -> Iterator[Evaluation]:
+def _on_ray(
+    parts: Sequence[str], settings: dict[str, Any], workers: int, notice: Callable[[str], None]
+) -> Iterator[Evaluation]:
     import ray
 
     from pipeline.cluster.session import ray_session
 
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
-            stack.enter_context(ray_session(uuid.uuid4().hex, address=None, verbose=False))
+            stack.enter_context(ray_session(uuid.uuid4().hex, address=None, verbose=False, notice=notice))
         import ray.data
 
         context = ray.data.DataContext.get_current()

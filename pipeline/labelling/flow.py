@@ -2,6 +2,9 @@
 
 Every image of the manifest becomes exactly one row; see ``pipeline.table.committed``. The flow itself does
 not track finished work: it labels everything it receives.
+
+On a cluster, nodes are lost and join. If a run cannot go on as planned, or there is much more to use than
+planned for, the flow ends, and another one with a new plan labels what is left.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +23,7 @@ import ray.data
 from ray.data.block import BlockMetadata
 
 from models.errors import FailedWork, MaskMillError
+from pipeline.cluster.nodes import NodesChanged, NodeWatch, stop_when_changed
 from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Compute
 from pipeline.files.faults import explain
@@ -58,48 +63,101 @@ def part_sizes(count: int, workers: int) -> list[int]:
     return sizes
 
 
+@dataclass(frozen=True)
+class Replanning:
+    """How a run on a cluster goes on when its nodes have changed.
+
+    Attributes:
+        plan: waits until there are enough nodes to go on from a plan, and returns how to use them.
+        unfinished: those images of a manifest that have no row.
+        notice: called with what the user should know.
+    """
+
+    plan: Callable[[Compute], Compute]
+    unfinished: Callable[[pa.Table], pa.Table]
+    notice: Callable[[str], None]
+
+
 def run_labelling(
     todo: pa.Table,
     *,
-    make_labeller: Callable[[], Labeller],
+    make_labeller: Callable[..., Labeller],
     image_settings: ImageSettings,
     write: Write,
     compute: Compute,
     report: Callable[[Progress], None],
+    replanning: Replanning | None = None,
 ) -> Progress:
     """Label images into a table, and block until done. The caller must hold the lease of the table.
 
     Args:
         todo: manifest of the images without a row.
-        make_labeller: builds the Labeller in each actor; picklable.
+        make_labeller: builds the Labeller in each actor, for a number of CPU ``threads``; picklable.
         image_settings: for decoding and resizing.
         write: encodes and commits.
         compute: how to use the cluster.
         report: called after each part.
+        replanning: on a cluster whose nodes may change; None if they cannot.
 
     Raises:
-        MaskMillError: ``labelling_failed`` with the cause. Committed rows stay, and the run can be resumed.
+        MaskMillError: ``labelling_failed`` with the cause, ``cluster_too_small`` if too few nodes are left.
+            Committed rows stay, and the run can be resumed.
     """
-    _configure()
     began = time.monotonic()
+    total = todo.num_rows
     progress = Progress()
-    flow = _flow(todo, make_labeller, image_settings, write, compute)
-    try:
-        for part in flow.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for row in part.to_pylist():
-                failures: dict[str, int] = {}
-                for code in row.pop("failures"):
-                    failures[code] = failures.get(code, 0) + 1
-                progress = progress.plus(**row, failures=failures, at_s=time.monotonic() - began)
-                report(progress)
-    except Exception as error:  # Ray Data wraps what happened in types of its own
-        raise explain(error) or _stopped(error) from error
-    return progress
+
+    def count(row: dict[str, Any]) -> None:
+        nonlocal progress
+        failures: dict[str, int] = {}
+        for code in row.pop("failures"):
+            failures[code] = failures.get(code, 0) + 1
+        progress = progress.plus(**row, failures=failures, at_s=time.monotonic() - began)
+        report(progress)
+
+    while True:
+        make_flow = functools.partial(_flow, todo, make_labeller, image_settings, write, compute)
+        try:
+            if replanning is None:
+                _run(make_flow, count, stop=[])
+            else:
+                with NodeWatch(compute, replanning.notice) as watch:
+                    _run(make_flow, count, stop=watch.reasons, finished=watch.part_finished)
+            return progress
+        except NodesChanged as change:
+            assert replanning is not None
+            replanning.notice(f"{change}: starting the workers anew on those that are there")
+            compute = replanning.plan(compute)
+            todo = replanning.unfinished(todo)
+            # What was committed while the flow ended was not reported.
+            progress = replace(progress, done=total - todo.num_rows)
+        except Exception as error:  # Ray Data wraps what happened in types of its own
+            raise explain(error) or _stopped(error) from error
+
+
+def _run(
+    make_flow: Callable[[], ray.data.Dataset],
+    count: Callable[[dict[str, Any]], None],
+    *,
+    stop: list[str],
+    finished: Callable[[], None] = lambda: None,
+) -> None:
+    """Run a flow to its end, and pass on the statistics of each part.
+
+    Raises:
+        NodesChanged: ``stop`` has got a reason.
+    """
+    _configure(stop)
+    flow = make_flow()
+    for part in flow.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        finished()
+        for row in part.to_pylist():
+            count(row)
 
 
 def _flow(
     todo: pa.Table,
-    make_labeller: Callable[[], Labeller],
+    make_labeller: Callable[..., Labeller],
     image_settings: ImageSettings,
     write: Write,
     compute: Compute,
@@ -116,7 +174,7 @@ def _flow(
         )
         .map_batches(
             Label,
-            fn_constructor_args=(make_labeller,),
+            fn_constructor_args=(functools.partial(make_labeller, threads=compute.threads),),
             # With GPUs, Ray Data requires a number: enough rows to fill batches of one image size.
             **stage | ({"batch_size": LARGEST_PART} if compute.gpus else {}),
             num_cpus=compute.cpus,
@@ -170,8 +228,9 @@ class _Parts(ray.data.Datasource):
         ]
 
 
-def _configure() -> None:
+def _configure(stop: list[str]) -> None:
     context = ray.data.DataContext.get_current()
+    context.custom_execution_callback_classes = [stop_when_changed(stop)]
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     # Waiting for spot GPUs or in a queue is fine; Ray Data would give up after half an hour.

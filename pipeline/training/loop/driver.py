@@ -7,6 +7,7 @@ with the same settings, it resumes from its newest usable checkpoint, however it
 * When a worker dies, Ray Train restarts all of them from the newest checkpoint.
 * A ``MaskMillError`` in a worker ends the run at once and is re-raised here.
 * On SIGTERM or Ctrl-C, the workers write a checkpoint and stop.
+* When the nodes of a cluster have no room for all workers, Ray Train waits for more; the user is told.
 * When Ray announces the preemption of a node, the workers write a checkpoint and continue; once the node is
   gone, Ray Train restarts them elsewhere from that checkpoint.
 """
@@ -23,13 +24,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.errors import FailedWork, MaskMillError, WrongUse
+from pipeline.cluster.nodes import LOOK_S, live_nodes
 from pipeline.cluster.signals import INTERRUPTED, stop_on_signals
 from pipeline.files.storage import Storage, open_storage
 from pipeline.training.loop.board import BoardLink, BoardLost, News
 from pipeline.training.loop.checkpoints import CheckpointStore
 from pipeline.training.loop.figures import Meter
 from pipeline.training.loop.protocols import Samples, Task
-from pipeline.training.loop.resources import TrainingCompute
+from pipeline.training.loop.resources import TrainingCompute, room_for_workers
 from pipeline.training.loop.settings import LoopSettings
 from pipeline.training.loop.worker import Job, work
 
@@ -127,6 +129,7 @@ def train(
             return _outcome(store, settings, step, finished.training["meter"], "", step, 0)
     board = BoardLink.start(in_process=compute.workers == 0)
     reader = _Reader(board, storage, report, notice)
+    room = _Room(compute, notice) if compute.workers else None
     job = Job(make_task, samples, settings, storage.uri, fingerprint, compute, board)
     with stop_on_signals() as request:
         run = _Run(job)
@@ -140,6 +143,8 @@ def train(
                     board.tell("stop", request.reason)
                     notice("Stopping after a checkpoint.")
                 reader.look()
+                if room:
+                    room.look()
         except BaseException:
             # Raise without waiting for the current step; closing Ray ends the workers.
             board.tell("stop", INTERRUPTED)
@@ -231,6 +236,33 @@ def _work_on_ray(job: Job) -> dict[str, Any]:
         )
         result: dict[str, Any] = trainer.fit().return_value
         return result
+
+
+class _Room:
+    """Tells the user when nodes were lost that the workers need, for which Ray Train waits without a word."""
+
+    def __init__(self, compute: TrainingCompute, notice: Callable[[str], None]) -> None:
+        self._compute = compute
+        self._notice = notice
+        self._looked = time.monotonic()
+        self._waits = False
+
+    def look(self) -> None:
+        if time.monotonic() - self._looked < LOOK_S:
+            return
+        self._looked = time.monotonic()
+        workers, kind = self._compute.workers, "GPU" if self._compute.gpu else "CPU"
+        room = room_for_workers(live_nodes(), self._compute)
+        if (room < workers) == self._waits:
+            return
+        self._waits = room < workers
+        if self._waits:
+            self._notice(
+                f"Waiting for nodes: {workers} workers need a {kind} each, and the cluster has room for "
+                f"{room}. To go on with fewer, stop this run, and run the same command with fewer --workers."
+            )
+        else:
+            self._notice("The cluster has room for all workers again.")
 
 
 class _Reader:

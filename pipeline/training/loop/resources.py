@@ -78,6 +78,15 @@ def plan_training(
     )
 
 
+def room_for_workers(nodes: Sequence[tuple[float, float]], compute: TrainingCompute) -> int:
+    """How many of a run's workers fit on (logical CPUs, GPUs) of each node, at most ``compute.workers``."""
+    room = 0
+    for cpus, gpus in nodes:
+        by_cpu = int(cpus / compute.worker_cpus)
+        room += min(by_cpu, int(gpus)) if compute.gpu else by_cpu
+    return min(room, compute.workers)
+
+
 def plan_in_process(workers: int | None) -> TrainingCompute | None:
     """Plan training in this process, without Ray; None if ``workers`` or several GPUs call for more.
 

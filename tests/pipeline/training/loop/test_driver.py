@@ -203,10 +203,17 @@ class Run:
         return [line["loss"] for line in self.lines]
 
 
-def run(folder: Path, workers: int = 0, plan: Plan | None = None, samples: Any = None, **changes: Any) -> Run:
+def run(
+    folder: Path,
+    workers: int = 0,
+    plan: Plan | None = None,
+    samples: Any = None,
+    notices: list[str] | None = None,
+    **changes: Any,
+) -> Run:
     settings = LoopSettings(**(BASE | changes))
     reported: list[dict[str, Any]] = []
-    notices: list[str] = []
+    notices = [] if notices is None else notices
     chosen = plan or Plan()
     with pytest.MonkeyPatch.context() as patch:
         if workers == 0:

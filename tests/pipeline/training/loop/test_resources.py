@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from models.errors import MaskMillError
-from pipeline.training.loop.resources import TrainingCompute, plan_training
+from pipeline.training.loop.resources import TrainingCompute, plan_training, room_for_workers
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,18 @@ def test_a_cluster_too_small_is_refused(nodes: list[tuple[float, float]], asked:
     with pytest.raises(MaskMillError, match=says) as caught:
         plan_training(nodes, cores=None, workers=asked)
     assert caught.value.code in ("cluster_too_small", "wrong_use")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpu", "room"),
+    [
+        ([(0, 0), (4, 0)], False, 3),
+        ([(1, 0), (1, 0)], False, 2),
+        ([(0.5, 0), (0.5, 0), (1, 0)], False, 1),  # a worker is on one node
+        ([(8, 1), (8, 1), (64, 0)], True, 2),
+        ([(0, 4)], True, 0),
+        ([], False, 0),
+    ],
+)
+def test_workers_need_room_on_one_node_each(nodes: list[tuple[float, float]], gpu: bool, room: int) -> None:
+    assert room_for_workers(nodes, TrainingCompute(3, gpu, 1.0, 1, 1)) == room
