@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 import sys
 import time
 from collections import Counter
@@ -302,6 +303,9 @@ def _started(
         display.stage("reading weights")
         preparing = None if asks_cluster else _begin_preparing(thread, job, precision, recorded)
         display.stage("embedding class names, starting Ray")
+        if not job.verbose:
+            # Ray prints there that a process died; the run goes on, or ends with words of its own.
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         compute = stack.enter_context(
             ray_session(lease.run_id, address=job.address, verbose=job.verbose, notice=display.say)
         )
