@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class Job:
     """``maskmill label`` of toy scenes on a cluster."""
 
-    def __init__(self, folder: Path, cluster: Cluster, *, count: int) -> None:
+    def __init__(self, folder: Path, cluster: Cluster, *, count: int, size: int = 384) -> None:
         self.images = folder / "images"
         self.images.mkdir()
         scenes, _, _ = toyworld.generate(11, count, 64)
@@ -36,7 +36,7 @@ class Job:
         self.arguments = [
             "label", "--images", str(self.images), "--ontology", "toyworld", "--output", str(self.output),
             "--recipe", "toy", "--address", cluster.address,
-            "--set", "scale=[1024, 384]",  # larger than the toy needs: there must be time
+            "--set", f"scale=[1024, {size}]",  # larger than the toy needs: there must be time
         ]  # fmt: skip
 
     def rows(self) -> Counter[str]:
@@ -90,7 +90,8 @@ def test_a_lost_node_does_not_stop_the_run(
         # Logical GPUs: the actors compute on CPUs, but Ray places them like those of real GPUs.
         # Of CPUs, the actors of both nodes leave less than one on either: no task would find a place.
         numbers = [cluster.add_worker(cpus=3, gpus=int(kind == "gpu")) for _ in range(2)]
-        job = Job(tmp_path, cluster, count=150)
+        # On GPUs, an actor takes up to 256 images at a time.
+        job = Job(tmp_path, cluster, **({"count": 1100, "size": 96} if kind == "gpu" else {"count": 100}))
         process = Process(job, tmp_path, cluster)
         process.wait_for(lambda: job.rows().total() > 5, 300)
         cluster.kill(numbers[0])
