@@ -91,7 +91,7 @@ def test_a_lost_node_does_not_stop_the_run(
         # Of CPUs, the actors of both nodes leave less than one on either: no task would find a place.
         numbers = [cluster.add_worker(cpus=3, gpus=int(kind == "gpu")) for _ in range(2)]
         # On GPUs, an actor takes up to 256 images at a time.
-        job = Job(tmp_path, cluster, **({"count": 1100, "size": 96} if kind == "gpu" else {"count": 100}))
+        job = Job(tmp_path, cluster, **({"count": 1100, "size": 192} if kind == "gpu" else {"count": 100}))
         process = Process(job, tmp_path, cluster)
         process.wait_for(lambda: job.rows().total() > 5, 300)
         cluster.kill(numbers[0])
