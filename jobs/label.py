@@ -36,10 +36,11 @@ from models.errors import FailedWork, WrongUse
 from pipeline.cluster.nodes import plan_like, plan_when_joined
 from pipeline.cluster.session import joins_cluster, ray_session, worker_precision
 from pipeline.cluster.signals import interrupt, signals_held
-from pipeline.corpus.manifest import build_manifest
+from pipeline.corpus.manifest import ADDRESS, build_manifest
+from pipeline.files.images import ImageError, fetch
 from pipeline.files.records import read_record
 from pipeline.files.redaction import without_signature
-from pipeline.files.storage import Storage, open_storage
+from pipeline.files.storage import Storage, is_remote, open_storage
 from pipeline.files.versions import versions
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe, templates_for
 from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
@@ -201,6 +202,7 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
                 highlight=False,
             )
             return 0
+        _refuse_unreachable(todo)
         console.print(_announcement(job, manifest.num_rows, todo.num_rows), soft_wrap=True, highlight=False)
         display = LabelDisplay(todo.num_rows, console)
         with tracker:
@@ -280,6 +282,19 @@ def _done(storage: Storage, console: Console) -> np.ndarray:
 def _without(manifest: pa.Table, done: np.ndarray) -> pa.Table:
     ids = manifest["id"].to_numpy()
     return manifest.filter(pa.array(~np.isin(ids, done, assume_unique=False)))
+
+
+def _refuse_unreachable(todo: pa.Table) -> None:
+    """Ask for one remote image, so that expired credentials and a wrong endpoint are told before Ray starts.
+
+    Raises:
+        MaskMillError: ``storage_unreachable``.
+    """
+    (first,) = todo.slice(0, 1).to_pylist()
+    address = first.get(ADDRESS) or first["uri"]
+    if is_remote(address):
+        with contextlib.suppress(ImageError):  # of this image alone; it becomes a row
+            fetch(address, length=1, attempts=1)
 
 
 def _announcement(job: LabelJob, total: int, todo: int) -> str:

@@ -24,7 +24,8 @@ from models.errors import FailedWork
 _CPU_TILE_BYTES = 1_000_000  # of scores: half of a common L2 cache
 _CPU_TILE_COLUMNS = 512
 _GPU_TILE_BYTES = 256_000_000
-_PART = 1024  # maximum rows or columns per interpolation matrix, for very long images
+_PART = 1024  # rows or columns per interpolation matrix
+_LONG_PART = 8192  # the same where the other side is short
 _NEGLIGIBLE = 30.0  # nats: a class this far below another one everywhere adds under 1e-13 to a softmax
 
 
@@ -94,9 +95,12 @@ def _tiled(
     labels = torch.empty(height, width, dtype=torch.int32 if wide else torch.uint8, device=device)
     confidence = torch.empty(height, width, dtype=torch.uint8, device=device)
     tile_bytes = _CPU_TILE_BYTES if device.type == "cpu" else _GPU_TILE_BYTES
-    tile_columns = min(width, _CPU_TILE_COLUMNS if device.type == "cpu" else _PART)
     count = len(kept)
-    tile_rows = min(height, _PART, max(1, tile_bytes // (4 * count * tile_columns)))
+    # A tile of a long, thin image is as large as any other: their number follows the pixels, not a side.
+    least_columns = _CPU_TILE_COLUMNS if device.type == "cpu" else _PART
+    tile_columns = min(width, _LONG_PART, max(least_columns, tile_bytes // (4 * count * height)))
+    part = _PART if width >= least_columns else _LONG_PART
+    tile_rows = min(height, part, max(1, tile_bytes // (4 * count * tile_columns)))
     # Allocated once: fresh pages for every tile would cost more than the arithmetic.
     memory = torch.empty(tile_rows * count * tile_columns, device=device)
     by_row = scores.permute(1, 0, 2).reshape(h * count, w)
@@ -105,13 +109,13 @@ def _tiled(
         columns = _axis(w, network_size[1], width, left, right)
         across = columns.weights.T.contiguous().to(device)
         stretched = (by_row[:, columns.first : columns.last] @ across).view(h, count * (right - left))
-        for start in range(0, height, _PART):
-            stop = min(height, start + _PART)
+        for start in range(0, height, part):
+            stop = min(height, start + part)
             rows = _axis(h, network_size[0], height, start, stop)
             down = rows.weights.to(device)
             for top in range(start, stop, tile_rows):
                 bottom = min(stop, top + tile_rows)
-                low, high = rows.spans[top - start][0], rows.spans[bottom - 1 - start][1]
+                low, high = rows.lows[top - start], rows.highs[bottom - 1 - start]
                 shape = (bottom - top, count, right - left)
                 tile = memory[: shape[0] * shape[1] * shape[2]].view(shape[0], -1)
                 weights = down[top - start : bottom - start, low - rows.first : high - rows.first]
@@ -186,13 +190,14 @@ class _Axis(NamedTuple):
     Attributes:
         weights: fp32 (positions, cells).
         first, last: this part reads the grid cells [first, last).
-        spans: the cells [first, last) that each position reads.
+        lows, highs: each position reads the cells [low, high).
     """
 
     weights: Tensor
     first: int
     last: int
-    spans: tuple[tuple[int, int], ...]
+    lows: list[int]
+    highs: list[int]
 
 
 @lru_cache(maxsize=64)
@@ -211,7 +216,7 @@ def _axis(grid: int, network: int, image: int, start: int, stop: int) -> _Axis:
     used = matrix != 0
     low = first + used.int().argmax(1)
     high = last - used.flip(1).int().argmax(1)
-    return _Axis(matrix.float(), first, last, tuple(zip(low.tolist(), high.tolist(), strict=True)))
+    return _Axis(matrix.float(), first, last, low.tolist(), high.tolist())
 
 
 def _bilinear(source: int, target: int, start: int, stop: int) -> tuple[tuple[Tensor, Tensor], ...]:

@@ -46,7 +46,7 @@ ERROR_CODES: Mapping[str, str] = MappingProxyType(
         "empty": "the file has no content",
         "not_an_image": "the content is not an image",
         "unsupported_format": "the content is an image of a format that is not read here",
-        "too_large": "the image has more pixels than the limit",
+        "too_large": "the image has more pixels, or a longer side, than the limit",
         "truncated": "the file ends before the image does",
         "unreadable": "the content is damaged, or an image of a kind that cannot be read",
     }
@@ -58,6 +58,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000", "PPM
 
 #: 100 megapixels: 300 MB as uint8 RGB, and briefly some three times that while decoding.
 MAX_PIXELS = 100_000_000
+
+#: Libpng, and so most readers of PNG, refuse longer sides: such an image could have no mask.
+MAX_SIDE = 1_000_000
 
 # Signatures of the common formats: distinguish a truncated image from a file that never was one.
 _SIGNATURES = re.compile(
@@ -157,8 +160,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
 
     Args:
         data: the encoded file, in one of :data:`FORMATS`.
-        max_pixels: limit of height times width, checked before decoding. Above about 179 million, Pillow's
-            own limit applies.
+        max_pixels: limit of height times width, checked before decoding, as is ``MAX_SIDE``. Above about 179
+            million, Pillow's own limit applies.
 
     Returns:
         uint8 (H, W, 3), C-contiguous and writable, owned by the caller.
@@ -195,6 +198,8 @@ def _decode(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
             raise ImageError(
                 "too_large", f"{width} x {height} pixels are more than the limit of {max_pixels:,}"
             )
+        if max(width, height) > MAX_SIDE:
+            raise ImageError("too_large", f"a side of {width} x {height} pixels is longer than {MAX_SIDE:,}")
         if _is_thumbnail(image):
             raise ImageError("unsupported_format", "a raw photograph, whose first image is a thumbnail")
         _load(image)

@@ -30,6 +30,7 @@ from pipeline.table.lease import refuse_other_holder
 _T = TypeVar("_T")
 _CHUNK_BYTES = 64 << 20
 _FETCHES_AHEAD = 16
+_AHEAD_BYTES = 256 << 20
 _GIVE_UP_AFTER = 16
 
 _KNOWN = ("id", "uri", "sha256", "height", "width", "status", "error")
@@ -243,14 +244,26 @@ def _batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def prefetch(
-    pool: ThreadPoolExecutor, work: Callable[[_T], bytes], items: Iterable[_T], depth: int
+    pool: ThreadPoolExecutor,
+    work: Callable[[_T], bytes],
+    items: Iterable[_T],
+    depth: int,
+    most_bytes: int = _AHEAD_BYTES,
 ) -> Iterator[Future[bytes]]:
-    """Futures of ``work`` in order, at most ``depth`` of them pending."""
+    """Futures of ``work`` in order, at most ``depth`` of them pending.
+
+    Fewer are pending once a result was so large that ``depth`` of them would have more than ``most_bytes``.
+    """
     waiting: deque[Future[bytes]] = deque()
     source = iter(items)
-    for item in itertools.islice(source, depth):
-        waiting.append(pool.submit(work, item))
-    while waiting:
-        yield waiting.popleft()
-        for item in itertools.islice(source, 1):
+    largest = 1
+    while True:
+        ahead = max(1, min(depth, most_bytes // largest))
+        for item in itertools.islice(source, max(0, ahead - len(waiting))):
             waiting.append(pool.submit(work, item))
+        if not waiting:
+            return
+        future = waiting.popleft()
+        yield future
+        if future.exception() is None:
+            largest = max(largest, len(future.result()))

@@ -68,6 +68,8 @@ from pipeline.toyworld import scenes as toyworld
 log = logging.getLogger("maskmill.serve")
 
 SAMPLE_SEED, SAMPLE_SIZE = 2026, 256
+LONGEST_SIDE = 16_384
+"""Of a result, in pixels."""
 SAMPLES = (0, 1, 10, 43, 40, 51)
 """Toy scenes offered on the page. Together they show every class; the toy CLIP was not trained on them."""
 
@@ -307,7 +309,11 @@ class _Server:
         context = info.context if asked.context is None else [_clean(word) for word in asked.context]
         height, width = image.shape[:2]
         shrink = min(1.0, math.sqrt(self.limits.result_pixels / (height * width)))
-        size = (max(1, round(height * shrink)), max(1, round(width * shrink)))
+        # A long, thin image keeps its short side of a pixel; browsers draw no longer sides.
+        size = (
+            min(LONGEST_SIDE, max(1, round(height * shrink))),
+            min(LONGEST_SIDE, max(1, round(width * shrink))),
+        )
         answer = model.predict(image, prompts, context, size)
         maps, legend = _encoded(answer)
         return SegmentReply(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -150,6 +151,30 @@ print(labels.shape, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(result.stdout.split()[-1]) < 300_000, "KB"
+
+
+@pytest.mark.parametrize("thin", [(2_000_000, 1), (1, 2_000_000)])
+def test_long_thin_images_take_time_by_their_pixels(thin: tuple[int, int]) -> None:
+    def seconds(size: tuple[int, int], grid: tuple[int, int]) -> float:
+        network = (min(2048, size[0]), min(2048, size[1]))
+        scores = torch.randn(20, *grid) * 0.05
+        label_map(scores[:, :1, :1], network_size=(16, 16), image_size=(16, 16))
+        began = time.process_time()
+        label_map(scores, network_size=network, image_size=size)
+        return time.process_time() - began
+
+    grid = (128, 1) if thin[0] > 1 else (1, 128)
+    assert seconds(thin, grid) < 5 * seconds((1000, 2000), (16, 32)) + 0.5
+
+
+@pytest.mark.parametrize("thin", [(20_001, 3), (2, 30_011)])
+def test_long_thin_images_are_labelled_as_any_other(thin: tuple[int, int]) -> None:
+    scores = random_scores(5, *(max(1, min(2048, side) // 16) for side in thin))
+    network = (min(2048, thin[0]), min(2048, thin[1]))
+    labels, _ = label_map(scores, network_size=network, image_size=thin)
+    best = naive(scores, network, thin).topk(2, 0)
+    sure = (best.values[0] - best.values[1]) > 1e-5
+    assert (labels.long() == best.indices[0])[sure].all() and sure.float().mean() > 0.99
 
 
 @pytest.mark.gpu

@@ -193,9 +193,12 @@ class TableSamples:
                 )
             return images.decode(data, max_pixels=self._max_pixels)
         except images.ImageError as error:
-            raise WrongUse(
-                error.code, f"{row['uri']}: {error.message}", "Put the image back where it was labelled."
-            ) from error
+            remedy = (
+                "Give the right to read it, or label copies on a disk: tables do not hold signatures."
+                if error.code == "permission"
+                else "Put the image back where it was labelled."
+            )
+            raise WrongUse(error.code, f"{row['uri']}: {error.message}", remedy) from error
 
     def read_row(self, index: int) -> dict[str, Any]:
         """Read id, uri, sha256, mask and confidence of a sample.

@@ -261,6 +261,11 @@ def test_bad_input_has_its_code(data: bytes, code: str) -> None:
     assert code_of(data) == code
 
 
+@pytest.mark.parametrize("thin", [(1_000_001, 1), (1, 1_000_001), (40_000_000, 1)])
+def test_a_side_that_no_mask_can_have_is_too_large(thin: tuple[int, int]) -> None:
+    assert code_of(png(*thin, 1, 0, b"")) == "too_large"
+
+
 def test_limits_hold_before_pixels_are_decoded() -> None:
     import tracemalloc
 

@@ -231,6 +231,42 @@ def test_fetching_runs_ahead_but_not_away() -> None:
     assert most <= 4
 
 
+@pytest.mark.parametrize("thin", [(images.MAX_SIDE, 1), (1, images.MAX_SIDE)])
+def test_the_longest_sides_are_labelled_and_longer_ones_are_rows(
+    tmp_path: Path, thin: tuple[int, int]
+) -> None:
+    (tmp_path / "in").mkdir()
+    longer = (thin[0] + (thin[0] > 1), thin[1] + (thin[1] > 1))
+    table = _folder(tmp_path / "in", {"a.png": (thin, 200), "b.png": (longer, 200)})
+    settings = ImageSettings(scale=(64, 32))
+    storage = open_storage(tmp_path / "out")
+    for part in Decode(settings)(table):
+        for labelled in Label(_BrightnessLabeller)(part):
+            _write(storage)(labelled)
+    rows = {Path(row["uri"]).name: row for row in iter_rows(storage)}
+    assert (rows["a.png"]["status"], rows["b.png"]["status"]) == ("ok", "too_large")
+    assert decode_mask(rows["a.png"]["mask"]["bytes"]).shape == thin[::-1]
+
+
+def test_large_files_are_not_fetched_far_ahead() -> None:
+    running, most = 0, 0
+    lock = threading.Lock()
+
+    def work(item: int) -> bytes:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running) if item >= 4 else most
+        return bytes(10)
+
+    with ThreadPoolExecutor(8) as pool:
+        for future in stages.prefetch(pool, work, range(40), 4, 25):
+            assert future.result() == bytes(10)
+            with lock:
+                running -= 1
+    assert most <= 3  # two pending, and the one that was just taken
+
+
 @pytest.mark.parametrize(("num_classes", "ignore_index"), [(2, 255), (300, 65_535)])
 def test_masks_are_as_wide_as_their_ids(tmp_path: Path, num_classes: int, ignore_index: int) -> None:
     dtype = np.uint8 if ignore_index == 255 else np.uint16

@@ -463,6 +463,16 @@ def test_examples_lie_beside_the_file(shown, monkeypatch, tmp_path):
     assert with_background.prompts() == [["table"], ["glass"], ["my cup"]]
 
 
+@pytest.mark.parametrize("uri", ["https://h/cup.png?sig=hunter2", "https://me:hunter2@h/cup.png"])
+def test_an_example_with_a_secret_in_its_address_is_refused(tmp_path, uri):
+    path = tmp_path / "classes.yaml"
+    path.write_text(f"classes:\n  - name: cup\n    examples:\n      - image: {uri}\n")
+    with pytest.raises(MaskMillError) as error:
+        load_ontology(str(path))
+    assert error.value.code in ("signed_address", "password_in_address")
+    assert "hunter2" not in str(error.value)
+
+
 def test_examples_survive_every_round_trip(shown):
     ontology = load_ontology(shown)
     data = json.loads(json.dumps(ontology.to_dict()))

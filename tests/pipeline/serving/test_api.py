@@ -103,6 +103,10 @@ def test_a_large_image_gets_maps_of_bounded_size(start: Callable[..., Server]) -
     assert 4900 < answer["height"] * answer["width"] < 5100
     assert answer["height"] / answer["width"] == pytest.approx(1.5, abs=0.03)
     assert maps(server.segment(PHOTO, LADYBUG))[0].size <= 5041
+    for shape in ((1, 60_000, 3), (60_000, 1, 3)):
+        thin = server.segment(png(np.zeros(shape, np.uint8)), LADYBUG).json
+        assert max(thin["height"], thin["width"]) == 16_384 and min(thin["height"], thin["width"]) == 1
+    sizes[2:] = []
     too_large = server.segment(png(np.zeros((300, 201, 3), np.uint8)), LADYBUG)
     assert (too_large.status, too_large.json["code"]) == (400, "too_large") and len(sizes) == 2
 
