@@ -11,6 +11,7 @@ and confidence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -25,7 +26,8 @@ _CPU_TILE_BYTES = 1_000_000  # of scores: half of a common L2 cache
 _CPU_TILE_COLUMNS = 512
 _GPU_TILE_BYTES = 256_000_000
 _PART = 1024  # rows or columns per interpolation matrix
-_LONG_PART = 8192  # the same where the other side is short
+_LONG_PART = 8192  # the same where the other side is short, if the matrix stays below
+_MATRIX = 1 << 18  # values
 _NEGLIGIBLE = 30.0  # nats: a class this far below another one everywhere adds under 1e-13 to a softmax
 
 
@@ -98,8 +100,9 @@ def _tiled(
     count = len(kept)
     # A tile of a long, thin image is as large as any other: their number follows the pixels, not a side.
     least_columns = _CPU_TILE_COLUMNS if device.type == "cpu" else _PART
-    tile_columns = min(width, _LONG_PART, max(least_columns, tile_bytes // (4 * count * height)))
-    part = _PART if width >= least_columns else _LONG_PART
+    tile_columns = max(least_columns, min(_long_part(w, width), tile_bytes // (4 * count * height)))
+    tile_columns = min(width, tile_columns)
+    part = _PART if width >= least_columns else max(_PART, _long_part(h, height))
     tile_rows = min(height, part, max(1, tile_bytes // (4 * count * tile_columns)))
     # Allocated once: fresh pages for every tile would cost more than the arithmetic.
     memory = torch.empty(tile_rows * count * tile_columns, device=device)
@@ -182,6 +185,15 @@ def _contenders(scores: Tensor, temperature: float | None) -> Tensor:
         return torch.arange(scores.shape[0], device=scores.device)
     highest, lowest = scores.amax((1, 2)), scores.amin((1, 2))
     return (temperature * (highest - lowest.max()) > -_NEGLIGIBLE).nonzero().flatten()
+
+
+def _long_part(grid: int, image: int) -> int:
+    """Positions along an axis of ``image`` pixels whose interpolation matrix stays small.
+
+    p positions read about ``p * grid / image + 3`` cells.
+    """
+    ratio = grid / image
+    return min(_LONG_PART, int((math.sqrt(9 + 4 * ratio * _MATRIX) - 3) / (2 * ratio)))
 
 
 class _Axis(NamedTuple):

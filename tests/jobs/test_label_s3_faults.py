@@ -151,9 +151,10 @@ def test_a_table_that_can_no_longer_be_written(
         return (503, "SlowDown") if method == "PUT" and "/labels/" in path else None
 
     faulty_s3.fault = fault
-    message = told(maskmill(*LABEL, *PHOTOS, *TABLE, **s3))
-    assert "s3://results/run/labels/" in message and "fewer requests" in message
+    command = (*LABEL, *PHOTOS, "--output", "s3://results/full")
+    message = told(maskmill(*command, **s3))
+    assert "s3://results/full/labels/" in message and "fewer requests" in message
     faulty_s3.fault = lambda _method, _path: None
-    done = maskmill(*LABEL, *PHOTOS, *TABLE, **s3)
+    done = maskmill(*command, **s3)
     assert done.returncode == 0 and "Labelled 10 images" in done.stderr, done.stderr
-    assert rows("s3://results/run") == {"ok": 10}
+    assert rows("s3://results/full") == {"ok": 10}
