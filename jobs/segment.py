@@ -21,7 +21,7 @@ from jobs.console import counted, duration, stderr_console, timed
 from jobs.options import Flag, Maybe, Repeated, refuse_missing_file
 from models.errors import WrongUse
 from pipeline.corpus.manifest import ADDRESS, build_manifest
-from pipeline.files.images import MAX_PIXELS, ImageError, decode, fetch, target_size
+from pipeline.files.images import MAX_PIXELS, ImageError, decode, fetch, max_bytes, target_size
 from pipeline.files.redaction import without_signature
 from pipeline.files.storage import open_storage
 from pipeline.labelling.clipseg.model import THRESHOLD, VISUAL_PROMPT, ClipSegWeights
@@ -340,7 +340,7 @@ def _segment(
 
     entry: dict[str, Any] = {"uri": uri}
     try:
-        image = decode(fetch(address), max_pixels=job.max_pixels)
+        image = decode(fetch(address, max_bytes=max_bytes(job.max_pixels)), max_pixels=job.max_pixels)
     except ImageError as error:
         return entry | {"status": error.code, "error": error.message}
     height, width = image.shape[:2]

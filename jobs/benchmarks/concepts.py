@@ -62,7 +62,8 @@ def draw_concepts(
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     for number, (uri, address) in enumerate(addresses.items(), 1):
         try:
-            image = images.decode(images.fetch(address), max_pixels=recipe.images.max_pixels)
+            most = recipe.images.max_pixels
+            image = images.decode(images.fetch(address, max_bytes=images.max_bytes(most)), max_pixels=most)
         except images.ImageError as error:
             console.print(f"left out {uri}: {error}", highlight=False, soft_wrap=True)
             continue

@@ -184,7 +184,12 @@ class TableSamples:
         """
         start, length = (0, -1) if self._ranges is None else self._ranges[index].tolist()
         try:
-            data = images.fetch(row["uri"], start=max(start, 0), length=None if length < 0 else length)
+            data = images.fetch(
+                row["uri"],
+                start=max(start, 0),
+                length=None if length < 0 else length,
+                max_bytes=images.max_bytes(self._max_pixels),
+            )
             if row["sha256"] is not None and hashlib.sha256(data).digest() != row["sha256"]:
                 raise WrongUse(
                     "image_invalid",
