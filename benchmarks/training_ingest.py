@@ -33,8 +33,9 @@ from benchmarks.label_job import processor, versions
 from pipeline.cluster.session import ray_session
 from pipeline.files.images import use_one_thread
 from pipeline.files.storage import open_storage
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import load_ontology
 from pipeline.table.labels import LABEL_SCHEMA, ok_row
+from pipeline.table.record import TableRecord, read_table_record, write_table_record
 from pipeline.toyworld import scenes as toyworld
 from pipeline.training.samples.augment import AugmentSettings
 from pipeline.training.samples.table import TableSamples, open_table_samples
@@ -64,8 +65,7 @@ def main() -> None:
         if table is None:
             table = stack.enter_context(tempfile.TemporaryDirectory(prefix="maskmill-bench-"))
             make_table(Path(table), arguments.images, arguments.size)
-        fields = open_storage(table).read_json("dataset.json")["ontology"]
-        ontology = Ontology.from_dict({k: v for k, v in fields.items() if k not in ("hash", "names")})
+        ontology = read_table_record(table).ontology
         samples = open_table_samples(table, ontology=ontology, augment=augment)
         stack.enter_context(ray_session(uuid.uuid4().hex, address=None, verbose=False))
         found: dict[str, list[tuple[float, float, float]]] = {}
@@ -207,8 +207,8 @@ def make_table(folder: Path, count: int, size: int) -> None:
     for start in range(0, count, 32):
         part = pa.Table.from_pylist(rows[start : start + 32], schema=LABEL_SCHEMA)
         pq.write_table(part, folder / "labels" / f"part-{start:06d}-0.parquet")
-    fields = ontology.to_dict() | {"hash": ontology.hash, "names": list(ontology.names)}
-    open_storage(folder).write_json("dataset.json", {"ontology": fields, "recipe": {}})
+    weights = {"model": "toyclip", "pretrained": "bundled", "fingerprint": "0"}
+    write_table_record(open_storage(folder), TableRecord(ontology=ontology, recipe={}, weights=weights))
 
 
 if __name__ == "__main__":

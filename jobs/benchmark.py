@@ -34,9 +34,9 @@ from pipeline.evaluation.results import (
     claim_folder,
     hardware,
     new_folder,
-    now,
     write_result,
 )
+from pipeline.files.records import now
 from pipeline.files.redaction import command_line
 from pipeline.labelling.recipes import load_recipe, parse_settings
 from pipeline.metrics.names import metric_label, percent
@@ -136,9 +136,9 @@ class Benchmark:
                 hardware=hardware(),
                 seconds=round(time.monotonic() - began, 1),
                 toy=name == TOYWORLD or self._uses_toy_model(),
-                sections=tuple(map(Section.model_validate, measured.sections)),
-                claims=tuple(map(Claim.model_validate, measured.claims)),
-                pictures=tuple(map(Picture.model_validate, measured.pictures)),
+                sections=tuple(measured.sections),
+                claims=tuple(measured.claims),
+                pictures=tuple(measured.pictures),
             )
             write_result(folder, result)
             with timed(console, "writing the page"):
@@ -163,11 +163,11 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Measured:
-    """Results of a benchmark, in the layout of ``benchmark.json``."""
+    """Results of a benchmark."""
 
-    sections: list[dict[str, Any]]
-    claims: list[dict[str, Any]] = field(default_factory=list)
-    pictures: list[dict[str, Any]] = field(default_factory=list)
+    sections: list[Section]
+    claims: list[Claim] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
 
 
 Measure = Callable[[], Measured]
@@ -238,7 +238,7 @@ def _toyworld(
                 section, claims = getattr(labelling, name)(bench)
                 measured.sections.append(section)
                 measured.claims.extend(claims)
-                bar.update(task, description=section["title"])
+                bar.update(task, description=section.title)
         finally:
             bench.close()
     for part, train in ((students, students.students), (prompts, prompts.prompts)):

@@ -14,9 +14,7 @@ import shutil
 import subprocess
 import sys
 
-OLDEST, NEWEST = (3, 10), (3, 13)
 SPACE = 8 * 10**9  # bytes; PyTorch for Linux brings CUDA
-STAMP = "maskmill-setup.json"
 PIP_FAILED = """pip failed, for the reason above. Common causes:
   no network or proxy: PIP_INDEX_URL=https://HOST/simple names an index that you can reach
   unknown certificate: PIP_CERT=/path/to/ca.pem names your network's
@@ -25,53 +23,35 @@ PIP_FAILED = """pip failed, for the reason above. Common causes:
 Then run the same command again: it continues from here."""
 
 
-def fail(message: str) -> None:
-    """Exit with status 1."""
-    sys.exit(f"setup: {message}")
-
-
-def check_python() -> None:
-    """Exit unless this Python is supported and can make virtual environments."""
-    if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        version = ".".join(map(str, sys.version_info[:3]))
-        fail(
-            f"maskmill needs Python 3.{OLDEST[1]} to 3.{NEWEST[1]}, and {sys.executable} is {version}. "
-            "Name another one: make PYTHON=python3.12"
-        )
-    if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
-        fail(
-            f"{sys.executable} cannot make virtual environments. Install the missing part (Debian, Ubuntu: "
-            f"apt install python3.{sys.version_info[1]}-venv) or name another one: make PYTHON=python3.12"
-        )
+def check(ok: bool, message: str) -> None:
+    """Exit with status 1 and the message unless ``ok``."""
+    if not ok:
+        sys.exit("setup: " + message)
 
 
 def make_venv(venv: str) -> None:
     """Create an empty environment, replacing an earlier one."""
     os.makedirs(venv, exist_ok=True)
-    if os.listdir(venv) and not os.path.exists(os.path.join(venv, "pyvenv.cfg")):
-        fail(f"{venv} is neither empty nor a virtual environment. Name another place: make VENV=…")
+    known = not os.listdir(venv) or os.path.exists(os.path.join(venv, "pyvenv.cfg"))
+    check(known, f"{venv} is neither empty nor a virtual environment. Name another place: make VENV=…")
     free = shutil.disk_usage(venv).free
-    if free < SPACE:
-        fail(
-            f"the packages need {SPACE / 1e9:.0f} GB of disk, and {venv} has {free / 1e9:.1f} GB. "
-            "Free some, or use another disk: make VENV=/other/disk/venv"
-        )
+    room = f"the packages need {SPACE / 1e9:.0f} GB of disk, and {venv} has {free / 1e9:.1f} GB. "
+    check(free >= SPACE, room + "Free some, or use another disk: make VENV=/other/disk/venv")
     print(f"Making the environment {venv}", flush=True)
-    if subprocess.call([sys.executable, "-m", "venv", "--clear", venv]) != 0:
-        fail("python -m venv failed, for the reason above.")
+    made = subprocess.call([sys.executable, "-m", "venv", "--clear", venv]) == 0
+    check(made, "python -m venv failed, for the reason above.")
 
 
-def set_up(root: str, venv: str, dev: bool) -> None:
-    """Create or update the environment of the project in ``root``; ``dev`` adds what tests and lint need."""
-    requirements = ["requirements.txt", "requirements-dev.txt"][: 1 + dev]
-    wanted = {}
-    for name in ["pyproject.toml", *requirements]:
-        with open(os.path.join(root, name), "rb") as file:
-            wanted[name] = hashlib.sha256(file.read()).hexdigest()
+def set_up(root: str, venv: str, files: list) -> None:
+    """Create or update the environment of the project in ``root``, with the packages of the last file."""
     # Scripts and the editable install contain absolute paths, so a moved environment is rebuilt.
     home = [sys.version, os.path.realpath(sys.executable), root, venv]
-    stamp_path, python = os.path.join(venv, STAMP), os.path.join(venv, "bin", "python")
-    with open(os.path.join(root, "pyproject.toml"), "rb") as lock:
+    wanted = {}
+    for name in files:
+        with open(os.path.join(root, name), "rb") as file:
+            wanted[name] = hashlib.sha256(file.read()).hexdigest()
+    stamp_path, python = os.path.join(venv, "maskmill-setup.json"), os.path.join(venv, "bin", "python")
+    with open(os.path.join(root, files[0]), "rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a concurrent call waits, then finds the work done
         try:
             with open(stamp_path) as file:
@@ -88,9 +68,8 @@ def set_up(root: str, venv: str, dev: bool) -> None:
         print("Installing packages (once; several GB on Linux)", flush=True)
         pip = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
         # The build backend is among the packages, so the second call downloads nothing.
-        for what in (["-r", requirements[-1]], ["--no-deps", "--no-build-isolation", "-e", "."]):
-            if subprocess.call(pip + what, cwd=root) != 0:
-                fail(PIP_FAILED)
+        for what in (["-r", files[-1]], ["--no-deps", "--no-build-isolation", "-e", "."]):
+            check(subprocess.call(pip + what, cwd=root) == 0, PIP_FAILED)
         with open(stamp_path, "w") as file:
             json.dump({**stamp, **wanted}, file)
     print(f"Ready: {venv}", flush=True)
@@ -103,13 +82,22 @@ def main() -> None:
     options = parser.parse_args()
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     venv = os.path.normpath(os.path.join(root, os.path.expanduser(options.venv)))
+    version = ".".join(map(str, sys.version_info[:3]))
+    supported = f"maskmill needs Python 3.10 to 3.13, and {sys.executable} is {version}. "
+    check((3, 10) <= sys.version_info[:2] <= (3, 13), supported + "Name another one: make PYTHON=python3.12")
+    package = f"Debian, Ubuntu: apt install python3.{sys.version_info[1]}-venv"
+    check(
+        bool(importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")),
+        f"{sys.executable} cannot make virtual environments. Install the missing part ({package}) or name "
+        "another one: make PYTHON=python3.12",
+    )
     try:
-        check_python()
-        set_up(root, venv, options.dev)
+        files = ["pyproject.toml", "requirements.txt", "requirements-dev.txt"]
+        set_up(root, venv, files if options.dev else files[:2])
     except OSError as error:
-        fail(f"cannot write {error.filename or venv}: {error.strerror}")
+        check(False, f"cannot write {error.filename or venv}: {error.strerror}")
     except KeyboardInterrupt:
-        fail("interrupted. The same command continues from here.")
+        check(False, "interrupted. The same command continues from here.")
 
 
 if __name__ == "__main__":

@@ -53,12 +53,12 @@ from pipeline.evaluation.results import (
 )
 from pipeline.evaluation.tables import Evaluation, ImageScore, class_lookup, evaluate_table, read_labels
 from pipeline.labelling.prepare import require_weights
-from pipeline.labelling.recipes import LabelRecipe, change_recipe, recipe_from_dict
+from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe
 from pipeline.metrics.names import metric_label, percent
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.report.pictures import panel
 from pipeline.report.results_page import write_report
-from pipeline.table.record import read_table_record
+from pipeline.table.record import TableRecord, read_table_record
 from pipeline.tracking.results import log_result
 from pipeline.tracking.tracker import TrackedDataset, open_tracker
 
@@ -149,7 +149,7 @@ class Evaluate:
                 verbose=self.verbose,
             )
             made = read_table_record(self.labels or str(folder / "labels"))
-            tracker.log_params({"ontology": {"hash": made["ontology"]["hash"]}})
+            tracker.log_params({"ontology": {"hash": made.ontology.hash}})
             with timed(console, "writing the page"):
                 page = write_report([folder], folder / REPORT_FILE)
             log_result(tracker, folder)
@@ -166,7 +166,7 @@ class Evaluate:
         _groups(dataset, self.zero_shot)
         if recipe is None:
             made = read_table_record(str(self.labels))
-            _protocol(dataset, self._asked, made["recipe"], made["ontology"])
+            _protocol(dataset, self._asked, table_recipe(made), made.ontology)
         else:
             refuse_missing_file(recipe.pretrained)
             _plan(dataset, recipe, words, self._asked)
@@ -201,10 +201,11 @@ class Evaluate:
             self.by.recipe or self.by.model,
             command="evaluate",
         )
+        benchmark = DATASETS.get(self.data.dataset or "")
         for wrong, message in (
             (self.by.settings and self.labels, "--set changes a recipe; it says nothing about --labels."),
             (
-                self.ontology and self.labels and self.data.dataset not in (None, "pairs", "coco-json"),
+                self.ontology and self.labels and benchmark is not None and not benchmark.needs_ontology,
                 "--labels have an ontology already: --ontology is for --truth, or for --recipe.",
             ),
             (self.limit < 0, f"--limit {self.limit} is not a number of images."),
@@ -275,7 +276,7 @@ def evaluate(
     else:
         table = labels
     made = read_table_record(table)
-    followed = _protocol(dataset, protocol, made["recipe"], made["ontology"])
+    followed = _protocol(dataset, protocol, table_recipe(made), made.ontology)
     if workers is None:
         workers = (os.cpu_count() or 1) if len(dataset.samples) > ON_RAY_FROM else 0
     threshold = followed.background_threshold if followed else 0.0
@@ -283,8 +284,8 @@ def evaluate(
         evaluation = evaluate_table(
             table,
             dataset,
-            class_names=made["ontology"]["names"],
-            ignore_index=made["ontology"]["ignore_index"],
+            class_names=made.ontology.names,
+            ignore_index=made.ontology.ignore_index,
             background_below=threshold,
             boundary=boundary,
             workers=workers,
@@ -313,12 +314,12 @@ def evaluate(
             images=len(dataset.samples),
             fingerprint=dataset.fingerprint(),
         ),
-        model=MeasuredModel(recipe=made["recipe"], weights=made["weights"], toy=is_toy(made["weights"])),
+        model=MeasuredModel(recipe=made.recipe, weights=made.weights, toy=is_toy(made.weights)),
         names=dataset.class_names,
         colors=dataset.classes.palette(),
         groups=groups,
         published=[Published(**figure.entry()) for figure in published_figures(setting, None, name)]
-        if whole and _is_the_benchmark(dataset, made["weights"])
+        if whole and _is_the_benchmark(dataset, made.weights)
         else [],
         worst=worst,
         best=best,
@@ -360,7 +361,7 @@ def _plan(
         ontology = Ontology.from_dict(ontology.to_dict() | {"templates": wanted.templates})
     elif recipe.model == "toyclip" and ontology.templates == "openai85":
         ontology = Ontology.from_dict(ontology.to_dict() | {"templates": "toyworld"})
-    _protocol(dataset, protocol, recipe.to_dict(), ontology.to_dict() | {"hash": ontology.hash})
+    _protocol(dataset, protocol, recipe, ontology)
     return recipe, ontology
 
 
@@ -385,8 +386,8 @@ def _file(dataset: Dataset, sample: Sample, folder: Path) -> str:
 def _protocol(
     dataset: Dataset,
     asked: ProtocolName | None,
-    recipe: Mapping[str, Any],
-    ontology: Mapping[str, Any],
+    recipe: LabelRecipe,
+    ontology: Ontology,
 ) -> Protocol | None:
     """The protocol that the labels follow; refuses a requested one that they do not."""
     if asked == CUSTOM:
@@ -406,10 +407,8 @@ def _protocol(
     return next(followed, None)
 
 
-def _differences(
-    dataset: Dataset, recipe: Mapping[str, Any], ontology: Mapping[str, Any], protocol: Protocol
-) -> list[str]:
-    made = recipe_from_dict(recipe).effective()
+def _differences(dataset: Dataset, recipe: LabelRecipe, ontology: Ontology, protocol: Protocol) -> list[str]:
+    made = recipe.effective()
     wanted = protocol.recipe_overrides() | {"min_confidence": 0.0, "images.corruption": ""}
     differing = [
         f"{key} is {as_written(made[key])}, not {as_written(value)}"
@@ -417,9 +416,9 @@ def _differences(
         if _plain(made[key]) != _plain(value)
     ]
     classes = Ontology.from_dict(dataset.classes.to_dict() | {"templates": protocol.templates})
-    if ontology["templates"] != protocol.templates:
-        differing.append(f"templates are {as_written(ontology['templates'])}, not {protocol.templates}")
-    elif ontology["hash"] != classes.hash:
+    if ontology.templates != protocol.templates:
+        differing.append(f"templates are {as_written(ontology.templates)}, not {protocol.templates}")
+    elif ontology.hash != classes.hash:
         differing.append(f"the classes are not those of {dataset.name} as they are")
     return differing
 
@@ -443,14 +442,14 @@ def _groups(dataset: Dataset, zero_shot: str | None) -> list[str | None]:
     return ["unseen" if index in unseen else "seen" for index in range(count)]
 
 
-def _title(dataset: Dataset, made: Mapping[str, Any]) -> str:
+def _title(dataset: Dataset, made: TableRecord) -> str:
     count = len(dataset.samples)
     info = DATASETS.get(dataset.name)
     whole = info.official.get(dataset.split) if info else None
     part = f", {count:,} of {whole:,} images" if whole and whole != count else ""
-    weights = made["weights"]
+    weights = made.weights
     random = ", random weights" if str(weights.get("pretrained", "")).startswith("random") else ""
-    return f"{made['recipe']['name']} on {dataset.name} ({dataset.split}{part}{random})"
+    return f"{made.recipe['name']} on {dataset.name} ({dataset.split}{part}{random})"
 
 
 def _slug(dataset: Dataset, recipe: LabelRecipe | None) -> str:
@@ -460,7 +459,7 @@ def _slug(dataset: Dataset, recipe: LabelRecipe | None) -> str:
 def _pictures(
     dataset: Dataset,
     table: str,
-    made: dict[str, Any],
+    made: TableRecord,
     evaluation: Evaluation,
     folder: Path,
     threshold: float,
@@ -470,9 +469,9 @@ def _pictures(
     lowest, highest = extremes(evaluation.images, count)
     names = {sample.name: sample for sample in dataset.samples}
     translate = class_lookup(
-        made["ontology"]["names"],
+        made.ontology.names,
         dataset.class_names,
-        ignore_index=made["ontology"]["ignore_index"],
+        ignore_index=made.ontology.ignore_index,
     )
     predicted = read_labels(table, [*lowest, *highest], names, background_below=threshold)
     palette = dataset.classes.palette()

@@ -31,15 +31,13 @@ class Export:
 
     def run(self, console: Console | None = None) -> int:
         """Write the file, and say how to use it."""
-        from pipeline.trained.export import OPSET, SMALLEST, to_onnx, to_torch_export
+        from pipeline.trained.export import EXPORTERS, SMALLEST
 
         console = console or stderr_console()
         with timed(console, "exporting, and comparing with the student"):
-            write = to_onnx if self.format == "onnx" else to_torch_export
-            made = write(self.student, self.output, overwrite=self.overwrite)
-        kind = f"ONNX, opset {OPSET}" if self.format == "onnx" else "torch.export"
+            made = EXPORTERS[self.format](self.student, self.output, overwrite=self.overwrite)
         lines = [
-            f"Exported       {made.path} ({kind}, {made.size / 1e6:.1f} MB)",
+            f"Exported       {made.path} ({made.format}, {made.size / 1e6:.1f} MB)",
             f"  input        images: uint8 (batch, 3, height, width), RGB; any batch, sides from {SMALLEST}",
             "  output       logits: float32 (batch, classes, height, width); the argmax is the label map",
             f"  compared     logits equal the student's to {made.difference:.0e} of the largest",

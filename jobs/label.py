@@ -38,16 +38,16 @@ from pipeline.cluster.session import joins_cluster, ray_session, worker_precisio
 from pipeline.cluster.signals import interrupt, signals_held
 from pipeline.corpus.manifest import ADDRESS, build_manifest
 from pipeline.files.images import ImageError, fetch
-from pipeline.files.records import read_record
+from pipeline.files.records import now
 from pipeline.files.redaction import without_signature
 from pipeline.files.storage import Storage, is_remote, open_storage
 from pipeline.files.versions import versions
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe, templates_for
 from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
 from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, discard_leftovers, done_ids
-from pipeline.table.labels import DATASET_FILE, iter_rows
+from pipeline.table.labels import DATASET_FILE, iter_rows, summarise
 from pipeline.table.lease import Lease
-from pipeline.table.record import SCHEMA_VERSION
+from pipeline.table.record import TableRecord, find_table_record, write_table_record
 from pipeline.tracking.names import record_params
 from pipeline.tracking.progress import ProgressLog
 from pipeline.tracking.tracker import OFF, TrackedDataset, Tracker, open_tracker
@@ -213,7 +213,7 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
                     for entry in OWN_ENTRIES:
                         storage.delete(entry)
                 if recorded is None:
-                    storage.write_json(DATASET_FILE, _new_record(job, prepared))
+                    write_table_record(storage, _new_record(job, prepared))
                 display.stage(f"starting {_workers(compute)}")
                 startup_s = time.monotonic() - began
                 progress = _label(job, storage, lease, todo, prepared, compute, display, tracker)
@@ -235,13 +235,13 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
     return _summary(job, storage, outcome, lines, console)
 
 
-def recorded_table(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
+def recorded_table(storage: Storage, job: LabelJob) -> TableRecord | None:
     """The record of an existing table that this run extends; None for a new table.
 
     Raises:
         MaskMillError: ``output_differs`` or ``output_not_ours`` if the run cannot add to it.
     """
-    recorded = read_record(storage, DATASET_FILE, SCHEMA_VERSION)
+    recorded = find_table_record(storage)
     if recorded is not None and job.overwrite:
         return None
     if recorded is None:
@@ -252,10 +252,8 @@ def recorded_table(storage: Storage, job: LabelJob) -> dict[str, Any] | None:
                 f"Name another --output, or put {DATASET_FILE} back if this is a label table.",
             )
         return None
-    theirs = table_recipe(recorded)
-    auto = job.recipe.precision == "auto"  # auto adopts the table's precision
-    changed = (job.recipe.replace(precision=theirs.precision) if auto else job.recipe).differences(theirs)
-    if recorded["ontology"]["hash"] != job.ontology.hash:
+    changed = job.recipe.differences(table_recipe(recorded))
+    if recorded.ontology.hash != job.ontology.hash:
         changed.append("the classes (ontology) differ")
     if changed:
         raise WrongUse(
@@ -306,10 +304,10 @@ def _announcement(job: LabelJob, total: int, todo: int) -> str:
 
 @contextlib.contextmanager
 def _started(
-    job: LabelJob, lease: Lease, recorded: dict[str, Any] | None, display: LabelDisplay
+    job: LabelJob, lease: Lease, recorded: TableRecord | None, display: LabelDisplay
 ) -> Iterator[tuple[PreparedLabeller, Compute]]:
     """Start Ray while a thread embeds the class names. Missing weights fail before anything starts."""
-    precision = recorded["precision"] if recorded else job.recipe.precision
+    precision = table_recipe(recorded).precision if recorded else job.recipe.precision
     # On a cluster, "auto" depends on the machines that do the work.
     asks_cluster = precision == "auto" and joins_cluster(job.address)
     with contextlib.ExitStack() as stack:
@@ -330,7 +328,7 @@ def _started(
 
 
 def _begin_preparing(
-    thread: ThreadPoolExecutor, job: LabelJob, precision: str, recorded: dict[str, Any] | None
+    thread: ThreadPoolExecutor, job: LabelJob, precision: str, recorded: TableRecord | None
 ) -> Future[PreparedLabeller]:
     """Start a thread that finds the weights and embeds the class names; return once the weights are found.
 
@@ -341,7 +339,7 @@ def _begin_preparing(
     known: Future[None] = Future()
 
     def check(fingerprint: str) -> None:
-        theirs = recorded["weights"]["fingerprint"] if recorded else fingerprint
+        theirs = recorded.weights["fingerprint"] if recorded else fingerprint
         if theirs != fingerprint:
             raise WrongUse(
                 "output_differs",
@@ -421,19 +419,17 @@ def _refuse_gaps(storage: Storage, todo: pa.Table) -> None:
         )
 
 
-def _new_record(job: LabelJob, prepared: PreparedLabeller) -> dict[str, Any]:
+def _new_record(job: LabelJob, prepared: PreparedLabeller) -> TableRecord:
     """The first ``dataset.json`` of a new table."""
     recipe = job.recipe.replace(precision=prepared.precision)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "ontology": job.ontology.to_dict() | {"hash": job.ontology.hash, "names": list(job.ontology.names)},
-        "recipe": recipe.to_dict() | {"hash": recipe.hash},
-        "weights": prepared.weights,
-        "precision": prepared.precision,
-        "versions": versions(PACKAGES),
-        "counts": {},
-    }
+    return TableRecord(
+        created=now(),
+        ontology=job.ontology,
+        recipe=recipe.to_dict() | {"hash": recipe.hash},
+        weights=prepared.weights,
+        precision=prepared.precision,
+        versions=versions(PACKAGES),
+    )
 
 
 def _reporting(display: LabelDisplay, tracker: Tracker) -> Callable[[Progress], None]:
@@ -470,15 +466,15 @@ def _begin_tracking(tracker: Tracker, job: LabelJob, manifest: pa.Table, todo: i
 
 def _end_tracking(
     tracker: Tracker,
-    record: dict[str, Any],
+    record: TableRecord,
     outcome: Counter[str],
     progress: Progress,
     *,
     startup_s: float,
     busy: float,
 ) -> None:
-    counts = record["counts"]
-    tracker.log_params(record_params(record) | {"precision": record["precision"]})
+    counts = record.counts
+    tracker.log_params(record_params(record) | {"precision": record.precision})
     tracker.log_metrics(
         {
             "images_done": outcome.total(),
@@ -494,14 +490,11 @@ def _end_tracking(
     )
 
 
-def _record_counts(storage: Storage) -> dict[str, Any]:
-    from pipeline.table.labels import summarise
-
-    record: dict[str, Any] | None = storage.read_json(DATASET_FILE, None)
+def _record_counts(storage: Storage) -> TableRecord:
+    record = find_table_record(storage)
     assert record is not None
-    record["counts"] = summarise(storage)
-    record["updated"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    storage.write_json(DATASET_FILE, record)
+    record = record.model_copy(update={"counts": summarise(storage), "updated": now()})
+    write_table_record(storage, record)
     return record
 
 

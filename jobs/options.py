@@ -95,7 +95,7 @@ class LabellingModel:
             )
         if did_you_mean(self.model, known):
             raise WrongUse(
-                "model_missing",
+                "model_unknown",
                 f"There is no model {self.model}.",
                 f"{did_you_mean(self.model, known)}Give --recipe NAME, or the --output of maskmill train.",
             )
@@ -140,8 +140,7 @@ class Truth:
         """
         from pipeline.datasets.base import Dataset
         from pipeline.datasets.pairs import open_pairs
-        from pipeline.datasets.registry import open_dataset
-        from pipeline.ontology.ontology import Ontology
+        from pipeline.datasets.registry import DATASETS, open_dataset
         from pipeline.table.record import read_table_record
 
         images = exactly_one("--dataset", self.dataset, "--images", self.images, command=command)
@@ -153,8 +152,9 @@ class Truth:
             )
         if self.dataset is not None:
             _refuse(self.truth, "--truth belongs to --images", command)
-            takes_classes = classes is not None and self.dataset in ("pairs", "coco-json")
-            options = {"ontology": classes} if takes_classes else {}
+            info = DATASETS.get(self.dataset)
+            own = classes is not None and info is not None and info.needs_ontology
+            options = {"ontology": classes} if own else {}
             opened = open_dataset(self.dataset, root=self.root, split=self.split, **options)
             assert isinstance(opened, Dataset), "only PhraseCut is no Dataset"
             return opened
@@ -169,7 +169,7 @@ class Truth:
             )
         if classes is None:
             assert table is not None
-            classes = Ontology.from_record(read_table_record(table)["ontology"])
+            classes = read_table_record(table).ontology
         return open_pairs(images=images, masks=self.truth, ontology=classes)
 
 

@@ -66,7 +66,7 @@ class Runs:
         console = console or Console()
         if (self.tracking or os.environ.get(URI_VARIABLE)) == OFF:
             raise WrongUse(
-                "tracking_uri",
+                "wrong_use",
                 "Tracking is off (--tracking, or MLFLOW_TRACKING_URI), so there is nothing to list.",
                 f"Name the runs' place: --tracking {DEFAULT_URI}.",
             )

@@ -22,6 +22,7 @@ from jobs.options import Flag, Maybe, Repeated, refuse_missing_file
 from models.errors import WrongUse
 from pipeline.corpus.manifest import ADDRESS, build_manifest
 from pipeline.files.images import MAX_PIXELS, ImageError, decode, fetch, max_bytes, target_size
+from pipeline.files.records import now
 from pipeline.files.redaction import without_signature
 from pipeline.files.storage import open_storage
 from pipeline.labelling.clipseg.model import THRESHOLD, VISUAL_PROMPT, ClipSegWeights
@@ -190,7 +191,7 @@ def segment(job: Segment, console: Console | None = None) -> int:
     _remove(earlier, folder)  # only now that weights and examples have been read
     record: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created": now(),
         "model": {
             "weights": job.weights,
             "clip": model.clip.name,

@@ -74,7 +74,7 @@ def serve(job: Serve, console: Console | None = None) -> int:
     """Serve until Ctrl-C.
 
     Raises:
-        MaskMillError: as ``entry``; ``wrong_use``; ``address_unusable``.
+        MaskMillError: as ``entry``; ``wrong_use``; ``wrong_use``.
     """
     if job.per_minute < 0 or job.upload_mb < 1:
         raise WrongUse(
@@ -241,13 +241,13 @@ def _notice(name: str, model: str, pretrained: str | None) -> str:
 def listen(host: str, port: int | None) -> socket.socket:
     """A listening socket; see ``Serve.port``."""
     if port is not None and not 0 <= port <= 65_535:
-        raise WrongUse("address_unusable", f"{port} is not a port.", "Choose one from 1024 to 65535, or 0.")
+        raise WrongUse("wrong_use", f"{port} is not a port.", "Choose one from 1024 to 65535, or 0.")
     for attempt in [PORT, 0] if port is None else [port]:
         try:
             return _bind(host, attempt)
         except PermissionError as error:
             raise WrongUse(
-                "address_unusable",
+                "wrong_use",
                 f"Port {attempt} needs privileges that this user does not have.",
                 "Choose a port above 1023.",
             ) from error
@@ -257,10 +257,10 @@ def listen(host: str, port: int | None) -> socket.socket:
                 continue
             if taken:
                 raise WrongUse(
-                    "address_unusable", f"Port {port} is in use.", "Choose another --port, or leave it out."
+                    "wrong_use", f"Port {port} is in use.", "Choose another --port, or leave it out."
                 ) from error
             raise WrongUse(
-                "address_unusable",
+                "wrong_use",
                 f"Cannot listen on {host}, port {attempt}: {error}.",
                 "Use an address of this machine: 127.0.0.1 for this machine only, 0.0.0.0 for all.",
             ) from error

@@ -33,7 +33,7 @@ class Track:
             1 if a run could not be sent, else 0.
 
         Raises:
-            MaskMillError: ``tracking_uri``.
+            MaskMillError: ``wrong_use``.
         """
         console = console or Console()
         return _send(self.tracking, console) if self.flush else _list(console)

@@ -60,7 +60,7 @@ def label_map(
         uint8 (H, W), round(255 p). Both are on the scores' device.
 
     Raises:
-        MaskMillError: ``scores_not_finite``.
+        MaskMillError: ``labelling_failed``.
     """
     assert ignore_index >= len(scores), "the ignore index must not be a class"
     limits = None if thresholds is None else thresholds.to(scores.device, torch.float32)
@@ -79,7 +79,7 @@ def _tiled(
 ) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(scores).all()):
         raise FailedWork(
-            "scores_not_finite",
+            "labelling_failed",
             "The class scores hold NaN or infinite values.",
             "float16 overflows with some weights: use bfloat16 or float32. Else the weights are damaged.",
         )

@@ -20,6 +20,9 @@ from typing_extensions import Self
 from models.errors import MaskMillError, WrongUse
 
 HeadName = Literal["maskclip", "value", "plain"]
+"""Dense heads; ``models.clip.heads`` computes them."""
+KEYLESS_HEADS: tuple[HeadName, ...] = ("plain",)
+"""Those without keys, which key smoothing needs."""
 ImageStats = Literal["imagenet", "clip"]
 Profile = Literal["reference", "weights"]
 KeyAxis = Literal["token", "channel"]
@@ -149,10 +152,10 @@ class MaskClipSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.head == "plain" and self.ks_threshold:
+        if self.head in KEYLESS_HEADS and self.ks_threshold:
             raise WrongUse(
                 "setting_invalid",
-                f"key smoothing (ks_threshold {self.ks_threshold:g}) needs keys; head plain has none.",
+                f"key smoothing (ks_threshold {self.ks_threshold:g}) needs keys; head {self.head} has none.",
                 "Set head=maskclip, or ks_threshold=0.",
             )
         if self.window_stride > self.window or bool(self.window) != bool(self.window_stride):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from models.clip.text import build_text_classifier
 from models.device import DTYPES, best_device, native_precision
 from models.labelmap import label_map
 from models.maskclip import MaskClip
-from pipeline.evaluation.results import PICTURES
+from pipeline.evaluation.results import PICTURES, Picture, Section
 from pipeline.files import images
 from pipeline.files.storage import cache_dir
 from pipeline.labelling.recipes import LabelRecipe
@@ -38,7 +37,7 @@ def draw_concepts(
     recipe: LabelRecipe,
     folder: Path,
     console: Console,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[Section, list[Picture]]:
     """Draw a picture of every image into ``folder``. Unreadable images are reported and skipped.
 
     Args:
@@ -76,7 +75,7 @@ def draw_concepts(
         prompt_panel(image, labels, {names[i]: maps[i] for i in shown}, names=names, palette=palette).save(
             folder / file, optimize=True
         )
-        pictures.append({"file": file, "caption": Path(uri).name})
+        pictures.append(Picture(file=file, caption=Path(uri).name))
         console.print(f"{number} of {len(addresses)}: {Path(uri).name}", highlight=False, soft_wrap=True)
     rows = [
         row(
@@ -91,14 +90,14 @@ def draw_concepts(
         )
         for i, name in enumerate(names)
     ]
-    section = {
-        "name": "concepts",
-        "title": "Prompts over the images",
-        "note": "No ground truth: look at the pictures. Confidence is the softmax over all prompts.",
-        "chart": "bars",
-        "metrics": ["share_of_pixels", "highest_confidence"],
-        "rows": rows,
-    }
+    section = Section(
+        name="concepts",
+        title="Prompts over the images",
+        note="No ground truth: look at the pictures. Confidence is the softmax over all prompts.",
+        chart="bars",
+        metrics=("share_of_pixels", "highest_confidence"),
+        rows=tuple(rows),
+    )
     return section, pictures
 
 

@@ -25,7 +25,7 @@ from pipeline.datasets.base import Dataset
 from pipeline.datasets.protocols import PROTOCOLS, get_protocol
 from pipeline.datasets.registry import DATASETS
 from pipeline.evaluation.published import PublishedTable, load_published
-from pipeline.evaluation.results import EVALUATION_FILE, ROWS, EvaluationResult, read_results
+from pipeline.evaluation.results import EVALUATION_FILE, ROWS, EvaluationResult, Section, read_results
 from pipeline.files.corruptions import CORRUPTIONS, LEVELS
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe, recipe_from_dict
 
@@ -48,29 +48,29 @@ METHODS: Mapping[str, dict[str, Any]] = {
 """Training-free rows: their changes to the recipe ``maskclip``."""
 
 
-def annotation_free(request: Request) -> Iterator[dict[str, Any]]:
+def annotation_free(request: Request) -> Iterator[Section]:
     """Context-59, COCO-Stuff and VOC-20 without annotations, under the seed protocol."""
     return _table(load_published("maskclip_annotation_free"), request)
 
 
-def unified(request: Request) -> Iterator[dict[str, Any]]:
+def unified(request: Request) -> Iterator[Section]:
     """Eight datasets under the protocol of MaskCLIP's successors."""
     return _table(load_published("unified_eight_sets"), request)
 
 
-def zero_shot(request: Request) -> Iterator[dict[str, Any]]:
+def zero_shot(request: Request) -> Iterator[Section]:
     """Seen and unseen classes: training-free MaskCLIP next to methods trained on the seen ones."""
     return _table(load_published("maskclip_zero_shot"), request, extra=("MaskCLIP",))
 
 
-def robustness(request: Request) -> Iterator[dict[str, Any]]:
+def robustness(request: Request) -> Iterator[Section]:
     """Eight corruptions at five levels."""
     _check(request, names=[name for name in PROTOCOLS if "seed" in PROTOCOLS[name]], rows=())
     check_rows(request, [f"MaskCLIP ({model})" for model in MODELS])
     return _robustness(request)
 
 
-def _robustness(request: Request) -> Iterator[dict[str, Any]]:
+def _robustness(request: Request) -> Iterator[Section]:
     table = load_published("maskclip_robustness")
     known = {(figure.dataset, figure.model): figure for figure in table.figures()}
     for name in list(request.datasets) or ["context59"]:
@@ -83,7 +83,7 @@ def _robustness(request: Request) -> Iterator[dict[str, Any]]:
             for series, level, corruption in conditions:
                 figure = known.get((f"{name}/{corruption}", model)) if corruption else None
                 recipe = change_recipe(
-                    _seed_recipe(name, _recipe("MaskCLIP", model, request)), {"corruption": corruption}
+                    seed_recipe(name, _recipe("MaskCLIP", model, request)), {"corruption": corruption}
                 )
                 values, lacking = _measure(
                     dataset,
@@ -106,17 +106,17 @@ def _robustness(request: Request) -> Iterator[dict[str, Any]]:
                 )
                 if dataset is None:
                     break  # the other rows lack the same
-            yield {
-                "name": f"{name}-{slug(model)}",
-                "title": f"{DATASETS[name].description}: MaskCLIP {model}, corrupted",
-                "note": _note(dataset, request),
-                "chart": "lines",
-                "metrics": ["miou", "pixel_accuracy"],
-                "rows": rows,
-            }
+            yield Section(
+                name=f"{name}-{slug(model)}",
+                title=f"{DATASETS[name].description}: MaskCLIP {model}, corrupted",
+                note=_note(dataset, request),
+                chart="lines",
+                metrics=("miou", "pixel_accuracy"),
+                rows=tuple(rows),
+            )
 
 
-def _table(table: PublishedTable, request: Request, *, extra: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def _table(table: PublishedTable, request: Request, *, extra: Sequence[str] = ()) -> Iterator[Section]:
     """One section per dataset of a published table, one row per method.
 
     The request is checked at once; sections are measured lazily.
@@ -135,7 +135,7 @@ def _table(table: PublishedTable, request: Request, *, extra: Sequence[str] = ()
 
 def _table_sections(
     table: PublishedTable, settings: Sequence[str], request: Request, extra: Sequence[str]
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Section]:
     for setting in settings:
         name, _, task = setting.partition("/")
         if request.datasets and name not in request.datasets:
@@ -159,7 +159,7 @@ def _table_sections(
                 values, lacking = _measure(
                     dataset,
                     # Zero-shot tables have other classes, so no protocol, but they use the seed's image size.
-                    _seed_recipe(name, recipe) if recipe is not None and task else recipe,
+                    seed_recipe(name, recipe) if recipe is not None and task else recipe,
                     request,
                     file_name=f"{name}{'-' + task if task else ''}-{slug(title)}",
                     protocol=None if task else table.protocol,
@@ -179,14 +179,14 @@ def _table_sections(
                     missing=lacking,
                 )
             )
-        yield {
-            "name": f"{name}-{task}" if task else name,
-            "title": f"{DATASETS[name].description}{f', {task}' if task else ''}",
-            "note": " ".join([_note(dataset, request), *table.notes]).strip(),
-            "chart": "bars",
-            "metrics": metrics,
-            "rows": rows,
-        }
+        yield Section(
+            name=f"{name}-{task}" if task else name,
+            title=f"{DATASETS[name].description}{f', {task}' if task else ''}",
+            note=" ".join([_note(dataset, request), *table.notes]).strip(),
+            chart="bars",
+            metrics=tuple(metrics),
+            rows=tuple(rows),
+        )
 
 
 def _check(request: Request, *, names: Sequence[str], rows: Sequence[str]) -> None:
@@ -211,7 +211,7 @@ def _check(request: Request, *, names: Sequence[str], rows: Sequence[str]) -> No
             )
 
 
-def _seed_recipe(name: str, recipe: LabelRecipe) -> LabelRecipe:
+def seed_recipe(name: str, recipe: LabelRecipe) -> LabelRecipe:
     """The recipe with the seed protocol's settings for a dataset, with or without background."""
     without_background = {"context60": "context59", "voc21": "voc20"}
     return protocol_recipe(recipe, get_protocol(without_background.get(name, name), "seed"))
@@ -306,8 +306,9 @@ def _earlier(
         if protocol in ("seed", "unified"):
             recipe = protocol_recipe(recipe, get_protocol(dataset.name, protocol))
         fingerprint = find_weights(recipe.model, recipe.pretrained).fingerprint
-        if _changed(record.model.recipe, recipe):
-            differs = "with another recipe"
+        changed = recipe.differences(recipe_from_dict(record.model.recipe))
+        if changed:
+            differs = f"with another recipe ({'; '.join(changed)})"
         elif record.model.weights["fingerprint"] != fingerprint:
             differs = "with other weights"
     if differs:
@@ -315,14 +316,6 @@ def _earlier(
             "output_differs", f"{folder} was measured {differs}.", "Name another --output, or delete it."
         )
     return record
-
-
-def _changed(recorded: Mapping[str, Any], recipe: LabelRecipe) -> bool:
-    """Whether a result was measured with another recipe; ``auto`` precision matches any."""
-    made = recipe_from_dict(recorded)
-    return bool(
-        (recipe.replace(precision=made.precision) if recipe.precision == "auto" else recipe).differences(made)
-    )
 
 
 def _note(dataset: Dataset | None, request: Request) -> str:
@@ -344,7 +337,7 @@ def _wanted(models: Mapping[str, str], request: Request) -> list[str]:
     )
 
 
-TABLES: Mapping[str, tuple[str, Callable[[Request], Iterator[dict[str, Any]]]]] = {
+TABLES: Mapping[str, tuple[str, Callable[[Request], Iterator[Section]]]] = {
     "maskclip": (
         "MaskCLIP, annotation-free (Context-59, COCO-Stuff, VOC-20), seed protocol",
         annotation_free,

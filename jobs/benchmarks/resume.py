@@ -15,13 +15,14 @@ from jobs.console import Progress, counted
 from models.errors import Damaged, WrongUse
 from models.files import write_file
 from pipeline.evaluation.results import ROWS
+from pipeline.files.recipes import changed_fields
 
 
 def measure_once(
     folder: Path,
     console: Console,
     name: str,
-    identity: Sequence[Any],
+    identity: Mapping[str, Any],
     unit: str,
     run: Callable[[Progress], dict[str, Any]],
 ) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def measure_once(
         folder: result folder.
         console: for progress.
         name: name of the measurement, unique in the folder.
-        identity: everything that the result depends on, as JSON.
+        identity: everything that the result depends on, by name, as JSON.
         unit: unit of progress, in the plural.
         run: does the work; its values are JSON or NaN.
 
@@ -49,7 +50,7 @@ def measure_parts_once(
     console: Console,
     name: str,
     parts: Sequence[str],
-    identity: Sequence[Any],
+    identity: Mapping[str, Any],
     unit: str,
     run: Callable[[Progress, Sequence[str]], Mapping[str, dict[str, Any]]],
 ) -> dict[str, dict[str, Any]]:
@@ -60,7 +61,7 @@ def measure_parts_once(
         console: for progress.
         name: name of the whole measurement, unique in the folder.
         parts: parts to return; a later run may request others.
-        identity: everything that every part depends on, as JSON.
+        identity: everything that every part depends on, by name, as JSON.
         unit: unit of progress, in the plural.
         run: measures the parts that are not stored yet.
 
@@ -79,7 +80,7 @@ def measure_parts_once(
             measured = run(progress, absent)
         for part in absent:
             found[part] = {metric: _or_none(value) for metric, value in measured[part].items()}
-            record = {"key": list(identity), "found": found[part]}
+            record = {"identity": dict(identity), "found": found[part]}
             write_file(files[part], json.dumps(record).encode() + b"\n")
     return {
         part: {metric: math.nan if value is None else value for metric, value in found[part].items()}
@@ -87,21 +88,25 @@ def measure_parts_once(
     }
 
 
-def _earlier(file: Path, identity: Sequence[Any]) -> dict[str, Any]:
+def _earlier(file: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     try:
         earlier = json.loads(file.read_bytes())
-        key, found = earlier["key"], dict(earlier["found"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        found = dict(earlier["found"])
+        recorded = earlier.get("identity")
+        if recorded is None:  # older versions wrote the values alone
+            recorded = dict(zip(identity, earlier["key"], strict=True))
+        differing = changed_fields(recorded, json.loads(json.dumps(identity)))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Damaged(
             "result_damaged",
             f"{file} is damaged: {type(error).__name__}: {error}.",
             "Delete it and run the same command again: it is measured anew, and the other rows are kept.",
         ) from error
-    if key != list(identity):
+    if differing:
         raise WrongUse(
             "output_differs",
-            f"{file} was measured on other data, with other weights or another --limit.",
-            "Name another --output.",
+            f"{file} was measured otherwise: {'; '.join(differing)}.",
+            "Name another --output, or delete it.",
         )
     return found
 

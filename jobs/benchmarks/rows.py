@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from pipeline.evaluation.results import Claim, Row, Value
 from pipeline.metrics.names import percent
 
 
-def interval(values: Sequence[float]) -> dict[str, Any]:
+def interval(values: Sequence[float]) -> Value:
     """Mean of several runs with its 95 % confidence interval (Student's t).
 
     Args:
         values: one figure per run; NaN and infinities are dropped.
 
     Returns:
-        ``mean``, ``low``, ``high``, ``runs``. One run has no ``low`` and ``high`` (None), no run no ``mean``.
+        One run has no ``low`` and ``high`` (None), no run no ``mean``.
     """
-    runs = [float(value) for value in values if np.isfinite(value)]
-    if not runs:
-        return {"mean": None, "low": None, "high": None, "runs": []}
-    mean = float(np.mean(runs))
-    if len(runs) == 1:
-        return {"mean": mean, "low": None, "high": None, "runs": runs}
+    runs = tuple(float(value) for value in values if np.isfinite(value))
+    mean = float(np.mean(runs)) if runs else None
+    if mean is None or len(runs) == 1:
+        return Value(mean=mean, runs=runs)
     from scipy import stats
 
     half = float(stats.t.ppf(0.975, len(runs) - 1) * np.std(runs, ddof=1) / np.sqrt(len(runs)))
-    return {"mean": mean, "low": mean - half, "high": mean + half, "runs": runs}
+    return Value(mean=mean, low=mean - half, high=mean + half, runs=runs)
 
 
 def row(
@@ -40,8 +38,8 @@ def row(
     published: Mapping[str, float] | None = None,
     source: str | None = None,
     missing: str | None = None,
-) -> dict[str, Any]:
-    """Build a row of a section, in the layout of ``benchmark.json``.
+) -> Row:
+    """Build a row of a section.
 
     Args:
         name: what was measured.
@@ -52,15 +50,15 @@ def row(
         source: where they were published.
         missing: what an unmeasured row needs.
     """
-    return {
-        "name": name,
-        "series": series,
-        "x": x,
-        "values": {metric: interval(runs) for metric, runs in values.items()},
-        "published": dict(published or {}),
-        "source": source,
-        "missing": missing,
-    }
+    return Row(
+        name=name,
+        series=series,
+        x=x,
+        values={metric: interval(runs) for metric, runs in values.items()},
+        published=dict(published or {}),
+        source=source,
+        missing=missing,
+    )
 
 
 def claim(
@@ -71,7 +69,7 @@ def claim(
     *,
     unit: str = "mIoU",
     margin: float = 0.0,
-) -> dict[str, Any]:
+) -> Claim:
     """Test the claim that one thing is better than another, from runs on the same seeds.
 
     Args:
@@ -83,19 +81,15 @@ def claim(
         margin: claimed difference.
 
     Returns:
-        A claim in the layout of ``benchmark.json``. ``shows`` is True if the 95 % interval of the paired
+        The claim. ``shows`` is True if the 95 % interval of the paired
         differences lies above ``margin``, else False; None with fewer than two seeds. ``detail`` says whether
         the opposite shows or no difference is certain.
     """
     gaps = interval(np.subtract(better, worse).tolist())
-    low, high = gaps["low"], gaps["high"]
+    low, high = gaps.low, gaps.high
     if low is None or high is None:
-        return {
-            "claim": text,
-            "source": source,
-            "shows": None,
-            "detail": f"{len(gaps['runs'])} seed(s) with examples: too few to tell",
-        }
+        detail = f"{len(gaps.runs)} seed(s) with examples: too few to tell"
+        return Claim(claim=text, source=source, shows=None, detail=detail)
     if low > margin:
         verdict = ""
     elif high < min(0.0, margin):
@@ -104,10 +98,6 @@ def claim(
         verdict = f"; better, but not certainly by {percent(margin)} points"
     else:
         verdict = "; no significant difference"
-    return {
-        "claim": text,
-        "source": source,
-        "shows": low > margin,
-        "detail": f"{percent(gaps['mean'], sign=True)} points of {unit} (95 % {percent(low, sign=True)} to "
-        f"{percent(high, sign=True)}, {len(gaps['runs'])} seeds){verdict}",
-    }
+    bounds = f"95 % {percent(low, sign=True)} to {percent(high, sign=True)}, {len(gaps.runs)} seeds"
+    detail = f"{percent(gaps.mean, sign=True)} points of {unit} ({bounds}){verdict}"
+    return Claim(claim=text, source=source, shows=low > margin, detail=detail)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 
 from jobs.options import FLAT, Maybe, Settings, Truth, comma_separated, refuse_missing_file
-from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, run_training
+from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, recipe_identity, run_training
 from models.errors import WrongUse
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.pairs import open_pairs
@@ -153,14 +153,15 @@ def train_clipseg(
     )
 
 
-def _recipe_hash(recipe: ClipSegRecipe, output: str) -> str:
-    """The hash that checkpoints record: the recipe's, or the former hash over all fields in older ones."""
+def _identity(recipe: ClipSegRecipe, output: str) -> dict[str, str]:
+    """``recipe_identity``; or the hash of the recipe, where an older version recorded that."""
     from pipeline.training.loop.checkpoints import CHECKPOINTS_DIR, SETTINGS_FILE
 
     recorded = open_storage(output).child(CHECKPOINTS_DIR).read_json(SETTINGS_FILE, None) or {}
     fields = {name: value for name, value in recipe.to_dict().items() if name != "name"}
     former = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-    return former if recorded.get("recipe") == former else recipe.hash
+    same = recorded.get("recipe") in (former, recipe.hash)
+    return {"recipe": recorded["recipe"]} if same else recipe_identity(recipe)
 
 
 def prepare(
@@ -195,11 +196,7 @@ def prepare(
         ),
         samples=samples,
         settings=recipe.loop,
-        identity={
-            "recipe": _recipe_hash(recipe, options.output),
-            "model": model.fingerprint,
-            "data": source.fingerprint,
-        },
+        identity=_identity(recipe, options.output) | {"model": model.fingerprint, "data": source.fingerprint},
         announcement=(
             f"Training {recipe.model.kind} over {model.clip.name}{toy}, {start}{trained:,} parameters, "
             f"{recipe.loop.iterations:,} steps of {recipe.loop.batch_size}; {source.name}: "

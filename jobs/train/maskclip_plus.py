@@ -14,17 +14,18 @@ import numpy as np
 from rich.console import Console
 
 from jobs.options import FLAT, Maybe, Settings, Truth, comma_separated, refuse_missing_file
-from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, run_training
+from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, recipe_identity, run_training
 from models.errors import WrongUse, did_you_mean
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.zeroshot import SPLITS
+from pipeline.files.storage import open_storage
 from pipeline.files.versions import versions
 from pipeline.labelling.prepare import embed_names
 from pipeline.labelling.recipes import LabelRecipe, recipe_from_dict, table_recipe
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.report.training_page import PAGE, SHEET, student_commands, write_student_page
-from pipeline.table.record import read_table_record
-from pipeline.tracking.names import flatten
+from pipeline.table.labels import DATASET_FILE
+from pipeline.table.record import TableRecord, read_table_record
 from pipeline.tracking.tracker import TrackedDataset
 from pipeline.trained.student import RECORD_FILE, WEIGHTS_FILE, read_student_record, write_student_folder
 
@@ -127,7 +128,7 @@ def _prepare(
     truth: Dataset | None,
 ) -> Prepared:
     table = read_table_record(labels)
-    ontology = ontology or Ontology.from_record(table["ontology"])
+    ontology = ontology or table.ontology
     unseen = unseen_ids(recipe.unseen, ontology)
     needs_truth = recipe.form != "annotation-free" or recipe.void_from_truth
     if needs_truth and truth is None:
@@ -188,15 +189,16 @@ def _prepare(
     make_task()
     record = {
         "teacher": {
-            "recipe": table["recipe"],
-            "weights": table["weights"],
+            "recipe": table.recipe,
+            "weights": table.weights,
             "labels": labels,
-            "counts": table["counts"],
+            "counts": table.counts,
         },
         "text": text_weights | {"precision": "fp32"},
         "recipe": recipe.to_dict() | {"hash": recipe.hash},
     }
-    table_hash = hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+    written = open_storage(labels).read_json(DATASET_FILE)
+    table_hash = hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
     with_truth = "" if truth is None else f", truth of {truth.name} for the others"
     count = ontology.num_classes
     guessed = f"all {count}" if guessable is None else f"{len(guessable)} of {count}"
@@ -206,7 +208,7 @@ def _prepare(
         make_task=make_task,
         samples=samples,
         settings=recipe.loop,
-        identity=_identity(recipe)
+        identity=recipe_identity(recipe)
         | {
             "classes": ontology.hash,
             "labels (what is in the table)": table_hash,
@@ -217,7 +219,7 @@ def _prepare(
             f"of {recipe.loop.batch_size} crops from {samples.num_images:,} labelled images{left_out}; "
             f"{guessed} classes are guessed{with_truth} → {options.output}"
         ),
-        params={"recipe": record["recipe"], "teacher": {"weights": table["weights"]}, "labels": labels},
+        params={"recipe": record["recipe"], "teacher": {"weights": table.weights}, "labels": labels},
         dataset=TrackedDataset(
             labels,
             table_hash,
@@ -234,7 +236,7 @@ def _prepare(
 
 
 def _text_source(
-    recipe: MaskClipPlusRecipe, table: Mapping[str, Any], labels: str
+    recipe: MaskClipPlusRecipe, table: TableRecord, labels: str
 ) -> tuple[WeightSource, dict[str, Any]]:
     """The CLIP whose text tower becomes the last layer: the recipe's, else the teacher's."""
     from models.clip.weights import find_weights
@@ -243,7 +245,7 @@ def _text_source(
         model, _, pretrained = recipe.text.partition(":")
         source = find_weights(model, pretrained or None)
         return source, {"model": model, "pretrained": pretrained or None, "fingerprint": source.fingerprint}
-    recorded = table["weights"].get("text", table["weights"])
+    recorded = table.weights.get("text", table.weights)
     if recorded["model"] == "clipseg":
         raise WrongUse(
             "recipe_invalid",
@@ -253,7 +255,7 @@ def _text_source(
     source = find_weights(recorded["model"], recorded["pretrained"])
     if source.fingerprint != recorded["fingerprint"]:
         raise WrongUse(
-            "weights_differ",
+            "weights_do_not_fit",
             f"{labels} was labelled with other weights of {recorded['model']} "
             f"({recorded['fingerprint'][:12]}, here {source.fingerprint[:12]}).",
             "Put the same weights in place: the student's last layer is this CLIP's text tower.",
@@ -261,22 +263,15 @@ def _text_source(
     return source, {name: recorded[name] for name in ("model", "pretrained", "fingerprint")}
 
 
-def _teacher_recipe(table: Mapping[str, Any], labels: str) -> LabelRecipe:
+def _teacher_recipe(table: TableRecord, labels: str) -> LabelRecipe:
     """The table's recipe, by which an online teacher labels crops."""
-    if "text" in table["weights"] or table["weights"]["model"] == "clipseg":
+    if "text" in table.weights or table.weights["model"] == "clipseg":
         raise WrongUse(
             "recipe_invalid",
-            f"{labels} was labelled by {table['weights']['model']}, and only a CLIP can teach online.",
+            f"{labels} was labelled by {table.weights['model']}, and only a CLIP can teach online.",
             "Take the guesses from the table: --set teacher=table.",
         )
     return table_recipe(table)
-
-
-def _identity(recipe: MaskClipPlusRecipe) -> dict[str, Any]:
-    """What changes the result, by dotted name, without the loop, which is compared by itself."""
-    fields = {name: value for name, value in recipe.to_dict().items() if name != "loop"}
-    effective = recipe.effective()
-    return {name: text for name, text in flatten(fields).items() if name in effective}
 
 
 def unseen_ids(unseen: Sequence[str], ontology: Ontology) -> tuple[int, ...]:

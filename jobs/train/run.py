@@ -24,9 +24,11 @@ from rich.console import Console
 from jobs.console import TrainDisplay, duration, stderr_console, timed
 from jobs.options import Address, Flag, Maybe, SystemMetrics, Tracking, Verbose
 from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
+from pipeline.files.recipes import Recipe
 from pipeline.files.storage import Storage, open_storage
 from pipeline.report.training_page import PAGE
 from pipeline.table.lease import RUN_ID_VARIABLE, Lease, end_orphans
+from pipeline.tracking.names import flatten
 from pipeline.tracking.tracker import TrackedDataset, Tracker, open_tracker
 from pipeline.training.loop.checkpoints import (
     CHECKPOINTS_DIR,
@@ -281,6 +283,15 @@ def _run(
 def must_match(prepared: Prepared) -> dict[str, Any]:
     """What must stay the same when a run resumes, under the names that an error lists."""
     return prepared.settings.effective() | dict(prepared.identity)
+
+
+def recipe_identity(recipe: Recipe) -> dict[str, str]:
+    """The fields of a recipe that change the result, by dotted name, for ``Prepared.identity``.
+
+    Without those of the loop, which ``must_match`` adds.
+    """
+    fields = recipe.effective()
+    return flatten({name: value for name, value in fields.items() if not name.startswith("loop.")})
 
 
 def _begin_tracking(

@@ -27,7 +27,7 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
 from models.errors import WrongUse
-from models.settings import HeadName, KeySource, Profile
+from models.settings import KEYLESS_HEADS, HeadName, KeySource, Profile
 
 _TABLES_KEPT = 16  # position tables, one per grid; 2 MB each for a ViT-B/16 at 512x683 in bf16
 _KEY, _VALUE = 1, 2  # places in the packed q, k, v
@@ -53,12 +53,10 @@ class Head:
         vit: (last residual block, its input (B, N, W_), class token first) -> patches (B, L, W_), the input
             of the tower's final norm and projection.
         resnet: (attention pool, output of layer4 (B, L, W_)) -> embeddings (B, L, D).
-        has_keys: whether the head supports key smoothing.
     """
 
     vit: Callable[[Any, Tensor], Tensor]
     resnet: Callable[[AttentionPool2d, Tensor], Tensor]
-    has_keys: bool = True
 
 
 def dense_encoder(
@@ -89,7 +87,7 @@ def dense_encoder(
         )
     if profile not in ("reference", "weights"):
         raise WrongUse("setting_invalid", f"There is no profile {profile!r}.", "Use reference or weights.")
-    if keys is not None and not HEADS[head].has_keys:
+    if keys is not None and head in KEYLESS_HEADS:
         raise WrongUse(
             "setting_invalid",
             f"Key smoothing needs the keys of the last attention, which the head {head!r} does not give.",
@@ -347,7 +345,7 @@ def _attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor | None) 
 HEADS: dict[HeadName, Head] = {
     "maskclip": Head(_maskclip_vit, _value_resnet),
     "value": Head(_value_vit, _value_resnet),
-    "plain": Head(_plain_vit, _plain_resnet, has_keys=False),
+    "plain": Head(_plain_vit, _plain_resnet),
 }
 """Dense heads by name. ``maskclip`` (arXiv 2112.01071, §3.2) removes the mixing of tokens from the last
 attention: each token keeps its own value, sent through the output projection. As in the reference code, a ViT

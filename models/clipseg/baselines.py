@@ -57,13 +57,8 @@ class ClipDeconvDecoder(PromptDecoder):
     def __init__(
         self, config: ClipDeconvConfig, *, width: int = 768, embed_dim: int = 512, patch: int = 16
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.extract_layers = (config.extract_layer,)
-        self.width, self.embed_dim, self.patch = width, embed_dim, patch
+        super().__init__(config, (config.extract_layer,), width=width, embed_dim=embed_dim, patch=patch)
         dim = config.reduce_dim
-        self.film_mul = nn.Linear(embed_dim, dim)
-        self.film_add = nn.Linear(embed_dim, dim)
         self.reduce = nn.Linear(width, dim)
         self.reduce2 = nn.Sequential(
             nn.Linear(dim, config.reduce2_dim), nn.ReLU(), nn.Linear(config.reduce2_dim, dim)

@@ -56,13 +56,15 @@ class PromptDecoder(nn.Module):
         config: the decoder's ``Settings``.
     """
 
-    config: Any
-    extract_layers: tuple[int, ...]
-    width: int
-    embed_dim: int
-    patch: int
-    film_mul: nn.Linear
-    film_add: nn.Linear
+    def __init__(
+        self, config: Any, extract_layers: tuple[int, ...], *, width: int, embed_dim: int, patch: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.extract_layers = extract_layers
+        self.width, self.embed_dim, self.patch = width, embed_dim, patch
+        self.film_mul = nn.Linear(embed_dim, config.reduce_dim)
+        self.film_add = nn.Linear(embed_dim, config.reduce_dim)
 
     def forward(self, layers: Sequence[Tensor], conditionals: Tensor, grid: tuple[int, int]) -> Tensor:
         """Logits (B, P, h * patch, w * patch).
@@ -120,13 +122,8 @@ class ClipSegDecoder(PromptDecoder):
     def __init__(
         self, config: ClipSegConfig, *, width: int = 768, embed_dim: int = 512, patch: int = 16
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.extract_layers = config.extract_layers
-        self.width, self.embed_dim, self.patch = width, embed_dim, patch
+        super().__init__(config, config.extract_layers, width=width, embed_dim=embed_dim, patch=patch)
         dim, depth = config.reduce_dim, len(config.extract_layers)
-        self.film_mul = nn.Linear(embed_dim, dim)
-        self.film_add = nn.Linear(embed_dim, dim)
         self.reduces = nn.ModuleList(nn.Linear(width, dim) for _ in range(depth))
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
@@ -144,7 +141,7 @@ class ClipSegDecoder(PromptDecoder):
                 # Conditioned tokens have a prompt axis, the tower's do not.
                 step = (step if x.ndim == 3 else step[:, None]) + x
             x = self.film(step, conditionals) if index == self.config.cond_layer else step
-            x = _post_norm_block(block, x.to(self.dtype))
+            x = post_norm_block(block, x.to(self.dtype))
         assert x is not None, "a decoder has at least one block"
         return upsample(x, grid, self.trans_conv)
 
@@ -185,7 +182,7 @@ def upsample(x: Tensor, grid: tuple[int, int], head: nn.Module) -> Tensor:
     return logits.unflatten(0, x.shape[:2])
 
 
-def _post_norm_block(block: nn.Module, x: Tensor) -> Tensor:
+def post_norm_block(block: nn.Module, x: Tensor) -> Tensor:
     """A ``TransformerEncoderLayer`` (post-norm, ReLU) on tokens (..., N, D).
 
     Written out because torch's fused path does not specify the precision of the norms and is not used in
@@ -201,12 +198,13 @@ def _post_norm_block(block: nn.Module, x: Tensor) -> Tensor:
     rate = attention.dropout if block.training else 0.0
     mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=rate)
     mixed = mixed.transpose(1, 2).flatten(2).reshape(x.shape)
-    x = _norm(block.norm1, x + block.dropout1(attention.out_proj(mixed)))
+    x = layer_norm(block.norm1, x + block.dropout1(attention.out_proj(mixed)))
     hidden = block.dropout(F.relu(block.linear1(x), inplace=not torch.is_grad_enabled()))
-    return _norm(block.norm2, x + block.dropout2(block.linear2(hidden)))
+    return layer_norm(block.norm2, x + block.dropout2(block.linear2(hidden)))
 
 
-def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """A layer norm (..., D) computed in fp32 at least, and rounded once to the dtype of ``x``."""
     exact = torch.promote_types(x.dtype, torch.float32)
     weight, bias = norm.weight.to(exact), norm.bias.to(exact)
     return F.layer_norm(x.to(exact), norm.normalized_shape, weight, bias, norm.eps).to(x.dtype)

@@ -97,7 +97,11 @@ class DeepLab(nn.Module):
         # Copy, so that the caller may change the tensors later.
         self.text_rows = text.embeddings.detach().to(device, torch.float32, copy=True)
         self.text_class_ids = text.class_ids.to(device, copy=True)
-        self._row_table = row_table(text).to(device)
+        self.index_rows()
+
+    def index_rows(self) -> None:
+        """Recompute which rows belong to which class, after ``text_rows`` or their ids have changed."""
+        self._row_table = row_table(self.text).to(self.text_rows.device)
 
     def features(self, images: Tensor) -> Tensor:
         """Map images to features on the grid.
@@ -250,5 +254,5 @@ def _build_decoder(config: StudentConfig, channels: tuple[int, int]) -> nn.Modul
 
 
 def _index_rows(model: DeepLab, _: object) -> None:
-    """Recompute the row table after ``load_state_dict``, which may bring other classes."""
-    model._row_table = row_table(model.text).to(model.text_rows.device)
+    """Run after ``load_state_dict``, which may bring other classes."""
+    model.index_rows()

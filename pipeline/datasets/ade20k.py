@@ -23,7 +23,7 @@ def open_ade20k(root: str | None, *, split: str = "validation") -> MaskDataset:
         split: ``validation`` or ``training``.
 
     Raises:
-        MaskMillError: ``dataset_missing``, ``dataset_incomplete``.
+        MaskMillError: ``dataset_missing``.
     """
     place = SOURCE.open(root, ["annotations"], ["ADEChallengeData2016"])
     images = list_files(place, f"images/{split}", (".jpg", ".jpeg"))

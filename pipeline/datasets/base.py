@@ -245,8 +245,7 @@ class Source:
             place: the benchmark's folder.
 
         Raises:
-            MaskMillError: ``dataset_missing`` for an empty split; ``dataset_incomplete``, counting and naming
-                the missing files.
+            MaskMillError: ``dataset_missing`` for an empty split, or counting and naming the missing files.
         """
         wanted = sorted(set(names))
         if not wanted:
@@ -258,7 +257,7 @@ class Source:
         ]
         if gaps:
             raise WrongUse(
-                "dataset_incomplete",
+                "dataset_missing",
                 f"{self.title} in {place.uri}: {'; '.join(gaps)}.",
                 f"Complete the folder, or shorten the split's list. The layout is\n\n{self.layout}",
             )

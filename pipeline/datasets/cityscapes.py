@@ -28,7 +28,7 @@ def open_cityscapes(root: str | None, *, split: str = "val") -> MaskDataset:
         split: ``val`` or ``train`` (the labels of ``test`` are not public).
 
     Raises:
-        MaskMillError: ``dataset_missing``, ``dataset_incomplete``.
+        MaskMillError: ``dataset_missing``.
     """
     place = SOURCE.open(root, ["leftImg8bit", "gtFine"], ["cityscapes"])
     ending = "_leftImg8bit"

@@ -106,7 +106,7 @@ def open_coco_json(
         split: name of the split; by default the stem of the JSON file.
 
     Raises:
-        MaskMillError: ``dataset_missing``; ``dataset_incomplete`` for missing images; ``dataset_invalid`` for
+        MaskMillError: ``dataset_missing``, also for missing images; ``dataset_invalid`` for
             a file that is not COCO JSON, an annotation without segmentation, or a class without a category.
     """
     path = PurePosixPath(annotations)
@@ -157,7 +157,7 @@ def open_coco_json(
     absent = _absent(place, [file for file, *_ in found])
     if absent:
         raise WrongUse(
-            "dataset_incomplete",
+            "dataset_missing",
             f"{where}: {len(absent):,} of its {len(found):,} images are not in {place.uri}: {shown(absent)}.",
             "Give the folder that holds the images that the JSON names; its file names are relative to it.",
         )

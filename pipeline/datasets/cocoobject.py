@@ -44,7 +44,7 @@ def open_coco_object(
             differ where instances overlap. ``auto`` prefers maps.
 
     Raises:
-        MaskMillError: ``dataset_missing``, ``dataset_incomplete``, ``dataset_invalid``.
+        MaskMillError: ``dataset_missing``, ``dataset_invalid``.
     """
     place, images = open_coco_images(SOURCE, root, split)
     classes = coco_object_ontology()

@@ -40,7 +40,7 @@ def open_cocostuff(root: str | None, *, split: str = "val2017") -> MaskDataset:
         split: ``val2017`` or ``train2017``.
 
     Raises:
-        MaskMillError: ``dataset_missing``, ``dataset_incomplete``.
+        MaskMillError: ``dataset_missing``.
     """
     place, images = open_coco_images(SOURCE, root, split)
     kind, masks = list_maps(place, split, suffix="_labelTrainIds.png")

@@ -30,7 +30,7 @@ def open_context(
         classes: ``context59`` ignores label 0; ``context60`` makes it class 0.
 
     Raises:
-        MaskMillError: ``dataset_missing``, ``dataset_incomplete``.
+        MaskMillError: ``dataset_missing``.
     """
     ids = (
         identity_ids(60)

@@ -31,7 +31,7 @@ def open_lvis(root: str | None, *, split: str = "val") -> CocoDataset:
         split: ``val`` or ``train``.
 
     Raises:
-        MaskMillError: ``dataset_missing``, ``dataset_incomplete``, ``dataset_invalid``.
+        MaskMillError: ``dataset_missing``, ``dataset_invalid``.
     """
     parts = ("train2017", "val2017")
     place = SOURCE.open(root, [*parts, *(f"images/{part}" for part in parts)])
@@ -44,7 +44,7 @@ def open_lvis(root: str | None, *, split: str = "val") -> CocoDataset:
                     place.uri_of(file), place.uri_of(folder), ontology=None, name=NAME, split=split
                 )
             except MaskMillError as error:
-                if error.code != "dataset_incomplete":
+                if error.code != "dataset_missing":
                     raise
                 raise type(error)(
                     error.code,

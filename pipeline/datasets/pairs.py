@@ -49,7 +49,7 @@ def open_pairs(
         masks: folder of masks, instead of ``root/masks``.
 
     Raises:
-        MaskMillError: ``dataset_missing``, ``dataset_incomplete``, ``dataset_invalid``, ``ontology_*``.
+        MaskMillError: ``dataset_missing``, ``dataset_invalid``, ``ontology_*``.
     """
     classes = ontology if isinstance(ontology, Ontology) else load_ontology(ontology)
     image_place, mask_place = _place(root, "images", images), _place(root, "masks", masks)
@@ -76,7 +76,7 @@ def open_pairs(
     absent += [f"{name} (mask)" for name in wanted if name not in matched]
     if absent:
         raise WrongUse(
-            "dataset_incomplete",
+            "dataset_missing",
             f"{image_place.uri} and {mask_place.uri}: for {len(wanted):,} pairs, {len(absent):,} files are "
             f"missing: {shown(absent)}.",
             "Add them, or give a list of the images to measure as split (a text file, one name per line).",

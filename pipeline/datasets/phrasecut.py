@@ -87,7 +87,7 @@ def open_phrasecut(root: str | None, *, split: str = "test") -> PhraseCutDataset
         split: ``train``, ``val``, ``test`` or ``miniv``.
 
     Raises:
-        MaskMillError: ``dataset_missing``, ``dataset_incomplete``, ``dataset_invalid``.
+        MaskMillError: ``dataset_missing``, ``dataset_invalid``.
     """
     place = SOURCE.open(root, ["images"], ["VGPhraseCut_v0"])
     file = f"refer_{split}.json"
@@ -104,7 +104,7 @@ def open_phrasecut(root: str | None, *, split: str = "test") -> PhraseCutDataset
         absent = [number for number in wanted if str(number) not in images or number not in sizes]
         if absent:
             raise WrongUse(
-                "dataset_incomplete",
+                "dataset_missing",
                 f"PhraseCut in {place.uri}: {len(absent):,} of {len(wanted):,} images of {split} are missing "
                 f"in images/ or in image_data_split.json ({shown(absent)}).",
                 f"Complete the folder. The layout is\n\n{SOURCE.layout}",

@@ -49,6 +49,12 @@ class DatasetInfo:
         """Names of the options besides root and split."""
         return tuple(name for name in inspect.signature(self.opener).parameters if name not in _COMMON)
 
+    @property
+    def needs_ontology(self) -> bool:
+        """Whether the user must say what the ids of the masks mean; benchmarks bring their own classes."""
+        given = inspect.signature(self.opener).parameters.get("ontology")
+        return given is not None and given.default is inspect.Parameter.empty
+
 
 _COMMON = ("root", "split", "classes")
 
@@ -120,8 +126,8 @@ def open_dataset(
             ``toyworld``. See the functions ``open_*``.
 
     Raises:
-        MaskMillError: ``dataset_unknown``; ``wrong_use``; ``dataset_missing``, naming the download page;
-            ``dataset_incomplete``; ``dataset_invalid``.
+        MaskMillError: ``dataset_unknown``; ``wrong_use``; ``dataset_missing``, naming the download page
+            or the missing files; ``dataset_invalid``.
     """
     if name not in DATASETS:
         raise WrongUse(
@@ -137,7 +143,7 @@ def open_dataset(
             f"{name} has no option {unknown[0]!r}.",
             f"Options: {', '.join(info.options)}." if info.options else "It has none besides root and split.",
         )
-    if name in ("pairs", "coco-json") and "ontology" not in options:
+    if info.needs_ontology and "ontology" not in options:
         raise WrongUse(
             "wrong_use",
             f"{name} needs an ontology: it gives the ids of the masks their meaning.",

@@ -33,7 +33,7 @@ def open_voc(
         classes: ``voc20`` ignores label 0; ``voc21`` makes it class 0. 255 (void) is ignored in both.
 
     Raises:
-        MaskMillError: ``dataset_missing``, ``dataset_incomplete``.
+        MaskMillError: ``dataset_missing``.
     """
     # Label 0 is background; label i + 1 is class i of voc20.
     ids = (

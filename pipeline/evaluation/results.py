@@ -29,11 +29,12 @@ from pydantic import (
 )
 
 from models.errors import MaskMillError, WrongUse
-from pipeline.files.records import parse_record, read_record
+from pipeline.files.records import now, parse_record, read_record
 from pipeline.files.redaction import command_line, redact_tree
 from pipeline.files.storage import Storage, canonical_uri, is_remote, open_storage
 from pipeline.labelling.recipes import recipe_from_dict
 from pipeline.metrics.calibration import binned
+from pipeline.metrics.names import PER_CLASS
 from pipeline.metrics.statistics import summarise, summarise_classes
 
 if TYPE_CHECKING:
@@ -279,16 +280,13 @@ def evaluation_result(
         classes=tuple(
             ClassResult(
                 id=index,
-                name=name,
+                name=title,
                 color="#{:02x}{:02x}{:02x}".format(*colors[index]),
                 group=groups[index],
                 pixels=int(by_class["pixels"][index]),
-                iou=float(by_class["iou"][index]),
-                boundary_iou=float(by_class["boundary_iou"][index]),
-                accuracy=float(by_class["accuracy"][index]),
-                precision=float(by_class["precision"][index]),
+                **{name: float(by_class[name][index]) for name in PER_CLASS},
             )
-            for index, name in enumerate(names)
+            for index, title in enumerate(names)
         ),
         confusion=statistics.confusion.tolist(),
         calibration=binned(statistics.calibration).tolist() if statistics.calibration.any() else None,
@@ -407,8 +405,3 @@ def hardware() -> Hardware:
         cores=cores,
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     )
-
-
-def now() -> str:
-    """The time in UTC, ISO 8601."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

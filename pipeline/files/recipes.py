@@ -38,12 +38,19 @@ class Recipe(Settings):
 
     def differences(self, recorded: Recipe) -> list[str]:
         """The result-changing fields that differ from ``recorded``, as ``images.scale: … there, … here``."""
-        theirs = recorded.effective()
-        return [
-            f"{name}: {as_written(theirs.get(name))} there, {as_written(value)} here"
-            for name, value in self.effective().items()
-            if theirs.get(name) != value
-        ]
+        return changed_fields(recorded.effective(), self.effective())
+
+
+def changed_fields(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """The names whose values differ, as ``images.scale: … there, … here``.
+
+    Tables, trainings and benchmarks compare by it what they were begun with and what they are to go on with.
+    """
+    return [
+        f"{name}: {as_written(recorded.get(name))} there, {as_written(given.get(name))} here"
+        for name in sorted(recorded.keys() | given.keys())
+        if recorded.get(name) != given.get(name)
+    ]
 
 
 class Described(NamedTuple):

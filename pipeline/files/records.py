@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -10,6 +11,11 @@ from models.errors import Damaged, MaskMillError, WrongUse
 from pipeline.files.storage import Storage
 
 M = TypeVar("M", bound=BaseModel)
+
+
+def now() -> str:
+    """The time, UTC in ISO 8601, as records have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def read_record(storage: Storage, name: str, newest: int) -> dict[str, Any] | None:

@@ -74,7 +74,7 @@ class BaseLabeller(ABC):
             size: (H, W).
 
         Raises:
-            MaskMillError: ``scores_not_finite``.
+            MaskMillError: ``labelling_failed``.
         """
         thresholds = self.settings.thresholds
         return label_map(
@@ -91,7 +91,7 @@ class BaseLabeller(ABC):
         """See ``Labeller.label``.
 
         Raises:
-            MaskMillError: ``scores_not_finite``.
+            MaskMillError: ``labelling_failed``.
         """
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)  # per thread

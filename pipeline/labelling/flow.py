@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import ray
 import ray.data
 from ray.data.block import BlockMetadata
 

@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from models.errors import MaskMillError, WrongUse
 from pipeline.files.storage import cache_dir, canonical_uri
@@ -67,12 +67,7 @@ def prepare_labeller(
         precision=native_precision(best_device()) if precision == "auto" else precision,
         batch_size=recipe.batch_size,
     )
-    if recipe.model == CLIPSEG:
-        prepare = _prepare_clipseg
-    else:
-        _refuse_examples(ontology, recipe.model)
-        prepare = _prepare_student if _names_student(recipe.model) else _prepare_maskclip
-    return prepare(recipe, ontology, settings, check_weights)
+    return _kind_of(recipe).prepare(recipe, ontology, settings, check_weights)
 
 
 def require_weights(recipe: LabelRecipe) -> None:
@@ -82,26 +77,49 @@ def require_weights(recipe: LabelRecipe) -> None:
         MaskMillError: as ``models.clip.weights.find_weights`` and
             ``pipeline.trained.student.read_student_record``.
     """
+    _kind_of(recipe).find(recipe)
+
+
+class _Kind(NamedTuple):
+    """A kind of Labeller.
+
+    Attributes:
+        find: finds the weights, without torch; raises if they are missing.
+        prepare: does the rest of ``prepare_labeller``.
+    """
+
+    find: Callable[[LabelRecipe], object]
+    prepare: Callable[[LabelRecipe, Ontology, LabellerSettings, CheckWeights], PreparedLabeller]
+
+
+def _kind_of(recipe: LabelRecipe) -> _Kind:
     if recipe.model == CLIPSEG:
-        return
+        return _Kind(lambda _recipe: None, _prepare_clipseg)
     if _names_student(recipe.model):
-        from pipeline.trained.student import read_student_record
+        return _Kind(_find_student, _prepare_student)
+    return _Kind(_find_clip, _prepare_maskclip)
 
-        read_student_record(recipe.model)
-    else:
-        from models.clip.weights import find_weights
 
-        find_weights(recipe.model, recipe.pretrained)
+def _find_clip(recipe: LabelRecipe) -> WeightSource:
+    from models.clip.weights import find_weights
+
+    return find_weights(recipe.model, recipe.pretrained)
+
+
+def _find_student(recipe: LabelRecipe) -> StudentRecord:
+    from pipeline.trained.student import read_student_record
+
+    return read_student_record(recipe.model)
 
 
 def _prepare_maskclip(
     recipe: LabelRecipe, ontology: Ontology, settings: LabellerSettings, check_weights: CheckWeights
 ) -> PreparedLabeller:
     """The training-free teacher: a CLIP by name."""
-    from models.clip.weights import find_weights
     from pipeline.labelling.maskclip import MaskClipLabeller
 
-    source = find_weights(recipe.model, recipe.pretrained)
+    _refuse_examples(ontology, recipe.model)
+    source = _find_clip(recipe)
     check_weights(source.fingerprint)
     make = functools.partial(
         MaskClipLabeller,
@@ -119,9 +137,10 @@ def _prepare_student(
 ) -> PreparedLabeller:
     """A trained student: its own classes as trained, any others through its CLIP's text tower."""
     from pipeline.labelling.student import StudentLabeller
-    from pipeline.trained.student import read_student_record, read_student_weights
+    from pipeline.trained.record import read_trained_weights
 
-    record = read_student_record(recipe.model)
+    _refuse_examples(ontology, recipe.model)
+    record = _find_student(recipe)
     useless = _changed_maskclip(recipe)
     if recipe.pretrained not in (None, LabelRecipe().pretrained):
         useless.append("pretrained")
@@ -132,7 +151,7 @@ def _prepare_student(
             "Leave them out; of a student's recipe, sizes, precision and thresholds can be changed.",
         )
     check_weights(record.fingerprint)
-    read_student_weights(record)  # find a damaged file here rather than in every worker
+    read_trained_weights(record)  # find a damaged file here rather than in every worker
     text = None
     if not _same_words(record.ontology, ontology):
         text = embed_names(student_text_source(record), ontology, record.text["precision"])
@@ -269,8 +288,8 @@ def student_text_source(record: StudentRecord) -> WeightSource:
     """The CLIP that embeds classes outside a student's own.
 
     Raises:
-        MaskMillError: ``classes_differ`` for a student with a closed vocabulary, ``weights_differ`` if this
-            machine has other weights of that CLIP; as ``models.clip.weights.find_weights``.
+        MaskMillError: ``classes_differ`` for a student with a closed vocabulary, ``weights_do_not_fit`` if
+            this machine has other weights of that CLIP; as ``models.clip.weights.find_weights``.
     """
     from models.clip.weights import find_weights
 
@@ -292,7 +311,7 @@ def student_text_source(record: StudentRecord) -> WeightSource:
         ) from error
     if source.fingerprint != record.text["fingerprint"]:
         raise WrongUse(
-            "weights_differ",
+            "weights_do_not_fit",
             f"The weights of {source.name} here ({source.fingerprint[:12]}) are not those that the student "
             f"was trained with ({record.text['fingerprint'][:12]}): its features mean nothing to them.",
             f"Put the same weights in place. {own}",

@@ -6,8 +6,8 @@ A run writes its complete recipe into its output. Start from a name (``--recipe 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -17,6 +17,7 @@ from models.settings import NEUTRAL, MaskClipSettings
 from pipeline.files.images import ImageSettings
 from pipeline.files.recipes import Recipe, RecipeBook
 from pipeline.labelling.clipseg.options import RELEASED, ClipSegOptions
+from pipeline.table.record import TableRecord
 
 if TYPE_CHECKING:
     from pipeline.ontology.ontology import Ontology
@@ -51,6 +52,12 @@ class LabelRecipe(Recipe):
                 "Leave them out, or begin with --recipe clipseg.",
             )
         return self
+
+    def differences(self, recorded: Recipe) -> list[str]:
+        """As ``Recipe.differences``; precision ``auto`` adopts the recorded one."""
+        if self.precision == "auto" and isinstance(recorded, LabelRecipe) and recorded.precision != "auto":
+            return self.replace(precision=recorded.precision).differences(recorded)
+        return super().differences(recorded)
 
 
 _WHOLE_352 = ImageSettings(scale=(352, 352), keep_ratio=False, resize="antialias")
@@ -102,14 +109,10 @@ change_recipe = LABEL_RECIPES.change
 recipe_from_dict = LABEL_RECIPES.from_dict
 
 
-def table_recipe(record: Mapping[str, Any]) -> LabelRecipe:
-    """The recipe of a label table, with the precision actually used.
-
-    Args:
-        record: ``dataset.json``, also of an older MaskMill; newer fields get their defaults.
-    """
-    recipe = recipe_from_dict(record["recipe"])
-    return recipe.replace(precision=record["precision"])
+def table_recipe(record: TableRecord) -> LabelRecipe:
+    """The recipe of a label table, with the precision actually used; fields that it lacks have defaults."""
+    recipe = recipe_from_dict(record.recipe)
+    return recipe.replace(precision=record.precision or recipe.precision)
 
 
 def templates_for(recipe: LabelRecipe, own: Ontology | None) -> str | Sequence[str]:

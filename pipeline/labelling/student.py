@@ -23,8 +23,8 @@ class StudentLabeller(BaseLabeller):
         text: classifier of other classes; None keeps the one that it was trained with.
 
     Raises:
-        MaskMillError: as ``read_student_record`` and ``load_student``; ``weights_differ`` if the folder holds
-            other weights than ``fingerprint``.
+        MaskMillError: as ``read_student_record`` and ``load_student``; ``weights_do_not_fit`` if the folder
+            holds other weights than ``fingerprint``.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class StudentLabeller(BaseLabeller):
         record = read_student_record(uri)
         if fingerprint is not None and fingerprint != record.fingerprint:
             raise WrongUse(
-                "weights_differ",
+                "weights_do_not_fit",
                 f"{record.uri} now holds another student ({record.fingerprint[:12]}).",
                 "Start the run again.",
             )

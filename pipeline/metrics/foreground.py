@@ -114,6 +114,11 @@ class ForegroundStatistics:
         )
         return cls(np.array([class_id], np.int64), counts[None], thresholds)
 
+    def of_class(self, class_id: int) -> ForegroundStatistics:
+        """The part of one class."""
+        chosen = self.class_ids == class_id
+        return ForegroundStatistics(self.class_ids[chosen], self.counts[chosen], self.thresholds)
+
     @classmethod
     def merge(cls, parts: Iterable[ForegroundStatistics]) -> ForegroundStatistics:
         """Sum any number of statistics, including none.

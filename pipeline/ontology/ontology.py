@@ -30,8 +30,10 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     SerializerFunctionWrapHandler,
     StrictStr,
     ValidationError,
@@ -124,7 +126,7 @@ class Example(BaseModel):
             digest = example_digest(image, mask)
             if found.setdefault("sha256", digest) != digest:
                 raise PydanticCustomError(
-                    "example_unreadable",
+                    "image_invalid",
                     "'{image}' is not the picture that sha256 names",
                     {"image": data["image"]},
                 )
@@ -134,17 +136,17 @@ class Example(BaseModel):
         """Check that the files have not changed since the ontology was read.
 
         Raises:
-            MaskMillError: ``example_unreadable``.
+            MaskMillError: ``image_invalid``.
         """
         if self.sha256 is None:
             return
         try:
             same = example_digest(self.image, self.mask) == self.sha256
         except PydanticCustomError as error:
-            raise WrongUse("example_unreadable", error.message(), "Put the file back.") from error
+            raise WrongUse("image_invalid", error.message(), "Put the file back.") from error
         if not same:
             raise WrongUse(
-                "example_unreadable",
+                "image_invalid",
                 f"{self.image} or its mask is not what it was when the ontology was read.",
                 "Read the ontology again from its file, or put the old picture back.",
             )
@@ -170,7 +172,7 @@ def example_digest(image: str, mask: str | None) -> str:
                 digest.update(hashlib.sha256(fetch(path)).digest())
             except ImageError as error:
                 raise PydanticCustomError(
-                    "example_unreadable",
+                    "image_invalid",
                     "the example '{path}' cannot be read: {reason}",
                     {"path": path, "reason": error.message},
                 ) from error
@@ -394,9 +396,13 @@ class Ontology(BaseModel):
         """All fields as plain JSON values; ``from_dict`` is the inverse."""
         return self.model_dump(mode="json")
 
+    def to_record(self) -> dict[str, Any]:
+        """``to_dict`` plus hash and names, as label tables and students record it."""
+        return self.to_dict() | {"hash": self.hash, "names": list(self.names)}
+
     @classmethod
     def from_record(cls, recorded: Mapping[str, Any], *, origin: str = "the record") -> Ontology:
-        """Build from the record of a label table or a student, which is ``to_dict`` plus hash and names.
+        """Build from the record of a label table or a student; inverse of ``to_record``.
 
         Raises:
             MaskMillError: ``ontology_invalid``.
@@ -416,6 +422,14 @@ class Ontology(BaseModel):
             MaskMillError: ``ontology_invalid``.
         """
         return _validate(dict(data), origin=origin, lines={})
+
+
+def _from_record(value: Any) -> Any:
+    return Ontology.from_record(value) if isinstance(value, dict) else value
+
+
+RecordedOntology = Annotated[Ontology, BeforeValidator(_from_record), PlainSerializer(Ontology.to_record)]
+"""An ontology as a field of a record."""
 
 
 @cache

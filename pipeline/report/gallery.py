@@ -26,11 +26,11 @@ from models.errors import WrongUse
 from models.files import write_file
 from pipeline.files.images import ERROR_CODES, ImageError, decode, fetch
 from pipeline.files.storage import Storage, open_storage
-from pipeline.ontology.ontology import Ontology
 from pipeline.ontology.palette import palette
 from pipeline.report.page import render
 from pipeline.report.pictures import jpeg_uri, overlay_borders, viridis
 from pipeline.table import labels
+from pipeline.table.record import TableRecord, find_table_record
 
 #: Which rows to show, and in which order: a sample by id, or the lowest or highest label quality.
 Order = Literal["sample", "worst", "best"]
@@ -93,7 +93,7 @@ def write_gallery(
             "Give the --output of a finished maskmill label, or run that first.",
         )
     summary = labels.summarise(storage)
-    record = storage.read_json(labels.DATASET_FILE, None) or {}
+    record = find_table_record(storage)
     legend = _legend(record, summary)
     cards = [_card(row, legend, thumbnail) for row in _chosen_rows(storage, limit, order)]
     page = render(
@@ -118,28 +118,27 @@ def write_gallery(
 # --- the whole table ---
 
 
-def _legend(record: dict[str, Any], summary: dict[str, Any]) -> Legend:
+def _legend(record: TableRecord | None, summary: dict[str, Any]) -> Legend:
     """Names and colours from ``dataset.json``; without it, numbers and default colours."""
-    given = {k: v for k, v in record.get("ontology", {}).items() if k in Ontology.model_fields}
-    if given:
-        ontology = Ontology.model_validate(given)
+    if record is not None:
+        ontology = record.ontology
         return Legend(ontology.names, ontology.palette(), ontology.ignore_index)
     count = 1 + max((int(i) for i in summary["class_pixels"]), default=-1)
     return Legend(tuple(f"class {i}" for i in range(count)), palette([None] * count), 255)
 
 
-def _title(record: dict[str, Any]) -> str:
+def _title(record: TableRecord | None) -> str:
     """The ontology's name, or its classes if they came from the command line."""
-    ontology = record.get("ontology", {})
-    if ontology.get("name") not in (None, "", "classes"):
-        return str(ontology["name"])
-    words = [entry["name"] for entry in ontology.get("classes", [])]
-    return ", ".join(words[:6]) + (", …" if len(words) > 6 else "") if words else "Labels"
+    if record is None:
+        return "Labels"
+    if record.ontology.name != "classes":
+        return record.ontology.name
+    words = [entry.name for entry in record.ontology.classes]
+    return ", ".join(words[:6]) + (", …" if len(words) > 6 else "")
 
 
-def _facts(record: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, str]]:
+def _facts(record: TableRecord | None, summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Names and values at the top of the page."""
-    recipe, weights = record.get("recipe", {}), record.get("weights", {})
     mean = summary["mean_quality"]
     pairs = [
         ("images", f"{summary['labelled']:,}"),
@@ -147,24 +146,28 @@ def _facts(record: dict[str, Any], summary: dict[str, Any]) -> list[tuple[str, s
         ("pixels", _short_number(summary["pixels"])),
         ("classes found", f"{len(summary['class_pixels'])}"),
         ("mean quality", "" if mean is None else f"{mean:.2f}"),
-        ("model", weights.get("model", "")),
-        ("weights", str(weights.get("pretrained") or "")),
-        ("recipe", recipe.get("name", "")),
-        ("precision", record.get("precision", "")),
-        ("labelled", str(record.get("updated") or record.get("created") or "")[:10]),
     ]
+    if record is not None:
+        pairs += [
+            ("model", str(record.weights["model"])),
+            ("weights", str(record.weights["pretrained"] or "")),
+            ("recipe", str(record.recipe.get("name", ""))),
+            ("precision", record.precision),
+            ("labelled", (record.updated or record.created)[:10]),
+        ]
     return [(word, value) for word, value in pairs if value]
 
 
-def _notice(record: dict[str, Any]) -> str:
+def _notice(record: TableRecord | None) -> str:
     """A warning about toy or random weights, or ""."""
-    weights = record.get("weights", {})
-    if weights.get("model") == "toyclip":
+    if record is None:
+        return ""
+    if record.weights["model"] == "toyclip":
         return (
-            "Toy weights: labelled by the small bundled CLIP, which knows the procedural toy world, nothing "
-            "else. Numbers on this page say nothing about photographs."
+            "Toy weights: labelled by the small bundled CLIP, which knows the procedural toy world and "
+            "nothing else. Numbers on this page say nothing about photographs."
         )
-    if str(weights.get("pretrained", "")).startswith("random:"):
+    if str(record.weights["pretrained"]).startswith("random:"):
         return "Random weights: these labels mean nothing. They show that the pipeline runs."
     return ""
 
@@ -202,7 +205,7 @@ def _failures(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _share(part: int, whole: int) -> str:
-    """A percentage for people: 43 %, 2.1 %, < 0.1 %."""
+    """A percentage to display: 43 %, 2.1 %, < 0.1 %."""
     percent = 100 * part / whole if whole else 0.0
     if 0 < percent < 0.1:
         return "< 0.1 %"
@@ -277,7 +280,7 @@ def _card(row: dict[str, Any], legend: Legend, thumbnail: int) -> dict[str, Any]
     """The template's values for a row."""
     mask = labels.decode_mask(row["mask"]["bytes"])
     confidence = labels.decode_confidence(row["confidence"]["bytes"])
-    size = _fit(mask.shape, thumbnail)
+    size = thumbnail_size(mask.shape, thumbnail)
     small = _nearest(mask, size)
     photo, reason = _photo(row, size)
     area = sum(segment["area"] for segment in row["segments"])
@@ -323,7 +326,7 @@ def _photo(row: dict[str, Any], size: tuple[int, int]) -> tuple[NDArray[np.uint8
     return _area(image, size), ""
 
 
-def _fit(shape: Sequence[int], long_side: int) -> tuple[int, int]:
+def thumbnail_size(shape: Sequence[int], long_side: int) -> tuple[int, int]:
     """(T, U) with at most the given long side; never enlarges."""
     factor = min(1.0, long_side / max(shape))
     return max(1, round(shape[0] * factor)), max(1, round(shape[1] * factor))

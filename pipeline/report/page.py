@@ -27,7 +27,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def setting(value: Any) -> str:
-    """The value of a setting, for people."""
+    """The value of a setting as readable text."""
     if value is None:
         return "none"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The page of results: ``maskmill report``.
+"""The results page: ``maskmill report``.
 
 A self-contained HTML file: charts are inline SVG, pictures are data URIs, and a content security policy
 keeps the browser from loading anything else.
@@ -41,7 +41,7 @@ MARK = '<meta name="generator" content="MaskMill report">'
 
 _PROTOCOLS = {
     "seed": "the protocol of MaskCLIP's own repository",
-    "unified": "the one protocol of MaskCLIP's successors",
+    "unified": "the common protocol of MaskCLIP's successors",
     "custom": "its own protocol: not comparable with published figures",
 }
 # Up to this many classes, a confusion matrix is a table of numbers, above it a picture.
@@ -134,7 +134,7 @@ def _notice(result: Result) -> str:
     """A warning about toy or random weights, or ""."""
     if result.toy:
         return (
-            "Toy: measured with the small bundled CLIP on the procedural toy world, or with one of them. "
+            "Toy: measured with the small bundled CLIP, on the procedural toy world, or both. "
             "The numbers say nothing about photographs."
         )
     if isinstance(result, EvaluationResult) and str(result.model.weights.get("pretrained", "")).startswith(
@@ -164,7 +164,7 @@ def _parts(result: Result, view: dict[str, Any]) -> list[tuple[str, str]]:
     """Id and title of each part of the page, in order, for the links at the top."""
     if isinstance(result, EvaluationResult):
         parts = [
-            ("published", "Published numbers", result.published),
+            ("published", "Published figures", result.published),
             ("gaps", "What is missing", view["gaps"]),
             ("classes", "Classes", True),
             ("confusion", "Confusion", result.classes),
@@ -234,9 +234,9 @@ def _evaluation_gaps(run: EvaluationResult) -> list[str]:
     """Sentences about what the numbers do not cover."""
     gaps = []
     if run.images.failed:
-        gaps.append(f"Failed, and not in the numbers: {_images(run.images.failed)}.")
+        gaps.append(f"Failed and left out: {_images(run.images.failed)}.")
     if run.images.missing:
-        gaps.append(f"Without a prediction, and not in the numbers: {_images(run.images.missing)}.")
+        gaps.append(f"Without a prediction and left out: {_images(run.images.missing)}.")
     absent = [c.name for c in run.classes if c.iou is None]
     if absent:
         gaps.append(
@@ -245,7 +245,7 @@ def _evaluation_gaps(run: EvaluationResult) -> list[str]:
         )
     told = set()
     if run.calibration is None:
-        gaps.append("Calibration was not measured: what was evaluated has no confidence.")
+        gaps.append("Calibration was not measured: the predictions have no confidence.")
         told.add("ece")
     if all(c.boundary_iou is None for c in run.classes):
         gaps.append("Boundary IoU was not measured.")

@@ -1,7 +1,7 @@
-"""The page of a training run: its course, pictures of its results, and commands to run next.
+"""The page of a training run: curves, pictures of results, and commands to run next.
 
-``TrainingPage`` is common to all of them. A student is shown next to its teacher, and next to the truth if
-known; a CLIPSeg or a baseline answers samples of its own training.
+Every page is a ``TrainingPage``. A student is shown next to its teacher, and next to the truth if known; a
+CLIPSeg or a baseline is shown on samples of its own training.
 
 Shapes: H W pixels of an image, S of a training sample, V of CLIP's input.
 """
@@ -61,7 +61,7 @@ PAGE, SHEET = "report.html", "preview.png"
 SHOWN = 12
 """Images or samples on a page."""
 ON_SHEET = 6
-"""Of a student's images, on its contact sheet."""
+"""Images on a student's contact sheet."""
 _THUMBNAIL = 320
 _STUDENT_CURVES = {
     "loss": "loss",
@@ -74,9 +74,9 @@ _STUDENT_CURVES = {
 }
 _CLIPSEG_CURVES = {
     "loss": "loss",
-    "iou": "IoU at p ≥ 0.5, of the batches",
+    "iou": "IoU at p ≥ 0.5, per batch",
     "learning_rate": "learning rate",
-    "found": "share of pixels that are found",
+    "found": "share of pixels found",
     "gradient_norm": "gradient norm",
 }
 _CLIPSEG_TITLES = {"clipseg": "CLIPSeg", "clip-deconv": "CLIP-Deconv", "vitseg": "ViTSeg"}
@@ -343,7 +343,7 @@ def student_page(
             ("folder", record.uri),
             ("student", f"{student_folder.WEIGHTS_FILE}, {student_folder.RECORD_FILE}"),
             ("curves as numbers", "metrics.jsonl"),
-            ("to go on from", "checkpoints/"),
+            ("checkpoints to resume from", "checkpoints/"),
         ],
         commands=student_commands(record.uri),
         settings={"recipe": record.recipe, "teacher": teacher, "versions": record.versions},
@@ -477,7 +477,7 @@ def _image(row: Mapping[str, Any], record: StudentRecord) -> np.ndarray | None:
 
 def _teacher_ids(labels: str, ontology: Ontology) -> np.ndarray:
     """Map table ids to student ids, as in training; negative for classes that the student lacks."""
-    known = Ontology.from_record(read_table_record(labels)["ontology"])
+    known = read_table_record(labels).ontology
     return class_ids(known.names, ontology, known.ignore_index, words=known.prompts())
 
 
@@ -527,8 +527,8 @@ class Answer:
         asked = "text" if self.text_share == 1 else f"text {self.text_share:.0%}, example"
         there, found = self._counted(self.there), self._counted(self.found)
         if not there.any():
-            answered = "found all the same" if found.any() else "rightly nothing found"
-            return f"{asked}; not there, and {answered}"
+            answered = "a false alarm" if found.any() else "rightly not found"
+            return f"{asked}; not in the image: {answered}"
         return f"{asked}; IoU {percent((there & found).sum() / (there | found).sum())} %"
 
     @property
@@ -556,7 +556,7 @@ def clipseg_page(
     files = [("folder", uri), ("decoder", f"{clipseg_folder.DECODER_FILE}, {clipseg_folder.RECORD_FILE}")]
     if record.hugging_face:
         files.append(("for transformers", "model.safetensors, config.json, …"))
-    files += [("curves as numbers", "metrics.jsonl"), ("to go on from", "checkpoints/")]
+    files += [("curves as numbers", "metrics.jsonl"), ("checkpoints to resume from", "checkpoints/")]
     iou = record.metrics.get("iou")
     names = {"triplets": "pairs of image and phrase"}
     layers = config.get("extract_layers") or [config["extract_layer"]]
@@ -570,7 +570,7 @@ def clipseg_page(
             ("decoder", f"{config['reduce_dim']} wide, layers {' '.join(str(each) for each in layers)}"),
         ],
         cards=[_answer_card(answer) for answer in answers],
-        note=f"Training samples with their prompts below; the found mask is p ≥ {THRESHOLD:g}.",
+        note=f"Training samples with their prompts below; the mask is p ≥ {THRESHOLD:g}.",
         curves=_CLIPSEG_CURVES,
         curves_note="By step, on the training data. For other data, run maskmill evaluate.",
         data=[

@@ -151,7 +151,7 @@ class ModelRegistry:
         entries: at least one, with different names; the first is the default.
 
     Raises:
-        MaskMillError: ``wrong_use``, ``model_missing``.
+        MaskMillError: ``wrong_use``, ``model_unknown``.
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
@@ -165,7 +165,7 @@ class ModelRegistry:
                 "Write --model NAME=SPEC.",
             )
         if not entries:
-            raise WrongUse("model_missing", "There is no model to serve.", "Name one with --model.")
+            raise WrongUse("model_unknown", "There is no model to serve.", "Name one with --model.")
         self._loading: dict[str, Future[ServedModel]] = {}
         self._lock = threading.Lock()
 

@@ -139,7 +139,7 @@ class WordModel:
         return found.labels, found.confidence
 
 
-class PromptModel:
+class HeatModel:
     """CLIPSeg: a probability map for each text or example prompt, as in ``maskmill segment``."""
 
     def __init__(self, finder: Finder) -> None:
@@ -199,11 +199,11 @@ def load_student(uri: str) -> WordModel:
     return WordModel(labeller, record.labelling, words, ontology)
 
 
-def load_clipseg(finder: Finder) -> PromptModel:
+def load_clipseg(finder: Finder) -> HeatModel:
     """Load CLIPSeg.
 
     Raises:
         MaskMillError: as ``Finder.model``.
     """
     assert finder.model is not None, "loads it"
-    return PromptModel(finder)
+    return HeatModel(finder)

@@ -4,22 +4,79 @@ from __future__ import annotations
 
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, field_validator
+
 from models.errors import WrongUse
-from pipeline.files.records import read_record
-from pipeline.files.storage import open_storage
+from pipeline.files.records import parse_record, read_record
+from pipeline.files.storage import Storage, open_storage
+from pipeline.ontology.ontology import RecordedOntology
 from pipeline.table.labels import DATASET_FILE
 
 SCHEMA_VERSION = 1
 
 
-def read_table_record(table: str) -> dict[str, Any]:
+class TableRecord(BaseModel):
+    """What ``dataset.json`` says. Fields with a default are absent in tables of older versions, or at first.
+
+    Attributes:
+        schema_version: of the file.
+        created: UTC, ISO 8601.
+        updated: the same, of the last run that added rows.
+        ontology: the classes.
+        recipe: of the labelling, all fields and ``hash``; see ``pipeline.labelling.recipes.table_recipe``.
+        weights: ``model``, ``pretrained`` and ``fingerprint``; of a student also ``text``, its CLIP.
+        precision: number format that the labels were computed in; "" if it is the recipe's.
+        versions: of Python and the packages.
+        counts: see ``pipeline.table.labels.summarise``; empty until the first run ends.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    created: str = ""
+    updated: str = ""
+    ontology: RecordedOntology
+    recipe: dict[str, Any]
+    weights: dict[str, Any]
+    precision: str = ""
+    versions: dict[str, Any] = {}
+    counts: dict[str, Any] = {}
+
+    @field_validator("weights")
+    @classmethod
+    def _named(cls, weights: dict[str, Any]) -> dict[str, Any]:
+        absent = [name for name in ("model", "pretrained", "fingerprint") if name not in weights]
+        if absent:
+            raise ValueError(f"there is no {' and no '.join(absent)}")
+        return weights
+
+
+def find_table_record(storage: Storage) -> TableRecord | None:
+    """The record of the label table in a folder; None if there is no ``dataset.json``.
+
+    Raises:
+        MaskMillError: ``newer_version``; ``table_damaged`` if it is no record of a label table.
+    """
+    found = read_record(storage, DATASET_FILE, SCHEMA_VERSION)
+    if found is None:
+        return None
+    return parse_record(
+        TableRecord,
+        found,
+        storage.uri_of(DATASET_FILE),
+        code="table_damaged",
+        remedy="Give the --output of maskmill label, or restore the file from a copy.",
+    )
+
+
+def read_table_record(table: str) -> TableRecord:
     """Read the ``dataset.json`` of a label table.
 
     Raises:
-        MaskMillError: ``table_missing`` without one; ``newer_version``; ``json_invalid``.
+        MaskMillError: ``table_missing`` without one; as ``find_table_record``.
     """
     storage = open_storage(table)
-    record = read_record(storage, DATASET_FILE, SCHEMA_VERSION)
+    record = find_table_record(storage)
     if record is None:
         raise WrongUse(
             "table_missing",
@@ -27,3 +84,8 @@ def read_table_record(table: str) -> dict[str, Any]:
             "Give the --output of maskmill label.",
         )
     return record
+
+
+def write_table_record(storage: Storage, record: TableRecord) -> None:
+    """Write the ``dataset.json`` of a label table."""
+    storage.write_json(DATASET_FILE, record.model_dump(mode="json"))

@@ -29,7 +29,7 @@ def resolve_uri(uri: str | None) -> str:
         uri: the user's choice; None takes MLFLOW_TRACKING_URI, else SQLite in the working directory.
 
     Raises:
-        WrongUse: ``tracking_uri`` for a folder, a file store or an in-memory database.
+        WrongUse: ``wrong_use`` for a folder, a file store or an in-memory database.
     """
     chosen = uri or os.environ.get(URI_VARIABLE) or DEFAULT_URI
     if re.match(r"databricks(-uc|://|$)", chosen):
@@ -37,7 +37,7 @@ def resolve_uri(uri: str | None) -> str:
     scheme, found, rest = chosen.partition("://")
     if not found or scheme == "file":
         raise WrongUse(
-            "tracking_uri",
+            "wrong_use",
             f"{redact(chosen)} is not a tracking URI that MLflow writes to.",
             f"Give {DEFAULT_URI}, https://HOST:PORT, another URI of MLflow, or off.",
         )
@@ -46,7 +46,7 @@ def resolve_uri(uri: str | None) -> str:
     path, question, options = rest.removeprefix("/").partition("?")
     if not path or ":memory:" in path:
         raise WrongUse(
-            "tracking_uri", f"{chosen} would be lost at the end of the run.", f"Name a file: {DEFAULT_URI}."
+            "wrong_use", f"{chosen} would be lost at the end of the run.", f"Name a file: {DEFAULT_URI}."
         )
     return f"{scheme}:///{os.path.abspath(path)}{question}{options}"
 

@@ -8,6 +8,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.table.record import TableRecord
+
 MAX_NAME = 200
 """MLflow allows 250 characters; the rest is for a prefix."""
 
@@ -64,17 +66,13 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return result
 
 
-def record_params(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings to log from the record of a label table (``dataset.json``).
-
-    Args:
-        record: with ``recipe``, ``weights`` and ``ontology`` as ``maskmill label`` writes them.
-    """
-    ontology = record["ontology"]
+def record_params(record: TableRecord) -> dict[str, Any]:
+    """The settings to log from the record of a label table."""
+    ontology = record.ontology
     return {
-        "recipe": record["recipe"],
-        "weights": record["weights"],
-        "ontology": {"name": ontology.get("name"), "hash": ontology["hash"], "classes": ontology["names"]},
+        "recipe": record.recipe,
+        "weights": record.weights,
+        "ontology": {"name": ontology.name, "hash": ontology.hash, "classes": list(ontology.names)},
     }
 
 

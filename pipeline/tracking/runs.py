@@ -58,7 +58,7 @@ def list_runs(uri: str | None = None, *, experiment: str | None = None, limit: i
         limit: maximum number of runs.
 
     Raises:
-        MaskMillError: ``tracking_uri``; ``tracking_unreachable``; ``run_unknown``.
+        MaskMillError: ``wrong_use``; ``tracking_unreachable``; ``run_unknown``.
     """
     target = resolve_uri(uri)
     database = sqlite_file(target)

@@ -248,7 +248,7 @@ def flush(uri: str | None = None) -> Iterator[UnsentRun]:
         uri: destination for all runs, instead of their own.
 
     Raises:
-        WrongUse: ``tracking_uri``.
+        WrongUse: ``wrong_use``.
     """
     set_limits(FLUSH_TIMEOUT_S)
     unreachable: dict[tuple[str, str], str] = {}

@@ -92,7 +92,7 @@ def open_tracker(
         waiting: context in which ``close`` waits, given what for; shows and times it.
 
     Raises:
-        WrongUse: ``tracking_uri``.
+        WrongUse: ``wrong_use``.
     """
     if (uri or os.environ.get(URI_VARIABLE)) == OFF:
         return Tracker(None)

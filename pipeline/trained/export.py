@@ -21,7 +21,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +54,13 @@ class Exported:
     """What was written.
 
     Attributes:
+        format: in words.
         path: the file.
         size: in bytes.
         difference: greatest relative difference of a logit from the student's own, as ``TOLERANCE``.
     """
 
+    format: str
     path: Path
     size: int
     difference: float
@@ -75,7 +77,7 @@ def to_torch_export(folder: str | Path, path: str | Path, *, overwrite: bool = F
         overwrite: replace a file that is there.
 
     Raises:
-        MaskMillError: as ``pipeline.trained.student``; ``wrong_use``, ``output_exists``, ``export_failed``,
+        MaskMillError: as ``pipeline.trained.student``; ``wrong_use``, ``output_exists``,
             ``export_failed``.
     """
 
@@ -91,7 +93,7 @@ def to_torch_export(folder: str | Path, path: str | Path, *, overwrite: bool = F
         module = torch.export.load(target).module()
         return lambda images: module(torch.from_numpy(images)).numpy()
 
-    return _export(folder, Path(path), ".pt2", overwrite, write, load)
+    return write_checked(folder, Path(path), "torch.export", ".pt2", overwrite, write, load)
 
 
 def to_onnx(folder: str | Path, path: str | Path, *, overwrite: bool = False) -> Exported:
@@ -144,7 +146,11 @@ def to_onnx(folder: str | Path, path: str | Path, *, overwrite: bool = False) ->
         session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
         return lambda images: np.asarray(session.run(["logits"], {"images": images})[0])
 
-    return _export(folder, Path(path), ".onnx", overwrite, write, load)
+    return write_checked(folder, Path(path), f"ONNX, opset {OPSET}", ".onnx", overwrite, write, load)
+
+
+EXPORTERS: Mapping[str, Callable[..., Exported]] = {"onnx": to_onnx, "torch": to_torch_export}
+"""By the name of the format in ``maskmill export``."""
 
 
 def export_metadata(record: StudentRecord) -> dict[str, Any]:
@@ -160,15 +166,29 @@ def export_metadata(record: StudentRecord) -> dict[str, Any]:
     }
 
 
-def _export(
+def write_checked(
     folder: str | Path,
     path: Path,
+    format: str,
     suffix: str,
     overwrite: bool,
     write: Callable[[DeepLab, str, Path], None],
     load: Callable[[Path], Callable[[np.ndarray], np.ndarray]],
 ) -> Exported:
-    """Make the program beside its place, compare it with the student, and put it in place."""
+    """Write a program to a temporary file, compare it with the student, and put it in place.
+
+    Args:
+        folder: the student's, local or in an object store.
+        path: of the file.
+        format: in words.
+        suffix: that ``path`` must have.
+        overwrite: replace a file that is there.
+        write: writes the program of a student, and its ``export_metadata`` as JSON, to a file.
+        load: reads that file and returns what maps images uint8 (B, 3, H, W) to logits (B, C, H, W).
+
+    Raises:
+        MaskMillError: as ``to_torch_export``.
+    """
     if path.suffix != suffix:
         raise WrongUse(
             "wrong_use",
@@ -206,7 +226,7 @@ def _export(
                 "Use the versions of requirements.txt, with which every kind of student was exported.",
             )
         os.replace(target, path)
-    return Exported(path, path.stat().st_size, difference)
+    return Exported(format, path, path.stat().st_size, difference)
 
 
 def _program(model: DeepLab) -> torch.export.ExportedProgram:

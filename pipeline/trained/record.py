@@ -8,7 +8,6 @@ leaves there (checkpoints, curves) is not needed to use the model.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -16,7 +15,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field
 
 from models.errors import Damaged, MaskMillError, WrongUse
-from pipeline.files.records import parse_record, read_record
+from pipeline.files.records import now, parse_record, read_record
 from pipeline.files.storage import Storage, open_storage
 
 R = TypeVar("R", bound="TrainedRecord")
@@ -108,7 +107,7 @@ def write_trained(kind: type[R], storage: Storage, files: Mapping[str, bytes], *
         storage.write_bytes(name, content)
     record = kind(
         uri=storage.uri,
-        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        created=now(),
         fingerprint=hashlib.sha256(files[kind.WEIGHTS_FILE]).hexdigest(),
         **fields,
     )
@@ -120,7 +119,7 @@ def read_trained(kind: type[R], uri: str | Path) -> R:
     """What is recorded about a model; the weights are not touched.
 
     Raises:
-        MaskMillError: ``model_missing`` if this is no such folder, ``model_damaged``, ``newer_version``.
+        MaskMillError: ``model_unknown`` if this is no such folder, ``model_damaged``, ``newer_version``.
     """
     storage = open_storage(uri)
     try:
@@ -132,7 +131,7 @@ def read_trained(kind: type[R], uri: str | Path) -> R:
     if found is None or found.get("kind") != kind.KIND:
         why = "there is no" if found is None else f"no {kind.WHAT} is described by its"
         raise WrongUse(
-            "model_missing",
+            "model_unknown",
             f"{storage.uri} is not the folder of a {kind.WHAT}: {why} {kind.RECORD_FILE}.",
             f"Give the --output of a finished {kind.TRAINED_BY}; on a cluster, on storage that every node "
             "reaches.",

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, PlainSerializer, field_serializer
+from pydantic import BeforeValidator, field_serializer
 
 from pipeline.files.images import ImageSettings
 from pipeline.files.storage import open_storage
-from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.ontology import Ontology, RecordedOntology
 from pipeline.trained.record import (
     TrainedRecord,
     is_recorded,
@@ -30,18 +30,10 @@ RECORD_FILE = "student.json"
 WEIGHTS_FILE = "model.safetensors"
 
 
-def _read_ontology(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    fields = {name: field for name, field in value.items() if name not in ("hash", "names")}
-    ontology = Ontology.from_dict(fields, origin=RECORD_FILE)
-    if ontology.hash != value.get("hash"):
+def _check_hash(value: Any) -> Any:
+    if isinstance(value, dict) and Ontology.from_record(value, origin=RECORD_FILE).hash != value.get("hash"):
         raise ValueError("these classes are not the ones that it was trained for")
-    return ontology
-
-
-def _write_ontology(ontology: Ontology) -> dict[str, Any]:
-    return ontology.to_dict() | {"hash": ontology.hash, "names": list(ontology.names)}
+    return value
 
 
 class StudentRecord(TrainedRecord):
@@ -62,7 +54,7 @@ class StudentRecord(TrainedRecord):
     WEIGHTS_FILE: ClassVar[str] = WEIGHTS_FILE
     SCHEMA_VERSION: ClassVar[int] = 2
 
-    ontology: Annotated[Ontology, BeforeValidator(_read_ontology), PlainSerializer(_write_ontology)]
+    ontology: Annotated[RecordedOntology, BeforeValidator(_check_hash)]
     labelling: ImageSettings
     teacher: dict[str, Any]
     text: dict[str, Any]
@@ -134,11 +126,6 @@ def write_student_folder(
 def read_student_record(uri: str | Path) -> StudentRecord:
     """What is recorded about a student; see ``read_trained``."""
     return read_trained(StudentRecord, uri)
-
-
-def read_student_weights(record: StudentRecord) -> bytes:
-    """The weights file of a student; see ``read_trained_weights``."""
-    return read_trained_weights(record)
 
 
 def load_student(record: StudentRecord, *, device: torch.device, dtype: torch.dtype) -> DeepLab:

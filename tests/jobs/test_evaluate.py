@@ -102,7 +102,7 @@ def test_a_recipe_labels_a_benchmark_first_and_the_same_command_does_not_overwri
         (["--recipe", "toy", "--dataset", "toyworld", "--limit", "-1"], "--limit -1"),
         (["--recipe", "toy", "--dataset", "toyworld", "--protocol", "seed"], "dataset_unknown"),
         (["--recipe", "toy", "--dataset", "phrasecut"], "clipseg-referring"),
-        (["--recipe", "toy", "--dataset", "toyworld", "--tracking", "/a/folder"], "tracking_uri"),
+        (["--recipe", "toy", "--dataset", "toyworld", "--tracking", "/a/folder"], "wrong_use"),
     ],
 )
 def test_wrong_use_is_told_before_work_starts(maskmill_here, tmp_path: Path, arguments, words: str) -> None:

@@ -14,13 +14,20 @@ from models.errors import MaskMillError
 from pipeline.files.storage import open_storage
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
 from pipeline.ontology.ontology import parse_classes
+from pipeline.table.record import TableRecord
 
 CLASSES = parse_classes("cat, dog")
 
 
-def existing(folder: Path, recorded: dict[str, Any], recipe: LabelRecipe) -> dict[str, Any] | None:
+def existing(folder: Path, recorded: dict[str, Any], recipe: LabelRecipe) -> TableRecord | None:
     """The record that a job with ``recipe`` finds in a table labelled with the ``recorded`` fields."""
-    record = {"recipe": recorded, "precision": "bf16", "ontology": CLASSES.to_dict() | {"hash": CLASSES.hash}}
+    weights = {"model": recipe.model, "pretrained": recipe.pretrained, "fingerprint": "0"}
+    record = {
+        "recipe": recorded,
+        "precision": "bf16",
+        "ontology": CLASSES.to_record(),
+        "weights": weights,
+    }
     (folder / label.DATASET_FILE).write_text(json.dumps(record))
     job = label.LabelJob(source="images", ontology=CLASSES, recipe=recipe, output=str(folder))
     return label.recorded_table(open_storage(str(folder)), job)
@@ -32,7 +39,7 @@ def test_a_table_older_than_a_field_has_its_default(tmp_path: Path, name: str) -
     recorded = recipe.to_dict() | {"hash": "of the fields it had"}
     del recorded["images"]["corruption"]
     assert existing(tmp_path, recorded, recipe) is not None
-    with pytest.raises(MaskMillError, match=r"images\.corruption: '' there, 'spatter:2' here") as caught:
+    with pytest.raises(MaskMillError, match=r'images\.corruption: "" there, spatter:2 here') as caught:
         existing(tmp_path, recorded, change_recipe(recipe, {"corruption": "spatter:2"}))
     assert caught.value.code == "output_differs"
 
@@ -41,7 +48,7 @@ def test_a_corrupted_table_is_not_continued_with_clean_images(tmp_path: Path) ->
     recipe = RECIPES["toy"]
     corrupted = change_recipe(recipe, {"corruption": "spatter:2"})
     assert existing(tmp_path, corrupted.to_dict(), corrupted) is not None
-    with pytest.raises(MaskMillError, match=r"images\.corruption: 'spatter:2' there, '' here"):
+    with pytest.raises(MaskMillError, match=r'images\.corruption: spatter:2 there, "" here'):
         existing(tmp_path, corrupted.to_dict(), recipe)
 
 
@@ -70,9 +77,9 @@ def test_what_changes_no_label_does_not_keep_a_table_from_going_on(
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"precision": "fp32"}, "precision: 'bf16' there, 'fp32' here"),
+        ({"precision": "fp32"}, "precision: bf16 there, fp32 here"),
         ({"scale": (256, 128)}, "images.scale: [512, 128] there, [256, 128] here"),
-        ({"head": "maskclip"}, "maskclip.head: 'value' there, 'maskclip' here"),
+        ({"head": "maskclip"}, "maskclip.head: value there, maskclip here"),
         ({"min_confidence": 0.5}, "min_confidence: 0.0 there, 0.5 here"),
     ],
 )

@@ -241,7 +241,7 @@ def test_a_record_that_names_files_elsewhere_deletes_none(data: Path, tmp_path: 
         ({"prompts": ("a",), "size": 0}, "wrong_use", "below 1"),
         ({"prompts": ("a",), "visual_prompt": "sharpen"}, "setting_invalid", "sharpen"),
         ({"prompts": ("a",), "images": ("nowhere.jpg",)}, "source_missing", "nowhere.jpg"),
-        ({"prompt_images": ("nowhere.jpg",)}, "example_unreadable", "nowhere.jpg"),
+        ({"prompt_images": ("nowhere.jpg",)}, "image_invalid", "nowhere.jpg"),
         ({"prompts": ("a",), "weights": "nowhere.pth"}, "weights_missing", "nowhere.pth"),
         ({"prompts": ("word " * 80,)}, "prompt_too_long", "word"),
     ],

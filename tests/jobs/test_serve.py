@@ -90,7 +90,7 @@ def test_a_home_folder_in_a_spec(
         ("{}/photos", "model_unknown"),
         ("{}/none.pth", "weights_missing"),
         ("{}/none.yaml", "recipe_invalid"),
-        ("file://{}/photos", "model_missing"),
+        ("file://{}/photos", "model_unknown"),
     ],
 )
 def test_wrong_specs(places: Path, spec: str, code: str) -> None:
@@ -134,11 +134,11 @@ def test_two_models_of_one_name_and_ports() -> None:
         other.listen()
         with pytest.raises(MaskMillError) as caught:
             Serve(port=other.getsockname()[1]).run(Console(file=io.StringIO()))
-        assert caught.value.code == "address_unusable"
+        assert caught.value.code == "wrong_use"
     for host, port in (("203.0.113.9", 0), ("no.such.host.invalid", 0), ("127.0.0.1", 70_000)):
         with pytest.raises(MaskMillError) as caught:
             Serve(host=host, port=port).run(Console(file=io.StringIO()))
-        assert caught.value.code == "address_unusable"
+        assert caught.value.code == "wrong_use"
 
 
 def test_another_port_where_the_usual_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

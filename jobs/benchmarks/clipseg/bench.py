@@ -206,7 +206,15 @@ class Bench:
 
         name = f"{setting} {line.title}" + ("" if fold is None else f" fold {fold}")
         found = self.measured(
-            name, [self.dataset(setting).fingerprint(), model.fingerprint, threshold], unit, run, side=side
+            name,
+            {
+                "images": self.dataset(setting).fingerprint(),
+                "weights": model.fingerprint,
+                "threshold": threshold,
+            },
+            unit,
+            run,
+            side=side,
         )
         breakdowns = breakdowns_from_json(found.pop("breakdowns", {}))
         return Counted(found, breakdowns, found["iou_fg_threshold"])
@@ -232,17 +240,17 @@ class Bench:
     def measured(
         self,
         name: str,
-        identity: Sequence[Any],
+        identity: Mapping[str, Any],
         unit: str,
         run: Callable[[Progress], dict[str, Any]],
         *,
         side: int = SIDE,
     ) -> dict[str, Any]:
         """``measure_once``, with limit, precision and image size added to the identity."""
-        key = [*identity, self.request.limit, str(self.settings["precision"])]
+        identity = {**identity, "limit": self.request.limit, "precision": str(self.settings["precision"])}
         if side != SIDE:
             name = f"{name} at {side} pixels"
-        return measure_once(self.request.folder, self.request.console, name, key, unit, run)
+        return measure_once(self.request.folder, self.request.console, name, identity, unit, run)
 
     def note(self, setting: str) -> str:
         """Caveats for comparing a section with the published figures."""

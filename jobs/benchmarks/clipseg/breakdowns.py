@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from jobs.benchmarks.rows import row
+from pipeline.evaluation.results import Section
 from pipeline.metrics.breakdown import CLASS, OBJECT_SIZE, PHRASE, PROMPT, PROMPT_TEXT, WORDS, Breakdowns
 from pipeline.metrics.foreground import CLIPSEG, summarise
 
@@ -46,7 +46,7 @@ def parts_of(breakdowns: Breakdowns, threshold: float | None) -> Parts:
     }
 
 
-def breakdown_sections(name: str, title: str, found: Mapping[str, Parts]) -> Iterator[dict[str, Any]]:
+def breakdown_sections(name: str, title: str, found: Mapping[str, Parts]) -> Iterator[Section]:
     """Yield a section per breakdown with two or more groups: a chart per row, a bar per group.
 
     Args:
@@ -67,13 +67,13 @@ def breakdown_sections(name: str, title: str, found: Mapping[str, Parts]) -> Ite
         ]
         counts = {group: values[COUNT] for _, group, values in figures if COUNT in values}
         metrics = [metric for metric in figures[0][2] if metric != COUNT]
-        yield {
-            "name": f"{name}-{breakdown.replace(' ', '-')}",
-            "title": f"{title}, {_TITLES.get(breakdown, f'by {breakdown}')}",
-            "note": _counted(counts),
-            "chart": "bars",
-            "metrics": metrics,
-            "rows": [
+        yield Section(
+            name=f"{name}-{breakdown.replace(' ', '-')}",
+            title=f"{title}, {_TITLES.get(breakdown, f'by {breakdown}')}",
+            note=_counted(counts),
+            chart="bars",
+            metrics=tuple(metrics),
+            rows=tuple(
                 row(
                     f"{line}, {group}",
                     {metric: [values[metric]] for metric in metrics},
@@ -81,8 +81,8 @@ def breakdown_sections(name: str, title: str, found: Mapping[str, Parts]) -> Ite
                     x=places[group],
                 )
                 for line, group, values in figures
-            ],
-        }
+            ),
+        )
 
 
 def size_section(
@@ -91,7 +91,7 @@ def size_section(
     metrics: Sequence[str],
     found: Mapping[str, Mapping[int, tuple[Mapping[str, float], str | None]]],
     usual: int,
-) -> dict[str, Any]:
+) -> Section:
     """A section with a curve per row: the table's figures against the side of the network's input.
 
     Args:
@@ -101,14 +101,14 @@ def size_section(
         found: by row and side: the figures, or none and the reason.
         usual: the paper's side.
     """
-    return {
-        "name": f"{name}-image-size",
-        "title": f"{title}, by the side of the network's input in pixels",
-        "note": f"The image is given at another size; masks that count and example images stay as they are. "
+    return Section(
+        name=f"{name}-image-size",
+        title=f"{title}, by the side of the network's input in pixels",
+        note=f"The image is given at another size; masks that count and example images stay as they are. "
         f"The paper's size is {usual}.",
-        "chart": "lines",
-        "metrics": list(metrics),
-        "rows": [
+        chart="lines",
+        metrics=tuple(metrics),
+        rows=tuple(
             row(
                 f"{line}, {side} pixels",
                 {metric: [values[metric]] for metric in metrics if metric in values},
@@ -118,8 +118,8 @@ def size_section(
             )
             for line, sides in found.items()
             for side, (values, missing) in sorted(sides.items())
-        ],
-    }
+        ),
+    )
 
 
 def _counted(counts: Mapping[str, float]) -> str:

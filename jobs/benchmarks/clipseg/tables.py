@@ -22,6 +22,8 @@ from models.errors import MaskMillError, WrongUse
 from pipeline.datasets.oneshot import BENCHMARKS, draw_episodes
 from pipeline.datasets.zeroshot import zero_shot_split
 from pipeline.evaluation.published import PublishedTable, Row, load_published
+from pipeline.evaluation.results import Row as Line
+from pipeline.evaluation.results import Section
 from pipeline.metrics.breakdown import CLASS, PROMPT
 from pipeline.metrics.names import STANDARD
 
@@ -45,37 +47,37 @@ _TITLES = {
 }
 
 
-def referring(request: Request) -> Iterator[dict[str, Any]]:
+def referring(request: Request) -> Iterator[Section]:
     """Table 3: PhraseCut by text."""
     return _sections("clipseg_referring", request, _phrasecut)
 
 
-def zero_shot(request: Request) -> Iterator[dict[str, Any]]:
+def zero_shot(request: Request) -> Iterator[Section]:
     """Table 4: all 21 classes of PASCAL VOC by name."""
     return _sections("clipseg_zero_shot", request, _zero_shot, _zero_shot_rows)
 
 
-def one_shot(request: Request) -> Iterator[dict[str, Any]]:
+def one_shot(request: Request) -> Iterator[Section]:
     """Table 5: Pascal-5i by example image."""
     return _sections("clipseg_one_shot_pascal", request, _one_shot)
 
 
-def one_shot_coco(request: Request) -> Iterator[dict[str, Any]]:
+def one_shot_coco(request: Request) -> Iterator[Section]:
     """Table 6: COCO-20i by example image."""
     return _sections("clipseg_one_shot_coco", request, _one_shot)
 
 
-def text_pascal(request: Request) -> Iterator[dict[str, Any]]:
+def text_pascal(request: Request) -> Iterator[Section]:
     """Table 7: Pascal-5i by text."""
     return _sections("clipseg_text_pascal", request, _one_shot)
 
 
-def generalised(request: Request) -> Iterator[dict[str, Any]]:
+def generalised(request: Request) -> Iterator[Section]:
     """Table 8: prompts that name no class."""
     return _sections("clipseg_generalised_prompts", request, _generalised)
 
 
-def ablation(request: Request) -> Iterator[dict[str, Any]]:
+def ablation(request: Request) -> Iterator[Section]:
     """Table 9: PhraseCut by text and by example image."""
     return _sections("clipseg_ablation", request, _phrasecut)
 
@@ -140,7 +142,8 @@ def _zero_shot(bench: Bench, setting: str, line: Row, side: int) -> Figures:
 
     # A model that serves both numbers of unseen classes is run only once.
     name = f"voc21 {f'unseen{unseen} ' if own else ''}{line.title}"
-    found = bench.measured(name, [dataset.fingerprint(), model.fingerprint], "images", run, side=side)
+    identity = {"images": dataset.fingerprint(), "weights": model.fingerprint}
+    found = bench.measured(name, identity, "images", run, side=side)
     confusion = np.array(found["confusion"], np.int64)
     split = f"pascal-unseen{unseen}"
     unseen_ids = zero_shot_split(split).unseen_ids
@@ -178,7 +181,7 @@ def _generalised(bench: Bench, setting: str, line: Row, side: int) -> Figures:
 
 def _zero_shot_rows(
     title: str, values: Values, published: Mapping[str, float], source: str | None, missing: str | None
-) -> list[dict[str, Any]]:
+) -> list[Line]:
     """A measured row three times, because the order of the paper's columns is uncertain."""
     ours = {metric: value for metric, value in values.items() if not metric.startswith("released_")}
     rows = [_row(title, ours, published, source, missing)]
@@ -196,25 +199,23 @@ _EXCHANGED = {"miou_seen": "miou_unseen", "miou_unseen": "miou_seen"}
 # --- shared by the tables -----------------------------------------------------------------------------------
 
 Measure = Callable[[Bench, str, Row, int], Figures]
-Rows = Callable[[str, Values, Mapping[str, float], "str | None", "str | None"], list[dict[str, Any]]]
+Rows = Callable[[str, Values, Mapping[str, float], "str | None", "str | None"], list[Line]]
 
 
 def _row(
     title: str, values: Values, published: Mapping[str, float], source: str | None, missing: str | None
-) -> dict[str, Any]:
+) -> Line:
     runs = {metric: [value] for metric, value in values.items()}
     return row(title, runs, published=published, source=source, missing=missing)
 
 
 def _one_row(
     title: str, values: Values, published: Mapping[str, float], source: str | None, missing: str | None
-) -> list[dict[str, Any]]:
+) -> list[Line]:
     return [_row(title, values, published, source, missing)]
 
 
-def _sections(
-    name: str, request: Request, measure: Measure, rows: Rows = _one_row
-) -> Iterator[dict[str, Any]]:
+def _sections(name: str, request: Request, measure: Measure, rows: Rows = _one_row) -> Iterator[Section]:
     """One section per dataset of a published table, one row (or more, see ``rows``) per method.
 
     Each section is followed by its breakdowns. Kinds of prompts come last, as some tables have them as
@@ -224,7 +225,7 @@ def _sections(
     return _measured(table, Bench(request, table), measure, rows)
 
 
-def _measured(table: PublishedTable, bench: Bench, measure: Measure, rows: Rows) -> Iterator[dict[str, Any]]:
+def _measured(table: PublishedTable, bench: Bench, measure: Measure, rows: Rows) -> Iterator[Section]:
     request = bench.request
     kinds: dict[str, dict[str, Parts]] = {}
     for setting in dict.fromkeys(column.dataset for column in table.columns):
@@ -232,7 +233,7 @@ def _measured(table: PublishedTable, bench: Bench, measure: Measure, rows: Rows)
         if request.datasets and not {*root_names(setting), setting, base} & set(request.datasets):
             continue
         metrics = table.metrics(setting)
-        found: list[dict[str, Any]] = []
+        found: list[Line] = []
         parts: dict[str, Parts] = {}
         sides: dict[str, dict[int, tuple[Values, str | None]]] = {}
         for line in table.rows:
@@ -258,14 +259,14 @@ def _measured(table: PublishedTable, bench: Bench, measure: Measure, rows: Rows)
             else [f"{metric}_{STANDARD}" for metric in metrics]
         )
         place = setting.replace("/", "-")
-        yield {
-            "name": place,
-            "title": _TITLES[setting],
-            "note": bench.note(setting),
-            "chart": "bars",
-            "metrics": [*metrics, *extra],
-            "rows": found,
-        }
+        yield Section(
+            name=place,
+            title=_TITLES[setting],
+            note=bench.note(setting),
+            chart="bars",
+            metrics=(*metrics, *extra),
+            rows=tuple(found),
+        )
         yield from breakdown_sections(place, _TITLES[setting], parts)
         if request.image_sizes and sides:
             yield size_section(place, _TITLES[setting], metrics, sides, SIDE)
@@ -291,7 +292,7 @@ def _attempt(
         return Figures(), why_not_measured(error)
 
 
-TABLES: Mapping[str, tuple[str, Callable[[Request], Iterator[dict[str, Any]]]]] = {
+TABLES: Mapping[str, tuple[str, Callable[[Request], Iterator[Section]]]] = {
     "clipseg-referring": ("CLIPSeg: referring expressions on PhraseCut", referring),
     "clipseg-zero-shot": ("CLIPSeg: generalised zero-shot segmentation on PASCAL VOC", zero_shot),
     "clipseg-one-shot": ("CLIPSeg: one-shot segmentation on Pascal-5i, image prompts", one_shot),

@@ -24,13 +24,14 @@ from jobs.console import Progress
 from models.errors import MaskMillError, WrongUse
 from pipeline.datasets.registry import DATASETS
 from pipeline.evaluation.published import PublishedTable, load_published
+from pipeline.evaluation.results import Row, Section
 
 if TYPE_CHECKING:
     from models.clip.loading import Clip
 
 SEED = 0
 """Seed for the order of the images."""
-UNFIT = ("phrasecut", "pairs", "coco-json")
+UNFIT = ("phrasecut", *(name for name, info in DATASETS.items() if info.needs_ontology))
 """Datasets not accepted: phrase masks, and formats that need a separate ontology."""
 _METRICS = ("delta_probability", "probability")
 
@@ -44,14 +45,14 @@ class _Found:
     note: str
 
 
-def prompt_strategies(request: Request) -> Iterator[dict[str, Any]]:
+def prompt_strategies(request: Request) -> Iterator[Section]:
     """Table 2 on each given dataset; without any, a section that lists the paper's LVIS as missing."""
     _check(request)
     check_rows(request, [line.method for line in load_published("clipseg_visual_prompts").rows])
     return _sections(request, clip_settings(request.settings))
 
 
-def _sections(request: Request, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _sections(request: Request, settings: Mapping[str, Any]) -> Iterator[Section]:
     table = load_published("clipseg_visual_prompts")
     loaded: list[Clip] = []
 
@@ -62,18 +63,18 @@ def _sections(request: Request, settings: Mapping[str, Any]) -> Iterator[dict[st
 
     for name in dict.fromkeys([*request.datasets, *request.roots]) or ["lvis"]:
         found = _measure(name, request, settings, table, clip)
-        yield {
-            "name": f"{name}-visual-prompts",
-            "title": f"{DATASETS[name].description}: what visual prompts change in CLIP's probability of the "
+        yield Section(
+            name=f"{name}-visual-prompts",
+            title=f"{DATASETS[name].description}: what visual prompts change in CLIP's probability of the "
             "object",
-            "note": " ".join(filter(None, [found.note, *table.notes])),
-            "chart": "bars",
-            "metrics": list(_METRICS),
-            "rows": _rows(found, table),
-        }
+            note=" ".join(filter(None, [found.note, *table.notes])),
+            chart="bars",
+            metrics=tuple(_METRICS),
+            rows=tuple(_rows(found, table)),
+        )
 
 
-def _rows(found: _Found, table: PublishedTable) -> list[dict[str, Any]]:
+def _rows(found: _Found, table: PublishedTable) -> list[Row]:
     from pipeline.evaluation.prompts.strategies import UNMODIFIED
 
     base = np.array(found.probabilities.get(UNMODIFIED, ()))
@@ -94,13 +95,11 @@ def _rows(found: _Found, table: PublishedTable) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(name: str, values: Mapping[str, np.ndarray], **told: Any) -> dict[str, Any]:
+def _row(name: str, values: Mapping[str, np.ndarray], **told: Any) -> Row:
     """A row whose interval is taken over the objects; it does not keep the figures per object."""
-    made = row(name, {}, **told)
-    for metric, figures in values.items():
-        over = interval(figures.tolist())
-        made["values"][metric] = over | {"runs": [over["mean"]]}
-    return made
+    found = {metric: interval(figures.tolist()) for metric, figures in values.items()}
+    shown = {metric: over.model_copy(update={"runs": (over.mean,)}) for metric, over in found.items()}
+    return row(name, {}, **told).model_copy(update={"values": shown})
 
 
 def _measure(
@@ -141,7 +140,12 @@ def _measure(
             request.console,
             f"{name} visual prompts",
             [UNMODIFIED, *wanted],
-            [dataset.fingerprint(), model.fingerprint, settings["precision"], count],
+            {
+                "images": dataset.fingerprint(),
+                "weights": model.fingerprint,
+                "precision": settings["precision"],
+                "objects": count,
+            },
             "objects",
             run,
         )
@@ -190,7 +194,7 @@ def _check(request: Request) -> None:
             )
 
 
-TABLES: Mapping[str, tuple[str, Callable[[Request], Iterator[dict[str, Any]]]]] = {
+TABLES: Mapping[str, tuple[str, Callable[[Request], Iterator[Section]]]] = {
     "prompt-strategies": (
         "CLIPSeg: what visual prompts do to CLIP's answer",
         prompt_strategies,

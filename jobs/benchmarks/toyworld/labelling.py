@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from jobs.benchmarks.rows import claim, interval, row
 from models.device import best_device, native_precision
-from models.settings import MaskClipSettings
+from models.settings import HeadName, MaskClipSettings
+from pipeline.evaluation.results import Claim, Section
 from pipeline.files import images
 from pipeline.files.corruptions import CORRUPTIONS, LEVELS, corrupt
 from pipeline.labelling.prepare import prepare_labeller
@@ -28,7 +29,6 @@ from pipeline.toyworld import phrases as toyphrases
 from pipeline.toyworld.scenes import ToySet, generate
 
 PAPER = "Zhou et al., ECCV 2022"
-HEADS = ("maskclip", "value", "plain")
 
 
 @dataclass(frozen=True)
@@ -112,18 +112,18 @@ class Bench:
         conditions: Sequence[Condition],
         *,
         note: str = "",
-        chart: str | None = "bars",
-    ) -> dict[str, Any]:
+        chart: Literal["bars", "lines"] | None = "bars",
+    ) -> Section:
         """A section with one row per condition."""
         self.start(conditions)
-        return {
-            "name": name,
-            "title": title,
-            "note": note,
-            "chart": chart,
-            "metrics": ["miou", "pixel_accuracy"],
-            "rows": [row(condition.name, self.runs(condition)) for condition in conditions],
-        }
+        return Section(
+            name=name,
+            title=title,
+            note=note,
+            chart=chart,
+            metrics=("miou", "pixel_accuracy"),
+            rows=tuple(row(condition.name, self.runs(condition)) for condition in conditions),
+        )
 
 
 def measure(condition: Condition, seeds: Sequence[int], scenes: int) -> dict[str, list[float]]:
@@ -167,14 +167,14 @@ def _use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def heads(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def heads(bench: Bench) -> tuple[Section, list[Claim]]:
     """MaskCLIP against unmodified CLIP."""
-    labels = {
+    labels: dict[str, str] = {
         "maskclip": "MaskCLIP, as the reference's code (residual and MLP kept)",
         "value": "MaskCLIP, value path alone",
         "plain": "unmodified CLIP",
     }
-    conditions = {head: Condition(labels[head], {"head": head}) for head in HEADS}
+    conditions = {head: Condition(labels.get(head, head), {"head": head}) for head in get_args(HeadName)}
     section = bench.section(
         "heads",
         "MaskCLIP against the unmodified CLIP",
@@ -202,7 +202,7 @@ def heads(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     ]
 
 
-def refinement(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def refinement(bench: Bench) -> tuple[Section, list[Claim]]:
     """Key smoothing and prompt denoising, for both variants of MaskCLIP."""
     options: dict[str, dict[str, Any]] = {
         "no refinement": {},
@@ -235,7 +235,7 @@ def refinement(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     ]
 
 
-def sizes(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def sizes(bench: Bench) -> tuple[Section, list[Claim]]:
     """Network size, and windows at native resolution, on scenes of 256 px."""
     whole = {
         side: Condition(f"whole image at {side} px", {"scale": (side, side)}, size=256)
@@ -271,7 +271,7 @@ def sizes(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     ]
 
 
-def corruptions(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def corruptions(bench: Bench) -> tuple[Section, list[Claim]]:
     """Each corruption at each level."""
     clean = bench.runs(Condition("clean"))
     worse = {
@@ -296,18 +296,18 @@ def corruptions(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
                 levels[4],
             )
         )
-    return {
-        "name": "corruptions",
-        "title": "Corruptions, levels 1 to 5",
-        "note": "Applied at native size before resizing. Toy textures are fine-grained: noise and blur "
+    return Section(
+        name="corruptions",
+        title="Corruptions, levels 1 to 5",
+        note="Applied at native size before resizing. Toy textures are fine-grained: noise and blur "
         "destroy what distinguishes the classes far sooner than in photographs.",
-        "chart": "lines",
-        "metrics": ["miou", "pixel_accuracy"],
-        "rows": rows,
-    }, claims
+        chart="lines",
+        metrics=("miou", "pixel_accuracy"),
+        rows=tuple(rows),
+    ), claims
 
 
-def words(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def words(bench: Bench) -> tuple[Section, list[Claim]]:
     """Templates and synonyms."""
     templates = {
         name: Condition(f"templates: {title}", ontology=_with(bench.ontology, templates=name))
@@ -346,7 +346,7 @@ def words(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     ]
 
 
-def vocabulary(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def vocabulary(bench: Bench) -> tuple[Section, list[Claim]]:
     """Words that are not class names: how well their scores find the cells they describe."""
     from models.clip.loading import load_clip
     from models.clip.text import build_text_classifier
@@ -389,26 +389,28 @@ def vocabulary(bench: Bench) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             "A colour in a composition tells individuals of one class apart", source, within, list(within)
         )
     )
-    return {
-        "name": "vocabulary",
-        "title": "Words that are no class name",
-        "note": "How often a cell that the words describe outranks one that they do not (ROC AUC; 0.5 is "
+    return Section(
+        name="vocabulary",
+        title="Words that are no class name",
+        note="How often a cell that the words describe outranks one that they do not (ROC AUC; 0.5 is "
         "chance). For compositions also within the cells of the class, where only the colour decides.",
-        "chart": "bars",
-        "metrics": ["auc", "auc_within_class"],
-        "rows": rows,
-    }, claims
+        chart="bars",
+        metrics=("auc", "auc_within_class"),
+        rows=tuple(rows),
+    ), claims
 
 
 def _above_chance(
     text: str, source: str, found: Mapping[str, Sequence[float]], phrases: Sequence[str]
-) -> dict[str, Any]:
+) -> Claim:
     seeds = range(len(found[phrases[0]]))
-    means = [interval([found[phrase][seed] for phrase in phrases])["mean"] or np.nan for seed in seeds]
+    means = [interval([found[phrase][seed] for phrase in phrases]).mean or np.nan for seed in seeds]
     made = claim(text, source, means, [0.5] * len(means), unit="AUC above chance, mean over the phrases")
-    weak = [phrase for phrase in phrases if (interval(found[phrase])["low"] or 0) <= 0.5]
+    weak = [phrase for phrase in phrases if (interval(found[phrase]).low or 0) <= 0.5]
     if weak:
-        made["detail"] += f"; not certainly above chance: {', '.join(weak)}"
+        return made.model_copy(
+            update={"detail": f"{made.detail}; not certainly above chance: {', '.join(weak)}"}
+        )
     return made
 
 

@@ -29,6 +29,7 @@ from models.clipseg import toyvit
 from models.clipseg.decoder import ClipSeg, normalize
 from models.device import best_device, native_precision
 from pipeline.datasets.toy import open_toyworld
+from pipeline.evaluation.results import Claim, Section
 from pipeline.labelling.prepare import prepare_labeller
 from pipeline.labelling.recipes import RECIPES
 from pipeline.metrics.foreground import (
@@ -124,7 +125,7 @@ def prompts(
     settings: Sequence[str] = (),
     variants: Sequence[Variant] = VARIANTS,
     make_tower: Callable[[Path, Console, Sequence[str]], None] = train_tower,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[Section], list[Claim]]:
     """Train and evaluate the decoders, reusing those already trained in ``folder``.
 
     Args:
@@ -163,23 +164,23 @@ def prompts(
     return _sections(found, training_scenes), _claims(found)
 
 
-def missing(reason: str) -> dict[str, Any]:
+def missing(reason: str) -> Section:
     """The section to show if the training failed."""
-    return {
-        "name": "clipseg",
-        "title": "CLIPSeg against its baselines",
-        "note": "",
-        "chart": None,
-        "metrics": ["text_iou"],
-        "rows": [row("decoders", {}, missing=reason)],
-    }
+    return Section(
+        name="clipseg",
+        title="CLIPSeg against its baselines",
+        note="",
+        chart=None,
+        metrics=("text_iou",),
+        rows=(row("decoders", {}, missing=reason),),
+    )
 
 
-def _sections(found: Mapping[str, Runs], training_scenes: int) -> list[dict[str, Any]]:
-    against = {
-        "name": "clipseg",
-        "title": "CLIPSeg against its baselines",
-        "note": f"Trained on {training_scenes} scenes. Foreground IoU at the threshold that is best on other "
+def _sections(found: Mapping[str, Runs], training_scenes: int) -> list[Section]:
+    against = Section(
+        name="clipseg",
+        title="CLIPSeg against its baselines",
+        note=f"Trained on {training_scenes} scenes. Foreground IoU at the threshold that is best on other "
         "scenes, and average precision, for text prompts and for example pictures, prepared as in the paper "
         "or raw. empty: share of absent phrases whose mask is too small to be visible at the strict "
         f"threshold, the lowest that leaves {WANTED_EMPTY:.0%} of them empty on other scenes; "
@@ -190,8 +191,8 @@ def _sections(found: Mapping[str, Runs], training_scenes: int) -> list[dict[str,
         "for CLIPSeg. CLIPSeg and ViTSeg have the refined head here, CLIP-Deconv its plain one. No decoder "
         "saw raw pictures in training. Examples come from other scenes, so phrases that are true of only one "
         "scene are not prompted by picture.",
-        "chart": "bars",
-        "metrics": [
+        chart="bars",
+        metrics=(
             "text_iou",
             "text_ap",
             "picture_iou",
@@ -200,41 +201,43 @@ def _sections(found: Mapping[str, Runs], training_scenes: int) -> list[dict[str,
             "raw_picture_ap",
             "empty",
             "text_iou_strict",
-        ],
-        "rows": [row(variant.title, found[variant.title]) for variant in _PROMPTED if variant.title in found],
-    }
-    kinds = {
-        "name": "clipseg-phrases",
-        "title": "CLIPSeg by kind of phrase",
-        "note": "names: “ladybug”; coloured: “red ladybug”; colours: “something red”; patterns: “something "
+        ),
+        rows=tuple(
+            row(variant.title, found[variant.title]) for variant in _PROMPTED if variant.title in found
+        ),
+    )
+    kinds = Section(
+        name="clipseg-phrases",
+        title="CLIPSeg by kind of phrase",
+        note="names: “ladybug”; coloured: “red ladybug”; colours: “something red”; patterns: “something "
         "striped”; counts: “two things”, all things of a scene that has two.",
-        "chart": "bars",
-        "metrics": ["text_iou", "text_ap", "picture_iou", "picture_ap"],
-        "rows": [
+        chart="bars",
+        metrics=("text_iou", "text_ap", "picture_iou", "picture_ap"),
+        rows=tuple(
             row(f"{variant.title}: {kind}", found[f"{variant.title}: {kind}"])
             for variant in (CLIPSEG, PSEUDO, DECONV)
             if variant.title in found
             for kind in KINDS
-        ],
-    }
-    labelling = {
-        "name": "clipseg-labels",
-        "title": "Labels of CLIPSeg, and of classes without truth",
-        "note": f"Only the last decoder was trained on the truth of {', '.join(UNSEEN)}. Either one label "
+        ),
+    )
+    labelling = Section(
+        name="clipseg-labels",
+        title="Labels of CLIPSeg, and of classes without truth",
+        note=f"Only the last decoder was trained on the truth of {', '.join(UNSEEN)}. Either one label "
         "per pixel, the name with the highest probability, as in the paper's generalised zero-shot task; or "
         "each name alone, at the threshold chosen on the other classes.",
-        "chart": "bars",
-        "metrics": ["miou_unseen", "miou_seen", "miou"],
-        "rows": [
+        chart="bars",
+        metrics=("miou_unseen", "miou_seen", "miou"),
+        rows=tuple(
             row(name, found[name])
             for name in (_TEACHER, *(name for variant in _LABELLERS for name in _label_rows(variant.title)))
             if name in found
-        ],
-    }
+        ),
+    )
     return [against, kinds, labelling]
 
 
-def _claims(found: Mapping[str, Runs]) -> list[dict[str, Any]]:
+def _claims(found: Mapping[str, Runs]) -> list[Claim]:
     ours = found[CLIPSEG.title]
     claims = [
         claim(
@@ -417,7 +420,7 @@ def _prompt_figures(model: ClipSeg, title: str, seed: int, scenes: int) -> dict[
     }
     for number, kind in enumerate(KINDS):
         figures[f"{title}: {kind}"] = _figures(
-            {form: _only(statistics, number) for form, statistics in answers.present.items()}, limits
+            {form: statistics.of_class(number) for form, statistics in answers.present.items()}, limits
         )
     return figures
 
@@ -433,11 +436,6 @@ def _figures(present: Mapping[str, ForegroundStatistics], limits: Mapping[str, i
         figures[f"{name}_iou"] = float(foreground_iou(statistics, STANDARD)[limits[form]])
         figures[f"{name}_ap"] = average_precision(statistics, STANDARD)
     return figures
-
-
-def _only(statistics: ForegroundStatistics, number: int) -> ForegroundStatistics:
-    chosen = statistics.class_ids == number
-    return ForegroundStatistics(statistics.class_ids[chosen], statistics.counts[chosen])
 
 
 @torch.inference_mode()

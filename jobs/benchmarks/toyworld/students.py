@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,6 +21,7 @@ from jobs.train import maskclip_plus
 from jobs.train.run import INTERRUPTED, TrainOptions
 from models.device import best_device, native_precision
 from pipeline.datasets.pairs import open_pairs
+from pipeline.evaluation.results import Claim, Section
 from pipeline.files.storage import open_storage
 from pipeline.labelling.labeller import Labeller
 from pipeline.labelling.prepare import prepare_labeller
@@ -57,7 +57,7 @@ def students(
     unlabelled: int = UNLABELLED,
     settings: Sequence[str] = (),
     forms: Mapping[str, str] = FORMS,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+) -> tuple[list[Section], list[Claim]]:
     """Train and evaluate the students, reusing those already trained in ``folder``.
 
     Args:
@@ -80,15 +80,15 @@ def students(
             runs = found.setdefault(name, {})
             for metric, value in figures.items():
                 runs.setdefault(metric, []).append(value)
-    free = {
-        "name": "maskclip-plus",
-        "title": "MaskCLIP+: students against their teacher",
-        "note": f"Students learned from {unlabelled} scenes that the toy teacher labelled. Class weights and "
+    free = Section(
+        name="maskclip-plus",
+        title="MaskCLIP+: students against their teacher",
+        note=f"Students learned from {unlabelled} scenes that the toy teacher labelled. Class weights and "
         "the anchor to the teacher are ours: without them the small classes are lost.",
-        "chart": "bars",
-        "metrics": ["miou", "pixel_accuracy"],
-        "rows": [row(name, found[name]) for name in ("teacher", "student, guided phase", "student")],
-    }
+        chart="bars",
+        metrics=("miou", "pixel_accuracy"),
+        rows=tuple(row(name, found[name]) for name in ("teacher", "student, guided phase", "student")),
+    )
     source = f"{PAPER}, section 4"
     teacher, student = found["teacher"], found["student"]
     claims = [
@@ -104,14 +104,14 @@ def students(
     if not {"zero-shot", "supervised"} <= set(forms):
         return [free], claims
     shown = ("teacher", "student, zero-shot", "student, fully supervised")
-    zero_shot = {
-        "name": "maskclip-plus-zero-shot",
-        "title": "MaskCLIP+, zero-shot",
-        "note": "Truth for ten seen classes only; sand, zebra, fish and cloud are unseen.",
-        "chart": "bars",
-        "metrics": ["miou_unseen", "miou_seen", "miou"],
-        "rows": [row(name, found[name]) for name in shown],
-    }
+    zero_shot = Section(
+        name="maskclip-plus-zero-shot",
+        title="MaskCLIP+, zero-shot",
+        note="Truth for ten seen classes only; sand, zebra, fish and cloud are unseen.",
+        chart="bars",
+        metrics=("miou_unseen", "miou_seen", "miou"),
+        rows=tuple(row(name, found[name]) for name in shown),
+    )
     zero, full = found["student, zero-shot"], found["student, fully supervised"]
     claims += [
         claim(
@@ -126,16 +126,16 @@ def students(
     return [free, zero_shot], claims
 
 
-def missing(reason: str) -> dict[str, Any]:
+def missing(reason: str) -> Section:
     """The section to show if the training failed."""
-    return {
-        "name": "maskclip-plus",
-        "title": "MaskCLIP+: students against their teacher",
-        "note": "",
-        "chart": None,
-        "metrics": ["miou"],
-        "rows": [row("students", {}, missing=reason)],
-    }
+    return Section(
+        name="maskclip-plus",
+        title="MaskCLIP+: students against their teacher",
+        note="",
+        chart=None,
+        metrics=("miou",),
+        rows=(row("students", {}, missing=reason),),
+    )
 
 
 def _measure_seed(

@@ -116,7 +116,7 @@ def load_baseline(path: str | Path, clip: Clip, *, tower: str = "pretrained") ->
 
     Raises:
         MaskMillError: ``weights_missing``, ``model_damaged``; ``weights_do_not_fit`` if the file holds no
-            baseline, or its tensors do not match its settings; ``weights_differ``.
+            baseline, or its tensors do not match its settings; ``weights_do_not_fit``.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -153,7 +153,7 @@ def check_clip(path: Path, clip: Clip) -> None:
     ]
     if trained_on is not None and same[0] != same[1]:
         raise WrongUse(
-            "weights_differ",
+            "weights_do_not_fit",
             f"{path} was trained on other weights of CLIP ({told.get('clip')}, {trained_on[:20]}) than those "
             f"of {clip.name} ({clip.fingerprint[:20]}).",
             "Load the CLIP it was trained on.",

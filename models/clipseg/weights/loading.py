@@ -48,7 +48,7 @@ def load_clipseg(
         MaskMillError: ``weights_missing``, also for a decoder without a CLIP; ``model_damaged``;
             ``weights_do_not_fit`` with the names of missing and unexpected tensors, or if the decoder was
             made for another kind of CLIP; ``model_unsupported`` for a configuration that open_clip cannot
-            run; ``weights_differ`` if a file of ``save_decoder`` was trained on other CLIP weights.
+            run; ``weights_do_not_fit`` if a file of ``save_decoder`` was trained on other CLIP weights.
     """
     path = Path(weights).expanduser()
     if path.is_file():

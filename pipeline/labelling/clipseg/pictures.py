@@ -35,7 +35,7 @@ def read_picture(image: str, mask: str | None = None) -> Picture:
         mask: path or URI of an image of the same size; the object is not black.
 
     Raises:
-        MaskMillError: ``example_unreadable``; as ``as_picture``.
+        MaskMillError: ``image_invalid``; as ``as_picture``.
     """
     return as_picture(_read(image), None if mask is None else _read(mask), names=(mask or "", image))
 
@@ -80,7 +80,7 @@ def _read(path: str) -> NDArray[np.uint8]:
         return decode(fetch(path))
     except ImageError as error:
         raise WrongUse(
-            "example_unreadable",
+            "image_invalid",
             f"The example {path} cannot be read: {error.message} ({error.code}).",
             "Give a picture such as a JPEG or PNG.",
         ) from error

@@ -179,7 +179,7 @@ def class_conditionals(model: ClipSeg, ontology: Ontology, class_id: int, option
     one prompt, the mean.
 
     Raises:
-        MaskMillError: ``prompt_too_long``; as ``read_picture``; ``example_unreadable`` if a picture has
+        MaskMillError: ``prompt_too_long``; as ``read_picture``; ``image_invalid`` if a picture has
             changed since the ontology was made.
     """
     prefix = options.prefix
@@ -214,11 +214,11 @@ def check_finite(logits: Tensor) -> None:
     """Check logits for NaN and infinite values.
 
     Raises:
-        MaskMillError: ``scores_not_finite``.
+        MaskMillError: ``labelling_failed``.
     """
     if not bool(torch.isfinite(logits).all()):
         raise FailedWork(
-            "scores_not_finite",
+            "labelling_failed",
             "The logits hold NaN or infinite values.",
             "float16 overflows with some weights: use bfloat16 or float32. Else the weights are damaged.",
         )
@@ -328,7 +328,7 @@ class Finder:
             P maps, fp32 (H, W) in [0, 1].
 
         Raises:
-            MaskMillError: ``scores_not_finite``.
+            MaskMillError: ``labelling_failed``.
         """
         small = torch.from_numpy(np.array(fit(image, self.images))).permute(2, 0, 1)
         logits = self.model(network_pixels(small[None], self.model), conditionals)[0]

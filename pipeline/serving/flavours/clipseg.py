@@ -1,22 +1,21 @@
 """A trained CLIPSeg as an MLflow model: images and prompts in, masks and probabilities out.
 
-The saved model is complete (``pipeline.serving.flavours.common``), with the CLIP beneath the decoder. One
-row asks one question about one image, with words, an example picture, or both:
+The saved model is self-contained (``pipeline.serving.flavours.common``) and includes the CLIP below the
+decoder. Each row is one prompt for one image: text, an example picture, or both:
 
     model = mlflow.pyfunc.load_model("models:/finder@champion", model_config={"paths": True})
     out = model.predict([
         {"image": "street.jpg", "text": "a red car"},
         {"image": "street.jpg", "example": "cup.jpg", "example_mask": "cup.png"},
     ], params={"threshold": 0.3})
-    mask = np.asarray(PIL.Image.open(io.BytesIO(out["mask"][0])))   # 255 where it is, at image size
+    mask = np.asarray(PIL.Image.open(io.BytesIO(out["mask"][0])))   # 255 on the object, at image size
 
 Rows of the same image share one pass through CLIP. ``mlflow models serve`` takes the same rows as JSON,
-pictures as ``data:`` URIs, and answers with the PNGs in base64.
+pictures as ``data:`` URIs, and returns the PNGs in base64.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -51,10 +50,11 @@ if TYPE_CHECKING:
 class ClipSegModel(ImageModel):
     """A mask and a probability map for each row.
 
-    A row needs ``text`` or ``example`` (None, NaN, NA or "" is none). ``example_mask`` is of its example's
-    size, not black on the object; without one the whole example shows it. ``mask``: PNG, 255 where it is and
-    0 elsewhere, at image size; ``probability``: PNG of round(255 p). ``threshold``: least probability of the
-    mask's pixels; ``text_weight``: share of the words where a row has words and an example.
+    A row needs ``text`` or ``example``; None, NaN, NA and "" count as missing. ``example_mask`` has the size
+    of the example and is non-black on the object; without it, the whole example shows the object. ``mask``:
+    PNG, 255 on the object and 0 elsewhere, at image size; ``probability``: PNG of round(255 p).
+    ``threshold``: minimum probability of a pixel in the mask; ``text_weight``: weight of the text in rows
+    with text and example.
     """
 
     ARTIFACT = "clipseg"
@@ -90,12 +90,12 @@ class ClipSegModel(ImageModel):
                 self._find(cells["image"][members[0]], asked, params["threshold"], rows)
 
     def _conditional(self, text: Any, example: Any, mask: Any, *, text_weight: float) -> torch.Tensor | str:
-        """(E,), or what is wrong with the prompt."""
+        """The conditional (E,), or the error in the prompt."""
         try:
             if text is None and example is None:
-                raise WrongUse("prompt_invalid", "there is neither text nor example", "Give one.")
+                raise WrongUse("prompt_invalid", "the row has neither text nor example", "Give one.")
             if example is None and mask is not None:
-                raise WrongUse("prompt_invalid", "there is an example_mask without its example", "Give both.")
+                raise WrongUse("prompt_invalid", "the row has an example_mask but no example", "Give both.")
             shown = None
             if example is not None:
                 picture = as_picture(self.decode(example), None if mask is None else self.decode(mask))
@@ -106,7 +106,7 @@ class ClipSegModel(ImageModel):
             return told(error)
 
     def _find(self, cell: Any, asked: Mapping[int, torch.Tensor], threshold: float, rows: list[Row]) -> None:
-        """Fill the rows of one image; those that have an error keep it."""
+        """Fill the rows of one image that have no error."""
         try:
             image = self.decode(cell)
         except images.ImageError as error:
@@ -131,12 +131,12 @@ def save_clipseg_model(folder: str | Path, path: str | Path, *, mlflow_model: Mo
 
     Args:
         folder: of ``pipeline.trained.clipseg.write_clipseg_folder``, local or in an object store.
-        path: of the model folder; must not exist, or be empty.
+        path: of the model folder, which must be empty or not exist.
         mlflow_model: see ``pipeline.serving.flavours.common.save_model``.
 
     Raises:
-        MaskMillError: as ``read_clipseg_record``; ``model_unsupported`` where the folder does not hold the
-            towers beneath, as that of a baseline over a large CLIP; ``output_exists``.
+        MaskMillError: as ``read_clipseg_record``; ``model_unsupported`` if the folder does not
+            include the towers, as with a baseline on a large CLIP; ``output_exists``.
     """
     record = read_clipseg_record(folder)
     # The toy CLIP comes with the code; of others only Hugging Face's layout holds the weights.
@@ -144,40 +144,33 @@ def save_clipseg_model(folder: str | Path, path: str | Path, *, mlflow_model: Mo
     if not (record.hugging_face or toy):
         raise WrongUse(
             "model_unsupported",
-            f"{folder} holds a {record.model} decoder without the CLIP beneath it, and is not complete.",
-            "Use it from its folder.",
+            f"{folder} holds a {record.model} decoder without its CLIP, so it cannot be saved as one model.",
+            "Load it from its folder instead.",
         )
-    storage = open_storage(folder)
-    with tempfile.TemporaryDirectory() as made:
-        files = Path(made, ClipSegModel.ARTIFACT)
-        files.mkdir()
-        for name in (RECORD_FILE, DECODER_FILE, *HUGGING_FACE_FILES):
-            if storage.exists(name):
-                (files / name).write_bytes(storage.read_bytes(name))
-        save_model(
-            path,
-            ClipSegModel,
-            files=files,
-            example=pd.DataFrame(
-                {
-                    "image": [example_picture()] * 2,
-                    "text": ["something red", ""],
-                    "example": ["", example_picture()],
-                }
-            ),
-            described={"clip": record.clip["model"], "decoder_fingerprint": record.fingerprint},
-            mlflow_model=mlflow_model,
-        )
+    rows = {
+        "image": [example_picture()] * 2,
+        "text": ["something red", ""],
+        "example": ["", example_picture()],
+    }
+    save_model(
+        path,
+        ClipSegModel,
+        source=open_storage(folder),
+        files=(RECORD_FILE, DECODER_FILE, *HUGGING_FACE_FILES),
+        example=pd.DataFrame(rows),
+        described={"clip": record.clip["model"], "decoder_fingerprint": record.fingerprint},
+        mlflow_model=mlflow_model,
+    )
 
 
 def log_clipseg(
     client: MlflowClient, folder: str | Path, *, run_id: str, register_as: str | None = None
 ) -> LoggedModel:
-    """Put a trained CLIPSeg into MLflow; see ``pipeline.serving.flavours.common.log_model``.
+    """Log a trained CLIPSeg to MLflow; see ``pipeline.serving.flavours.common.log_model``.
 
     Raises:
         MaskMillError: as ``save_clipseg_model``.
-        mlflow.exceptions.MlflowException: the server refuses, or does not answer.
+        mlflow.exceptions.MlflowException: the server refuses or does not answer.
     """
     record = read_clipseg_record(folder)
     return log_model(

@@ -1,12 +1,12 @@
-"""What our MLflow models share: rows of images in, rows of results out, a folder that is complete.
+"""Shared by our MLflow models: rows of images in, rows of results out, and a self-contained folder.
 
-A saved model holds its files as artifacts, the code of ``models`` and ``pipeline``, and the names of the
-packages that they need; the model itself is a file of code ("models from code"), and nothing in it is
-pickled. It loads without MaskMill installed.
+A saved model contains its files as artifacts, the code of ``models`` and ``pipeline``, and a list of the
+packages they need. The model itself is a Python file ("models from code"), and nothing is pickled. It loads
+without MaskMill installed.
 
 Images are the bytes of a file or, for JSON clients, a ``data:`` URI in base64. Paths and other URIs would be
-opened with the rights of the process that serves, so they are refused unless whoever loads the model asks for
-them: ``mlflow.pyfunc.load_model(uri, model_config={"paths": True})``. Errors never quote what a file holds.
+opened with the rights of the serving process, so they are refused unless the model is loaded with
+``mlflow.pyfunc.load_model(uri, model_config={"paths": True})``. Errors never quote what a file holds.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from PIL import Image
 from models.device import DTYPES
 from models.errors import MaskMillError, WrongUse
 from pipeline.files import images
+from pipeline.files.storage import Storage
 
 if TYPE_CHECKING:
     from mlflow.models import Model, ModelSignature
@@ -57,14 +58,14 @@ REQUIREMENTS = (
     "torchvision",
     "typing_extensions",
 )
-"""Distributions that the saved code imports."""
+"""Distributions imported by the saved code."""
 
 
 Row = dict[str, Any]
 
 
 class ImageModel(PythonModel):
-    """What MLflow calls: rows with an image in, one row of results for each out.
+    """The model that MLflow calls: rows with an image in, one row of results for each out.
 
     ``model_config`` of ``mlflow.pyfunc.load_model`` may set ``precision`` (``auto``, ``fp32``, ``bf16``,
     ``fp16``), ``threads`` (of the CPU; 0 leaves torch's choice) and ``paths`` (whether strings may name files
@@ -72,10 +73,10 @@ class ImageModel(PythonModel):
 
     Attributes:
         ARTIFACT: name of the folder with the model's files.
-        INPUTS: columns beside ``image``; a row may leave them out.
-        OUTPUTS: columns that the subclass fills, by the name of their MLflow type. ``height`` and ``width``
-            of the upright image in pixels, and ``error``, None or "code: message", follow.
-        PARAMS: numbers in [0, 1] that ``predict`` takes, and their defaults.
+        INPUTS: columns besides ``image``, all optional.
+        OUTPUTS: MLflow type of each column that the subclass fills. Three more follow: ``height`` and
+            ``width`` of the upright image in pixels, and ``error``, None or "code: message".
+        PARAMS: parameters of ``predict``, in [0, 1], with their defaults.
     """
 
     ARTIFACT: ClassVar[str]
@@ -97,8 +98,8 @@ class ImageModel(PythonModel):
         """Fill the results.
 
         Args:
-            rows: one for each row of the input, with every output column; a row with an error has no others.
-            cells: input columns; what a client left out is None.
+            rows: one per input row, with every output column; a row with an error has no other values.
+            cells: input columns; missing values are None.
             params: see ``PARAMS``.
         """
 
@@ -128,12 +129,12 @@ class ImageModel(PythonModel):
         """Answer each row.
 
         Args:
-            context: MLflow's; not used.
+            context: MLflow's; unused.
             model_input: column ``image`` and those of ``INPUTS``.
             params: see ``PARAMS``.
 
         Returns:
-            One row for each, in the same order and with the same index, with ``columns``.
+            One row per input row, in the same order and with the same index; see ``columns``.
 
         Raises:
             MaskMillError: ``setting_invalid`` for a parameter.
@@ -157,7 +158,7 @@ class ImageModel(PythonModel):
         """The image in a cell, uint8 (H, W, 3).
 
         Raises:
-            ImageError: with a message that quotes nothing of the file.
+            ImageError: with a message that does not quote the file.
         """
         data = _encoded(cell, paths=bool(self.config["paths"]))
         try:
@@ -190,7 +191,7 @@ class ImageModel(PythonModel):
 
 
 def told(error: MaskMillError | images.ImageError) -> str:
-    """An error as the column ``error`` has it."""
+    """An error in the form of the column ``error``."""
     return f"{error.code}: {error.message}"
 
 
@@ -234,14 +235,14 @@ def _share(name: str, value: Any) -> float:
 
 @dataclass(frozen=True)
 class LoggedModel:
-    """Where a model is in MLflow.
+    """A model in MLflow.
 
     Attributes:
         model_id: of the logged model.
         uri: what ``mlflow.pyfunc.load_model`` takes.
         name: in the registry; None if it was not registered.
         version: there.
-        alias: that was moved to it.
+        alias: that now points to it.
     """
 
     model_id: str
@@ -260,7 +261,8 @@ def save_model(
     path: str | Path,
     model: type[ImageModel],
     *,
-    files: Path,
+    source: Storage,
+    files: Sequence[str],
     example: pd.DataFrame,
     described: Mapping[str, Any],
     mlflow_model: Model | None = None,
@@ -268,12 +270,13 @@ def save_model(
     """Write a model folder.
 
     Args:
-        path: of the folder; must not exist, or be empty.
-        model: a class of ``pipeline`` that is made without arguments.
-        files: local folder that becomes the model's artifact.
-        example: an input.
+        path: of the folder, which must be empty or not exist.
+        model: a class of ``pipeline``, constructed without arguments.
+        source: the folder that holds the model.
+        files: names of files to copy into the model's artifact; missing ones are skipped.
+        example: an example input.
         described: metadata of the model.
-        mlflow_model: MLflow's description that the model is added to; None starts a new one.
+        mlflow_model: MLflow's description to which the model is added; None starts a new one.
 
     Raises:
         MaskMillError: ``output_exists``.
@@ -283,9 +286,14 @@ def save_model(
     set_limits(FLUSH_TIMEOUT_S)
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise WrongUse("output_exists", f"There is something at {path} already.", "Name another path.")
-    source = Path(__file__).resolve().parents[3]
+        raise WrongUse("output_exists", f"{path} already exists.", "Name another path.")
+    code = Path(__file__).resolve().parents[3]
     with tempfile.TemporaryDirectory() as made:
+        folder = Path(made, model.ARTIFACT)
+        folder.mkdir()
+        for name in files:
+            if source.exists(name):
+                (folder / name).write_bytes(source.read_bytes(name))
         entry = Path(made, f"{model.ARTIFACT}_model.py")
         entry.write_text(
             f"import mlflow\n\nfrom {model.__module__} import {model.__name__}\n\n"
@@ -294,8 +302,8 @@ def save_model(
         mlflow.pyfunc.save_model(
             path=str(path),
             python_model=str(entry),
-            artifacts={model.ARTIFACT: str(files)},
-            code_paths=[str(source / "models"), str(source / "pipeline")],
+            artifacts={model.ARTIFACT: str(folder)},
+            code_paths=[str(code / "models"), str(code / "pipeline")],
             signature=model.signature(),
             input_example=(example, dict(model.PARAMS)),
             pip_requirements=_requirements(),
@@ -315,22 +323,22 @@ def log_model(
     register_as: str | None = None,
     alias: str | None = "challenger",
 ) -> LoggedModel:
-    """Put a model into MLflow as one of a run and, if it gets a name, as a version in the registry.
+    """Log a model to a run in MLflow and, given a name, register it as a new version.
 
-    Works through the client that it is given; the process's own tracking URI and active run stay as they are.
+    Only the given client is used; the process's own tracking URI and active run do not change.
 
     Args:
-        client: as ``pipeline.tracking.destination.connect`` makes it.
+        client: from ``pipeline.tracking.destination.connect``.
         save: writes the model folder to a path, given MLflow's description.
         name: of the logged model.
         params: of the logged model.
         run_id: the run that trained it.
-        register_as: name of the registered model, made if there is none.
-        alias: moved to the new version; None moves none.
+        register_as: name of the registered model, created if necessary.
+        alias: to point to the new version; None for no alias.
 
     Raises:
         MaskMillError: as ``save``.
-        mlflow.exceptions.MlflowException: the server refuses, or does not answer.
+        mlflow.exceptions.MlflowException: the server refuses or does not answer.
     """
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import Model
@@ -375,7 +383,7 @@ def log_model(
 
 
 def example_picture() -> str:
-    """A small picture as JSON clients send it."""
+    """A small picture as a ``data:`` URI, as JSON clients send it."""
     ramp = np.linspace(0, 255, 32, dtype=np.uint8)
     picture = np.stack([*np.meshgrid(ramp, ramp), np.full((32, 32), 128, np.uint8)], 2)
     buffer = io.BytesIO()
@@ -394,5 +402,5 @@ def _ensure_registered(client: MlflowClient, name: str) -> None:
 
 
 def _requirements() -> list[str]:
-    """The packages with the versions that are installed here, without local labels such as ``+cu128``."""
+    """The packages at the versions installed here, without local labels such as ``+cu128``."""
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in REQUIREMENTS]

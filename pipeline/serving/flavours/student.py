@@ -5,14 +5,13 @@
     mask = np.asarray(PIL.Image.open(io.BytesIO(out["mask"][0])))   # class ids at image size
     names = model.metadata.metadata["classes"]                      # names[id]; ignore_index where unsure
 
-``mlflow models serve`` takes the same rows as JSON, images as ``data:`` URIs, and answers with the PNGs in
+``mlflow models serve`` takes the same rows as JSON, images as ``data:`` URIs, and returns the PNGs in
 base64.
 """
 
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -34,12 +33,12 @@ from pipeline.serving.flavours.common import (
     told,
 )
 from pipeline.table.labels import encode_confidence, encode_mask
+from pipeline.trained.record import read_trained_weights
 from pipeline.trained.student import (
     RECORD_FILE,
     WEIGHTS_FILE,
     StudentRecord,
     read_student_record,
-    read_student_weights,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class StudentModel(ImageModel):
 
     ``mask``: PNG of class ids at image size (8 bits, 16 above 254 classes). ``confidence``: PNG of
     round(255 p) before any threshold. ``min_confidence``: pixels below it become ``ignore_index``; a class's
-    own threshold takes precedence. ``batch_size`` in ``model_config``: images at a time; 0 chooses.
+    own threshold takes precedence. ``batch_size`` in ``model_config``: images per batch; 0 is automatic.
     """
 
     ARTIFACT = "student"
@@ -111,32 +110,29 @@ def save_student_model(folder: str | Path, path: str | Path, *, mlflow_model: Mo
 
     Args:
         folder: the student's, local or in an object store.
-        path: of the model folder; must not exist, or be empty.
+        path: of the model folder, which must be empty or not exist.
         mlflow_model: see ``pipeline.serving.flavours.common.save_model``.
 
     Raises:
-        MaskMillError: as ``pipeline.trained.student.read_student_record`` and ``read_student_weights``;
+        MaskMillError: as ``pipeline.trained.student.read_student_record`` and ``read_trained_weights``;
             ``output_exists``.
     """
     record = read_student_record(folder)
-    with tempfile.TemporaryDirectory() as made:
-        files = Path(made, "student")
-        files.mkdir()
-        (files / WEIGHTS_FILE).write_bytes(read_student_weights(record))
-        (files / RECORD_FILE).write_bytes(open_storage(record.uri).read_bytes(RECORD_FILE))
-        save_model(
-            path,
-            StudentModel,
-            files=files,
-            example=pd.DataFrame({"image": [example_picture()]}),
-            described={
-                "classes": list(record.ontology.names),
-                "ignore_index": record.ontology.ignore_index,
-                "ontology_hash": record.ontology.hash,
-                "student_fingerprint": record.fingerprint,
-            },
-            mlflow_model=mlflow_model,
-        )
+    read_trained_weights(record)  # they must be the ones that the record names
+    save_model(
+        path,
+        StudentModel,
+        source=open_storage(record.uri),
+        files=(RECORD_FILE, WEIGHTS_FILE),
+        example=pd.DataFrame({"image": [example_picture()]}),
+        described={
+            "classes": list(record.ontology.names),
+            "ignore_index": record.ontology.ignore_index,
+            "ontology_hash": record.ontology.hash,
+            "student_fingerprint": record.fingerprint,
+        },
+        mlflow_model=mlflow_model,
+    )
 
 
 def log_student(
@@ -147,11 +143,11 @@ def log_student(
     register_as: str | None = None,
     alias: str | None = "challenger",
 ) -> LoggedModel:
-    """Put a student into MLflow; see ``pipeline.serving.flavours.common.log_model``.
+    """Log a student to MLflow; see ``pipeline.serving.flavours.common.log_model``.
 
     Raises:
         MaskMillError: as ``save_student_model``.
-        mlflow.exceptions.MlflowException: the server refuses, or does not answer.
+        mlflow.exceptions.MlflowException: the server refuses or does not answer.
     """
     record = read_student_record(folder)
     return log_model(

@@ -143,8 +143,7 @@ def recorded_ontology(labels: str) -> Ontology:
     """The ontology that a label table was made with."""
     from pipeline.table.record import read_table_record
 
-    known = read_table_record(labels)["ontology"]
-    return Ontology.from_dict({key: value for key, value in known.items() if key not in ("hash", "names")})
+    return read_table_record(labels).ontology
 
 
 def unseen_names(unseen: Sequence[str]) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from models.errors import Damaged, WrongUse
-from models.settings import as_written
+from pipeline.files.recipes import changed_fields
 from pipeline.files.storage import Storage
 from pipeline.training.loop.settings import settings_hash
 
@@ -90,14 +90,10 @@ class CheckpointStore:
                     f"{self.storage.uri} has checkpoints but no {SETTINGS_FILE} that says what made them.",
                     f"Put {SETTINGS_FILE} back, or name another output.",
                 )
-            changed = [
-                f"{name}: {as_written(recorded.get(name))} there, {as_written(record.get(name))} here"
-                for name in sorted(record.keys() | recorded.keys())
-                if recorded.get(name) != record.get(name)
-            ]
             raise WrongUse(
                 "output_differs",
-                f"The checkpoints in {self.storage.uri} were made with other settings: {'; '.join(changed)}.",
+                f"The checkpoints in {self.storage.uri} were made with other settings: "
+                f"{'; '.join(changed_fields(recorded, record))}.",
                 "Use the recorded settings, or train anew into another output.",
             )
         self.storage.write_json(SETTINGS_FILE, record)

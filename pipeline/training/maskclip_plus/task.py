@@ -66,6 +66,25 @@ def guessable_classifier(text: TextClassifier, classes: Sequence[int]) -> TextCl
     return TextClassifier(text.embeddings[torch.cat(rows)], torch.cat(new_ids), len(rows))
 
 
+def online_guesses(teacher: MaskClip, images: Tensor) -> Guesses:
+    """The teacher's best class for each pixel of a crop, numbered as in its classifier.
+
+    Args:
+        teacher: a frozen CLIP with the text of the classes to choose from.
+        images: uint8 (B, 3, S, T) RGB.
+    """
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        scores = teacher.grid_scores(images)
+        scores = F.interpolate(scores, images.shape[-2:], mode="bilinear", align_corners=False)
+        best, index = scores.max(1)
+        temperature = teacher.confidence_temperature
+        if temperature is None:  # key smoothing: share of the scores, as in models.labelmap
+            confidence = best.clamp_min(0) / scores.clamp_min(0).sum(1).clamp_min(1e-30)
+        else:
+            confidence = (temperature * best - (temperature * scores).logsumexp(1)).exp()
+        return Guesses(index, confidence.float())
+
+
 def training_labels(
     labels: Tensor, guesses: Guesses, limits: Tensor, *, overwrite_below: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -285,17 +304,8 @@ class MaskClipPlus:
     def _teacher_guesses(self, batch: Mapping[str, Tensor]) -> Guesses:
         if self._teacher is None:
             return Guesses(batch["teacher"].long(), batch["confidence"].float() / 255)
-        images = batch["image"]
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            scores = self._teacher.grid_scores(images)
-            scores = F.interpolate(scores, images.shape[-2:], mode="bilinear", align_corners=False)
-            best, index = scores.max(1)
-            temperature = self._teacher.confidence_temperature
-            if temperature is None:  # key smoothing: share of the scores, as in models.labelmap
-                confidence = best.clamp_min(0) / scores.clamp_min(0).sum(1).clamp_min(1e-30)
-            else:
-                confidence = (temperature * best - (temperature * scores).logsumexp(1)).exp()
-            return Guesses(self._guessable[index], confidence.float())
+        guesses = online_guesses(self._teacher, batch["image"])
+        return Guesses(self._guessable[guesses.classes], guesses.confidence)
 
     def _count(self, guesses: Guesses, labels: Tensor) -> Tensor:
         pixels = labels == GUESS

@@ -15,7 +15,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -30,9 +30,10 @@ from pipeline.evaluation import tables as evaluation
 from pipeline.files import images
 from pipeline.files.faults import says_damage
 from pipeline.files.storage import Storage, open_storage
-from pipeline.labelling.recipes import recipe_from_dict
+from pipeline.labelling.recipes import table_recipe
 from pipeline.ontology.ontology import Ontology
-from pipeline.table.labels import DATASET_FILE, OK, decode_confidence, decode_mask, table_files
+from pipeline.table.labels import OK, decode_confidence, decode_mask, table_files
+from pipeline.table.record import read_table_record
 from pipeline.training.loop.protocols import GUESS, IGNORED, Sample
 from pipeline.training.samples.augment import MEAN_COLOUR, AugmentSettings, augment
 
@@ -62,7 +63,9 @@ class TableSamples:
         parts: names of the parts.
         part: int32 (N,), ascending: part of each sample.
         row: int32 (N,): row of each sample in its part.
+        part_bytes: int64: size of the masks and confidences of each part, uncompressed.
         teacher: int32: maps the table's ids to training ids, ``IGNORED`` if they are not hidden.
+        window_bytes: bounds the parts whose rows are shuffled together.
     """
 
     augment: AugmentSettings
@@ -71,7 +74,7 @@ class TableSamples:
     left_out: dict[str, int]
     storage: Storage
     parts: tuple[str, ...]
-    _part_bytes: npt.NDArray[np.int64]
+    part_bytes: npt.NDArray[np.int64]
     part: npt.NDArray[np.int32]
     row: npt.NDArray[np.int32]
     _ranges: npt.NDArray[np.int64] | None  # (N, 2): offset and length within the URI, -1 for all of it
@@ -82,7 +85,7 @@ class TableSamples:
     _dataset: base.Dataset | None
     _samples: tuple[base.Sample, ...]  # N where there is truth
     _max_pixels: int
-    _window_bytes: int = field(default=WINDOW_BYTES)
+    window_bytes: int = WINDOW_BYTES
 
     @property
     def num_images(self) -> int:
@@ -110,11 +113,11 @@ class TableSamples:
         size = 0
         for part in rng.permutation(len(self.parts)).tolist():
             rows = np.arange(starts[part], starts[part + 1])
-            if window and size + self._part_bytes[part] > self._window_bytes:
+            if window and size + self.part_bytes[part] > self.window_bytes:
                 order.append(rng.permutation(np.concatenate(window)))
                 window, size = [], 0
             window.append(np.repeat(rows, counts[rows]))
-            size += int(self._part_bytes[part])
+            size += int(self.part_bytes[part])
         if window:
             order.append(rng.permutation(np.concatenate(window)))
         return np.concatenate([np.empty(0, np.int64), *order])
@@ -217,7 +220,7 @@ class TableSamples:
 
     @cached_property
     def _cache(self) -> _PartCache:
-        return _PartCache(self.storage, 2 * self._window_bytes)
+        return _PartCache(self.storage, 2 * self.window_bytes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_cache"}
@@ -232,7 +235,6 @@ class _PartCache:
     def __init__(self, storage: Storage, capacity: int) -> None:
         self._storage, self._capacity = storage, capacity
         self._tables: OrderedDict[str, pa.Table] = OrderedDict()
-        self.reads = 0
 
     def __call__(self, part: str) -> pa.Table:
         """Return the part's columns id, uri, sha256, mask and confidence, the last two as bytes.
@@ -251,7 +253,6 @@ class _PartCache:
         return sum(table.nbytes for table in self._tables.values())
 
     def _read(self, part: str) -> pa.Table:
-        self.reads += 1
         columns = ["id", "uri", "sha256", "mask.bytes", "confidence.bytes"]
         with _opened(self._storage, part) as file:
             found = file.read(columns, use_threads=False)
@@ -319,14 +320,19 @@ def open_table_samples(
         void_from_truth: see above.
 
     Raises:
-        MaskMillError: ``table_damaged``; ``classes_differ`` if table or truth share no class with the
-            training; ``image_invalid`` from ``pipeline.evaluation.tables.plan``; ``wrong_use``;
-            ``training_data_empty`` if no row is left.
+        MaskMillError: ``table_missing``; ``table_damaged``; ``classes_differ`` if table or truth share no
+            class with the training; ``image_invalid`` from ``pipeline.evaluation.tables.plan``;
+            ``wrong_use``; ``training_data_empty`` if no row is left.
     """
     count = ontology.num_classes
     hidden = _hidden(count, truth is not None, unseen_ids, void_from_truth)
-    root, storage, parts, record = _open(table)
-    known = Ontology.from_record(record["ontology"], origin=root.uri_of(DATASET_FILE))
+    record = read_table_record(table)
+    root, known = open_storage(table), record.ontology
+    storage, parts = table_files(root)
+    if not parts:
+        raise Damaged(
+            "table_damaged", f"There are no labels in {root.uri}.", "Give the --output of maskmill label."
+        )
     teacher = class_ids(known.names, ontology, known.ignore_index, words=known.prompts())
     if hidden.any() and not np.isin(teacher, np.flatnonzero(hidden)).any():
         raise _no_common_class(f"the labels in {root.uri}", known.names, ontology, hidden)
@@ -379,7 +385,7 @@ def open_table_samples(
         left_out=rows.left_out,
         storage=storage,
         parts=tuple(parts),
-        _part_bytes=np.array(rows.part_bytes, np.int64),
+        part_bytes=np.array(rows.part_bytes, np.int64),
         part=np.concatenate(rows.part).astype(np.int32),
         row=np.concatenate(rows.row).astype(np.int32),
         _ranges=_byte_ranges(root, ids),
@@ -389,7 +395,7 @@ def open_table_samples(
         _true=true,
         _dataset=None if truth is None else truth.reader(),
         _samples=samples,
-        _max_pixels=recipe_from_dict(record["recipe"]).images.max_pixels,
+        _max_pixels=table_recipe(record).images.max_pixels,
     )
 
 
@@ -433,21 +439,6 @@ def _hidden(count: int, truth: bool, unseen: Sequence[int], void: bool) -> npt.N
     if void or not truth:
         return np.ones(count, np.bool_)
     return np.isin(np.arange(count), list(unseen))
-
-
-def _open(table: str) -> tuple[Storage, Storage, list[str], dict[str, Any]]:
-    """Open a label table: its root, the storage of its parts, their names, and its record."""
-    root = open_storage(table)
-    storage, parts = table_files(root)
-    record: dict[str, Any] | None = root.read_json(DATASET_FILE, None)
-    if not parts or record is None:
-        lacking = "label table" if not parts else f"{DATASET_FILE}, which says what the labels mean,"
-        raise Damaged(
-            "table_damaged",
-            f"There is no {lacking} in {root.uri}.",
-            "Give the --output of maskmill label.",
-        )
-    return root, storage, parts, record
 
 
 def class_ids(

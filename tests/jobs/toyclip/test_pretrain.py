@@ -105,6 +105,7 @@ def test_training_learns_and_repeats() -> None:
     again, same = trained()
     assert losses == again
     assert all(torch.equal(state[name], same[name]) for name in state)
+    # Six seeds, 1 and 2 threads: 0.38 to 0.52 of the loss of guessing.
     assert np.mean(losses[-5:]) < 0.85 * np.log(recipe.batch[0])
 
 

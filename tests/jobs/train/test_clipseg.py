@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -23,12 +24,13 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from jobs.train.clipseg import commands_for, train_clipseg
+from jobs.train.clipseg import commands_for, prepare, train_clipseg
 from jobs.train.run import INTERRUPTED, TrainOptions
 from models.clipseg.decoder import ClipSeg, normalize
 from models.clipseg.weights import load_clipseg
 from models.errors import MaskMillError
 from pipeline.datasets.toy import open_toyworld
+from pipeline.files.storage import open_storage
 from pipeline.report.training_page import clipseg_sheet, find_answers
 from pipeline.trained.clipseg import DECODER_FILE, RECORD_FILE, load_trained, read_clipseg_record
 from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES
@@ -36,6 +38,7 @@ from pipeline.training.clipseg.sources.base import IGNORED, Example, TripletSour
 from pipeline.training.clipseg.sources.toy import open_toy_source
 from pipeline.training.clipseg.task import build_model
 from pipeline.training.clipseg.triplets import TripletSamples
+from pipeline.training.loop.checkpoints import CheckpointStore
 
 STEPS = 12
 QUICK = (
@@ -83,7 +86,9 @@ def test_a_run_leaves_a_model_that_loads(trained: Path) -> None:
     assert record["training"]["iterations"] == STEPS and record["versions"]["torch"]
     lines = _lines(trained)
     assert [line["step"] for line in lines] == list(range(2, STEPS + 1, 2))
-    assert lines[-1]["loss"] < lines[0]["loss"] and 0 <= record["metrics"]["iou"] <= 1
+    assert 0 <= record["metrics"]["iou"] <= 1
+    # Whether the loss falls within twelve steps is chance.
+    assert all(math.isfinite(line["loss"]) and line["gradient_norm"] > 0 for line in lines)
     with Image.open(trained / "preview.png") as sheet:
         assert sheet.width > 900 and np.asarray(sheet).std() > 20
     pixels = normalize(torch.from_numpy(open_toyworld(size=64).scene(open_toyworld().samples[0]).image.copy())
@@ -258,3 +263,21 @@ def test_the_commands_name_the_folder(output: str) -> None:
     for purpose, command in commands_for(output).items():
         words = shlex.split(command)
         assert words[words.index("--weights" if purpose == "Ask it" else "--model") + 1] == output
+
+
+def test_what_must_stay_the_same_when_a_run_resumes(tmp_path: Path) -> None:
+    def identity(*settings: str, **changes: Any) -> dict[str, Any]:
+        recipe = CLIPSEG_RECIPES.load("toy", (*QUICK, *settings)).replace(**changes)
+        data = open_toyworld(split="seed-7", count=2, size=64)
+        options = TrainOptions(output=str(tmp_path))
+        return dict(prepare(recipe, options, labels=None, ontology=None, dataset=data).identity)
+
+    first = identity()
+    assert first["triplets.size"] == "64" and "name" not in first and "recipe" not in first
+    assert identity(name="mine") == first
+    assert identity("q_neg=0.5") == first | {"triplets.q_neg": "0.5"} != first
+    # An older version recorded the recipe's hash.
+    made = CLIPSEG_RECIPES.load("toy", QUICK).hash
+    old = {"recipe": made, "model": first["model"], "data": first["data"]}
+    CheckpointStore(open_storage(tmp_path)).claim(old)
+    assert identity() == old and "recipe" not in identity("q_neg=0.5")

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from rich.console import Console
 
-from jobs.train.run import Prepared, TrainOptions, log_model, must_match, run_training, write_pages
+from jobs.train.run import (
+    Prepared,
+    TrainOptions,
+    log_model,
+    must_match,
+    recipe_identity,
+    run_training,
+    write_pages,
+)
 from models.errors import MaskMillError
+from models.settings import NEUTRAL, Settings
+from pipeline.files.recipes import Recipe
 from pipeline.files.storage import open_storage
 from pipeline.report.training_page import PAGE
 from pipeline.tracking.tracker import TrackedDataset
@@ -23,7 +34,7 @@ RESULT = "result.json"
 
 
 def _no_page(folder: Path, lines: list[Mapping[str, Any]]) -> Sequence[str]:
-    raise MaskMillError("example_unreadable", "An image is gone.", "Restore it.")
+    raise MaskMillError("image_invalid", "An image is gone.", "Restore it.")
 
 
 def _page(folder: Path, lines: list[Mapping[str, Any]]) -> Sequence[str]:
@@ -64,6 +75,48 @@ def test_a_finished_run_without_its_page(
         assert got == status and says in said.getvalue()
     assert (tmp_path / PAGE).exists() == (make_pages is _page and curves is not None)
     assert ("The same command writes it" in said.getvalue()) == (status == 1)
+
+
+class _Augment(Settings):
+    threads: Annotated[int, NEUTRAL] = 1
+    crop: int = 64
+
+
+class _Recipe(Recipe):
+    augment: _Augment = _Augment()
+    buffers: Annotated[int, NEUTRAL] = 2
+    loop: LoopSettings = LoopSettings(iterations=1, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"name": "mine", "buffers": 9}, None),
+        ({"augment": _Augment(threads=4)}, None),
+        ({"loop": LoopSettings(iterations=1, batch_size=1, keep=7)}, None),
+        ({"augment": _Augment(crop=32, threads=4)}, "augment.crop: 64 there, 32 here"),
+        ({"loop": LoopSettings(iterations=1, batch_size=2, keep=7)}, "batch_size: 1 there, 2 here"),
+    ],
+)
+def test_only_what_changes_the_result_keeps_a_run_from_going_on(
+    tmp_path: Path, changes: dict[str, Any], refused: str | None
+) -> None:
+    def must_match_of(recipe: _Recipe) -> dict[str, Any]:
+        prepared = dataclasses.replace(
+            _prepared(_page), settings=recipe.loop, identity=recipe_identity(recipe) | {"data": "d"}
+        )
+        return must_match(prepared)
+
+    store = CheckpointStore(open_storage(tmp_path))
+    settings = store.claim(must_match_of(_Recipe()))
+    store.write(1, module={}, training={}, lines=[], fingerprint=settings, milestone=False)
+    again = must_match_of(_Recipe().replace(**changes))
+    if refused is None:
+        assert store.claim(again) == settings
+        return
+    with pytest.raises(MaskMillError) as caught:
+        store.claim(again)
+    assert caught.value.code == "output_differs" and f"settings: {refused}." in caught.value.message
 
 
 @pytest.mark.parametrize(

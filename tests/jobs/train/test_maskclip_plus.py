@@ -122,16 +122,20 @@ def test_a_missing_page_is_written_without_training(maskmill_here: Run, student:
     assert (student / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_a_finished_run_refuses_other_settings(maskmill_here: Run, student: Path, table: Path) -> None:
+def test_a_finished_run_refuses_other_settings(
+    maskmill_here: Run, student: Path, table: Path, tmp_path: Path
+) -> None:
     done = maskmill_here(
         "train", "maskclip-plus", "--labels", table, "--output", student, "--recipe", "toy", *_set("anchor=0")
     )
     assert done.returncode == 2
     assert "selftrain.anchor: 1.0 there, 0.0 here" in done.stderr
-    # What does not change the result may change.
+    # What does not change the result may change: the recipe's name, and fields of the loop.
+    (tmp_path / "mine.yaml").write_text("base: toy\n")
     free = maskmill_here(
-        "train", "maskclip-plus", "--labels", table, "--output", student, "--recipe", "toy", *_set("keep=1")
-    )
+        "train", "maskclip-plus", "--labels", table, "--output", student,
+        "--recipe", tmp_path / "mine.yaml", *_set("keep=1"),
+    )  # fmt: skip
     assert free.returncode == 0 and "Nothing to do" in free.stderr
 
 
@@ -254,6 +258,7 @@ def test_zero_shot_training_never_sees_the_unseen(
 def test_a_collapse_is_stopped_and_the_guided_student_kept(
     maskmill_here: Run, table: Path, tmp_path: Path
 ) -> None:
+    # Over three seeds, the drift is 0.03 to 0.06 a step after the guided phase.
     command = (
         "train", "maskclip-plus", "--labels", table, "--output", tmp_path / "student", "--recipe", "toy",
         *_set("drift_bound=0.001", "drift_patience=1"),

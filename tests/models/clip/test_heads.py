@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from typing import Any, get_args
 
 import open_clip
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from models.clip.heads import HEADS, VitDense, dense_encoder, reference_view
 from models.errors import MaskMillError
+from models.settings import KEYLESS_HEADS, HeadName, MaskClipSettings
 
 VISION: dict[str, Any] = {"image_size": 56, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8}
 TEXT = {"context_length": 8, "vocab_size": 32, "width": 32, "heads": 2, "layers": 1}
@@ -39,8 +41,19 @@ def images(height: int, width: int, batch: int = 1) -> Tensor:
     )
 
 
+def test_every_name_in_recipes_is_a_head() -> None:
+    assert tuple(HEADS) == get_args(HeadName) and set(KEYLESS_HEADS) <= set(HEADS)
+    for head in HEADS:
+        with (
+            pytest.raises(MaskMillError, match="needs keys")
+            if head in KEYLESS_HEADS
+            else contextlib.nullcontext()
+        ):
+            MaskClipSettings(head=head, ks_threshold=1.0)
+
+
 @pytest.mark.parametrize("size", [(8, 8), (56, 56), (40, 130), (7, 3), (300, 20), (61, 90)])
-@pytest.mark.parametrize("head", ["maskclip", "value", "plain"])
+@pytest.mark.parametrize("head", HEADS)
 def test_any_size_of_a_vit(size: tuple[int, int], head: str) -> None:
     features, _ = dense_encoder(tower(), head=head)(images(*size))
     assert features.shape == (1, 32, -(-size[0] // 8), -(-size[1] // 8))
@@ -154,10 +167,12 @@ def test_reference_view_shares_every_tensor() -> None:
     assert sum(type(m).__name__ == "QuickGELU" for m in visual.modules()) == 3
 
 
-@pytest.mark.parametrize("head", ["maskclip", "value", "plain"])
+@pytest.mark.parametrize("head", HEADS)
 def test_compiles(head: str) -> None:
     """One graph without breaks; two image sizes."""
-    encoder = dense_encoder(tower(layers=2).float(), head=head, keys=None if head == "plain" else "projected")
+    encoder = dense_encoder(
+        tower(layers=2).float(), head=head, keys=None if head in KEYLESS_HEADS else "projected"
+    )
     assert isinstance(encoder, VitDense)
     compiled = torch.compile(encoder.encode, fullgraph=True, backend="aot_eager")
     for grid in ((7, 7), (5, 9)):

@@ -92,6 +92,7 @@ def test_every_kind_of_file(
             if kind == "checkpoint"
             else state
         )
+        # The documented way, and the only one, to write the format of PyTorch before 1.6.
         torch.save(content, path, _use_new_zipfile_serialization=kind != "legacy")
     clip = load_clip(f"local-dir:{folder}", None)
     for name, tensor in state.items():

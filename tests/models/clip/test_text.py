@@ -52,7 +52,7 @@ def test_template_sets() -> None:
 
 @pytest.mark.parametrize(
     ("templates", "code"),
-    [("openai58", "templates_invalid"), ([], "templates_invalid"), (["no place"], "templates_invalid")],
+    [("openai58", "ontology_invalid"), ([], "ontology_invalid"), (["no place"], "ontology_invalid")],
 )
 def test_wrong_templates(templates: str | list[str], code: str) -> None:
     with pytest.raises(MaskMillError) as caught:

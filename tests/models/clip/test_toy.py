@@ -21,10 +21,11 @@ from pipeline.metrics.confusion import confusion_matrix, iou_per_class
 from pipeline.toyworld import scenes as toyworld
 
 SIZE = 128
-# A little below the model card, whose numbers come from another set and more scenes.
+# On this and three other sets of scenes: 0.987 to 0.996, 0.85 to 0.90, and 0.92 to 0.94; mIoU 0.42 to 0.45,
+# and 0.68 to 0.71; the worst class 0.14 to 0.19, and 0.37 to 0.41.
 TOP1_FLOOR, AUC_FLOOR, WORD_FLOOR = 0.95, 0.75, 0.65
-MIOU_FLOORS = {"maskclip": 0.38, "value": 0.63}
-CLASS_FLOORS = {"maskclip": 0.08, "value": 0.3}
+MIOU_FLOORS = {"maskclip": 0.35, "value": 0.6}
+CLASS_FLOORS = {"maskclip": 0.06, "value": 0.3}
 FRESH = 4242  # a set that neither training nor the card used
 
 

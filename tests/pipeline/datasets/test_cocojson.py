@@ -129,9 +129,9 @@ def test_real_annotations_against_pycocotools(coco_tiny: Path) -> None:
         (lambda c: c.pop("images"), "dataset_invalid", r"not COCO JSON \(KeyError: 'images'"),
         (lambda c: c["annotations"][0].update(image_id=99), "dataset_invalid", "KeyError: 99"),
         (lambda c: c["categories"].pop(1), "dataset_invalid", r"no category for 1 classes of pets: feline"),
-        (lambda c: c["images"][0].update(file_name="b.jpg"), "dataset_incomplete", r"1 of its 1 .*b\.jpg"),
-        (lambda c: c["images"][0].update(file_name="/a.jpg"), "dataset_incomplete", r"1 of its 1 .* /a\.jpg"),
-        (lambda c: c["images"][0].update(file_name="../img/a.jpg"), "dataset_incomplete", r"\.\./img/a\.jpg"),
+        (lambda c: c["images"][0].update(file_name="b.jpg"), "dataset_missing", r"1 of its 1 .*b\.jpg"),
+        (lambda c: c["images"][0].update(file_name="/a.jpg"), "dataset_missing", r"1 of its 1 .* /a\.jpg"),
+        (lambda c: c["images"][0].update(file_name="../img/a.jpg"), "dataset_missing", r"\.\./img/a\.jpg"),
     ],
 )  # fmt: skip
 def test_broken_files(change: Any, code: str, says: str, tmp_path: Path, write: Write) -> None:
@@ -158,7 +158,7 @@ def test_images_in_folders_of_their_own(folders: int, remote: bool, tmp_path: Pa
     write(root, {"x.json": described} | {f"img/{file}": photo(10, 12) for file in files[1:]})
     with pytest.raises(MaskMillError, match=rf"1 of its {folders} images .*scenes/0/a\.jpg") as caught:
         open_coco_json(f"{root}/x.json", f"{root}/img", ontology=PETS)
-    assert caught.value.code == "dataset_incomplete"
+    assert caught.value.code == "dataset_missing"
     write(root, {f"img/{files[0]}": photo(10, 12)})
     dataset = open_coco_json(f"{root}/x.json", f"{root}/img", ontology=PETS)
     assert [sample.image for sample in dataset.samples] == [f"{root}/img/{file}" for file in sorted(files)]

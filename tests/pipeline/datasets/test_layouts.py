@@ -29,6 +29,12 @@ def grid(*ids: int) -> np.ndarray:
     return np.array(ids, np.uint8).reshape(2, 3)
 
 
+def test_only_formats_of_ones_own_need_an_ontology() -> None:
+    own = {name for name, info in DATASETS.items() if info.needs_ontology}
+    assert own == {"pairs", "coco-json"}
+    assert own == {name for name, info in DATASETS.items() if info.description.startswith("Your own")}
+
+
 class Layout(NamedTuple):
     dataset: str
     files: dict[str, Any]
@@ -202,7 +208,7 @@ def without(files: dict[str, Any], *patterns: str) -> dict[str, Any]:
         (
             "voc21",
             VOC | {"ImageSets/Segmentation/val.txt": "2007_a\n2007_b\n2007_c"},
-            "dataset_incomplete",
+            "dataset_missing",
             r"1 of 3 images are missing \(2007_c\); 2 of 3 masks are missing \(2007_b, 2007_c\)",
         ),
         ("context59", VOC, "dataset_missing", "ImageSets/SegmentationContext/val.txt"),
@@ -211,7 +217,7 @@ def without(files: dict[str, Any], *patterns: str) -> dict[str, Any]:
         (
             "cocostuff171",
             STUFF_RAW | {"images/val2017/2.jpg": JPG, "annotations/val2017/3.png": JPG},
-            "dataset_incomplete",
+            "dataset_missing",
             r"1 of 3 images are missing \(3\); 1 of 3 masks are missing \(2\)",
         ),
         ("cocoobject81", without(STUFF, "annotations"), "dataset_missing", "instances_val2017.json"),
@@ -220,7 +226,7 @@ def without(files: dict[str, Any], *patterns: str) -> dict[str, Any]:
         ("ade150", without(ADE, "images"), "dataset_missing", "no images in images/validation"),
         ("phrasecut", {}, "dataset_missing", "no images(.|\n)*ChenyunWu/PhraseCutDataset"),
         ("pairs", {}, "dataset_missing", "there are no images"),
-        ("pairs", without(PAIRS, "masks/cat"), "dataset_incomplete", r"cat\.v2 \(mask\)"),
+        ("pairs", without(PAIRS, "masks/cat"), "dataset_missing", r"cat\.v2 \(mask\)"),
         (
             "pairs",
             FLAT | {"images/meadow/zebra.jpg": JPG},
@@ -391,6 +397,7 @@ def test_registry() -> None:
         ("voc21", {"size": 3}, "wrong_use", "no option 'size'"),
         ("voc21", {"classes": "voc20"}, "wrong_use", "no option 'classes'"),
         ("pairs", {"root": "."}, "wrong_use", "needs an ontology"),
+        ("coco-json", {"root": "."}, "wrong_use", "needs an ontology"),
         ("toyworld", {"split": "val"}, "wrong_use", "seed-2"),
         ("toyworld", {"count": 0}, "wrong_use", "count=0"),
         ("toyworld", {"root": "."}, "wrong_use", "no root"),

@@ -125,7 +125,7 @@ def test_what_is_missing_is_said(tmp_path: Path, write: Write) -> None:
     write(str(tmp_path), {"lvis_v1_val.json": lvis_file()})
     with pytest.raises(MaskMillError, match=r"1 of its 2 images .*train2017/000000000004\.jpg") as caught:
         open_dataset("lvis", root=str(tmp_path))
-    assert caught.value.code == "dataset_incomplete" and "COCO 2017" in str(caught.value)
+    assert caught.value.code == "dataset_missing" and "COCO 2017" in str(caught.value)
 
 
 def test_two_categories_of_one_name_are_refused() -> None:

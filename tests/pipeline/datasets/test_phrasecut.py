@@ -83,8 +83,8 @@ def test_samples_and_masks(tmp_path: Path, write: Write) -> None:
     [
         ({"refer_test.json": None}, "dataset_missing", "there is no refer_test.json"),
         ({"image_data_split.json": None}, "dataset_missing", "image_data_split"),
-        ({"images/30.jpg": None}, "dataset_incomplete", r"1 of 2 images of test .*\(30\)"),
-        ({"image_data_split.json": [dict(image_id=4, height=4, width=6)]}, "dataset_incomplete", r"\(30\)"),
+        ({"images/30.jpg": None}, "dataset_missing", r"1 of 2 images of test .*\(30\)"),
+        ({"image_data_split.json": [dict(image_id=4, height=4, width=6)]}, "dataset_missing", r"\(30\)"),
         ({"refer_test.json": [{"image_id": 1}]}, "dataset_invalid", "instance_boxes"),
         ({"refer_test.json": [task(4, 0, "odd", Polygons=[[[1, 2, 3]]])]}, "dataset_invalid", "ValueError"),
         ({"refer_test.json": b"{"}, "dataset_invalid", "JSONDecodeError"),

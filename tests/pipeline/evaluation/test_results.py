@@ -8,6 +8,7 @@ import pytest
 
 from models.errors import MaskMillError
 from pipeline.evaluation.results import (
+    ClassResult,
     EvaluationResult,
     Images,
     MeasuredDataset,
@@ -21,7 +22,8 @@ from pipeline.evaluation.results import (
 )
 from pipeline.evaluation.tables import Evaluation, ImageScore
 from pipeline.labelling.recipes import RECIPES, change_recipe
-from pipeline.metrics.statistics import SegmentationStatistics
+from pipeline.metrics.names import PER_CLASS
+from pipeline.metrics.statistics import SegmentationStatistics, summarise_classes
 from pipeline.report import comparison
 
 
@@ -42,6 +44,12 @@ def record(groups: list[str | None]) -> EvaluationResult:
         worst=[],
         best=[],
     )
+
+
+def test_every_metric_of_a_class_is_recorded() -> None:
+    figures = set(summarise_classes(SegmentationStatistics.zero(2)))
+    assert figures == {"pixels", *PER_CLASS}
+    assert figures | {"id", "name", "color", "group"} == set(ClassResult.model_fields)
 
 
 def test_a_record_holds_the_figures_and_is_what_the_report_reads(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import ndimage, stats
 
 from models.errors import MaskMillError
-from pipeline.files.corruptions import _JPEG_SIDE, CORRUPTIONS, LEVELS, _disk, corrupt, parse
+from pipeline.files.corruptions import CORRUPTIONS, LEVELS, corrupt, parse
 from pipeline.toyworld import scenes as toyworld
 
 NOISES = [name for name in CORRUPTIONS if name.endswith("noise")]
@@ -180,32 +180,29 @@ def test_gaussian_blur_is_scipys(level: int, sigma: float) -> None:
     assert np.abs(out - (expected - 0.5)).max() < 0.51  # truncated: between one level less and the value
 
 
-@pytest.mark.parametrize(
-    ("radius", "alias_sigma"), [(3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5)], ids=str
-)
-def test_defocus_disk(radius: int, alias_sigma: float) -> None:
-    disk = _disk(radius, alias_sigma)
-    assert disk.shape == ((17, 17) if radius <= 8 else (21, 21))
-    assert disk.sum() == pytest.approx(1, abs=1e-6) and (disk >= 0).all()
-    assert np.allclose(disk, disk.T) and np.allclose(disk, disk[::-1])
-    reach = len(disk) // 2
+def disk(radius: int, alias_sigma: float) -> np.ndarray:
+    """A filled circle, softened by a normalised Gaussian of 3 (of 5 beyond radius 8) taps a side, sum 1."""
+    reach, taps = (8, 3) if radius <= 8 else (radius, 5)
     y, x = np.mgrid[-reach : reach + 1, -reach : reach + 1]
-    far = np.hypot(x, y)
-    assert disk[far <= radius - 2].min() == pytest.approx(disk.max(), rel=1e-3)
-    assert disk[far > radius + 2].max(initial=0) == pytest.approx(0, abs=1e-6)
-    assert disk.max() == pytest.approx(1 / (np.pi * radius**2), rel=0.1)
+    gauss = stats.norm.pdf(np.arange(taps) - taps // 2, scale=alias_sigma)
+    soft = (x**2 + y**2 <= radius**2).astype(float)
+    for axis in (0, 1):
+        soft = ndimage.correlate1d(soft, gauss / gauss.sum(), axis, mode="mirror")
+    return soft / soft.sum()
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_defocus_spreads_a_point_over_its_disk(level: int) -> None:
-    radius, alias_sigma = ((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))[level - 1]
+def test_defocus_spreads_each_point_over_a_soft_disk(level: int) -> None:
+    kernel = disk(*((3, 0.1), (4, 0.5), (6, 0.5), (8, 0.5), (10, 0.5))[level - 1])
     image = grey(0, 41)
     image[20, 20] = (255, 0, 128)
     out = corrupt(image, "defocus_blur", level, seed=0)
-    disk = _disk(radius, alias_sigma)
-    margin = 20 - len(disk) // 2
-    assert np.abs(out[..., 0] - (np.pad(disk, margin) * 255 - 0.5)).max() < 0.51
+    spread = np.pad(kernel, 20 - len(kernel) // 2) * 255
+    assert np.abs(out[..., 0] - (spread - 0.5)).max() < 0.51  # truncated
     assert not out[..., 1].any() and (out[..., 2] <= out[..., 0]).all()
+    photo = scenes(1)[0]
+    wanted = ndimage.correlate(photo.astype(float), kernel[..., None], mode="mirror")
+    assert np.abs(corrupt(photo, "defocus_blur", level, seed=0) - (wanted - 0.5)).max() < 0.51
 
 
 # --- spatter ---
@@ -252,7 +249,8 @@ def test_jpeg_takes_images_longer_than_jpegs_can_be(turn: bool) -> None:
     long = np.resize(scenes(1)[0], (70_000, 8, 3))
     long = long.transpose(1, 0, 2) if turn else long
     out = corrupt(long, "jpeg_compression", 1, seed=0)
-    start = corrupt(long[:_JPEG_SIDE, :_JPEG_SIDE], "jpeg_compression", 1, seed=0)
+    # The longest side of whole blocks that JPEG, with its limit of 65,500 pixels, can have.
+    start = corrupt(long[:65_488, :65_488], "jpeg_compression", 1, seed=0)
     assert out.shape == long.shape
     assert np.array_equal(out[: start.shape[0], : start.shape[1]], start)
 

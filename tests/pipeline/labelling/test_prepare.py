@@ -136,7 +136,7 @@ def test_other_words_go_through_the_clip_of_the_record(folder: Path, own_cache: 
 @pytest.mark.parametrize(
     ("changes", "code", "said"),
     [
-        ({"text": {"fingerprint": "0" * 64}}, "weights_differ", "000000000000"),
+        ({"text": {"fingerprint": "0" * 64}}, "weights_do_not_fit", "000000000000"),
         ({"text": {"pretrained": "/nowhere/x.safetensors"}}, "weights_missing", "Other classes than"),
         ({"config": {"learned_background": True}}, "classes_differ", "has learned what background is"),
     ],
@@ -187,7 +187,7 @@ def test_a_folder_without_a_student_is_not_taken_for_the_name_of_a_clip(tmp_path
     for model in (str(tmp_path), "memory://nothing/here"):
         with pytest.raises(MaskMillError) as caught:
             prepare_labeller(LabelRecipe(name="x", model=model, pretrained=None), TOYWORLD)
-        assert caught.value.code == "model_missing"
+        assert caught.value.code == "model_unknown"
 
 
 def test_names_of_clips_still_make_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

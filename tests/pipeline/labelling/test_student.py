@@ -94,4 +94,4 @@ def test_a_student_replaced_since_is_refused(folder: Path) -> None:
     labeller(folder, fingerprint=read_student_record(folder).fingerprint)
     with pytest.raises(MaskMillError) as caught:
         labeller(folder, fingerprint="0" * 64)
-    assert caught.value.code == "weights_differ"
+    assert caught.value.code == "weights_do_not_fit"

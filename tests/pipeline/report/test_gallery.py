@@ -86,7 +86,7 @@ def make_table(folder: Path, *, count: int = 8, model: str = "toyclip", pretrain
     )
     record = {
         "schema_version": 1,
-        "ontology": ontology.to_dict() | {"hash": ontology.hash, "names": list(ontology.names)},
+        "ontology": ontology.to_record(),
         "recipe": {"name": "toy", "hash": "0"},
         "weights": {"model": model, "pretrained": pretrained, "fingerprint": "0"},
         "versions": {},
@@ -264,9 +264,9 @@ def test_wrong_use(tmp_path: Path, table: Path) -> None:
 
 
 def test_large_images_become_thumbnails() -> None:
-    assert gallery._fit((3000, 4000), 480) == (360, 480)
-    assert gallery._fit((30, 40), 480) == (30, 40)
-    assert gallery._fit((1, 10_000), 480) == (1, 480)
+    assert gallery.thumbnail_size((3000, 4000), 480) == (360, 480)
+    assert gallery.thumbnail_size((30, 40), 480) == (30, 40)
+    assert gallery.thumbnail_size((1, 10_000), 480) == (1, 480)
 
 
 # --- in a browser ---

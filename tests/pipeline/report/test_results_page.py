@@ -372,8 +372,8 @@ def test_every_number_of_an_evaluation_is_on_the_page(tmp_path: Path) -> None:
             *("–" if v is None else f"{100 * v:.1f}" for v in figures),
             f"{entry['pixels']:,}",
         ]
-    assert "Failed, and not in the numbers: 2 images." in words
-    assert "Without a prediction, and not in the numbers: 1 image." in words
+    assert "Failed and left out: 2 images." in words
+    assert "Without a prediction and left out: 1 image." in words
     absent = (
         "1 of 21 classes occur neither in the truth nor in the prediction and are left out of the means: "
     )
@@ -445,8 +445,10 @@ def test_published_figures_of_another_protocol_stand_apart(tmp_path: Path) -> No
     record = make_evaluation()
     outline = report(tmp_path, record)
     words = squeeze(outline.words)
-    beside, apart = words.split("Measured by another protocol: not comparable with the numbers on this page")
-    beside = beside.partition("Beside published numbers")[2]
+    beside, apart = words.split(
+        "Measured under another protocol: not comparable with the numbers on this page"
+    )
+    beside = beside.partition("Compared with published figures")[2]
     ours = record["metrics"]["miou"]
     assert f"MaskCLIP Zhou et al. 2022, Table 2 49.5 ours {difference(ours - 0.495)}" in beside
     assert "43.4" not in beside
@@ -684,7 +686,7 @@ def test_lines_of_other_people_are_neither_measured_nor_missing(tmp_path: Path) 
     record["sections"] = [record["sections"][0] | {"rows": others}]
     outline = report(tmp_path, record)
     assert outline.row("SPNet")[1:3] == ["–", "30.0"]
-    assert "What is missing" not in outline.words and "lines measured 0 of 0" in squeeze(outline.words)
+    assert "What is missing" not in outline.words and "rows measured 0 of 0" in squeeze(outline.words)
 
 
 def test_a_section_with_no_point_of_its_curves_is_a_table(tmp_path: Path) -> None:
@@ -701,7 +703,7 @@ def test_a_section_with_no_point_of_its_curves_is_a_table(tmp_path: Path) -> Non
 
 def test_an_empty_benchmark_still_makes_a_page(tmp_path: Path) -> None:
     words = squeeze(report(tmp_path, make_benchmark(sections=[], claims=[], seconds=None)).words)
-    assert "lines measured 0 of 0" in words
+    assert "rows measured 0 of 0" in words
 
 
 # --- several results ---

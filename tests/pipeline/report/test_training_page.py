@@ -164,8 +164,8 @@ def _clipseg(**fields: Any) -> ClipSegRecord:
         (LEFT, np.where(LEFT, 0.9, 0.1), 1.0, "text; IoU 100.0 %"),
         (LEFT, np.where(LEFT, 0.4, 0.31), 1.0, "text; IoU 50.0 %"),  # the usual threshold is 0.3
         (LEFT, np.full(LEFT.shape, 0.29), 0.25, "text 25%, example; IoU 0.0 %"),
-        (NOWHERE, np.full(LEFT.shape, 0.2), 0.0, "text 0%, example; not there, and rightly nothing found"),
-        (NOWHERE, np.full(LEFT.shape, 0.9), 1.0, "text; not there, and found all the same"),
+        (NOWHERE, np.full(LEFT.shape, 0.2), 0.0, "text 0%, example; not in the image: rightly not found"),
+        (NOWHERE, np.full(LEFT.shape, 0.9), 1.0, "text; not in the image: a false alarm"),
     ],
 )  # fmt: skip
 def test_captions(there: np.ndarray, probability: np.ndarray, share: float, caption: str) -> None:
@@ -178,7 +178,7 @@ def test_captions(there: np.ndarray, probability: np.ndarray, share: float, capt
     [
         (LEFT, np.ones(LEFT.shape), "text; IoU 80.0 %", 0.8),
         (LEFT, np.where(LEFT, 0.9, 0.1), "text; IoU 100.0 %", 0.8),
-        (NOWHERE, np.where(COLUMNS < 10, 0.1, 0.9), "text; not there, and rightly nothing found", 0.0),
+        (NOWHERE, np.where(COLUMNS < 10, 0.1, 0.9), "text; not in the image: rightly not found", 0.0),
     ],
 )
 def test_what_nobody_knows_counts_neither_way(

@@ -44,7 +44,7 @@ def test_other_places_stay(uri: str, expected: str, monkeypatch: pytest.MonkeyPa
 def test_what_mlflow_does_not_write_to_is_refused(uri: str) -> None:
     with pytest.raises(MaskMillError) as caught:
         resolve_uri(uri)
-    assert caught.value.code == "tracking_uri"
+    assert caught.value.code == "wrong_use"
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import unicodedata
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlflow.utils.validation import _validate_metric_name, _validate_param
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
 
+from pipeline.ontology.ontology import parse_classes
+from pipeline.table.record import TableRecord
 from pipeline.tracking.names import flatten, key_part, key_parts, record_params
 
 NAMES = st.text(max_size=300) | st.sampled_from(
@@ -13,12 +17,23 @@ NAMES = st.text(max_size=300) | st.sampled_from(
 )
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[MlflowClient, str]:
+    """A real store, which refuses names that MLflow does not take."""
+    client = MlflowClient(f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/runs.db")
+    return client, client.create_run(client.create_experiment("names")).info.run_id
+
+
+@settings(deadline=None)
 @given(st.lists(NAMES, max_size=8))
-def test_mlflow_takes_every_name_and_none_collide(texts: list[str]) -> None:
+def test_mlflow_takes_every_name_and_none_collide(run: tuple[MlflowClient, str], texts: list[str]) -> None:
     parts = key_parts(texts)
-    for part in parts:
-        _validate_metric_name(f"boundary_iou/{part}")
-        _validate_param(f"recipe.{part}", "x")
+    client, run_id = run
+    client.log_batch(
+        run_id,
+        metrics=[Metric(f"boundary_iou/{part}", 1.0, 0, 0) for part in parts],
+        params=[Param(f"recipe.{part}", "x") for part in parts],
+    )
     assert len({unicodedata.normalize("NFC", part).casefold() for part in parts}) == len(texts)
 
 
@@ -39,16 +54,19 @@ def test_flatten() -> None:
 
 
 def test_record_params_names_the_classes_and_both_hashes() -> None:
-    record = {
-        "recipe": {"head": "maskclip", "hash": "r1"},
-        "weights": {"fingerprint": "w1"},
-        "ontology": {"name": "pets", "hash": "o1", "names": ["cat", "dog"], "classes": [{"name": "cat"}]},
-    }
+    pets = parse_classes("cat, dog", background=None, name="pets")
+    recipe, weights = (
+        {"head": "maskclip", "hash": "r1"},
+        {"model": "m", "pretrained": None, "fingerprint": "w1"},
+    )
+    record = TableRecord(ontology=pets, recipe=recipe, weights=weights)
     assert flatten(record_params(record)) == {
         "recipe.head": "maskclip",
         "recipe.hash": "r1",
+        "weights.model": "m",
+        "weights.pretrained": "null",
         "weights.fingerprint": "w1",
         "ontology.name": "pets",
-        "ontology.hash": "o1",
+        "ontology.hash": pets.hash,
         "ontology.classes": '["cat", "dog"]',
     }

@@ -4,6 +4,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import onnx
@@ -11,11 +12,11 @@ import onnxruntime
 import pytest
 import torch
 
+from jobs.export import Export
 from models.errors import MaskMillError
 from models.student.deeplab import DeepLab
 from pipeline.ontology.ontology import parse_classes
-from pipeline.trained import export as student_export
-from pipeline.trained.export import OPSET, SMALLEST, to_onnx
+from pipeline.trained.export import EXPORTERS, OPSET, SMALLEST, to_onnx, write_checked
 from pipeline.trained.student import load_student, read_student_record
 from tests.pipeline.trained.test_student import toy_student
 
@@ -59,6 +60,10 @@ def test_onnx_gives_the_students_logits_at_any_size(folder: Path, onnx_file: Pat
         assert np.abs(logits - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
+def test_the_command_offers_every_format() -> None:
+    assert set(get_args(get_type_hints(Export)["format"])) == set(EXPORTERS)
+
+
 def test_onnx_says_what_it_is(folder: Path, onnx_file: Path) -> None:
     made = onnx.load(onnx_file)
     onnx.checker.check_model(made, full_check=True)
@@ -89,7 +94,7 @@ def test_a_program_that_differs_is_not_written(
         return lambda images: harm(model(torch.from_numpy(images)).numpy())
 
     with pytest.raises(MaskMillError) as caught:
-        student_export._export(folder, tmp_path / "student.onnx", ".onnx", False, write, load)
+        write_checked(folder, tmp_path / "student.onnx", "a format", ".onnx", False, write, load)
     assert caught.value.code == "export_failed" and not list(tmp_path.iterdir())
 
 
@@ -98,7 +103,7 @@ def test_what_the_exporter_raises_is_one_line(folder: Path, tmp_path: Path) -> N
         raise RuntimeError("no such operator\nmore\nand more")
 
     with pytest.raises(MaskMillError) as caught:
-        student_export._export(folder, tmp_path / "a.onnx", ".onnx", False, write, lambda _: np.copy)
+        write_checked(folder, tmp_path / "a.onnx", "a format", ".onnx", False, write, lambda _: np.copy)
     assert caught.value.code == "export_failed" and not list(tmp_path.iterdir())
     assert "RuntimeError: no such operator." in caught.value.message
 

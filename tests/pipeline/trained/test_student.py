@@ -21,11 +21,11 @@ from pipeline.files.images import ImageSettings
 from pipeline.files.storage import Storage
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.toyworld.scenes import generate
+from pipeline.trained.record import read_trained_weights
 from pipeline.trained.student import (
     is_student,
     load_student,
     read_student_record,
-    read_student_weights,
     write_student_folder,
 )
 
@@ -179,9 +179,9 @@ def _flip_a_bit(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "code", "said"),
     [
-        (lambda folder: (folder / "student.json").unlink(), "model_missing", "there is no student.json"),
-        (shutil.rmtree, "model_missing", "there is no student.json"),
-        (_edit(kind="table"), "model_missing", "no student is described by its student.json"),
+        (lambda folder: (folder / "student.json").unlink(), "model_unknown", "there is no student.json"),
+        (shutil.rmtree, "model_unknown", "there is no student.json"),
+        (_edit(kind="table"), "model_unknown", "no student is described by its student.json"),
         (_edit(schema_version=3), "newer_version", "newer MaskMill"),
         (_edit(labelling=None), "model_damaged", "labelling: Field required"),
         (_edit(labelling={"scale": [1]}), "model_damaged", "incomplete"),
@@ -233,5 +233,5 @@ def test_a_kill_between_the_two_files_is_noticed(copied: Path, monkeypatch: pyte
     with pytest.raises(Killed):
         write_student_folder(copied, model, overwrite=True, **fields)
     with pytest.raises(MaskMillError) as caught:
-        read_student_weights(read_student_record(copied))
+        read_trained_weights(read_student_record(copied))
     assert caught.value.code == "model_damaged"

@@ -37,6 +37,7 @@ from pipeline.evaluation.prompts.protocols import (
     score,
 )
 from pipeline.evaluation.published import load_published
+from pipeline.evaluation.results import Row, Section
 from pipeline.metrics.foreground import (
     CLIPSEG,
     STANDARD,
@@ -124,21 +125,20 @@ def request(folder: Path, console: Console | None = None, **fields: Any) -> Requ
     return Request(folder=folder, console=console or Console(file=io.StringIO()), **fields)
 
 
-def run(name: str, wanted: Request) -> dict[str, dict[str, Any]]:
+def run(name: str, wanted: Request) -> dict[str, Section]:
     """Sections by name, as they are after a journey through JSON."""
-    sections = list(TABLES[name][1](wanted))
-    text = json.dumps(sections, allow_nan=False)
-    return {section["name"]: section for section in json.loads(text)}
+    made = [Section.model_validate_json(section.model_dump_json()) for section in TABLES[name][1](wanted)]
+    return {section.name: section for section in made}
 
 
-def rows_of(section: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    found = {line["name"]: line for line in section["rows"]}
-    assert len(found) == len(section["rows"])
+def rows_of(section: Section) -> dict[str, Row]:
+    found = {line.name: line for line in section.rows}
+    assert len(found) == len(section.rows)
     return found
 
 
-def means(line: dict[str, Any]) -> dict[str, float]:
-    return {metric: value["mean"] for metric, value in line["values"].items()}
+def means(line: Row) -> dict[str, float | None]:
+    return {metric: value.mean for metric, value in line.values.items()}
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -151,16 +151,16 @@ def test_rows_that_cannot_be_measured_say_what_they_need(name: str, tmp_path: Pa
     )
     quoted = 0
     for section in sections.values():
-        assert section["title"] and section["metrics"][0] in ("miou", "miou_seen")
-        for line in section["rows"]:
-            assert line["values"] == {}
-            quoted += len(line["published"])
-            ours = line["name"].startswith(("CLIPSeg", "CLIP-Deconv", "ViTSeg"))
-            if ours and "re-run" not in line["name"]:
-                assert f"--root {root}=DIR" in line["missing"]
-                assert f"--weights '{line['name']}=PATH'" in line["missing"]
+        assert section.title and section.metrics[0] in ("miou", "miou_seen")
+        for line in section.rows:
+            assert line.values == {}
+            quoted += len(line.published)
+            ours = line.name.startswith(("CLIPSeg", "CLIP-Deconv", "ViTSeg"))
+            if ours and "re-run" not in line.name:
+                assert f"--root {root}=DIR" in line.missing
+                assert f"--weights '{line.name}=PATH'" in line.missing
             else:
-                assert line["missing"] is None and line["published"]
+                assert line.missing is None and line.published
     assert quoted == sum(1 for _ in published.figures())
     assert not list(tmp_path.iterdir())
 
@@ -193,8 +193,8 @@ def test_referring(phrasecut_root: str, small: Any, decoders: Any, tmp_path: Pat
     sections = run("clipseg-referring", wanted)
     section = sections["phrasecut"]
     rows = rows_of(section)
-    assert section["metrics"] == ["miou", "iou_fg", "ap", "miou_standard", "iou_fg_standard", "ap_standard"]
-    assert "Random weights" in section["note"] and "352" in section["note"]
+    assert section.metrics == ("miou", "iou_fg", "ap", "miou_standard", "iou_fg_standard", "ap_standard")
+    assert "Random weights" in section.note and "352" in section.note
     assert "phrasecut CLIPSeg (PC+)" in said.getvalue()
 
     # From the logits of one prompt at a time, at the paper's threshold.
@@ -217,11 +217,11 @@ def test_referring(phrasecut_root: str, small: Any, decoders: Any, tmp_path: Pat
     }
     found = means(rows["CLIPSeg (PC+)"])
     assert found == pytest.approx(expected, abs=3e-4)
-    assert rows["CLIPSeg (PC+)"]["published"] == {"miou": 0.434, "iou_fg": 0.547, "ap": 0.767}
-    assert rows["CLIPSeg (PC+)"]["missing"] is None
-    assert rows["CLIPSeg (PC)"]["missing"].startswith("needs its weights: --weights 'CLIPSeg (PC)=PATH'")
-    assert rows["ViTSeg (PC)"]["missing"].startswith("weights_missing: There is no")
-    assert rows["MDETR"]["published"] == {"miou": 0.537}
+    assert rows["CLIPSeg (PC+)"].published == {"miou": 0.434, "iou_fg": 0.547, "ap": 0.767}
+    assert rows["CLIPSeg (PC+)"].missing is None
+    assert rows["CLIPSeg (PC)"].missing.startswith("needs its weights: --weights 'CLIPSeg (PC)=PATH'")
+    assert rows["ViTSeg (PC)"].missing.startswith("weights_missing: There is no")
+    assert rows["MDETR"].published == {"miou": 0.537}
 
     # The same apart: all phrases have two words and are texts, so there is nothing to show of that.
     assert list(sections) == ["phrasecut", "phrasecut-object-size", "phrasecut-phrase"]
@@ -234,18 +234,18 @@ def test_referring(phrasecut_root: str, small: Any, decoders: Any, tmp_path: Pat
         groups["phrase"].setdefault(says, []).append(number)
     for breakdown, members in groups.items():
         part = sections[f"phrasecut-{breakdown}"]
-        assert part["metrics"] == ["iou_fg", "ap"] and part["chart"] == "bars"
-        assert len(part["rows"]) == len(members) > 1
+        assert part.metrics == ("iou_fg", "ap") and part.chart == "bars"
+        assert len(part.rows) == len(members) > 1
         for group, numbers in members.items():
             tp, fp, fn, _ = np.array(samples)[numbers, at].sum(0)
             of_group = ForegroundStatistics(np.arange(len(numbers)), np.array(samples)[numbers])
             line = rows_of(part)[f"CLIPSeg (PC+), {group}"]
-            assert line["series"] == "CLIPSeg (PC+)"
+            assert line.series == "CLIPSeg (PC+)"
             assert means(line) == pytest.approx(
                 {"iou_fg": tp / (1 + tp + fp + fn), "ap": average_precision(of_group, CLIPSEG)}, abs=1e-3
             )
-            assert f"{group}: {len(numbers)}" in part["note"]
-        assert [line["x"] for line in part["rows"]] == list(range(len(members)))
+            assert f"{group}: {len(numbers)}" in part.note
+        assert [line.x for line in part.rows] == list(range(len(members)))
 
 
 def test_image_sizes(phrasecut_root: str, small: Any, decoders: Any, tmp_path: Path) -> None:
@@ -258,16 +258,16 @@ def test_image_sizes(phrasecut_root: str, small: Any, decoders: Any, tmp_path: P
         image_sizes=[96, 352],
     )
     section = run("clipseg-referring", wanted)["phrasecut-image-size"]
-    assert section["chart"] == "lines" and section["metrics"] == ["miou", "iou_fg", "ap"]
-    assert [(line["series"], line["x"]) for line in section["rows"]] == [
+    assert section.chart == "lines" and section.metrics == ("miou", "iou_fg", "ap")
+    assert [(line.series, line.x) for line in section.rows] == [
         ("CLIPSeg (PC+)", 96), ("CLIPSeg (PC+)", 352),
     ]  # fmt: skip
     dataset = open_phrasecut(phrasecut_root)
-    for line in section["rows"]:
-        statistics = score(tiny_clipseg(), phrase_queries(dataset, limit=2, side=int(line["x"])))
+    for line in section.rows:
+        statistics = score(tiny_clipseg(), phrase_queries(dataset, limit=2, side=int(line.x)))
         expected = summarise(statistics, CLIPSEG, threshold=0.3)
-        assert means(line) == pytest.approx({metric: expected[metric] for metric in section["metrics"]})
-    first, second = map(means, section["rows"])
+        assert means(line) == pytest.approx({metric: expected[metric] for metric in section.metrics})
+    first, second = map(means, section.rows)
     assert first != second
     files = sorted(path.name for path in (tmp_path / "rows").iterdir())
     assert files == ["phrasecut-clipseg-pc-plus-at-96-pixels.json", "phrasecut-clipseg-pc-plus.json"]
@@ -335,14 +335,12 @@ def test_generalised_prompts(small: Any, decoders: Any, tmp_path: Path) -> None:
         found = means(line)
         # The paper's table says mIoU and means the foreground IoU.
         assert (found["miou"], found["ap"]) == pytest.approx((best["iou_fg"], best["ap"]), abs=1e-3)
-        assert line["published"].keys() == {"miou", "ap"}
-        assert "On val2017 with 7 classes, not on LVIS." in sections[name]["note"]
-    assert (
-        "Classes of 'ride on' that the data lack: pony, motorcycle." in sections["lvis-affordances"]["note"]
-    )
+        assert line.published.keys() == {"miou", "ap"}
+        assert "On val2017 with 7 classes, not on LVIS." in sections[name].note
+    assert "Classes of 'ride on' that the data lack: pony, motorcycle." in sections["lvis-affordances"].note
     by_prompt = rows_of(sections["lvis-affordances-prompt-text"])
     assert [name.partition(", ")[2] for name in by_prompt] == ["drink from", "ride on", "sit on"]
-    missing = rows_of(sections["lvis-attributes"])["CLIPSeg (PC+)"]["missing"]
+    missing = rows_of(sections["lvis-attributes"])["CLIPSeg (PC+)"].missing
     assert missing.startswith("dataset_invalid: No image of coco-json (val2017) shows what 'can fly'")
 
 
@@ -418,7 +416,7 @@ def test_only_rows_and_datasets_asked_for(phrasecut_root: str, small: Any, tmp_p
     wanted = request(tmp_path, rows=["D = 16"], datasets=["phrasecut/visual"], settings=small)
     sections = run("clipseg-ablation", wanted)
     assert list(sections) == ["phrasecut-visual"]
-    missing = {name: line["missing"] for name, line in rows_of(sections["phrasecut-visual"]).items()}
+    missing = {name: line.missing for name, line in rows_of(sections["phrasecut-visual"]).items()}
     assert "--root phrasecut" in missing.pop("CLIPSeg (PC+), D = 16")
     assert set(missing.values()) == {"not asked for"}
 
@@ -444,8 +442,8 @@ def test_ablation(phrasecut_root: str, small: Any, decoders: Any, tmp_path: Path
     assert means(visual[names[0]])["ap"] != means(visual[names[1]])["ap"]
     text = rows_of(sections["phrasecut"])
     assert means(text[names[0]]) == means(text[names[1]])
-    assert text[names[0]]["published"] == {"miou": 0.436, "ap": 0.767}
-    assert visual[names[0]]["published"] == {"miou": 0.254, "ap": 0.556}
+    assert text[names[0]].published == {"miou": 0.436, "ap": 0.767}
+    assert visual[names[0]].published == {"miou": 0.254, "ap": 0.556}
 
 
 @pytest.mark.parametrize(
@@ -466,7 +464,7 @@ def test_pascal_has_a_model_for_each_fold(
     )
     sections = run(name, wanted)
     section = sections["pascal5i" if style else "pascal5i-text"]
-    assert len(sections["pascal5i-class" if style else "pascal5i-text-class"]["rows"]) == 4
+    assert len(sections["pascal5i-class" if style else "pascal5i-text-class"].rows) == 4
     assert ("pascal5i-prompt" in sections) == (style is not None)
     dataset = open_voc(voc_root)
     areas, names = class_areas(dataset), [sample.name for sample in dataset.samples]
@@ -480,9 +478,9 @@ def test_pascal_has_a_model_for_each_fold(
     for metric in ("miou", "iou_bin", "ap"):
         assert found[metric] == pytest.approx(np.mean([fold[metric] for fold in folds]), rel=1e-6)
     assert len({fold["miou"] for fold in folds}) == 4
-    assert "8 of the benchmark's 1,449 images" in section["note"]
-    assert "2 episodes of each fold" in section["note"] and "one model" not in section["note"]
-    lacking = rows_of(section)["CLIP-Deconv (PC+)"]["missing"]
+    assert "8 of the benchmark's 1,449 images" in section.note
+    assert "2 episodes of each fold" in section.note and "one model" not in section.note
+    lacking = rows_of(section)["CLIP-Deconv (PC+)"].missing
     assert lacking.endswith("with {fold} in PATH for the model of each fold")
 
 
@@ -518,9 +516,9 @@ def test_one_shot_coco(small: Any, decoders: Any, tmp_path: Path) -> None:
         statistics = score(tiny_clipseg(), coco_queries(dataset, episodes))
         folds.append(summarise(statistics, CLIPSEG, threshold=0.1)["miou"])
     assert means(rows_of(section)["CLIPSeg (COCO)"])["miou"] == pytest.approx(np.mean(folds), rel=1e-6)
-    assert "one model throughout" in section["note"] and "2 episodes" in section["note"]
-    assert "val2014" not in section["note"]
-    lacking = rows_of(run("clipseg-one-shot-coco", request(tmp_path))["coco20i"])["CLIPSeg (COCO)"]["missing"]
+    assert "one model throughout" in section.note and "2 episodes" in section.note
+    assert "val2014" not in section.note
+    lacking = rows_of(run("clipseg-one-shot-coco", request(tmp_path))["coco20i"])["CLIPSeg (COCO)"].missing
     assert "--root cocoobject81=DIR (split val2014; another as DIR#SPLIT)" in lacking
 
     # Another split is measured on request, and said to be another.
@@ -531,8 +529,8 @@ def test_one_shot_coco(small: Any, decoders: Any, tmp_path: Path) -> None:
         wanted, folder=tmp_path / "other", roots={"cocoobject81": f"{root}#val2017"}, limit=1
     )
     section = run("clipseg-one-shot-coco", other)["coco20i"]
-    assert rows_of(section)["CLIPSeg (COCO)"]["values"]
-    assert "Measured on val2017, not on val2014" in section["note"]
+    assert rows_of(section)["CLIPSeg (COCO)"].values
+    assert "Measured on val2017, not on val2014" in section.note
 
 
 def test_zero_shot_reports_both_orders(voc_root: str, tmp_path: Path) -> None:
@@ -576,7 +574,7 @@ def test_zero_shot_reports_both_orders(voc_root: str, tmp_path: Path) -> None:
         assert means(released)["miou_seen"] == pytest.approx(theirs_seen)
         assert means(released)["miou_unseen"] == pytest.approx(theirs_unseen)
         for line, order in ((plain, 1), (exchanged, -1), (released, 1)):
-            pair = (line["published"]["miou_seen"], line["published"]["miou_unseen"])
+            pair = (line.published["miou_seen"], line.published["miou_unseen"])
             assert pair == published[count][::order]
         assert means(plain)["miou"] == pytest.approx(iou.mean())
         by_class = rows_of(sections[f"voc21-unseen{count}-class"])
@@ -584,7 +582,7 @@ def test_zero_shot_reports_both_orders(voc_root: str, tmp_path: Path) -> None:
         for number, expected in ((0, "background"), (10, "cow (unseen)")):
             found = means(by_class[f"CLIPSeg (PC+), {expected}"])["iou"]
             assert (found or 0) == pytest.approx(iou[number])
-        assert "may be exchanged" in sections[f"voc21-unseen{count}"]["note"]
+        assert "may be exchanged" in sections[f"voc21-unseen{count}"].note
     assert "CaGNet" in rows_of(sections["voc21-unseen4"])
     assert "CaGNet" not in rows_of(sections["voc21-unseen10"])
 
@@ -619,7 +617,7 @@ def test_rows_whose_weights_do_not_fit(
     )
     rows = rows_of(run("clipseg-ablation", wanted)["phrasecut-visual"])
     for name, (_, code) in names.items():
-        assert rows[name]["missing"].startswith(f"{code}: ") and not rows[name]["values"]
+        assert rows[name].missing.startswith(f"{code}: ") and not rows[name].values
 
 
 def test_clip_deconv_and_a_folder_with_its_own_clip(phrasecut_root: str, small: Any, tmp_path: Path) -> None:
@@ -678,8 +676,8 @@ def test_the_released_decoder_on_real_images(name: str, tmp_path: Path) -> None:
         if place not in ("voc21-unseen10", "voc21-unseen4", "pascal5i"):
             continue
         line = rows_of(section)["CLIPSeg (PC+)"]
-        assert line["missing"] is None
+        assert line.missing is None
         figures = means(line)
         assert all(0 <= value <= 1 for value in figures.values())
         assert 0 < figures["miou"] < 1
-        assert "321 of the benchmark's 1,449 images" in section["note"]
+        assert "321 of the benchmark's 1,449 images" in section.note

@@ -72,8 +72,8 @@ def test_a_condition_gives_the_figure_of_the_model(condition, corruption, option
 @pytest.mark.slow
 def test_a_section_compares_rows_on_the_same_scenes_and_measures_each_once(bench: Bench) -> None:
     section, claims = refinement(bench)
-    assert len(section["rows"]) == 10 and len(claims) == 3
-    assert all(len(line["values"]["miou"]["runs"]) == len(SEEDS) for line in section["rows"])
+    assert len(section.rows) == 10 and len(claims) == 3
+    assert all(len(line.values["miou"].runs) == len(SEEDS) for line in section.rows)
     done = bench.done
     again, _ = refinement(bench)
     assert again == section and bench.done == done
@@ -81,10 +81,10 @@ def test_a_section_compares_rows_on_the_same_scenes_and_measures_each_once(bench
 
 def test_words_outside_the_classes_are_scored(bench: Bench) -> None:
     section, claims = vocabulary(bench)
-    figures = {line["name"]: line["values"]["auc"]["mean"] for line in section["rows"]}
+    figures = {line.name: line.values["auc"].mean for line in section.rows}
     assert figures["something wavy"] > 0.8  # water has the best pattern word
     assert "a yellow spotted thing" in figures
-    assert claims[0]["detail"] and "AUC" in claims[0]["detail"]
+    assert claims[0].detail and "AUC" in claims[0].detail
 
 
 def test_conditions_differ_by_what_is_measured_not_by_their_name() -> None:

@@ -86,7 +86,7 @@ def test_answers_that_are_right(source: ToySource) -> None:
 @pytest.mark.slow
 def test_a_phrase_that_finds_nothing_and_one_that_always_finds(source: ToySource) -> None:
     answers = ask(Knowing(source, silent=["grass"]), source, seed=0)  # type: ignore[arg-type]
-    names = toy_prompts._only(answers.present["text"], KINDS.index("names"))
+    names = answers.present["text"].of_class(KINDS.index("names"))
     grass = [pair for pair, phrase in enumerate(source.pairs.phrase)
              if source.pairs.phrases[phrase] == ("grass",)]  # fmt: skip
     lost = sum(int((source.read(pair).mask == OBJECT).sum()) for pair in grass)
@@ -112,7 +112,8 @@ def test_a_tower_learns_which_classes_are_there(tmp_path: Path) -> None:
     console = Console(record=True, width=160)
     path = tmp_path / "new" / "tower.safetensors"
     toy_tower.train_tower(path, console, CLASSES, scenes=192, steps=30, held_out=60)
-    assert float(console.export_text().split("AUC on new scenes:")[1].split()[0]) > 0.6
+    # Chance is 0.5. Six seeds, 1 and 2 threads: 0.65 to 0.70.
+    assert float(console.export_text().split("AUC on new scenes:")[1].split()[0]) > 0.55
     written = path.read_bytes()
     toy_tower.train_tower(path, console, CLASSES, scenes=192, steps=30, held_out=60)
     assert path.read_bytes() == written and not console.export_text()
@@ -140,22 +141,22 @@ def test_rows_and_claims(tmp_path: Path) -> None:
     # Each takes a while to start.
     variants = (toy_prompts.CLIPSEG, toy_prompts.VITSEG, toy_prompts.GUESSED)
     sections, claims = prompts((11,), 3, tmp_path, console, variants=variants, **small)
-    assert [section["name"] for section in sections] == ["clipseg", "clipseg-phrases", "clipseg-labels"]
+    assert [section.name for section in sections] == ["clipseg", "clipseg-phrases", "clipseg-labels"]
     for section in sections:
-        for line in section["rows"]:
-            for metric in section["metrics"]:
-                runs = line["values"][metric]["runs"]
+        for line in section.rows:
+            for metric in section.metrics:
+                runs = line.values[metric].runs
                 assert len(runs) <= 1 and all(0 <= value <= 1 for value in runs)
-                assert runs or section["name"] == "clipseg-phrases"  # three scenes have not all kinds
-    rows = {line["name"]: line["values"] for line in sections[0]["rows"]}
+                assert runs or section.name == "clipseg-phrases"  # three scenes have not all kinds
+    rows = {line.name: line.values for line in sections[0].rows}
     for values in rows.values():
-        assert all(len(values[metric]["runs"]) == 1 for metric in sections[0]["metrics"])
+        assert all(len(values[metric].runs) == 1 for metric in sections[0].metrics)
     assert len(rows) == 2 and rows["CLIPSeg"] != rows["ViTSeg"]
-    teacher = {line["name"]: line["values"] for line in sections[2]["rows"]}["MaskCLIP (the teacher)"]
-    assert teacher["miou_seen"]["mean"] > 0.3  # the bundled CLIP, which is not trained here
+    teacher = {line.name: line.values for line in sections[2].rows}["MaskCLIP (the teacher)"]
+    assert teacher["miou_seen"].mean > 0.3  # the bundled CLIP, which is not trained here
     sources = [
         read_clipseg_record(tmp_path / "seed-11" / variant.name).data["source"] for variant in variants
     ]
     truth = "toyworld seed-2011"
     assert sources == [truth, truth, f"{truth} and label table"]
-    assert len(claims) == 7 and all(entry["shows"] is None for entry in claims)  # one seed tells nothing
+    assert len(claims) == 7 and all(entry.shows is None for entry in claims)  # one seed tells nothing

@@ -32,8 +32,8 @@ def test_rows_and_claims_of_two_seeds(tmp_path: Path) -> None:
     ]  # fmt: skip
     small = {"unlabelled": 8, "settings": quick, "forms": {"annotation-free": "toy"}}
     sections, claims = students((11, 12), 2, tmp_path, console, **small)  # type: ignore[arg-type]
-    assert [section["name"] for section in sections] == ["maskclip-plus"]
-    rows = {line["name"]: line["values"]["miou"]["runs"] for line in sections[0]["rows"]}
+    assert [section.name for section in sections] == ["maskclip-plus"]
+    rows = {line.name: line.values["miou"].runs for line in sections[0].rows}
     assert set(rows) == {"teacher", "student, guided phase", "student"}
     assert all(len(runs) == 2 and all(0 <= value <= 1 for value in runs) for runs in rows.values())
-    assert claims[0]["shows"] is False  # six steps teach nothing
+    assert claims[0].shows is False  # six steps teach nothing

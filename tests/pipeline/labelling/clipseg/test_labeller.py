@@ -361,7 +361,7 @@ def test_weights_are_checked_before_anything_is_embedded(weights: Path, model: C
         prepare_labeller(recipe(weights), load_ontology("toyworld"), check_weights=other)
     assert caught.value.code == "output_differs"
     assert refused(weights.with_name("none.pth")) == "weights_missing"
-    assert refused(weights, ClipSegOptions(clip="toyclip:random:3")) == "weights_differ"
+    assert refused(weights, ClipSegOptions(clip="toyclip:random:3")) == "weights_do_not_fit"
 
 
 def test_labellers_that_read_names_only_refuse_examples(pictures: Path) -> None:
@@ -384,7 +384,7 @@ def test_a_changed_example_is_found(model: ClipSeg, pictures: Path, tmp_path: Pa
     (tmp_path / "0.png").write_bytes((pictures / "1.png").read_bytes())
     with pytest.raises(MaskMillError) as caught:
         class_conditionals(model, ontology, 0, OPTIONS)
-    assert caught.value.code == "example_unreadable"
+    assert caught.value.code == "image_invalid"
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_a_changed_example_is_found(model: ClipSeg, pictures: Path, tmp_path: Pa
     [
         (Image.new("L", (96, 95), 255), "mask_invalid"),
         (Image.new("L", (96, 96), 0), "mask_invalid"),
-        (None, "example_unreadable"),
+        (None, "image_invalid"),
     ],
 )
 def test_wrong_masks(pictures: Path, tmp_path: Path, mask: Image.Image | None, code: str) -> None:

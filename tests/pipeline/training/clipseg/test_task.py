@@ -176,15 +176,16 @@ def test_a_few_updates_fit_one_batch(settings: PromptModel) -> None:
     batch["weight"][:] = 1
     trained = [p for p in module.parameters() if p.requires_grad]
     fixed = [p.clone() for p in module.parameters() if not p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    rate, steps = (1e-2, 10) if settings.kind == "vitseg" else (3e-3, 30)  # a step of ViTSeg is slow
+    optimizer = torch.optim.AdamW(trained, lr=rate)
     losses = []
-    for step in range(1, 11):
+    for step in range(1, steps + 1):
         loss, _ = task.loss(module, batch, step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]  # six seeds, 1 and 2 threads: 0.00 to 0.47, of ViTSeg 0.58 to 0.61
     assert all(
         torch.equal(p, q)
         for p, q in zip((p for p in module.parameters() if not p.requires_grad), fixed, strict=True)

@@ -200,7 +200,7 @@ def test_other_settings_are_refused_and_named(store: CheckpointStore) -> None:
         store.claim({"iterations": 10, "learning_rate": 0.1, "teacher": "x"})
     assert caught.value.code == "output_differs"
     assert "iterations: 9 there, 10 here" in caught.value.message
-    assert "teacher: None there, 'x' here" in caught.value.message
+    assert "teacher: null there, x here" in caught.value.message
     assert "learning_rate" not in caught.value.message
 
 

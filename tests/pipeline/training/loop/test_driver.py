@@ -126,11 +126,11 @@ class Classify:
         if word == "stop me":
             os.kill(os.getpid(), signal.SIGTERM)
         if word == "node goes":
-            # This is what Ray's watcher does in each worker when a node drains.
-            from ray.train.v2._internal.execution.context import get_train_context
-            from ray.train.v2.api.preemption import PreemptionInfo
+            # What a worker is told when a node drains. The only node here cannot: it is the driver's as well.
+            import ray.train
 
-            get_train_context().preemption_context.preemption_info = PreemptionInfo(None, {"x": [1]})
+            notice = ray.train.PreemptionInfo(None, {"x": [1]})
+            ray.train.get_preemption_info = lambda: notice
 
     def after_step(self, step: int) -> None:
         self.steps += 1
@@ -251,7 +251,7 @@ def test_in_process(whole: Run) -> None:
     assert whole.outcome.finished and whole.outcome.step == 12 and whole.outcome.resumed == 0
     assert whole.outcome.checkpoint.endswith("checkpoints/step-0000012")
     assert whole.reported == whole.lines and whole.notices == []
-    assert whole.losses[-1] < 0.7 * whole.losses[0]
+    assert whole.losses[-1] < 0.5 * whole.losses[0]  # six seeds, 1 and 2 threads: at most 0.001
     assert whole.task == {"steps": 12}
     settings = LoopSettings(**BASE)
     for line in whole.lines:

@@ -26,6 +26,7 @@ from models.errors import MaskMillError
 from pipeline.files.storage import open_storage
 from pipeline.ontology.ontology import load_ontology
 from pipeline.table.labels import LABEL_SCHEMA, ok_row
+from pipeline.table.record import TableRecord, write_table_record
 from pipeline.toyworld import scenes as toyworld
 from pipeline.training.loop import ingest
 from pipeline.training.loop.protocols import Sample
@@ -113,7 +114,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> TableSamples:
         found = pa.Table.from_pylist(rows[4 * part : 4 * part + 4], schema=LABEL_SCHEMA)
         pq.write_table(found, folder / "labels" / f"part-{part}-0.parquet")
     ontology = load_ontology("toyworld")
-    open_storage(folder).write_json("dataset.json", {"ontology": ontology.to_dict(), "recipe": {}})
+    weights = {"model": "toyclip", "pretrained": "bundled", "fingerprint": "0"}
+    write_table_record(open_storage(folder), TableRecord(ontology=ontology, recipe={}, weights=weights))
     augment = AugmentSettings(scale=(96, 64), crop=(48, 40))
     return open_table_samples(str(folder), ontology=ontology, augment=augment)
 

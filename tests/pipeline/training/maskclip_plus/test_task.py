@@ -29,6 +29,7 @@ from pipeline.training.maskclip_plus.task import (
     Guesses,
     MaskClipPlus,
     guessable_classifier,
+    online_guesses,
     training_labels,
 )
 from pipeline.training.maskclip_plus.thresholds import class_thresholds
@@ -346,33 +347,33 @@ def test_online_teacher_guesses_among_the_guessable_classes_only(config):
     # Imported here because the subprocesses of another test would spend seconds on it.
     from models.clip.loading import load_clip
     from models.clip.text import build_text_classifier
-    from models.maskclip import MaskClip, key_smoothing, prompt_denoising
+    from models.maskclip import IMAGENET_MEAN, IMAGENET_STD, MaskClip, key_smoothing, prompt_denoising
 
     clip = load_clip("toyclip", "bundled")
     text = build_text_classifier(
         clip, [[name] for name in toyworld.CLASSES], templates=["a photo of a {}.", "a {} in the scene."]
     )
     guessable = (0, 3, 6, 9, 12, 13)
+    teacher = MaskClip(clip, guessable_classifier(text, guessable), MaskClipSettings(**config))
     task = MaskClipPlus(
         toyworld.CLASSES,
         SelfTrainSettings(teacher="online", guessable=guessable),
         lambda: _student(len(toyworld.CLASSES)),
-        make_teacher=lambda device: MaskClip(
-            clip, guessable_classifier(text, guessable), MaskClipSettings(**config)
-        ),
+        make_teacher=lambda device: teacher,
     )
     module = task.build(CPU)
     images = torch.from_numpy(toyworld.generate(3, 2, 64).images).permute(0, 3, 1, 2)
     labels = torch.full((2, 64, 64), GUESS)
-    guesses = task._teacher_guesses({"image": images})
+    guesses = online_guesses(teacher, images)
 
     whole = MaskClip(clip, text, MaskClipSettings(**{**config, "pd_threshold": 0.0, "ks_threshold": 0.0}))
     scores = whole.grid_scores(images)[:, list(guessable)]
     scores = prompt_denoising(scores, config.get("pd_threshold", 0.0))
     if "ks_threshold" in config:
         with_keys = MaskClip(clip, text, MaskClipSettings(**config))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         with torch.inference_mode():
-            keys = with_keys.encoder((images - with_keys._mean) / with_keys._std).keys
+            keys = with_keys.encoder((images / 255 - mean) / std).keys
         scores = key_smoothing(scores, keys, config["ks_threshold"], axis=config["ks_axis"])
     for image in range(2):
         chosen, confidence = label_map(
@@ -381,13 +382,14 @@ def test_online_teacher_guesses_among_the_guessable_classes_only(config):
             image_size=(64, 64),
             temperature=None if "ks_threshold" in config else 100.0,
         )
-        same = torch.tensor(guessable)[chosen.long()] == guesses.classes[image]
+        same = chosen.long() == guesses.classes[image]
         assert same.float().mean() > 0.999
         assert ((guesses.confidence[image] * 255) - confidence).abs()[same].max() < 0.6
     value, figures = task.loss(module, {"image": images, "labels": labels}, 1)
     value.backward()
     assert figures["guessed"] == 1
-    assert set(guesses.classes.unique().tolist()) <= set(guessable)
+    targets = torch.tensor(guessable)[guesses.classes]
+    assert value.item() == pytest.approx(F.cross_entropy(module(images), targets).item())
 
 
 def test_a_restricted_classifier_keeps_all_rows_of_its_classes():
@@ -524,9 +526,10 @@ def test_adaptive_thresholds_keep_a_class_alive_that_a_fixed_one_kills(rule, sur
         figures = _update(module, task, step, batch, rate=0.5)
         if step in (150, 250):
             recalls[step] = recall()
-    assert recalls[150] > 0.7
-    assert recalls[250] > 0.95 if survives else recalls[250] < 0.05, recalls
-    assert figures["guessed"] > 0.7
+    # Six seeds, 1 and 2 threads: 0.76 to 0.93, then 1 or 0 to three digits; guessed 0.94 to 1.
+    assert recalls[150] > 0.4
+    assert recalls[250] > 0.9 if survives else recalls[250] < 0.1, recalls
+    assert figures["guessed"] > 0.8
 
 
 class _Toy:
@@ -591,8 +594,8 @@ def toy() -> _Toy:
     return _Toy()
 
 
-# Over five seeds of weights and batches with 1 thread, and one with 2, drift ended at 0.68 to 0.79 with class
-# weights in self-training, and never rose above 0.17 with an anchor: this bound is a factor of two from both.
+# Over six seeds of weights and batches, with 1 and 2 threads, drift ended at 0.68 to 0.79 with class weights
+# in self-training, and never rose above 0.19 with an anchor: this bound is nearly a factor of two from both.
 BOUND = 0.35
 
 
@@ -686,7 +689,7 @@ def _work(rank: int, world: int) -> dict[str, object]:
         "error": error,
         "state": task.state_dict(),
         "weights": {name.removeprefix("module."): value for name, value in module.state_dict().items()},
-        "limits": class_thresholds(task._running_guessed, 0.3, rule="quantile"),
+        "limits": class_thresholds(task.state_dict()["guessed"], 0.3, rule="quantile"),
     }
 
 
