@@ -33,7 +33,6 @@ _TOY_NOTICE = (
     "masks of real photographs mean nothing."
 )
 _RANDOM_NOTICE = "Random weights: {name} has learned nothing, its masks mean nothing."
-_GRACE_S = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,30 +89,19 @@ def serve(job: Serve, console: Console | None = None) -> int:
     registry = ModelRegistry([entry(spec, clip=job.clip) for spec in job.models or DEFAULT_MODELS])
     limits = Limits(per_minute=job.per_minute, upload_bytes=job.upload_mb * 2**20)
 
-    import uvicorn
-
     from pipeline.serving.app import create_app
+    from pipeline.serving.server import make_server
 
     console = console or Console()
     loopback = is_loopback(job.host)
     app = create_app(registry, limits, loopback=loopback, names=(*job.allow_hosts, job.host))
     listener = listen(job.host, job.port)
     logging.basicConfig(format="%(levelname)s %(message)s")
-    config = uvicorn.Config(
-        app,
-        log_level="info" if job.verbose else "warning",
-        access_log=job.verbose,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=10,
-        timeout_graceful_shutdown=_GRACE_S,
-        ws="none",
-    )
     port = listener.getsockname()[1]
     with listener:
         _announce(console, registry, job, port, loopback=loopback)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it after its shutdown
-            uvicorn.Server(config).run(sockets=[listener])
+            make_server(app, limits, verbose=job.verbose).run(sockets=[listener])
     console.print("Stopped.")
     return 0
 

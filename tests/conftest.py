@@ -9,9 +9,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from tests.browser import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -77,6 +81,17 @@ def shared_ray() -> Iterator[str]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 holder.wait(30)
             holder.kill()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    from tests.browser import CHROMIUM, Page
+
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine (Debian: apt install chromium)")
+    page = Page(tmp_path_factory.mktemp("chromium"))
+    yield page
+    page.close()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -33,6 +33,7 @@ from starlette.datastructures import FormData, Headers, MutableHeaders, UploadFi
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.errors import FailedWork, MaskMillError, WrongUse
@@ -40,7 +41,16 @@ from pipeline.files import images
 from pipeline.files.images import ImageError
 from pipeline.labelling.clipseg.pictures import as_picture
 from pipeline.ontology.palette import palette
-from pipeline.serving.limits import Gate, Limits, RateLimiter, Refused, bounded, check_origin, is_address
+from pipeline.serving.limits import (
+    Gate,
+    Limits,
+    RateLimiter,
+    Refused,
+    Uploads,
+    bounded,
+    check_origin,
+    is_address,
+)
 from pipeline.serving.registry import (
     Answer,
     HeatAnswer,
@@ -154,6 +164,8 @@ class Guard:
             await self._app(scope, receive, send_guarded)
         except Refused as refused:
             await _error_response(refused, refused.status)(scope, receive, send_guarded)
+        except ClientDisconnect:
+            log.debug("%s %s: the client hung up", scope["method"], scope["path"])
         except Exception:
             log.exception("%s %s failed", scope["method"], scope["path"])
             if started:
@@ -175,12 +187,18 @@ class _Server:
         self.loopback = loopback
         self.rate = RateLimiter(limits.per_minute, limits.burst)
         self.gate = Gate(limits.waiting + 1)
+        self.uploads = Uploads(limits.uploading_bytes)
         # One thread: calls of a model must not overlap, and two threads would only share the cores.
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="segment")
 
     async def form(self, request: Request) -> FormData:
-        """Read the multipart form of a request, within the limits."""
+        """Read the multipart form of a request, within the limits.
+
+        Takes no place at the gate: a client that stalls would keep others from the model.
+        """
         limits = self.limits
+        self.rate.take(_address(request))
+        self.gate.check()
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise Refused(
                 415,
@@ -188,23 +206,28 @@ class _Server:
                 "The request is not a multipart form.",
                 "Send the image as the part 'image'.",
             )
-        stream = bounded(
-            request.stream(), limits.upload_bytes, declared=request.headers.get("content-length")
-        )
-        parser = _InMemoryParser(
-            request.headers,
-            stream,  # type: ignore[arg-type]  # typed as a generator; an iterator is enough
-            max_files=1 + 2 * limits.examples,
-            max_fields=4,
-            max_part_size=2**20,
-        )
         try:
-            return await asyncio.wait_for(parser.parse(), limits.upload_seconds)
+            with self.uploads.one(_address(request)) as count:
+                parser = _InMemoryParser(
+                    request.headers,
+                    bounded(  # type: ignore[arg-type]  # typed as a generator; an iterator is enough
+                        request.stream(),
+                        limits.upload_bytes,
+                        declared=request.headers.get("content-length"),
+                        pause=limits.upload_pause,
+                        count=count,
+                    ),
+                    max_files=1 + 2 * limits.examples,
+                    max_fields=4,
+                    max_part_size=2**20,
+                )
+                return await asyncio.wait_for(parser.parse(), limits.upload_seconds)
         except asyncio.TimeoutError:
             raise Refused(
                 408,
                 "upload_too_slow",
-                f"The upload took longer than {limits.upload_seconds:g} s.",
+                f"The upload took longer than {limits.upload_seconds:g} s, or nothing of it arrived for "
+                f"{limits.upload_pause:g} s.",
                 "Send a smaller image.",
             ) from None
         except MultiPartException as error:
@@ -416,7 +439,7 @@ def create_app(
     @app.post("/api/models/{name}/load", status_code=202, responses=errors)
     async def load(name: str, request: Request) -> ModelReply:
         """Start loading a model, so that the first image does not wait for it."""
-        server.rate.take(request.client.host if request.client else None)
+        server.rate.take(_address(request))
         registry.load(name)
         return _described(server, registry.info(name))
 
@@ -428,9 +451,8 @@ def create_app(
     )
     async def preview(request: Request) -> Response:
         """Convert an image that browsers cannot show (such as TIFF) to PNG."""
-        server.rate.take(request.client.host if request.client else None)
+        parts = await _read_parts(await server.form(request))
         with server.gate.enter():
-            parts = await _read_parts(await server.form(request))
             # Only decodes, so it need not wait for the model's thread.
             data = await asyncio.to_thread(lambda: _png(server.decode(parts, "image")))
         return Response(data, media_type="image/png")
@@ -438,13 +460,12 @@ def create_app(
     @app.post("/api/segment", responses=errors, openapi_extra=SEGMENT_FORM)
     async def segment(request: Request) -> SegmentReply:
         """Find prompts in an image."""
-        server.rate.take(request.client.host if request.client else None)
+        form = await server.form(request)
+        asked = server.parse(form)
+        parts = await _read_parts(form)
+        info = registry.info(asked.model if asked.model is not None else registry.infos()[0].name)
+        server.check(info, asked)
         with server.gate.enter():
-            form = await server.form(request)
-            asked = server.parse(form)
-            parts = await _read_parts(form)
-            info = registry.info(asked.model if asked.model is not None else registry.infos()[0].name)
-            server.check(info, asked)
             model = await server.model(info.name)
             reply = await server.run(request, lambda: server.segment(info, model, asked, parts))
         return reply
@@ -581,6 +602,10 @@ def _colors(count: int) -> list[str]:
     return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in palette([None] * count)]
 
 
+def _address(request: Request) -> str | None:
+    return request.client.host if request.client else None
+
+
 def _clean(text: str) -> str:
     return " ".join(text.split())
 
@@ -604,7 +629,7 @@ def _error_response(error: MaskMillError, status: int) -> JSONResponse:
     headers = {}
     if isinstance(error, Refused) and error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    if status in (408, 413):
+    if status in (408, 413, 503):
         headers["Connection"] = "close"  # otherwise the rest of the upload would still be read
     return JSONResponse(
         {"code": error.code, "message": error.message, "remedy": error.remedy}, status, headers=headers

@@ -20,6 +20,8 @@ export function editExample(bitmap, name) {
     for (const button of dialog.querySelectorAll("[data-tool]")) button.setAttribute("aria-pressed", String(button.dataset.tool === tool));
   };
   choose("brush");
+  const showSize = () => { byId("brush-size-value").textContent = `${byId("brush-size").value} %`; };
+  showSize();
   const place = event => {
     const box = mask.getBoundingClientRect();
     return [(event.clientX - box.left) * width / box.width, (event.clientY - box.top) * height / box.height];
@@ -57,6 +59,7 @@ export function editExample(bitmap, name) {
   }, {signal});
   for (const end of ["pointerup", "pointercancel"]) mask.addEventListener(end, () => { from = null; }, {signal});
   for (const button of dialog.querySelectorAll("[data-tool]")) button.addEventListener("click", () => choose(button.dataset.tool), {signal});
+  byId("brush-size").addEventListener("input", showSize, {signal});
   byId("brush-clear").addEventListener("click", () => ink.clearRect(0, 0, width, height), {signal});
   byId("editor-cancel").addEventListener("click", () => dialog.close(""), {signal});
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +30,8 @@ class Limits:
     Attributes:
         upload_bytes: size of a request's body, including all images.
         upload_seconds: time for a body to arrive.
+        upload_pause: seconds after which a body of which nothing more arrives is given up.
+        uploading_bytes: size of all bodies that are still arriving; one client may have half of it.
         image_pixels: pixels of an image, checked before it is decoded.
         result_pixels: pixels of a mask; larger images are labelled at this size.
         prompts: prompts of a request, texts and images together.
@@ -40,10 +42,16 @@ class Limits:
         load_seconds: how long a request waits for a model to load before the client must retry.
         per_minute: sustained uploads per minute and client; 0 is no limit.
         burst: uploads that a client may send at once.
+        connections: open connections; one client may have half of them.
+        header_seconds: time for the head of a request to arrive, also on a connection that was used before.
+        answer_pause: seconds after which an answer of which the client reads nothing more is given up.
+        answer_seconds: time for an answer to be read.
     """
 
     upload_bytes: int = 32 * 2**20
     upload_seconds: float = 60.0
+    upload_pause: float = 10.0
+    uploading_bytes: int = 512 * 2**20
     image_pixels: int = 50_000_000
     result_pixels: int = 2_000_000
     prompts: int = 24
@@ -54,6 +62,10 @@ class Limits:
     load_seconds: float = 20.0
     per_minute: int = 120
     burst: int = 30
+    connections: int = 256
+    header_seconds: float = 15.0
+    answer_pause: float = 20.0
+    answer_seconds: float = 300.0
 
 
 class Refused(MaskMillError):
@@ -101,14 +113,14 @@ class RateLimiter:
         """Take a token.
 
         Args:
-            address: of the client. IPv6 clients count by /64 network, the usual size for a household.
+            address: of the client; see ``network``.
 
         Raises:
             Refused: 429 ``too_many_requests``.
         """
         if not self._rate:
             return
-        client, now = _client(address), self._clock()
+        client, now = network(address), self._clock()
         tokens, then = self._buckets.pop(client, (float(self._burst), now))
         tokens = min(float(self._burst), tokens + (now - then) * self._rate)
         refused = tokens < 1
@@ -126,7 +138,8 @@ class RateLimiter:
             )
 
 
-def _client(address: str | None) -> str:
+def network(address: str | None) -> str:
+    """What counts as one client: an IPv4 address, or an IPv6 /64, the usual size for a household."""
     try:
         ip = ipaddress.ip_address(address or "")
     except ValueError:
@@ -139,7 +152,7 @@ def _client(address: str | None) -> str:
 
 
 class Gate:
-    """Limits how many requests are in memory, including the one being served.
+    """Limits how many requests wait for the model, including the one being served.
 
     For a single event loop only.
     """
@@ -147,21 +160,19 @@ class Gate:
     def __init__(self, places: int) -> None:
         self._free = places
 
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Occupy a place while the context is open.
+    def check(self) -> None:
+        """Refuse a request whose body has not arrived yet, if all places are taken.
 
         Raises:
             Refused: 503 ``busy``.
         """
         if self._free < 1:
-            raise Refused(
-                503,
-                "busy",
-                "Too many requests are waiting for the model.",
-                "Try again in a few seconds.",
-                retry_after=2,
-            )
+            raise _busy("Too many requests are waiting for the model.")
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """Occupy a place while the context is open; raises like ``check``."""
+        self.check()
         self._free -= 1
         try:
             yield
@@ -169,8 +180,55 @@ class Gate:
             self._free += 1
 
 
+class Uploads:
+    """Limits the size of all request bodies that are still arriving.
+
+    A body counts by what has arrived of it, so one that stalls keeps nobody out.
+
+    For a single event loop only.
+
+    Args:
+        most: bytes; one client may have half of them.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._arrived: Counter[str] = Counter()
+
+    @contextmanager
+    def one(self, address: str | None) -> Iterator[Callable[[int], None]]:
+        """Count a body while the context is open: call the given function for each chunk, with its size.
+
+        Raises:
+            Refused: 503 ``busy``, by that function.
+        """
+        client, arrived = network(address), 0
+
+        def count(size: int) -> None:
+            nonlocal arrived
+            self._arrived[client] += size
+            arrived += size
+            if self._arrived.total() > self._most or 2 * self._arrived[client] > self._most:
+                raise _busy("Too many images are being uploaded.")
+
+        try:
+            yield count
+        finally:
+            self._arrived[client] -= arrived
+            self._arrived += Counter()  # drops clients without uploads
+
+
+def _busy(message: str) -> Refused:
+    return Refused(503, "busy", message, "Try again in a few seconds.", retry_after=2)
+
+
 async def bounded(
-    stream: AsyncIterator[bytes], limit: int, *, declared: str | None = None
+    stream: AsyncIterator[bytes],
+    limit: int,
+    *,
+    declared: str | None = None,
+    pause: float | None = None,
+    count: Callable[[int], None] = lambda size: None,
 ) -> AsyncIterator[bytes]:
     """Yield the chunks of a body, up to a total size.
 
@@ -178,18 +236,27 @@ async def bounded(
         stream: the body as it arrives.
         limit: maximum size in bytes.
         declared: the ``Content-Length`` header; if too large, the body is refused without storing any of it.
+        pause: seconds to wait for a chunk; None waits for ever.
+        count: called with the size of each chunk; may refuse it.
 
     Raises:
-        Refused: 413 ``upload_too_large``, after discarding further input for a while: a client that is cut
-            off while sending never reads the answer.
+        Refused: 413 ``upload_too_large``, or as ``count``, after discarding further input for a while: a
+            client that is cut off while sending never reads the answer.
+        TimeoutError: nothing arrived for ``pause`` seconds.
     """
     announced = int(declared) if declared is not None and declared.isdecimal() else 0
     received = 0
     if announced <= limit:
-        async for chunk in stream:
+        chunks = aiter(stream)
+        while (chunk := await asyncio.wait_for(anext(chunks, None), pause)) is not None:
             received += len(chunk)
             if received > limit:
                 break
+            try:
+                count(len(chunk))
+            except Refused:
+                await _discard(stream, _LINGER_FACTOR * limit)
+                raise
             yield chunk
         else:
             return

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.serve import entry
 from pipeline.serving.limits import Limits
-from tests.pipeline.serving.harness import CHROMIUM, Page, Server, running
+from tests.pipeline.serving.harness import Server, running
 
 
 @pytest.fixture(scope="session")
@@ -38,12 +38,3 @@ def toy_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy(start: Callable[..., Server], toy_decoder: Path) -> Server:
     """The default, and a CLIPSeg beside it."""
     return start([entry("toy"), entry(f"prompts={toy_decoder}")])
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium on this machine (Debian: apt install chromium)")
-    page = Page(tmp_path_factory.mktemp("chromium"))
-    yield page
-    page.close()

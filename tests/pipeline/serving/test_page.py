@@ -17,7 +17,8 @@ from models.errors import MaskMillError
 from pipeline.serving.limits import Limits
 from pipeline.serving.registry import Entry, ModelInfo
 from pipeline.toyworld import scenes as toyworld
-from tests.pipeline.serving.harness import Page, Server, png
+from tests.browser import Page
+from tests.pipeline.serving.harness import Server, png
 from tests.pipeline.trained.test_student import toy_student
 
 pytestmark = pytest.mark.browser
