@@ -41,6 +41,7 @@ from pipeline.files.redaction import command_line
 from pipeline.labelling.recipes import load_recipe, parse_settings
 from pipeline.metrics.names import metric_label, percent
 from pipeline.report.results_page import write_report
+from pipeline.tracking.names import place_name, run_name
 from pipeline.tracking.results import log_result
 from pipeline.tracking.tracker import open_tracker
 
@@ -124,7 +125,7 @@ class Benchmark:
         plan = {TOYWORLD: _plan_toyworld, CONCEPTS: _plan_concepts}.get(name, _plan_table)
         measure = plan(self, name, folder, console)
         with open_tracker(self.tracking, waiting=functools.partial(timed, console)) as tracker:
-            tracker.start("benchmark", name, params=_params(self))
+            tracker.start("benchmark", self._run_name(name), params=_params(self))
             claim_folder(folder, overwrite=self.overwrite)
             began = time.monotonic()
             measured = measure()
@@ -156,6 +157,13 @@ class Benchmark:
             return 0
         console.print("Nothing was measured: the table says what each row lacks.", style="bold red")
         return 1
+
+    def _run_name(self, name: str) -> str:
+        """Of the tracked run: the table, the changed settings, and the datasets that it has."""
+        if name == CONCEPTS:
+            return run_name("benchmark", f"{name} {self.recipe}", place_name(self.images or ""))
+        data = self.datasets or tuple(named_values("--root", self.roots, last=False))
+        return run_name("benchmark", " ".join((name, *self.rows, *self.settings)), ", ".join(data))
 
     def _uses_toy_model(self) -> bool:
         return self.recipe == "toy" or str(parse_settings(self.settings).get("model")).startswith("toy")

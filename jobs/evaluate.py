@@ -59,6 +59,7 @@ from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.report.pictures import panel
 from pipeline.report.results_page import write_report
 from pipeline.table.record import TableRecord, read_table_record
+from pipeline.tracking.names import place_name, recipe_name, run_name
 from pipeline.tracking.results import log_result
 from pipeline.tracking.tracker import TrackedDataset, open_tracker
 
@@ -124,7 +125,7 @@ class Evaluate:
         with open_tracker(self.tracking, waiting=functools.partial(timed, console)) as tracker:
             tracker.start(
                 "evaluate",
-                slug,
+                run_name("evaluate", self._model(recipe), self.data.title(dataset)),
                 params={"recipe": recipe.to_dict()} if recipe else {"labels": self.labels},
                 dataset=TrackedDataset(
                     dataset.name,
@@ -160,6 +161,13 @@ class Evaluate:
             soft_wrap=True,
         )
         return 0
+
+    def _model(self, recipe: LabelRecipe | None) -> str:
+        """What is evaluated, for the name of the run."""
+        if recipe is not None:
+            return recipe_name(recipe.to_dict())
+        assert self.labels is not None, "either labels or a recipe"
+        return f"{place_name(self.labels)}, {recipe_name(read_table_record(self.labels).recipe)}"
 
     def _check_against(self, dataset: Dataset, recipe: LabelRecipe | None, words: Ontology | None) -> None:
         """Refuse options that do not fit the data, and missing weights."""

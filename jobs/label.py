@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -48,7 +47,7 @@ from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, discard_leftove
 from pipeline.table.labels import DATASET_FILE, iter_rows, summarise
 from pipeline.table.lease import Lease
 from pipeline.table.record import TableRecord, find_table_record, write_table_record
-from pipeline.tracking.names import record_params
+from pipeline.tracking.names import place_name, recipe_name, record_params, run_name
 from pipeline.tracking.progress import ProgressLog
 from pipeline.tracking.tracker import OFF, TrackedDataset, Tracker, open_tracker
 
@@ -448,7 +447,7 @@ def _begin_tracking(tracker: Tracker, job: LabelJob, manifest: pa.Table, todo: i
     source = without_signature(job.source)
     tracker.start(
         "label",
-        f"{job.recipe.name} on {PurePosixPath(source).name or source}",
+        run_name("label", recipe_name(job.recipe.to_dict()), place_name(source)),
         params={
             "recipe": job.recipe.to_dict() | {"hash": job.recipe.hash},
             "ontology": {"hash": job.ontology.hash, "classes": list(job.ontology.names)},

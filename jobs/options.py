@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import tyro
 
 from models.errors import WrongUse, did_you_mean
+from pipeline.tracking.names import place_name
 
 if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset
@@ -126,6 +127,11 @@ class Truth:
     def given(self) -> bool:
         """Whether any of the options is set."""
         return any(value is not None for value in (self.dataset, self.images, self.truth))
+
+    def title(self, opened: Dataset) -> str:
+        """What was opened, for the name of a run."""
+        own = self.images or (self.root if opened.name in ("pairs", "coco-json") else None)
+        return place_name(own) if own else f"{opened.name} {opened.split}".strip()
 
     def open(self, classes: Ontology | None, *, table: str | None, command: str) -> Dataset:
         """Open the images and masks.

@@ -28,7 +28,7 @@ from pipeline.files.recipes import Recipe
 from pipeline.files.storage import Storage, open_storage
 from pipeline.report.training_page import PAGE
 from pipeline.table.lease import RUN_ID_VARIABLE, Lease, end_orphans
-from pipeline.tracking.names import flatten
+from pipeline.tracking.names import flatten, place_name, run_name
 from pipeline.tracking.tracker import TrackedDataset, Tracker, open_tracker
 from pipeline.training.loop.checkpoints import (
     CHECKPOINTS_DIR,
@@ -303,9 +303,14 @@ def _begin_tracking(
     *,
     workers: int | None,
 ) -> None:
+    recipe = str(prepared.params["recipe"]["name"])
     tracker.start(
         "train",
-        f"{kind}: {storage.uri.rstrip('/').rpartition('/')[2]}",
+        run_name(
+            "train",
+            recipe if recipe.startswith(kind) else f"{kind} {recipe}",
+            f"{place_name(prepared.dataset.name)}, to {place_name(storage.uri)}",
+        ),
         params={**prepared.params, "workers": workers, "output": options.output},
         dataset=prepared.dataset,
     )

@@ -6,8 +6,10 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
+from pipeline.files.redaction import redact
 from pipeline.table.record import TableRecord
 
 MAX_NAME = 200
@@ -46,6 +48,40 @@ def key_parts(texts: Sequence[str]) -> list[str]:
         taken.add(_folded(part))
         result.append(part)
     return result
+
+
+def run_name(command: str, model: str, data: str = "") -> str:
+    """Name of a run, which says at a glance what was done, with what, and to which data.
+
+    >>> run_name("label", "maskclip (ViT-B-16-quickgelu)", "pets/photos")
+    'label maskclip (ViT-B-16-quickgelu) on pets/photos'
+    """
+    return redact(f"{command} {model}{f' on {data}' if data else ''}")[:MAX_NAME]
+
+
+def recipe_name(recipe: Mapping[str, Any]) -> str:
+    """A labelling recipe, with its model: the architecture, the folder of a student, CLIPSeg's weights.
+
+    >>> recipe_name({"name": "toy", "model": "toyclip", "pretrained": "bundled"})
+    'toy (toyclip)'
+    >>> recipe_name({"name": "student", "model": "/home/me/pets/student", "pretrained": None})
+    'student (pets/student)'
+    """
+    name, model = str(recipe.get("name") or "labels"), str(recipe.get("model") or "")
+    if model == "clipseg":
+        model = str(recipe.get("pretrained") or "")
+    model = place_name(model)
+    return name if model in ("", name) else f"{name} ({model})"
+
+
+def place_name(place: str) -> str:
+    """The end of a path or URI, two parts long; a single part is too often ``images`` or ``train``.
+
+    >>> place_name("s3://bucket/pets/photos/*.jpg")
+    'photos/*.jpg'
+    """
+    parts = PurePosixPath(place.partition("://")[2] or place).parts
+    return "/".join(part for part in parts[-2:] if part != "/")
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -65,6 +65,8 @@ def test_a_label_table_is_measured_against_masks_and_tracked(
     (run,) = client.search_runs([client.get_experiment_by_name("maskmill-evaluate").experiment_id])
     assert run.data.metrics["miou"] == pytest.approx(record["metrics"]["miou"])
     assert run.data.params["recipe.maskclip.head"] == "value"
+    folder = f"{scenes.name}/images"
+    assert run.info.run_name == f"evaluate {table.parent.name}/table, toy (toyclip) on {folder}"
 
     attached = {entry.path for entry in client.list_artifacts(run.info.run_id, "result")}
     assert {"result/evaluation.json", "result/report.html", "result/pictures"} <= attached

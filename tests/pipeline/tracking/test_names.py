@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,16 @@ from mlflow.entities import Metric, Param
 
 from pipeline.ontology.ontology import parse_classes
 from pipeline.table.record import TableRecord
-from pipeline.tracking.names import flatten, key_part, key_parts, record_params
+from pipeline.tracking.names import (
+    MAX_NAME,
+    flatten,
+    key_part,
+    key_parts,
+    place_name,
+    recipe_name,
+    record_params,
+    run_name,
+)
 
 NAMES = st.text(max_size=300) | st.sampled_from(
     ["..", ".", "", "/", "a/../b", "a//b", " x ", "$x^2$", "\x00", "猫"]
@@ -70,3 +80,31 @@ def test_record_params_names_the_classes_and_both_hashes() -> None:
         "ontology.hash": pets.hash,
         "ontology.classes": '["cat", "dog"]',
     }
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ({"name": "toy", "model": "toyclip", "pretrained": "bundled"}, "toy (toyclip)"),
+        ({"name": "student", "model": "s3://bucket/runs/pets/student"}, "student (pets/student)"),
+        (
+            {"name": "clipseg", "model": "clipseg", "pretrained": "/w/rd64-uni.pth"},
+            "clipseg (w/rd64-uni.pth)",
+        ),
+        ({"name": "mine", "model": "hf-hub:org/name", "pretrained": None}, "mine (hf-hub:org/name)"),
+        ({}, "labels"),
+    ],
+)
+def test_a_recipe_is_named_with_its_model(recipe: dict[str, Any], name: str) -> None:
+    assert recipe_name(recipe) == name
+
+
+def test_a_run_is_named_after_command_model_and_data() -> None:
+    data = place_name("/home/me/pets/photos/")
+    assert run_name("label", "maskclip (ViT-B-16)", data) == "label maskclip (ViT-B-16) on pets/photos"
+    assert run_name("benchmark", "toyworld") == "benchmark toyworld"
+    assert place_name("photos") == "photos" and place_name("/photos") == "photos"
+    assert place_name("s3://bucket/a/b/*.jpg") == "b/*.jpg"
+    secret = place_name("https://host/a/x.jpg?X-Amz-Signature=abcdef0123456789")
+    assert "abcdef" not in run_name("label", "toy", secret)
+    assert len(run_name("label", "x" * 500, "y")) == MAX_NAME
