@@ -26,7 +26,8 @@ from pipeline.labelling.prepare import student_recipe
 from pipeline.labelling.recipes import RECIPES, LabelRecipe
 from pipeline.metrics.names import percent
 from pipeline.ontology.ontology import load_ontology
-from pipeline.report.training_page import PAGE, SHEET, Score, write_student_page
+from pipeline.report.student_page import write_student_page
+from pipeline.report.training_page import PAGE, SHEET, Score
 from pipeline.tracking.tracker import OFF
 from pipeline.trained.student import read_student_record
 from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 from jobs.console import stderr_console, timed
 from jobs.options import Maybe
 from pipeline.files.storage import canonical_uri, is_remote
-from pipeline.report.gallery import write_gallery
+from pipeline.report.gallery import Order, write_gallery
 from pipeline.table.record import read_table_record
 
 
@@ -23,12 +23,14 @@ class Show:
     Attributes:
         table: the --output of maskmill label.
         output: page to write; default: gallery.html in the table's folder, or here if the table is remote.
-        limit: largest number of images on the page.
+        limit: largest number of labelled images on the page.
+        order: which images: a sample, or those with the worst or the best quality of the table.
     """
 
     table: Annotated[Positional[str], arg(metavar="TABLE")]
     output: Maybe[Path] = None
     limit: int = 60
+    order: Order = "sample"
 
     def run(self, console: Console | None = None) -> int:
         """Write the page.
@@ -41,6 +43,6 @@ class Show:
         output = self.output or (Path() if remote else Path(self.table)) / "gallery.html"
         read_table_record(self.table)
         with timed(stderr_console(), "writing the page"):
-            page = write_gallery(self.table, output, limit=self.limit)
+            page = write_gallery(self.table, output, limit=self.limit, order=self.order)
         console.print(f"Open in a browser: {page.resolve().as_uri()}", soft_wrap=True, highlight=False)
         return 0

@@ -21,7 +21,8 @@ from pipeline.datasets.registry import open_dataset
 from pipeline.files.storage import open_storage
 from pipeline.files.versions import versions
 from pipeline.ontology.ontology import Ontology, load_ontology
-from pipeline.report.training_page import PAGE, SHEET, write_clipseg_page
+from pipeline.report.clipseg_page import write_clipseg_page
+from pipeline.report.training_page import PAGE, SHEET
 from pipeline.tracking.tracker import TrackedDataset
 from pipeline.trained.clipseg import (
     DECODER_FILE,
@@ -205,7 +206,7 @@ def prepare(
         ),
         params={"recipe": record, "data": data},
         dataset=TrackedDataset(
-            source.name,
+            labels if labels is not None and dataset is None else source.name,
             source.fingerprint,
             source=labels,
             profile={name: data[name] for name in ("images", "phrases", "triplets")},

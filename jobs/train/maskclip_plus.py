@@ -23,7 +23,8 @@ from pipeline.files.versions import versions
 from pipeline.labelling.prepare import embed_names
 from pipeline.labelling.recipes import LabelRecipe, recipe_from_dict, table_recipe
 from pipeline.ontology.ontology import Ontology, load_ontology
-from pipeline.report.training_page import PAGE, SHEET, student_commands, write_student_page
+from pipeline.report.student_page import student_commands, write_student_page
+from pipeline.report.training_page import PAGE, SHEET
 from pipeline.table.labels import DATASET_FILE
 from pipeline.table.record import TableRecord, read_table_record
 from pipeline.tracking.tracker import TrackedDataset

@@ -31,6 +31,7 @@ _VARIABLES = {ACCENT: "accent", SECOND: "second", INK: "ink", SOFT: "soft", LINE
 #: Colour of a full cell of a large confusion matrix, visible on light and dark pages.
 _HEAT = (62, 118, 232)
 _TEXT = 11.5
+_TICK = 4
 
 
 @dataclass(frozen=True)
@@ -148,17 +149,19 @@ def curve(
 
 
 def trace(points: Sequence[Point], *, label: str, marks: Sequence[float] = ()) -> Markup:
-    """A line through many points, such as a loss by step.
+    """A line through many points, such as a loss by step, from step 0 on.
 
     Args:
         points: by x, at least two.
         label: description for screen readers.
         marks: x positions drawn as dashed vertical lines.
     """
-    width = 280
-    figure = _figure(336, 150)
-    axes = _axes(figure, left=44, top=8, width=width, height=120)
-    ends = points[0].x, points[-1].x
+    from matplotlib.ticker import MaxNLocator
+
+    width = 226
+    figure = _figure(280, 146)
+    axes = _axes(figure, left=44, top=8, width=width, height=112)
+    ends = min(0.0, points[0].x), points[-1].x
     values = [point.y for point in points]
     bottom = min(0.0, *values)
     top = max(nice_top(max(values)), bottom + 1e-9)
@@ -167,10 +170,11 @@ def trace(points: Sequence[Point], *, label: str, marks: Sequence[float] = ()) -
             _line(axes, (mark, mark), (bottom, top), "reference", color=SECOND, lw=1.5, dashes=(3.3, 2.7))
     thin = points[:: max(1, len(points) // (2 * width))]  # more points than pixels only enlarge the page
     _line(axes, [p.x for p in thin], [p.y for p in thin], "main", color=ACCENT, lw=1.75)
-    _frame(axes, ends, (bottom, top), xs=ends, ys=(bottom, (bottom + top) / 2, top))
-    first, last = axes.get_xticklabels()
-    first.set_horizontalalignment("left")
-    last.set_horizontalalignment("right")
+    ticks = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(*ends)
+    xs = [x for x in map(float, ticks) if ends[0] <= x <= ends[1]]
+    _frame(axes, ends, (bottom, top), xs=xs, ys=(bottom, (bottom + top) / 2, top))
+    if xs[-1] == ends[1]:  # beyond the axis there is no room for half of a long number
+        axes.get_xticklabels()[-1].set_horizontalalignment("right")
     return _svg(figure, label)
 
 
@@ -280,13 +284,16 @@ def _frame(
     ys: Sequence[float] = (),
     percent_ys: bool = False,
 ) -> None:
-    """Set limits, tick labels and grid lines; no tick marks, as they would need page-wide unique ids."""
+    """Set limits, ticks and grid lines. Ticks are lines: matplotlib's would need page-wide unique ids."""
+    tick = _TICK * (y_ends[1] - y_ends[0]) / (axes.bbox.height * 72 / axes.figure.dpi)
+    for x in xs:
+        _line(axes, (x, x), (y_ends[0], y_ends[0] - tick), "tick", color=SOFT, lw=1, zorder=0)
     for y in ys:
         _line(axes, x_ends, (y, y), "grid", color=LINE, lw=1, zorder=0)
     axes.set(xlim=x_ends, ylim=y_ends)
-    axes.set_xticks(xs, [f"{x:g}" for x in xs])
+    axes.set_xticks(xs, [f"{x:,.10g}" for x in xs])
     axes.set_yticks(ys, [f"{100 * y if percent_ys else y:.3g}" for y in ys])
-    axes.tick_params(bottom=False, left=False, colors=SOFT, labelsize=_TEXT, pad=5)
+    axes.tick_params(bottom=False, left=False, colors=SOFT, labelsize=_TEXT, pad=6)
 
 
 def _line(axes: Axes, xs: Any, ys: Any, name: str, title: str = "", **style: Any) -> Any:

@@ -1,7 +1,8 @@
 """The gallery of a label table: ``maskmill show``.
 
 A self-contained HTML file: pictures are inline JPEGs, and a content security policy keeps the browser from
-loading anything else. Statistics cover the whole table, read as a stream; pictures show ``limit`` rows.
+loading anything else. Statistics cover the whole table, read as a stream; pictures show a limited number of
+rows, labelled and failed.
 
 Shape letters: H W pixels of the image, T U pixels of its thumbnail.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ from models.files import write_file
 from pipeline.files.images import ERROR_CODES, ImageError, decode, fetch
 from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.palette import palette
-from pipeline.report.page import render
+from pipeline.report.page import page_path, render
 from pipeline.report.pictures import jpeg_uri, overlay_borders, viridis
 from pipeline.table import labels
 from pipeline.table.record import TableRecord, find_table_record
@@ -35,9 +37,13 @@ from pipeline.table.record import TableRecord, find_table_record
 #: Which rows to show, and in which order: a sample by id, or the lowest or highest label quality.
 Order = Literal["sample", "worst", "best"]
 
-_COLUMNS = ("id", "uri", "sha256", "height", "width", "mask", "confidence", "segments", "quality")
+_COLUMNS = (
+    "id", "uri", "sha256", "height", "width", "status", "error", "mask", "confidence", "segments", "quality"
+)  # fmt: skip
 # Up to this many classes the legend is fully open; the rest is folded.
 _LEGEND = 24
+_SHAPES = 0.7, 2.4
+"""Width per height of a picture's place in the grid; narrower and wider ones leave some of it empty."""
 _CHIPS = 6
 
 
@@ -71,7 +77,8 @@ def write_gallery(
     Args:
         table: the output of a labelling run.
         output: the HTML file to write; replaced atomically.
-        limit: how many images to show. Each takes about 0.1 MB, in the file and in memory.
+        limit: how many labelled images to show, each of about 0.1 MB, in the file and in memory; and at most
+            as many that failed, of every code.
         order: which rows to show; see :data:`Order`. The page itself can sort its rows.
         thumbnail: long side of the pictures in pixels.
 
@@ -81,6 +88,7 @@ def write_gallery(
     Raises:
         MaskMillError: ``table_missing``, ``table_damaged`` or ``wrong_use``.
     """
+    path = page_path(output)
     if limit < 0:
         raise WrongUse("wrong_use", f"{limit} images cannot be shown.", "Give 0 or more.")
     if order not in get_args(Order):
@@ -95,7 +103,11 @@ def write_gallery(
     summary = labels.summarise(storage)
     record = find_table_record(storage)
     legend = _legend(record, summary)
-    cards = [_card(row, legend, thumbnail) for row in _chosen_rows(storage, limit, order)]
+    cards = [
+        _card(row, legend, thumbnail) if row["status"] == labels.OK else _failed_card(row)
+        for row in _chosen_rows(storage, limit, order, codes=len(summary["status"].keys() - {labels.OK}))
+    ]
+    on_page = Counter(number for card in cards for number in card["classes"].split())
     page = render(
         "gallery.html",
         title=_title(record),
@@ -103,14 +115,15 @@ def write_gallery(
         summary=summary,
         facts=_facts(record, summary),
         notice=_notice(record),
-        coverage=_coverage(summary, legend),
+        coverage=_coverage(summary, legend, on_page),
         open_rows=_LEGEND,
         ignored=_share(summary["ignored_pixels"], summary["pixels"]),
         failures=_failures(summary),
+        statuses=summary["status"].items(),
         cards=cards,
+        mean_shape=f"{np.mean([float(card['shape']) for card in cards] or [1]):.4g}",
         order=order,
     )
-    path = Path(output)
     write_file(path, page.encode())
     return path
 
@@ -172,7 +185,7 @@ def _notice(record: TableRecord | None) -> str:
     return ""
 
 
-def _coverage(summary: dict[str, Any], legend: Legend) -> list[dict[str, Any]]:
+def _coverage(summary: dict[str, Any], legend: Legend, on_page: Counter[str]) -> list[dict[str, Any]]:
     """Each class's share of all labelled pixels, largest first, for the bars."""
     total = summary["pixels"] - summary["ignored_pixels"]
     largest = max(summary["class_pixels"].values(), default=0)
@@ -184,6 +197,7 @@ def _coverage(summary: dict[str, Any], legend: Legend) -> list[dict[str, Any]]:
             "share": _share(area, total),
             "bar": f"{100 * area / largest:.2f}%",
             "images": summary["class_images"][i],
+            "shown": on_page[i],
             "area": area,
         }
         for i, area in summary["class_pixels"].items()
@@ -222,11 +236,11 @@ def _short_number(value: int) -> str:
 # --- the shown rows ---
 
 
-def _chosen_rows(storage: Storage, limit: int, order: Order) -> Iterator[dict[str, Any]]:
-    """The rows to show, in order; reads masks only from row groups that contain one."""
+def _chosen_rows(storage: Storage, limit: int, order: Order, *, codes: int) -> Iterator[dict[str, Any]]:
+    """The rows to show, in order, failed ones last; reads masks only from row groups that contain one."""
     if limit == 0:
         return
-    places = heapq.nsmallest(limit, _candidates(storage, order))
+    places = _places(storage, limit, order, failed=max(1, limit // max(1, codes)))
     wanted: dict[tuple[int, int], dict[int, int]] = {}
     for rank, (_, _, file, group, row) in enumerate(places):
         wanted.setdefault((file, group), {})[row] = rank
@@ -247,8 +261,13 @@ def _chosen_rows(storage: Storage, limit: int, order: Order) -> Iterator[dict[st
         yield found[rank]
 
 
-def _candidates(storage: Storage, order: Order) -> Iterator[tuple[float, int, int, int, int]]:
-    """Per labelled row: rank, id (breaks ties independently of files), file, row group, row."""
+_Place = tuple[float, int, int, int, int]
+"""Rank, id (breaks ties independently of files), file, row group, row."""
+
+
+def _places(storage: Storage, limit: int, order: Order, *, failed: int) -> list[_Place]:
+    """Where the rows to show are: ``limit`` labelled ones, then ``failed`` of each code."""
+    best: dict[str, list[_Place]] = {labels.OK: []}
     folder, names = labels.table_files(storage)
     for file, name in enumerate(names):
         with (
@@ -258,9 +277,15 @@ def _candidates(storage: Storage, order: Order) -> Iterator[tuple[float, int, in
             for group in range(parquet.num_row_groups):
                 rows = parquet.read_row_group(group, columns=["id", "status", "quality"])
                 columns = (rows.column(c).to_pylist() for c in ("id", "status", "quality"))
+                there: dict[str, list[_Place]] = {}
                 for row, (number, status, quality) in enumerate(zip(*columns, strict=True)):
-                    if status == labels.OK:
-                        yield _rank(number, quality, order), number, file, group, row
+                    rank = _rank(number, quality, order if status == labels.OK else "sample")
+                    there.setdefault(status, []).append((rank, number, file, group, row))
+                for status, places in there.items():
+                    most = limit if status == labels.OK else failed
+                    best[status] = heapq.nsmallest(most, [*best.get(status, ()), *places])
+    statuses = sorted(best, key=lambda code: (code != labels.OK, code))
+    return [place for status in statuses for place in best[status]]
 
 
 def _rank(number: int, quality: float, order: Order) -> float:
@@ -277,7 +302,7 @@ def _rank(number: int, quality: float, order: Order) -> float:
 
 
 def _card(row: dict[str, Any], legend: Legend, thumbnail: int) -> dict[str, Any]:
-    """The template's values for a row."""
+    """The template's values for a labelled row."""
     mask = labels.decode_mask(row["mask"]["bytes"])
     confidence = labels.decode_confidence(row["confidence"]["bytes"])
     size = thumbnail_size(mask.shape, thumbnail)
@@ -289,6 +314,7 @@ def _card(row: dict[str, Any], legend: Legend, thumbnail: int) -> dict[str, Any]
         {
             "name": legend.names[s["class_id"]],
             "color": legend.css(s["class_id"]),
+            "area": s["area"],
             "share": _share(s["area"], mask.size),
             "confidence": f"{s['mean_confidence']:.2f}",
         }
@@ -296,22 +322,31 @@ def _card(row: dict[str, Any], legend: Legend, thumbnail: int) -> dict[str, Any]
     ]
     said = ", ".join(f"{chip['name']} {chip['share']}" for chip in chips[:_CHIPS]) or "nothing labelled"
     return {
-        "name": unquote(row["uri"]).rstrip("/").rsplit("/", 1)[-1],
-        "uri": row["uri"],
+        **_common(row),
         "width": row["width"],
         "height": row["height"],
-        "thumb": size[::-1],
+        "shape": f"{min(max(size[1] / size[0], _SHAPES[0]), _SHAPES[1]):.4g}",
         "classes": " ".join(str(s["class_id"]) for s in segments),
-        "chips": chips[:_CHIPS],
-        "more": len(chips) - min(len(chips), _CHIPS),
+        "chips": chips,
         "said": said,
         "quality": float(row["quality"]),
         "unsure": _share(mask.size - area, mask.size) if area < mask.size else "",
+        "unsure_area": mask.size - area,
         "photo": None if photo is None else jpeg_uri(photo),
         "reason": reason,
         "overlay": jpeg_uri(overlay_borders(small, photo, legend.colors)),
         "certain": jpeg_uri(_certainty(_area(confidence, size), small == legend.ignore_index)),
     }
+
+
+def _failed_card(row: dict[str, Any]) -> dict[str, Any]:
+    """The template's values for a row without labels."""
+    return {**_common(row), "shape": "1", "classes": "", "chips": [], "quality": None, "reason": row["error"]}
+
+
+def _common(row: dict[str, Any]) -> dict[str, Any]:
+    name = unquote(row["uri"]).rstrip("/").rsplit("/", 1)[-1]
+    return {"name": name, "uri": row["uri"], "status": row["status"]}
 
 
 def _photo(row: dict[str, Any], size: tuple[int, int]) -> tuple[NDArray[np.uint8] | None, str]:

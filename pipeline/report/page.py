@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
+
+from models.errors import WrongUse
 
 
 def render(template: str, **values: Any) -> str:
@@ -24,6 +29,21 @@ def render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(**values)
+
+
+def page_path(output: str | os.PathLike[str]) -> Path:
+    """The path of a page to write.
+
+    Raises:
+        MaskMillError: ``wrong_use`` for a place that is not local; a path object has lost one of its slashes.
+    """
+    if re.match(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(output)):
+        raise WrongUse(
+            "wrong_use",
+            f"The page cannot be written to {os.fspath(output)}: it is a local file.",
+            "Name a local --output, and copy it afterwards.",
+        )
+    return Path(output)
 
 
 def setting(value: Any) -> str:

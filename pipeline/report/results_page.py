@@ -33,7 +33,7 @@ from pipeline.files.images import ERROR_CODES, ImageError, decode
 from pipeline.files.storage import Storage
 from pipeline.metrics.names import metric_label, percent
 from pipeline.report import charts, comparison
-from pipeline.report.page import render, setting
+from pipeline.report.page import page_path, render, setting
 from pipeline.report.pictures import picture_uri
 
 #: Marks a report, so that only reports are overwritten.
@@ -63,11 +63,11 @@ def write_report(folders: Sequence[str | os.PathLike[str]], output: str | os.Pat
 
     Raises:
         MaskMillError: ``result_missing``, ``newer_version`` or ``result_damaged`` for a folder,
-            ``output_exists`` if the output exists and is not a report.
+            ``output_exists`` if the output exists and is not a report, ``wrong_use`` if it is not local.
     """
     if not folders:
         raise WrongUse("wrong_use", "No result folder was given.", "Give one, or several to compare.")
-    path = Path(output)
+    path = page_path(output)
     _check_replaceable(path)
     results = [pair for folder in folders for pair in read_results(folder)]
     runs = [_run(index, storage, result) for index, (storage, result) in enumerate(results)]

@@ -31,7 +31,7 @@ from models.clipseg.weights import load_clipseg
 from models.errors import MaskMillError
 from pipeline.datasets.toy import open_toyworld
 from pipeline.files.storage import open_storage
-from pipeline.report.training_page import clipseg_sheet, find_answers
+from pipeline.report.clipseg_page import clipseg_sheet, find_answers
 from pipeline.trained.clipseg import DECODER_FILE, RECORD_FILE, load_trained, read_clipseg_record
 from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES
 from pipeline.training.clipseg.sources.base import IGNORED, Example, TripletSource
@@ -145,6 +145,9 @@ def test_a_registered_model_no_longer_needs_its_folder(
     pixels = normalize(torch.from_numpy(scene.copy()).permute(2, 0, 1)[None])
     with torch.no_grad():
         p = model(pixels, model.encode_text(["sand"]))[0, 0].sigmoid().numpy()
+    client = mlflow.MlflowClient(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("maskmill-train").experiment_id])
+    assert run.info.run_name.startswith("train clipseg") and trained.name in run.info.run_name
     aside = trained.rename(trained.with_name("aside"))
     mlflow.set_tracking_uri(store)
     try:

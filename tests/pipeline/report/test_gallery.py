@@ -8,8 +8,7 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import tempfile
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from pipeline.report import gallery
 from pipeline.report.gallery import write_gallery
 from pipeline.table import labels, statistics
 from pipeline.toyworld import scenes as toyworld
+from tests.browser import WRITTEN, Page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SIZE = 64
 
 
@@ -133,14 +132,14 @@ def pixels(uri: str | None) -> np.ndarray:
 def test_everything_is_on_the_page(page: Path) -> None:
     outline = Outline(page.read_text())
     cards = outline.all("article", **{"class": "card"})
-    assert len(cards) == 8
-    assert len(outline.all("img")) == 3 * 8 + 1  # and the empty one of the enlarged view
+    assert len(cards) == 8 + 3 and len(outline.all("img")) == 3 * 8
+    assert [card["data-status"] for card in cards] == ["ok"] * 8 + ["not_found", "truncated", "truncated"]
     assert "Toy weights" in outline.words
     assert "<toys & things>" in outline.words  # names are text, whatever they contain
     assert "bold" in outline.words and not outline.all("b")
     for code, count in (("truncated", "2"), ("not_found", "1")):
         assert re.search(rf"{count}\s*{code}", outline.words)
-    assert all(image.get("alt") for image in outline.all("img")[:-1])
+    assert all(image.get("alt") for image in outline.all("img"))
 
 
 def test_nothing_is_loaded_from_anywhere(page: Path) -> None:
@@ -167,7 +166,7 @@ def test_coverage_is_counted_over_the_whole_table(table: Path, tmp_path: Path) -
     largest = order[0]
     name, share = toyworld.CLASSES[largest], 100 * area[largest] / total
     assert re.search(rf"{name}\s*{share:.0f} %", outline.words)
-    assert len(outline.all("article")) == 1
+    assert [card["data-status"] for card in outline.all("article")] == ["ok", "not_found", "truncated"]
 
 
 def test_pictures_show_what_is_in_the_table(table: Path, page: Path) -> None:
@@ -175,7 +174,7 @@ def test_pictures_show_what_is_in_the_table(table: Path, page: Path) -> None:
     images = outline.all("img")
     row = next(row for row in labels.iter_rows(table) if row["uri"].endswith("scene 2.png"))
     place = next(i for i, image in enumerate(images) if image["alt"] == "Image scene 2.png")
-    photo, overlay, certain = (pixels(images[place + i]["src"]) for i in range(3))
+    photo, overlay, certain = (pixels(images[place + i]["src"]) for i in (0, -1, 1))
     truth = np.asarray(Image.open(row["uri"]))
     assert photo.shape == truth.shape and np.abs(photo.astype(int) - truth).mean() < 12
     mask = labels.decode_mask(row["mask"]["bytes"])
@@ -196,7 +195,8 @@ def test_pictures_show_what_is_in_the_table(table: Path, page: Path) -> None:
 @pytest.mark.parametrize("order", ["sample", "worst", "best"])
 def test_order_and_limit(table: Path, tmp_path: Path, order: Any) -> None:
     text = write_gallery(table, tmp_path / "page.html", limit=3, order=order).read_text()
-    scores = [float(card["data-quality"] or "nan") for card in Outline(text).all("article")]
+    cards = Outline(text).all("article", **{"data-status": "ok"})
+    scores = [float(card["data-quality"] or "nan") for card in cards]
     expected = {"worst": [0.25, 0.35, 0.45], "best": [0.95, 0.85, 0.75]}.get(order)
     assert len(scores) == 3
     if expected:
@@ -261,6 +261,9 @@ def test_wrong_use(tmp_path: Path, table: Path) -> None:
             write_gallery(output=tmp_path / "page.html", **arguments)  # type: ignore[arg-type]
         assert caught.value.code == code
     assert not (tmp_path / "page.html").exists()
+    for output in ("s3://bucket/page.html", Path("s3://bucket/page.html")):
+        with pytest.raises(MaskMillError, match="local"):
+            write_gallery(table, output)
 
 
 def test_large_images_become_thumbnails() -> None:
@@ -269,79 +272,177 @@ def test_large_images_become_thumbnails() -> None:
     assert gallery.thumbnail_size((1, 10_000), 480) == (1, 480)
 
 
+def test_failures_of_every_code_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "labels").mkdir()
+    rows = [failed(i, f"{i}.jpg", "truncated", "cut") for i in range(500)]
+    rows += [failed(1000 + i, f"gone {i}.jpg", "not_found", f"<i>{i}</i>") for i in range(2)]
+    table = pa.Table.from_pylist(rows, schema=labels.LABEL_SCHEMA)
+    pq.write_table(table, tmp_path / "labels" / "0.parquet", row_group_size=100)
+    outline = Outline(write_gallery(tmp_path, tmp_path / "page.html", limit=10).read_text())
+    shown = [card["data-status"] for card in outline.all("article")]
+    assert shown.count("truncated") == 5 and shown.count("not_found") == 2
+    assert "<i>1</i>" in outline.words and "truncated (500)" in outline.words
+
+
+HOSTILE = (
+    "<script>problems.push('class')</script>",
+    "\"'><img src=x onerror=problems.push('attribute')>",
+    "{{ 7 * 7 }}",
+    "قطة",
+    "a rather long name of a class that nobody will ever want to read to its end " * 2,
+    "🐞🐞🐞",
+    "a\u202eb",  # the rest of the line from right to left
+)
+
+
+def make_hostile(folder: Path, *, count: int = 60) -> Path:
+    """Images of all shapes, with names and classes that are no harmless words."""
+    (folder / "photos").mkdir(parents=True)
+    (folder / "table" / "labels").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    names = [*HOSTILE, *(f"class {i}" for i in range(171 - len(HOSTILE)))]
+    rows = []
+    for index in range(count):
+        height, width = random.integers(20, 200, 2).tolist() if index else (4, 400)
+        stem = HOSTILE[index % len(HOSTILE)].replace("/", "_")[:80]
+        path = folder / "photos" / f"{index} {stem}.png"
+        Image.fromarray(random.integers(0, 255, (height, width, 3)).astype(np.uint8)).save(path)
+        mask = (np.arange(width) * 8 // width + index).astype(np.uint8)[None].repeat(height, 0)
+        confidence = np.full(mask.shape, 200, np.uint8)
+        rows.append(labelled_row(index, path, mask, confidence, 0.5 + index / 200))
+    rows += [failed(1000 + i, f"/x/{name}.png", "not_found", name) for i, name in enumerate(HOSTILE)]
+    table = pa.Table.from_pylist(rows, schema=labels.LABEL_SCHEMA)
+    pq.write_table(table, folder / "table" / "labels" / "0.parquet")
+    ontology = Ontology(name="odd", classes=[{"name": name} for name in names], background=None)
+    record = {"schema_version": 1, "ontology": ontology.to_dict() | {"names": names}, "weights": {}}
+    (folder / "table" / "dataset.json").write_text(json.dumps(record))
+    return folder / "table"
+
+
 # --- in a browser ---
 
 
-def chromium(*arguments: str, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    assert CHROMIUM is not None
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--virtual-time-budget=3000",
-    ]
-    # A profile of its own: beside another Chromium with the same one it would only open a tab there.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        return subprocess.run(
-            [CHROMIUM, *flags, f"--user-data-dir={profile}", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    table = make_hostile(tmp_path_factory.mktemp("hostile"))
+    return write_gallery(table, table / "gallery.html")
+
+
+SHOWN = "[...document.querySelectorAll('.card')].filter(card => card.offsetParent)"
+WATCH = """
+var problems = [];
+addEventListener('error', event => problems.push(event.message));
+addEventListener('securitypolicyviolation', event => problems.push(event.blockedURI));
+"""
+
+
+@pytest.fixture
+def opened(browser: Page) -> Callable[[Path, int], None]:
+    browser.call("Page.addScriptToEvaluateOnNewDocument", source=WATCH)
+
+    def go(page: Path, width: int) -> None:
+        browser.open(page.as_uri(), width=width, ready=WRITTEN)
+
+    return go
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian: apt install chromium)")
-def test_in_a_browser(page: Path, tmp_path: Path) -> None:
-    """Filter, sort and enlarge work, nothing is written to the console, nothing asked of the network."""
-    steps = """
-    <script>
-    const problems = [];
-    addEventListener("error", event => problems.push(event.message));
-    addEventListener("securitypolicyviolation", event => problems.push(event.blockedURI));
-    addEventListener("load", () => {
-      const shown = () => [...document.querySelectorAll(".card:not([hidden])")];
-      const bar = document.querySelector("[data-class]"), sort = document.getElementById("sort");
-      const all = shown().length;
-      bar.click();
-      const some = shown(), fits = some.every(c => c.dataset.classes.split(" ").includes(bar.dataset.class));
-      const pressed = bar.getAttribute("aria-pressed");
-      document.querySelector(".clear").click();
-      sort.value = "worst";
-      sort.dispatchEvent(new Event("change"));
-      const scores = shown().map(card => +card.dataset.quality);
-      document.querySelector(".pane button").click();
-      const images = [...document.querySelectorAll(".card img")];
-      const report = {
-        all, some: some.length, fits, pressed, again: shown().length,
-        sorted: scores.every((score, i) => !i || score >= scores[i - 1]),
-        dialog: document.querySelector("dialog").open,
-        broken: images.filter(image => !image.naturalWidth).length,
-        wide: document.documentElement.scrollWidth - innerWidth,
-        requests: performance.getEntriesByType("resource").map(r => r.name)
-          .filter(name => !name.startsWith("data:")),
-        problems,
-      };
-      document.body.innerHTML = "<pre id=report>" + JSON.stringify(report) + "</pre>";
-    });
-    </script>"""
-    driven = tmp_path / "driven.html"
-    driven.write_text(page.read_text().replace("<head>", "<head>" + steps, 1))
-    for width in (500, 1440):  # Chromium opens no narrower window
-        ran = chromium(
-            f"--window-size={max(width, 500)},900",
-            "--enable-logging=stderr",
-            "--v=0",
-            "--dump-dom",
-            driven.as_uri(),
+@pytest.mark.parametrize("width", [320, 390, 700, 1440, 2200])
+def test_rows_have_no_gaps(browser: Page, opened: Any, hostile: Path, page: Path, width: int) -> None:
+    """In every row the pictures are equally high, and but for the last row they fill it."""
+    for shown in (page, hostile):
+        opened(shown, width)
+        boxes = browser.run(
+            f"{SHOWN}.map(card => [card, card.querySelector('.open')].flatMap(e => "
+            "(b => [b.left, b.top, b.right, b.bottom])(e.getBoundingClientRect())))"
         )
-        found = re.search(r'<pre id="report">(.*?)</pre>', ran.stdout)
-        assert found, ran.stderr[-2000:]
-        report = json.loads(found.group(1))
-        assert report["all"] == report["again"] == 8 and 0 < report["some"] <= 8
-        assert report["fits"] and report["pressed"] == "true" and report["sorted"] and report["dialog"]
-        assert report["broken"] == 0 and report["wide"] <= 0
-        assert report["requests"] == [] and report["problems"] == []
-        assert "CONSOLE" not in ran.stderr
+        left, right = browser.run(
+            "(b => [b.left, b.right])(document.querySelector('.grid').getBoundingClientRect())"
+        )
+        rows: dict[int, list[list[float]]] = {}
+        for box in boxes:
+            rows.setdefault(round(box[1]), []).append(box)
+        last = max(rows)
+        for top, cards in rows.items():
+            assert max(box[3] for box in cards) - min(box[3] for box in cards) < 1.5
+            assert max(box[7] for box in cards) - min(box[7] for box in cards) < 1.5
+            assert abs(cards[0][0] - left) < 1
+            if top != last:
+                assert abs(cards[-1][2] - right) < 1
+        assert len(rows) > 1
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        assert browser.run("problems") == [] and browser.console == []
+
+
+@pytest.mark.browser
+def test_pages_filters_and_order(browser: Page, opened: Any, hostile: Path) -> None:
+    opened(hostile, 390)
+    assert browser.run("document.documentElement.scrollHeight") < 6000  # 67 images on a phone
+    assert browser.run(f"{SHOWN}.length") == 12
+    assert browser.run("document.getElementById('page').textContent") == "1 to 12 of 67"
+    seen = set()
+    for step in range(6):
+        seen |= set(browser.run(f"{SHOWN}.map(card => card.dataset.name)"))
+        if step < 5:
+            browser.click("[data-step='1']")
+    assert len(seen) == 67 and browser.run("document.querySelector(\"[data-step='1']\").disabled")
+
+    def select(box: str, value: str) -> None:
+        browser.run(
+            f"(() => {{ const s = document.getElementById('{box}'); s.value = '{value}';"
+            " s.dispatchEvent(new Event('change')); return true; })()"
+        )
+
+    select("status", "not_found")
+    assert browser.run(f"{SHOWN}.map(card => card.dataset.status)") == ["not_found"] * 7
+    select("status", "ok")
+    for order, right in (("worst", 0.5), ("best", 0.5 + 59 / 200)):
+        select("sort", order)
+        assert browser.run(f"{SHOWN}.map(card => +card.dataset.quality)")[0] == pytest.approx(right)
+    browser.click("aside summary")
+    chosen = browser.run("document.querySelector('[data-class]').dataset.class")
+    browser.click(f"[data-class='{chosen}']")
+    classes = browser.run(f"{SHOWN}.map(card => card.dataset.classes.split(' '))")
+    assert classes and all(chosen in some for some in classes)
+    assert browser.run("document.querySelector('[data-class]').getAttribute('aria-pressed')") == "true"
+    browser.click("#clear")
+    assert browser.run(f"{SHOWN}.length") == 12
+    assert browser.run("problems") == [] and browser.console == []
+
+
+@pytest.mark.browser
+def test_views_and_the_large_picture_with_the_keyboard(browser: Page, opened: Any, page: Path) -> None:
+    opened(page, 1440)
+    pictures = "[...card.querySelectorAll('img')].filter(i => i.offsetParent).map(i => i.className).join()"
+    visible = f"{SHOWN}.slice(0, 8).map(card => {pictures})"
+    assert set(browser.run(visible)) == {"labels"}
+    for view, kind in (("photo", "photo"), ("certain", "certain"), ("labels", "labels")):
+        browser.run(f"document.querySelector('.segmented [data-view={view}]').focus()")
+        browser.key("Enter", 13, "\r")
+        assert set(browser.run(visible)) == {kind}
+    browser.run("document.querySelector('.open').focus()")
+    browser.key("Enter", 13, "\r")
+    assert browser.run("document.querySelector('dialog').open")
+    names = browser.run(f"{SHOWN}.map(card => card.dataset.name)")
+    assert browser.run("document.getElementById('large-name').textContent") == names[0]
+    assert browser.run("document.querySelectorAll('dialog img').length") == 3
+    browser.key("ArrowRight", 39)
+    assert browser.run("document.getElementById('large-name').textContent") == names[1]
+    browser.key("Escape", 27)
+    assert not browser.run("document.querySelector('dialog').open")
+    # The keyboard goes on where the large picture was.
+    browser.wait(f"document.activeElement.closest('.card')?.dataset.name === '{names[1]}'")
+    assert browser.run("[...document.querySelectorAll('.card img')].every(i => i.complete && i.naturalWidth)")
+    assert not [url for url in browser.requests if not url.startswith(("data:", page.as_uri()))]
+    assert browser.run("problems") == [] and browser.console == []
+
+
+@pytest.mark.browser
+def test_hostile_names_are_text(browser: Page, opened: Any, hostile: Path) -> None:
+    opened(hostile, 1440)
+    words = browser.run("document.body.textContent")
+    assert all(name in words for name in HOSTILE)
+    browser.click(".open")
+    assert browser.run("document.querySelectorAll('script').length") == 1
+    assert browser.run("document.querySelectorAll('[onerror]').length") == 0
+    assert browser.run("problems") == []
