@@ -596,8 +596,9 @@ def _local_chunks(path: str, start: int, length: int | None, most: int) -> Itera
     with open(path, "rb") as file:
         file.seek(start)
         while length is None or left > 0:
-            # One more than there should be, so that one call shows the end.
-            want = min(_PIECE, left + (length is None))
+            # One more than there should be, so that one call shows the end. Files in /proc have no size, and
+            # others grow.
+            want = min(_PIECE, left + (length is None)) if left > 0 else _PIECE
             piece = file.read(want)
             yield piece
             left -= len(piece)

@@ -199,15 +199,15 @@ def contact_sheet(
     """Arrange pictures in rows with headings, and a legend below.
 
     Args:
-        rows: (heading, pictures uint8 (H, W, 3)); pictures are scaled to ``cell`` pixels (nearest).
+        rows: (heading, pictures uint8 (H, W, 3)); their long side is scaled to ``cell`` pixels (nearest).
         names: class names, in the order of the palette.
         palette: uint8 (C, 3).
-        cell: side of a picture on the sheet in pixels.
+        cell: long side of a picture on the sheet in pixels.
         caption: a line at the bottom.
     """
     parts = []
     for heading, pictures in rows:
-        scaled = [Image.fromarray(p).resize((cell, cell), Image.Resampling.NEAREST) for p in pictures]
+        scaled = [_sized(picture, cell, Image.Resampling.NEAREST) for picture in pictures]
         parts.append(_titled(heading, tile(scaled, columns=len(scaled) or 1), 17))
     width = max((part.width for part in parts), default=cell)
     parts.append(legend(names, palette, width))

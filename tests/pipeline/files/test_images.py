@@ -759,3 +759,9 @@ def test_expired_credentials_are_no_fault_of_the_image() -> None:
     with pytest.raises(MaskMillError) as caught:
         fetch("flaky://x")
     assert caught.value.code == "storage_unreachable" and "Renew" in caught.value.remedy
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="Linux only")
+def test_a_file_that_does_not_tell_its_size_is_read_to_its_end() -> None:
+    assert os.stat("/proc/self/environ").st_size == 0
+    assert images.fetch("/proc/self/environ") == Path("/proc/self/environ").read_bytes() != b""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ def _clipseg(**fields: Any) -> ClipSegRecord:
         "config": {"reduce_dim": 64, "extract_layers": [3, 7, 9]},
         "clip": {"model": "ViT-B-16", "pretrained": "openai", "fingerprint": "f"},
         "recipe": {"name": "r", "triplets": {"size": 352}},
-        "data": {"source": "phrases", "fingerprint": "abc", "images": 3000, "triplets": 20000},
+        "data": {
+            "source": "phrases", "fingerprint": "abc", "images": 3000, "triplets": 20000,
+            "kinds": {"words": 5, "examples": [1, 2]},
+        },
         "metrics": {"iou": 0.456}, "training": {"iterations": 100, "seconds": 90.0}, "versions": {},
     }  # fmt: skip
     return ClipSegRecord(**(given | fields))
@@ -71,6 +75,7 @@ def test_the_page_and_the_picture_of_a_clipseg(tmp_path: Path) -> None:
         "20,000", "maskmill segment --weights runs/finder", "recipe.triplets.size",
     ):  # fmt: skip
         assert part in page, part
+    assert "words: 5, examples: 1, 2" in page and not re.search(r"[{\[](&#39;|\d)", page)  # no Python on it
     assert page.count("data:image/") == 4 + 5 and page.count("<svg") == 3 and "abc" not in page
     one, two = (clipseg_sheet(answers[:count]) for count in (1, 2))
     assert two.width == 2 * one.width and two.height == one.height

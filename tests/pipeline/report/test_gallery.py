@@ -314,7 +314,14 @@ def make_hostile(folder: Path, *, count: int = 60) -> Path:
     table = pa.Table.from_pylist(rows, schema=labels.LABEL_SCHEMA)
     pq.write_table(table, folder / "table" / "labels" / "0.parquet")
     ontology = Ontology(name="odd", classes=[{"name": name} for name in names], background=None)
-    record = {"schema_version": 1, "ontology": ontology.to_dict() | {"names": names}, "weights": {}}
+    record = {
+        "schema_version": 1,
+        "ontology": ontology.to_record(),
+        "recipe": {"name": HOSTILE[0], "hash": "0"},
+        "weights": {"model": HOSTILE[1], "pretrained": HOSTILE[2], "fingerprint": "0"},
+        "versions": {},
+        "counts": {},
+    }
     (folder / "table" / "dataset.json").write_text(json.dumps(record))
     return folder / "table"
 

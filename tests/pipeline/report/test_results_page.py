@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import functools
 import html
 import io
 import json
@@ -26,6 +27,7 @@ from pipeline.ontology.ontology import load_ontology
 from pipeline.report import comparison
 from pipeline.report.results_page import MARK, difference, number, write_report
 from pipeline.toyworld import scenes as toyworld
+from tests.browser import WRITTEN, Page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 Record = dict[str, Any]
@@ -1000,3 +1002,54 @@ def test_screenshot_and_print(folders: list[Path], tmp_path: Path) -> None:
     assert np.asarray(picture)[-200:].std() > 5  # text and bars, to the lower end
     chromium(f"--print-to-pdf={paper}", "--no-pdf-header-footer", page.as_uri())
     assert paper.read_bytes().startswith(b"%PDF") and paper.stat().st_size > 50_000
+
+
+LONG = "a_name_without_any_place_to_break_" * 5
+HOSTILE = (LONG, "<script>alert(1)</script>", "قطة", "🐞", "a\u202eb", "long words " * 12)
+
+
+def make_hostile(ontology: str) -> Record:
+    record = make_evaluation(ontology, title=LONG, command=LONG, protocol=LONG)
+    for known, name in zip(record["classes"], HOSTILE, strict=False):
+        known["name"] = name
+    record["model"]["weights"]["model"] = record["dataset"]["name"] = LONG
+    record["published"][0]["method"] = LONG
+    return record
+
+
+def make_single() -> Record:
+    record = make_evaluation("voc21")
+    return record | {"classes": record["classes"][:1], "confusion": [[100, 20]]}
+
+
+def make_long_benchmark() -> Record:
+    record = make_benchmark(title=LONG)
+    for section in record["sections"]:
+        section["title"] = section["rows"][0]["name"] = LONG
+    return record
+
+
+def make_empty_benchmark() -> Record:
+    nothing = {"name": "a", "title": "A", "note": None, "metrics": ["miou"], "rows": []}
+    return make_benchmark(sections=[nothing], claims=[])
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "make",
+    [
+        functools.partial(make_hostile, "voc21"),
+        functools.partial(make_hostile, "cocostuff171"),
+        make_single,
+        make_long_benchmark,
+        make_empty_benchmark,
+    ],
+    ids=["21 classes", "171 classes", "one class", "benchmark", "nothing"],
+)
+def test_nothing_sticks_out_whatever_the_names(tmp_path: Path, browser: Page, make: Any) -> None:
+    page = write_report([save(tmp_path / "run", make())], tmp_path / "report.html")
+    for width in (320, 390, 1440):
+        browser.open(page.as_uri(), width=width, ready=WRITTEN)
+        browser.run("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+        assert browser.run("document.documentElement.scrollWidth") <= width
+        assert browser.run("document.querySelectorAll('script').length") == 1 and browser.console == []

@@ -270,3 +270,23 @@ def test_it_fits_the_screen(toy: Server, browser: Page, width: int, dark: bool, 
     browser.screenshot(tmp_path / "page.png")
     corner = np.asarray(Image.open(tmp_path / "page.png").convert("L"))[:8, :8].mean()
     assert (corner < 60) == dark
+
+
+def test_sliders_show_their_values_on_a_phone(toy: Server, browser: Page) -> None:
+    browser.open(toy.url, width=390, height=844)
+    browser.wait("document.querySelectorAll('.samples img').length > 0")
+    browser.click(".samples li:first-child button")
+    browser.wait(IDLE)
+    for slider, value, text in (("threshold", 40, "0.40"), ("opacity", 25, "25 %")):
+        browser.run(
+            f"(() => {{ const s = document.getElementById('{slider}'); s.value = {value};"
+            " s.dispatchEvent(new Event('input')); return true; })()"
+        )
+        shown, label, track = browser.run(
+            f"['#{slider}-value', 'label:has(#{slider})', '#{slider}'].map(query => (b => "
+            "[b.left, b.right, b.width])(document.querySelector(query).getBoundingClientRect()))"
+        )
+        assert browser.run(f"document.getElementById('{slider}-value').innerText") == text
+        assert shown[2] > 20 and label[0] <= shown[0] and shown[1] <= label[1] <= 390
+        assert track[1] <= shown[0] and track[2] > 150  # the value is beside the slider, which has room
+    assert browser.run("document.documentElement.scrollWidth") <= 390

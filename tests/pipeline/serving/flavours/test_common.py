@@ -6,6 +6,7 @@ import ast
 import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 from importlib import metadata
@@ -24,6 +25,7 @@ from models.clip.loading import load_clip
 from models.clipseg.decoder import build_clipseg
 from models.errors import MaskMillError
 from models.settings import ClipSegConfig
+from pipeline.files.images import ERROR_CODES
 from pipeline.serving.flavours.clipseg import save_clipseg_model
 from pipeline.serving.flavours.common import REQUIREMENTS
 from pipeline.serving.flavours.student import save_student_model
@@ -116,6 +118,54 @@ def test_errors_do_not_quote_files(kind: str, opened: mlflow.pyfunc.PyFuncModel,
     for name in ("secret", "cut.png"):
         out = opened.predict([{"image": str(tmp_path / name), **QUESTIONS[kind]}])
         assert out["error"][0] and "root" not in out["error"][0] and str(len(SECRET)) not in out["error"][0]
+
+
+@pytest.fixture(scope="module")
+def odd_places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Whatever a path may lead to that is no picture."""
+    folder = tmp_path_factory.mktemp("odd")
+    (folder / "secret").write_bytes(SECRET)
+    (folder / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n" + SECRET)
+    (folder / "empty").touch()
+    (folder / "link.png").symlink_to(folder / "secret")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    os.mkfifo(folder / "fifo.png")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(folder / "socket.png"))
+    places = {path.name: str(path) for path in folder.iterdir()}
+    return places | {
+        "folder": str(folder),
+        "process": "/proc/self/environ",
+        "device": "/dev/zero",
+        "terminal": "/dev/tty",
+        "uri": (folder / "link.png").as_uri(),
+        "dots": f"{folder}/../{folder.name}/secret",
+        "under a file": f"{folder}/secret/x",
+        "nul": f"{folder}/secret\0.png",
+        "long": "/" + "a" * 5000,
+        "nowhere": f"{folder}/nowhere",
+        "chained": f"file://{folder}/secret::zip://x",
+    }
+
+
+@pytest.mark.parametrize("column", ["image", "example", "example_mask"])
+def test_errors_are_a_code_and_its_meaning(
+    kind: str,
+    opened: mlflow.pyfunc.PyFuncModel,
+    picture: Path,
+    odd_places: dict[str, str],
+    column: str,
+) -> None:
+    """Neither content nor size nor the address, and no row waits for ever."""
+    if kind == "student" and column != "image":
+        pytest.skip("takes images only")
+    example = {} if column != "example_mask" else {"example": data_uri(picture)}
+    row = {"image": data_uri(picture), **QUESTIONS[kind], **example}
+    out = opened.predict([{**row, column: place} for place in odd_places.values()])
+    for name, told in zip(odd_places, out["error"], strict=True):
+        code, _, meaning = str(told).partition(": ")
+        assert meaning == ERROR_CODES.get(code), (name, told)
+    assert out["mask"].isna().all()
 
 
 @pytest.mark.parametrize(
