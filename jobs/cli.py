@@ -33,7 +33,7 @@ from jobs.train.clipseg import TrainClipSeg
 from jobs.train.maskclip_plus import TrainMaskClipPlus
 from models.errors import FailedWork, WrongUse, did_you_mean
 from pipeline.cluster.signals import end_process, interrupt_on_signals
-from pipeline.files.faults import explain
+from pipeline.files.faults import explain, one_line
 from pipeline.files.redaction import redact
 
 TRACEBACK = "MASKMILL_TRACEBACK"
@@ -184,7 +184,7 @@ def tell(error: Exception, *, detailed: bool = False) -> int:
     """
     told = explain(error) or FailedWork(
         "internal",
-        f"This is a fault of MaskMill: {type(error).__name__}: {' '.join(str(error).split())}",
+        f"This is a fault of MaskMill: {type(error).__name__}: {one_line(error)}",
         f"Please report it; -v, or {TRACEBACK}=1 in the environment, shows where it happened.",
     )
     if detailed or os.environ.get(TRACEBACK):

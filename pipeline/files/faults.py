@@ -89,6 +89,7 @@ _NETWORK = {
     "asyncio",
 }
 _TRACKING = {"mlflow", "sqlalchemy", "sqlite3", "alembic"}
+_ADVICE = re.compile(r"\s*Failed to [\w ]+ after \d+/\d+ attempts.*", re.DOTALL)
 _OURS = {"jobs", "pipeline", "models", "benchmarks"}
 
 _REMOTE = (
@@ -151,7 +152,7 @@ def explain(error: BaseException, place: str = "") -> MaskMillError | None:
 
 def unreachable(place: str, error: BaseException) -> MaskMillError:
     """``storage_unreachable`` for a remote place, whatever its driver has raised."""
-    reason = _line(error)
+    reason = one_line(error)
     signs = f"{type(error).__name__} {reason} {error.__cause__ or ''}"
     unknown = ("cannot use {place}", f"Check the address, the network and the rights. {_AGAIN}")
     what, remedy = next((told for sign, *told in _REMOTE if sign.search(signs)), unknown)
@@ -181,7 +182,7 @@ def _told(error: BaseException, place: str) -> MaskMillError | None:
     if package in _TRACKING:
         return FailedWork(
             "tracking_failed",
-            f"MLflow: {_line(error)}",
+            f"MLflow: {one_line(error)}",
             "Check --tracking (or MLFLOW_TRACKING_URI); --tracking off runs without it.",
         )
     if isinstance(error, OSError):
@@ -189,7 +190,7 @@ def _told(error: BaseException, place: str) -> MaskMillError | None:
     if isinstance(error, UnicodeError):
         return Damaged(
             "not_text",
-            f"{place or 'a file or an argument'} is not UTF-8 text: {_line(error)}",
+            f"{place or 'a file or an argument'} is not UTF-8 text: {one_line(error)}",
             "Save it as UTF-8.",
         )
     if isinstance(error, RecursionError):
@@ -197,12 +198,12 @@ def _told(error: BaseException, place: str) -> MaskMillError | None:
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in _OURS:
         return FailedWork(
             "not_installed",
-            f"{error.name or 'a package'} cannot be imported: {_line(error)}",
+            f"{error.name or 'a package'} cannot be imported: {one_line(error)}",
             "Install what MaskMill needs: pip install -r requirements.txt.",
         )
     if package == "ray":
         return FailedWork(
-            "ray_failed", f"Ray stopped the run: {_line(error)}", f"{_AGAIN} -v shows Ray's own messages."
+            "ray_failed", f"Ray stopped the run: {one_line(error)}", f"{_AGAIN} -v shows Ray's own messages."
         )
     return None
 
@@ -210,7 +211,7 @@ def _told(error: BaseException, place: str) -> MaskMillError | None:
 def _system(error: OSError, place: str) -> MaskMillError:
     paths = [str(path) for path in (error.filename2, error.filename) if path is not None]
     where = redact(paths[0] if paths else place) or "the place"
-    reason = error.strerror or _line(error)
+    reason = error.strerror or one_line(error)
     if error.errno == errno.ENOMEM:
         return FailedWork(*_OUT_OF_MEMORY)
     if "AWS Error" in str(error) or isinstance(error, ConnectionError | TimeoutError):
@@ -240,10 +241,13 @@ def _package(error: BaseException) -> str:
     return type(error).__module__.partition(".")[0]
 
 
-def _line(error: BaseException) -> str:
-    """The exception in one line without secrets; of a remote traceback only its last line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if _package(error) == "ray" and len(lines) > 1:
-        lines = [line for line in lines if "DataContext" not in line and not line.startswith("File ")][-1:]
+def one_line(error: BaseException) -> str:
+    """The exception in one line, without secrets; of a remote traceback its last line.
+
+    Ray Data appends advice to programmers, which is left out.
+    """
+    lines = [line.strip() for line in _ADVICE.sub("", str(error)).splitlines() if line.strip()]
+    if _package(error) == "ray":
+        lines = lines[-1:]
     text = " ".join(lines) or type(error).__name__
     return redact(text, assignments=False)[:500]

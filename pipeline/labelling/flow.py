@@ -25,7 +25,7 @@ from models.errors import FailedWork, MaskMillError
 from pipeline.cluster.nodes import NodesChanged, NodeWatch, stop_when_changed
 from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Compute
-from pipeline.files.faults import explain
+from pipeline.files.faults import explain, one_line
 from pipeline.files.images import ImageSettings
 from pipeline.labelling.labeller import Labeller
 from pipeline.labelling.stages import Decode, Label, Write
@@ -234,6 +234,8 @@ def _configure(stop: list[str]) -> None:
     context.print_on_execution_start = False
     # Waiting for spot GPUs or in a queue is fine; Ray Data would give up after half an hour.
     context.execution_no_progress_timeout_s = -1
+    # The wrapper loses what it wraps on the way between processes.
+    context.raise_original_map_exception = True
     if logging.getLogger("ray").getEffectiveLevel() > logging.INFO:
         # Its errors are raised and reported in one line; -v shows the rest.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
@@ -246,6 +248,6 @@ def _stopped(error: Exception) -> MaskMillError:
         cause = inner
     return FailedWork(
         "labelling_failed",
-        f"The run stopped at a fault of MaskMill: {type(cause).__name__}: {' '.join(str(cause).split())}",
+        f"The run stopped at a fault of MaskMill: {type(cause).__name__}: {one_line(cause)}",
         "Finished work is kept: run the same command again. -v shows Ray's own messages.",
     )

@@ -20,6 +20,7 @@ import pyarrow as pa
 from models.errors import FailedWork
 from pipeline.corpus.manifest import ADDRESS
 from pipeline.files import corruptions, images
+from pipeline.files.faults import explain
 from pipeline.files.images import ImageSettings
 from pipeline.files.storage import Storage
 from pipeline.labelling.labeller import Labeller, Prediction, label_dtype
@@ -212,11 +213,19 @@ class Write:
         self._dtype = label_dtype(num_classes)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Raises ``output_in_use`` if another run has taken over the lease."""
+        """Commit the rows.
+
+        Raises:
+            MaskMillError: ``output_in_use`` if another run has taken over the lease; what the storage says.
+        """
         start = time.perf_counter()
         rows = pa.Table.from_pylist([self._row(row) for row in table.to_pylist()], schema=labels.LABEL_SCHEMA)
-        refuse_other_holder(self._storage, self._run_id)
-        write_part(self._storage, rows)
+        try:
+            refuse_other_holder(self._storage, self._run_id)
+            write_part(self._storage, rows)
+        except OSError as error:
+            # Told here, while the error still knows its path.
+            raise explain(error, self._storage.uri) or error from error
         report = {
             "done": rows.num_rows,
             "failures": [status for status in rows["status"].to_pylist() if status != labels.OK],

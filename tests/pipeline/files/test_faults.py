@@ -10,7 +10,7 @@ import botocore.exceptions
 import pytest
 
 from models.errors import MaskMillError, WrongUse
-from pipeline.files.faults import explain, says_damage
+from pipeline.files.faults import explain, one_line, says_damage
 
 
 def client_error(code: str) -> botocore.exceptions.ClientError:
@@ -80,6 +80,10 @@ def test_ray_hides_no_cause() -> None:
     for error in (full, full.as_instanceof_cause()):
         told = explain(error)
         assert isinstance(told, MaskMillError) and told.code == "disk_full" and "/out/x" in told.message
+    advised = ValueError(
+        "bad\nFailed to apply UDF transform after 1/1 attempts (total 0s).\nTo change, DataContext"
+    )
+    assert one_line(advised) == "bad"
     told = explain(WorkerCrashedError())
     assert told is not None and told.code == "ray_failed"
     ours = RayTaskError("work", "Traceback …", TypeError("x"))
