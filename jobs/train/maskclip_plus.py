@@ -204,6 +204,7 @@ def _prepare(
     count = ontology.num_classes
     guessed = f"all {count}" if guessable is None else f"{len(guessable)} of {count}"
     toy = " (a toy)" if config.backbone == "light" else ""
+    parts = dict.fromkeys((config.decoder, config.backbone))
     left_out = "".join(f", {number:,} left out ({why})" for why, number in samples.left_out.items() if number)
     return Prepared(
         make_task=make_task,
@@ -216,7 +217,7 @@ def _prepare(
             "truth": None if truth is None else truth.fingerprint(),
         },
         announcement=(
-            f"Training {config.decoder} ({config.backbone} backbone){toy}, {recipe.loop.iterations:,} steps "
+            f"Training a student ({', '.join(parts)}){toy}, {recipe.loop.iterations:,} steps "
             f"of {recipe.loop.batch_size} crops from {samples.num_images:,} labelled images{left_out}; "
             f"{guessed} classes are guessed{with_truth} → {options.output}"
         ),
