@@ -24,7 +24,7 @@ class Report:
         output: page to write; default: report.html in the first folder, or here if that is remote.
     """
 
-    results: Annotated[Positional[tuple[str, ...]], arg(metavar="RESULT...")]
+    results: Annotated[Positional[tuple[str, ...]], arg(metavar="RESULT...", help_behavior_hint="")]
     output: Maybe[Path] = None
 
     def run(self, console: Console | None = None) -> int:

@@ -80,7 +80,7 @@ class Segment:
         overwrite: replace the results of an earlier run in --output.
     """
 
-    images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE...")]
+    images: Annotated[Positional[tuple[str, ...]], arg(metavar="IMAGE...", help_behavior_hint="")]
     output: str
     prompts: Annotated[Repeated, arg(name="prompt")] = ()
     prompt_images: Annotated[Repeated, arg(name="prompt-image")] = ()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.cli import COMMANDS, TRAININGS, parse
 from pipeline.labelling.recipes import LABEL_RECIPES
 from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES
 from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
@@ -21,6 +22,29 @@ def test_help_names_every_command(maskmill: Run) -> None:
     assert done.returncode == 0
     for command in ("label", "show", "train", "evaluate", "demo", "recipes"):
         assert command in done.stdout
+
+
+def test_the_commands_are_those_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, names in (([], COMMANDS), (["train"], TRAININGS)):
+        with pytest.raises(SystemExit):
+            parse([*arguments, "--help"])
+        listed = re.search(r"\{([\w,-]+)\}", capsys.readouterr().out)
+        assert listed and tuple(listed[1].split(",")) == names
+
+
+@pytest.mark.parametrize(
+    "command", [*(name for name in COMMANDS if name != "train"), *(f"train {name}" for name in TRAININGS)]
+)
+def test_help_shows_nothing_of_python(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        parse([*command.split(), "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0 and f"usage: maskmill {command}" in text
+    for wrong in ("None", "default: False", "default: True", "(default: )", "may be repeated. (repeatable)"):
+        assert wrong not in text, wrong
 
 
 def test_label_help_explains_every_flag(maskmill_here: Run) -> None:
