@@ -6,12 +6,13 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from tyro.conf import arg
 
 from jobs.console import duration, stderr_console, timed
 from jobs.options import Maybe
@@ -52,7 +53,7 @@ class Runs:
     tracking: Maybe[str] = None
     experiment: Maybe[str] = None
     limit: int = 20
-    compare: tuple[str, ...] = ()
+    compare: Annotated[tuple[str, ...], arg(metavar="RUN RUN ...", help_behavior_hint="")] = ()
 
     def run(self, console: Console | None = None) -> int:
         """List the newest runs, or show how several differ.

@@ -109,7 +109,7 @@ def test_a_missing_page_is_written_without_training(trained: Path) -> None:
     for part in (
         "CLIPSeg over toyclip",
         "learning rate",
-        "IoU at 0.5",
+        "IoU at p ≥ 0.5",
         "toyworld seed-7",
         "maskmill segment",
     ):
