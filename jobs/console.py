@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -14,6 +14,9 @@ from rich.progress import Progress as Bar
 
 from pipeline.cluster.progress import Progress as LabelProgress
 from pipeline.cluster.progress import TimeLeft
+
+if TYPE_CHECKING:
+    from pipeline.datasets.base import Dataset
 
 Progress = Callable[[int, int], None]
 """Callback that takes the work done so far and the total."""
@@ -229,6 +232,12 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def say_left_out(console: Console, dataset: Dataset) -> None:
+    """Say what a dataset's reader did not take."""
+    for entry in dataset.left_out:
+        console.print(f"{dataset.name}, not taken: {entry}", highlight=False, soft_wrap=True, markup=False)
 
 
 def stderr_console() -> Console:

@@ -22,6 +22,7 @@ from models.errors import WrongUse
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.pairs import open_pairs
 from pipeline.evaluation.results import EvaluationResult
+from pipeline.files.outputs import check_output_folder
 from pipeline.labelling.prepare import student_recipe
 from pipeline.labelling.recipes import RECIPES, LabelRecipe
 from pipeline.metrics.names import percent
@@ -142,6 +143,7 @@ def empty_folder(output: Path) -> None:
     Raises:
         MaskMillError: ``output_not_ours`` if it holds files that the demo did not write.
     """
+    check_output_folder(output)
     if output.exists() and any(output.iterdir()):
         if not (output / MARKER).exists():
             raise WrongUse(

@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import arg
 
-from jobs.console import counted, stderr_console, timed
+from jobs.console import counted, say_left_out, stderr_console, timed
 from jobs.label import LabelJob, label_images
 from jobs.options import (
     FLAT,
@@ -51,7 +53,15 @@ from pipeline.evaluation.results import (
     new_folder,
     write_result,
 )
-from pipeline.evaluation.tables import Evaluation, ImageScore, class_lookup, evaluate_table, read_labels
+from pipeline.evaluation.tables import (
+    MOST_IDS,
+    Evaluation,
+    ImageScore,
+    class_lookup,
+    evaluate_table,
+    plan,
+    read_labels,
+)
 from pipeline.labelling.prepare import require_weights
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe
 from pipeline.metrics.names import metric_label, percent
@@ -64,6 +74,8 @@ from pipeline.tracking.results import log_result
 from pipeline.tracking.tracker import TrackedDataset, open_tracker
 
 CUSTOM = "custom"
+FEW = 4
+"""Number of images that are read before anything is made."""
 ON_RAY_FROM = 2000
 """Number of images above which starting Ray pays off."""
 
@@ -122,6 +134,7 @@ class Evaluate:
         # Find mistakes in the command before a tracking run is opened.
         new_folder(self.output, slug, overwrite=self.overwrite)
         self._check_against(dataset, recipe, classes)
+        say_left_out(console, dataset)
         with open_tracker(self.tracking, waiting=functools.partial(timed, console)) as tracker:
             tracker.start(
                 "evaluate",
@@ -154,7 +167,7 @@ class Evaluate:
             with timed(console, "writing the page"):
                 page = write_report([folder], folder / REPORT_FILE)
             log_result(tracker, folder)
-            _print(result, console)
+            _print(result, console, told=len(dataset.left_out))
         console.print(
             f"Result         {folder}/evaluation.json\nLook at it:    {page.resolve().as_uri()}",
             highlight=False,
@@ -175,10 +188,17 @@ class Evaluate:
         if recipe is None:
             made = read_table_record(str(self.labels))
             _protocol(dataset, self._asked, table_recipe(made), made.ontology)
+            names, ignored = made.ontology.names, made.ontology.ignore_index
+            class_lookup(names, dataset.class_names, ignore_index=ignored)
+            for sample in list(plan(str(self.labels), dataset.samples).samples.values())[:1]:
+                dataset.truth(sample)
         else:
             refuse_missing_file(recipe.pretrained)
             _plan(dataset, recipe, words, self._asked)
             require_weights(recipe)
+            # Masks of another kind or size are told now, not after an hour of labelling.
+            for sample in dataset.samples[:: max(1, len(dataset.samples) // FEW)][:FEW]:
+                dataset.image_and_truth(sample)
 
     @property
     def _asked(self) -> ProtocolName | None:
@@ -302,9 +322,11 @@ def evaluate(
         )
     whole = not (evaluation.missing or evaluation.failed)
     if labels is None and not whole:
+        lost = evaluation.failed.total() + len(evaluation.missing)
         raise FailedWork(
             "labelling_failed",
-            f"Of {len(dataset.samples):,} images {evaluation.failed.total():,} could not be labelled.",
+            f"Of {len(dataset.samples):,} images {lost:,} could not be compared: "
+            f"{'; '.join(map(str, evaluation.left_out()))}.",
             f"See the rows with a status in {table}; a benchmark is measured on all of its images.",
         )
     claim_folder(folder, overwrite=overwrite and labels is not None)
@@ -331,6 +353,10 @@ def evaluate(
         else [],
         worst=worst,
         best=best,
+        left_out=[
+            *map(str, (*dataset.left_out, *evaluation.left_out())),
+            *_mostly_ignored(dataset, evaluation),
+        ],
     )
     write_result(folder, result)
     return folder, result
@@ -374,9 +400,10 @@ def _plan(
 
 
 def _image_list(dataset: Dataset, folder: Path) -> str:
-    """Write a list file of the images for labelling, and return its path."""
-    source = folder / "images.txt"
-    source.write_text("".join(f"{_file(dataset, sample, folder)}\n" for sample in dataset.samples))
+    """Write a list of the images for labelling, and return its path."""
+    source = folder / "images.parquet"  # names may hold line breaks, which a text file could not list
+    uris = [_file(dataset, sample, folder) for sample in dataset.samples]
+    pq.write_table(pa.table({"uri": pa.array(uris, pa.string())}), source)
     return str(source)
 
 
@@ -450,6 +477,19 @@ def _groups(dataset: Dataset, zero_shot: str | None) -> list[str | None]:
     return ["unseen" if index in unseen else "seen" for index in range(count)]
 
 
+def _mostly_ignored(dataset: Dataset, evaluation: Evaluation) -> list[str]:
+    """A sentence if most of the truth of the user's own data is ignored; benchmarks are made that way."""
+    info = DATASETS.get(dataset.name)
+    if evaluation.ignored_share <= 0.5 or (info is not None and info.official):
+        return []
+    ids = sorted(evaluation.truth_ids)
+    named = ", ".join(map(str, ids[:MOST_IDS])) + (", …" if len(ids) > MOST_IDS else "")
+    return [
+        f"{100 * evaluation.ignored_share:.1f} % of the truth's pixels, which are ignored "
+        f"(ids found: {named}; {dataset.ignore_index} means ignored)"
+    ]
+
+
 def _title(dataset: Dataset, made: TableRecord) -> str:
     count = len(dataset.samples)
     info = DATASETS.get(dataset.name)
@@ -500,7 +540,8 @@ def _pictures(
     return draw(lowest, "worst"), draw(highest, "best")
 
 
-def _print(result: EvaluationResult, console: Console) -> None:
+def _print(result: EvaluationResult, console: Console, *, told: int) -> None:
+    """Print the scores and what was left out, except for the first ``told`` entries."""
     toy = " (a toy: it knows the toy world only)" if result.model.toy else ""
     table = Table(title=f"{result.title}, protocol {result.protocol}{toy}", title_justify="left")
     table.add_column("class")
@@ -523,6 +564,8 @@ def _print(result: EvaluationResult, console: Console) -> None:
     )
     console.print(f"{line}", highlight=False, soft_wrap=True)
     images = result.images
+    for line in images.left_out[told:]:
+        console.print(f"  left out: {line}", highlight=False, soft_wrap=True, markup=False)
     if images.failed or images.missing:
         console.print(
             f"Not all images took part: {images.evaluated:,} compared, {images.failed:,} without "

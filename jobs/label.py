@@ -37,6 +37,7 @@ from pipeline.cluster.session import joins_cluster, ray_session, worker_precisio
 from pipeline.cluster.signals import interrupt, signals_held
 from pipeline.corpus.manifest import ADDRESS, build_manifest
 from pipeline.files.images import ImageError, fetch
+from pipeline.files.outputs import check_output_folder
 from pipeline.files.records import now
 from pipeline.files.redaction import without_signature
 from pipeline.files.storage import Storage, is_remote, open_storage
@@ -183,6 +184,7 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
     console = console or stderr_console()
     began = time.monotonic()
     refuse_missing_file(job.recipe.pretrained)
+    check_output_folder(job.output)
     tracker = open_tracker(
         job.tracking, system_metrics=job.system_metrics, waiting=functools.partial(timed, console)
     )

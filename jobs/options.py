@@ -159,8 +159,10 @@ class Truth:
         if self.dataset is not None:
             _refuse(self.truth, "--truth belongs to --images", command)
             info = DATASETS.get(self.dataset)
-            own = classes is not None and info is not None and info.needs_ontology
-            options = {"ontology": classes} if own else {}
+            own = info is not None and info.needs_ontology
+            if own and classes is None and table is not None:
+                classes = read_table_record(table).ontology
+            options = {"ontology": classes} if own and classes is not None else {}
             opened = open_dataset(self.dataset, root=self.root, split=self.split, **options)
             assert isinstance(opened, Dataset), "only PhraseCut is no Dataset"
             return opened

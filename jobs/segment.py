@@ -22,6 +22,7 @@ from jobs.options import Flag, Maybe, Repeated, refuse_missing_file
 from models.errors import WrongUse
 from pipeline.corpus.manifest import ADDRESS, build_manifest
 from pipeline.files.images import MAX_PIXELS, ImageError, decode, fetch, max_bytes, target_size
+from pipeline.files.outputs import check_output_folder
 from pipeline.files.records import now
 from pipeline.files.redaction import without_signature
 from pipeline.files.storage import open_storage
@@ -412,8 +413,7 @@ def _earlier_files(folder: Path, *, overwrite: bool) -> list[Path]:
     Raises:
         MaskMillError: ``output_exists``, ``output_not_ours``.
     """
-    if folder.exists() and not folder.is_dir():
-        raise WrongUse("output_exists", f"{folder} is a file.", "Name a folder as --output.")
+    check_output_folder(folder)
     if not folder.is_dir() or not any(folder.iterdir()):
         return []
     earlier = folder / RESULT_FILE

@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 
 from jobs.console import stderr_console, timed
 from jobs.options import Maybe
+from pipeline.files.outputs import check_output_file
 from pipeline.files.storage import canonical_uri, is_remote
 from pipeline.report.gallery import Order, write_gallery
 from pipeline.table.record import read_table_record
@@ -42,6 +43,7 @@ class Show:
         remote = is_remote(canonical_uri(self.table))
         output = self.output or (Path() if remote else Path(self.table)) / "gallery.html"
         read_table_record(self.table)
+        check_output_file(output)
         with timed(stderr_console(), "writing the page"):
             page = write_gallery(self.table, output, limit=self.limit, order=self.order)
         console.print(f"Open in a browser: {page.resolve().as_uri()}", soft_wrap=True, highlight=False)

@@ -326,6 +326,7 @@ def _note(dataset: Dataset | None, request: Request) -> str:
     if dataset is not None:
         other = of_other_images(dataset, DATASETS[dataset.name].default_split)
         notes.append(other or f"{len(dataset.samples):,} images.")
+        notes += [f"Not taken: {entry}." for entry in dataset.left_out]
     return " ".join(notes)
 
 

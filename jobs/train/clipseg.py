@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
 
+from jobs.console import say_left_out, stderr_console
 from jobs.options import FLAT, Maybe, Settings, Truth, comma_separated, refuse_missing_file
 from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, recipe_identity, run_training
 from models.errors import WrongUse
@@ -88,6 +89,8 @@ class TrainClipSeg:
             recipe = CLIPSEG_RECIPES.change(recipe, {"model": {"start": self.start}})
         classes = load_ontology(self.ontology) if self.ontology is not None else None
         dataset = self._dataset(classes)
+        if dataset is not None:
+            say_left_out(console or stderr_console(), dataset)
         return train_clipseg(
             recipe,
             self.options,
@@ -190,6 +193,7 @@ def prepare(
     trained = sum(p.numel() for p in model.decoder.parameters() if p.requires_grad)
     toy = " (a toy)" if model.clip.name == "toyclip" else ""
     start = f"from {recipe.model.start}, " if recipe.model.start else ""
+    left_out = "".join(f", {number:,} left out ({why})" for why, number in source.left_out.items() if number)
     commands = commands_for(options.output)
     return Prepared(
         make_task=functools.partial(
@@ -201,8 +205,8 @@ def prepare(
         announcement=(
             f"Training {recipe.model.kind} over {model.clip.name}{toy}, {start}{trained:,} parameters, "
             f"{recipe.loop.iterations:,} steps of {recipe.loop.batch_size}; {source.name}: "
-            f"{data['triplets']:,} pairs of {data['images']:,} images and {data['phrases']:,} phrases "
-            f"→ {options.output}"
+            f"{data['triplets']:,} pairs of {data['images']:,} images and {data['phrases']:,} phrases"
+            f"{left_out} → {options.output}"
         ),
         params={"recipe": record, "data": data},
         dataset=TrackedDataset(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from rich.console import Console
 
+from jobs.console import say_left_out, stderr_console
 from jobs.options import FLAT, Maybe, Settings, Truth, comma_separated, refuse_missing_file
 from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, recipe_identity, run_training
 from models.errors import WrongUse, did_you_mean
@@ -88,6 +89,7 @@ class TrainMaskClipPlus:
                 table=self.labels if own_masks else None,
                 command="train maskclip-plus",
             )
+            say_left_out(console or stderr_console(), truth)
         return train_student(
             self.labels, recipe, self.options, ontology=classes, truth=truth, console=console
         )

@@ -24,6 +24,7 @@ from rich.console import Console
 from jobs.console import TrainDisplay, duration, stderr_console, timed
 from jobs.options import Address, Flag, Maybe, SystemMetrics, Tracking, Verbose
 from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
+from pipeline.files.outputs import check_output_folder
 from pipeline.files.recipes import Recipe
 from pipeline.files.storage import Storage, open_storage
 from pipeline.report.training_page import PAGE
@@ -163,6 +164,7 @@ def run_training(
         raise WrongUse(
             "wrong_use", f"--workers {options.workers} is not a number of processes.", "Give 0 or more."
         )
+    check_output_folder(options.output)
     tracker = open_tracker(
         options.tracking, system_metrics=options.system_metrics, waiting=functools.partial(timed, console)
     )

@@ -12,23 +12,24 @@ import hashlib
 import io
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from models.errors import MaskMillError, WrongUse
-from pipeline.files.images import ImageError, decode, fetch
+from pipeline.files.documents import decoded, read_document
+from pipeline.files.images import FORMATS, ImageError, decode, fetch
 from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import Ontology, builtin_ontologies, load_ontology
 
 Labels = npt.NDArray[np.uint8 | np.uint16]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _MAX_SHOWN = 5
 _Dataset = TypeVar("_Dataset", bound="Dataset")
 
@@ -46,6 +47,52 @@ class Sample:
     name: str
     image: str
     truth: str | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Entries of one kind that a reader did not take.
+
+    Attributes:
+        what: one such entry, in words: "annotation without an area".
+        count: their number.
+        examples: the first few.
+    """
+
+    what: str
+    count: int
+    examples: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, what: str, entries: Sequence[str]) -> LeftOut:
+        """Count entries, and keep the first few as examples."""
+        return cls(what, len(entries), tuple(entries[:_MAX_SHOWN]))
+
+    def __str__(self) -> str:
+        more = self.count > len(self.examples) == _MAX_SHOWN
+        named = ", ".join(self.examples) + (", …" if more else "")
+        return f"{self.count:,} × {self.what}" + (f" ({named})" if self.examples else "")
+
+
+class Counts:
+    """Counts what is left out, by kind."""
+
+    def __init__(self) -> None:
+        self._numbers: Counter[str] = Counter()
+        self._examples: dict[str, dict[str, None]] = {}
+
+    def add(self, what: str, example: str) -> None:
+        """Count an entry; see ``LeftOut``. Only the first few different examples are kept."""
+        self._numbers[what] += 1
+        examples = self._examples.setdefault(what, {})
+        if len(examples) < _MAX_SHOWN:
+            examples[example] = None
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """All kinds, in the order of their first entries."""
+        return tuple(
+            LeftOut(what, count, tuple(self._examples[what])) for what, count in self._numbers.items()
+        )
 
 
 class SegmentationDataset(Protocol):
@@ -96,6 +143,7 @@ class Dataset(ABC):
         classes: meaning of the ids.
         samples: sorted by name.
         identity: source of the truth, in words or as a hash; part of the fingerprint.
+        left_out: what the reader found and did not take.
     """
 
     name: str
@@ -103,6 +151,7 @@ class Dataset(ABC):
     classes: Ontology
     samples: tuple[Sample, ...]
     identity: str
+    left_out: tuple[LeftOut, ...] = field(default=(), kw_only=True)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -134,10 +183,7 @@ class Dataset(ABC):
         Raises:
             MaskMillError: ``dataset_invalid``, naming the file.
         """
-        try:
-            return decode(fetch(sample.image))
-        except ImageError as error:
-            raise _unreadable(sample.image, error) from error
+        return read_image(sample.image)
 
     def image_and_truth(self, sample: Sample) -> tuple[npt.NDArray[np.uint8], Labels]:
         """Both, checked to have the same size.
@@ -271,7 +317,12 @@ def shown(names: Sequence[Any]) -> str:
 
 
 def list_files(
-    place: Storage, folder: str, suffixes: str | tuple[str, ...], *, recursive: bool = False
+    place: Storage,
+    folder: str,
+    suffixes: str | tuple[str, ...],
+    *,
+    recursive: bool = False,
+    others: Counts | None = None,
 ) -> dict[str, str]:
     """List the files in a folder that have one of the suffixes, without hidden files.
 
@@ -280,19 +331,31 @@ def list_files(
         folder: "" for ``place`` itself.
         suffixes: case-insensitive; the longest match is stripped.
         recursive: enter subfolders; names then contain slashes.
+        others: counts the files with other suffixes.
 
     Returns:
         Path within ``place``, by name relative to the folder without suffix. Empty if there is no folder.
 
     Raises:
-        MaskMillError: ``dataset_invalid`` if two files share a name (``a.jpg`` and ``a.png``).
+        MaskMillError: ``dataset_invalid`` if two files share a name (``a.jpg`` and ``a.png``), or a name is
+            not UTF-8.
     """
     endings = sorted((suffixes,) if isinstance(suffixes, str) else suffixes, key=len, reverse=True)
     found: dict[str, str] = {}
     for path in place.list(folder, recursive=recursive):
         name = path[len(folder) :].lstrip("/") if folder else path
         ending = next((end for end in endings if name.lower().endswith(end.lower())), None)
-        if ending is None or any(part.startswith(".") for part in PurePosixPath(name).parts):
+        if any(part.startswith(".") for part in PurePosixPath(name).parts):
+            continue
+        if not name.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in name):
+            raise WrongUse(
+                "dataset_invalid",
+                f"{place.uri}: the name of a file is not UTF-8: {name.encode('utf-8', 'surrogateescape')!r}.",
+                "Rename it (for example with convmv).",
+            )
+        if ending is None:
+            if others is not None:
+                others.add(f"{PurePosixPath(name).suffix or 'file without ending'}, which is not read", path)
             continue
         name = name[: len(name) - len(ending)]
         if name in found:
@@ -306,9 +369,31 @@ def list_files(
 
 
 def read_list(place: Storage, name: str) -> list[str]:
-    """First word of each non-empty line of a text file."""
-    lines = place.read_bytes(name).decode("utf-8-sig").splitlines()
-    return [line.split()[0] for line in lines if line.strip()]
+    """First word of each non-empty line of a text file; see ``read_text``."""
+    return [line.split()[0] for line in read_text(place, name).splitlines() if line.strip()]
+
+
+def read_text(place: Storage, name: str) -> str:
+    """A text file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        MaskMillError: ``dataset_invalid`` if it is no file, or naming the line that is not UTF-8.
+    """
+    data = read_document(place, name, code="dataset_invalid")
+    return decoded(data, place.uri_of(name), code="dataset_invalid")
+
+
+def read_image(uri: str) -> npt.NDArray[np.uint8]:
+    """RGB (H, W, 3), upright.
+
+    Raises:
+        MaskMillError: ``dataset_invalid``, naming the file.
+    """
+    try:
+        return decode(fetch(uri))
+    except ImageError as error:
+        raise _unreadable(uri, str(error)) from error
 
 
 def identity_ids(count: int, *, ignore: int = 255) -> dict[int, int]:
@@ -331,12 +416,18 @@ def read_mask(uri: str) -> Labels:
     try:
         data = fetch(uri)
     except ImageError as error:
-        raise _unreadable(uri, error) from error
+        raise _unreadable(uri, str(error)) from error
+    if not data:
+        raise _unreadable(uri, "the file has 0 bytes")
+    if not data.startswith(b"\x89PNG"):
+        raise _unreadable(uri, f"it is no PNG, but {_kind(data)}")
     try:
         with Image.open(io.BytesIO(data), formats=("PNG",)) as opened:
             mode, array = opened.mode, np.asarray(opened)
+    except UnidentifiedImageError as error:  # whose text is the address of a buffer
+        raise _unreadable(uri, "the PNG's header is cut off or damaged") from error
     except Exception as error:  # Pillow raises all sorts of exceptions on damaged files
-        raise _unreadable(uri, error) from error
+        raise _unreadable(uri, str(error) or type(error).__name__) from error
     if mode in ("P", "L", "1"):
         # Pillow scales 2-bit and 4-bit grey to 0..255. Byte 24 of a PNG is the bit depth.
         factor = {2: 85, 4: 17}.get(data[24], 1) if mode == "L" else 1
@@ -388,9 +479,18 @@ def _ranges(ids: Iterable[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
-def _unreadable(uri: str, error: Exception) -> MaskMillError:
+def _kind(data: bytes) -> str:
+    """What a file is that should be a PNG."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            return f"{opened.format} (masks are PNGs: other formats may change the ids)"
+    except Exception:  # a damaged or other file
+        return f"{len(data):,} bytes that begin with {data[:8]!r}"
+
+
+def _unreadable(uri: str, why: str) -> MaskMillError:
     return WrongUse(
         "dataset_invalid",
-        f"{uri} cannot be read: {error}",
+        f"{uri} cannot be read: {why}.",
         "Get this file again; a benchmark is measured on all of its files or not at all.",
     )

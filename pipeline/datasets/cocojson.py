@@ -7,6 +7,8 @@ ontology, are background if the ontology has one, else ignored.
 
 LVIS is COCO JSON too. Its images have no ``file_name`` but a URL that ends with the COCO split and the name,
 so the reader looks for ``train2017/000000391895.jpg`` in the image folder.
+
+``cocofile`` reads and checks the file, ``segmentation`` its polygons and RLEs.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import hashlib
 import json
 import posixpath
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -23,8 +25,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from models.errors import MaskMillError, WrongUse
-from pipeline.datasets.base import Dataset, Labels, Sample, Source, shown
+from models.errors import WrongUse
+from pipeline.datasets.base import Dataset, Labels, Sample, Source, read_image, shown
+from pipeline.datasets.cocofile import CocoCategory, CocoImage, invalid, read_coco
+from pipeline.datasets.segmentation import encoded
+from pipeline.files.documents import read_document
 from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import BACKGROUND, Ontology, load_ontology
 
@@ -45,7 +50,7 @@ class CocoSample(Sample):
 
     Attributes:
         size: (H, W) of the annotation.
-        instances: UTF-8 JSON, a list of [class id, is crowd, annotation id, segmentation].
+        instances: UTF-8 JSON, the list for ``draw_instances``.
         not_exhaustive: ids of classes that LVIS has not annotated exhaustively in this image.
     """
 
@@ -59,11 +64,11 @@ class CocoDataset(Dataset):
     """Truth drawn from instances; the module docstring has the rule."""
 
     def truth(self, sample: Sample) -> Labels:
-        """See ``Dataset.truth``; raises ``dataset_invalid`` for a malformed segmentation."""
+        """See ``Dataset.truth``."""
         assert isinstance(sample, CocoSample)
         blank = 0 if self.classes.background is not None else self.ignore_index
         labels: Labels = np.full(sample.size, blank, self.classes.mask_dtype)
-        return draw_instances(labels, json.loads(sample.instances), where=sample.name)
+        return draw_instances(labels, json.loads(sample.instances))
 
     def class_ids_of(self, sample: Sample) -> set[int]:
         """Classes with an instance in the image, including those hidden beneath others in ``truth``."""
@@ -76,15 +81,11 @@ class CocoDataset(Dataset):
         return sample.not_exhaustive
 
     def union(self, sample: Sample, class_ids: Collection[int]) -> npt.NDArray[np.bool_]:
-        """Union of all instances of the classes, bool (H, W), including parts that others cover.
-
-        Raises:
-            MaskMillError: ``dataset_invalid`` for a malformed segmentation.
-        """
+        """Union of all instances of the classes, bool (H, W), including parts that others cover."""
         assert isinstance(sample, CocoSample)
         wanted = [[1, *rest] for class_id, *rest in json.loads(sample.instances) if class_id in class_ids]
         blank: Labels = np.zeros(sample.size, np.uint8)
-        return draw_instances(blank, wanted, where=sample.name) == 1
+        return draw_instances(blank, wanted) == 1
 
 
 def open_coco_json(
@@ -107,69 +108,50 @@ def open_coco_json(
 
     Raises:
         MaskMillError: ``dataset_missing``, also for missing images; ``dataset_invalid`` for
-            a file that is not COCO JSON, an annotation without segmentation, or a class without a category.
+            a file that is not COCO JSON, an annotation that cannot be drawn, or a class without a category.
     """
     path = PurePosixPath(annotations)
     storage = open_storage(annotations.removesuffix(path.name).rstrip("/") or ".")
     try:
-        data = storage.read_bytes(path.name)
+        data = read_document(storage, path.name, code="dataset_invalid")
     except FileNotFoundError:
         raise SOURCE.missing(storage.uri, f"there is no {path.name}") from None
     where = storage.uri_of(path.name)
-    try:
-        content = json.loads(data)
-        categories = content["categories"]
-        if ontology is None:
-            classes = category_ontology(categories)
-            class_of = {category["id"]: place for place, category in enumerate(_by_id(categories))}
-        else:
-            classes = ontology if isinstance(ontology, Ontology) else load_ontology(ontology)
-            class_of = _classes_by_category(categories, classes, where)
-        by_image: dict[int, list[Any]] = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            if annotation["category_id"] not in class_of:
-                continue
-            if not annotation.get("segmentation"):
-                raise _invalid(where, f"annotation {annotation['id']} has no segmentation, only a box")
-            entry = [
-                class_of[annotation["category_id"]],
-                int(bool(annotation.get("iscrowd", 0))),
-                annotation["id"],
-                annotation["segmentation"],
-            ]
-            by_image[annotation["image_id"]].append(entry)
-        found = [
-            (
-                _file_name(image),
-                (int(image["height"]), int(image["width"])),
-                by_image[image["id"]],
-                frozenset(
-                    class_of[category]
-                    for category in image.get("not_exhaustive_category_ids", ())
-                    if category in class_of
-                ),
-            )
-            for image in content["images"]
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise _invalid(where, f"it is not COCO JSON ({type(error).__name__}: {error})") from error
+    file = read_coco(data, where)
+    if ontology is None:
+        classes = category_ontology(file.categories)
+        class_of = {category.id: place for place, category in enumerate(file.categories)}
+    else:
+        classes = ontology if isinstance(ontology, Ontology) else load_ontology(ontology)
+        class_of = _classes_by_category(file.categories, classes, where)
     place = open_storage(images)
-    absent = _absent(place, [file for file, *_ in found])
+    names = _names([image.file for image in file.images], where)
+    absent = _absent(place, list(names))
     if absent:
         raise WrongUse(
             "dataset_missing",
-            f"{where}: {len(absent):,} of its {len(found):,} images are not in {place.uri}: {shown(absent)}.",
+            f"{where}: {len(absent):,} of its {len(names):,} images are not in {place.uri}: {shown(absent)}.",
             "Give the folder that holds the images that the JSON names; its file names are relative to it.",
         )
+    sizes = {image.id: _size(image, place) for image in file.images}
+    instances, left_out = file.instances(class_of, sizes)
     samples = [
         CocoSample(
-            name=str(PurePosixPath(file).with_suffix("")),
-            image=place.uri_of(file),
-            size=size,
-            instances=json.dumps(entries, separators=(",", ":")).encode(),
-            not_exhaustive=not_exhaustive,
+            name=names[image.file],
+            image=place.uri_of(image.file),
+            size=sizes[image.id],
+            instances=json.dumps(
+                [
+                    [class_of[one.category_id], int(one.crowd), one.order, one.parts]
+                    for one in instances[image.id]
+                ],
+                separators=(",", ":"),
+            ).encode(),
+            not_exhaustive=frozenset(
+                class_of[category] for category in image.not_exhaustive_category_ids if category in class_of
+            ),
         )
-        for file, size, entries, not_exhaustive in found
+        for image in file.images
     ]
     return CocoDataset(
         name=name,
@@ -177,6 +159,7 @@ def open_coco_json(
         classes=classes,
         samples=tuple(sorted(samples, key=lambda sample: sample.name)),
         identity=f"instances {hashlib.sha256(data).hexdigest()}",
+        left_out=left_out,
     )
 
 
@@ -198,19 +181,16 @@ def open_coco_root(
     return open_coco_json(annotations, images, ontology=ontology, split=split)
 
 
-def category_ontology(categories: Sequence[Mapping[str, Any]]) -> Ontology:
-    """An ontology with a class for every category, in the order of ids, without background.
+def category_ontology(categories: Sequence[CocoCategory]) -> Ontology:
+    """An ontology with a class for every category, in the order given, without background.
 
     LVIS's underscores become spaces, and a qualifier in parentheses is dropped if the name is unique without
     it: "bus_(vehicle)" becomes "bus", but "bow_(weapon)" and "bow_(decorative_ribbons)" keep theirs.
 
-    Args:
-        categories: each with ``id`` and ``name``.
-
     Raises:
-        MaskMillError: ``ontology_invalid`` if two categories share a name.
+        MaskMillError: ``ontology_invalid`` if two categories share a name, or there is none.
     """
-    names = [spoken_names(str(category["name"])) for category in _by_id(categories)]
+    names = [spoken_names(category.name) for category in categories]
     short = Counter(name.casefold() for _, name in names)
     return Ontology.from_dict(
         {
@@ -226,58 +206,41 @@ def spoken_names(category: str) -> tuple[str, str]:
     return full, full.partition(" (")[0]
 
 
-def draw_instances(labels: Labels, instances: list[Any], *, where: str) -> Labels:
+def draw_instances(labels: Labels, instances: list[Any]) -> Labels:
     """Draw instances into a map; the module docstring has the rule.
 
     Args:
         labels: (H, W), modified in place.
-        instances: [class id, is crowd, annotation id, segmentation] each. Segmentations are polygons, or RLE
-            with counts as a list or a compressed string. Polygons of fewer than three points have no area and
-            are skipped.
-        where: for errors.
-
-    Raises:
-        MaskMillError: ``dataset_invalid``.
+        instances: [class id, is crowd, order, parts of ``segmentation.checked``] each.
     """
     from pycocotools import mask as coco
 
     height, width = labels.shape
     regions = []
-    for class_id, crowd, number, segmentation in instances:
-        try:
-            if isinstance(segmentation, Mapping):
-                counts = segmentation["counts"]
-                rle = (
-                    coco.frPyObjects(segmentation, height, width)
-                    if isinstance(counts, list)
-                    else segmentation
-                )
-                if list(segmentation["size"]) != [height, width]:
-                    raise ValueError(f"its size is {segmentation['size']}, the image's {[height, width]}")
-            else:
-                polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
-                if not polygons:
-                    continue
-                rle = coco.merge(coco.frPyObjects(polygons, height, width))
-            area = int(coco.area(rle))
-        except Exception as error:  # pycocotools raises bare Exceptions
-            raise _invalid(
-                where, f"the segmentation of annotation {number} cannot be read ({error})"
-            ) from error
-        regions.append((not crowd, -area, number, class_id, rle))
+    for class_id, crowd, order, parts in instances:
+        rle = encoded(parts, height, width)
+        regions.append((not crowd, -int(coco.area(rle)), order, class_id, rle))
     for *_, class_id, rle in sorted(regions, key=lambda region: region[:3]):
         labels[coco.decode(rle).astype(bool)] = class_id
     return labels
 
 
-def _by_id(categories: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return sorted(categories, key=lambda category: int(category["id"]))
+def _size(image: CocoImage, place: Storage) -> tuple[int, int]:
+    """(H, W): of the file, or of the picture if the file has none."""
+    if image.height is not None and image.width is not None:
+        return image.height, image.width
+    height, width, _ = read_image(place.uri_of(image.file)).shape
+    return height, width
 
 
-def _file_name(image: Mapping[str, Any]) -> str:
-    if "file_name" in image:
-        return str(image["file_name"])
-    return "/".join(str(image["coco_url"]).split("/")[-2:])
+def _names(files: Sequence[str], where: str) -> dict[str, str]:
+    """Unique names of samples, by file: the path without its suffix, or with it if several would share it."""
+    twice = [file for file, count in Counter(files).items() if count > 1]
+    if twice:
+        raise invalid(where, f"{len(twice):,} files are listed as several images: {shown(twice)}")
+    short = {file: str(PurePosixPath(file).with_suffix("")) for file in files}
+    shared = Counter(short.values())
+    return {file: name if shared[name] == 1 else str(PurePosixPath(file)) for file, name in short.items()}
 
 
 def _absent(place: Storage, files: Sequence[str]) -> list[str]:
@@ -294,16 +257,16 @@ def _absent(place: Storage, files: Sequence[str]) -> list[str]:
     return [file for file, path in zip(files, paths, strict=True) if str(path) not in present]
 
 
-def _classes_by_category(categories: list[dict[str, Any]], classes: Ontology, where: str) -> dict[int, int]:
+def _classes_by_category(categories: Sequence[CocoCategory], classes: Ontology, where: str) -> dict[str, int]:
     """Class id by category id, for the categories that are in the ontology."""
     class_by_word = {name.casefold(): number for number, name in enumerate(classes.names)}
     for entry in classes.classes:
         for synonym in entry.synonyms:
             class_by_word[synonym.casefold()] = class_by_word[entry.name.casefold()]
     found = {
-        category["id"]: class_by_word[str(category["name"]).casefold()]
+        category.id: class_by_word[category.name.casefold()]
         for category in categories
-        if str(category["name"]).casefold() in class_by_word
+        if category.name.casefold() in class_by_word
     }
     absent = [
         name
@@ -315,14 +278,6 @@ def _classes_by_category(categories: list[dict[str, Any]], classes: Ontology, wh
             "dataset_invalid",
             f"{where} has no category for {len(absent)} classes of {classes.name}: {shown(absent)}.",
             "Give the class its category's name as a synonym, or leave the class out of the ontology. "
-            f"Categories: {shown([category['name'] for category in categories])}.",
+            f"Categories: {shown([category.name for category in categories]) or 'none'}.",
         )
     return found
-
-
-def _invalid(where: str, why: str) -> MaskMillError:
-    return WrongUse(
-        "dataset_invalid",
-        f"{where}: {why}.",
-        "Correct the file; the format is described at https://cocodataset.org/#format-data.",
-    )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from models.errors import WrongUse
+from pipeline.corpus.sources import IMAGE_EXTENSIONS
 from pipeline.datasets.base import (
-    IMAGE_SUFFIXES,
+    Counts,
     MaskDataset,
     Sample,
     Source,
     identity_ids,
     list_files,
-    read_list,
+    read_text,
     shown,
 )
 from pipeline.files.storage import Storage, open_storage
@@ -39,11 +41,12 @@ def open_pairs(
 ) -> MaskDataset:
     """Match images and masks by relative path without extension, or else by file name alone.
 
-    Every image needs a mask; masks without an image are ignored.
+    Every image needs a mask; masks without an image are counted and left out.
 
     Args:
         root: folder with ``images`` and ``masks``; not needed if both are given.
-        split: ``all``, or path of a text file with a name per line (relative to ``images``, no extension).
+        split: ``all``, or path of a text file with a name per line (relative to ``images``, with or without
+            extension).
         ontology: meaning of the ids: an ontology, a built-in name or a YAML file.
         images: folder of images, instead of ``root/images``.
         masks: folder of masks, instead of ``root/masks``.
@@ -53,22 +56,28 @@ def open_pairs(
     """
     classes = ontology if isinstance(ontology, Ontology) else load_ontology(ontology)
     image_place, mask_place = _place(root, "images", images), _place(root, "masks", masks)
-    image_files = list_files(image_place, "", IMAGE_SUFFIXES, recursive=True)
-    mask_files = list_files(mask_place, "", ".png", recursive=True)
-    for place, files, what in ((image_place, image_files, "images"), (mask_place, mask_files, "mask PNGs")):
-        if not files and (images if what == "images" else masks) is not None:
+    counts = Counts()
+    image_files = list_files(image_place, "", IMAGE_EXTENSIONS, recursive=True, others=counts)
+    mask_files = list_files(mask_place, "", ".png", recursive=True, others=(no_masks := Counts()))
+    for place, files, what, others, given in (
+        (image_place, image_files, "images", counts, images),
+        (mask_place, mask_files, "mask PNGs", no_masks, masks),
+    ):
+        found = "; ".join(map(str, others.left_out()))
+        but = f", but {found}" if found else ""
+        if not files and given is not None:
             raise WrongUse(
                 "dataset_missing",
-                f"There are no {what} in {place.uri}.",
+                f"There are no {what} in {place.uri}{but}.",
                 "Check the path. Masks are PNG files whose values are class ids, 255 is ignored.",
             )
         if not files:
-            raise SOURCE.missing(place.uri, f"there are no {what}")
+            raise SOURCE.missing(place.uri, f"there are no {what}{but}")
     wanted = sorted(image_files)
     if split != "all":
         folder, _, name = split.rpartition("/")
         try:
-            wanted = sorted(set(read_list(open_storage(folder or "."), name)))
+            wanted = _listed(open_storage(folder or "."), name, image_files)
         except FileNotFoundError:
             raise SOURCE.missing(folder or None, f"there is no list {name}") from None
     matched = _match(wanted, mask_files)
@@ -81,6 +90,9 @@ def open_pairs(
             f"missing: {shown(absent)}.",
             "Add them, or give a list of the images to measure as split (a text file, one name per line).",
         )
+    if split == "all":
+        for path in sorted(set(mask_files.values()) - set(matched.values())):
+            counts.add("mask without an image", path)
     return MaskDataset(
         name="pairs",
         split=PurePosixPath(split).stem,
@@ -91,7 +103,15 @@ def open_pairs(
         ),
         identity="masks",
         ids=identity_ids(classes.num_classes, ignore=classes.ignore_index),
+        left_out=counts.left_out(),
     )
+
+
+def _listed(place: Storage, name: str, images: Mapping[str, str]) -> list[str]:
+    """The names in a list: a line each, as names may have blanks; the images' own endings may be there."""
+    lines = [line.removesuffix("\r") for line in read_text(place, name).split("\n") if line.strip()]
+    by_path = {path: name for name, path in images.items()}
+    return sorted({line if line in images else by_path.get(line.strip(), line.strip()) for line in lines})
 
 
 def _place(root: str | None, folder: str, given: str | None) -> Storage:

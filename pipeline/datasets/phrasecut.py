@@ -8,16 +8,18 @@ refers to, at the size of the annotation. As in CLIPSeg, images whose size diffe
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from models.errors import MaskMillError, WrongUse
-from pipeline.datasets.base import Dataset, Labels, Sample, Source, list_files, shown
+from pipeline.datasets.base import Counts, Dataset, Labels, Sample, Source, list_files, shown
+from pipeline.files.documents import first_problem, json_kind, parsed_json, read_document
+from pipeline.files.images import MAX_PIXELS
 from pipeline.files.storage import Storage
 from pipeline.ontology.ontology import Ontology
 
@@ -38,6 +40,9 @@ VGPhraseCut_v0/
   image_data_split.json     (or image_data_split3000.json: sizes of the images)
   images/2318311.jpg ...""",
 )
+
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -92,79 +97,123 @@ def open_phrasecut(root: str | None, *, split: str = "test") -> PhraseCutDataset
     place = SOURCE.open(root, ["images"], ["VGPhraseCut_v0"])
     file = f"refer_{split}.json"
     try:
-        data = place.read_bytes(file)
+        data = read_document(place, file, code="dataset_invalid")
     except FileNotFoundError:
         raise SOURCE.missing(place.uri, f"there is no {file}") from None
     sizes = _read_sizes(place)
     images = list_files(place, "images", (".jpg", ".jpeg"))
-    try:
-        tasks = [task for task in json.loads(data) if _is_used(task)]
-        tasks.sort(key=lambda task: int(task["image_id"]))
-        wanted = sorted({int(task["image_id"]) for task in tasks})
-        absent = [number for number in wanted if str(number) not in images or number not in sizes]
-        if absent:
-            raise WrongUse(
-                "dataset_missing",
-                f"PhraseCut in {place.uri}: {len(absent):,} of {len(wanted):,} images of {split} are missing "
-                f"in images/ or in image_data_split.json ({shown(absent)}).",
-                f"Complete the folder. The layout is\n\n{SOURCE.layout}",
-            )
-        samples = [
-            PhraseSample(
-                name=str(task["task_id"]),
-                image=place.uri_of(images[str(task["image_id"])]),
-                phrase=str(task["phrase"]),
-                image_id=int(task["image_id"]),
-                size=sizes[int(task["image_id"])],
-                polygons=tuple(
-                    np.asarray(polygon, np.float64).reshape(-1, 2).tobytes()
-                    for instance in task["Polygons"]
-                    for polygon in instance
-                ),
-                attribute=_has(task, "attributes"),
-                relation=_has(task, "relation_descriptions"),
-            )
-            for task in tasks
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise _invalid(place.uri_of(file), error) from error
+    counts = Counts()
+    tasks = [task for task in _entries(_Task, data, place.uri_of(file)) if _is_used(task, counts)]
+    tasks.sort(key=lambda task: task.image_id)
+    wanted = sorted({task.image_id for task in tasks})
+    absent = [number for number in wanted if str(number) not in images or number not in sizes]
+    if absent:
+        raise WrongUse(
+            "dataset_missing",
+            f"PhraseCut in {place.uri}: {len(absent):,} of {len(wanted):,} images of {split} are missing "
+            f"in images/ or in image_data_split.json ({shown(absent)}).",
+            f"Complete the folder. The layout is\n\n{SOURCE.layout}",
+        )
+    samples = [
+        PhraseSample(
+            name=task.task_id,
+            image=place.uri_of(images[str(task.image_id)]),
+            phrase=task.phrase,
+            image_id=task.image_id,
+            size=sizes[task.image_id],
+            polygons=tuple(
+                np.asarray(polygon, np.float64).reshape(-1, 2).tobytes()
+                for instance in task.Polygons
+                for polygon in instance
+            ),
+            attribute=task.has("attributes"),
+            relation=task.has("relation_descriptions"),
+        )
+        for task in tasks
+    ]
     return PhraseCutDataset(
         name="phrasecut",
         split=split,
         classes=Ontology.from_dict({"name": "phrase", "classes": ["other", "phrase"]}),
         samples=tuple(samples),
         identity=f"refer {hashlib.sha256(data).hexdigest()}",
+        left_out=counts.left_out(),
     )
 
 
-def _is_used(task: dict[str, Any]) -> bool:
-    area = sum(width * height for _, _, width, height in task["instance_boxes"])
-    return (
-        int(task["image_id"]) not in EXCLUDED_IMAGES and area > 0 and bool(task.get("phrase_structure", True))
-    )
+# Filling takes memory for every corner and row of pixels.
+_Polygon = Annotated[list[tuple[FiniteFloat, FiniteFloat]], Field(max_length=10_000)]
 
 
-def _has(task: dict[str, Any], part: str) -> bool:
-    """Whether ``phrase_structure``, which has name, attributes and relations, has the part."""
-    structure = task.get("phrase_structure")
-    return isinstance(structure, dict) and bool(structure.get(part))
+class _Task(BaseModel):
+    """An entry of ``refer_SPLIT.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", coerce_numbers_to_str=True)
+
+    task_id: str
+    image_id: int
+    phrase: str
+    instance_boxes: list[tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]]
+    Polygons: list[list[_Polygon]]
+    phrase_structure: Any = True
+
+    def has(self, part: str) -> bool:
+        """Whether ``phrase_structure``, which has name, attributes and relations, has the part."""
+        return isinstance(self.phrase_structure, dict) and bool(self.phrase_structure.get(part))
+
+
+class _Size(BaseModel):
+    """An entry of ``image_data_split.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    image_id: int
+    height: Annotated[int, Field(ge=1, le=MAX_PIXELS)]
+    width: Annotated[int, Field(ge=1, le=MAX_PIXELS)]
+
+    @model_validator(mode="after")
+    def _fits_memory(self) -> _Size:
+        if self.height * self.width > MAX_PIXELS:
+            raise ValueError(f"{self.height} x {self.width} pixels exceed the limit of {MAX_PIXELS:,}")
+        return self
+
+
+def _is_used(task: _Task, counts: Counts) -> bool:
+    if task.image_id in EXCLUDED_IMAGES:
+        counts.add("phrase on an image whose size differs from that of its annotation", task.task_id)
+    elif sum(width * height for _, _, width, height in task.instance_boxes) <= 0:
+        counts.add("phrase whose boxes have no area", task.task_id)
+    elif not task.phrase_structure:
+        counts.add("phrase without a parsed structure", task.task_id)
+    else:
+        return True
+    return False
 
 
 def _read_sizes(place: Storage) -> dict[int, tuple[int, int]]:
     files = place.glob("image_data_split*.json")
     if not files:
         raise SOURCE.missing(place.uri, "there is no image_data_split.json")
-    try:
-        rows = json.loads(place.read_bytes(files[0]))
-        return {int(row["image_id"]): (int(row["height"]), int(row["width"])) for row in rows}
-    except (KeyError, TypeError, ValueError) as error:
-        raise _invalid(place.uri_of(files[0]), error) from error
+    rows = _entries(_Size, read_document(place, files[0], code="dataset_invalid"), place.uri_of(files[0]))
+    return {row.image_id: (row.height, row.width) for row in rows}
 
 
-def _invalid(where: str, error: Exception) -> MaskMillError:
+def _entries(kind: type[_Kind], data: bytes, where: str) -> Iterator[_Kind]:
+    """The entries of a JSON list, checked."""
+    content = parsed_json(data, where, code="dataset_invalid")
+    if not isinstance(content, list):
+        raise _invalid(where, f"it holds {json_kind(content)}, not a list")
+    for place, raw in enumerate(content, 1):
+        try:
+            yield kind.model_validate(raw)
+        except ValidationError as error:
+            raise _invalid(where, f"entry {place:,}, {first_problem(error)}") from None
+
+
+def _invalid(where: str, why: str) -> MaskMillError:
     return WrongUse(
         "dataset_invalid",
-        f"{where} is not as PhraseCut publishes it ({type(error).__name__}: {error}).",
+        f"{where} is not as PhraseCut publishes it: {why}.",
         f"Get the file again from {SOURCE.home}.",
     )
 

@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from models.errors import MaskMillError, WrongUse
+from pipeline.files.outputs import check_output_folder
 from pipeline.files.records import now, parse_record, read_record
 from pipeline.files.redaction import command_line, redact_tree
 from pipeline.files.storage import Storage, canonical_uri, is_remote, open_storage
@@ -111,11 +112,12 @@ class ImageResult(_Record):
 
 
 class Images(_Record):
-    """How many images were measured, and the extremes."""
+    """How many images were measured, what was left out and why, and the extremes."""
 
     evaluated: Count
     failed: Count = 0
     missing: Count = 0
+    left_out: tuple[str, ...] = ()
     worst: tuple[ImageResult, ...] = ()
     best: tuple[ImageResult, ...] = ()
 
@@ -252,6 +254,7 @@ def evaluation_result(
     published: Sequence[Published],
     worst: Sequence[ImageResult],
     best: Sequence[ImageResult],
+    left_out: Sequence[str] = (),
 ) -> EvaluationResult:
     """The figures of an evaluation, with what was measured.
 
@@ -267,6 +270,7 @@ def evaluation_result(
         published: figures of papers to compare with.
         worst: the images with the lowest scores.
         best: the images with the highest scores.
+        left_out: what was not compared, a sentence each.
     """
     statistics = evaluation.statistics
     by_class = summarise_classes(statistics)
@@ -295,6 +299,7 @@ def evaluation_result(
             evaluated=len(evaluation.images),
             failed=evaluation.failed.total(),
             missing=len(evaluation.missing),
+            left_out=tuple(left_out),
             worst=tuple(worst),
             best=tuple(best),
         ),
@@ -359,8 +364,8 @@ def new_folder(output: str | Path | None, name: str, *, overwrite: bool) -> Path
     """The folder for a result: the one asked for, or one of its own below ``results/``.
 
     Raises:
-        MaskMillError: ``wrong_use`` for an address; ``output_exists`` if the folder holds a result
-            already; ``output_not_ours`` if it holds anything else.
+        MaskMillError: ``wrong_use`` for an address; ``output_invalid``; ``output_exists`` if the folder holds
+            a result already; ``output_not_ours`` if it holds anything else.
     """
     if output is not None and is_remote(canonical_uri(output)):
         raise WrongUse(
@@ -369,6 +374,7 @@ def new_folder(output: str | Path | None, name: str, *, overwrite: bool) -> Path
             "Name a local --output; label tables may be anywhere (maskmill label, then evaluate --labels).",
         )
     folder = Path(output) if output else Path("results") / f"{time.strftime('%Y%m%dT%H%M%S')}-{name}"
+    check_output_folder(folder)
     held = [file for file in (EVALUATION_FILE, BENCHMARK_FILE) if (folder / file).exists()]
     if held and not overwrite:
         raise WrongUse(

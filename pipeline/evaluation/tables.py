@@ -20,14 +20,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from models.errors import Damaged, MaskMillError, WrongUse
-from pipeline.datasets.base import Dataset, Sample
+from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
+from pipeline.datasets.base import Dataset, LeftOut, Sample
 from pipeline.files.storage import Storage, canonical_uri
 from pipeline.metrics.statistics import SegmentationStatistics
 from pipeline.table.labels import OK, decode_confidence, decode_mask, table_files
 
+MOST_IDS = 12
+"""How many ids of the truth a message names."""
 SIZE_DIFFERS = "mask_invalid"
 """Status of an image whose label map and truth differ in size."""
+_REASONS = {SIZE_DIFFERS: "image whose truth has another size"}
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,33 @@ class Evaluation:
         images: their scores, in the order of the dataset.
         missing: names of samples without a row.
         failed: number of rows without usable labels, by status.
+        examples: the first such row, by status.
+        others: rows whose image is not in the dataset.
+        truth_ids: pixels by id in the truth of all compared images, ignored ones included.
     """
 
     statistics: SegmentationStatistics
     images: list[ImageScore] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     failed: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    others: LeftOut | None = None
+    truth_ids: Counter[int] = field(default_factory=Counter)
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What was not compared, by reason."""
+        failed = [
+            LeftOut(_REASONS.get(status, f"image with status {status}"), count, (self.examples[status],))
+            for status, count in sorted(self.failed.items())
+        ]
+        missing = [LeftOut.of("image without a row in the table", self.missing)] if self.missing else []
+        return (*failed, *missing, *([self.others] if self.others else []))
+
+    @property
+    def ignored_share(self) -> float:
+        """Share of the truth's pixels that are ignored, in [0, 1]; 0 without any."""
+        total = self.truth_ids.total()
+        return 1 - int(self.statistics.confusion.sum()) / total if total else 0.0
 
 
 @dataclass(frozen=True)
@@ -72,12 +96,14 @@ class Plan:
         samples: the sample by row id.
         parts: files with at least one such row.
         missing: names of samples without a row.
+        others: rows whose image is not among the samples.
     """
 
     storage: Storage
     samples: dict[int, Sample]
     parts: list[str]
     missing: list[str]
+    others: LeftOut | None
 
 
 def class_lookup(
@@ -145,11 +171,14 @@ def plan(table: Storage | str, samples: Sequence[Sample]) -> Plan:
             "Give the table that was made from the benchmark's images, or the right --split.",
         )
     taken = {sample.name for _, _, sample in matched}
+    by_id = {row_id: sample for row_id, _, sample in matched}
+    others = [uri for uri, row_id, _ in rows if row_id not in by_id]
     return Plan(
         storage,
-        {row_id: sample for row_id, _, sample in matched},
+        by_id,
         sorted({part for _, part, _ in matched}),
         [sample.name for sample in samples if sample.name not in taken],
+        LeftOut.of("row of the table whose image is not in the dataset", others) if others else None,
     )
 
 
@@ -199,7 +228,7 @@ def score_part(
     """
     num_classes = len(dataset.class_names)
     outcome = Evaluation(SegmentationStatistics.zero(num_classes))
-    columns = ["id", "status", "mask", "confidence"]
+    columns = ["id", "status", "error", "mask", "confidence"]
     filesystem = plan.storage.arrow_filesystem()
     with (
         filesystem.open_input_file(plan.storage.path(part)) as source,
@@ -212,12 +241,17 @@ def score_part(
                 continue
             if row["status"] != OK:
                 outcome.failed[row["status"]] += 1
+                outcome.examples.setdefault(row["status"], f"{sample.name}: {row['error']}")
                 continue
             truth = dataset.truth(sample)
             labels, confidence = _decoded(row, background_below)
             if labels.shape != truth.shape:
                 outcome.failed[SIZE_DIFFERS] += 1
+                sizes = f"{sample.name}: labels {_size(labels)}, truth {_size(truth)} pixels"
+                outcome.examples.setdefault(SIZE_DIFFERS, sizes)
                 continue
+            pixels = np.bincount(truth.ravel())
+            outcome.truth_ids.update({int(found): int(pixels[found]) for found in np.flatnonzero(pixels)})
             one = SegmentationStatistics.of(
                 truth,
                 lookup[labels],
@@ -231,6 +265,10 @@ def score_part(
                 ImageScore(sample.name, part, one.miou if math.isfinite(one.miou) else None)
             )
     return outcome
+
+
+def _size(array: np.ndarray) -> str:
+    return f"{array.shape[0]} x {array.shape[1]}"
 
 
 def _decoded(row: dict[str, Any], background_below: float) -> tuple[np.ndarray, np.ndarray]:
@@ -298,7 +336,7 @@ def evaluate_table(
         notice: called with what the user should know about Ray.
 
     Raises:
-        MaskMillError: those of ``plan`` and ``class_lookup``.
+        MaskMillError: those of ``plan`` and ``class_lookup``; ``nothing_compared`` if no pixel could be.
     """
     work = plan(table, dataset.samples)
     settings: dict[str, Any] = {
@@ -308,15 +346,30 @@ def evaluate_table(
         "lookup": class_lookup(class_names, dataset.class_names, ignore_index=ignore_index),
         "boundary": boundary,
     }
-    total = Evaluation(SegmentationStatistics.zero(len(dataset.class_names)), missing=work.missing)
+    total = Evaluation(
+        SegmentationStatistics.zero(len(dataset.class_names)), missing=work.missing, others=work.others
+    )
     each = _on_ray(work.parts, settings, workers, notice) if workers else _here(work.parts, settings)
     for found in each:
         total.statistics = total.statistics + found.statistics
         total.images += found.images
         total.failed += found.failed
+        total.examples = found.examples | total.examples
+        total.truth_ids += found.truth_ids
         progress(len(total.images) + total.failed.total(), len(work.samples))
     order = {sample.name: position for position, sample in enumerate(dataset.samples)}
     total.images.sort(key=lambda image: order[image.name])
+    if not total.statistics.confusion.any():
+        reasons = [str(entry) for entry in total.left_out()]
+        if total.images:
+            ids = ", ".join(map(str, sorted(total.truth_ids)[:MOST_IDS]))
+            reasons.insert(0, f"all pixels of {len(total.images):,} images are ignored (ids found: {ids})")
+        raise FailedWork(
+            "nothing_compared",
+            f"Nothing could be compared: {'; '.join(reasons)}.",
+            "Give labels and truth of the same images at the same size; "
+            f"{dataset.ignore_index} in the truth means ignored.",
+        )
     return total
 
 

@@ -11,6 +11,7 @@ import copy
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
@@ -19,6 +20,7 @@ import yaml
 
 from models.errors import MaskMillError, WrongUse, did_you_mean
 from models.settings import NEUTRAL, Settings, Steps, as_written, knobs, value_at
+from pipeline.files.documents import parsed_yaml
 
 
 class Recipe(Settings):
@@ -130,7 +132,7 @@ class RecipeBook(Generic[R]):
             path = self._path(key.strip(), where=f"--set {setting}")
             try:
                 fields[path] = yaml.safe_load(value)
-            except yaml.YAMLError:
+            except (yaml.YAMLError, ValueError, RecursionError):  # such as the 13th month
                 fields[path] = value
         return fields
 
@@ -168,7 +170,7 @@ class RecipeBook(Generic[R]):
                 f"{did_you_mean(name_or_path, self.recipes)}Known: {', '.join(self.recipes)}; "
                 "or give a YAML file.",
             )
-        if not path.exists():
+        if not os.path.exists(path):  # unlike Path.exists, also for a name that is too long
             raise WrongUse(
                 "recipe_invalid",
                 f"There is no recipe file {path}.",
@@ -176,13 +178,14 @@ class RecipeBook(Generic[R]):
                 f"{', '.join(self.recipes)}.",
             )
         try:
-            written = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            data = path.read_bytes()
+        except OSError as error:
             raise WrongUse(
                 "recipe_invalid",
-                f"{path} cannot be read as YAML: {error}",
+                f"{path} cannot be read: {error.strerror}.",
                 "Give a YAML file of recipe fields.",
             ) from error
+        written = parsed_yaml(data, str(path), code="recipe_invalid")
         if not isinstance(written, dict):
             raise WrongUse(
                 "recipe_invalid",
@@ -190,7 +193,7 @@ class RecipeBook(Generic[R]):
                 f"Write lines such as `{next(iter(self._paths))}: …`.",
             )
         base = written.pop("base", self.default)
-        if base not in self.recipes:
+        if not isinstance(base, str) or base not in self.recipes:
             raise WrongUse(
                 "recipe_invalid",
                 f"{path}: base {base!r} is not a recipe.",

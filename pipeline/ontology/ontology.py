@@ -18,6 +18,7 @@ import csv
 import difflib
 import hashlib
 import json
+import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -45,6 +46,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from models.errors import MaskMillError, WrongUse, did_you_mean
+from pipeline.files.documents import check_yaml_depth
 from pipeline.files.storage import is_remote, refuse_secrets
 from pipeline.ontology.palette import BACKGROUND_GREY, palette
 
@@ -63,8 +65,23 @@ _REMEDY = (
 )
 _MAX_SHOWN = 5
 
-# Pydantic's error types for a number or a boolean instead of a class (a word or a mapping).
-_WORD_EXPECTED = {"string_type", "model_type", "model_attributes_type", "dict_type"}
+# What was expected, by pydantic's type of error.
+_WORD = "a word"
+_EXPECTED: Final = {
+    "string_type": _WORD,
+    "model_type": _WORD,
+    "model_attributes_type": _WORD,
+    "dict_type": _WORD,
+    "tuple_type": "a list",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+}
+#: Commas of other scripts, which separate names as well.
+_COMMAS: Final = str.maketrans(dict.fromkeys("\uff0c\u3001\uff64\u060c", ","))
+#: Characters that may be meant to separate names, or belong to one.
+_DOUBTFUL: Final = ";\uff1b|"
 
 Merge = Literal["max", "mean"]
 Location = tuple[int | str, ...]
@@ -258,6 +275,13 @@ class Ontology(BaseModel):
             for entry in info.data.get("classes", ()):
                 claimed = claimed.union(*map(_number_forms, (entry.name, *entry.synonyms)))
             return tuple(w for w in default_background() if claimed.isdisjoint(_number_forms(w))) or None
+        if isinstance(value, bool):
+            raise PydanticCustomError(
+                "background",
+                "background is a list of words or 'default', not {value}; "
+                "leave it out for no background class",
+                {"value": str(value).lower()},
+            )
         if isinstance(value, str):
             raise PydanticCustomError(
                 "background", "background is a list of words or 'default', not '{value}'", {"value": value}
@@ -455,20 +479,22 @@ def parse_classes(
     """Parse an ontology from a list on the command line.
 
     Args:
-        text: class names separated by commas; quote a name that contains a comma: ``cat, "salt, pepper"``.
+        text: class names separated by commas, also those of other scripts; quote a name that contains one:
+            ``cat, "salt, pepper"``. A byte order mark in front and commas at the ends are ignored.
         background: see ``Ontology``.
         name: name of the ontology.
         templates: name of a template set, or templates.
 
     Raises:
-        MaskMillError: ``ontology_invalid`` for empty or repeated names and unbalanced quotes.
+        MaskMillError: ``ontology_invalid`` for empty or repeated names, unbalanced quotes, and ``;`` or ``|``
+            outside quotes.
 
     >>> parse_classes("cat, dog", background=None).names
     ('cat', 'dog')
     """
     origin = f"class list {text!r}"
     try:
-        rows = csv.reader(text.splitlines(), skipinitialspace=True, strict=True)
+        rows = csv.reader(_with_commas(text, origin).splitlines(), skipinitialspace=True, strict=True)
         names = [cell for row in rows for cell in row]
     except csv.Error as error:
         message = f"{origin}: unbalanced quotes ({error})"
@@ -477,8 +503,27 @@ def parse_classes(
     if not any(cell.strip() for cell in names):
         remedy = 'Give at least one, for example "cat, dog, grass".'
         raise WrongUse("ontology_invalid", f"{origin}: it has no classes", remedy)
+    while not names[0].strip():
+        del names[0]
+    while not names[-1].strip():
+        del names[-1]
     data = {"name": name, "classes": names, "background": background, "templates": templates}
     return _validate(data, origin=origin, lines={})
+
+
+def _with_commas(text: str, origin: str) -> str:
+    """The text with plain commas outside quotes, and without a byte order mark."""
+    pieces = text.removeprefix("\ufeff").split('"')
+    for number in range(0, len(pieces), 2):
+        for mark in _DOUBTFUL:
+            if mark in pieces[number]:
+                raise WrongUse(
+                    "ontology_invalid",
+                    f"{origin}: does {mark} separate two names, or does it belong to one?",
+                    f'Separate names by commas: "cat, dog". Quote a name that holds {mark}.',
+                )
+        pieces[number] = pieces[number].translate(_COMMAS)
+    return '"'.join(pieces)
 
 
 def load_ontology(source: str | Path) -> Ontology:
@@ -492,16 +537,18 @@ def load_ontology(source: str | Path) -> Ontology:
     """
     builtin = str(source) in builtin_ontologies()
     path = _FOLDER / f"{source}.yaml" if builtin else Path(source).expanduser()
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, also for a name that is too long
         raise WrongUse(
             "ontology_invalid",
             f"no ontology file or built-in set '{source}'",
             f"{did_you_mean(str(source), builtin_ontologies())}"
             f"Name a YAML file or one of: {', '.join(builtin_ontologies())}.",
         )
-    return read_ontology_text(
-        path.read_bytes(), origin=str(path), default_name=path.stem, folder=path.resolve().parent
-    )
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise _invalid(str(path), None, f"cannot be read: {error.strerror}") from error
+    return read_ontology_text(text, origin=str(path), default_name=path.stem, folder=path.resolve().parent)
 
 
 def read_ontology_text(
@@ -531,6 +578,12 @@ def read_ontology_text(
 
 def _parse_yaml(text: bytes | str, origin: str) -> tuple[Any, dict[Location, int]]:
     """Parse YAML into plain values, and the line (from 1) of every key and item by location."""
+    try:
+        check_yaml_depth(text)
+    except RecursionError:
+        raise _invalid(origin, None, "nested too deeply for an ontology") from None
+    except (yaml.YAMLError, ValueError):
+        pass  # told below, with the line
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
         node = loader.get_single_node()
@@ -543,8 +596,6 @@ def _parse_yaml(text: bytes | str, origin: str) -> tuple[Any, dict[Location, int
         raise _invalid(origin, mark.line + 1 if mark else None, f"not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise _invalid(origin, None, f"not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise _invalid(origin, None, "nested too deeply for an ontology") from None
     finally:
         loader.dispose()
 
@@ -613,13 +664,33 @@ def _describe(problem: Any, origin: str, lines: Mapping[Location, int]) -> str:
         text += f" (known: {', '.join(known)})"
     elif problem["type"] == "missing":
         text = f"the key '{where[-1]}' is missing"
-    elif problem["type"] in _WORD_EXPECTED and isinstance(problem["input"], (bool, int, float)):
-        text = f"{_dotted(where)}: YAML reads this as {problem['input']!r}, not as a word; put it in quotes"
+    elif problem["type"] in _EXPECTED:
+        text = f"{_dotted(where)}: {_not_expected(problem['input'], _EXPECTED[problem['type']])}"
+    elif problem["msg"].startswith("Input should be "):
+        wanted = problem["msg"].removeprefix("Input should be ")
+        text = f"{_dotted(where)}: {_shown(problem['input'])} is not {wanted}"
     elif problem["type"] == "string_pattern_mismatch":
         text = f"{_dotted(where)}: '{problem['input']}' is not a colour of the form \"#rrggbb\""
     else:
         text = f"{_dotted(where)}: {problem['msg']}" if where else problem["msg"]
     return f"{origin}:{line}: {text}" if line is not None else f"{origin}: {text}"
+
+
+def _not_expected(given: Any, expected: str) -> str:
+    """Why a value is not what an ontology has in this place."""
+    if given is None:
+        return f"there is nothing here, where {expected} is expected (YAML reads null and ~ as nothing)"
+    if expected == _WORD and not isinstance(given, str | list | tuple | dict):
+        read = str(given).lower() if isinstance(given, bool) else given
+        return f"YAML reads this as {read}, not as a word; put it in quotes"
+    if expected == "a list" and isinstance(given, str):
+        return f"{_shown(given)} is a word, where a list is expected; write [{given}]"
+    return f"{_shown(given)} is not {expected}"
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _outwards(where: Location) -> Iterable[Location]:

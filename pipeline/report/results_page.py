@@ -30,6 +30,7 @@ from pipeline.evaluation.results import (
     read_results,
 )
 from pipeline.files.images import ERROR_CODES, ImageError, decode
+from pipeline.files.outputs import check_output_file
 from pipeline.files.storage import Storage
 from pipeline.metrics.names import metric_label, percent
 from pipeline.report import charts, comparison
@@ -69,6 +70,7 @@ def write_report(folders: Sequence[str | os.PathLike[str]], output: str | os.Pat
         raise WrongUse("wrong_use", "No result folder was given.", "Give one, or several to compare.")
     path = page_path(output)
     _check_replaceable(path)
+    check_output_file(path)
     results = [pair for folder in folders for pair in read_results(folder)]
     runs = [_run(index, storage, result) for index, (storage, result) in enumerate(results)]
     only = results[0][1] if len(results) == 1 else None
@@ -237,6 +239,7 @@ def _evaluation_gaps(run: EvaluationResult) -> list[str]:
         gaps.append(f"Failed and left out: {_images(run.images.failed)}.")
     if run.images.missing:
         gaps.append(f"Without a prediction and left out: {_images(run.images.missing)}.")
+    gaps.extend(f"Left out: {line}." for line in run.images.left_out)
     absent = [c.name for c in run.classes if c.iou is None]
     if absent:
         gaps.append(

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from models.errors import FailedWork, WrongUse
+from pipeline.files.outputs import check_output_file
 from pipeline.trained.student import StudentRecord, load_student, read_student_record
 
 if TYPE_CHECKING:
@@ -195,6 +196,7 @@ def write_checked(
             f"{path} does not end in {suffix}, which programs that load it look for.",
             f"Name it {path.stem}{suffix}.",
         )
+    check_output_file(path)
     if path.exists() and not overwrite:
         raise WrongUse(
             "output_exists", f"There is a file {path} already.", "Name another, or add --overwrite."

@@ -91,6 +91,21 @@ def test_a_recipe_labels_a_benchmark_first_and_the_same_command_does_not_overwri
     assert again.returncode == 2 and "output_exists" in again.stderr
 
 
+def test_a_recipe_labels_images_of_odd_names(maskmill_joined, tmp_path: Path) -> None:
+    made = toyworld.generate(22, 5, 64)
+    names = ("new\nline", "#comment", " leading", "%41", "a,b")
+    for folder, arrays in (("images", made.images), ("masks", made.labels)):
+        (tmp_path / folder).mkdir()
+        for name, array in zip(names, arrays, strict=True):
+            Image.fromarray(array).save(tmp_path / folder / f"{name}.png")
+    done = maskmill_joined(
+        "evaluate", "--dataset", "pairs", "--root", tmp_path, "--ontology", "toyworld", "--recipe", "toy",
+        "--output", tmp_path / "out", "--no-boundary",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/evaluation.json").read_text())["images"]["evaluated"] == len(names)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -201,7 +201,7 @@ def test_nothing_is_overwritten_unasked(data: Path, tmp_path: Path) -> None:
     for folder, code in (
         (out, "output_exists"),
         (data, "output_not_ours"),
-        (data / "mask.png", "output_exists"),
+        (data / "mask.png", "output_invalid"),
     ):
         with pytest.raises(MaskMillError) as caught:
             job(data, folder, prompts=("zebra",), overwrite=folder == data).run(QUIET)

@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from pipeline.ontology.ontology import load_ontology
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "ray", "mlflow", "open_clip", "matplotlib", "transformers", "uvicorn")
+HEAVY = ("torch", "ray", "mlflow", "open_clip", "matplotlib", "transformers", "uvicorn", "scipy")
 
 CASES = {
     # label
@@ -26,6 +29,15 @@ CASES = {
     "label --images photos --classes cat --output out --model x --recipe toy": "Give one of them.",
     "label --images photos --classes cat --output out --max-failure-rate 5": "--max-failure-rate",
     "label --images photos --classes cat --output out --set pretrained=./no.pt": "weights_missing",
+    "label --images photos --classes 'cat;dog' --output out": "does ; separate two names",
+    "label --images latin.txt --classes cat --output out": "latin.txt:2: not UTF-8",
+    "label --images photos --classes cat --output photos/cat.jpg": "photos/cat.jpg is a file",
+    "label --images photos --classes cat --output photos/cat.jpg/out": "photos/cat.jpg, which is a file",
+    "label --images photos --ontology photos --output out": "no ontology file",
+    "label --images photos --ontology odd.yaml --output out": "odd.yaml:2: classes.0.synonyms",
+    "label --images photos --classes cat --output out --recipe latin.yaml": "latin.yaml:1: not UTF-8",
+    "label --images photos --classes cat --output out --recipe deep.yaml": "deep.yaml",
+    "label --images photos --classes cat --output out --recipe folder.yaml": "Is a directory",
     # train
     "train maskclip-plus --labels nowhere --output out": "nowhere",
     "train maskclip-plus --labels nowhere --output out --recipe maskclip-plus": "Did you mean",
@@ -49,7 +61,18 @@ CASES = {
     "evaluate --dataset toyworld --output out": "--labels or --recipe",
     "evaluate --dataset toyworld --recipe toy --zero-shot voc20 --output out": "zero-shot split voc20",
     "evaluate --dataset toyworld --recipe toy --set pretrained=./no.pt --output out": "weights_missing",
+    "evaluate --dataset coco-json --root coco --recipe toy --ontology odd.yaml --output out": "a word",
+    "evaluate --dataset coco-json --root coco --recipe toy --ontology toyworld --output out": "annotation 5",
+    "evaluate --dataset pairs --root own --recipe toy --ontology toyworld --output out": "2 x 3",
+    "evaluate --images own/images --truth photos --recipe toy --ontology toyworld --output out": "no mask",
+    "evaluate --dataset pairs --root own --split photos --recipe toy --ontology toyworld": "is a folder",
+    "evaluate --dataset pairs --root own --split latin.txt --recipe toy --ontology toyworld": "latin.txt:2",
+    "evaluate --dataset toyworld --recipe toy --output photos/cat.jpg": "photos/cat.jpg is a file",
+    "evaluate --dataset toyworld --recipe toy --output photos/cat.jpg/out": "which is a file",
+    "train clipseg --dataset coco-json --root coco --split val2017 --ontology toyworld --output x": "ation 5",
+    "train clipseg --dataset toyworld --split seed-3 --output photos/cat.jpg/out": "which is a file",
     # benchmark
+    "benchmark toyworld --output photos/cat.jpg/out": "which is a file",
     "benchmark toyword": "toyword",
     "benchmark toyworld --row nonsense --output out": "nonsense",
     "benchmark toyworld --row heads --row studnets --output out": "Did you mean students?",
@@ -72,6 +95,7 @@ CASES = {
     "segment nowhere --prompt cat --output out": "nowhere",
     "segment photos --prompt cat --output out --weights no.pth": "weights_missing",
     "segment photos --prompt cat --output out --threshold 2": "--threshold",
+    "segment photos --prompt cat --output photos/cat.jpg/out": "which is a file",
     "serve --model nowhere": "There is no model nowhere",
     "serve --model maskclp": "Did you mean maskclip?",
     "serve --model toy --per-minute -1": "--per-minute",
@@ -137,6 +161,33 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     folder = tmp_path_factory.mktemp("work")
     (folder / "photos").mkdir()
     (folder / "photos" / "cat.jpg").touch()
+    (folder / "latin.txt").write_bytes("photos/cat.jpg\nphotos/garçon.jpg\n".encode("latin-1"))
+    (folder / "latin.yaml").write_bytes("name: garçon".encode("latin-1"))
+    (folder / "deep.yaml").write_text("name: " + "[" * 100_000)
+    (folder / "folder.yaml").mkdir()
+    (folder / "odd.yaml").write_text("classes:\n  - {name: cat, synonyms: kitty}\n")
+    for place in ("own/images", "own/masks", "coco/annotations", "coco/val2017"):
+        (folder / place).mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(folder / "own/images/a.png")
+    Image.new("L", (3, 2)).save(folder / "own/masks/a.png")
+    Image.new("RGB", (4, 4)).save(folder / "coco/val2017/a.png")
+    names = load_ontology("toyworld").names
+    (folder / "coco/annotations/instances_val2017.json").write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": "a.png", "height": 4, "width": 4}],
+                "categories": [{"id": number, "name": name} for number, name in enumerate(names)],
+                "annotations": [
+                    {
+                        "id": 5,
+                        "image_id": 1,
+                        "category_id": 2,
+                        "segmentation": {"size": [4, 4], "counts": [3]},
+                    }
+                ],
+            }
+        )
+    )
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=folder,

@@ -263,6 +263,7 @@ class Bench:
             else:
                 proper = BENCHMARKS[name].split if name in BENCHMARKS else dataset.split
                 parts.append(of_other_images(dataset, proper))
+            parts += [f"Not taken: {entry}." for entry in dataset.left_out]
             if self.request.limit:
                 unit = "episodes of each fold" if name in BENCHMARKS else "images"
                 parts.append(f"Only {self.request.limit:,} {unit}: not comparable with published figures.")

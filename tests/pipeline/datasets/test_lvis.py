@@ -10,6 +10,7 @@ import pytest
 from pycocotools.coco import COCO
 
 from models.errors import MaskMillError
+from pipeline.datasets.cocofile import CocoCategory
 from pipeline.datasets.cocojson import CocoDataset, category_ontology, open_coco_root
 from pipeline.datasets.generalised import (
     GeneralisedPrompt,
@@ -130,7 +131,7 @@ def test_what_is_missing_is_said(tmp_path: Path, write: Write) -> None:
 
 def test_two_categories_of_one_name_are_refused() -> None:
     with pytest.raises(MaskMillError) as caught:
-        category_ontology([{"id": 1, "name": "dog"}, {"id": 2, "name": "dog"}])
+        category_ontology([CocoCategory(id="1", name="dog"), CocoCategory(id="2", name="dog")])
     assert caught.value.code == "ontology_invalid"
 
 

@@ -66,6 +66,11 @@ def test_samples_and_masks(tmp_path: Path, write: Write) -> None:
     assert [sample.name for sample in dataset.samples] == ["4__1", "4__0", "30__0"]
     parts = [(sample.attribute, sample.relation) for sample in dataset.samples]  # type: ignore[attr-defined]
     assert parts == [(False, False), (False, True), (True, False)]
+    assert list(map(str, dataset.left_out)) == [
+        "1 × phrase whose boxes have no area (4__2)",
+        "1 × phrase without a parsed structure (4__3)",
+        f"1 × phrase on an image whose size differs from that of its annotation ({EXCLUDED}__0)",
+    ]
     assert dataset.phrases == ("second phrase of 4", "two things", "wide tree")
     one, two = np.zeros((4, 6), np.uint8), np.zeros((4, 6), np.uint8)
     one[1:3, 1:4] = 1
@@ -85,9 +90,25 @@ def test_samples_and_masks(tmp_path: Path, write: Write) -> None:
         ({"image_data_split.json": None}, "dataset_missing", "image_data_split"),
         ({"images/30.jpg": None}, "dataset_missing", r"1 of 2 images of test .*\(30\)"),
         ({"image_data_split.json": [dict(image_id=4, height=4, width=6)]}, "dataset_missing", r"\(30\)"),
-        ({"refer_test.json": [{"image_id": 1}]}, "dataset_invalid", "instance_boxes"),
-        ({"refer_test.json": [task(4, 0, "odd", Polygons=[[[1, 2, 3]]])]}, "dataset_invalid", "ValueError"),
-        ({"refer_test.json": b"{"}, "dataset_invalid", "JSONDecodeError"),
+        ({"refer_test.json": [{"image_id": 1}]}, "dataset_invalid", "entry 1, task_id: Field required"),
+        *(
+            ({"refer_test.json": [TASKS[0], TASKS[1] | change]}, "dataset_invalid", says)
+            for change, says in (
+                ({"Polygons": [[[1, 2, 3]]]}, r"entry 2, Polygons\.0\.0\.0"),
+                ({"Polygons": [[[[1, float("nan")]]]]}, r"Polygons\.0\.0\.0\.1: .*finite"),
+                ({"Polygons": [[[[1, float("inf")]]]]}, r"Polygons\.0\.0\.0\.1: .*finite"),
+                ({"Polygons": [[[[1, 2]] * 10_001]]}, r"Polygons\.0\.0: .*at most 10000 items"),
+                ({"instance_boxes": [[1, 2, 3]]}, r"instance_boxes\.0"),
+                ({"image_id": None}, "image_id"),
+                ({"phrase": ["a"]}, "phrase"),
+            )
+        ),
+        ({"refer_test.json": {}}, "dataset_invalid", "holds an object, not a list"),
+        ({"refer_test.json": b"{"}, "dataset_invalid", "refer_test.json:1: not valid JSON"),
+        ({"refer_test.json": b'[\n"\xff"]'}, "dataset_invalid", "refer_test.json:2: not UTF-8"),
+        ({"image_data_split.json": [{"image_id": 4}]}, "dataset_invalid", "entry 1, height: Field required"),
+        ({"image_data_split.json": [dict(image_id=4, height=0, width=6)]}, "dataset_invalid", "height"),
+        ({"image_data_split.json": [dict(image_id=4, height=10**5, width=10**5)]}, "dataset_invalid", "mit"),
     ],
 )  # fmt: skip
 def test_wrong_files(changes: dict[str, Any], code: str, says: str, tmp_path: Path, write: Write) -> None:

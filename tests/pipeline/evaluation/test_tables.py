@@ -114,7 +114,46 @@ def test_failed_missing_and_resized_images_are_counted_and_left_out(made: Made) 
     found = made.evaluate()
     assert found.missing == ["p1"]
     assert dict(found.failed) == {"unreadable": 1, SIZE_DIFFERS: 1}
+    height, width = made.truth["p2"].shape
+    sizes = f"labels {height - 1} x {width}, truth {height} x {width} pixels"
+    assert list(map(str, found.left_out())) == [
+        f"1 × image whose truth has another size (p2: {sizes})",
+        "1 × image with status unreadable (p0: truncated)",
+        "1 × image without a row in the table (p1)",
+    ]
     assert (found.statistics.confusion == expected(made, [f"p{i}" for i in range(3, COUNT)])).all()
+
+
+def test_rows_of_other_images_are_counted(made: Made) -> None:
+    for name in ("p3", "p4"):
+        made.image(name).unlink()
+        (made.root / "masks" / f"{name}.png").unlink()
+    found = made.evaluate()
+    (others,) = found.left_out()
+    uris = sorted(canonical_uri(str(made.image(name))) for name in ("p3", "p4"))
+    assert others.count == 2 and sorted(others.examples) == uris
+
+
+def test_ignored_pixels_are_counted_by_id(made: Made) -> None:
+    found = made.evaluate()
+    truth = np.concatenate([mask.ravel() for mask in made.truth.values()])
+    assert found.truth_ids == {id_: int((truth == id_).sum()) for id_ in (0, 1, 2, 255)}
+    assert found.ignored_share == pytest.approx(np.mean(truth == 255))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda truth: np.full_like(truth, 255), r"all pixels of 10 images are ignored \(ids found: 255\)"),
+        (lambda truth: truth[:-1], r"10 × image whose truth has another size \(p0: labels"),
+    ],
+)
+def test_no_compared_pixel_is_an_error(made: Made, change, says: str) -> None:
+    for name, truth in made.truth.items():
+        Image.fromarray(change(truth)).save(made.root / "masks" / f"{name}.png")
+    with pytest.raises(MaskMillError, match=says) as caught:
+        made.evaluate()
+    assert caught.value.code == "nothing_compared" and caught.value.exit_status == 1
 
 
 def test_unsure_pixels_become_background_where_a_protocol_says_so(made: Made) -> None:

@@ -72,3 +72,44 @@ def test_changes_keep_the_rest_of_a_group() -> None:
     assert changed.loop == Loop(steps=2, rate=3.0)
     assert BOOK.from_dict(changed.to_dict()) == changed
     assert changed.hash != BOOK.recipes["fast"].hash
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"note: x\nloop: 2: 3", ":2: not valid YAML"),
+        (b"note: x\nloop: caf\xe9", ":2: not UTF-8 text"),
+        (b"note: " + b"[" * 100_000, "nested too deeply"),
+        (b"a: &a [x]\nb: *a", ":2: YAML aliases are not supported"),
+        (b"note: 2020-13-45", "cannot be read: month must be in 1..12"),
+        (b"- note", "holds no fields"),
+        (b"", "holds no fields"),
+        (b"base: [fast]", "is not a recipe"),
+        (b"base: nothing", "is not a recipe"),
+        (b"1: 2", "no field '1'"),
+        (b"note: x\n\x00", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_recipes(data: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes(data)
+    with pytest.raises(MaskMillError) as caught:
+        BOOK.load(str(tmp_path / "mine.yaml"))
+    assert caught.value.code == "recipe_invalid" and says in str(caught.value)
+    assert "mine.yaml" in str(caught.value)
+
+
+def test_paths_that_are_no_recipes(tmp_path: Path) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    for name, says in (
+        ("folder.yaml", "directory"),
+        ("absent.yaml", "no recipe file"),
+        ("x" * 300 + ".yaml", "no recipe file"),
+    ):
+        with pytest.raises(MaskMillError, match=says) as caught:
+            BOOK.load(str(tmp_path / name))
+        assert caught.value.code == "recipe_invalid"
+
+
+@pytest.mark.parametrize("value", ["2020-13-45", "[" * 100_000, "a: b: c", "*x"])
+def test_values_that_are_no_yaml_are_words(value: str) -> None:
+    assert BOOK.load("base", [f"note={value}"]).note == value

@@ -125,7 +125,16 @@ def test_default_background_is_a_clean_list():
         ("cat,\ndog", None),  # trailing comma on a line is an empty name
         ("cat\ndog", ("cat", "dog")),
         ("cat,, dog", None),
-        ("cat, dog,", None),
+        ("cat, dog,", ("cat", "dog")),
+        (",cat, dog, ,", ("cat", "dog")),
+        ("，猫，犬", ("猫", "犬")),
+        ("猫、犬､鳥", ("猫", "犬", "鳥")),
+        ("قطة، كلب", ("قطة", "كلب")),
+        ("\ufeffcat, dog", ("cat", "dog")),
+        ('cat, "a，b;c|d"', ("cat", "a，b;c|d")),
+        ("cat;dog", None),
+        ("cat；dog", None),
+        ("cat|dog", None),
         ("", None),
         (" , ", None),
         ("cat, Cat", None),
@@ -253,6 +262,26 @@ def test_no_thresholds_is_none():
         ("classes:\n  - cat\n1: x", 3, "keys must be plain words"),
         ("classes: [cat]\n---\nclasses: [dog]", 2, "not valid YAML"),
         ("classes:\n  - 2020-99-99", None, "not valid YAML"),
+        ("classes:\n  - cat\n  - 2020-01-31", 3, "YAML reads this as 2020-01-31, not as a word"),
+        ("classes:\n  - cat\n  - null", 3, "there is nothing here, where a word is expected"),
+        ("classes:\n  - cat\n  - {name: ~}", 3, "there is nothing here, where a word is expected"),
+        (
+            "classes:\n  - cat\n  - name: dog\n    synonyms: puppy",
+            4,
+            "where a list is expected; write [puppy]",
+        ),
+        ("classes:\n  - cat\n  - name: dog\n    synonyms:", 4, "there is nothing here, where a list is"),
+        ("classes:\n  - cat\n  - name: dog\n    synonyms: 2020-01-31", 4, "is not a list"),
+        ("classes:\n  - cat\n  - [dog]", 3, '["dog"] is not a word'),
+        ("classes:\n  - cat\n  - {name: [dog]}", 3, '["dog"] is not a word'),
+        ("classes:\n  - cat\n  - name: dog\n    threshold: high", 4, '"high" is not a number'),
+        ("classes:\n  - cat\n  - name: dog\n    examples: {}", 4, "{} is not a list"),
+        ("classes:\n  - cat\nbackground: false", 3, "leave it out for no background class"),
+        ("classes:\n  - cat\nbackground: 3", 3, "3 is not a list"),
+        ("classes:\n  - cat\nbackground: [no]", 3, "YAML reads this as false, not as a word"),
+        ("classes:\n  - cat\nignore_index: high", 3, '"high" is not a whole number'),
+        ("classes:\n  - cat\nname:", 3, "there is nothing here, where a word is expected"),
+        ("classes:", 1, "at least one"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path, text, line, words):
@@ -264,6 +293,37 @@ def test_errors_name_file_and_line(tmp_path, text, line, words):
     assert error.value.message.startswith(place)
     assert words in error.value.message
     assert error.value.remedy
+
+
+@pytest.mark.parametrize("opening", ["[", "- ", "{a: "])
+def test_a_file_of_a_hundred_thousand_brackets_is_refused(tmp_path, opening):
+    path = write(tmp_path, "classes: " + opening * 100_000)
+    with pytest.raises(MaskMillError) as error:
+        load_ontology(path)
+    assert error.value.code == "ontology_invalid" and str(path) in error.value.message
+
+
+def test_words_of_pydantic_do_not_reach_the_user(tmp_path):
+    values = ["null", "2020-01-31", "no", "3", "1.5", "word", "[word]", "[null]", "{a: b}", "[[a]]", "''"]
+    keys = ["name", "synonyms", "threshold", "color", "kind", "merge", "examples"]
+    texts = [f"classes:\n  - {{name: cat, {key}: {value}}}" for key in keys[1:] for value in values]
+    texts += [f"classes:\n  - {{name: {value}}}" for value in values]
+    texts += [f"classes:\n  - cat\n  - {value}" for value in values]
+    texts += [f"classes: {value}" for value in values]
+    texts += [
+        f"classes: [cat]\n{key}: {value}"
+        for key in ("name", "background", "ignore_index", "templates")
+        for value in values
+    ]
+    refused = 0
+    for text in texts:
+        try:
+            load_ontology(write(tmp_path, text))
+        except MaskMillError as error:
+            refused += 1
+            for word in ("Input should be", "valid tuple", "ClassEntry", "instance of", "datetime."):
+                assert word not in error.message, (text, error.message)
+    assert refused > len(texts) / 2
 
 
 def test_every_problem_is_listed_up_to_five(tmp_path):

@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -149,11 +149,13 @@ class TripletSource(ABC):
     Attributes:
         name: its name in records.
         fingerprint: hash of the data it reads, for records.
+        left_out: number of images that it does not use, by reason.
     """
 
     name: str
     fingerprint: str
     pairs: Pairs
+    left_out: Mapping[str, int] = field(default_factory=dict, kw_only=True)
 
     @abstractmethod
     def read(self, pair: int) -> Example:

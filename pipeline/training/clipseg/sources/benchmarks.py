@@ -164,6 +164,7 @@ def open_class_source(
             phrase,
             unsure=np.argwhere((found > 0) & (found < min_area)),
         ),
+        left_out=_without_pairs(len(found), image.tolist()),
         _reader=dataset.reader(),
         _samples=tuple(dataset.samples),
         _class_ids=wanted[phrase],
@@ -182,8 +183,8 @@ class InstanceSource(TripletSource):
         """See ``TripletSource.read``.
 
         Raises:
-            MaskMillError: ``dataset_invalid``; ``mask_invalid`` if the annotation has another size than the
-                image.
+            MaskMillError: ``dataset_invalid`` for the image; ``mask_invalid`` if the annotation has another
+                size than the image.
         """
         sample = self._samples[int(self.pairs.image[pair])]
         image = self._reader.image(sample)
@@ -200,7 +201,7 @@ class InstanceSource(TripletSource):
             if instance[0] == self._class_ids[pair]
         ]
         mask: npt.NDArray[Any] = np.full(sample.size, OTHER, np.uint8)
-        return Example(image, draw_instances(mask, drawn, where=sample.name).astype(np.uint8))
+        return Example(image, draw_instances(mask, drawn).astype(np.uint8))
 
 
 def open_instance_source(
@@ -233,10 +234,16 @@ def open_instance_source(
         name=f"{dataset.name} {dataset.split}",
         fingerprint=fingerprint(dataset.fingerprint(), [wanted.tolist(), synonyms]),
         pairs=Pairs.of(wordings(dataset, wanted, synonyms=synonyms), [image for image, _ in found], phrases),
+        left_out=_without_pairs(len(samples), [image for image, _ in found]),
         _reader=dataset.reader(),
         _samples=samples,
         _class_ids=wanted[phrases],
     )
+
+
+def _without_pairs(images: int, used: Sequence[int]) -> dict[str, int]:
+    """The number of images of which nothing is asked, by reason."""
+    return {"images that show none of the classes": images - len(set(used))}
 
 
 def asked_classes(names: Sequence[str], class_ids: Sequence[int] | None) -> npt.NDArray[np.int64]:

@@ -6,6 +6,7 @@ are.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,6 +69,7 @@ def join_sources(first: TripletSource, second: TripletSource) -> JoinedSource:
         name=f"{first.name} and {second.name}",
         fingerprint=fingerprint(first.fingerprint, [second.fingerprint]),
         pairs=pairs,
+        left_out=Counter(first.left_out) + Counter(second.left_out),
         _first=first,
         _second=second,
     )

@@ -131,6 +131,7 @@ def open_table_source(
             block=samples.part[image[good]],
             unsure=np.stack([image[unsure], phrase[unsure]], 1),
         ),
+        left_out={f"images {reason}": number for reason, number in samples.left_out.items()},
         _table=samples,
         _class_ids=class_of[good],
     )
