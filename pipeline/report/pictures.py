@@ -252,10 +252,11 @@ def overview(
     width, height = small.size
     cell_width = max(width, 170)  # room for text under upright photographs
     titles = [_wrapped(title, cell_width, bold) for title in (name, *(one.title for one in found))]
-    head = 4 + 18 * max(map(len, titles))
+    captions = [_wrapped(one.caption, cell_width, text) for one in found]
+    head, foot = 4 + 18 * max(map(len, titles)), _LINE + 15 * (max(map(len, captions), default=1) - 1)
     cells = []
     for index, lines in enumerate(titles):
-        cell = Image.new("RGB", (cell_width, head + 2 * height + 4 + _LINE), _PAPER)
+        cell = Image.new("RGB", (cell_width, head + 2 * height + 4 + foot), _PAPER)
         draw = ImageDraw.Draw(cell)
         draw.text((0, 0), "\n".join(lines), _INK, font=bold, spacing=3)
         below = head + height + 4
@@ -271,7 +272,7 @@ def overview(
             cell.paste(Image.fromarray(viridis()[np.asarray(heat)]), (0, below))
             if one.example is not None:
                 _inset(cell, one.example, (width, below), min(height, width) // 3)
-            draw.text((0, below + height + 3), _fitted(one.caption, cell_width, text), _FAINT, font=text)
+            draw.text((0, below + height + 3), "\n".join(captions[index - 1]), _FAINT, font=text, spacing=3)
         cells.append(cell)
     rows = -(-len(cells) // columns)
     return _stacked([tile(cells, columns=-(-len(cells) // rows), gap=10)], margin=_MARGIN)

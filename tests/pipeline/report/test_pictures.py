@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 
 from pipeline.report.pictures import (
+    Found,
     colorize,
     contact_sheet,
     heat_map,
     overlay,
     overlay_borders,
+    overview,
     panel,
     prompt_panel,
 )
@@ -95,3 +97,18 @@ def test_a_panel_of_prompts_has_a_map_for_each() -> None:
     pixels = np.asarray(shown).astype(int)
     sure, unsure = pixels[50 + 22 + 20, 30], pixels[50 + 22 + 20, 66 + 30]
     assert sure[:2].min() > 150 > sure[2] and unsure[2] > unsure[1]  # yellow and violet of viridis
+
+
+def test_a_sheet_keeps_the_shapes_of_pictures() -> None:
+    wide = np.full((4, 8, 3), (255, 0, 9), np.uint8)
+    sheet = np.asarray(contact_sheet([("wide", [wide])], names=["a"], palette=PALETTE[:1], cell=40))
+    assert (sheet == wide[0, 0]).all(-1).sum() == 40 * 20
+
+
+def test_the_caption_of_an_upright_picture_is_whole() -> None:
+    image, mask = np.full((300, 60, 3), 120, np.uint8), np.zeros((300, 60), bool)
+
+    def height(caption: str) -> int:
+        return overview("a.png", image, [Found("zebra", image[..., 0], mask, caption)]).height
+
+    assert height("75.4 % at p >= 0.3, highest 0.99") > height("75.4 %")
