@@ -17,10 +17,15 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from models.errors import FailedWork
+
+Indices = npt.NDArray[np.int64]
+Weights = npt.NDArray[np.float64]
 
 _CPU_TILE_BYTES = 1_000_000  # of scores: half of a common L2 cache
 _CPU_TILE_COLUMNS = 512
@@ -63,7 +68,9 @@ def label_map(
         MaskMillError: ``labelling_failed``.
     """
     assert ignore_index >= len(scores), "the ignore index must not be a class"
-    limits = None if thresholds is None else thresholds.to(scores.device, torch.float32)
+    limits = None
+    if thresholds is not None:
+        limits = thresholds.to(scores.device, torch.float32, non_blocking=True)
     # Everything runs in one thread: on a busy machine a single parallel operation costs as much as the map.
     with torch.inference_mode(), _one_thread(scores.device):
         return _tiled(scores, network_size, image_size, temperature, limits, ignore_index)
@@ -77,15 +84,9 @@ def _tiled(
     limits: Tensor | None,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
-    if not bool(torch.isfinite(scores).all()):
-        raise FailedWork(
-            "labelling_failed",
-            "The class scores hold NaN or infinite values.",
-            "float16 overflows with some weights: use bfloat16 or float32. Else the weights are damaged.",
-        )
     classes, h, w = scores.shape
     device = scores.device
-    kept = _contenders(scores, temperature)
+    kept = _contenders(scores, temperature).to(device, non_blocking=True)
     scores = scores[kept].float()
     if temperature is not None:
         scores = scores * temperature  # once here rather than per pixel; the order of classes stays
@@ -109,19 +110,18 @@ def _tiled(
     by_row = scores.permute(1, 0, 2).reshape(h * count, w)
     for left in range(0, width, tile_columns):
         right = min(width, left + tile_columns)
-        columns = _axis(w, network_size[1], width, left, right)
-        across = columns.weights.T.contiguous().to(device)
+        columns = _axis(w, network_size[1], width, left, right, device)
+        across = columns.weights.T.contiguous()
         stretched = (by_row[:, columns.first : columns.last] @ across).view(h, count * (right - left))
         for start in range(0, height, part):
             stop = min(height, start + part)
-            rows = _axis(h, network_size[0], height, start, stop)
-            down = rows.weights.to(device)
+            rows = _axis(h, network_size[0], height, start, stop, device)
             for top in range(start, stop, tile_rows):
                 bottom = min(stop, top + tile_rows)
                 low, high = rows.lows[top - start], rows.highs[bottom - 1 - start]
                 shape = (bottom - top, count, right - left)
                 tile = memory[: shape[0] * shape[1] * shape[2]].view(shape[0], -1)
-                weights = down[top - start : bottom - start, low - rows.first : high - rows.first]
+                weights = rows.weights[top - start : bottom - start, low - rows.first : high - rows.first]
                 torch.mm(weights, stretched[low:high], out=tile)
                 index, p = _decide(tile.view(shape), share=temperature is None)
                 label = ids[index]
@@ -176,14 +176,25 @@ def _decide(tile: Tensor, *, share: bool) -> tuple[Tensor, Tensor]:
 
 
 def _contenders(scores: Tensor, temperature: float | None) -> Tensor:
-    """Ascending ids of the classes that can win a pixel or affect its confidence.
+    """Ascending ids, on the CPU, of the classes that can win a pixel or affect its confidence.
 
     Interpolated values stay within the range of the grid values, so a class whose maximum is far below
-    another's minimum can be left out. Prompt denoising produces many of these.
+    another's minimum can be left out. Prompt denoising produces many of these. The range of each class also
+    shows NaN and infinite values, so the host waits for a GPU once per image.
+
+    Raises:
+        MaskMillError: ``labelling_failed``.
     """
+    ranges = torch.stack([scores.amax((1, 2)), scores.amin((1, 2))]).cpu()
+    if not bool(torch.isfinite(ranges).all()):
+        raise FailedWork(
+            "labelling_failed",
+            "The class scores hold NaN or infinite values.",
+            "float16 overflows with some weights: use bfloat16 or float32. Else the weights are damaged.",
+        )
     if temperature is None:
-        return torch.arange(scores.shape[0], device=scores.device)
-    highest, lowest = scores.amax((1, 2)), scores.amin((1, 2))
+        return torch.arange(len(scores))
+    highest, lowest = ranges
     return (temperature * (highest - lowest.max()) > -_NEGLIGIBLE).nonzero().flatten()
 
 
@@ -200,7 +211,7 @@ class _Axis(NamedTuple):
     """Both resizes composed, for a part of an axis.
 
     Attributes:
-        weights: fp32 (positions, cells).
+        weights: fp32 (positions, cells), on the device of the scores.
         first, last: this part reads the grid cells [first, last).
         lows, highs: each position reads the cells [low, high).
     """
@@ -213,28 +224,27 @@ class _Axis(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _axis(grid: int, network: int, image: int, start: int, stop: int) -> _Axis:
+def _axis(grid: int, network: int, image: int, start: int, stop: int, device: torch.device) -> _Axis:
     """Compose the resizes grid to network to image for the image's positions [start, stop)."""
     outer = _bilinear(network, image, start, stop)
     begin, end = int(outer[0][0].min()), int(outer[1][0].max()) + 1
     inner = _bilinear(grid, network, begin, end)
     first, last = int(inner[0][0].min()), int(inner[1][0].max()) + 1
-    dense = torch.zeros(end - begin, last - first, dtype=torch.float64)
-    at = torch.arange(end - begin)
+    dense = np.zeros((end - begin, last - first))
     for index, weight in inner:
-        dense.index_put_((at, index - first), weight, accumulate=True)
+        np.add.at(dense, (np.arange(end - begin), index - first), weight)
     matrix = outer[0][1][:, None] * dense[outer[0][0] - begin]
     matrix += outer[1][1][:, None] * dense[outer[1][0] - begin]
     used = matrix != 0
-    low = first + used.int().argmax(1)
-    high = last - used.flip(1).int().argmax(1)
-    return _Axis(matrix.float(), first, last, low.tolist(), high.tolist())
+    low = first + used.argmax(1)
+    high = last - used[:, ::-1].argmax(1)
+    weights = torch.from_numpy(matrix.astype(np.float32)).to(device)
+    return _Axis(weights, first, last, low.tolist(), high.tolist())
 
 
-def _bilinear(source: int, target: int, start: int, stop: int) -> tuple[tuple[Tensor, Tensor], ...]:
+def _bilinear(source: int, target: int, start: int, stop: int) -> tuple[tuple[Indices, Weights], ...]:
     """The two (source index, weight) pairs of ``F.interpolate`` for the target positions [start, stop)."""
-    position = torch.arange(start, stop, dtype=torch.float64)
-    position = ((position + 0.5) * (source / target) - 0.5).clamp_(min=0)
-    low = position.floor().long().clamp_(max=source - 1)
+    position = np.maximum((np.arange(start, stop) + 0.5) * (source / target) - 0.5, 0)
+    low = np.minimum(np.floor(position).astype(np.int64), source - 1)
     part = position - low
-    return (low, 1 - part), ((low + 1).clamp_(max=source - 1), part)
+    return (low, 1 - part), (np.minimum(low + 1, source - 1), part)

@@ -9,6 +9,8 @@ The order is the reference's: cosines, prompt denoising, key smoothing, then res
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -111,7 +113,7 @@ class MaskClip:
             round(255 p) of the chosen class. Both are on the CLIP's device.
 
         Raises:
-            MaskMillError: ``scores_not_finite``.
+            MaskMillError: ``labelling_failed``.
         """
         height, width = image.shape[-2:]
         return label_map(
@@ -178,6 +180,11 @@ class MaskClip:
                     keys[cell] += dense.keys.transpose(1, 2).unflatten(2, (height // stride, width // stride))
         cosines = cosines / count
         return cosines, None if keys is None else (keys / count).flatten(2).transpose(1, 2)
+
+
+def per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    """Values (3,) as (3, 1, 1) of another tensor's dtype, on its device, without waiting for the device."""
+    return torch.tensor(values, dtype=like.dtype)[:, None, None].to(like.device, non_blocking=True)
 
 
 def prompt_denoising(scores: Tensor, threshold: float, *, temperature: float = 100.0) -> Tensor:

@@ -188,7 +188,7 @@ def train(
     mean = torch.tensor(OPENAI_MEAN, device=device).view(1, 3, 1, 1) * 255
     std = torch.tensor(OPENAI_STD, device=device).view(1, 3, 1, 1) * 255
     images, tokens = images.to(device), tokens.to(device)
-    losses: list[float] = []
+    losses: list[Tensor] = []  # read rarely, as the host waits for a GPU then
     began = time.monotonic()
     swap = model.visual.transformer.resblocks[-1].register_forward_pre_hook(
         _token_swap(recipe.token_swap[phase])
@@ -197,7 +197,7 @@ def train(
     for step, rows in enumerate(_batches(len(images), steps, batch, generator)):
         for group in optimiser.param_groups:
             group["lr"] = peak * _rate(step, steps, recipe.warmup[phase])
-        rows = rows.to(device)
+        rows = rows.to(device, non_blocking=True)
         pixels = images[rows]
         if torch.rand((), generator=generator) < 0.5:
             pixels = pixels.flip(-1)
@@ -211,19 +211,19 @@ def train(
         optimiser.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0.0, math.log(100.0))
-        losses.append(loss.item())
+        losses.append(loss.detach())
         if (step + 1) % 50 == 0 or step + 1 == steps:
             spent = time.monotonic() - began
             left = spent / (step + 1) * (steps - step - 1)
             print(
                 f"phase {phase + 1}/{len(recipe.steps)}  step {step + 1}/{steps}  "
-                f"loss {np.mean(losses[-50:]):.3f}  {batch * (step + 1) / spent:.0f} pairs/s  "
+                f"loss {torch.stack(losses[-50:]).mean():.3f}  {batch * (step + 1) / spent:.0f} pairs/s  "
                 f"{left / 60:.1f} min left in this phase",
                 flush=True,
             )
     swap.remove()
     model.eval()
-    return losses
+    return torch.stack(losses).tolist()
 
 
 def _token_swap(share: float) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from models.clip.loading import Activations, Clip
 from models.errors import WrongUse
-from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
+from models.maskclip import IMAGENET_MEAN, IMAGENET_STD, per_channel
 from models.settings import PAPER, ClipSegConfig
 
 IMAGE_SIZE = 352
@@ -380,5 +380,4 @@ def normalize(images: Tensor, size: int | tuple[int, int] | None = None) -> Tens
         target = (size, size) if isinstance(size, int) else size
         if target != tuple(x.shape[-2:]):
             x = F.interpolate(x, size=target, mode="bilinear", align_corners=False, antialias=True)
-    mean, std = (x.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (x - mean) / std
+    return (x - per_channel(IMAGENET_MEAN, x)) / per_channel(IMAGENET_STD, x)

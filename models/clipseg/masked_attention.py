@@ -75,4 +75,5 @@ def _hidden(masks: Tensor, grid: tuple[int, int], how: AttentionMask) -> Tensor:
     rows = torch.arange(seen.shape[-1], device=seen.device) > 0
     if how.tokens == "cls":
         rows = ~rows
-    return torch.zeros(len(seen), len(rows), len(rows)).masked_fill_(~seen & rows[:, None], -torch.inf)
+    nothing = torch.zeros(len(seen), len(rows), len(rows), device=seen.device)
+    return nothing.masked_fill_(~seen & rows[:, None], -torch.inf)

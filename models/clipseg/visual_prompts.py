@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.errors import WrongUse, did_you_mean
-from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
+from models.maskclip import IMAGENET_MEAN, IMAGENET_STD, per_channel
 
 BLUR_KERNEL = 15
 DYE = (1.0, 0.2, 0.2)  # red, multiplied with the grey image inside the mask
@@ -269,15 +269,14 @@ def _inside(images: Tensor, masks: Tensor) -> Tensor:
 
 
 def _statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return mean, std
+    return per_channel(IMAGENET_MEAN, images), per_channel(IMAGENET_STD, images)
 
 
 def _dyed(images: Tensor, m: Tensor, background: float) -> Tensor:
     mean, std = _statistics(images)
-    weights = images.new_tensor([0.299, 0.587, 0.114])[:, None, None]
+    weights = per_channel((0.299, 0.587, 0.114), images)
     grey = ((images * std + mean).clamp(0, 1) * weights).sum(1, keepdim=True)
-    red = images.new_tensor(DYE)[:, None, None]
+    red = per_channel(DYE, images)
     return (red * grey * m + background * grey * (1 - m) - mean) / std
 
 
@@ -294,5 +293,5 @@ def _outlined(images: Tensor, masks: Tensor) -> Tensor:
         cv2.drawContours(line, contours, -1, 1, thickness=OUTLINE_WIDTH)
         lines.append(torch.from_numpy(line))
     drawn = torch.stack(lines)[:, None].to(images)
-    red = images.new_tensor(OUTLINE)[:, None, None]
+    red = per_channel(OUTLINE, images)
     return (red * drawn + (images * std + mean).clamp(0, 1) * (1 - drawn) - mean) / std

@@ -96,13 +96,15 @@ class BaseLabeller(ABC):
         if self.settings.threads:
             torch.set_num_threads(self.settings.threads)  # per thread
         dtype = label_dtype(self.settings.num_classes)
-        predictions = []
-        for scores, image, size in zip(self._each_score(images), images, sizes, strict=True):
-            labels, confidence = self.label_of(scores, (image.shape[0], image.shape[1]), size)
-            predictions.append(
-                Prediction(labels.cpu().numpy().astype(dtype, copy=False), confidence.cpu().numpy())
-            )
-        return predictions
+        # A GPU gets the work for all images before the host waits for the first result.
+        found = [
+            self.label_of(scores, (image.shape[0], image.shape[1]), size)
+            for scores, image, size in zip(self._each_score(images), images, sizes, strict=True)
+        ]
+        return [
+            Prediction(labels.cpu().numpy().astype(dtype, copy=False), confidence.cpu().numpy())
+            for labels, confidence in found
+        ]
 
     def _each_score(self, images: Sequence[np.ndarray]) -> Iterator[Tensor]:
         if self.device.type == "cpu":
@@ -111,7 +113,8 @@ class BaseLabeller(ABC):
             return
         # Another batch size may select other kernels, which round differently.
         missing = max(0, self.batch_size - len(images))
-        batch = _batch([*images, *[images[-1]] * missing]).to(self.device)
+        batch = _batch([*images, *[images[-1]] * missing], pinned=self.device.type == "cuda")
+        batch = batch.to(self.device, non_blocking=True)
         yield from itertools.islice(self.scores(batch), len(images))
 
     def _take_classes(self, num_classes: int) -> None:
@@ -122,5 +125,8 @@ class BaseLabeller(ABC):
         )
 
 
-def _batch(images: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+def _batch(images: Sequence[np.ndarray], *, pinned: bool = False) -> Tensor:
+    """uint8 (B, 3, H, W); pinned memory is copied to a GPU while the host goes on."""
+    batch = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, pin_memory=pinned)
+    np.stack(images, out=batch.numpy())
+    return batch.permute(0, 3, 1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from models.clip.text import TextClassifier
@@ -44,6 +45,8 @@ class StudentLabeller(BaseLabeller):
                 "Start the run again.",
             )
         self._network = load_student(record, device=self.device, dtype=self.dtype)
+        if self.device.type == "cuda":  # as in training, and as batches are
+            self._network.to(memory_format=torch.channels_last)
         self._own_text = self._network.text
         if text is not None:
             self._network.set_classifier(text)

@@ -96,10 +96,10 @@ def resolve(
     device = probabilities.device
     count, height, width = len(probabilities), *size
     limits, factors = (
-        torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+        torch.tensor(values, dtype=torch.float32)[:, None, None].to(device, non_blocking=True)
         for values in (thresholds, how.factors)
     )
-    ids = torch.tensor(how.class_ids, dtype=torch.int32, device=device)
+    ids = torch.tensor(how.class_ids, dtype=torch.int32).to(device, non_blocking=True)
     labels = torch.empty(height, width, dtype=torch.int32, device=device)
     confidence = torch.empty(height, width, dtype=torch.uint8, device=device)
     rows = max(1, BAND_BYTES.get(device.type, 16_000_000) // (4 * count * width))

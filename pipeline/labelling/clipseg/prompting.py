@@ -21,7 +21,7 @@ from models.clipseg.decoder import ClipSeg, mix, normalize
 from models.clipseg.visual_prompts import STYLES, VisualPrompt, visual_prompt
 from models.device import DTYPES, best_device, native_precision
 from models.errors import FailedWork, WrongUse, did_you_mean
-from models.maskclip import IMAGENET_MEAN, IMAGENET_STD
+from models.maskclip import IMAGENET_MEAN, IMAGENET_STD, per_channel
 from pipeline.files.images import MAX_PIXELS, ImageSettings, fit
 from pipeline.labelling.clipseg.model import VISUAL_PROMPT, ClipSegWeights
 from pipeline.labelling.clipseg.options import PREFIXES, ClipSegOptions
@@ -113,7 +113,7 @@ def visual_prompt_of(picture: Picture, style: Style, size: int) -> Tensor:
 
 def shown_pixels(prompt: Tensor) -> NDArray[np.uint8]:
     """A visual prompt (3, S, S) as a displayable image, uint8 (S, S, 3)."""
-    mean, std = (prompt.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = per_channel(IMAGENET_MEAN, prompt), per_channel(IMAGENET_STD, prompt)
     pixels = ((prompt * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     return pixels.permute(1, 2, 0).cpu().numpy()
 

@@ -93,6 +93,8 @@ class ClipSegTask:
         keep: whether the decoder is already trained, so that whitening must preserve its function.
     """
 
+    host_columns: frozenset[str] = frozenset({"phrase", "text_weight"})
+
     def __init__(
         self,
         make_model: Callable[[torch.device], ClipSeg],
@@ -131,8 +133,10 @@ class ClipSegTask:
             read += len(loaded)
             if loaded:
                 columns = {name: np.stack([sample[name] for sample in loaded]) for name in loaded[0]}
-                device = self.model.clip.device
-                self._decode({name: torch.from_numpy(rows).to(device) for name, rows in columns.items()})
+                batch = {name: torch.from_numpy(rows) for name, rows in columns.items()}
+                for name in batch.keys() - self.host_columns:
+                    batch[name] = batch[name].to(self.model.clip.device)
+                self._decode(batch)
         if failure is not None and not read:
             raise failure
 
@@ -188,12 +192,15 @@ class ClipSegTask:
     def _conditionals(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Conditionals fp32 (B, E), and whether each is valid, bool (B,)."""
         share = batch["text_weight"]
-        texts, read = self._texts([decode_phrase(row) for row in batch["phrase"].cpu().numpy()])
-        shown = (share < 1).nonzero()[:, 0]
-        if len(shown):
+        texts, read = self._texts([decode_phrase(row) for row in batch["phrase"].numpy()])
+        there = share < 1
+        if bool(there.any()):
+            shown, weights = (
+                column.to(texts.device, non_blocking=True) for column in (there.nonzero()[:, 0], share[there])
+            )
             pictures = self.model.encode_prompt_images(normalize(batch["support"][shown]))
-            texts = texts.index_copy(0, shown, mix(texts[shown], pictures, share[shown]))
-        return texts, read | (share == 0)
+            texts = texts.index_copy(0, shown, mix(texts[shown], pictures, weights))
+        return texts, (read | (share == 0)).to(texts.device, non_blocking=True)
 
     def after_step(self, step: int) -> None:
         """No-op: only the decoder changes."""
@@ -218,17 +225,20 @@ class _TextCache:
         self._known: dict[str, Tensor | None] = {}
 
     def __call__(self, phrases: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Embeddings fp32 (B, E), zero for phrases too long for CLIP; and which are readable, bool (B,)."""
+        """Embeddings fp32 (B, E), zero for phrases too long for CLIP.
+
+        Returns:
+            The embeddings on the model's device; and which phrases are readable, bool (B,) on the CPU.
+        """
         fresh = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self._known]
         if len(self._known) + len(fresh) > _KNOWN_TEXTS:
             self._known, fresh = {}, list(dict.fromkeys(phrases))
         if fresh:
             self._known |= self._embed(fresh)
         found = [self._known[phrase] for phrase in phrases]
-        device = self._model.clip.device
-        nothing = torch.zeros(self._model.clip.embed_dim, device=device)
+        nothing = torch.zeros(self._model.clip.embed_dim, device=self._model.clip.device)
         rows = torch.stack([nothing if row is None else row for row in found])
-        return rows, torch.tensor([row is not None for row in found], device=device)
+        return rows, torch.tensor([row is not None for row in found])
 
     def _embed(self, phrases: list[str]) -> dict[str, Tensor | None]:
         try:

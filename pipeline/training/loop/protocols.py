@@ -53,7 +53,14 @@ class Samples(Protocol):
 
 
 class Task(Protocol):
-    """The model and loss to train. Built in every worker by a picklable factory."""
+    """The model and loss to train. Built in every worker by a picklable factory.
+
+    Attributes:
+        host_columns: columns of ``Samples`` that ``loss`` reads on the host, and gets there: to read them
+            from a GPU, the host would wait for it.
+    """
+
+    host_columns: frozenset[str]
 
     def build(self, device: torch.device) -> nn.Module:
         """Build the module on a device; parameters that require a gradient are trained. Called once."""
@@ -67,7 +74,7 @@ class Task(Protocol):
         Args:
             module: the result of ``build``, possibly wrapped (``DistributedDataParallel``); call this one, so
                 that gradients are synchronised.
-            batch: columns of ``Samples``, stacked along a first axis, on the device.
+            batch: columns of ``Samples``, stacked along a first axis, on the device except ``host_columns``.
             step: number of the update.
 
         Returns:

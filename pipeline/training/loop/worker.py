@@ -214,10 +214,9 @@ class _Worker:
         share = settings.batch_size // self.world // settings.accumulation
         sums: dict[str, Tensor] = {}
         for part in range(settings.accumulation):
-            micro = {
-                name: column[part * share : (part + 1) * share].to(self.device, non_blocking=True)
-                for name, column in batch.items()
-            }
+            micro = {name: column[part * share : (part + 1) * share] for name, column in batch.items()}
+            for name in micro.keys() - self.task.host_columns:
+                micro[name] = micro[name].to(self.device, non_blocking=True)
             final = part == settings.accumulation - 1
             hold = isinstance(self.module, DistributedDataParallel) and not final
             with self.module.no_sync() if hold else contextlib.nullcontext():  # type: ignore[operator]

@@ -63,8 +63,9 @@ class DriftAlarm:
 
     def set_reference(self, step: int, histogram: Tensor) -> None:
         """Set the histogram (C,) after this step as the reference for later ones."""
+        histogram = histogram.to("cpu", torch.float64, copy=True)
         if histogram.sum() > 0:
-            self._reference = histogram.to("cpu", torch.float64, copy=True)
+            self._reference = histogram
             self._reference_step = step
 
     def check(self, step: int, histogram: Tensor) -> float:
@@ -78,9 +79,11 @@ class DriftAlarm:
         Raises:
             MaskMillError: ``self_training_collapsed`` after ``patience`` consecutive steps beyond the bound.
         """
-        if self._reference is None or not histogram.sum() > 0:
+        if self._reference is None:
             return self.drift
-        histogram = histogram.double().cpu()
+        histogram = histogram.double().cpu()  # all that the host reads of a GPU here
+        if not histogram.sum() > 0:
+            return self.drift
         self.drift = relative_change(self._reference, histogram)
         self._beyond = self._beyond + 1 if self.drift > self._bound else 0
         if self._beyond >= self._patience:

@@ -23,20 +23,29 @@ from pipeline.training.maskclip_plus.recipes import ThresholdRule
 LEVELS = 256
 
 
-def confidence_counts(classes: Tensor, confidence: Tensor, num_classes: int) -> Tensor:
+def confidence_counts(
+    classes: Tensor, confidence: Tensor, num_classes: int, counted: Tensor | None = None
+) -> Tensor:
     """Count guesses by class and confidence; additive over batches and workers.
 
     Args:
-        classes: int64 (N,) in [0, C).
-        confidence: float (N,) in [0, 1], counted at its nearest of L levels k / (L - 1).
+        classes: int64 (N,) or of any shape, in [0, C).
+        confidence: float, of the same shape, in [0, 1], counted at its nearest of L levels k / (L - 1).
         num_classes: C.
+        counted: bool, of the same shape: which guesses count; None counts all.
 
     Returns:
         int64 (C, L), on the arguments' device.
     """
     levels = (confidence * (LEVELS - 1)).round().long().clamp_(0, LEVELS - 1)
-    counts = torch.bincount(classes * LEVELS + levels, minlength=num_classes * LEVELS)
-    return counts.view(num_classes, LEVELS)
+    cells = classes * LEVELS + levels
+    size = num_classes * LEVELS
+    if counted is not None:
+        cells = torch.where(counted, cells, size)
+    # With bincount or a selection by mask, the host would wait for a GPU.
+    counts = cells.new_zeros(size + 1)
+    counts.scatter_add_(0, cells.flatten(), cells.new_ones(1).expand(cells.numel()))
+    return counts[:size].view(num_classes, LEVELS)
 
 
 def class_thresholds(counts: Tensor, base: float, *, rule: ThresholdRule, keep: float = 0.5) -> Tensor:

@@ -79,6 +79,8 @@ class Plan:
 
 
 class Classify:
+    host_columns: frozenset[str] = frozenset()
+
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.steps = 0

@@ -144,7 +144,7 @@ def test_phase_is_a_function_of_the_step(guided, self_train, phases):
         ({"anchor": -1.0}, "greater than or equal to 0"),
         ({"guessable": (1, 1)}, "each once"),
         ({"guessable": (C,)}, "classes are 0 to 4"),
-        ({"guessable": ()}, "(-1, -1)"),
+        ({"guessable": ()}, "[-1, -1]"),
         ({"teacher": "online"}, "teacher=table"),
     ],
 )

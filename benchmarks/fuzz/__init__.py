@@ -1,0 +1,17 @@
+"""Throw broken input at everything that reads what users bring.
+
+    python -m benchmarks.fuzz --seed 1 --minutes 10 [--kinds images coco documents http] [--failures DIR]
+    python -m benchmarks.fuzz --seed 1 --kinds coco --first 123 --count 1        (one input again)
+
+Every input must end in a result, in a row or answer with a code, or in an error of the family of
+``models.errors``, told in words. Faults are any other exception, a crash, more than the kind's seconds or
+memory, and a message that shows a Python object. Inputs depend on seed, kind and number alone. They run in a
+subprocess, which is replaced when it dies. Failing inputs are kept in a folder with what they did; the exit
+status is 1 if there are any.
+
+* ``images``: mutated files of all formats, through ``pipeline.files.images.decode`` and the stage ``Decode``;
+  addresses that are no files.
+* ``coco``: mutated COCO JSON, opened and drawn.
+* ``documents``: mutated ontologies, recipes, lists, lists of classes, ``--set`` options.
+* ``http``: mutated requests to a real ``maskmill serve`` on loopback.
+"""
