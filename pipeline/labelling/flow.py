@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 from ray.data.block import BlockMetadata
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from models.errors import FailedWork, MaskMillError
 from pipeline.cluster.nodes import NodesChanged, NodeWatch, stop_when_changed
@@ -27,6 +28,7 @@ from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Compute
 from pipeline.files.faults import explain, one_line
 from pipeline.files.images import ImageSettings
+from pipeline.labelling.attempts import AttemptBook
 from pipeline.labelling.labeller import Labeller
 from pipeline.labelling.stages import Decode, Label, Write
 
@@ -162,7 +164,10 @@ def _flow(
     compute: Compute,
 ) -> ray.data.Dataset:
     """The stages. Each block is a decoded part of the manifest, or a piece of a large one."""
-    parts = _Parts(todo, part_sizes(todo.num_rows, compute.actors * compute.calls), Decode(image_settings))
+    attempts = _shared_attempts()
+    parts = _Parts(
+        todo, part_sizes(todo.num_rows, compute.actors * compute.calls), Decode(image_settings, attempts)
+    )
     stage: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     return (
         ray.data.read_datasource(
@@ -173,7 +178,7 @@ def _flow(
         )
         .map_batches(
             Label,
-            fn_constructor_args=(functools.partial(make_labeller, threads=compute.threads),),
+            fn_constructor_args=(functools.partial(make_labeller, threads=compute.threads), attempts),
             # With GPUs, Ray Data requires a number: enough rows to fill batches of one image size.
             **stage | ({"batch_size": LARGEST_PART} if compute.gpus else {}),
             num_cpus=compute.cpus,
@@ -191,6 +196,28 @@ def _flow(
             compute=ray.data.TaskPoolStrategy(size=compute.writers),
         )
     )
+
+
+class _SharedAttempts:
+    """An ``AttemptBook`` in an actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def begin(self, key: str) -> int:
+        """See ``pipeline.labelling.attempts.Attempts``."""
+        before: int = ray.get(self._actor.begin.remote(key))
+        return before
+
+    def end(self, key: str) -> None:
+        """See ``pipeline.labelling.attempts.Attempts``."""
+        self._actor.end.remote(key)
+
+
+def _shared_attempts() -> _SharedAttempts:
+    # On the driver's node: others may be lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return _SharedAttempts(ray.remote(num_cpus=0, scheduling_strategy=here)(AttemptBook).remote())
 
 
 class _Parts(ray.data.Datasource):

@@ -6,6 +6,7 @@ Rows carry the seconds that each stage spent on them, which the last stage repor
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import time
@@ -23,6 +24,15 @@ from pipeline.files import corruptions, images
 from pipeline.files.faults import explain
 from pipeline.files.images import ImageSettings
 from pipeline.files.storage import Storage
+from pipeline.labelling.attempts import (
+    IMAGE_DEATHS,
+    PART_DEATHS,
+    AttemptBook,
+    Attempts,
+    Turns,
+    crashed_row,
+    part_key,
+)
 from pipeline.labelling.labeller import Labeller, Prediction, label_dtype
 from pipeline.table import labels
 from pipeline.table.committed import write_part
@@ -67,25 +77,33 @@ _WRITTEN = pa.schema(
 class Decode:
     """(id, uri) → decoded, resized images; an image that fails becomes a row with an error code."""
 
-    def __init__(self, settings: ImageSettings) -> None:
+    def __init__(self, settings: ImageSettings, attempts: Attempts | None = None) -> None:
         self._settings = settings
+        self._attempts = attempts or AttemptBook()
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         images.use_one_thread()
         rows: list[dict[str, Any]] = []
         size = 0
         entries = table.to_pylist()
+        key = part_key("decode", table["id"].to_numpy())
+        careful = self._attempts.begin(key) >= PART_DEATHS
         with ThreadPoolExecutor(_FETCHES_AHEAD) as pool:
-            fetched = prefetch(pool, self._fetch, entries, _FETCHES_AHEAD)
-            for entry, future in zip(entries, fetched, strict=True):
+            fetched: Iterator[Callable[[], bytes]] = (
+                (functools.partial(self._fetch, entry) for entry in entries)
+                if careful
+                else (future.result for future in prefetch(pool, self._fetch, entries, _FETCHES_AHEAD))
+            )
+            for entry, fetch in zip(entries, fetched, strict=True):
                 start = time.perf_counter()
-                row = self._row(entry["id"], entry["uri"], future)
+                row = self._alone(entry, fetch) if careful else self._row(entry, fetch)
                 row["decode_s"] = time.perf_counter() - start
                 rows.append(row)
                 size += len(row["pixels"] or b"")
                 if size >= _CHUNK_BYTES:
                     yield pa.Table.from_pylist(rows, schema=_DECODED)
                     rows, size = [], 0
+        self._attempts.end(key)
         if rows:
             yield pa.Table.from_pylist(rows, schema=_DECODED)
 
@@ -97,11 +115,22 @@ class Decode:
             max_bytes=images.max_bytes(self._settings.max_pixels),
         )
 
-    def _row(self, row_id: int, uri: str, fetched: Future[bytes]) -> dict[str, Any]:
+    def _alone(self, entry: dict[str, Any], fetch: Callable[[], bytes]) -> dict[str, Any]:
+        """The row of an image of a part that killed processes."""
+        key = f"decode {entry['id']}"
+        if self._attempts.begin(key) >= IMAGE_DEATHS:
+            known = {"id": entry["id"], "uri": entry["uri"]}
+            return dict.fromkeys(_DECODED.names) | known | crashed_row("decode")
+        row = self._row(entry, fetch)
+        self._attempts.end(key)
+        return row
+
+    def _row(self, entry: dict[str, Any], fetch: Callable[[], bytes]) -> dict[str, Any]:
         settings = self._settings
-        row: dict[str, Any] = dict.fromkeys(_DECODED.names) | {"id": row_id, "uri": uri}
+        row_id = entry["id"]
+        row: dict[str, Any] = dict.fromkeys(_DECODED.names) | {"id": row_id, "uri": entry["uri"]}
         try:
-            data = fetched.result()
+            data = fetch()
             row["sha256"] = hashlib.sha256(data).digest()
             image = images.decode(data, max_pixels=settings.max_pixels)
         except images.ImageError as error:
@@ -125,8 +154,10 @@ class Decode:
 class Label:
     """Decoded images → raw label and confidence maps, on one actor."""
 
-    def __init__(self, make_labeller: Callable[[], Labeller]) -> None:
+    def __init__(self, make_labeller: Callable[[], Labeller], attempts: Attempts | None = None) -> None:
         self._labeller = make_labeller()
+        self._attempts = attempts or AttemptBook()
+        self._turns = Turns()
         self._succeeded = self._failed = 0
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
@@ -141,6 +172,8 @@ class Label:
             else:
                 rows.append(_common_fields(columns, index))
         size = 0
+        key = part_key("label", table["id"].to_numpy())
+        careful = self._attempts.begin(key) >= PART_DEATHS
         for (height, width), members in sorted(buckets.items()):
             for chosen in _batched(members, self._labeller.batch_size):
                 batch = [
@@ -149,7 +182,13 @@ class Label:
                 ]
                 sizes = [(columns["height"][index], columns["width"][index]) for index in chosen]
                 start = time.perf_counter()
-                outcomes = self._outcomes(batch, sizes)
+                outcomes: Sequence[Prediction | Exception | None]
+                if careful:
+                    ids = [columns["id"][index] for index in chosen]
+                    outcomes = [self._alone(*one) for one in zip(ids, batch, sizes, strict=True)]
+                else:
+                    with self._turns.together():
+                        outcomes = self._outcomes(batch, sizes)
                 label_s = (time.perf_counter() - start) / len(chosen)
                 for index, outcome in zip(chosen, outcomes, strict=True):
                     row = _common_fields(columns, index) | {"label_s": label_s}
@@ -157,6 +196,8 @@ class Label:
                         row["labels"] = outcome.labels.tobytes()
                         row["confidence"] = outcome.confidence.tobytes()
                         size += len(row["labels"]) + len(row["confidence"])
+                    elif outcome is None:
+                        row |= crashed_row("label")
                     else:
                         row |= {
                             "status": "label_failed",
@@ -166,8 +207,20 @@ class Label:
                 if size >= _CHUNK_BYTES:
                     yield pa.Table.from_pylist(rows, schema=_LABELLED)
                     rows, size = [], 0
+        self._attempts.end(key)
         if rows:
             yield pa.Table.from_pylist(rows, schema=_LABELLED)
+
+    def _alone(self, row_id: int, image: np.ndarray, size: tuple[int, int]) -> Prediction | Exception | None:
+        """The outcome for an image of a part that killed processes; None if the image does."""
+        key = f"label {row_id}"
+        # Other threads would die of it as well, and would be blamed.
+        with self._turns.alone():
+            if self._attempts.begin(key) >= IMAGE_DEATHS:
+                return None
+            (outcome,) = self._outcomes([image], [size])
+            self._attempts.end(key)
+        return outcome
 
     def _outcomes(
         self, batch: list[np.ndarray], sizes: list[tuple[int, int]]
