@@ -82,7 +82,7 @@ class Process:
         assert self._process.wait(600) == 0, self.said[-3000:]
 
 
-@pytest.mark.parametrize("kind", ["cpu"])
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
 def test_a_lost_node_does_not_stop_the_run(
     kind: str, tmp_path: Path, maskmill_environment: dict[str, str]
 ) -> None:
@@ -98,7 +98,8 @@ def test_a_lost_node_does_not_stop_the_run(
         process.expect_success()
         job.expect_the_whole_table()
         assert "joined the Ray at" in process.said
-        assert "the cluster has lost nodes" in process.said
+        # On GPUs, the other actor may have all of the work.
+        assert kind == "gpu" or "the cluster has lost nodes" in process.said
 
 
 def test_without_nodes_a_run_says_what_it_waits_for(
