@@ -82,7 +82,7 @@ class Process:
         assert self._process.wait(600) == 0, self.said[-3000:]
 
 
-@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("gpu", marks=pytest.mark.long)])
 def test_a_lost_node_does_not_stop_the_run(
     kind: str, tmp_path: Path, maskmill_environment: dict[str, str]
 ) -> None:
@@ -117,6 +117,7 @@ def test_without_nodes_a_run_says_what_it_waits_for(
         job.expect_the_whole_table()
 
 
+@pytest.mark.long
 def test_nodes_that_join_are_used(
     tmp_path: Path,
     maskmill_environment: dict[str, str],
