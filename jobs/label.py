@@ -284,16 +284,26 @@ def _without(manifest: pa.Table, done: np.ndarray) -> pa.Table:
 
 
 def _refuse_unreachable(todo: pa.Table) -> None:
-    """Ask for one remote image, so that expired credentials and a wrong endpoint are told before Ray starts.
+    """Ask for one remote image: what would fail for all of them is told before Ray starts.
+
+    Of a web address nothing follows for the others.
 
     Raises:
         MaskMillError: ``storage_unreachable``.
     """
     (first,) = todo.slice(0, 1).to_pylist()
     address = first.get(ADDRESS) or first["uri"]
-    if is_remote(address):
-        with contextlib.suppress(ImageError):  # of this image alone; it becomes a row
-            fetch(address, length=1, attempts=1)
+    if not is_remote(address) or address.startswith(("http://", "https://")):
+        return
+    try:
+        fetch(address, length=1)
+    except ImageError as error:
+        if error.code == "unavailable" or "credentials" in error.message:
+            raise FailedWork(
+                "storage_unreachable",
+                f"{first['uri']} cannot be read: {error.message}",
+                "Check the network, the endpoint (for S3: AWS_ENDPOINT_URL) and the credentials.",
+            ) from error
 
 
 def _announcement(job: LabelJob, total: int, todo: int) -> str:

@@ -77,6 +77,19 @@ def test_expired_credentials_of_a_list_are_told_before_ray(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_list_of_images_that_nobody_answers_for(
+    maskmill_here: Run, tmp_path: Path, s3: dict[str, str]
+) -> None:
+    (tmp_path / "list.txt").write_text("s3://photos/a.png\ns3://photos/b.png\n")
+    environment = s3 | {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}
+    fsspec.filesystem("s3").clear_instance_cache()
+    done = maskmill_here(
+        *LABEL, "--images", tmp_path / "list.txt", "--output", tmp_path / "out", **environment
+    )
+    assert "s3://photos/a.png" in told(done) and "AWS_ENDPOINT_URL" in done.stderr
+    assert "Ray" not in done.stderr and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("endpoint", ["nonsense", "http://", "http://127.0.0.1:9", "ftp://host"])
 def test_an_endpoint_that_is_none(
     maskmill_here: Run, tmp_path: Path, s3: dict[str, str], endpoint: str
