@@ -31,11 +31,11 @@ def test_toy(items: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_an_item_that_takes_too_long_loses_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "SECONDS", {"forward": 1, "labels": 120})
+    monkeypatch.setattr(command, "SECONDS", {"forward": 0.25, "labels": 60})
     output = tmp_path / "toy.md"
     assert command.main(["--toy", "--output", str(output), "--only", "forward", "labels"]) == 1
     record = json.loads(output.with_suffix(".json").read_text())
-    assert list(record["faults"]) == ["forward"] and "1 s" in record["faults"]["forward"]
+    assert list(record["faults"]) == ["forward"] and "1.0 s" in record["faults"]["forward"]
     assert {row["item"] for row in record["rows"]} == {"labels"}
     assert "**forward took longer" in output.read_text()
 
