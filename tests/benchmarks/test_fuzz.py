@@ -14,16 +14,16 @@ from tests.benchmarks.faulty import FAULTS
 
 def test_every_kind_of_fault_is_found_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = "tests.benchmarks.faulty"
-    made = [kind_of(module).make(random_of(3, module, number)).decode() for number in range(14)]
+    made = [kind_of(module).make(random_of(4, module, number)).decode() for number in range(14)]
     assert set(made) == set(FAULTS)
-    arguments = argparse.Namespace(seed=3, first=0, count=14, minutes=2.0, failures=tmp_path)
+    arguments = argparse.Namespace(seed=4, first=0, count=14, minutes=2.0, failures=tmp_path)
     assert run([module], arguments) == 1
     expected = {
         "no words": "Fault", "exception": "KeyError", "crash": "crash SIGSEGV", "hang": "hang",
         "memory": "memory",
     }  # fmt: skip
     for number, name in enumerate(made):
-        kept = tmp_path / f"faulty-3-{number}.txt"
+        kept = tmp_path / f"faulty-4-{number}.txt"
         assert kept.exists() == (name in expected)
         if name in expected:
             assert kept.read_text().splitlines()[0] == expected[name]
