@@ -31,6 +31,7 @@ from jobs.show import Show
 from jobs.track import Track
 from jobs.train.clipseg import TrainClipSeg
 from jobs.train.maskclip_plus import TrainMaskClipPlus
+from jobs.verify import Verify
 from models.errors import FailedWork, WrongUse, did_you_mean
 from pipeline.cluster.signals import end_process, interrupt_on_signals
 from pipeline.files.faults import explain, one_line
@@ -58,6 +59,7 @@ class Train:
 Command = (
     Annotated[Label, subcommand("label")]
     | Annotated[Show, subcommand("show")]
+    | Annotated[Verify, subcommand("verify")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Segment, subcommand("segment")]
@@ -76,6 +78,7 @@ Command = (
 COMMANDS = (
     "label",
     "show",
+    "verify",
     "train",
     "export",
     "segment",

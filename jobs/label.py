@@ -36,7 +36,7 @@ from pipeline.cluster.nodes import plan_like, plan_when_joined
 from pipeline.cluster.session import joins_cluster, ray_session, worker_precision
 from pipeline.cluster.signals import interrupt, signals_held
 from pipeline.corpus.manifest import ADDRESS, build_manifest
-from pipeline.files.images import ImageError, fetch
+from pipeline.files.images import ERROR_CODES, ImageError, fetch
 from pipeline.files.outputs import check_output_folder
 from pipeline.files.records import now
 from pipeline.files.redaction import without_signature
@@ -44,9 +44,21 @@ from pipeline.files.storage import Storage, is_remote, open_storage
 from pipeline.files.versions import versions
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe, templates_for
 from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
-from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, discard_leftovers, done_ids
-from pipeline.table.labels import DATASET_FILE, iter_rows, summarise
-from pipeline.table.lease import Lease
+from pipeline.table.changed import find_changed
+from pipeline.table.committed import (
+    CHECKPOINT_DIR,
+    LABELS_DIR,
+    RELABELLED_DIR,
+    Ids,
+    Replaced,
+    apply_relabelled,
+    discard_leftovers,
+    part_files,
+    read_ids,
+    settle,
+)
+from pipeline.table.labels import DATASET_FILE, OK, Counts, iter_batches, summarise
+from pipeline.table.lease import Lease, refuse_other_holder
 from pipeline.table.record import TableRecord, find_table_record, write_table_record
 from pipeline.tracking.names import place_name, recipe_name, record_params, run_name
 from pipeline.tracking.progress import ProgressLog
@@ -57,8 +69,10 @@ if TYPE_CHECKING:
     from pipeline.cluster.resources import Compute
     from pipeline.labelling.labeller import PreparedLabeller
 
-OWN_ENTRIES = (DATASET_FILE, LABELS_DIR, CHECKPOINT_DIR, "manifest")
+OWN_ENTRIES = (DATASET_FILE, LABELS_DIR, RELABELLED_DIR, CHECKPOINT_DIR, "manifest")
 """What a run writes to its output and ``overwrite`` may delete; older versions also wrote the last two."""
+LABELLING_CODES = ("label_failed", "crashed_worker")
+"""Codes of images that were read, beside ``ERROR_CODES`` of those that were not."""
 PACKAGES = (
     "maskmill",
     "torch",
@@ -85,7 +99,10 @@ class Label:
         ontology: YAML file of classes, or a built-in name (voc21, context59, …), instead of --classes.
         background: give every pixel one of the named classes.
         min_confidence: pixels below this confidence (0 to 1) become "ignore" (255).
-        max_failure_rate: exit with 1 if a larger share of the images fails.
+        max_failure_rate: exit with 1 if a larger share of the images of this run fails.
+        changed: also label again the images that have changed under their names since they were labelled.
+        retry_failed: label again the images that failed, and only these; codes choose some ("--retry-failed
+            not_found unavailable").
         overwrite: delete a table that is already in --output and start over.
     """
 
@@ -98,6 +115,8 @@ class Label:
     background: Flag = True
     min_confidence: Maybe[float] = None
     max_failure_rate: float = 0.05
+    changed: Flag = False
+    retry_failed: Maybe[tuple[str, ...]] = None
     overwrite: Flag = False
     tracking: Tracking = None
     system_metrics: SystemMetrics = False
@@ -113,6 +132,12 @@ class Label:
                 raise WrongUse(
                     "wrong_use", f"{option} {share} is not between 0 and 1.", "Give a share, such as 0.05."
                 )
+        if self.overwrite and (self.changed or self.retry_failed is not None):
+            raise WrongUse(
+                "wrong_use",
+                "--overwrite starts over; --changed and --retry-failed go on with a table.",
+                "Leave one of them out.",
+            )
         recipe, own = self.by.load()
         if self.min_confidence is not None:
             recipe = change_recipe(recipe, {"min_confidence": self.min_confidence})
@@ -122,6 +147,8 @@ class Label:
             recipe=recipe,
             output=self.output,
             overwrite=self.overwrite,
+            changed=self.changed,
+            retry_failed=self.retry_failed,
             max_failure_rate=self.max_failure_rate,
             address=self.address,
             verbose=self.verbose,
@@ -153,7 +180,9 @@ class LabelJob:
         recipe: every setting that changes the labels.
         output: folder or object-store prefix for the table.
         overwrite: first delete an existing table.
-        max_failure_rate: share of failed images above which the run counts as failed.
+        changed: also label the images that have changed since they were labelled.
+        retry_failed: label only images that failed: those with one of these codes, or all if there is none.
+        max_failure_rate: share of failed images of the run above which the run counts as failed.
         address: of a Ray cluster; None joins the one in RAY_ADDRESS, or starts a local one.
         verbose: show Ray's own messages.
         tracking: MLflow URI, None for the default, ``off`` for none.
@@ -165,6 +194,8 @@ class LabelJob:
     recipe: LabelRecipe
     output: str
     overwrite: bool = False
+    changed: bool = False
+    retry_failed: tuple[str, ...] | None = None
     max_failure_rate: float = 0.05
     address: str | None = None
     verbose: bool = False
@@ -185,31 +216,30 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
     began = time.monotonic()
     refuse_missing_file(job.recipe.pretrained)
     check_output_folder(job.output)
+    storage = open_storage(job.output)
     tracker = open_tracker(
         job.tracking, system_metrics=job.system_metrics, waiting=functools.partial(timed, console)
     )
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
     manifest = build_manifest(job.source, notice=say)
-    storage = open_storage(job.output)
-    with Lease.acquire(storage, on_lost=_abandon, cluster=joins_cluster(job.address)) as lease:
+    with Lease.acquire(storage, on_lost=_abandon, cluster=joins_cluster(job.address), notice=say) as lease:
+        fence = functools.partial(refuse_other_holder, storage, lease.run_id)
         recorded = recorded_table(storage, job)
         replaces = job.overwrite and storage.exists(DATASET_FILE)
-        todo = manifest if replaces else _without(manifest, _done(storage, console))
-        if todo.num_rows == 0:
-            console.print(
-                f"Nothing new: all {manifest.num_rows:,} images are labelled in {storage.uri}.\n"
-                f"Look at them: maskmill show {job.output}",
-                soft_wrap=True,
-                highlight=False,
-            )
+        table = Table() if replaces or recorded is None else _open_table(storage, recorded, fence, say)
+        work = _choose(job, manifest, storage, table, console)
+        if work.todo.num_rows == 0:
+            if table.counts is None:  # a run was killed before it could count
+                _record_counts(storage, table, Counts(), Replaced())
+            say(f"{work.nothing}\nLook at them: maskmill show {job.output}")
             return 0
-        _refuse_unreachable(todo)
-        console.print(_announcement(job, manifest.num_rows, todo.num_rows), soft_wrap=True, highlight=False)
-        display = LabelDisplay(todo.num_rows, console)
+        _refuse_unreachable(work.todo)
+        say(_announcement(job, manifest.num_rows, work))
+        display = LabelDisplay(work.todo.num_rows, console)
         with tracker:
             with display.live(), _started(job, lease, recorded, display) as (prepared, compute):
                 # Track only runs that got this far: earlier failures leave nothing.
-                _begin_tracking(tracker, job, manifest, todo.num_rows)
+                _begin_tracking(tracker, job, manifest, work.todo.num_rows)
                 if replaces:
                     for entry in OWN_ENTRIES:
                         storage.delete(entry)
@@ -217,20 +247,22 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
                     write_table_record(storage, _new_record(job, prepared))
                 display.stage(f"starting {_workers(compute)}")
                 startup_s = time.monotonic() - began
-                progress = _label(job, storage, lease, todo, prepared, compute, display, tracker)
+                progress = _label(job, storage, lease, table, work, prepared, compute, display, tracker)
                 startup_s += progress.first_s or 0.0
                 display.stage("stopping Ray")
-            with timed(console, "counting the table"):
-                _refuse_gaps(storage, todo)
-                outcome = _count_status(storage, todo)
-                record = _record_counts(storage)
+            with timed(console, "counting what is new"):
+                fresh, replaced = _commit(storage, work.todo, table, fence, say)
+                outcome = Counter(fresh.status) + Counter(replaced.added.status) + replaced.kept
+                record = _record_counts(storage, table, fresh, replaced)
             took = time.monotonic() - began
             busy = _busy(progress, compute)
             _end_tracking(tracker, record, outcome, progress, startup_s=startup_s, busy=busy)
     speed = (
         f" ({progress.rate:.1f} images/s after {duration(startup_s)} of start-up)" if progress.rate else ""
     )
-    lines = [f"Labelled {outcome['ok']:,} images in {duration(took)}{speed}"]
+    lines = [f"Labelled {outcome[OK]:,} images in {duration(took)}{speed}"]
+    if replaced.kept:
+        lines.append(f"  {replaced.kept.total():,} could not be read this time; their old labels were kept")
     if busy:
         lines.append(f"  CLIP workers busy {busy:.0%} of the time")
     return _summary(job, storage, outcome, lines, console)
@@ -266,21 +298,88 @@ def recorded_table(storage: Storage, job: LabelJob) -> TableRecord | None:
     return recorded
 
 
-def _done(storage: Storage, console: Console) -> np.ndarray:
-    """Remove what a crash left half-written, and return the ids of the images that have a row."""
+@dataclass(frozen=True)
+class Table:
+    """What the table holds when a run begins.
+
+    Attributes:
+        parts: ids by part.
+        counts: of its rows; None if the recorded ones are of another state of the table.
+    """
+
+    parts: dict[str, Ids] = field(default_factory=dict)
+    counts: Counts | None = field(default_factory=Counts)
+
+    @property
+    def ids(self) -> Ids:
+        """Ids of all rows."""
+        return np.concatenate([np.empty(0, np.int64), *self.parts.values()])
+
+
+def _open_table(
+    storage: Storage, recorded: TableRecord, fence: Callable[[], None], say: Callable[[str], None]
+) -> Table:
+    """Finish what a killed run began, set aside what is damaged, and read what is there."""
     discarded = discard_leftovers(storage)
     if discarded:
-        console.print(
-            f"Resuming an interrupted run: {discarded} half-written part(s) discarded.",
-            soft_wrap=True,
-            highlight=False,
-        )
-    return done_ids(storage)
+        say(f"Resuming an interrupted run: {discarded} half-written part(s) discarded.")
+    parts = settle(storage, notice=say)
+    replaced = apply_relabelled(storage, parts, fence=fence)
+    if len(replaced.ids):
+        say(f"Resuming an interrupted run: {len(replaced.ids):,} rows replaced that it had labelled again.")
+        parts = settle(storage)
+    counts = Counts(recorded.counts)
+    known = not len(replaced.ids) and counts.images == sum(map(len, parts.values()))
+    return Table(parts, counts if known else None)
 
 
-def _without(manifest: pa.Table, done: np.ndarray) -> pa.Table:
+@dataclass(frozen=True)
+class Work:
+    """What a run has to do.
+
+    Attributes:
+        todo: manifest of the images to label.
+        replacing: ids of those that have a row.
+        nothing: what to say if there is nothing to do.
+    """
+
+    todo: pa.Table
+    replacing: Ids
+    nothing: str
+
+
+def _choose(job: LabelJob, manifest: pa.Table, storage: Storage, table: Table, console: Console) -> Work:
+    """Choose the images to label.
+
+    Raises:
+        MaskMillError: ``table_missing``, ``wrong_use`` for ``retry_failed`` without a table or with a code
+            that nothing has.
+    """
+    again: list[Ids] = [np.empty(0, np.int64)]
+    nothing = f"Nothing new: all {manifest.num_rows:,} images are labelled in {storage.uri}."
+    if job.retry_failed is not None:
+        again.append(_failed_ids(job.retry_failed, storage, table))
+        nothing = f"Nothing to retry: no image failed{_with_codes(job.retry_failed)} in {storage.uri}."
+    if job.changed and table.parts:
+        with console.status("looking for changed images") as status:
+            ids, states = find_changed(
+                storage, manifest, progress=lambda done: status.update(f"compared {done:,} images")
+            )
+        again.append(ids)
+        lost = [f"{states[state]:,} are {state}" for state in ("gone", "unreadable") if states[state]]
+        nothing += f" Of {states.total():,} labelled images none has changed."
+        if lost:
+            console.print(
+                f"Of {states.total():,} labelled images {' and '.join(lost)}: their rows stay.",
+                soft_wrap=True,
+                highlight=False,
+            )
     ids = manifest["id"].to_numpy()
-    return manifest.filter(pa.array(~np.isin(ids, done, assume_unique=False)))
+    replacing = np.intersect1d(np.concatenate(again), ids)
+    wanted = np.isin(ids, replacing)
+    if job.retry_failed is None:
+        wanted |= ~np.isin(ids, table.ids)
+    return Work(manifest.filter(pa.array(wanted)), replacing, nothing)
 
 
 def _refuse_unreachable(todo: pa.Table) -> None:
@@ -306,11 +405,45 @@ def _refuse_unreachable(todo: pa.Table) -> None:
             ) from error
 
 
-def _announcement(job: LabelJob, total: int, todo: int) -> str:
+def _failed_ids(codes: tuple[str, ...], storage: Storage, table: Table) -> Ids:
+    """Ids of the rows that failed with one of the codes, or at all."""
+    if not table.parts:
+        raise WrongUse(
+            "table_missing",
+            f"There is no label table in {storage.uri}, so no image has failed.",
+            "Leave --retry-failed out, or name the --output of an earlier run.",
+        )
+    seen: Counter[str] = Counter()
+    found = [np.empty(0, np.int64)]
+    for batch in iter_batches(storage, ["id", "status"], batch_size=65_536):
+        status = batch.column("status").to_pylist()
+        seen.update(status)
+        chosen = [code in codes if codes else code != OK for code in status]
+        found.append(batch.column("id").to_numpy()[chosen])
+    known = {*seen, *ERROR_CODES, *LABELLING_CODES}
+    unknown = [code for code in codes if code not in known]
+    if unknown:
+        there = ", ".join(f"{code} ({number:,})" for code, number in seen.most_common() if code != OK)
+        raise WrongUse(
+            "wrong_use",
+            f"No image failed with {', '.join(unknown)}.",
+            f"Codes in the table: {there or 'none, all images are labelled'}.",
+        )
+    return np.concatenate(found)
+
+
+def _with_codes(codes: tuple[str, ...]) -> str:
+    return f" with {', '.join(codes)}" if codes else ""
+
+
+def _announcement(job: LabelJob, total: int, work: Work) -> str:
+    count, again = work.todo.num_rows, len(work.replacing)
     images = "image" if total == 1 else "images"
-    new = f"{todo:,} {images}" if todo == total else f"{todo:,} new of {total:,} {images}"
+    what = f"{count:,} {images}" if count == total else f"{count - again:,} new of {total:,} {images}"
+    if again:
+        what = f"{again:,} images again" + (f" and {count - again:,} new ones" if count > again else "")
     toy = " (a toy: it knows the toy world only)" if job.recipe.model == "toyclip" else ""
-    return f"Labelling {new} with {job.ontology.num_classes} classes, {job.recipe.model}{toy} → {job.output}"
+    return f"Labelling {what} with {job.ontology.num_classes} classes, {job.recipe.model}{toy} → {job.output}"
 
 
 @contextlib.contextmanager
@@ -382,7 +515,8 @@ def _label(
     job: LabelJob,
     storage: Storage,
     lease: Lease,
-    todo: pa.Table,
+    table: Table,
+    work: Work,
     prepared: PreparedLabeller,
     compute: Compute,
     display: LabelDisplay,
@@ -392,7 +526,7 @@ def _label(
         from pipeline.labelling.flow import Replanning, run_labelling
         from pipeline.labelling.stages import Write
     return run_labelling(
-        todo,
+        work.todo,
         make_labeller=prepared.build,
         image_settings=job.recipe.images,
         write=Write(
@@ -400,12 +534,13 @@ def _label(
             lease.run_id,
             ignore_index=job.ontology.ignore_index,
             num_classes=job.ontology.num_classes,
+            replacing=work.replacing,
         ),
         compute=compute,
         report=_reporting(display, tracker),
         replanning=Replanning(
             plan=lambda before: plan_when_joined(plan_like(before), display.say),
-            unfinished=lambda manifest: _without(manifest, done_ids(storage)),
+            unfinished=lambda manifest: _unfinished(manifest, storage, table),
             notice=display.say,
         )
         if joins_cluster(job.address)
@@ -419,15 +554,37 @@ def _busy(progress: Progress, compute: Compute) -> float:
     return min(1.0, progress.label_s / (compute.actors * compute.calls * flowing)) if flowing > 1 else 0.0
 
 
-def _refuse_gaps(storage: Storage, todo: pa.Table) -> None:
-    """Check that every image has its row: a retried task may fail on different images than the first try."""
-    missing = _without(todo, done_ids(storage)).num_rows
+def _unfinished(manifest: pa.Table, storage: Storage, table: Table) -> pa.Table:
+    """The images that this run has not labelled yet."""
+    new = [part for part in part_files(storage) if part not in table.parts]
+    done = read_ids(storage, [*new, *part_files(storage, RELABELLED_DIR)])
+    return manifest.filter(pa.array(~np.isin(manifest["id"].to_numpy(), done)))
+
+
+def _commit(
+    storage: Storage,
+    todo: pa.Table,
+    table: Table,
+    fence: Callable[[], None],
+    say: Callable[[str], None],
+) -> tuple[Counts, Replaced]:
+    """Replace old rows, and count on disk what this run added: workers report some rows twice if one dies.
+
+    Raises:
+        MaskMillError: ``labelling_failed`` if an image has no row: a retried task may fail on different
+            images than the first try.
+    """
+    new = settle(storage, [part for part in part_files(storage) if part not in table.parts], notice=say)
+    replaced = apply_relabelled(storage, table.parts, fence=fence)
+    done = np.concatenate([replaced.ids, *new.values()])
+    missing = np.count_nonzero(~np.isin(todo["id"].to_numpy(), done))
     if missing:
         raise FailedWork(
             "labelling_failed",
             f"{missing:,} images have no row, because Ray ran some work twice with different results.",
             "Run the same command again: it labels them.",
         )
+    return Counts(summarise(storage, list(new))), replaced
 
 
 def _new_record(job: LabelJob, prepared: PreparedLabeller) -> TableRecord:
@@ -501,19 +658,19 @@ def _end_tracking(
     )
 
 
-def _record_counts(storage: Storage) -> TableRecord:
+def _record_counts(storage: Storage, table: Table, fresh: Counts, replaced: Replaced) -> TableRecord:
+    """Add the counts of this run to those of the table, which is read only if they are unknown."""
     record = find_table_record(storage)
     assert record is not None
-    record = record.model_copy(update={"counts": summarise(storage), "updated": now()})
+    counts = table.counts
+    if counts is not None:
+        counts.add(replaced.removed, -1)
+        counts.add(replaced.added)
+        counts.add(fresh)
+    known = summarise(storage) if counts is None else counts.to_dict()
+    record = record.model_copy(update={"counts": known, "updated": now()})
     write_table_record(storage, record)
     return record
-
-
-def _count_status(storage: Storage, todo: pa.Table) -> Counter[str]:
-    """Rows of this run by status, counted on disk: workers report some rows twice if one of them dies."""
-    wanted = set(todo["id"].to_pylist())
-    rows = iter_rows(storage, ["id", "status"], batch_size=4096)
-    return Counter(row["status"] for row in rows if row["id"] in wanted)
 
 
 def _summary(
@@ -541,7 +698,7 @@ def _summary(
     return 0
 
 
-def _abandon() -> None:
+def _abandon(reason: str) -> None:
     """Stop at once: another run owns the output now."""
-    print("The lease of this output was taken over by another run; stopping.", file=sys.stderr, flush=True)
+    print(f"{reason} Stopping.", file=sys.stderr, flush=True)
     interrupt()

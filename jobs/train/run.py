@@ -165,6 +165,7 @@ def run_training(
             "wrong_use", f"--workers {options.workers} is not a number of processes.", "Give 0 or more."
         )
     check_output_folder(options.output)
+    storage = open_storage(options.output)
     tracker = open_tracker(
         options.tracking, system_metrics=options.system_metrics, waiting=functools.partial(timed, console)
     )
@@ -174,7 +175,6 @@ def run_training(
             f"A model cannot be registered as {options.register} while tracking is off.",
             "Leave --register out, or name an MLflow server: --tracking URI.",
         )
-    storage = open_storage(options.output)
     on_cluster = bool(options.address or os.environ.get("RAY_ADDRESS"))
     _refuse_foreign(storage, result_file, own_entries)
     with timed(console, "reading weights and labels"):
@@ -482,9 +482,9 @@ def log_model(log_model: Callable[[str, str], str], tracker: Tracker, register_a
         return [f"  not in MLflow  {type(error).__name__}: {text}{again}"]
 
 
-def _abandon() -> None:
+def _abandon(reason: str) -> None:
     """Exit at once, because another run owns the output now and its checkpoints must not be touched."""
-    print("The lease of this output was taken over by another run; stopping.", file=sys.stderr, flush=True)
+    print(f"{reason} Stopping.", file=sys.stderr, flush=True)
     # A signal would request a checkpoint. Ray's processes here end with us, or the new owner ends them;
     # workers on a cluster end with their driver.
     end_orphans(os.environ.get(RUN_ID_VARIABLE, ""))

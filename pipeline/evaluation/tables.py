@@ -6,12 +6,10 @@ does not depend on the number or order of the workers.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
-import pickle
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
@@ -20,11 +18,19 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
+from models.errors import Damaged, FailedWork, WrongUse
+from pipeline.cluster.mapping import on_ray
 from pipeline.datasets.base import Dataset, LeftOut, Sample
 from pipeline.files.storage import Storage, canonical_uri
 from pipeline.metrics.statistics import SegmentationStatistics
-from pipeline.table.labels import OK, decode_confidence, decode_mask, table_files
+from pipeline.table.labels import (
+    OK,
+    decode_confidence,
+    decode_mask,
+    iter_batches,
+    refuse_doubled,
+    table_files,
+)
 
 MOST_IDS = 12
 """How many ids of the truth a message names."""
@@ -152,12 +158,11 @@ def plan(table: Storage | str, samples: Sequence[Sample]) -> Plan:
             f"There is no label table in {storage.uri}.",
             "Give the --output of maskmill label.",
         )
-    filesystem = storage.arrow_filesystem()
     rows: list[tuple[str, int, str]] = []
     for part in parts:
-        found = pq.read_table(storage.path(part), columns=["id", "uri"], filesystem=filesystem)
-        ids, uris = found["id"].to_pylist(), found["uri"].to_pylist()
-        rows += [(uri, row_id, part) for row_id, uri in zip(ids, uris, strict=True)]
+        for batch in iter_batches(storage, ["id", "uri"], batch_size=65_536, names=[part]):
+            rows += [(row["uri"], row["id"], part) for row in batch.to_pylist()]
+    refuse_doubled(np.array([row_id for _, row_id, _ in rows], np.int64), storage)
     by_uri = {canonical_uri(sample.image): sample for sample in samples if sample.image}
     matched = [(row_id, part, by_uri[uri]) for uri, row_id, part in rows if uri in by_uri]
     if not matched:
@@ -229,41 +234,34 @@ def score_part(
     num_classes = len(dataset.class_names)
     outcome = Evaluation(SegmentationStatistics.zero(num_classes))
     columns = ["id", "status", "error", "mask", "confidence"]
-    filesystem = plan.storage.arrow_filesystem()
-    with (
-        filesystem.open_input_file(plan.storage.path(part)) as source,
-        pq.ParquetFile(source) as file,
-    ):
-        batches = file.iter_batches(16, columns=columns, use_threads=False)
-        for row in (row for batch in batches for row in batch.to_pylist()):
-            sample = plan.samples.get(row["id"])
-            if sample is None:
-                continue
-            if row["status"] != OK:
-                outcome.failed[row["status"]] += 1
-                outcome.examples.setdefault(row["status"], f"{sample.name}: {row['error']}")
-                continue
-            truth = dataset.truth(sample)
-            labels, confidence = _decoded(row, background_below)
-            if labels.shape != truth.shape:
-                outcome.failed[SIZE_DIFFERS] += 1
-                sizes = f"{sample.name}: labels {_size(labels)}, truth {_size(truth)} pixels"
-                outcome.examples.setdefault(SIZE_DIFFERS, sizes)
-                continue
-            pixels = np.bincount(truth.ravel())
-            outcome.truth_ids.update({int(found): int(pixels[found]) for found in np.flatnonzero(pixels)})
-            one = SegmentationStatistics.of(
-                truth,
-                lookup[labels],
-                confidence,
-                num_classes,
-                dataset.ignore_index,
-                boundary,
-            )
-            outcome.statistics = outcome.statistics + one
-            outcome.images.append(
-                ImageScore(sample.name, part, one.miou if math.isfinite(one.miou) else None)
-            )
+    batches = iter_batches(plan.storage, columns, batch_size=16, names=[part])
+    for row in (row for batch in batches for row in batch.to_pylist()):
+        sample = plan.samples.get(row["id"])
+        if sample is None:
+            continue
+        if row["status"] != OK:
+            outcome.failed[row["status"]] += 1
+            outcome.examples.setdefault(row["status"], f"{sample.name}: {row['error']}")
+            continue
+        truth = dataset.truth(sample)
+        labels, confidence = _decoded(row, background_below)
+        if labels.shape != truth.shape:
+            outcome.failed[SIZE_DIFFERS] += 1
+            sizes = f"{sample.name}: labels {_size(labels)}, truth {_size(truth)} pixels"
+            outcome.examples.setdefault(SIZE_DIFFERS, sizes)
+            continue
+        pixels = np.bincount(truth.ravel())
+        outcome.truth_ids.update({int(found): int(pixels[found]) for found in np.flatnonzero(pixels)})
+        one = SegmentationStatistics.of(
+            truth,
+            lookup[labels],
+            confidence,
+            num_classes,
+            dataset.ignore_index,
+            boundary,
+        )
+        outcome.statistics = outcome.statistics + one
+        outcome.images.append(ImageScore(sample.name, part, one.miou if math.isfinite(one.miou) else None))
     return outcome
 
 
@@ -349,8 +347,9 @@ def evaluate_table(
     total = Evaluation(
         SegmentationStatistics.zero(len(dataset.class_names)), missing=work.missing, others=work.others
     )
-    each = _on_ray(work.parts, settings, workers, notice) if workers else _here(work.parts, settings)
-    for found in each:
+    score = functools.partial(score_part, **settings)
+    scored = on_ray(score, work.parts, workers, notice=notice) if workers else map(score, work.parts)
+    for found in scored:
         total.statistics = total.statistics + found.statistics
         total.images += found.images
         total.failed += found.failed
@@ -371,39 +370,3 @@ def evaluate_table(
             f"{dataset.ignore_index} in the truth means ignored.",
         )
     return total
-
-
-def _here(parts: Sequence[str], settings: dict[str, Any]) -> Iterator[Evaluation]:
-    return (score_part(part, **settings) for part in parts)
-
-
-def _on_ray(
-    parts: Sequence[str], settings: dict[str, Any], workers: int, notice: Callable[[str], None]
-) -> Iterator[Evaluation]:
-    import ray
-
-    from pipeline.cluster.session import ray_session
-
-    with contextlib.ExitStack() as stack:
-        if not ray.is_initialized():
-            stack.enter_context(ray_session(uuid.uuid4().hex, address=None, verbose=False, notice=notice))
-        import ray.data
-
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        shared = ray.put(settings)
-
-        def score(row: dict[str, str]) -> dict[str, bytes]:
-            try:
-                found: Evaluation | MaskMillError = score_part(row["part"], **ray.get(shared))
-            except MaskMillError as error:
-                found = error  # if raised, Ray would wrap it in its own exception
-            return {"found": pickle.dumps(found)}
-
-        work = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
-        scored = work.map(score, num_cpus=0.25, compute=ray.data.TaskPoolStrategy(size=workers))
-        for row in scored.iter_rows():
-            found = pickle.loads(row["found"])  # trusted: pickled by our own task
-            if isinstance(found, MaskMillError):
-                raise found
-            yield found

@@ -99,6 +99,7 @@ _TGA_END = b"TRUEVISION-XFILE.\0"
 _ENDS = (b"IEND\xaeB`\x82", b"\xff\xd9")  # of a whole PNG or JPEG
 _XML = (b"<svg", b"<?xml", b"<!--", b"<!DOCTYPE svg")
 
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _EXIF_ORIENTATION = 0x0112
 _STRIP_PIXELS = 1 << 20  # converted at a time
 _PIECE = 8 << 20  # bytes read at a time
@@ -508,6 +509,33 @@ def max_bytes(max_pixels: int) -> int:
     Twelve bytes a pixel: three channels of 32 bits. RGBA of 16 bits, the largest that is read, has eight.
     """
     return 12 * max_pixels + (64 << 20)
+
+
+def file_version(uri: str) -> str | None:
+    """What tells a file from a later one of the same name, without reading it.
+
+    Args:
+        uri: as for :func:`fetch`.
+
+    Returns:
+        Its size in bytes, and the ETag of an object or the time of the last change; None if there is no such
+        file, or its storage cannot tell.
+    """
+    try:
+        if not _REMOTE.match(uri):
+            status = os.stat(uri)
+            return f"{status.st_size} {status.st_mtime_ns}"
+        import fsspec
+
+        # A listing that was cached tells of the past.
+        filesystem, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        info = filesystem.info(path)
+    except Exception:  # each driver has its own exceptions; reading the file will tell
+        return None
+    changed = next(
+        (info[name] for name in ("ETag", "mtime", "LastModified", "updated") if info.get(name)), None
+    )
+    return None if changed is None else f"{info.get('size')} {changed}"
 
 
 def fetch(

@@ -18,6 +18,8 @@ def check_output_folder(output: str | os.PathLike[str]) -> None:
     place = canonical_uri(output)
     if not is_remote(place):
         _check_folder(Path(place), output)
+    elif place.startswith(("http://", "https://")):
+        raise _invalid(f"{place} can be read, but not written to.")
 
 
 def check_output_file(output: str | os.PathLike[str]) -> None:

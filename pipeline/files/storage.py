@@ -6,6 +6,8 @@ Paths inside a storage are relative POSIX paths (``labels/part-0.parquet``); "" 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
@@ -219,6 +221,91 @@ class Storage:
             except FileExistsError:
                 return False
             return True
+
+    def swap_bytes(self, name: str, old: bytes, new: bytes | None) -> bool:
+        """Compare and swap: replace a file, or delete it, only if it holds ``old``.
+
+        Of several that try at once, one succeeds: by a lock on this machine's disks and network drives, by
+        conditional requests on S3. Elsewhere there is a moment between comparing and replacing.
+
+        Args:
+            name: relative name.
+            old: content that the file must have.
+            new: its new content, which no one else writes; None deletes it.
+
+        Returns:
+            Whether this call did it.
+        """
+        with storage_errors(self.uri_of(name)):
+            if self.is_local:
+                return self._swap_local(Path(self.path(name)), old, new)
+            if self.uri.startswith("s3://"):
+                return self._swap_s3(name, old, new)
+            if self._content(name) != old:
+                return False
+            if new is None:
+                self.fs.rm_file(self.path(name))
+            else:
+                self._put(name, new, "overwrite")
+            return True
+
+    def _content(self, name: str) -> bytes | None:
+        try:
+            return bytes(self.fs.cat_file(self.path(name)))
+        except FileNotFoundError:
+            return None
+
+    @staticmethod
+    def _swap_local(path: Path, old: bytes, new: bytes | None) -> bool:
+        try:
+            file = path.open("r+b")
+        except FileNotFoundError:
+            return False
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                    raise
+            # Whoever had the lock before may have put another file here.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()) and file.read() == old:
+                    if new is None:
+                        path.unlink()
+                    else:
+                        write_file(path, new)
+                    return True
+            return False
+
+    def _swap_s3(self, name: str, old: bytes, new: bytes | None) -> bool:
+        try:
+            etag = self.fs.info(self.path(name))["ETag"]
+        except FileNotFoundError:
+            return False
+        if self._content(name) != old:
+            return False
+        try:
+            if new is None:
+                bucket, _, key = self.path(name).partition("/")
+                self.fs.call_s3("delete_object", Bucket=bucket, Key=key, IfMatch=etag)
+            else:
+                self.fs.pipe_file(self.path(name), new, IfMatch=etag)
+        except OSError as error:
+            answer = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code")
+            if answer not in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey", "412", "409"):
+                raise
+            # An answer can be lost, and the request be sent again: then it fails because it succeeded.
+            return self._content(name) == new
+        return True
+
+    def move(self, name: str, to: str) -> None:
+        """Move a file within this storage, over any that is there. Atomic on local disks."""
+        with storage_errors(self.uri_of(name)):
+            if self.is_local:
+                Path(self.path(to)).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(self.path(name), self.path(to))
+            else:
+                self.fs.mv(self.path(name), self.path(to))
 
     def _put(self, name: str, data: bytes, mode: str) -> None:
         try:

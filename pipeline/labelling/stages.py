@@ -11,11 +11,13 @@ import hashlib
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from models.errors import FailedWork
@@ -35,16 +37,17 @@ from pipeline.labelling.attempts import (
 )
 from pipeline.labelling.labeller import Labeller, Prediction, label_dtype
 from pipeline.table import labels
-from pipeline.table.committed import write_part
+from pipeline.table.committed import LABELS_DIR, RELABELLED_DIR, write_part
 from pipeline.table.lease import refuse_other_holder
 
 _T = TypeVar("_T")
+_R = TypeVar("_R", bound=Sized)
 _CHUNK_BYTES = 64 << 20
 _FETCHES_AHEAD = 16
 _AHEAD_BYTES = 256 << 20
 _GIVE_UP_AFTER = 16
 
-_KNOWN = ("id", "uri", "sha256", "height", "width", "status", "error")
+_KNOWN = ("id", "uri", "sha256", "height", "width", "status", "error", "version")
 _DECODED = pa.schema(
     [
         *(labels.LABEL_SCHEMA.field(name) for name in _KNOWN),
@@ -74,6 +77,18 @@ _WRITTEN = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class _Fetched:
+    """A file's content, or why there is none; ``version`` as ``images.file_version`` told it before."""
+
+    version: str | None
+    data: bytes = b""
+    error: images.ImageError | None = None
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
 class Decode:
     """(id, uri) → decoded, resized images; an image that fails becomes a row with an error code."""
 
@@ -89,7 +104,7 @@ class Decode:
         key = part_key("decode", table["id"].to_numpy())
         careful = self._attempts.begin(key) >= PART_DEATHS
         with ThreadPoolExecutor(_FETCHES_AHEAD) as pool:
-            fetched: Iterator[Callable[[], bytes]] = (
+            fetched: Iterator[Callable[[], _Fetched]] = (
                 (functools.partial(self._fetch, entry) for entry in entries)
                 if careful
                 else (future.result for future in prefetch(pool, self._fetch, entries, _FETCHES_AHEAD))
@@ -107,15 +122,23 @@ class Decode:
         if rows:
             yield pa.Table.from_pylist(rows, schema=_DECODED)
 
-    def _fetch(self, entry: dict[str, Any]) -> bytes:
-        return images.fetch(
-            entry.get(ADDRESS) or entry["uri"],
-            start=entry.get("offset") or 0,
-            length=entry.get("length"),
-            max_bytes=images.max_bytes(self._settings.max_pixels),
-        )
+    def _fetch(self, entry: dict[str, Any]) -> _Fetched:
+        address = entry.get(ADDRESS) or entry["uri"]
+        # The version first: of a file that changes meanwhile it is the older one, and the change is found
+        # later.
+        version = images.file_version(address)
+        try:
+            data = images.fetch(
+                address,
+                start=entry.get("offset") or 0,
+                length=entry.get("length"),
+                max_bytes=images.max_bytes(self._settings.max_pixels),
+            )
+        except images.ImageError as error:
+            return _Fetched(version, error=error)
+        return _Fetched(version, data)
 
-    def _alone(self, entry: dict[str, Any], fetch: Callable[[], bytes]) -> dict[str, Any]:
+    def _alone(self, entry: dict[str, Any], fetch: Callable[[], _Fetched]) -> dict[str, Any]:
         """The row of an image of a part that killed processes."""
         key = f"decode {entry['id']}"
         if self._attempts.begin(key) >= IMAGE_DEATHS:
@@ -125,14 +148,17 @@ class Decode:
         self._attempts.end(key)
         return row
 
-    def _row(self, entry: dict[str, Any], fetch: Callable[[], bytes]) -> dict[str, Any]:
+    def _row(self, entry: dict[str, Any], fetch: Callable[[], _Fetched]) -> dict[str, Any]:
         settings = self._settings
         row_id = entry["id"]
         row: dict[str, Any] = dict.fromkeys(_DECODED.names) | {"id": row_id, "uri": entry["uri"]}
         try:
-            data = fetch()
-            row["sha256"] = hashlib.sha256(data).digest()
-            image = images.decode(data, max_pixels=settings.max_pixels)
+            fetched = fetch()
+            row["version"] = fetched.version
+            if fetched.error is not None:
+                raise fetched.error
+            row["sha256"] = hashlib.sha256(fetched.data).digest()
+            image = images.decode(fetched.data, max_pixels=settings.max_pixels)
         except images.ImageError as error:
             return row | {"status": error.code, "error": error.message}
         if settings.corruption:
@@ -257,12 +283,22 @@ class Write:
         run_id: this run, which must still hold the lease of the output.
         ignore_index: id of uncertain pixels.
         num_classes: C, including background.
+        replacing: ids of rows that are in the table, int64 (n,). Their new rows wait in ``relabelled/``.
     """
 
-    def __init__(self, storage: Storage, run_id: str, *, ignore_index: int, num_classes: int) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        run_id: str,
+        *,
+        ignore_index: int,
+        num_classes: int,
+        replacing: npt.NDArray[np.int64] | None = None,
+    ) -> None:
         self._storage = storage
         self._run_id = run_id
         self._ignore_index = ignore_index
+        self._replacing = np.empty(0, np.int64) if replacing is None else replacing
         self._dtype = label_dtype(num_classes)
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -273,9 +309,12 @@ class Write:
         """
         start = time.perf_counter()
         rows = pa.Table.from_pylist([self._row(row) for row in table.to_pylist()], schema=labels.LABEL_SCHEMA)
+        old = np.isin(rows["id"].to_numpy(), self._replacing)
         try:
             refuse_other_holder(self._storage, self._run_id)
-            write_part(self._storage, rows)
+            for folder, chosen in ((LABELS_DIR, ~old), (RELABELLED_DIR, old)):
+                if chosen.any():
+                    write_part(self._storage, rows.filter(pa.array(chosen)), folder)
         except OSError as error:
             # Told here, while the error still knows its path.
             raise explain(error, self._storage.uri) or error from error
@@ -289,7 +328,7 @@ class Write:
         return pa.Table.from_pylist([report], schema=_WRITTEN)
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
-        known = {name: row[name] for name in ("id", "uri", "sha256", "height", "width")}
+        known = {name: row[name] for name in ("id", "uri", "sha256", "height", "width", "version")}
         if row["status"] != labels.OK:
             return labels.failed_row(**known, status=row["status"], error=row["error"])
         shape = row["height"], row["width"]
@@ -307,16 +346,16 @@ def _batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 def prefetch(
     pool: ThreadPoolExecutor,
-    work: Callable[[_T], bytes],
+    work: Callable[[_T], _R],
     items: Iterable[_T],
     depth: int,
     most_bytes: int = _AHEAD_BYTES,
-) -> Iterator[Future[bytes]]:
+) -> Iterator[Future[_R]]:
     """Futures of ``work`` in order, at most ``depth`` of them pending.
 
     Fewer are pending once a result was so large that ``depth`` of them would have more than ``most_bytes``.
     """
-    waiting: deque[Future[bytes]] = deque()
+    waiting: deque[Future[_R]] = deque()
     source = iter(items)
     largest = 1
     while True:

@@ -1,6 +1,6 @@
 """The format of the label table: its columns, and how rows are made, encoded and read.
 
-To add a column, add it to ``LABEL_SCHEMA`` and to ``ok_row``; failed rows have null there.
+To add a column, add it to ``LABEL_SCHEMA``, ``NEWER_COLUMNS`` and ``ok_row``; failed rows have null there.
 
 ``labels`` (H, W) has class ids and the ignore index, as uint8 for up to 254 classes, else uint16.
 ``confidence`` uint8 (H, W) is round(255 p), with p the probability of the chosen class.
@@ -8,6 +8,7 @@ To add a column, add it to ``LABEL_SCHEMA`` and to ``ok_row``; failed rows have 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -46,8 +47,12 @@ LABEL_SCHEMA: Final = pa.schema(
         ("confidence", IMAGE_TYPE),
         ("segments", pa.list_(SEGMENT_TYPE)),
         ("quality", pa.float32()),
+        ("version", pa.string()),  # size and time of change, or ETag, of the file: see ``file_version``
     ]
 )
+#: Columns that tables of older versions lack; readers get null.
+NEWER_COLUMNS: Final = ("version",)
+REQUIRED_COLUMNS: Final = tuple(name for name in LABEL_SCHEMA.names if name not in NEWER_COLUMNS)
 #: The record of the table: classes, recipe, weights, versions, counts.
 DATASET_FILE: Final = "dataset.json"
 #: ``status`` of a labelled image; any other value is an error code.
@@ -142,11 +147,12 @@ def _unreadable(what: str, why: str) -> MaskMillError:
 
 def ok_row(
     *, id: int, uri: str, sha256: bytes, height: int, width: int,
-    labels: Labels, confidence: Confidence, ignore_index: int,
+    labels: Labels, confidence: Confidence, ignore_index: int, version: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Row of a labelled image.
 
-    ``sha256`` is the 32-byte digest of the encoded image; height and width apply after EXIF orientation.
+    ``sha256`` is the 32-byte digest of the encoded image; height and width apply after EXIF orientation;
+    ``version`` is that of the file as it was read (``pipeline.files.images.file_version``).
     """
     assert labels.shape == confidence.shape == (height, width), (labels.shape, confidence.shape)
     return {
@@ -161,12 +167,14 @@ def ok_row(
         "confidence": {"bytes": encode_confidence(confidence), "path": None},
         "segments": segments(labels, confidence, ignore_index=ignore_index),
         "quality": quality(confidence, labels, ignore_index=ignore_index),
+        "version": version,
     }
 
 
 def failed_row(
     *, id: int, uri: str, status: str, error: str | None,
     sha256: bytes | None = None, height: int | None = None, width: int | None = None,
+    version: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Row of an image that could not be labelled; unknown values are null.
 
@@ -185,6 +193,7 @@ def failed_row(
         "width": width,
         "status": status,
         "error": error,
+        "version": version,
     }
 
 
@@ -204,8 +213,32 @@ def iter_rows(
     Raises:
         MaskMillError: ``table_damaged``.
     """
-    for batch in _batches(table, columns, batch_size):
+    for batch in iter_batches(table, columns, batch_size=batch_size):
         yield from batch.to_pylist()
+
+
+def iter_batches(
+    table: Storage | str | os.PathLike[str],
+    columns: Sequence[str] | None = None,
+    *,
+    batch_size: int = 64,
+    names: Sequence[str] | None = None,
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a label table in batches; see ``iter_rows``.
+
+    Args:
+        table: the output of a labelling run, or the folder with its Parquet files.
+        columns: columns to read; all by default.
+        batch_size: rows per batch.
+        names: read only these files, relative to ``table``.
+    """
+    storage, files = table_files(table) if names is None else (_opened(table), list(names))
+    wanted = list(columns or LABEL_SCHEMA.names)
+    for name in files:
+        with open_part(storage, name, wanted) as file:
+            present = [column for column in wanted if column in file.schema_arrow.names]
+            for batch in file.iter_batches(batch_size, columns=present, use_threads=False):
+                yield batch if len(present) == len(wanted) else _with_nulls(batch, wanted)
 
 
 def read_ids(table: Storage | str | os.PathLike[str]) -> npt.NDArray[np.int64]:
@@ -214,12 +247,100 @@ def read_ids(table: Storage | str | os.PathLike[str]) -> npt.NDArray[np.int64]:
     Raises:
         MaskMillError: ``table_damaged``.
     """
-    parts = [batch.column("id").to_numpy() for batch in _batches(table, ["id"], 65_536)]
+    parts = [batch.column("id").to_numpy() for batch in iter_batches(table, ["id"], batch_size=65_536)]
     return np.concatenate([np.empty(0, np.int64), *parts])
 
 
-def summarise(table: Storage | str | os.PathLike[str]) -> dict[str, Any]:
+class Counts:
+    """Counts of rows, which add up over parts and runs.
+
+    Args:
+        counts: start from these, as ``to_dict`` wrote them.
+    """
+
+    COLUMNS: Final = ("status", "error", "height", "width", "segments", "quality")
+
+    def __init__(self, counts: dict[str, Any] | None = None) -> None:
+        given = counts or {}
+        self.status: dict[str, int] = dict(given.get("status", {}))
+        self._errors: dict[str, str] = dict(given.get("errors", {}))
+        self._pixels = int(given.get("pixels", 0))
+        self._areas = _by_class(given.get("class_pixels", {}))
+        self._images = _by_class(given.get("class_images", {}))
+        self._quality = (given.get("mean_quality") or 0.0) * self.status.get(OK, 0)
+
+    @property
+    def images(self) -> int:
+        """Number of rows."""
+        return sum(self.status.values())
+
+    def count(self, rows: pa.Table | pa.RecordBatch, sign: int = 1) -> None:
+        """Add rows with ``COLUMNS``, or take them away with sign -1."""
+        codes = rows.column("status").to_pylist()
+        for code, error in zip(codes, rows.column("error").to_pylist(), strict=True):
+            self.status[code] = self.status.get(code, 0) + sign
+            if error is not None:
+                self._errors.setdefault(code, error)
+        labelled = pa.table(rows.select(list(self.COLUMNS))).filter(
+            pa.array([c == OK for c in codes], pa.bool_())
+        )
+        height, width = (labelled[name].to_numpy().astype(np.int64) for name in ("height", "width"))
+        self._pixels += sign * int(height @ width)
+        self._quality += sign * float(labelled["quality"].to_numpy().sum(dtype=np.float64))
+        for chunk in labelled["segments"].chunks:
+            found = chunk.flatten()
+            ids, area = (found.field(name).to_numpy(zero_copy_only=False) for name in ("class_id", "area"))
+            self._widen(int(ids.max(initial=-1)) + 1)
+            np.add.at(self._areas, ids, sign * area)
+            np.add.at(self._images, ids, sign)
+
+    def add(self, other: Counts, sign: int = 1) -> None:
+        """Add other counts, or take them away with sign -1."""
+        for code, number in other.status.items():
+            self.status[code] = self.status.get(code, 0) + sign * number
+        self._errors = other._errors | self._errors
+        self._pixels += sign * other._pixels
+        self._quality += sign * other._quality
+        self._widen(len(other._areas))
+        self._areas[: len(other._areas)] += sign * other._areas
+        self._images[: len(other._images)] += sign * other._images
+
+    def _widen(self, classes: int) -> None:
+        more = max(0, classes - len(self._areas))
+        self._areas, self._images = np.pad(self._areas, (0, more)), np.pad(self._images, (0, more))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values: see ``summarise``."""
+        status = {code: number for code, number in self.status.items() if number > 0}
+        labelled, images = status.get(OK, 0), sum(status.values())
+        present = np.flatnonzero(self._areas).tolist()
+        return {
+            "images": images,
+            "labelled": labelled,
+            "failed": images - labelled,
+            "status": dict(sorted(status.items(), key=lambda item: (-item[1], item[0]))),
+            "errors": {code: text for code, text in sorted(self._errors.items()) if code in status},
+            "pixels": self._pixels,
+            "ignored_pixels": self._pixels - int(self._areas.sum()),
+            "class_pixels": {str(i): int(self._areas[i]) for i in present},
+            "class_images": {str(i): int(self._images[i]) for i in present},
+            "mean_quality": self._quality / labelled if labelled else None,
+        }
+
+
+def _by_class(counts: dict[str, int]) -> npt.NDArray[np.int64]:
+    found = np.zeros(1 + max((int(i) for i in counts), default=-1), np.int64)
+    for number, count in counts.items():
+        found[int(number)] = count
+    return found
+
+
+def summarise(table: Storage | str | os.PathLike[str], names: Sequence[str] | None = None) -> dict[str, Any]:
     """Summarise a label table in bounded memory, as plain JSON values.
+
+    Args:
+        table: the output of a labelling run, or the folder with its Parquet files.
+        names: count only these files, relative to ``table``.
 
     Returns:
         ``images``, ``labelled`` and ``failed``; ``status``: rows per status, most frequent first; ``errors``:
@@ -228,50 +349,31 @@ def summarise(table: Storage | str | os.PathLike[str]) -> dict[str, Any]:
         labelled images.
 
     Raises:
-        MaskMillError: ``table_damaged``.
+        MaskMillError: ``table_damaged``, also if an image has several rows.
     """
-    status: dict[str, int] = {}
-    errors: dict[str, str] = {}
-    pixels = 0
-    areas = np.zeros(0, np.int64)
-    images = np.zeros(0, np.int64)
-    quality_sum, scored = 0.0, 0
-    columns = ["status", "error", "height", "width", "segments", "quality"]
-    for batch in _batches(table, columns, 4096):
-        codes = batch.column("status").to_pylist()
-        for code, error in zip(codes, batch.column("error").to_pylist(), strict=True):
-            status[code] = status.get(code, 0) + 1
-            if error is not None:
-                errors.setdefault(code, error)
-        labelled = batch.filter(pa.array([code == OK for code in codes], pa.bool_()))
-        height, width = (labelled.column(n).to_numpy().astype(np.int64) for n in ("height", "width"))
-        pixels += int(height @ width)
-        scores = labelled.column("quality").to_numpy(zero_copy_only=False)
-        quality_sum, scored = quality_sum + float(scores.sum(dtype=np.float64)), scored + len(scores)
-        found = labelled.column("segments").flatten()
-        ids, area = (found.field(n).to_numpy(zero_copy_only=False) for n in ("class_id", "area"))
-        size = max(len(areas), int(ids.max(initial=-1)) + 1)
-        areas, images = np.pad(areas, (0, size - len(areas))), np.pad(images, (0, size - len(images)))
-        np.add.at(areas, ids, area)
-        np.add.at(images, ids, 1)
-    present = np.flatnonzero(areas).tolist()
-    return {
-        "images": sum(status.values()),
-        "labelled": status.get(OK, 0),
-        "failed": sum(status.values()) - status.get(OK, 0),
-        "status": dict(sorted(status.items(), key=lambda item: (-item[1], item[0]))),
-        "errors": dict(sorted(errors.items())),
-        "pixels": pixels,
-        "ignored_pixels": pixels - int(areas.sum()),
-        "class_pixels": {str(i): int(areas[i]) for i in present},
-        "class_images": {str(i): int(images[i]) for i in present},
-        "mean_quality": quality_sum / scored if scored else None,
-    }
+    counts = Counts()
+    ids = [np.empty(0, np.int64)]
+    for batch in iter_batches(table, ["id", *Counts.COLUMNS], batch_size=4096, names=names):
+        ids.append(batch.column("id").to_numpy())
+        counts.count(batch)
+    refuse_doubled(np.concatenate(ids), _opened(table))
+    return counts.to_dict()
+
+
+def refuse_doubled(ids: npt.NDArray[np.int64], storage: Storage) -> None:
+    """Raise ``table_damaged`` if an image has several rows, such as after a file was copied."""
+    doubled = len(ids) - len(np.unique(ids))
+    if doubled:
+        raise Damaged(
+            "table_damaged",
+            f"{doubled:,} rows of {storage.uri} are there twice, as if a file had been copied.",
+            f"Run: maskmill verify {storage.uri.removesuffix(f'/{_FILES}')} --repair",
+        )
 
 
 def table_files(table: Storage | str | os.PathLike[str]) -> tuple[Storage, list[str]]:
     """The folder of a table's Parquet files, and their sorted names, which are empty without a table."""
-    storage = table if isinstance(table, Storage) else open_storage(table)
+    storage = _opened(table)
     inner = storage.child(_FILES)
     for place in (inner, storage):
         names = [n for n in place.list() if n.endswith(".parquet") and not n.startswith((".", "_"))]
@@ -280,29 +382,48 @@ def table_files(table: Storage | str | os.PathLike[str]) -> tuple[Storage, list[
     return inner, []
 
 
-def _batches(
-    table: Storage | str | os.PathLike[str], columns: Sequence[str] | None, batch_size: int
-) -> Iterator[pa.RecordBatch]:
-    storage, names = table_files(table)
-    filesystem = storage.arrow_filesystem()
-    for name in names:
-        try:
-            with filesystem.open_input_file(storage.path(name)) as source, pq.ParquetFile(source) as file:
-                missing = [c for c in columns or LABEL_SCHEMA.names if c not in file.schema_arrow.names]
-                if missing:
-                    raise _bad_table(storage.uri_of(name), f"it has no column {', '.join(missing)}")
-                yield from file.iter_batches(
-                    batch_size, columns=list(columns or LABEL_SCHEMA.names), use_threads=False
-                )
-        except (pa.ArrowException, OSError) as error:
-            if not says_damage(error):
-                raise
-            raise _bad_table(storage.uri_of(name), " ".join(str(error).split())) from None
+def _opened(table: Storage | str | os.PathLike[str]) -> Storage:
+    return table if isinstance(table, Storage) else open_storage(table)
 
 
-def _bad_table(uri: str, why: str) -> MaskMillError:
+def _with_nulls(batch: pa.RecordBatch, wanted: Sequence[str]) -> pa.RecordBatch:
+    columns = [
+        batch.column(name)
+        if name in batch.schema.names
+        else pa.nulls(batch.num_rows, LABEL_SCHEMA.field(name).type)
+        for name in wanted
+    ]
+    return pa.RecordBatch.from_arrays(columns, names=list(wanted))
+
+
+@contextlib.contextmanager
+def open_part(storage: Storage, name: str, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
+    """Open a file of a label table that has these columns, or lacks only ``NEWER_COLUMNS``.
+
+    Raises:
+        MaskMillError: ``table_damaged``, also while it is read.
+    """
+    try:
+        with (
+            storage.arrow_filesystem().open_input_file(storage.path(name)) as source,
+            pq.ParquetFile(source, page_checksum_verification=True) as file,
+        ):
+            present = {*file.schema_arrow.names, *NEWER_COLUMNS}
+            missing = [column for column in columns if column not in present]
+            if missing:
+                raise _bad_table(storage, name, f"it has no column {', '.join(missing)}")
+            yield file
+    except (OSError, pa.ArrowException) as error:
+        if not says_damage(error):
+            raise
+        raise _bad_table(storage, name, " ".join(str(error).split())) from error
+
+
+def _bad_table(storage: Storage, name: str, why: str) -> MaskMillError:
+    root = storage.uri_of(name).rpartition("/")[0].removesuffix(f"/{_FILES}")
     return Damaged(
         "table_damaged",
-        f"{uri} is not part of a label table: {why}",
-        "Run the same labelling command again, which repairs what a crash left; or give the right folder.",
+        f"{storage.uri_of(name)} is no readable part of a label table: {why}",
+        f"Run: maskmill verify {root} --repair (what is damaged is set aside), then label again. Or give the "
+        "right folder.",
     )

@@ -31,6 +31,7 @@ def test_from_s3_to_s3(
     ]  # fmt: skip
     done = maskmill(*command, **s3)
     assert done.returncode == 0, done.stderr
+    assert "Labelled 10 images" in done.stderr and "1 failed: 1 not_an_image" in done.stderr
     assert s3["AWS_SECRET_ACCESS_KEY"] not in done.stderr
     storage = open_storage("s3://results/run")
     table = ds.dataset(storage.path("labels"), filesystem=storage.arrow_filesystem()).to_table()
@@ -43,5 +44,24 @@ def test_from_s3_to_s3(
     assert record["counts"]["labelled"] == 10
     assert s3["AWS_SECRET_ACCESS_KEY"] not in str(record)
 
+    # A folder marker, as consoles make them, is no image and no part.
+    client.put_object(Bucket="results", Key="run/labels/", Body=b"")
+    client.put_object(Bucket="photos", Key="2026/", Body=b"")
     again = maskmill(*command, **s3)
     assert again.returncode == 0 and "Nothing new" in again.stderr, again.stderr
+
+    parts = storage.list("labels")
+    client.put_object(Bucket="results", Key="run/labels/copy.parquet", Body=storage.read_bytes(parts[-1]))
+    storage.write_bytes(parts[0], storage.read_bytes(parts[0])[:-50])
+    client.put_object(
+        Bucket="photos", Key="2026/broken.jpg", Body=sorted(toy_images.iterdir())[10].read_bytes()
+    )
+    bad = maskmill("verify", "s3://results/run", "--images", "s3://photos/2026", "--hashes", **s3)
+    assert bad.returncode == 1, bad.stdout
+    assert all(f"[{kind}]" in bad.stdout for kind in ("part_unreadable", "part_copied", "image_changed"))
+    changed = maskmill(*command, "--changed", **s3)
+    assert changed.returncode == 0 and "images again" in changed.stderr, changed.stderr
+    whole = maskmill("verify", "s3://results/run", "--images", "s3://photos/2026", "--hashes", **s3)
+    assert whole.returncode == 0 and "11 rows" in whole.stdout, whole.stdout
+    assert storage.read_json("dataset.json")["counts"]["labelled"] == 11
+    assert len(storage.list("set_aside")) == 2

@@ -38,6 +38,14 @@ CASES = {
     "label --images photos --classes cat --output out --recipe latin.yaml": "latin.yaml:1: not UTF-8",
     "label --images photos --classes cat --output out --recipe deep.yaml": "deep.yaml",
     "label --images photos --classes cat --output out --recipe folder.yaml": "Is a directory",
+    "label --images photos --classes cat --output http://example.org/x": "not written to",
+    "label --images photos --classes cat --output out --changed --overwrite": "Leave one of them out.",
+    "label --images photos --classes cat --output out --retry-failed --overwrite": "Leave one of them out.",
+    # verify
+    "verify nowhere": "nowhere",
+    "verify photos": "table_missing",
+    "verify photos --images photos --manifest m.parquet": "not both",
+    "verify photos --workers -1": "--workers -1",
     # train
     "train maskclip-plus --labels nowhere --output out": "nowhere",
     "train maskclip-plus --labels nowhere --output out --recipe maskclip-plus": "Did you mean",

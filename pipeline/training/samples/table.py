@@ -32,7 +32,7 @@ from pipeline.files.faults import says_damage
 from pipeline.files.storage import Storage, open_storage
 from pipeline.labelling.recipes import table_recipe
 from pipeline.ontology.ontology import Ontology
-from pipeline.table.labels import OK, decode_confidence, decode_mask, table_files
+from pipeline.table.labels import OK, decode_confidence, decode_mask, refuse_doubled, table_files
 from pipeline.table.record import read_table_record
 from pipeline.training.loop.protocols import GUESS, IGNORED, Sample
 from pipeline.training.samples.augment import MEAN_COLOUR, AugmentSettings, augment
@@ -276,7 +276,7 @@ def _opened(storage: Storage, part: str) -> Iterator[pq.ParquetFile]:
         raise Damaged(
             "table_damaged",
             f"{storage.uri_of(part)} cannot be read: {' '.join(str(error).split())}",
-            "Run the same labelling command again, which repairs what a crash left.",
+            f"Run: maskmill verify {storage.uri.removesuffix('/labels')} --repair",
         ) from error
 
 
@@ -352,6 +352,7 @@ def open_table_samples(
             "Label more images, lower min_quality, or give the truth of these images.",
         )
     ids = np.concatenate(rows.ids)
+    refuse_doubled(ids, storage)
     samples = () if work is None else tuple(work.samples[row_id] for row_id in ids.tolist())
     true = None
     if truth is not None:

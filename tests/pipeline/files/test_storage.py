@@ -17,6 +17,7 @@ import pytest
 
 from models.errors import MaskMillError
 from pipeline.corpus.manifest import build_manifest, read_manifest, write_manifest
+from pipeline.files.faults import explain
 from pipeline.files.storage import Storage, canonical_uri, is_remote, open_storage
 from pipeline.table.labels import LABEL_SCHEMA, ok_row, read_ids, summarise
 
@@ -212,6 +213,71 @@ def test_readers_never_see_half_a_file(tmp_path):
         reads += 1
     writer.join()
     assert os.listdir(tmp_path) == ["f"]
+
+
+def test_swapping_compares_first(storage):
+    assert not storage.swap_bytes("a", b"", b"1") and not storage.exists("a")
+    storage.write_bytes("a", b"1")
+    assert storage.swap_bytes("a", b"1", b"2")
+    assert not storage.swap_bytes("a", b"1", b"3")
+    assert not storage.swap_bytes("a", b"1", None)
+    assert storage.read_bytes("a") == b"2"
+    assert storage.swap_bytes("a", b"2", None)
+    assert storage.list() == []
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_of_many_that_swap_at_once_one_succeeds(where, tmp_path, request):
+    if where == "s3":
+        request.getfixturevalue("s3_server")
+    root = tmp_path if where == "local" else f"s3://bucket/{tmp_path.name}"
+    open_storage(root).write_bytes("a", b"old")
+    barrier = threading.Barrier(8)
+
+    def swap(number: int) -> bool:
+        storage = open_storage(root)
+        barrier.wait()
+        return storage.swap_bytes("a", b"old", f"new {number}".encode())
+
+    with ThreadPoolExecutor(8) as pool:
+        done = list(pool.map(swap, range(8)))
+    assert sum(done) == 1
+    assert open_storage(root).read_bytes("a") == f"new {done.index(True)}".encode()
+
+
+def test_a_swap_on_s3_whose_answer_was_lost_has_succeeded(s3_server, monkeypatch):
+    """The request is sent again, and fails, as the file is not the old one any more."""
+    storage = open_storage("s3://bucket/lost-answer")
+    storage.write_bytes("a", b"old")
+    real = type(storage.fs).pipe_file
+
+    def twice(self, *arguments, **settings):
+        real(self, *arguments, **settings)
+        return real(self, *arguments, **settings)
+
+    monkeypatch.setattr(type(storage.fs), "pipe_file", twice)
+    assert storage.swap_bytes("a", b"old", b"new")
+
+
+def test_moving_replaces(storage):
+    for name in ("a", "b"):
+        storage.write_bytes(name, name.encode())
+    storage.move("a", "b")
+    storage.move("b", "deep/below/c")
+    assert storage.list(recursive=True) == ["deep/below/c"] and storage.read_bytes("deep/below/c") == b"a"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_is_told_in_words(tmp_path, monkeypatch):
+    def full(*_arguments):
+        with open("/dev/full", "wb") as file:
+            file.write(b"x" * 10_000)
+
+    monkeypatch.setattr("pipeline.files.storage.write_file", full)
+    with pytest.raises(OSError) as error:
+        open_storage(tmp_path).write_bytes("part", b"")
+    told = explain(error.value)
+    assert told is not None and told.code == "disk_full" and told.exit_status == 1
 
 
 def test_failed_local_write_leaves_nothing(tmp_path):

@@ -23,9 +23,9 @@ from pipeline.files.storage import Storage, open_storage
 from pipeline.labelling import stages
 from pipeline.labelling.labeller import Prediction
 from pipeline.labelling.stages import Decode, Label, Write
-from pipeline.table.committed import LABELS_DIR, part_files
+from pipeline.table.committed import LABELS_DIR, RELABELLED_DIR, part_files
 from pipeline.table.labels import LABEL_SCHEMA, decode_confidence, decode_mask, iter_rows
-from pipeline.table.lease import Lease
+from pipeline.table.lease import LEASE_FILE, Lease
 from pipeline.toyworld import scenes as toyworld
 
 
@@ -51,8 +51,16 @@ class _BrightnessLabeller:
 SETTINGS = ImageSettings(scale=(64, 32), keep_ratio=True, resize="opencv", max_pixels=10_000)
 
 
-def _write(storage: Storage, run_id: str = "run") -> Write:
-    return Write(storage, run_id, ignore_index=255, num_classes=2)
+def _write(storage: Storage, run_id: str | None = None) -> Write:
+    return Write(storage, run_id or _run_with_lease(storage), ignore_index=255, num_classes=2)
+
+
+def _run_with_lease(storage: Storage) -> str:
+    """Id of the run that holds the lease, which is taken if it is free."""
+    if not storage.exists(LEASE_FILE):
+        Lease.acquire(storage, on_lost=lambda _reason: None)
+    run_id: str = storage.read_json(LEASE_FILE)["run_id"]
+    return run_id
 
 
 def _folder(root: Path, pictures: dict[str, tuple[tuple[int, int], int] | bytes]) -> pa.Table:
@@ -125,11 +133,43 @@ def test_writing_again_writes_the_same_file(tmp_path: Path) -> None:
     assert storage.list(LABELS_DIR) == [part]  # no temporary file either
 
 
+def test_rows_that_replace_others_wait_in_a_folder_of_their_own(tmp_path: Path) -> None:
+    manifest = _folder(tmp_path, {"a.png": ((40, 40), 128), "b.png": ((40, 40), 60)})
+    labelled = pa.concat_tables(Label(_BrightnessLabeller)(pa.concat_tables(Decode(SETTINGS)(manifest))))
+    storage = open_storage(tmp_path / "table")
+    run_id = _run_with_lease(storage)
+    replacing = np.array([0, 2, 77])
+    Write(storage, run_id, ignore_index=255, num_classes=2, replacing=replacing)(labelled)
+    new, old = (
+        [
+            row_id
+            for part in part_files(storage, folder)
+            for row_id in pq.read_table(storage.path(part))["id"].to_pylist()
+        ]
+        for folder in (LABELS_DIR, RELABELLED_DIR)
+    )
+    assert (new, sorted(old)) == ([1], [0, 2])
+
+
+def test_rows_have_the_version_of_the_file_that_was_read(tmp_path: Path) -> None:
+    manifest = _folder(tmp_path, {"a.png": ((40, 40), 128), "broken.png": b"no image"})
+    rows = pa.concat_tables(Decode(SETTINGS)(manifest)).to_pylist()
+    assert [row["version"] for row in rows] == [
+        *(images.file_version(str(tmp_path / name)) for name in ("a.png", "broken.png")), None
+    ]  # fmt: skip
+    storage = open_storage(tmp_path / "table")
+    _write(storage)(
+        pa.concat_tables(Label(_BrightnessLabeller)(pa.concat_tables(Decode(SETTINGS)(manifest))))
+    )
+    kept = {row["id"]: row["version"] for row in iter_rows(storage)}
+    assert kept == {row["id"]: row["version"] for row in rows}
+
+
 def test_a_run_that_lost_its_lease_writes_no_more(tmp_path: Path) -> None:
     manifest = _folder(tmp_path, {"a.png": ((40, 40), 128)})
     labelled = pa.concat_tables(Label(_BrightnessLabeller)(pa.concat_tables(Decode(SETTINGS)(manifest))))
     storage = open_storage(tmp_path / "table")
-    with Lease.acquire(storage, on_lost=lambda: None) as lease:
+    with Lease.acquire(storage, on_lost=lambda _reason: None) as lease:
         with pytest.raises(MaskMillError, match="taken over") as caught:
             _write(storage, "an older run")(labelled)
         assert caught.value.code == "output_in_use" and not part_files(storage)
@@ -292,11 +332,12 @@ def test_masks_are_as_wide_as_their_ids(tmp_path: Path, num_classes: int, ignore
     table = pa.Table.from_pylist(
         [
             {"id": 1, "uri": "/x", "sha256": bytes(32), "height": 1, "width": 2, "status": "ok",
-             "labels": mask.tobytes(), "confidence": bytes([200, 9]), "decode_s": 0.0, "label_s": 0.0}
+             "labels": mask.tobytes(), "version": None, "confidence": bytes([200, 9]),
+             "decode_s": 0.0, "label_s": 0.0}
         ]
     )  # fmt: skip
     storage = open_storage(tmp_path)
-    Write(storage, "run", ignore_index=ignore_index, num_classes=num_classes)(table)
+    Write(storage, _run_with_lease(storage), ignore_index=ignore_index, num_classes=num_classes)(table)
     (row,) = iter_rows(storage)
     assert decode_mask(row["mask"]["bytes"]).tolist() == mask.tolist()
     assert [segment["class_id"] for segment in row["segments"]] == [1]

@@ -53,6 +53,7 @@ def test_schema_is_the_documented_one():
         "confidence": image,
         "segments": pa.list_(segment),
         "quality": pa.float32(),
+        "version": pa.string(),
     }
 
 

@@ -15,7 +15,8 @@ import pyarrow as pa
 from models.errors import WrongUse
 from pipeline.files.storage import open_storage
 from pipeline.ontology.ontology import Ontology
-from pipeline.table.labels import DATASET_FILE, decode_confidence, decode_mask
+from pipeline.table.labels import decode_confidence, decode_mask
+from pipeline.table.record import find_table_record
 from pipeline.training.clipseg.sources.base import (
     IGNORED,
     OBJECT,
@@ -123,7 +124,7 @@ def open_table_source(
     chosen = [ontology.hash, wanted.tolist(), synonyms, min_quality, min_share, min_confidence]
     return TableSource(
         name="label table",
-        fingerprint=fingerprint(open_storage(table).read_json(DATASET_FILE, None), chosen),
+        fingerprint=fingerprint(find_table_record(open_storage(table)), chosen),
         pairs=Pairs.of(
             names,
             image[good],

@@ -1,0 +1,173 @@
+"""``maskmill verify``: label table → what is wrong with it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from jobs.console import stderr_console
+from jobs.options import Address, Flag, Maybe
+from models.errors import WrongUse
+from pipeline.cluster.session import joins_cluster
+from pipeline.cluster.signals import interrupt
+from pipeline.corpus.manifest import build_manifest
+from pipeline.files.storage import Storage, open_storage
+from pipeline.table.committed import part_files
+from pipeline.table.lease import Lease, refuse_other_holder
+from pipeline.table.record import TableRecord, read_table_record
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from pipeline.table.verify import Checked, Verification
+
+ON_RAY_FROM = 500
+"""Number of files from which Ray checks them: it takes seconds to start."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Check a label table: every image once, masks that decode, sizes, classes and statistics that agree.
+
+    Exits with 1 if something is wrong.
+
+    Attributes:
+        table: the --output of maskmill label.
+        images: the images that the table should have: folder, glob or list file, as for maskmill label.
+        manifest: manifest in Parquet, instead of --images.
+        hashes: read every image again, and count those that have changed, are gone or cannot be read.
+        repair: do what is safe. Damaged files and wrong or doubled rows are moved to set_aside/ in the
+            table; label then labels their images again.
+        json: print the result as JSON.
+        workers: number of Ray tasks that check; 0: this process alone; default: depends on the number of
+            files.
+        address: of a Ray cluster.
+    """
+
+    table: Annotated[Positional[str], arg(metavar="TABLE")]
+    images: Maybe[str] = None
+    manifest: Maybe[str] = None
+    hashes: Flag = False
+    repair: Flag = False
+    json: Flag = False
+    workers: Maybe[int] = None
+    address: Address = None
+
+    def run(self, console: Console | None = None) -> int:
+        """Check the table, and repair it if asked to.
+
+        Returns:
+            0; 1 if something is wrong, and was not repaired.
+
+        Raises:
+            MaskMillError: ``wrong_use``; ``table_missing``, ``table_damaged`` without a record of the table;
+                ``output_in_use`` if it cannot be repaired now.
+        """
+        console = console or stderr_console()
+        if self.images is not None and self.manifest is not None:
+            raise WrongUse(
+                "wrong_use", "Give either --images or --manifest, not both.", "See maskmill verify --help."
+            )
+        if self.workers is not None and self.workers < 0:
+            raise WrongUse(
+                "wrong_use", f"--workers {self.workers} is not a number of tasks.", "Give 0 or more."
+            )
+        storage = open_storage(self.table)
+        record = read_table_record(self.table)
+        source = self.images if self.images is not None else self.manifest
+        manifest = None if source is None else build_manifest(source)
+        if not self.repair:
+            found, done = self._check(storage, record, manifest, console), []
+        else:
+            with Lease.acquire(
+                storage,
+                on_lost=lambda _reason: interrupt(),
+                cluster=joins_cluster(self.address),
+                notice=lambda text: console.print(text, highlight=False, soft_wrap=True),
+            ) as lease:
+                found = self._check(storage, record, manifest, console)
+                fence = functools.partial(refuse_other_holder, storage, lease.run_id)
+                done = found.repair(storage, fence=fence)
+        return self._tell(storage, found, done)
+
+    def _check(
+        self, storage: Storage, record: TableRecord, manifest: pa.Table | None, console: Console
+    ) -> Verification:
+        from pipeline.table.changed import Images
+        from pipeline.table.verify import check_part, verify
+
+        parts = part_files(storage)
+        check = functools.partial(
+            check_part,
+            storage=storage,
+            num_classes=record.ontology.num_classes,
+            ignore_index=record.ontology.ignore_index,
+            images=Images(manifest) if self.hashes else None,
+        )
+        workers = self.workers
+        if workers is None:
+            workers = (os.cpu_count() or 1) if len(parts) >= ON_RAY_FROM else 0
+        with console.status(f"checking {len(parts):,} files") as status, contextlib.ExitStack() as stack:
+            checked: Iterable[Checked]
+            if workers and parts:
+                from pipeline.cluster.mapping import on_ray
+
+                checked = on_ray(check, parts, workers, address=self.address)
+            else:
+                pool = ThreadPoolExecutor()
+                stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # at once after Ctrl-C
+                checked = pool.map(check, parts)
+            return verify(
+                checked,
+                manifest=manifest,
+                recorded=record.counts,
+                progress=lambda done, rows: status.update(
+                    f"checked {done:,} of {len(parts):,} files, {rows:,} rows"
+                ),
+            )
+
+    def _tell(self, storage: Storage, found: Verification, done: list[str]) -> int:
+        """Print what is wrong and what was done; the exit status."""
+        from pipeline.table.verify import PROBLEMS
+
+        left = [kind for kind in found.counts if not (self.repair and PROBLEMS[kind][1] == "repair")]
+        if self.json:
+            result = {"table": storage.uri, **found.to_dict(), "repaired": done}
+            print(json.dumps(result, indent=2, ensure_ascii=False))
+            return 1 if left else 0
+        print(f"{storage.uri}: {found.rows:,} rows in {found.parts:,} files")
+        for kind, count in found.counts.items():
+            print(f"  {count:,} {PROBLEMS[kind][0]} [{kind}]")
+            for one in found.examples[kind]:
+                row = f" {one.uri or one.id}" if one.id is not None else ""
+                print(f"    {one.part}{row}: {one.text}".replace(": :", ":"))
+            if count > len(found.examples[kind]):
+                print(f"    and {count - len(found.examples[kind]):,} more")
+        for line in done:
+            print(f"  repaired: {line}")
+        print("\n".join(self._advice(found)))
+        return 1 if left else 0
+
+    def _advice(self, found: Verification) -> list[str]:
+        from pipeline.table.verify import PROBLEMS
+
+        remedies = {PROBLEMS[kind][1] for kind in found.counts}
+        advice = []
+        if not found.counts:
+            advice.append("Nothing is wrong.")
+        if "repair" in remedies and not self.repair:
+            advice.append("Repair it with --repair: nothing is lost, and label makes the table whole again.")
+        if "label" in remedies or ("repair" in remedies and self.repair):
+            advice.append("Run the labelling command again: it labels the images without a row.")
+        if "changed" in remedies:
+            advice.append("Label images that have changed again with maskmill label --changed.")
+        return advice

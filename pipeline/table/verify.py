@@ -1,0 +1,391 @@
+"""Whether a label table is whole: every image once, with a mask that decodes and fits its row.
+
+A part is checked by ``check_part``, alone and in bounded memory, in this process or on Ray. What concerns
+several parts (ids that are missing, unknown or there twice) follows from their ids, in ``Verification``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from models.errors import Damaged, MaskMillError
+from pipeline.corpus.manifest import stable_id
+from pipeline.files.storage import Storage
+from pipeline.table.changed import Images, image_state
+from pipeline.table.committed import (
+    Ids,
+    apply_relabelled,
+    discard_leftovers,
+    doubled,
+    keep_rows,
+    part_name,
+    read_part,
+    set_aside,
+    settle,
+    trust,
+)
+from pipeline.table.labels import (
+    DATASET_FILE,
+    OK,
+    REQUIRED_COLUMNS,
+    decode_confidence,
+    decode_mask,
+    iter_batches,
+    summarise,
+)
+from pipeline.table.statistics import quality, segments
+
+#: What can be wrong, and whether ``repair`` mends it so that labelling again makes the table whole.
+PROBLEMS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "part_unreadable": ("files that cannot be read", "repair"),
+        "part_foreign": ("files of labels/ that lack columns of a label table", "repair"),
+        "part_copied": ("files that repeat the rows of others", "repair"),
+        "part_misnamed": ("files whose names are not those of their ids", "repair"),
+        "id_doubled": ("rows of images that have another row", "repair"),
+        "id_missing": ("images without a row", "label"),
+        "id_unknown": ("rows of images that are not among those given", ""),
+        "row_inconsistent": ("rows whose fields do not fit their status", "repair"),
+        "mask_damaged": ("masks that cannot be decoded", "repair"),
+        "confidence_damaged": ("confidence maps that cannot be decoded", "repair"),
+        "size_differs": ("rows whose mask, confidence map and size differ", "repair"),
+        "class_unknown": ("masks with ids that are no class", "repair"),
+        "statistics_differ": ("rows whose segments or quality are not those of their mask", "repair"),
+        "image_changed": ("images that have changed since they were labelled", "changed"),
+        "image_gone": ("images that are no longer there", ""),
+        "image_unreadable": ("images that cannot be read now", ""),
+        "counts_differ": ("counts of dataset.json that are not those of the rows", "repair"),
+    }
+)
+EXAMPLES = 5
+_STATES = {"changed": "image_changed", "gone": "image_gone", "unreadable": "image_unreadable"}
+_TOLERANCE = 1e-3
+"""For means stored as 32-bit numbers."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        kind: a key of ``PROBLEMS``.
+        part: name of the file, relative to the table.
+        text: what is wrong.
+        id: of the row, if it is one row's fault.
+        uri: of its image.
+    """
+
+    kind: str
+    part: str
+    text: str
+    id: int | None = None
+    uri: str | None = None
+
+
+@dataclass
+class Checked:
+    """What ``check_part`` found in a part.
+
+    Attributes:
+        part: its name.
+        ids: of its rows, int64 (n,).
+        problems: what is wrong.
+    """
+
+    part: str
+    ids: Ids = field(default_factory=lambda: np.empty(0, np.int64))
+    problems: list[Problem] = field(default_factory=list)
+
+
+def check_part(
+    part: str,
+    *,
+    storage: Storage,
+    num_classes: int,
+    ignore_index: int,
+    images: Images | None = None,
+) -> Checked:
+    """Check the rows of a part, a few at a time.
+
+    Args:
+        part: name of the file.
+        storage: the table.
+        num_classes: C of its ontology.
+        ignore_index: id of uncertain pixels.
+        images: also read the images again, which are here, and compare their hashes.
+    """
+    found = Checked(part)
+    try:
+        ids = read_part(storage, part, ["id"])["id"].to_numpy()
+        rows = _rows(storage, part)
+        for row in rows:
+            found.problems += _row_problems(part, row, num_classes, ignore_index)
+            if images is not None:
+                found.problems += _image_problems(part, row, images)
+        found.ids = ids
+    except FileNotFoundError:  # a run that is at work may take parts away
+        return found
+    except Damaged as error:
+        foreign = " no column " in error.message
+        kind = "part_foreign" if foreign else "part_unreadable"
+        return Checked(part, problems=[Problem(kind, part, error.message)])
+    if trust(part, ids) and part.rpartition("/")[2].startswith("part-") and len(ids):
+        found.problems.append(Problem("part_misnamed", part, f"its ids make it {part_name(ids)}"))
+    return found
+
+
+def _rows(storage: Storage, part: str) -> Iterator[dict[str, Any]]:
+    for batch in iter_batches(storage, REQUIRED_COLUMNS, batch_size=16, names=[part]):
+        yield from batch.to_pylist()
+
+
+def _row_problems(
+    part: str, row: Mapping[str, Any], num_classes: int, ignore_index: int
+) -> Iterator[Problem]:
+    def problem(kind: str, text: str) -> Problem:
+        return Problem(kind, part, text, row["id"], row["uri"])
+
+    lacking = [name for name in ("uri", "status") if row[name] is None]
+    labelled = ("sha256", "height", "width", "mask", "confidence", "segments", "quality")
+    if row["status"] == OK:
+        lacking += [name for name in labelled if row[name] is None]
+        given = ["error"] if row["error"] is not None else []
+    else:
+        given = [name for name in labelled[3:] if row[name] is not None]
+    if lacking or given:
+        said = [f"no {name}" for name in lacking] + [f"{name} given" for name in given]
+        yield problem("row_inconsistent", f"status {row['status']}, but {', '.join(said)}")
+        return
+    if row["status"] != OK:
+        return
+    try:
+        mask = decode_mask(row["mask"]["bytes"] or b"")
+    except MaskMillError as error:
+        yield problem("mask_damaged", error.message)
+        return
+    try:
+        confidence = decode_confidence(row["confidence"]["bytes"] or b"")
+    except MaskMillError as error:
+        yield problem("confidence_damaged", error.message)
+        return
+    size = row["height"], row["width"]
+    if not mask.shape == confidence.shape == size:
+        yield problem(
+            "size_differs", f"row {size}, mask {mask.shape}, confidence {confidence.shape} (height, width)"
+        )
+        return
+    present = np.flatnonzero(np.bincount(mask.ravel()))
+    unknown = present[(present >= num_classes) & (present != ignore_index)].tolist()
+    if unknown:
+        yield problem("class_unknown", f"ids {unknown[:5]} of {num_classes} classes")
+        return
+    differs = _differing(row, mask, confidence, ignore_index)
+    if differs:
+        yield problem("statistics_differ", differs)
+
+
+def _differing(row: Mapping[str, Any], mask: Any, confidence: Any, ignore_index: int) -> str:
+    """How the statistics of a row differ from those of its maps; "" if they do not."""
+    stored = {segment["class_id"]: segment for segment in row["segments"]}
+    right = {
+        segment["class_id"]: segment for segment in segments(mask, confidence, ignore_index=ignore_index)
+    }
+    if stored.keys() != right.keys() or len(stored) != len(row["segments"]):
+        return f"classes {sorted(stored)} in the segments, {sorted(right)} in the mask"
+    for class_id, segment in right.items():
+        theirs = stored[class_id]
+        if (theirs["area"], theirs["bbox"]) != (segment["area"], segment["bbox"]):
+            return (
+                f"class {class_id} has {theirs['area']:,} pixels in {theirs['bbox']}, "
+                f"{segment['area']:,} in {segment['bbox']} in the mask"
+            )
+        if not _close(theirs["mean_confidence"], segment["mean_confidence"]):
+            return f"mean confidence {theirs['mean_confidence']}, {segment['mean_confidence']:.3f} in the map"
+    right_quality = quality(confidence, mask, ignore_index=ignore_index)
+    return (
+        "" if _close(row["quality"], right_quality) else f"quality {row['quality']}, not {right_quality:.3f}"
+    )
+
+
+def _close(stored: float | None, right: float) -> bool:
+    return stored is not None and abs(stored - right) <= _TOLERANCE
+
+
+def _image_problems(part: str, row: Mapping[str, Any], images: Images) -> Iterator[Problem]:
+    if row["sha256"] is None or (row["id"] not in images and row["id"] != stable_id(row["uri"])):
+        return  # it could not be read then; or it is a byte range, and only the manifest knows which
+    state = image_state({**row, "version": None}, images, trust_version=False)
+    if state != "same":
+        yield Problem(_STATES[state], part, f"the image is {state}", row["id"], row["uri"])
+
+
+# --- the whole table ---
+
+
+class Verification:
+    """What is wrong with a table.
+
+    Add what was found in each part, then call ``finish``.
+
+    Attributes:
+        rows, parts: how many there are.
+        counts: number of problems by kind, in the order of ``PROBLEMS``.
+        examples: some problems of each kind.
+    """
+
+    def __init__(self) -> None:
+        self.rows = self.parts = 0
+        self.counts: dict[str, int] = {}
+        self.examples: dict[str, list[Problem]] = {}
+        self._ids: dict[str, Ids] = {}
+        self._broken: list[str] = []
+        self._bad_rows: dict[str, set[int]] = {}
+        self._misnamed: list[str] = []
+
+    def add(self, checked: Checked) -> None:
+        """Add a part."""
+        self.parts += 1
+        self.rows += len(checked.ids)
+        self._ids[checked.part] = checked.ids
+        for problem in checked.problems:
+            self._note(problem)
+            if problem.kind in ("part_unreadable", "part_foreign"):
+                self._broken.append(problem.part)
+            elif problem.kind == "part_misnamed":
+                self._misnamed.append(problem.part)
+            elif problem.id is not None and PROBLEMS[problem.kind][1] == "repair":
+                self._bad_rows.setdefault(problem.part, set()).add(problem.id)
+
+    def _note(self, problem: Problem, count: int = 1) -> None:
+        self.counts[problem.kind] = self.counts.get(problem.kind, 0) + count
+        shown = self.examples.setdefault(problem.kind, [])
+        if len(shown) < EXAMPLES:
+            shown.append(problem)
+
+    def finish(self, manifest: pa.Table | None, recorded: Mapping[str, Any]) -> None:
+        """Compare the parts with each other, with the images, and with the record.
+
+        Args:
+            manifest: the images that the table should have, if known.
+            recorded: counts of ``dataset.json``.
+        """
+        for part, keep in doubled(self._ids).items():
+            ids = self._ids[part]
+            if not keep.any():
+                self._note(Problem("part_copied", part, f"all {len(ids):,} rows are in other files"))
+                continue
+            for row_id in ids[~keep].tolist():
+                self._note(Problem("id_doubled", part, "the image has another row", row_id))
+        ids = np.unique(np.concatenate([np.empty(0, np.int64), *self._ids.values()]))
+        if manifest is not None:
+            wanted = manifest["id"].to_numpy()
+            missing = ~np.isin(wanted, ids)
+            uris = manifest["uri"].filter(pa.array(missing))
+            for row_id, uri in zip(
+                wanted[missing][:EXAMPLES].tolist(), uris[:EXAMPLES].to_pylist(), strict=True
+            ):
+                self._note(Problem("id_missing", "", "no row", row_id, uri), 0)
+            self._count("id_missing", int(missing.sum()))
+            for part, theirs in self._ids.items():
+                for row_id in theirs[~np.isin(theirs, wanted)].tolist():
+                    self._note(Problem("id_unknown", part, "not among the images given", row_id))
+        counted = recorded.get("images")
+        if counted is not None and counted != len(ids):
+            text = f"{counted:,} images in {DATASET_FILE}, {len(ids):,} in the table"
+            self._note(Problem("counts_differ", DATASET_FILE, text))
+        self.counts = {kind: self.counts[kind] for kind in PROBLEMS if self.counts.get(kind)}
+
+    def _count(self, kind: str, more: int) -> None:
+        if more:
+            self.counts[kind] = self.counts.get(kind, 0) + more
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "rows": self.rows,
+            "parts": self.parts,
+            "problems": {
+                kind: {
+                    "count": count,
+                    "meaning": PROBLEMS[kind][0],
+                    "remedy": PROBLEMS[kind][1] or None,
+                    "examples": [
+                        {"part": one.part, "id": one.id, "uri": one.uri, "text": one.text}
+                        for one in self.examples[kind]
+                    ],
+                }
+                for kind, count in self.counts.items()
+            },
+        }
+
+    def repair(self, storage: Storage, *, fence: Callable[[], None] = lambda: None) -> list[str]:
+        """Do what is safe. Call only while holding the lease.
+
+        Files that cannot be read, rows that are wrong and rows that are there twice are taken out of the
+        table. The files that had them are in ``set_aside/``. Their images become new again.
+
+        Args:
+            storage: the table.
+            fence: called before each step; raises if the lease was lost.
+
+        Returns:
+            What was done, as sentences.
+        """
+        done: list[str] = []
+        discarded = discard_leftovers(storage)
+        if discarded:
+            done.append(f"{discarded} half-written file(s) of a killed run deleted")
+        for part in self._broken:
+            fence()
+            done.append(f"{part} set aside as {set_aside(storage, part)}")
+        for part, bad in self._bad_rows.items():
+            fence()
+            ids = self._ids[part]
+            keep_rows(storage, part, ids[~np.isin(ids, list(bad))])
+            done.append(f"{part}: {len(bad):,} row(s) taken out")
+        for part in self._misnamed:
+            to = f"{part.rpartition('/')[0]}/{part_name(self._ids[part])}"
+            if part not in self._bad_rows and not storage.exists(to):
+                fence()
+                storage.move(part, to)
+                done.append(f"{part} renamed {to}")
+        fence()
+        parts = settle(storage, notice=done.append)
+        replaced = apply_relabelled(storage, parts, fence=fence)
+        if len(replaced.ids):
+            done.append(f"{len(replaced.ids):,} row(s) replaced that a killed run had labelled again")
+        record = storage.read_json(DATASET_FILE, {})
+        if done or "counts_differ" in self.counts:
+            fence()
+            storage.write_json(DATASET_FILE, record | {"counts": summarise(storage)})
+            done.append(f"counts of {DATASET_FILE} corrected")
+        return done
+
+
+def verify(
+    checked: Iterable[Checked],
+    *,
+    manifest: pa.Table | None,
+    recorded: Mapping[str, Any],
+    progress: Callable[[int, int], None] = lambda _parts, _rows: None,
+) -> Verification:
+    """Sum up what was found in all parts.
+
+    Args:
+        checked: from ``check_part``, in any order.
+        manifest: the images that the table should have, if known.
+        recorded: counts of its ``dataset.json``.
+        progress: called with the number of parts and rows checked.
+    """
+    found = Verification()
+    for one in checked:
+        found.add(one)
+        progress(found.parts, found.rows)
+    found.finish(manifest, recorded)
+    return found
