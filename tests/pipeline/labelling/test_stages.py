@@ -293,17 +293,18 @@ def test_the_longest_sides_are_labelled_and_longer_ones_are_rows(
 def test_a_full_disk_is_told_with_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pa.Table.from_pylist(
         [{"id": 1, "uri": "/x", "sha256": bytes(32), "height": 1, "width": 1, "status": "empty", "error": "x",
-          "decode_s": 0.0, "label_s": 0.0}]
+          "version": None, "decode_s": 0.0, "label_s": 0.0}]
     )  # fmt: skip
+    write = _write(open_storage(tmp_path))
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(MaskMillError) as error:
-        _write(open_storage(tmp_path))(table)
+        write(table)
     assert error.value.code == "disk_full" and str(tmp_path) in error.value.message
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [LEASE_FILE]
 
 
 def test_large_files_are_not_fetched_far_ahead() -> None:
