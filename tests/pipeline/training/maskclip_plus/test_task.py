@@ -594,7 +594,7 @@ def toy() -> _Toy:
     return _Toy()
 
 
-# Over six seeds of weights and batches, with 1 and 2 threads, drift ended at 0.68 to 0.79 with class weights
+# Over six seeds of weights and batches, with one thread, drift ended at 0.68 to 0.79 with class weights
 # in self-training, and never rose above 0.19 with an anchor: this bound is nearly a factor of two from both.
 BOUND = 0.35
 
