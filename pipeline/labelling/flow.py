@@ -26,6 +26,7 @@ from models.errors import FailedWork, MaskMillError
 from pipeline.cluster.nodes import NodesChanged, NodeWatch, stop_when_changed
 from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Compute
+from pipeline.cluster.signals import signals_held
 from pipeline.files.faults import explain, one_line
 from pipeline.files.images import ImageSettings
 from pipeline.labelling.attempts import AttemptBook
@@ -149,7 +150,8 @@ def _run(
         NodesChanged: ``stop`` has got a reason.
     """
     _configure(stop)
-    flow = make_flow()
+    with signals_held():  # the destructor of a half-made Dataset prints a traceback
+        flow = make_flow()
     for part in flow.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         finished()
         for row in part.to_pylist():

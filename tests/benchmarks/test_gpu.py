@@ -13,7 +13,7 @@ from benchmarks.gpu import __main__ as command
 QUICK = ["waits", "correctness", "labels", "forward", "clipseg"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("items", [QUICK, ["training"], ["job"]], ids="-".join)
 def test_toy(items: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "found" / "toy.md"

@@ -27,7 +27,7 @@ Image.open = open
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_images_that_kill_the_decoder_become_rows(
     tmp_path: Path, maskmill: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

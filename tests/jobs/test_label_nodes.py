@@ -18,7 +18,7 @@ from pipeline.cluster import nodes
 from pipeline.toyworld import scenes as toyworld
 from tests.clusters import Cluster, running_cluster
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -82,7 +82,7 @@ class Process:
         assert self._process.wait(600) == 0, self.said[-3000:]
 
 
-@pytest.mark.parametrize("kind", ["cpu", pytest.param("gpu", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
 def test_a_lost_node_does_not_stop_the_run(
     kind: str, tmp_path: Path, maskmill_environment: dict[str, str]
 ) -> None:
@@ -117,7 +117,6 @@ def test_without_nodes_a_run_says_what_it_waits_for(
         job.expect_the_whole_table()
 
 
-@pytest.mark.long
 def test_nodes_that_join_are_used(
     tmp_path: Path,
     maskmill_environment: dict[str, str],

@@ -115,7 +115,7 @@ def rows(storage_uri: str) -> Counter[str]:
     return Counter(table["status"].to_pylist())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.cluster
 def test_a_run_among_faults(
     maskmill: Run, s3: dict[str, str], photos: list[str], faulty_s3: FaultyStore, tmp_path: Path

@@ -21,6 +21,7 @@ from pipeline.files.storage import Storage, open_storage
 from pipeline.labelling.attempts import IMAGE_DEATHS, PART_DEATHS, AttemptBook, Turns
 from pipeline.labelling.labeller import Prediction
 from pipeline.labelling.stages import Decode, Label, Write
+from pipeline.table.lease import Lease
 
 SETTINGS = ImageSettings(scale=(64, 32), keep_ratio=True, resize="opencv", max_pixels=10_000)
 POISON = 200
@@ -125,12 +126,15 @@ def test_images_that_kill_the_labeller_become_rows(tmp_path: Path) -> None:
     def make(threads: int) -> DeadlyLabeller:
         return DeadlyLabeller(threads, tally)
 
-    with ray_session("poison", address=None, verbose=False) as compute:
+    with (
+        Lease.acquire(storage, on_lost=lambda _reason: None) as lease,
+        ray_session(lease.run_id, address=None, verbose=False) as compute,
+    ):
         run_labelling(
             manifest,
             make_labeller=make,
             image_settings=SETTINGS,
-            write=Write(storage, "poison", ignore_index=255, num_classes=2),
+            write=Write(storage, lease.run_id, ignore_index=255, num_classes=2),
             compute=compute,
             report=lambda progress: None,
         )

@@ -15,8 +15,7 @@ import pyarrow as pa
 from models.errors import WrongUse
 from pipeline.files.storage import open_storage
 from pipeline.ontology.ontology import Ontology
-from pipeline.table.labels import decode_confidence, decode_mask
-from pipeline.table.record import find_table_record
+from pipeline.table.labels import DATASET_FILE, decode_confidence, decode_mask
 from pipeline.training.clipseg.sources.base import (
     IGNORED,
     OBJECT,
@@ -124,7 +123,7 @@ def open_table_source(
     chosen = [ontology.hash, wanted.tolist(), synonyms, min_quality, min_share, min_confidence]
     return TableSource(
         name="label table",
-        fingerprint=fingerprint(find_table_record(open_storage(table)), chosen),
+        fingerprint=fingerprint(open_storage(table).read_json(DATASET_FILE, None), chosen),
         pairs=Pairs.of(
             names,
             image[good],

@@ -352,7 +352,15 @@ def test_the_note_says_what_counts_as_wrong(
     data: str, annotations: str, marked_in_part: bool, tmp_path: Path
 ) -> None:
     content: dict[str, Any] = {
-        "images": [],
+        "images": [
+            {
+                "id": 1,
+                "file_name": "0.jpg",
+                "coco_url": "http://images.cocodataset.org/val2017/0.jpg",
+                "height": 60,
+                "width": 80,
+            }
+        ],
         "annotations": [],
         "categories": [{"id": 1, "name": "bottle"}],
     }

@@ -14,7 +14,7 @@ from tests.pipeline.training.loop.test_driver import Plan, run
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_training_says_that_it_waits_for_a_lost_node(tmp_path: Path) -> None:
     with running_cluster({}) as cluster:
         nodes = [cluster.add_worker(cpus=1) for _ in range(2)]

@@ -55,9 +55,9 @@ def test_agrees_with_pytorch(kind: str) -> None:
     ("changes", "says"),
     [
         ({"iterations": 0}, "iterations = 0: "),
-        ({"learning_rate": float("nan")}, "learning_rate = nan: "),
+        ({"learning_rate": float("nan")}, "learning_rate = NaN: "),
         ({"clip_norm": -1.0}, "clip_norm = -1.0: "),
-        ({"optimizer": "lion"}, "optimizer = 'lion': .*'sgd' or 'adamw'"),
+        ({"optimizer": "lion"}, "optimizer = lion: .*'sgd' or 'adamw'"),
         ({"min_learning_rate": 0.5}, "above learning_rate"),
         ({"max_failures": -2}, "max_failures = -2: "),
     ],
