@@ -351,16 +351,10 @@ def test_generalised_prompts(small: Any, decoders: Any, tmp_path: Path) -> None:
 def test_the_note_says_what_counts_as_wrong(
     data: str, annotations: str, marked_in_part: bool, tmp_path: Path
 ) -> None:
+    url = "http://images.cocodataset.org/val2017/0.jpg"
+    named = {"coco_url": url} if data == "lvis" else {"file_name": "0.jpg"}
     content: dict[str, Any] = {
-        "images": [
-            {
-                "id": 1,
-                "file_name": "0.jpg",
-                "coco_url": "http://images.cocodataset.org/val2017/0.jpg",
-                "height": 60,
-                "width": 80,
-            }
-        ],
+        "images": [{"id": 1, "height": 60, "width": 80} | named],
         "annotations": [],
         "categories": [{"id": 1, "name": "bottle"}],
     }
