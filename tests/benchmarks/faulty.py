@@ -15,7 +15,7 @@ FAULTS = ("ok", "refused", "no words", "exception", "crash", "hang", "memory")
 
 
 class Faulty(Kind):
-    seconds: ClassVar[float] = 1.0
+    seconds: ClassVar[float] = 5.0
     memory_mb: ClassVar[int] = 300
 
     @classmethod
@@ -35,7 +35,7 @@ class Faulty(Kind):
             case "hang":
                 time.sleep(60)
             case "memory":
-                self.hoard = bytes([1]) * 500_000_000
+                self.hoard = bytes([1]) * 400_000_000
         return "read"
 
 

@@ -24,8 +24,11 @@ PHOTOS, TABLE = ("--images", "s3://photos/2026"), ("--output", "s3://results/run
 @pytest.fixture
 def photos(faulty_s3: FaultyStore, toy_images: Path) -> list[str]:
     client = boto3.client("s3")
-    client.create_bucket(Bucket="photos")
-    client.create_bucket(Bucket="results")
+    for bucket in ("photos", "results"):
+        client.create_bucket(Bucket=bucket)
+        boto3.resource("s3").Bucket(
+            bucket
+        ).objects.all().delete()  # servers of one process share what they hold
     paths = sorted(toy_images.iterdir())[:10]
     for path in paths:
         client.upload_file(str(path), "photos", f"2026/{path.name}")
