@@ -43,7 +43,7 @@ _WILDCARDS = frozenset("*?[")
 _SHOWN = 3  # examples of each kind of what was left out
 
 
-LeftOut = dict[str, list[str]]
+PathsByReason = dict[str, list[str]]
 
 
 @dataclass
@@ -60,10 +60,10 @@ class ImageList:
     uris: list[str]
     optional: dict[str, list[int | None]] = field(default_factory=dict)
     ids: list[int] | None = None
-    left_out: LeftOut = field(default_factory=dict)
+    left_out: PathsByReason = field(default_factory=dict)
 
 
-def describe_left_out(left_out: LeftOut) -> str:
+def describe_left_out(left_out: PathsByReason) -> str:
     """How many paths were not taken, why, and some of them, in one line; "" if there is none.
 
     >>> describe_left_out({".heic": ["/a/x.heic", "/a/y.heic"]})
@@ -84,7 +84,7 @@ def _name(path: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _leave_out(left_out: LeftOut, reason: str, path: str) -> None:
+def _leave_out(left_out: PathsByReason, reason: str, path: str) -> None:
     left_out.setdefault(reason, []).append(path)
 
 
@@ -98,7 +98,7 @@ def find_images(uri: str) -> ImageList:
 
 
 def _local(uri: str) -> ImageList:
-    left_out: LeftOut = {}
+    left_out: PathsByReason = {}
     if os.path.isdir(uri):
         return _images_among(_files_below([uri], left_out), uri, left_out)
     if os.path.exists(uri):
@@ -114,7 +114,7 @@ def _local(uri: str) -> ImageList:
     return _images_among(files, uri, left_out)
 
 
-def _is_file(path: str, left_out: LeftOut) -> bool:
+def _is_file(path: str, left_out: PathsByReason) -> bool:
     """Whether a path is a regular file, or a link to one; else it is left out."""
     try:
         mode = os.stat(path).st_mode
@@ -132,7 +132,7 @@ def _link_trouble(error: OSError) -> str:
     return "link to itself" if error.errno == errno.ELOOP else f"unreadable ({error.strerror})"
 
 
-def _files_below(folders: Sequence[str], left_out: LeftOut) -> list[str]:
+def _files_below(folders: Sequence[str], left_out: PathsByReason) -> list[str]:
     """List files recursively, following symbolic links but entering each real folder only once.
 
     Hidden names are skipped, as a shell does; what is neither a file nor a folder is left out.
@@ -183,7 +183,7 @@ def _remote(uri: str) -> ImageList:
     parts = uri.split("/")
     fixed = next((n for n, part in enumerate(parts) if not _WILDCARDS.isdisjoint(part)), len(parts))
     storage, pattern = open_storage("/".join(parts[:fixed])), "/".join(parts[fixed:])
-    left_out: LeftOut = {}
+    left_out: PathsByReason = {}
     if pattern:
         names = storage.glob(pattern)
     else:
@@ -204,7 +204,7 @@ def _on_the_web(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
-def _images_among(files: Sequence[str], source: str, left_out: LeftOut) -> ImageList:
+def _images_among(files: Sequence[str], source: str, left_out: PathsByReason) -> ImageList:
     images = set()
     for name in files:
         if name.lower().endswith(IMAGE_EXTENSIONS):
