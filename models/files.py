@@ -7,12 +7,22 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 
 def write_file(path: Path, data: bytes) -> None:
     """Write or replace a file atomically, creating its folder if necessary."""
-    with staged_file(path, data) as temporary:
-        os.replace(temporary, path)
+    with new_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to be written piece by piece. It replaces ``path`` at the end, or is removed after an error."""
+    with _temporary_file(path) as file:
+        yield file
+        _finish(file)
+        os.replace(file.name, path)
 
 
 @contextlib.contextmanager
@@ -21,19 +31,31 @@ def staged_file(path: Path, data: bytes) -> Iterator[str]:
 
     It is removed at the end if it is still there.
     """
+    with _temporary_file(path) as file:
+        file.write(data)
+        _finish(file)
+        yield file.name
+
+
+@contextlib.contextmanager
+def _temporary_file(path: Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The leading dot keeps it out of listings by Ray and of manifests if the process dies here.
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    # The leading dot keeps it out of listings by Ray and of manifests if the process dies here. A name may
+    # have 255 bytes, so not all of a long one fits.
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:50]}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "w+b") as file:
             os.fchmod(file.fileno(), 0o666 & ~_umask())
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
+            yield file
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _finish(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _umask() -> int:

@@ -11,17 +11,18 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 import fsspec
 import platformdirs
 
 from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
-from models.files import staged_file, write_file
+from models.files import new_file, staged_file, write_file
 from pipeline.files.faults import unreachable
 from pipeline.files.redaction import MASK, redact, without_signature
 
@@ -205,6 +206,25 @@ class Storage:
             else:
                 self._put(name, data, "overwrite")
 
+    @contextlib.contextmanager
+    def new_file(self, name: str) -> Iterator[IO[bytes]]:
+        """A file to be written piece by piece, for what is too large to be held.
+
+        It is put in place whole when the block ends, over any that is there. After an exception nothing of it
+        remains. Remote files are gathered in the folder for temporary files first.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.is_local:
+                with storage_errors(self.uri_of(name)):
+                    file = stack.enter_context(new_file(Path(self.path(name))))
+                yield file
+            else:
+                file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="maskmill-"))
+                yield file
+                file.flush()
+                with storage_errors(self.uri_of(name)):
+                    self._send(name, lambda path: self.fs.put_file(file.name, path))
+
     def create_bytes(self, name: str, data: bytes) -> bool:
         """Put a file in place only if there is none; of several that try at once, one succeeds.
 
@@ -308,8 +328,11 @@ class Storage:
                 self.fs.mv(self.path(name), self.path(to))
 
     def _put(self, name: str, data: bytes, mode: str) -> None:
+        self._send(name, lambda path: self.fs.pipe_file(path, data, mode=mode))
+
+    def _send(self, name: str, send: Callable[[str], object]) -> None:
         try:
-            self.fs.pipe_file(self.path(name), data, mode=mode)
+            send(self.path(name))
         except FileNotFoundError as error:
             raise WrongUse(
                 "storage_unsupported",

@@ -288,6 +288,26 @@ def test_failed_local_write_leaves_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
+def test_a_file_written_piece_by_piece_is_put_in_place_whole(storage):
+    storage.write_bytes("new/a", b"old")
+    with storage.new_file("new/a") as file:
+        file.write(b"one, ")
+        assert storage.read_bytes("new/a") == b"old"
+        file.write(b"two")
+    assert storage.read_bytes("new/a") == b"one, two"
+    # What the block raises is its own, and no fault of the storage.
+    with pytest.raises(RuntimeError, match="no more"), storage.new_file("new/b") as file:
+        file.write(b"half")
+        raise RuntimeError("no more")
+    assert storage.list(recursive=True) == ["new/a"]
+
+
+def test_the_longest_names_that_a_disk_takes(tmp_path):
+    name = "ä" * 125 + ".json"
+    open_storage(tmp_path).write_bytes(name, b"x")
+    assert os.listdir(tmp_path) == [name]
+
+
 def test_local_files_have_ordinary_permissions(tmp_path):
     open_storage(tmp_path).write_bytes("ours", b"")
     (tmp_path / "plain").write_bytes(b"")
