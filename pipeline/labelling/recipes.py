@@ -18,6 +18,7 @@ from pipeline.files.images import ImageSettings
 from pipeline.files.recipes import Recipe, RecipeBook
 from pipeline.labelling.clipseg.options import RELEASED, ClipSegOptions
 from pipeline.table.record import TableRecord
+from pipeline.table.views import TableView, View
 
 if TYPE_CHECKING:
     from pipeline.ontology.ontology import Ontology
@@ -113,6 +114,27 @@ def table_recipe(record: TableRecord) -> LabelRecipe:
     """The recipe of a label table, with the precision actually used; fields that it lacks have defaults."""
     recipe = recipe_from_dict(record.recipe)
     return recipe.replace(precision=record.precision or recipe.precision)
+
+
+def table_view(view: View, record: TableRecord, where: str = "the table") -> TableView:
+    """Bind a view to a table, with what its labelling did to weak pixels.
+
+    Args:
+        view: what to make of the labels.
+        record: of the table.
+        where: the table, for errors.
+
+    Raises:
+        MaskMillError: as ``View.of``.
+    """
+    recipe, ontology = table_recipe(record), record.ontology
+    rest = recipe.model == "clipseg" and recipe.clipseg.background == "rest"
+    return view.of(
+        ontology,
+        applied=ontology.thresholds(default=recipe.min_confidence),
+        remainder=rest and ontology.background is not None,
+        where=where,
+    )
 
 
 def templates_for(recipe: LabelRecipe, own: Ontology | None) -> str | Sequence[str]:
