@@ -9,28 +9,24 @@ Shapes: H W pixels at the image's original size, N samples.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
 
 from models.errors import MaskMillError, WrongUse
 from pipeline.files.documents import decoded, read_document
-from pipeline.files.images import FORMATS, ImageError, decode, fetch
+from pipeline.files.images import ImageError, decode, fetch
 from pipeline.files.storage import Storage, open_storage
+from pipeline.formats.masks import MAX_SHOWN, Labels, read_mask, relabel, shown, unreadable
 from pipeline.ontology.ontology import Ontology, builtin_ontologies, load_ontology
 
-Labels = npt.NDArray[np.uint8 | np.uint16]
-
-_MAX_SHOWN = 5
 _Dataset = TypeVar("_Dataset", bound="Dataset")
 
 
@@ -66,10 +62,10 @@ class LeftOut:
     @classmethod
     def of(cls, what: str, entries: Sequence[str]) -> LeftOut:
         """Count entries, and keep the first few as examples."""
-        return cls(what, len(entries), tuple(entries[:_MAX_SHOWN]))
+        return cls(what, len(entries), tuple(entries[:MAX_SHOWN]))
 
     def __str__(self) -> str:
-        more = self.count > len(self.examples) == _MAX_SHOWN
+        more = self.count > len(self.examples) == MAX_SHOWN
         named = ", ".join(self.examples) + (", …" if more else "")
         return f"{self.count:,} × {self.what}" + (f" ({named})" if self.examples else "")
 
@@ -85,7 +81,7 @@ class Counts:
         """Count an entry; see ``LeftOut``. Only the first few different examples are kept."""
         self._numbers[what] += 1
         examples = self._examples.setdefault(what, {})
-        if len(examples) < _MAX_SHOWN:
+        if len(examples) < MAX_SHOWN:
             examples[example] = None
 
     def left_out(self) -> tuple[LeftOut, ...]:
@@ -310,12 +306,6 @@ class Source:
         return tuple(Sample(name, place.uri_of(images[name]), place.uri_of(masks[name])) for name in wanted)
 
 
-def shown(names: Sequence[Any]) -> str:
-    """The first few items of a list, for messages."""
-    rest = len(names) - _MAX_SHOWN
-    return ", ".join(map(str, names[:_MAX_SHOWN])) + (f", and {rest:,} more" if rest > 0 else "")
-
-
 def list_files(
     place: Storage,
     folder: str,
@@ -393,104 +383,4 @@ def read_image(uri: str) -> npt.NDArray[np.uint8]:
     try:
         return decode(fetch(uri))
     except ImageError as error:
-        raise _unreadable(uri, str(error)) from error
-
-
-def identity_ids(count: int, *, ignore: int = 255) -> dict[int, int]:
-    """The identity mapping of ids 0 to ``count - 1`` and ``ignore``."""
-    return {**{number: number for number in range(count)}, ignore: ignore}
-
-
-def read_mask(uri: str) -> Labels:
-    """Read the ids (H, W) of a mask: palette indices or grey values, never colours.
-
-    Args:
-        uri: path or URI of a PNG of 1 to 16 bits.
-
-    Returns:
-        uint8, or uint16 for 16-bit masks.
-
-    Raises:
-        MaskMillError: ``dataset_invalid``; ``mask_invalid`` for a colour image.
-    """
-    try:
-        data = fetch(uri)
-    except ImageError as error:
-        raise _unreadable(uri, str(error)) from error
-    if not data:
-        raise _unreadable(uri, "the file has 0 bytes")
-    if not data.startswith(b"\x89PNG"):
-        raise _unreadable(uri, f"it is no PNG, but {_kind(data)}")
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as opened:
-            mode, array = opened.mode, np.asarray(opened)
-    except UnidentifiedImageError as error:  # whose text is the address of a buffer
-        raise _unreadable(uri, "the PNG's header is cut off or damaged") from error
-    except Exception as error:  # Pillow raises all sorts of exceptions on damaged files
-        raise _unreadable(uri, str(error) or type(error).__name__) from error
-    if mode in ("P", "L", "1"):
-        # Pillow scales 2-bit and 4-bit grey to 0..255. Byte 24 of a PNG is the bit depth.
-        factor = {2: 85, 4: 17}.get(data[24], 1) if mode == "L" else 1
-        return (array // factor).astype(np.uint8)
-    if mode.startswith("I") and array.size and array.min() >= 0 and array.max() <= 65_535:
-        return array.astype(np.uint16)
-    raise WrongUse(
-        "mask_invalid",
-        f"{uri} is a picture of mode {mode}, not a map of class ids.",
-        "Give masks as grey or palette PNGs whose values are ids; colours cannot be mapped back to ids.",
-    )
-
-
-def relabel(raw: Labels, ids: Mapping[int, int], *, classes: Ontology, where: str) -> Labels:
-    """Map the ids in a file to those of an ontology.
-
-    Args:
-        raw: ids in the file, (H, W).
-        ids: id in the ontology, or its ignore index, by id in the file.
-        classes: the ontology.
-        where: the file, for the error.
-
-    Raises:
-        MaskMillError: ``mask_invalid``, naming the file, if ``ids`` lacks one of its ids.
-    """
-    table = np.full(int(raw.max(initial=0)) + 1, -1, np.int32)
-    for given, meant in ids.items():
-        if given < len(table):
-            table[given] = meant
-    labels = table[raw]
-    if labels.min(initial=0) < 0:
-        unknown = np.unique(raw[labels < 0]).tolist()
-        raise WrongUse(
-            "mask_invalid",
-            f"{where} holds ids that {classes.name} does not have: {shown(unknown)}.",
-            f"Known ids: {_ranges(ids)}. Use the masks of this benchmark, or an ontology that fits them.",
-        )
-    return labels.astype(classes.mask_dtype)
-
-
-def _ranges(ids: Iterable[int]) -> str:
-    """Format numbers as ranges, such as "0-20, 255"."""
-    runs: list[list[int]] = []
-    for number in sorted(ids):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
-
-
-def _kind(data: bytes) -> str:
-    """What a file is that should be a PNG."""
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            return f"{opened.format} (masks are PNGs: other formats may change the ids)"
-    except Exception:  # a damaged or other file
-        return f"{len(data):,} bytes that begin with {data[:8]!r}"
-
-
-def _unreadable(uri: str, why: str) -> MaskMillError:
-    return WrongUse(
-        "dataset_invalid",
-        f"{uri} cannot be read: {why}.",
-        "Get this file again; a benchmark is measured on all of its files or not at all.",
-    )
+        raise unreadable(uri, str(error)) from error

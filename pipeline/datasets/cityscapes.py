@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from pipeline.datasets.base import MaskDataset, Source, identity_ids, list_files
+from pipeline.datasets.base import MaskDataset, Source, list_files
+from pipeline.formats.masks import identity_ids
 from pipeline.ontology.ontology import load_ontology
 
 #: The evaluated label ids, in the order of their train ids 0..18.

@@ -17,9 +17,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from models.errors import MaskMillError, WrongUse
 from pipeline.datasets.base import Counts, LeftOut
-from pipeline.datasets.segmentation import Parts, checked
 from pipeline.files.documents import first_problem, json_kind, parsed_json
 from pipeline.files.images import MAX_PIXELS
+from pipeline.formats.segmentation import Parts, checked
 
 
 def _id(value: Any) -> str:

@@ -28,9 +28,9 @@ import numpy.typing as npt
 from models.errors import WrongUse
 from pipeline.datasets.base import Dataset, Labels, Sample, Source, read_image, shown
 from pipeline.datasets.cocofile import CocoCategory, CocoImage, invalid, read_coco
-from pipeline.datasets.segmentation import encoded
 from pipeline.files.documents import read_document
 from pipeline.files.storage import Storage, open_storage
+from pipeline.formats.segmentation import encoded
 from pipeline.ontology.ontology import BACKGROUND, Ontology, load_ontology
 
 SOURCE = Source(

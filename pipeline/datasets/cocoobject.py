@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pipeline.datasets.base import Dataset, MaskDataset, Source, identity_ids
+from pipeline.datasets.base import Dataset, MaskDataset, Source
 from pipeline.datasets.cocojson import open_coco_json
 from pipeline.datasets.cocostuff import RAW_IDS, list_maps, open_coco_images
+from pipeline.formats.masks import identity_ids
 from pipeline.ontology.ontology import Ontology, load_ontology
 
 NAME = "cocoobject81"

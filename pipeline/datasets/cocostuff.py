@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Final
 
-from pipeline.datasets.base import MaskDataset, Source, identity_ids, list_files
+from pipeline.datasets.base import MaskDataset, Source, list_files
 from pipeline.files.storage import Storage
+from pipeline.formats.masks import identity_ids
 from pipeline.ontology.ontology import load_ontology
 
 #: COCO category ids that no released annotation uses.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pipeline.datasets.base import MaskDataset, Source, identity_ids
+from pipeline.datasets.base import MaskDataset, Source
 from pipeline.datasets.voc import open_devkit
+from pipeline.formats.masks import identity_ids
 
 SOURCE = Source(
     "PASCAL Context",

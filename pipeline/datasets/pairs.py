@@ -13,12 +13,12 @@ from pipeline.datasets.base import (
     MaskDataset,
     Sample,
     Source,
-    identity_ids,
     list_files,
     read_text,
     shown,
 )
 from pipeline.files.storage import Storage, open_storage
+from pipeline.formats.masks import identity_ids
 from pipeline.ontology.ontology import Ontology, load_ontology
 
 SOURCE = Source(

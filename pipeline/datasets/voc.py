@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Literal
 
-from pipeline.datasets.base import MaskDataset, Source, identity_ids, list_files, read_list
+from pipeline.datasets.base import MaskDataset, Source, list_files, read_list
 from pipeline.files.storage import Storage
+from pipeline.formats.masks import identity_ids
 from pipeline.ontology.ontology import load_ontology
 
 SOURCE = Source(

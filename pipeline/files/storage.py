@@ -225,6 +225,18 @@ class Storage:
                 with storage_errors(self.uri_of(name)):
                     self._send(name, lambda path: self.fs.put_file(file.name, path))
 
+    @contextlib.contextmanager
+    def open_file(self, name: str) -> Iterator[IO[bytes]]:
+        """A file to be read piece by piece.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        with storage_errors(self.uri_of(name)):
+            file = self.fs.open(self.path(name), "rb")
+        with file:
+            yield file
+
     def create_bytes(self, name: str, data: bytes) -> bool:
         """Put a file in place only if there is none; of several that try at once, one succeeds.
 

@@ -90,6 +90,9 @@ class Format(Protocol):
     name: ClassVar[str]
     with_images: ClassVar[bool]
     """Whether the format is of no use without copies of the images."""
+    with_confidence: ClassVar[bool]
+    """Whether it writes the confidence. Decoding it takes longer than decoding the labels, so that others get
+    None."""
     max_classes: ClassVar[int]
     """Most classes that it can carry; more are refused before anything is written."""
 
@@ -102,7 +105,8 @@ class Format(Protocol):
             part: name of the part, unique and stable, fit for a file name, such as "00012".
             samples: the labelled images of one file of the table.
             ontology: the classes of the labels.
-            output: the export; files are put there atomically.
+            output: the export; files are put there atomically, with ``write_bytes`` or ``new_file``. They are
+                written in the background, and are all there once the part is done: do not read them back.
         """
         ...
 

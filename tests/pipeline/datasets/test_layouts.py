@@ -321,7 +321,7 @@ def _deep(path: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("make", [_grey(1), _grey(2), _grey(4), _palette(1), _palette(8), _deep])
 def test_masks_of_every_depth_are_read_exactly(make: Callable[[Path], np.ndarray], tmp_path: Path) -> None:
-    from pipeline.datasets.base import read_mask
+    from pipeline.formats.masks import read_mask
 
     ids = make(tmp_path / "mask.png")
     read = read_mask(str(tmp_path / "mask.png"))

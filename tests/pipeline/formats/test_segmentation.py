@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pycocotools import mask as coco
 
-from pipeline.datasets.segmentation import checked, encoded
+from pipeline.formats.segmentation import checked, encoded
 
 # pycocotools under NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")

@@ -1,0 +1,178 @@
+"""A grey PNG of class ids for each image, under the image's own name.
+
+classes.json      the classes, with ids and colours, and the id of pixels that are ignored
+masks/NAME.png    8 bits, 16 above 254 classes
+images/NAME.jpg   if images are copied
+images.csv        mask, image, split and address of each image
+train.txt …       names by split, a line each
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import IO, BinaryIO, ClassVar, cast
+
+from models.errors import WrongUse
+from pipeline.files.documents import parsed_json, read_document
+from pipeline.files.storage import Storage, open_storage
+from pipeline.formats.base import Entry, Imported, Sample, Written
+from pipeline.formats.masks import identity_ids, read_mask, relabel
+from pipeline.formats.names import refuse_outside, suffix_of
+from pipeline.ontology.ontology import Ontology
+from pipeline.table.labels import encode_mask
+from pipeline.table.statistics import Labels
+
+CLASSES_FILE = "classes.json"
+IMAGES_FILE = "images.csv"
+COLUMNS = ("name", "mask", "image", "split", "uri")
+_AGAIN = "Export the dataset again."
+
+
+@dataclass(frozen=True)
+class Png:
+    """See the module."""
+
+    name: ClassVar[str] = "png"
+    with_images: ClassVar[bool] = False
+    with_confidence: ClassVar[bool] = False
+    max_classes: ClassVar[int] = 65_534
+
+    def write_part(
+        self, part: str, samples: Iterable[Sample], ontology: Ontology, output: Storage
+    ) -> Iterator[Written]:
+        """See ``Format``."""
+        for sample in samples:
+            mask = f"masks/{sample.name}.png"
+            output.write_bytes(mask, encode_mask(sample.labels))
+            image = ""
+            if sample.image is not None:
+                image = f"images/{sample.name}{sample.suffix}"
+                output.write_bytes(image, sample.image)
+            yield Written(
+                {
+                    "name": sample.name,
+                    "mask": mask,
+                    "image": image,
+                    "split": sample.split,
+                    "uri": sample.uri,
+                }
+            )
+
+    def finish(self, entries: Iterable[Entry], ontology: Ontology, output: Storage) -> Sequence[str]:
+        """See ``Format``."""
+        output.write_json(CLASSES_FILE, _described(ontology))
+        lists: dict[str, IO[bytes]] = {}
+        with ExitStack() as stack:
+            table = stack.enter_context(output.new_file(IMAGES_FILE))
+            table.write(_line(COLUMNS))
+            for entry in entries:
+                table.write(_line([entry[column] for column in COLUMNS]))
+                split = entry["split"]
+                if split not in lists:
+                    lists[split] = stack.enter_context(output.new_file(f"{split}.txt"))
+                lists[split].write(f"{entry['name']}\n".encode())
+        return [IMAGES_FILE, CLASSES_FILE]
+
+
+def _described(ontology: Ontology) -> dict[str, object]:
+    colours = ontology.palette().tolist()
+    return {
+        "classes": [
+            {"id": number, "name": name, "color": "#{:02x}{:02x}{:02x}".format(*colours[number])}
+            for number, name in enumerate(ontology.names)
+        ],
+        "ignore_index": ontology.ignore_index,
+        "ontology": ontology.to_record(),
+    }
+
+
+def _line(values: Iterable[str]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerow(values)
+    return text.getvalue().encode()
+
+
+def read_png(place: str, *, images: str | None = None) -> Imported:
+    """Read what ``Png`` wrote.
+
+    Args:
+        place: path or URI of the export.
+        images: folder of the images, NAME with any suffix, instead of their addresses; not needed if they
+            were copied.
+
+    Raises:
+        MaskMillError: ``dataset_missing``, ``dataset_invalid``, ``ontology_invalid``; ``mask_invalid`` while
+            the samples are read.
+    """
+    storage = open_storage(place)
+    try:
+        content = parsed_json(
+            read_document(storage, CLASSES_FILE, code="dataset_invalid"),
+            storage.uri_of(CLASSES_FILE),
+            code="dataset_invalid",
+        )
+    except FileNotFoundError:
+        raise WrongUse(
+            "dataset_missing",
+            f"There is no {CLASSES_FILE} in {storage.uri}.",
+            "Give the --output of maskmill export --format png. A folder of your own masks is read with "
+            "--images and --truth.",
+        ) from None
+    recorded = content.get("ontology") if isinstance(content, dict) else None
+    if not isinstance(recorded, dict):
+        raise WrongUse("dataset_invalid", f"{storage.uri_of(CLASSES_FILE)} has no classes.", _AGAIN)
+    ontology = Ontology.from_record(recorded, origin=storage.uri_of(CLASSES_FILE))
+    return Imported(ontology, _Samples(storage, ontology, images))
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The samples of a PNG export; may be iterated again."""
+
+    storage: Storage
+    ontology: Ontology
+    images: str | None
+
+    def __iter__(self) -> Iterator[Sample]:
+        ids = identity_ids(self.ontology.num_classes, ignore=self.ontology.ignore_index)
+        where = self.storage.uri_of(IMAGES_FILE)
+        for number, row in enumerate(_rows(self.storage)):
+            mask = self.storage.uri_of(refuse_outside(row["mask"], where))
+            labels = cast(Labels, relabel(read_mask(mask), ids, classes=self.ontology, where=mask))
+            image = row["image"]
+            if self.images is not None:
+                uri = open_storage(self.images).uri_of(
+                    refuse_outside(f"{row['name']}{suffix_of(row['uri'])}", where)
+                )
+            else:
+                uri = self.storage.uri_of(refuse_outside(image, where)) if image else row["uri"]
+            yield Sample(
+                number=number,
+                id=number,
+                name=row["name"],
+                uri=uri,
+                suffix=suffix_of(uri),
+                split=row["split"],
+                labels=labels,
+            )
+
+
+def _rows(storage: Storage) -> Iterator[dict[str, str]]:
+    where = storage.uri_of(IMAGES_FILE)
+    try:
+        with storage.open_file(IMAGES_FILE) as file:
+            reader = csv.DictReader(io.TextIOWrapper(cast(BinaryIO, file), "utf-8", newline=""), restval="")
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise WrongUse(
+                    "dataset_invalid", f"{where} has not the columns {', '.join(COLUMNS)}.", _AGAIN
+                )
+            for row in reader:
+                yield {column: row[column] for column in COLUMNS}
+    except FileNotFoundError:
+        raise WrongUse("dataset_missing", f"There is no {where}.", _AGAIN) from None
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise WrongUse("dataset_invalid", f"{where} is damaged: {error}.", _AGAIN) from None
