@@ -13,7 +13,7 @@ BOOTSTRAP = command -v "$(PYTHON)" >/dev/null 2>&1 || { \
   echo "setup: there is no $(PYTHON) here. Install Python 3.10 to 3.13 or name yours: make PYTHON=/path/to/python3" >&2; \
   exit 1; }; "$(PYTHON)" -I jobs/bootstrap.py --venv "$(VENV)"
 PYTEST = OMP_WAIT_POLICY=PASSIVE GLIBC_TUNABLES="$(MALLOC)" "$(BIN)/python" -m pytest \
-  --numprocesses "$(WORKERS)" --dist loadfile --no-loadscope-reorder
+  --numprocesses "$(WORKERS)" --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo check test test-long lint bench clean

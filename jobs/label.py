@@ -36,7 +36,7 @@ from pipeline.cluster.nodes import plan_like, plan_when_joined
 from pipeline.cluster.session import joins_cluster, ray_session, worker_precision
 from pipeline.cluster.signals import interrupt, signals_held
 from pipeline.corpus.manifest import ADDRESS, build_manifest
-from pipeline.files.images import ERROR_CODES, ImageError, fetch
+from pipeline.files.images import ImageError, fetch
 from pipeline.files.outputs import check_output_folder
 from pipeline.files.records import now
 from pipeline.files.redaction import without_signature
@@ -44,20 +44,9 @@ from pipeline.files.storage import Storage, is_remote, open_storage
 from pipeline.files.versions import versions
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe, templates_for
 from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
-from pipeline.table.changed import find_changed
-from pipeline.table.committed import (
-    CHECKPOINT_DIR,
-    LABELS_DIR,
-    RELABELLED_DIR,
-    Ids,
-    Replaced,
-    apply_relabelled,
-    discard_leftovers,
-    part_files,
-    read_ids,
-    settle,
-)
-from pipeline.table.labels import DATASET_FILE, OK, Counts, iter_batches, summarise
+from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, RELABELLED_DIR, Replaced
+from pipeline.table.increment import Table, Work, choose, commit, open_table, record_counts, unfinished
+from pipeline.table.labels import DATASET_FILE, OK, Counts
 from pipeline.table.lease import Lease, refuse_other_holder
 from pipeline.table.record import TableRecord, find_table_record, write_table_record
 from pipeline.tracking.names import place_name, recipe_name, record_params, run_name
@@ -71,8 +60,6 @@ if TYPE_CHECKING:
 
 OWN_ENTRIES = (DATASET_FILE, LABELS_DIR, RELABELLED_DIR, CHECKPOINT_DIR, "manifest")
 """What a run writes to its output and ``overwrite`` may delete; older versions also wrote the last two."""
-LABELLING_CODES = ("label_failed", "crashed_worker")
-"""Codes of images that were read, beside ``ERROR_CODES`` of those that were not."""
 PACKAGES = (
     "maskmill",
     "torch",
@@ -226,11 +213,11 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
         fence = functools.partial(refuse_other_holder, storage, lease.run_id)
         recorded = recorded_table(storage, job)
         replaces = job.overwrite and storage.exists(DATASET_FILE)
-        table = Table() if replaces or recorded is None else _open_table(storage, recorded, fence, say)
+        table = Table() if replaces or recorded is None else open_table(storage, recorded, fence, say)
         work = _choose(job, manifest, storage, table, console)
         if work.todo.num_rows == 0:
             if table.counts is None:  # a run was killed before it could count
-                _record_counts(storage, table, Counts(), Replaced())
+                record_counts(storage, table, Counts(), Replaced())
             say(f"{work.nothing}\nLook at them: maskmill show {job.output}")
             return 0
         _refuse_unreachable(work.todo)
@@ -251,9 +238,9 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
                 startup_s += progress.first_s or 0.0
                 display.stage("stopping Ray")
             with timed(console, "counting what is new"):
-                fresh, replaced = _commit(storage, work.todo, table, fence, say)
+                fresh, replaced = commit(storage, work.todo, table, fence, say)
                 outcome = Counter(fresh.status) + Counter(replaced.added.status) + replaced.kept
-                record = _record_counts(storage, table, fresh, replaced)
+                record = record_counts(storage, table, fresh, replaced)
             took = time.monotonic() - began
             busy = _busy(progress, compute)
             _end_tracking(tracker, record, outcome, progress, startup_s=startup_s, busy=busy)
@@ -298,88 +285,21 @@ def recorded_table(storage: Storage, job: LabelJob) -> TableRecord | None:
     return recorded
 
 
-@dataclass(frozen=True)
-class Table:
-    """What the table holds when a run begins.
-
-    Attributes:
-        parts: ids by part.
-        counts: of its rows; None if the recorded ones are of another state of the table.
-    """
-
-    parts: dict[str, Ids] = field(default_factory=dict)
-    counts: Counts | None = field(default_factory=Counts)
-
-    @property
-    def ids(self) -> Ids:
-        """Ids of all rows."""
-        return np.concatenate([np.empty(0, np.int64), *self.parts.values()])
-
-
-def _open_table(
-    storage: Storage, recorded: TableRecord, fence: Callable[[], None], say: Callable[[str], None]
-) -> Table:
-    """Finish what a killed run began, set aside what is damaged, and read what is there."""
-    discarded = discard_leftovers(storage)
-    if discarded:
-        say(f"Resuming an interrupted run: {discarded} half-written part(s) discarded.")
-    parts = settle(storage, notice=say)
-    replaced = apply_relabelled(storage, parts, fence=fence)
-    if len(replaced.ids):
-        say(f"Resuming an interrupted run: {len(replaced.ids):,} rows replaced that it had labelled again.")
-        parts = settle(storage)
-    counts = Counts(recorded.counts)
-    known = not len(replaced.ids) and counts.images == sum(map(len, parts.values()))
-    return Table(parts, counts if known else None)
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a run has to do.
-
-    Attributes:
-        todo: manifest of the images to label.
-        replacing: ids of those that have a row.
-        nothing: what to say if there is nothing to do.
-    """
-
-    todo: pa.Table
-    replacing: Ids
-    nothing: str
-
-
 def _choose(job: LabelJob, manifest: pa.Table, storage: Storage, table: Table, console: Console) -> Work:
-    """Choose the images to label.
-
-    Raises:
-        MaskMillError: ``table_missing``, ``wrong_use`` for ``retry_failed`` without a table or with a code
-            that nothing has.
-    """
-    again: list[Ids] = [np.empty(0, np.int64)]
-    nothing = f"Nothing new: all {manifest.num_rows:,} images are labelled in {storage.uri}."
-    if job.retry_failed is not None:
-        again.append(_failed_ids(job.retry_failed, storage, table))
-        nothing = f"Nothing to retry: no image failed{_with_codes(job.retry_failed)} in {storage.uri}."
-    if job.changed and table.parts:
-        with console.status("looking for changed images") as status:
-            ids, states = find_changed(
-                storage, manifest, progress=lambda done: status.update(f"compared {done:,} images")
-            )
-        again.append(ids)
-        lost = [f"{states[state]:,} are {state}" for state in ("gone", "unreadable") if states[state]]
-        nothing += f" Of {states.total():,} labelled images none has changed."
-        if lost:
-            console.print(
-                f"Of {states.total():,} labelled images {' and '.join(lost)}: their rows stay.",
-                soft_wrap=True,
-                highlight=False,
-            )
-    ids = manifest["id"].to_numpy()
-    replacing = np.intersect1d(np.concatenate(again), ids)
-    wanted = np.isin(ids, replacing)
-    if job.retry_failed is None:
-        wanted |= ~np.isin(ids, table.ids)
-    return Work(manifest.filter(pa.array(wanted)), replacing, nothing)
+    if not (job.changed and table.parts):
+        return choose(manifest, storage, table, retry_failed=job.retry_failed)
+    with console.status("looking for changed images") as status:
+        work = choose(
+            manifest,
+            storage,
+            table,
+            retry_failed=job.retry_failed,
+            changed=True,
+            progress=lambda done: status.update(f"compared {done:,} images"),
+        )
+    if work.lost:
+        console.print(work.lost, soft_wrap=True, highlight=False)
+    return work
 
 
 def _refuse_unreachable(todo: pa.Table) -> None:
@@ -403,37 +323,6 @@ def _refuse_unreachable(todo: pa.Table) -> None:
                 f"{first['uri']} cannot be read: {error.message}",
                 "Check the network, the endpoint (for S3: AWS_ENDPOINT_URL) and the credentials.",
             ) from error
-
-
-def _failed_ids(codes: tuple[str, ...], storage: Storage, table: Table) -> Ids:
-    """Ids of the rows that failed with one of the codes, or at all."""
-    if not table.parts:
-        raise WrongUse(
-            "table_missing",
-            f"There is no label table in {storage.uri}, so no image has failed.",
-            "Leave --retry-failed out, or name the --output of an earlier run.",
-        )
-    seen: Counter[str] = Counter()
-    found = [np.empty(0, np.int64)]
-    for batch in iter_batches(storage, ["id", "status"], batch_size=65_536):
-        status = batch.column("status").to_pylist()
-        seen.update(status)
-        chosen = [code in codes if codes else code != OK for code in status]
-        found.append(batch.column("id").to_numpy()[chosen])
-    known = {*seen, *ERROR_CODES, *LABELLING_CODES}
-    unknown = [code for code in codes if code not in known]
-    if unknown:
-        there = ", ".join(f"{code} ({number:,})" for code, number in seen.most_common() if code != OK)
-        raise WrongUse(
-            "wrong_use",
-            f"No image failed with {', '.join(unknown)}.",
-            f"Codes in the table: {there or 'none, all images are labelled'}.",
-        )
-    return np.concatenate(found)
-
-
-def _with_codes(codes: tuple[str, ...]) -> str:
-    return f" with {', '.join(codes)}" if codes else ""
 
 
 def _announcement(job: LabelJob, total: int, work: Work) -> str:
@@ -540,7 +429,7 @@ def _label(
         report=_reporting(display, tracker),
         replanning=Replanning(
             plan=lambda before: plan_when_joined(plan_like(before), display.say),
-            unfinished=lambda manifest: _unfinished(manifest, storage, table),
+            unfinished=lambda manifest: unfinished(manifest, storage, table),
             notice=display.say,
         )
         if joins_cluster(job.address)
@@ -552,39 +441,6 @@ def _busy(progress: Progress, compute: Compute) -> float:
     """Share of the time after start-up that the actors spent labelling; 0 if the run is too short to tell."""
     flowing = (progress.last_s or 0.0) - (progress.first_s or 0.0)
     return min(1.0, progress.label_s / (compute.actors * compute.calls * flowing)) if flowing > 1 else 0.0
-
-
-def _unfinished(manifest: pa.Table, storage: Storage, table: Table) -> pa.Table:
-    """The images that this run has not labelled yet."""
-    new = [part for part in part_files(storage) if part not in table.parts]
-    done = read_ids(storage, [*new, *part_files(storage, RELABELLED_DIR)])
-    return manifest.filter(pa.array(~np.isin(manifest["id"].to_numpy(), done)))
-
-
-def _commit(
-    storage: Storage,
-    todo: pa.Table,
-    table: Table,
-    fence: Callable[[], None],
-    say: Callable[[str], None],
-) -> tuple[Counts, Replaced]:
-    """Replace old rows, and count on disk what this run added: workers report some rows twice if one dies.
-
-    Raises:
-        MaskMillError: ``labelling_failed`` if an image has no row: a retried task may fail on different
-            images than the first try.
-    """
-    new = settle(storage, [part for part in part_files(storage) if part not in table.parts], notice=say)
-    replaced = apply_relabelled(storage, table.parts, fence=fence)
-    done = np.concatenate([replaced.ids, *new.values()])
-    missing = np.count_nonzero(~np.isin(todo["id"].to_numpy(), done))
-    if missing:
-        raise FailedWork(
-            "labelling_failed",
-            f"{missing:,} images have no row, because Ray ran some work twice with different results.",
-            "Run the same command again: it labels them.",
-        )
-    return Counts(summarise(storage, list(new))), replaced
 
 
 def _new_record(job: LabelJob, prepared: PreparedLabeller) -> TableRecord:
@@ -656,21 +512,6 @@ def _end_tracking(
         },
         step=progress.done,
     )
-
-
-def _record_counts(storage: Storage, table: Table, fresh: Counts, replaced: Replaced) -> TableRecord:
-    """Add the counts of this run to those of the table, which is read only if they are unknown."""
-    record = find_table_record(storage)
-    assert record is not None
-    counts = table.counts
-    if counts is not None:
-        counts.add(replaced.removed, -1)
-        counts.add(replaced.added)
-        counts.add(fresh)
-    known = summarise(storage) if counts is None else counts.to_dict()
-    record = record.model_copy(update={"counts": known, "updated": now()})
-    write_table_record(storage, record)
-    return record
 
 
 def _summary(

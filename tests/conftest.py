@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,18 @@ os.environ.setdefault("RAY_worker_niceness", "5")
 # Tests join a cluster (shared_ray) by this token.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+# A shell starts background jobs with Ctrl-C ignored, which the processes that tests start would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+
+    def _unexpected(number: int, frame: object) -> None:
+        raise AssertionError("SIGTERM reached a test process while no command handled it")
+
+    # A test that sends it too late would end this process, without a word of which test it was.
+    signal.signal(signal.SIGTERM, _unexpected)
 
 # A user's own cache would answer instead of the code that is tested.
 _CACHE = tempfile.TemporaryDirectory(prefix="maskmill-tests-")

@@ -11,6 +11,7 @@ import shlex
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,9 +162,19 @@ def test_a_registered_model_no_longer_needs_its_folder(
     assert out["error"].isna().all() and out["max_probability"][0] == pytest.approx(p.max(), abs=1e-3)
 
 
+@pytest.fixture
+def late_signals_ignored() -> Iterator[None]:
+    """A signal that comes when the training has ended already harms nobody."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_a_stopped_run_resumes_to_the_same_model(trained: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_model(
+    trained: Path, tmp_path: Path, late_signals_ignored: None
+) -> None:
     output = tmp_path / "run"
     first = output / "checkpoints" / "step-0000003" / "manifest.json"
 
