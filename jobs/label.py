@@ -36,7 +36,8 @@ from pipeline.cluster.nodes import plan_like, plan_when_joined
 from pipeline.cluster.session import joins_cluster, ray_session, worker_precision
 from pipeline.cluster.signals import interrupt, signals_held
 from pipeline.corpus.manifest import ADDRESS, build_manifest
-from pipeline.files.images import ImageError, fetch
+from pipeline.files.fetch import fetch
+from pipeline.files.images import ImageError
 from pipeline.files.outputs import check_output_folder
 from pipeline.files.records import now
 from pipeline.files.redaction import without_signature

@@ -21,7 +21,8 @@ from jobs.console import counted, duration, stderr_console, timed
 from jobs.options import Flag, Maybe, Repeated, refuse_missing_file
 from models.errors import WrongUse
 from pipeline.corpus.manifest import ADDRESS, build_manifest
-from pipeline.files.images import MAX_PIXELS, ImageError, decode, fetch, max_bytes, target_size
+from pipeline.files.fetch import fetch, max_bytes
+from pipeline.files.images import MAX_PIXELS, ImageError, decode, target_size
 from pipeline.files.outputs import check_output_folder
 from pipeline.files.records import now
 from pipeline.files.redaction import without_signature

@@ -21,6 +21,7 @@ from models.labelmap import label_map
 from models.maskclip import MaskClip
 from pipeline.evaluation.results import PICTURES, Picture, Section
 from pipeline.files import images
+from pipeline.files.fetch import fetch, max_bytes
 from pipeline.files.storage import cache_dir
 from pipeline.labelling.recipes import LabelRecipe
 from pipeline.ontology.concepts import ConceptList
@@ -62,7 +63,7 @@ def draw_concepts(
     for number, (uri, address) in enumerate(addresses.items(), 1):
         try:
             most = recipe.images.max_pixels
-            image = images.decode(images.fetch(address, max_bytes=images.max_bytes(most)), max_pixels=most)
+            image = images.decode(fetch(address, max_bytes=max_bytes(most)), max_pixels=most)
         except images.ImageError as error:
             console.print(f"left out {uri}: {error}", highlight=False, soft_wrap=True)
             continue

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from models.errors import MaskMillError, WrongUse
 from pipeline.files.faults import says_damage
-from pipeline.files.images import ImageError, fetch
+from pipeline.files.fetch import fetch
+from pipeline.files.images import ImageError
 from pipeline.files.redaction import without_signature
 from pipeline.files.storage import canonical_uri, is_remote, open_storage, storage_errors
 

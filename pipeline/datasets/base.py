@@ -22,7 +22,8 @@ import numpy.typing as npt
 
 from models.errors import MaskMillError, WrongUse
 from pipeline.files.documents import decoded, read_document
-from pipeline.files.images import ImageError, decode, fetch
+from pipeline.files.fetch import fetch
+from pipeline.files.images import ImageError, decode
 from pipeline.files.storage import Storage, open_storage
 from pipeline.formats.masks import MAX_SHOWN, Labels, read_mask, relabel, shown, unreadable
 from pipeline.ontology.ontology import Ontology, builtin_ontologies, load_ontology

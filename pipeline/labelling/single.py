@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from models.errors import WrongUse, did_you_mean
 from pipeline.files import images
+from pipeline.files.fetch import fetch
 from pipeline.labelling.labeller import Labeller, Prediction
 from pipeline.labelling.prepare import clipseg_recipe, prepare_labeller, student_recipe
 from pipeline.labelling.recipes import (
@@ -71,7 +72,7 @@ class ImageLabeller:
 
     def _pixels(self, image: str | os.PathLike[str] | NDArray[np.uint8] | Image.Image) -> NDArray[np.uint8]:
         if isinstance(image, str | os.PathLike):
-            return images.decode(images.fetch(os.fspath(image)), max_pixels=self.recipe.images.max_pixels)
+            return images.decode(fetch(os.fspath(image)), max_pixels=self.recipe.images.max_pixels)
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
                 raise ValueError(f"an image is uint8 (H, W, 3), not {image.dtype} {image.shape}")

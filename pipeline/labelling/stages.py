@@ -24,6 +24,7 @@ from models.errors import FailedWork
 from pipeline.corpus.manifest import ADDRESS
 from pipeline.files import corruptions, images
 from pipeline.files.faults import explain
+from pipeline.files.fetch import fetch, file_version, max_bytes
 from pipeline.files.images import ImageSettings
 from pipeline.files.storage import Storage
 from pipeline.labelling.attempts import (
@@ -79,7 +80,7 @@ _WRITTEN = pa.schema(
 
 @dataclass(frozen=True)
 class _Fetched:
-    """A file's content, or why there is none; ``version`` as ``images.file_version`` told it before."""
+    """A file's content, or why there is none; ``version`` as ``file_version`` told it before."""
 
     version: str | None
     data: bytes = b""
@@ -126,13 +127,13 @@ class Decode:
         address = entry.get(ADDRESS) or entry["uri"]
         # The version first: of a file that changes meanwhile it is the older one, and the change is found
         # later.
-        version = images.file_version(address)
+        version = file_version(address)
         try:
-            data = images.fetch(
+            data = fetch(
                 address,
                 start=entry.get("offset") or 0,
                 length=entry.get("length"),
-                max_bytes=images.max_bytes(self._settings.max_pixels),
+                max_bytes=max_bytes(self._settings.max_pixels),
             )
         except images.ImageError as error:
             return _Fetched(version, error=error)

@@ -180,7 +180,8 @@ def example_digest(image: str, mask: str | None) -> str:
     Raises:
         PydanticCustomError: if a file cannot be read.
     """
-    from pipeline.files.images import ImageError, fetch
+    from pipeline.files.fetch import fetch
+    from pipeline.files.images import ImageError
 
     digest = hashlib.sha256()
     for path in (image, mask):

@@ -26,7 +26,8 @@ from PIL import Image
 
 from models.errors import WrongUse
 from models.files import write_file
-from pipeline.files.images import ERROR_CODES, ImageError, decode, fetch
+from pipeline.files.fetch import fetch
+from pipeline.files.images import ERROR_CODES, ImageError, decode
 from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.palette import palette
 from pipeline.report.page import page_path, render

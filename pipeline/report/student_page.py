@@ -18,6 +18,7 @@ from PIL import Image
 from pipeline.datasets.base import Dataset
 from pipeline.evaluation.tables import plan
 from pipeline.files import images
+from pipeline.files.fetch import fetch
 from pipeline.files.storage import is_remote
 from pipeline.metrics.names import percent
 from pipeline.ontology.ontology import Ontology
@@ -233,7 +234,7 @@ def _chosen_rows(labels: str) -> list[dict[str, Any]]:
 def _image(row: Mapping[str, Any], record: StudentRecord) -> np.ndarray | None:
     """The image that was labelled; None if it cannot be read or has changed."""
     try:
-        data = images.fetch(row["uri"])
+        data = fetch(row["uri"])
         if hashlib.sha256(data).digest() != row["sha256"]:
             return None
         return images.decode(data, max_pixels=record.labelling.max_pixels)

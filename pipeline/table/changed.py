@@ -13,7 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.corpus.manifest import ADDRESS
-from pipeline.files.images import ImageError, fetch, file_version
+from pipeline.files.fetch import fetch, file_version
+from pipeline.files.images import ImageError
 from pipeline.files.storage import Storage
 from pipeline.table.labels import iter_batches
 

@@ -152,7 +152,7 @@ def ok_row(
     """Row of a labelled image.
 
     ``sha256`` is the 32-byte digest of the encoded image; height and width apply after EXIF orientation;
-    ``version`` is that of the file as it was read (``pipeline.files.images.file_version``).
+    ``version`` is that of the file as it was read (``pipeline.files.fetch.file_version``).
     """
     assert labels.shape == confidence.shape == (height, width), (labels.shape, confidence.shape)
     return {

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.errors import WrongUse
-from pipeline.files.images import ImageError, decode, fetch
+from pipeline.files.fetch import fetch
+from pipeline.files.images import ImageError, decode
 
 
 @dataclass(frozen=True, eq=False)

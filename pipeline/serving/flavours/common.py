@@ -33,6 +33,7 @@ from PIL import Image
 from models.device import DTYPES
 from models.errors import MaskMillError, WrongUse
 from pipeline.files import images
+from pipeline.files.fetch import fetch
 from pipeline.files.storage import Storage
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def _encoded(cell: Any, *, paths: bool) -> bytes:
             "send the bytes, or a data: URI in base64",
         )
     try:
-        return images.fetch(cell)
+        return fetch(cell)
     except images.ImageError as error:
         raise images.ImageError(error.code, images.ERROR_CODES[error.code]) from None
 

@@ -29,6 +29,7 @@ from pipeline.datasets import base
 from pipeline.evaluation import tables as evaluation
 from pipeline.files import images
 from pipeline.files.faults import says_damage
+from pipeline.files.fetch import fetch, max_bytes
 from pipeline.files.storage import Storage, open_storage
 from pipeline.labelling.recipes import table_recipe
 from pipeline.ontology.ontology import Ontology
@@ -182,16 +183,16 @@ class TableSamples:
         """Read the image of a row, uint8 (H, W, 3) RGB.
 
         Raises:
-            MaskMillError: ``image_invalid`` if its bytes have changed; errors of ``images.fetch`` and
+            MaskMillError: ``image_invalid`` if its bytes have changed; errors of ``fetch`` and
                 ``images.decode``.
         """
         start, length = (0, -1) if self._ranges is None else self._ranges[index].tolist()
         try:
-            data = images.fetch(
+            data = fetch(
                 row["uri"],
                 start=max(start, 0),
                 length=None if length < 0 else length,
-                max_bytes=images.max_bytes(self._max_pixels),
+                max_bytes=max_bytes(self._max_pixels),
             )
             if row["sha256"] is not None and hashlib.sha256(data).digest() != row["sha256"]:
                 raise WrongUse(

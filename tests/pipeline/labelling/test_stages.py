@@ -18,6 +18,7 @@ from PIL import Image
 
 from models.errors import MaskMillError
 from pipeline.files import corruptions, images
+from pipeline.files.fetch import file_version
 from pipeline.files.images import ImageSettings
 from pipeline.files.storage import Storage, open_storage
 from pipeline.labelling import stages
@@ -155,7 +156,7 @@ def test_rows_have_the_version_of_the_file_that_was_read(tmp_path: Path) -> None
     manifest = _folder(tmp_path, {"a.png": ((40, 40), 128), "broken.png": b"no image"})
     rows = pa.concat_tables(Decode(SETTINGS)(manifest)).to_pylist()
     assert [row["version"] for row in rows] == [
-        *(images.file_version(str(tmp_path / name)) for name in ("a.png", "broken.png")), None
+        *(file_version(str(tmp_path / name)) for name in ("a.png", "broken.png")), None
     ]  # fmt: skip
     storage = open_storage(tmp_path / "table")
     _write(storage)(

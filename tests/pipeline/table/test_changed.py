@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.corpus.manifest import build_manifest, stable_id
-from pipeline.files.images import file_version
+from pipeline.files.fetch import file_version
 from pipeline.files.storage import Storage, open_storage
 from pipeline.table.changed import find_changed
 from pipeline.table.committed import write_part

@@ -1,0 +1,256 @@
+"""Read the bytes of an image, from wherever it is, within limits of size and time.
+
+Bad input is normal here. Any fault of one image raises ``ImageError``; see ``pipeline.files.images``.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import queue
+import random
+import re
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pipeline.files.images import MAX_PIXELS, ImageError
+from pipeline.files.redaction import redact, without_signature
+
+_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_PIECE = 8 << 20  # bytes read at a time
+_PAST_END = re.compile(r"InvalidRange|\b416\b|not satisfiable", re.IGNORECASE)
+_CREDENTIALS = re.compile(
+    r"ExpiredToken|token has expired|RequestExpired|InvalidAccessKeyId|SignatureDoesNotMatch"
+    r"|Invalid endpoint",
+    re.IGNORECASE,
+)
+
+
+def max_bytes(max_pixels: int) -> int:
+    """The size of the largest file that can hold an image of so many pixels, with 64 MB for metadata.
+
+    Twelve bytes a pixel: three channels of 32 bits. RGBA of 16 bits, the largest that is read, has eight.
+    """
+    return 12 * max_pixels + (64 << 20)
+
+
+def file_version(uri: str) -> str | None:
+    """What tells a file from a later one of the same name, without reading it.
+
+    Args:
+        uri: as for :func:`fetch`.
+
+    Returns:
+        Its size in bytes, and the ETag of an object or the time of the last change; None if there is no such
+        file, or its storage cannot tell.
+    """
+    try:
+        if not _REMOTE.match(uri):
+            status = os.stat(uri)
+            return f"{status.st_size} {status.st_mtime_ns}"
+        import fsspec
+
+        # A listing that was cached tells of the past.
+        filesystem, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        info = filesystem.info(path)
+    except Exception:  # each driver has its own exceptions; reading the file will tell
+        return None
+    changed = next(
+        (info[name] for name in ("ETag", "mtime", "LastModified", "updated") if info.get(name)), None
+    )
+    return None if changed is None else f"{info.get('size')} {changed}"
+
+
+def fetch(
+    uri: str,
+    *,
+    start: int = 0,
+    length: int | None = None,
+    max_bytes: int = max_bytes(MAX_PIXELS),
+    patience: float = 60.0,
+    attempts: int = 4,
+    wait: float = 0.5,
+    sleep: Callable[[float], object] = time.sleep,
+) -> bytes:
+    """Read a file or object, or a range of its bytes.
+
+    Args:
+        uri: a local path, or a URL of any scheme that fsspec knows (``s3://``, ``gs://``, ``file://``, …).
+        start: the first byte to read.
+        length: number of bytes; None reads to the end.
+        max_bytes: larger files are not read.
+        patience: seconds without any new byte after which a read is given up.
+        attempts: tries after transient errors.
+        wait: seconds before the second attempt; doubled each time, with up to 50 % of random jitter so that
+            many workers do not retry at once.
+        sleep: for tests.
+
+    Returns:
+        The bytes; fewer than ``length`` if the file ends first.
+
+    Raises:
+        ImageError: ``not_found``, ``permission``, ``unavailable``, ``unsupported_uri``, ``not_a_file``,
+            ``too_many_bytes`` or ``unreadable``. Its message holds no secrets of the address.
+        MaskMillError: ``storage_unreachable`` if credentials have expired, which is no fault of the image.
+    """
+    if length is not None and length > max_bytes:
+        raise _too_many(length, max_bytes)
+    chunks = _chunks(uri, start, length, max_bytes)
+    for attempt in range(attempts):
+        try:
+            return _gather(chunks, max_bytes, patience)
+        except ImageError:
+            raise
+        except Exception as error:  # each driver has its own exceptions
+            _refuse_credentials(uri, error)
+            explained = _explain_io(error)
+            if explained.code != "unavailable" or isinstance(error, _Stalled) or attempt == attempts - 1:
+                raise explained from error
+        delay = wait * 2**attempt
+        sleep(delay + random.uniform(0, delay / 2))
+    raise AssertionError("attempts must be positive")
+
+
+class _Stalled(TimeoutError):
+    """Nothing arrived for too long."""
+
+
+def _chunks(uri: str, start: int, length: int | None, most: int) -> Callable[[], Iterator[bytes]]:
+    """A function that reads the bytes piece by piece, from their beginning at each call."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", uri) is None:
+        return functools.partial(_local_chunks, uri, start, length, most)
+    from fsspec.core import url_to_fs
+
+    from pipeline.files.storage import canonical_uri, is_remote
+
+    try:
+        place = canonical_uri(uri)
+        if not is_remote(place):  # file://
+            return functools.partial(_local_chunks, place, start, length, most)
+        filesystem, path = url_to_fs(place)
+    except Exception as error:  # a password, an unknown scheme, a missing driver, a malformed address
+        raise ImageError("unsupported_uri", _text(error)) from error
+    if place.startswith(("http://", "https://")) and start == 0 and length is None:
+        return functools.partial(_streamed_chunks, filesystem, path)
+    return functools.partial(_ranged_chunks, filesystem, path, start, length)
+
+
+def _local_chunks(path: str, start: int, length: int | None, most: int) -> Iterator[bytes]:
+    # Asked first: opening a pipe waits for a writer, and some devices act when they are opened.
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+        raise ImageError("not_a_file", f"the path is {kinds.get(stat.S_IFMT(status.st_mode), 'a device')}")
+    left = max(0, status.st_size - start) if length is None else length
+    if left > most:
+        raise _too_many(left, most)
+    with open(path, "rb") as file:
+        file.seek(start)
+        while length is None or left > 0:
+            # One more than there should be, so that one call shows the end. Files in /proc have no size, and
+            # others grow.
+            want = min(_PIECE, left + (length is None)) if left > 0 else _PIECE
+            piece = file.read(want)
+            yield piece
+            left -= len(piece)
+            if len(piece) < want:
+                return
+
+
+def _streamed_chunks(filesystem: Any, path: str) -> Iterator[bytes]:
+    """The answer of a web server, which may be without length, or without end."""
+    # With a block size of 0 fsspec streams; with a size it does not ask for it.
+    with filesystem.open(path, block_size=0, size=1) as file:
+        while piece := file.read(_PIECE):
+            yield piece
+
+
+def _ranged_chunks(filesystem: Any, path: str, start: int, length: int | None) -> Iterator[bytes]:
+    """An object in pieces, so that neither a large one nor a slow one goes unnoticed."""
+    end = None if length is None else start + length
+    while end is None or start < end:
+        want = _PIECE if end is None else min(_PIECE, end - start)
+        try:
+            piece = bytes(filesystem.cat_file(path, start=start, end=start + want))
+        except Exception as error:
+            if _PAST_END.search(_text(error)):  # of an empty object, or of one that fills the last piece
+                return
+            raise
+        yield piece
+        if len(piece) != want:
+            return
+        start += want
+
+
+def _gather(chunks: Callable[[], Iterator[bytes]], most: int, patience: float) -> bytes:
+    """Read all pieces in a thread, which is left behind if nothing arrives for ``patience`` seconds.
+
+    Nothing else ends a read from a network share that is gone.
+    """
+    arrived: queue.SimpleQueue[bytes | Exception | None] = queue.SimpleQueue()
+    abandoned = threading.Event()
+
+    def read() -> None:
+        size = 0
+        try:
+            for piece in chunks():
+                size += len(piece)
+                if size > most:
+                    raise _too_many(size, most)
+                if abandoned.is_set():
+                    return
+                arrived.put(piece)
+            arrived.put(None)
+        except Exception as error:
+            arrived.put(error)
+
+    threading.Thread(target=read, name="fetch", daemon=True).start()
+    pieces: list[bytes] = []
+    while True:
+        try:
+            item = arrived.get(timeout=patience)
+        except queue.Empty:
+            abandoned.set()
+            raise _Stalled(f"nothing arrived for {patience:g} s") from None
+        if item is None:
+            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if isinstance(item, Exception):
+            raise item
+        pieces.append(item)
+
+
+def _too_many(size: int, most: int) -> ImageError:
+    return ImageError("too_many_bytes", f"{size:,} bytes or more; the limit is {most:,}")
+
+
+def _refuse_credentials(uri: str, error: Exception) -> None:
+    """Stop at credentials that have expired or name no server: every other image would fail alike."""
+    if not uri.lower().startswith(("http://", "https://")) and _CREDENTIALS.search(
+        f"{error} {error.__cause__ or ''}"
+    ):
+        from pipeline.files.faults import unreachable
+
+        raise unreachable(without_signature(uri), error) from error
+
+
+def _explain_io(error: Exception) -> ImageError:
+    """Translate an exception of a file system. Errors not known to be permanent count as transient."""
+    text = _text(error)
+    number, status = getattr(error, "errno", None), getattr(error, "status", None)
+    if isinstance(error, FileNotFoundError | NotADirectoryError) or status in (404, 410):
+        return ImageError("not_found", text)
+    if isinstance(error, PermissionError) or status in (401, 403) or "Credential" in type(error).__name__:
+        return ImageError("permission", text)
+    lasting = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EIO, errno.EISDIR)
+    refused = isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429)
+    if isinstance(error, ValueError | NotImplementedError) or number in lasting or refused:
+        return ImageError("unreadable", text)
+    return ImageError("unavailable", text)
+
+
+def _text(error: Exception) -> str:
+    return redact(f"{type(error).__name__}: {error}", assignments=False)
