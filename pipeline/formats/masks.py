@@ -11,7 +11,8 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 from models.errors import MaskMillError, WrongUse
-from pipeline.files.images import FORMATS, ImageError, fetch
+from pipeline.files.fetch import fetch
+from pipeline.files.images import FORMATS, ImageError
 from pipeline.ontology.ontology import Ontology
 
 Labels = npt.NDArray[np.uint8 | np.uint16]
