@@ -6,7 +6,8 @@ A single option is an annotated type. A group is a dataclass that a command hold
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset
     from pipeline.labelling.recipes import LabelRecipe
     from pipeline.ontology.ontology import Ontology
+    from pipeline.table.views import TableView, View
 
 T = TypeVar("T")
 
@@ -179,6 +181,163 @@ class Truth:
             assert table is not None
             classes = read_table_record(table).ontology
         return open_pairs(images=images, masks=self.truth, ontology=classes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewOptions:
+    """What to make of the labels of a table, from its stored confidence: nothing is labelled again.
+
+    Attributes:
+        view: a view that --save-view has kept beside the table, or a YAML file; the options below add to it.
+        threshold: pixels with less confidence (0 to 1) are ignored; of one class: dog=0.6; may be repeated.
+        thresholds: take the thresholds of the classes from this ontology, a YAML file.
+        min_area: ignore connected pieces with fewer pixels; of one class: dog=200; may be repeated.
+        merge: classes that become one: "cat,dog=pet"; background=… takes them in; may be repeated.
+        drop: classes whose pixels are ignored: "sky, grass".
+        rename: give a class another name: grass=lawn; may be repeated.
+        save_view: keep these settings beside the table, in views/NAME.json.
+    """
+
+    view: Annotated[Maybe[str], tyro.conf.arg(metavar="NAME|FILE")] = None
+    threshold: Annotated[Repeated, tyro.conf.arg(metavar="[CLASS=]SHARE")] = ()
+    thresholds: Annotated[Maybe[str], tyro.conf.arg(metavar="FILE")] = None
+    min_area: Annotated[Repeated, tyro.conf.arg(metavar="[CLASS=]PIXELS")] = ()
+    merge: Annotated[Repeated, tyro.conf.arg(metavar="CLASS,CLASS=NAME")] = ()
+    drop: Annotated[Maybe[str], tyro.conf.arg(metavar="CLASS,CLASS")] = None
+    rename: Annotated[Repeated, tyro.conf.arg(metavar="CLASS=NAME")] = ()
+    save_view: Annotated[Maybe[str], tyro.conf.arg(metavar="NAME")] = None
+
+    @property
+    def given(self) -> bool:
+        """Whether any of the options is set."""
+        return self != ViewOptions()
+
+    def load(self, table: str) -> View:
+        """The view that the options describe.
+
+        Args:
+            table: the label table, beside which views are kept.
+
+        Raises:
+            MaskMillError: ``wrong_use`` for an option of another form; as
+                ``pipeline.table.views.read_view`` and ``pipeline.ontology.ontology.load_ontology``.
+        """
+        from pipeline.ontology.ontology import load_ontology
+        from pipeline.table.views import View, read_view
+
+        view = View() if self.view is None else read_view(self.view, table)
+        if self.thresholds is not None:
+            entries = load_ontology(self.thresholds).classes
+            own = {entry.name: entry.threshold for entry in entries if entry.threshold is not None}
+            view = view.with_changes(View(thresholds=own))
+        general, by_class = _by_class("--threshold", self.threshold, _share)
+        smallest, areas = _by_class("--min-area", self.min_area, _pixels)
+        merge: dict[str, tuple[str, ...]] = {}
+        for text in self.merge:
+            members, target = _pair("--merge", text, "cat,dog=pet")
+            merge[target] = (*merge.get(target, ()), *_names("--merge", members))
+        return view.with_changes(
+            View(
+                threshold=general,
+                thresholds=by_class,
+                min_area=smallest or 0,
+                min_areas=areas,
+                merge=merge,
+                drop=_names("--drop", self.drop or ""),
+                rename=dict(_pair("--rename", text, "grass=lawn") for text in self.rename),
+            )
+        )
+
+    def of_table(self, table: str) -> TableView | None:
+        """The view of a table; None without any option.
+
+        Raises:
+            MaskMillError: as ``load``; as ``pipeline.labelling.recipes.table_view``; ``table_missing``.
+        """
+        from pipeline.labelling.recipes import table_view
+        from pipeline.table.record import read_table_record
+
+        if not self.given:
+            return None
+        record = read_table_record(table)
+        bound = table_view(self.load(table), record, table)
+        if self.save_view is not None and bound.view.changes_nothing:
+            raise WrongUse(
+                "wrong_use",
+                f"There is nothing to keep as {self.save_view}: no other option says what to change.",
+                "Add --threshold, --merge or another of them.",
+            )
+        return bound
+
+    def keep(self, table: str, view: TableView | None) -> list[str]:
+        """Do what --save-view asks, once the command is known to be right; returns lines to print.
+
+        Raises:
+            MaskMillError: as ``pipeline.table.views.save_view``.
+        """
+        from pipeline.table.views import save_view
+
+        if self.save_view is None or view is None:
+            return []
+        place = save_view(view.view, table, self.save_view)
+        return [f"View kept in {place}; use it again with --view {self.save_view}."]
+
+
+def _by_class(
+    option: str, given: Sequence[str], value_of: Callable[[str, str], T]
+) -> tuple[T | None, dict[str, T]]:
+    """The values of ``VALUE`` and ``CLASS=VALUE`` arguments: the general one, and those by class."""
+    general: T | None = None
+    by_class: dict[str, T] = {}
+    for text in given:
+        name, equals, value = text.rpartition("=")
+        if equals and name.strip():
+            by_class[name.strip()] = value_of(f"{option} {text}", value)
+        else:
+            general = value_of(f"{option} {text}", value)
+    return general, by_class
+
+
+def _share(said: str, value: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise WrongUse(
+            "wrong_use", f"{said} has no number from 0 to 1.", "Write --threshold 0.4 or --threshold dog=0.6."
+        )
+    return number
+
+
+def _pixels(said: str, value: str) -> int:
+    if not value.strip().isdecimal():
+        raise WrongUse(
+            "wrong_use", f"{said} has no number of pixels.", "Write --min-area 64 or --min-area dog=200."
+        )
+    return int(value)
+
+
+def _pair(option: str, text: str, example: str) -> tuple[str, str]:
+    old, _, new = (part.strip() for part in text.rpartition("="))
+    if not old or not new:
+        raise WrongUse(
+            "wrong_use", f"{option} {text!r} does not say what becomes what.", f"Write {option} {example}."
+        )
+    return old, new
+
+
+def _names(option: str, text: str) -> tuple[str, ...]:
+    """Names separated by commas; those that hold one are quoted."""
+    try:
+        cells = [
+            cell.strip() for row in csv.reader([text], skipinitialspace=True, strict=True) for cell in row
+        ]
+    except csv.Error as error:
+        raise WrongUse(
+            "wrong_use", f"{option} {text!r}: {error}.", 'Quote names that hold a comma: "salt, pepper".'
+        ) from None
+    return tuple(dict.fromkeys(filter(None, cells)))
 
 
 def _refuse(given: object, why: str, command: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from jobs.console import stderr_console, timed
-from jobs.options import Maybe
+from jobs.options import FLAT, Maybe, ViewOptions
 from pipeline.files.outputs import check_output_file
 from pipeline.files.storage import canonical_uri, is_remote
 from pipeline.report.gallery import Order, write_gallery
@@ -32,6 +32,7 @@ class Show:
     output: Maybe[Path] = None
     limit: int = 60
     order: Order = "sample"
+    seen: Annotated[ViewOptions, FLAT] = field(default_factory=ViewOptions)
 
     def run(self, console: Console | None = None) -> int:
         """Write the page.
@@ -43,8 +44,11 @@ class Show:
         remote = is_remote(canonical_uri(self.table))
         output = self.output or (Path() if remote else Path(self.table)) / "gallery.html"
         read_table_record(self.table)
+        view = self.seen.of_table(self.table)
         check_output_file(output)
+        for line in self.seen.keep(self.table, view):
+            console.print(line, soft_wrap=True, highlight=False)
         with timed(stderr_console(), "writing the page"):
-            page = write_gallery(self.table, output, limit=self.limit, order=self.order)
+            page = write_gallery(self.table, output, limit=self.limit, order=self.order, view=view)
         console.print(f"Open in a browser: {page.resolve().as_uri()}", soft_wrap=True, highlight=False)
         return 0

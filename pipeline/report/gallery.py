@@ -13,13 +13,14 @@ import hashlib
 import heapq
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import unquote
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
@@ -34,6 +35,10 @@ from pipeline.report.page import page_path, render
 from pipeline.report.pictures import jpeg_uri, overlay_borders, viridis
 from pipeline.table import labels
 from pipeline.table.record import TableRecord, find_table_record
+from pipeline.table.statistics import quality as quality_of
+from pipeline.table.statistics import segments as segments_of
+from pipeline.table.viewed import decode_maps, iter_viewed
+from pipeline.table.views import TableView
 
 #: Which rows to show, and in which order: a sample by id, or the lowest or highest label quality.
 Order = Literal["sample", "worst", "best"]
@@ -69,6 +74,7 @@ def write_gallery(
     limit: int = 60,
     order: Order = "sample",
     thumbnail: int = 480,
+    view: TableView | None = None,
 ) -> Path:
     """Write a page that shows a label table.
 
@@ -82,6 +88,7 @@ def write_gallery(
             as many that failed, of every code.
         order: which rows to show; see :data:`Order`. The page itself can sort its rows.
         thumbnail: long side of the pictures in pixels.
+        view: show the labels as this view has them; all masks are then read once more, for the statistics.
 
     Returns:
         The path of the page.
@@ -101,20 +108,21 @@ def write_gallery(
             f"There is no label table in {storage.uri}.",
             "Give the --output of a finished maskmill label, or run that first.",
         )
-    summary = labels.summarise(storage)
+    summary, qualities = _summarised(storage, view)
     record = find_table_record(storage)
-    legend = _legend(record, summary)
+    legend = _legend(record, summary, view)
+    codes = len(summary["status"].keys() - {labels.OK})
     cards = [
-        _card(row, legend, thumbnail) if row["status"] == labels.OK else _failed_card(row)
-        for row in _chosen_rows(storage, limit, order, codes=len(summary["status"].keys() - {labels.OK}))
+        _card(row, legend, thumbnail, view) if row["status"] == labels.OK else _failed_card(row)
+        for row in _chosen_rows(storage, limit, order, codes=codes, qualities=qualities)
     ]
     on_page = Counter(number for card in cards for number in card["classes"].split())
     page = render(
         "gallery.html",
-        title=_title(record),
+        title=_title(record, view),
         place=storage.uri,
         summary=summary,
-        facts=_facts(record, summary),
+        facts=_facts(record, summary) + _view_facts(view),
         notice=_notice(record),
         coverage=_coverage(summary, legend, on_page),
         open_rows=_LEGEND,
@@ -132,22 +140,37 @@ def write_gallery(
 # --- the whole table ---
 
 
-def _legend(record: TableRecord | None, summary: dict[str, Any]) -> Legend:
-    """Names and colours from ``dataset.json``; without it, numbers and default colours."""
-    if record is not None:
-        ontology = record.ontology
+def _summarised(storage: Storage, view: TableView | None) -> tuple[dict[str, Any], dict[int, float] | None]:
+    """Summary of the table, and the quality of each image by id, if a view changes it."""
+    if view is None:
+        return labels.summarise(storage), None
+    qualities: dict[int, float] = {}
+
+    def noted() -> Iterator[pa.RecordBatch]:
+        for batch in iter_viewed(storage, ["id", *labels.Counts.COLUMNS], view):
+            qualities.update(zip(batch["id"].to_pylist(), batch["quality"].to_pylist(), strict=True))
+            yield batch
+
+    return labels.summarise_batches(noted(), storage), qualities
+
+
+def _legend(record: TableRecord | None, summary: dict[str, Any], view: TableView | None) -> Legend:
+    """Names and colours from the view or ``dataset.json``; without them, numbers and default colours."""
+    ontology = view.ontology if view is not None else record.ontology if record is not None else None
+    if ontology is not None:
         return Legend(ontology.names, ontology.palette(), ontology.ignore_index)
     count = 1 + max((int(i) for i in summary["class_pixels"]), default=-1)
     return Legend(tuple(f"class {i}" for i in range(count)), palette([None] * count), 255)
 
 
-def _title(record: TableRecord | None) -> str:
+def _title(record: TableRecord | None, view: TableView | None) -> str:
     """The ontology's name, or its classes if they came from the command line."""
     if record is None:
         return "Labels"
-    if record.ontology.name != "classes":
-        return record.ontology.name
-    words = [entry.name for entry in record.ontology.classes]
+    ontology = record.ontology if view is None else view.ontology
+    if ontology.name != "classes":
+        return ontology.name
+    words = [entry.name for entry in ontology.classes]
     return ", ".join(words[:6]) + (", …" if len(words) > 6 else "")
 
 
@@ -170,6 +193,10 @@ def _facts(record: TableRecord | None, summary: dict[str, Any]) -> list[tuple[st
             ("labelled", (record.updated or record.created)[:10]),
         ]
     return [(word, value) for word, value in pairs if value]
+
+
+def _view_facts(view: TableView | None) -> list[tuple[str, str]]:
+    return [("view", "; ".join(view.view.described()))] if view is not None else []
 
 
 def _notice(record: TableRecord | None) -> str:
@@ -237,11 +264,13 @@ def _short_number(value: int) -> str:
 # --- the shown rows ---
 
 
-def _chosen_rows(storage: Storage, limit: int, order: Order, *, codes: int) -> Iterator[dict[str, Any]]:
+def _chosen_rows(
+    storage: Storage, limit: int, order: Order, *, codes: int, qualities: Mapping[int, float] | None
+) -> Iterator[dict[str, Any]]:
     """The rows to show, in order, failed ones last; reads masks only from row groups that contain one."""
     if limit == 0:
         return
-    places = _places(storage, limit, order, failed=max(1, limit // max(1, codes)))
+    places = _places(storage, limit, order, failed=max(1, limit // max(1, codes)), qualities=qualities)
     wanted: dict[tuple[int, int], dict[int, int]] = {}
     for rank, (_, _, file, group, row) in enumerate(places):
         wanted.setdefault((file, group), {})[row] = rank
@@ -266,7 +295,9 @@ _Place = tuple[float, int, int, int, int]
 """Rank, id (breaks ties independently of files), file, row group, row."""
 
 
-def _places(storage: Storage, limit: int, order: Order, *, failed: int) -> list[_Place]:
+def _places(
+    storage: Storage, limit: int, order: Order, *, failed: int, qualities: Mapping[int, float] | None
+) -> list[_Place]:
     """Where the rows to show are: ``limit`` labelled ones, then ``failed`` of each code."""
     best: dict[str, list[_Place]] = {labels.OK: []}
     folder, names = labels.table_files(storage)
@@ -280,6 +311,8 @@ def _places(storage: Storage, limit: int, order: Order, *, failed: int) -> list[
                 columns = (rows.column(c).to_pylist() for c in ("id", "status", "quality"))
                 there: dict[str, list[_Place]] = {}
                 for row, (number, status, quality) in enumerate(zip(*columns, strict=True)):
+                    if qualities is not None:
+                        quality = qualities[number]
                     rank = _rank(number, quality, order if status == labels.OK else "sample")
                     there.setdefault(status, []).append((rank, number, file, group, row))
                 for status, places in there.items():
@@ -302,10 +335,14 @@ def _rank(number: int, quality: float, order: Order) -> float:
 # --- one image ---
 
 
-def _card(row: dict[str, Any], legend: Legend, thumbnail: int) -> dict[str, Any]:
+def _card(row: dict[str, Any], legend: Legend, thumbnail: int, view: TableView | None) -> dict[str, Any]:
     """The template's values for a labelled row."""
-    mask = labels.decode_mask(row["mask"]["bytes"])
-    confidence = labels.decode_confidence(row["confidence"]["bytes"])
+    mask, confidence = decode_maps(row["mask"]["bytes"], row["confidence"]["bytes"], view)
+    if view is not None:
+        row = row | {
+            "segments": segments_of(mask, confidence, ignore_index=legend.ignore_index),
+            "quality": quality_of(confidence, mask, ignore_index=legend.ignore_index),
+        }
     size = thumbnail_size(mask.shape, thumbnail)
     small = _nearest(mask, size)
     photo, reason = _photo(row, size)

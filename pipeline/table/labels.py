@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -351,9 +351,23 @@ def summarise(table: Storage | str | os.PathLike[str], names: Sequence[str] | No
     Raises:
         MaskMillError: ``table_damaged``, also if an image has several rows.
     """
+    return summarise_batches(
+        iter_batches(table, ["id", *Counts.COLUMNS], batch_size=4096, names=names), table
+    )
+
+
+def summarise_batches(
+    batches: Iterable[pa.RecordBatch], table: Storage | str | os.PathLike[str]
+) -> dict[str, Any]:
+    """Summarise rows with ``id`` and ``Counts.COLUMNS``; see ``summarise``.
+
+    Args:
+        batches: the rows.
+        table: where they are from, for errors.
+    """
     counts = Counts()
     ids = [np.empty(0, np.int64)]
-    for batch in iter_batches(table, ["id", *Counts.COLUMNS], batch_size=4096, names=names):
+    for batch in batches:
         ids.append(batch.column("id").to_numpy())
         counts.count(batch)
     refuse_doubled(np.concatenate(ids), _opened(table))

@@ -98,6 +98,16 @@ class View(BaseModel):
         """All fields that are set, as plain JSON values."""
         return {"schema_version": self.schema_version} | self.model_dump(mode="json", exclude_defaults=True)
 
+    def described(self) -> list[str]:
+        """What it does, in words, for pages and terminals."""
+        said = [f"confidence from {self.threshold:g}"] if self.threshold is not None else []
+        said += [f"{name} from {value:g}" for name, value in self.thresholds.items()]
+        said += [f"pieces from {self.min_area:,} pixels"] if self.min_area else []
+        said += [f"{name} from {value:,} pixels" for name, value in self.min_areas.items()]
+        said += [f"{' and '.join(members)} are {name}" for name, members in self.merge.items()]
+        said += [f"without {', '.join(self.drop)}"] if self.drop else []
+        return said + [f"{old} is called {new}" for old, new in self.rename.items()]
+
     def with_changes(self, changes: View) -> View:
         """This view with what another one sets; of fields by class, only the classes that it names."""
         fields = self.to_dict()
@@ -154,8 +164,8 @@ class TableView:
 
     Attributes:
         view: what was asked for.
-        ontology: the classes of the view. Names, colours and synonyms are those of the table's classes;
-            merged classes have the synonyms of all, and the colour of the first.
+        ontology: the classes of the view. Colours and synonyms are those of the table's classes; former names
+            are synonyms too; merged classes have the synonyms of all, and the colour of the first.
         lookup: id of the view by id of the table, for every value that its masks can hold.
         least: uint16, smallest stored confidence that is kept, by id of the table.
         weak: id of pixels below it: the ignore index, or the class that is the remainder of the others.
@@ -279,11 +289,10 @@ def _merged(name: str, members: Sequence[ClassEntry]) -> dict[str, Any]:
     """The fields of a class that is made of others, without its colour."""
     words = [word for entry in members for word in (entry.name, *entry.synonyms)]
     own = len(members) == 1
-    synonyms = members[0].synonyms if own else tuple(dict.fromkeys(words))
     thresholds, kinds = ({getattr(entry, key) for entry in members} for key in ("threshold", "kind"))
     fields = {
         "name": name,
-        "synonyms": [word for word in synonyms if word.casefold() != name.casefold()],
+        "synonyms": [word for word in words if word.casefold() != name.casefold()],
         "threshold": thresholds.pop() if len(thresholds) == 1 else None,
         "kind": kinds.pop() if len(kinds) == 1 else None,
         "merge": members[0].merge if own else "max",

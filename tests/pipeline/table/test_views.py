@@ -77,7 +77,8 @@ def test_classes_are_merged_dropped_and_renamed() -> None:
     labels, confidence = maps()
     view = bound(merge={"pet": ["Dog", "cat"]}, drop=["sky"], rename={"grass": "lawn"})
     assert view.ontology.names == ("background", "pet", "lawn")
-    assert view.ontology.prompts() == [["wall", "floor"], ["pet", "cat", "kitten", "dog", "puppy"], ["lawn"]]
+    pet = ["pet", "cat", "kitten", "dog", "puppy"]
+    assert view.ontology.prompts() == [["wall", "floor"], pet, ["lawn", "grass"]]
     before, after = PETS.palette(), view.ontology.palette()
     assert (after == before[[0, 1, 3]]).all()
     assert view.ontology.kinds() == ["stuff", "thing", "stuff"]
