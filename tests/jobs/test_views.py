@@ -35,7 +35,7 @@ class Made:
         rows = []
         self.labels: dict[str, np.ndarray] = {}
         self.confidence = np.where(np.arange(W) < W // 2, 230, 60).astype(np.uint8)[None].repeat(H, 0)
-        for number, name in enumerate("abcd"):
+        for name in "abcd":
             labels = np.repeat(np.repeat(rng.integers(0, 4, (H // 4, W // 4)), 4, 0), 4, 1).astype(np.uint8)
             labels[0, 0] = (labels[0, 1] + 1) % 4  # a piece of one pixel
             path = root / "images" / f"{name}.png"
