@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from models.errors import MaskMillError, WrongUse
 from pipeline.files.fetch import fetch
-from pipeline.files.images import FORMATS, ImageError
+from pipeline.files.images import FORMATS, MAX_PIXELS, ImageError
 from pipeline.ontology.ontology import Ontology
 
 Labels = npt.NDArray[np.uint8 | np.uint16]
@@ -37,6 +38,21 @@ def read_mask(uri: str) -> Labels:
         data = fetch(uri)
     except ImageError as error:
         raise unreadable(uri, str(error)) from error
+    return decode_ids(data, uri)
+
+
+def decode_ids(data: bytes, uri: str, *, size: tuple[int, int] | None = None) -> Labels:
+    """The ids (H, W) of an encoded mask; see ``read_mask``.
+
+    Args:
+        data: the file.
+        uri: its address, for errors.
+        size: the (H, W) that it must have.
+
+    Raises:
+        MaskMillError: as ``read_mask``; ``mask_invalid`` for another size.
+    """
+    check_png_size(data, uri, size)
     if not data:
         raise unreadable(uri, "the file has 0 bytes")
     if not data.startswith(b"\x89PNG"):
@@ -59,6 +75,29 @@ def read_mask(uri: str) -> Labels:
         f"{uri} is a picture of mode {mode}, not a map of class ids.",
         "Give masks as grey or palette PNGs whose values are ids; colours cannot be mapped back to ids.",
     )
+
+
+def check_png_size(data: bytes, uri: str, size: tuple[int, int] | None) -> None:
+    """Refuse a PNG of another size than (H, W), or of more pixels than images may have, undecoded.
+
+    Raises:
+        MaskMillError: ``mask_invalid``.
+    """
+    if len(data) < 24 or not data.startswith(b"\x89PNG"):
+        return  # told when it is decoded
+    width, height = struct.unpack(">II", data[16:24])
+    if size is not None and (height, width) != size:
+        raise WrongUse(
+            "mask_invalid",
+            f"{uri}: the mask has {height} x {width} pixels, the image {size[0]} x {size[1]}.",
+            "Use the masks that belong to these images; neither may have been resized.",
+        )
+    if height * width > MAX_PIXELS:
+        raise WrongUse(
+            "mask_invalid",
+            f"{uri} of {height} x {width} pixels exceeds the limit of {MAX_PIXELS:,} pixels.",
+            "Leave the image out, or make it smaller.",
+        )
 
 
 def identity_ids(count: int, *, ignore: int = 255) -> dict[int, int]:

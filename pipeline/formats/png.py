@@ -17,16 +17,15 @@ from dataclasses import dataclass
 from typing import IO, BinaryIO, ClassVar, cast
 
 from models.errors import WrongUse
-from pipeline.files.documents import parsed_json, read_document
 from pipeline.files.storage import Storage, open_storage
 from pipeline.formats.base import Entry, Imported, Sample, Written
+from pipeline.formats.classes import CLASSES_FILE, read_classes, write_classes
 from pipeline.formats.masks import identity_ids, read_mask, relabel
 from pipeline.formats.names import refuse_outside, suffix_of
 from pipeline.ontology.ontology import Ontology
 from pipeline.table.labels import encode_mask
 from pipeline.table.statistics import Labels
 
-CLASSES_FILE = "classes.json"
 IMAGES_FILE = "images.csv"
 COLUMNS = ("name", "mask", "image", "split", "uri")
 _AGAIN = "Export the dataset again."
@@ -64,7 +63,7 @@ class Png:
 
     def finish(self, entries: Iterable[Entry], ontology: Ontology, output: Storage) -> Sequence[str]:
         """See ``Format``."""
-        output.write_json(CLASSES_FILE, _described(ontology))
+        write_classes(output, ontology)
         lists: dict[str, IO[bytes]] = {}
         with ExitStack() as stack:
             table = stack.enter_context(output.new_file(IMAGES_FILE))
@@ -76,18 +75,6 @@ class Png:
                     lists[split] = stack.enter_context(output.new_file(f"{split}.txt"))
                 lists[split].write(f"{entry['name']}\n".encode())
         return [IMAGES_FILE, CLASSES_FILE]
-
-
-def _described(ontology: Ontology) -> dict[str, object]:
-    colours = ontology.palette().tolist()
-    return {
-        "classes": [
-            {"id": number, "name": name, "color": "#{:02x}{:02x}{:02x}".format(*colours[number])}
-            for number, name in enumerate(ontology.names)
-        ],
-        "ignore_index": ontology.ignore_index,
-        "ontology": ontology.to_record(),
-    }
 
 
 def _line(values: Iterable[str]) -> bytes:
@@ -109,23 +96,7 @@ def read_png(place: str, *, images: str | None = None) -> Imported:
             the samples are read.
     """
     storage = open_storage(place)
-    try:
-        content = parsed_json(
-            read_document(storage, CLASSES_FILE, code="dataset_invalid"),
-            storage.uri_of(CLASSES_FILE),
-            code="dataset_invalid",
-        )
-    except FileNotFoundError:
-        raise WrongUse(
-            "dataset_missing",
-            f"There is no {CLASSES_FILE} in {storage.uri}.",
-            "Give the --output of maskmill export --format png. A folder of your own masks is read with "
-            "--images and --truth.",
-        ) from None
-    recorded = content.get("ontology") if isinstance(content, dict) else None
-    if not isinstance(recorded, dict):
-        raise WrongUse("dataset_invalid", f"{storage.uri_of(CLASSES_FILE)} has no classes.", _AGAIN)
-    ontology = Ontology.from_record(recorded, origin=storage.uri_of(CLASSES_FILE))
+    ontology = read_classes(storage, "png")
     return Imported(ontology, _Samples(storage, ontology, images))
 
 

@@ -43,6 +43,15 @@ class FormatInfo:
 FORMATS: Mapping[str, FormatInfo] = MappingProxyType(
     {
         "png": FormatInfo("a grey PNG of class ids for each image", "png", "Png", "read_png"),
+        "coco-panoptic": FormatInfo(
+            "COCO panoptic: instances of things, regions of stuff",
+            "coco_panoptic",
+            "CocoPanoptic",
+            "read_coco_panoptic",
+        ),
+        "coco-stuff": FormatInfo(
+            "COCO-Stuff: pixel maps, and an RLE for each class", "coco_stuff", "CocoStuff", "read_coco_stuff"
+        ),
     }
 )
 

@@ -1,0 +1,184 @@
+"""COCO-Stuff: a pixel map per image, and JSON with one RLE per class and image.
+
+    annotations/stuff_SPLIT.json                  images, annotations, categories
+    annotations/stuff_SPLIT_pixelmaps/NAME.png    category ids, 0 is unlabelled
+
+Every class is there, things as well, so annotations cover all labelled pixels and never overlap. Pixel maps
+have a palette for up to 255 classes, else 16 bits. What it shares with its relatives is in ``cocolike``.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from pipeline.files.storage import Storage, open_storage
+from pipeline.formats.base import Entry, Imported, Sample, Written
+from pipeline.formats.classes import ontology_of
+from pipeline.formats.cocolike import (
+    CocoImage,
+    CocoSplit,
+    Model,
+    copy_image,
+    image_entry,
+    invalid,
+    parsed,
+    read_splits,
+)
+from pipeline.formats.jsonfile import JsonFiles
+from pipeline.formats.segmentation import checked, encoded
+from pipeline.ontology.ontology import MAX_CLASSES, Ontology
+from pipeline.table.labels import encode_mask
+from pipeline.table.statistics import Labels
+
+_PREFIX = "stuff_"
+_MOST_IN_PALETTE = 255
+
+
+@dataclass(frozen=True)
+class CocoStuff:
+    """Pixel maps and RLEs of classes, as the toolbox of COCO-Stuff reads them."""
+
+    name: ClassVar[str] = "coco-stuff"
+    with_images: ClassVar[bool] = False
+    with_confidence: ClassVar[bool] = False
+    max_classes: ClassVar[int] = MAX_CLASSES
+
+    def write_part(
+        self, part: str, samples: Iterable[Sample], ontology: Ontology, output: Storage
+    ) -> Iterator[Written]:
+        """Write the pixel maps; see ``Format``."""
+        palette = bytes(3) + ontology.palette().tobytes()
+        for sample in samples:
+            ids = np.where(sample.labels == ontology.ignore_index, 0, sample.labels.astype(np.uint16) + 1)
+            output.write_bytes(
+                f"annotations/{_PREFIX}{sample.split}_pixelmaps/{sample.name}.png",
+                _encode(ids, palette) if ontology.num_classes <= _MOST_IN_PALETTE else encode_mask(ids),
+            )
+            copy_image(sample, output)
+            annotations = [
+                {"image_id": sample.number + 1, "category_id": category_id, **rle, "iscrowd": 0}
+                for category_id, rle in _rles(ids)
+            ]
+            entry = {"split": sample.split, "image": image_entry(sample), "annotations": annotations}
+            yield Written(entry)
+
+    def finish(self, entries: Iterable[Entry], ontology: Ontology, output: Storage) -> list[str]:
+        """Write the JSON files; see ``Format``."""
+        kinds = [kind or "stuff" for kind in ontology.kinds()]
+        categories = [
+            {"id": number, "name": name, "supercategory": kind}
+            for number, (name, kind) in enumerate(zip(ontology.names, kinds, strict=True), 1)
+        ]
+        head = {"info": {"description": ontology.name}, "categories": categories}
+        numbers: dict[str, int] = {}
+        with JsonFiles(output, head, ("images", "annotations")) as files:
+            for entry in entries:
+                name = f"annotations/{_PREFIX}{entry['split']}.json"
+                files[name].add("images", entry["image"])
+                for annotation in entry["annotations"]:
+                    numbers[name] = numbers.get(name, 0) + 1
+                    files[name].add("annotations", {"id": numbers[name]} | annotation)
+        return files.names
+
+
+def _encode(ids: Labels, palette: bytes) -> bytes:
+    """As PNG with a palette."""
+    image = Image.fromarray(ids.astype(np.uint8), "P")
+    image.putpalette(palette)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _rles(ids: Labels) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Segmentation, area and box of each category id in a pixel map."""
+    from pycocotools import mask as coco
+
+    by_column = np.asfortranarray(ids)
+    for category_id in np.flatnonzero(np.bincount(ids.ravel())).tolist():
+        if category_id:
+            rle = coco.encode((by_column == category_id).view(np.uint8))
+            yield (
+                category_id,
+                {
+                    "segmentation": {"size": list(ids.shape), "counts": rle["counts"].decode("ascii")},
+                    "area": int(coco.area(rle)),
+                    "bbox": [int(number) for number in coco.toBbox(rle)],
+                },
+            )
+
+
+# --- reading ---
+
+
+class _Annotation(Model):
+    image_id: int
+    category_id: int
+    segmentation: Any = None
+
+
+def read_coco_stuff(place: str, *, images: str | None = None) -> Imported:
+    """Read all splits, from their JSON files alone.
+
+    Args:
+        place: path or URI of the dataset, or of its folder ``annotations``.
+        images: folder of the images, or of folders of splits, if they are elsewhere.
+
+    Raises:
+        MaskMillError: ``dataset_missing``, ``dataset_invalid``, ``ontology_invalid``; also while samples are
+            read: ``dataset_invalid`` for annotations that cannot be drawn or overlap.
+    """
+    splits = read_splits(open_storage(place), _PREFIX, CocoStuff.name, images)
+    ontology = ontology_of(CocoStuff.name, splits[0].classes.values(), where=splits[0].where)
+    return Imported(ontology, _Samples(splits, ontology), sum(len(split.images) for split in splits))
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Samples in the order of the images; may be iterated again."""
+
+    splits: list[CocoSplit]
+    ontology: Ontology
+
+    def __iter__(self) -> Iterator[Sample]:
+        number = 0
+        for split in self.splits:
+            of_image: dict[int, list[tuple[str, _Annotation]]] = {image_id: [] for image_id in split.images}
+            for place, raw in enumerate(split.annotations, 1):
+                title = f"the annotation at place {place:,}"
+                one = parsed(_Annotation, raw, title, split.where)
+                if one.image_id not in of_image or one.category_id not in split.classes:
+                    raise invalid(
+                        split.where, f"{title} is of an image or a category that the file does not list"
+                    )
+                of_image[one.image_id].append((title, one))
+            for image_id, image in split.images.items():
+                yield split.sample(number, image, self._drawn(image, of_image.pop(image_id), split))
+                number += 1
+
+    def _drawn(
+        self, image: CocoImage, annotations: list[tuple[str, _Annotation]], split: CocoSplit
+    ) -> Labels:
+        from pycocotools import mask as coco
+
+        class_ids = {category: class_id for class_id, category in enumerate(split.classes)}
+        labels: Any = np.full(image.size, self.ontology.ignore_index, self.ontology.mask_dtype)
+        for title, one in annotations:
+            try:
+                parts = checked(one.segmentation, *image.size)
+            except ValueError as error:
+                raise invalid(split.where, f"{title}: its segmentation cannot be drawn: {error}") from None
+            if not parts:
+                continue
+            mask = coco.decode(encoded(parts, *image.size)).view(bool)
+            if (labels[mask] != self.ontology.ignore_index).any():
+                raise invalid(split.where, f"{title} overlaps another; in COCO-Stuff a pixel has one class")
+            labels[mask] = class_ids[one.category_id]
+        drawn: Labels = labels
+        return drawn

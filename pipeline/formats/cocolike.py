@@ -1,0 +1,204 @@
+"""What the relatives of COCO JSON share: a file a split with images, annotations and categories.
+
+    annotations/PREFIX_SPLIT.json
+    images/SPLIT/NAME.jpg           if images are copied
+
+Category ids are class ids + 1, image ids row numbers + 1: 0 means "none" to some readers. ``file_name`` is
+relative to the folder of the split, ``coco_url`` the address that the image was labelled from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.errors import MaskMillError, WrongUse
+from pipeline.files.documents import first_problem, parsed_json, read_document
+from pipeline.files.images import MAX_PIXELS
+from pipeline.files.storage import Storage, is_remote, open_storage
+from pipeline.formats.base import Sample
+from pipeline.formats.classes import FoundClass
+from pipeline.formats.names import refuse_outside, suffix_of
+from pipeline.table.statistics import Labels
+
+_M = TypeVar("_M", bound=BaseModel)
+
+Side = Annotated[int, Field(ge=1, le=MAX_PIXELS)]
+_Channel = Annotated[int, Field(ge=0, le=255)]
+
+
+def image_entry(sample: Sample) -> dict[str, Any]:
+    """The entry of an image."""
+    height, width = sample.labels.shape
+    return {
+        "id": sample.number + 1,
+        "file_name": f"{sample.name}{sample.suffix}",
+        "height": height,
+        "width": width,
+        "coco_url": sample.uri,
+    }
+
+
+def copy_image(sample: Sample, output: Storage) -> None:
+    """Write the image to its place, if it is to be copied."""
+    if sample.image is not None:
+        output.write_bytes(f"images/{sample.split}/{sample.name}{sample.suffix}", sample.image)
+
+
+class Model(BaseModel):
+    """An entry; what else it holds is passed over."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class _Category(Model):
+    id: int
+    name: str
+    isthing: bool | None = None
+    color: tuple[_Channel, _Channel, _Channel] | None = None
+
+
+class CocoImage(Model):
+    """An image."""
+
+    id: int
+    file_name: str
+    height: Side
+    width: Side
+    coco_url: str | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.height, self.width
+
+
+class _File(Model):
+    images: list[Any]
+    annotations: list[Any]
+    categories: list[Any]
+
+
+@dataclass(frozen=True)
+class CocoSplit:
+    """A JSON file, checked but for its annotations.
+
+    Attributes:
+        place: the dataset.
+        name: of the file, within ``place``.
+        split: what follows the prefix in its name.
+        classes: by category id, ascending.
+        images: by image id.
+        annotations: as in the file.
+        folder: of the images, path or URI; None if they are where ``coco_url`` says.
+    """
+
+    place: Storage
+    name: str
+    split: str
+    classes: Mapping[int, FoundClass]
+    images: Mapping[int, CocoImage]
+    annotations: Sequence[Any]
+    folder: Storage | None
+
+    @property
+    def where(self) -> str:
+        """The file, for errors."""
+        return self.place.uri_of(self.name)
+
+    def sample(self, number: int, image: CocoImage, labels: Labels) -> Sample:
+        """A sample of this split."""
+        file = refuse_outside(image.file_name, self.where)
+        if self.folder is None and image.coco_url and _is_address(image.coco_url):
+            uri = image.coco_url
+        else:
+            uri = (self.folder or self.place).uri_of(file)
+        return Sample(
+            number=number,
+            id=number,
+            name=file.removesuffix(PurePosixPath(file).suffix),
+            uri=uri,
+            suffix=suffix_of(file),
+            split=self.split,
+            labels=labels,
+        )
+
+
+def read_splits(place: Storage, prefix: str, format_name: str, images: str | None) -> list[CocoSplit]:
+    """Read the JSON files in ``annotations``, or in the folder itself, whose names begin with ``prefix``.
+
+    Args:
+        place: the dataset.
+        prefix: of their names.
+        format_name: for errors.
+        images: folder of the images, or of folders of splits, if they are elsewhere.
+
+    Raises:
+        MaskMillError: ``dataset_missing``, ``dataset_invalid``.
+    """
+    for folder in ("annotations", ""):
+        start = f"{folder}/{prefix}".lstrip("/")
+        names = [name for name in place.list(folder) if name.startswith(start) and name.endswith(".json")]
+        if names:
+            break
+    else:
+        raise WrongUse(
+            "dataset_missing",
+            f"There is no annotations/{prefix}….json in {place.uri}.",
+            f"Give the folder of a dataset in the format {format_name}, or another --format.",
+        )
+    splits = [_read_split(place, name, prefix, images) for name in names]
+    for split in splits:
+        if split.classes != splits[0].classes:
+            raise invalid(split.where, f"its categories are not those of {splits[0].where}")
+    return splits
+
+
+def _read_split(place: Storage, name: str, prefix: str, images: str | None) -> CocoSplit:
+    where = place.uri_of(name)
+    raw = parsed_json(read_document(place, name, code="dataset_invalid"), where, code="dataset_invalid")
+    content = parsed(_File, raw, "the file", where)
+    categories = [parsed(_Category, one, "a category", where) for one in content.categories]
+    found = [parsed(CocoImage, one, "an image", where) for one in content.images]
+    classes = {
+        one.id: FoundClass(
+            one.name, one.color, None if one.isthing is None else "thing" if one.isthing else "stuff"
+        )
+        for one in sorted(categories, key=lambda category: category.id)
+    }
+    by_id = {one.id: one for one in found}
+    if len(classes) < len(categories) or len(by_id) < len(found):
+        raise invalid(where, "two images, or two categories, have one id")
+    for one in found:
+        if one.height * one.width > MAX_PIXELS:
+            raise invalid(where, f"image {one.id} of {one.height} x {one.width} pixels is too large")
+    split = PurePosixPath(name).name.removeprefix(prefix).removesuffix(".json")
+    root = place if images is None else open_storage(images)
+    folders = [f"images/{split}", split] if images is None else [split, ""]
+    folder = next((root.child(one) if one else root for one in folders if not one or root.exists(one)), None)
+    return CocoSplit(place, name, split, classes, by_id, content.annotations, folder)
+
+
+def _is_address(uri: str) -> bool:
+    return is_remote(uri) or uri.startswith("/")
+
+
+def parsed(kind: type[_M], entry: Any, what: str, where: str) -> _M:
+    """An entry of a file as its model.
+
+    Raises:
+        MaskMillError: ``dataset_invalid``, naming the entry and the field.
+    """
+    try:
+        return kind.model_validate(entry)
+    except ValidationError as error:
+        raise invalid(where, f"{what}: {first_problem(error)}") from None
+
+
+def invalid(where: str, why: str) -> MaskMillError:
+    """``dataset_invalid`` for a file."""
+    return WrongUse("dataset_invalid", f"{where}: {why}.", "Correct the file, or get it again.")
