@@ -52,6 +52,9 @@ FORMATS: Mapping[str, FormatInfo] = MappingProxyType(
         "coco-stuff": FormatInfo(
             "COCO-Stuff: pixel maps, and an RLE for each class", "coco_stuff", "CocoStuff", "read_coco_stuff"
         ),
+        "webdataset": FormatInfo(
+            "tar shards for the package webdataset", "webdataset", "WebDataset", "read_webdataset"
+        ),
     }
 )
 
