@@ -1,41 +1,121 @@
-"""``maskmill export``: convert a student for other runtimes."""
+"""``maskmill export``: a label table → a dataset in another format; a student → a program."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from jobs.console import stderr_console, timed
-from jobs.options import Flag
+from jobs.console import counted, duration, stderr_console, timed
+from jobs.options import FLAT, Address, Flag, Maybe, Settings, Verbose, ViewOptions, named_values
+from models.errors import WrongUse, did_you_mean
+from pipeline.cluster.session import joins_cluster
+from pipeline.cluster.signals import interrupt
+from pipeline.files.outputs import check_output_folder
+from pipeline.files.storage import open_storage
+from pipeline.formats.registry import FORMATS, make_format
+from pipeline.table.record import TableRecord, find_table_record, read_table_record
+
+if TYPE_CHECKING:
+    from pipeline.formats.export import Export as Work
+    from pipeline.formats.export import ExportRecord, PartCounts, Plan
+
+OF_STUDENTS = ("onnx", "torch")
+"""Names of ``pipeline.trained.export.EXPORTERS``, which needs torch."""
+ON_RAY_FROM = 5_000
+"""Images from which Ray works at an export on this machine: it takes seconds to start."""
+ROWS_AT_ONCE = 512
+"""Rows that a task writes at least, if there are many: a task costs Ray milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Convert a student to ONNX or torch.export, and check that it computes the same.
+    """Export a label table as a dataset in another format, or convert a student to ONNX or torch.export.
+
+    Run the same command again to go on after a crash, or to add what is new in the table.
 
     Attributes:
-        student: the --output of maskmill train maskclip-plus.
-        format: onnx, or torch for torch.export.
-        output: file to write, ending in .onnx or .pt2.
-        overwrite: replace an existing file.
+        source: the --output of maskmill label or maskmill import, or of maskmill train maskclip-plus.
+        output: folder (or s3://… prefix) for the dataset; of a student, the file, ending in .onnx or .pt2.
+        overwrite: replace an export that is there; only its own files are deleted.
+        with_images: copy the images, upright, beside the labels.
+        val_share: share of the images (0 to 1) for a split "val"; the rest is "train".
+        manifest: manifest in Parquet that says where images lie within larger files, for --with-images.
+        settings: an option of the format, such as min_area=20 of coco; may be repeated.
+        workers: number of Ray tasks that work at once; 0: this process alone; default: depends on the table.
     """
 
-    student: Annotated[Positional[str], arg(metavar="STUDENT")]
-    format: Literal["onnx", "torch"]
-    output: Path
+    source: Annotated[Positional[str], arg(metavar="TABLE|STUDENT")]
+    format: Annotated[
+        str,
+        arg(
+            help="of labels: "
+            + "; ".join(f"{name}, {info.title}" for name, info in FORMATS.items())
+            + ". Of students: onnx, torch (torch.export)."
+        ),
+    ]
+    output: str
     overwrite: Flag = False
+    with_images: Flag = False
+    val_share: float = 0.0
+    manifest: Maybe[str] = None
+    settings: Settings = ()
+    workers: Maybe[int] = None
+    seen: Annotated[ViewOptions, FLAT] = field(default_factory=ViewOptions)
+    address: Address = None
+    verbose: Verbose = False
 
     def run(self, console: Console | None = None) -> int:
-        """Write the file, and say how to use it."""
+        """Write the export, and say how to use it.
+
+        Raises:
+            MaskMillError: ``wrong_use`` for a format that does not fit what is exported; see
+                ``pipeline.formats.export`` and ``pipeline.trained.export``.
+        """
+        console = console or stderr_console()
+        known = (*FORMATS, *OF_STUDENTS)
+        if self.format not in known:
+            raise WrongUse(
+                "wrong_use",
+                f"There is no format {self.format}.",
+                f"{did_you_mean(self.format, known)}There are: {', '.join(known)}.",
+            )
+        table = find_table_record(open_storage(self.source))
+        if table is not None and self.format in OF_STUDENTS:
+            raise WrongUse(
+                "wrong_use",
+                f"{self.source} is a label table, and {self.format} is a format of students.",
+                f"Formats of tables: {', '.join(FORMATS)}.",
+            )
+        if self.format in OF_STUDENTS:
+            return self._export_student(console)
+        if table is None:
+            from pipeline.trained.record import is_recorded
+            from pipeline.trained.student import StudentRecord
+
+            if is_recorded(StudentRecord, self.source):
+                raise WrongUse(
+                    "wrong_use",
+                    f"{self.source} is a trained model, and {self.format} is a format of label tables.",
+                    f"Formats of students: {', '.join(OF_STUDENTS)}.",
+                )
+            table = read_table_record(self.source)
+        return self._export_table(table, console)
+
+    def _export_student(self, console: Console) -> int:
         from pipeline.trained.export import EXPORTERS, SMALLEST
 
-        console = console or stderr_console()
         with timed(console, "exporting, and comparing with the student"):
-            made = EXPORTERS[self.format](self.student, self.output, overwrite=self.overwrite)
+            made = EXPORTERS[self.format](self.source, Path(self.output), overwrite=self.overwrite)
         lines = [
             f"Exported       {made.path} ({made.format}, {made.size / 1e6:.1f} MB)",
             f"  input        images: uint8 (batch, 3, height, width), RGB; any batch, sides from {SMALLEST}",
@@ -45,3 +125,166 @@ class Export:
         ]
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
         return 0
+
+    def _export_table(self, table: TableRecord, console: Console) -> int:
+        from pipeline.formats import export
+
+        began = time.monotonic()
+        work = self._prepared(table)
+        export.check_output(work, overwrite=self.overwrite)
+        say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+        for line in self.seen.keep(self.source, work.source.view):
+            say(line)
+        from pipeline.table.lease import Lease, refuse_other_holder
+
+        own = work.output.child(export.OWN_DIR)
+        with Lease.acquire(own, on_lost=_abandon, cluster=joins_cluster(self.address), notice=say) as lease:
+            fence = functools.partial(refuse_other_holder, own, lease.run_id)
+            export.check_output(work, overwrite=self.overwrite)
+            there = export.find_export(work.output)
+            if there is not None and self.overwrite:
+                with timed(console, "deleting the old export"):
+                    export.delete_export(work.output, fence=fence)
+                there = None
+            if there is not None and not there.complete:
+                export.discard_leftovers(work.output)
+            with counted(console, "looking through the table", "files") as progress:
+                plan = export.make_plan(work, progress=progress)
+            rows = sum(plan.parts[name].rows for name in plan.todo)
+            if there is not None and there.complete and not plan.todo:
+                say(f"Nothing new: all {plan.rows:,} rows of {self.source} are in {work.output.uri}.")
+                return 0
+            export.write_record(work.output, work.record)
+            if plan.done:
+                say(f"Going on: {rows:,} of {plan.rows:,} rows are left to do.")
+            self._write_parts(work, plan, lease.run_id, fence, console)
+            took = time.monotonic() - began
+            with timed(console, "writing what names all images"):
+                record = export.finish(work, plan, fence=fence)
+        say("\n".join(self._summary(work, record, rows, took)))
+        return 0
+
+    def _prepared(self, table: TableRecord) -> Work:
+        """What is asked for.
+
+        Raises:
+            MaskMillError: for anything that is wrong with it, before anything is made.
+        """
+        from pipeline.corpus.manifest import build_manifest
+        from pipeline.formats.export import new_export
+        from pipeline.formats.samples import Source
+        from pipeline.table.changed import Images
+
+        made = make_format(self.format, named_values("--set", self.settings, last=False))
+        if not 0 <= self.val_share < 1:
+            raise WrongUse(
+                "wrong_use", f"--val-share {self.val_share} is not a share.", "Give a share, such as 0.1."
+            )
+        if self.workers is not None and self.workers < 0:
+            raise WrongUse(
+                "wrong_use", f"--workers {self.workers} is not a number of tasks.", "Give 0 or more."
+            )
+        view = self.seen.of_table(self.source)
+        check_output_folder(self.output)
+        manifest = None if self.manifest is None else build_manifest(self.manifest)
+        source = Source(
+            open_storage(self.source),
+            view=None if view is None or view.view.changes_nothing else view,
+            with_confidence=made.with_confidence,
+            with_images=made.with_images or self.with_images,
+            val_share=self.val_share,
+            images=Images(manifest),
+        )
+        return new_export(source, table, made, open_storage(self.output))
+
+    def _write_parts(
+        self, work: Work, plan: Plan, run_id: str, fence: Callable[[], None], console: Console
+    ) -> None:
+        """Write what is to do, in this process or on Ray."""
+        total = sum(plan.parts[name].rows for name in plan.todo)
+        done = 0
+        with ExitStack() as stack:
+            workers, results = 0, None
+            write = functools.partial(_write_group, work=work, plan=plan, fence=fence)
+            if self._on_ray(total):
+                from pipeline.cluster.mapping import on_ray
+                from pipeline.cluster.session import ray_session
+
+                say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+                with timed(console, "starting Ray"):
+                    workers = stack.enter_context(
+                        ray_session(
+                            run_id, address=self.address, verbose=self.verbose, notice=say, plan=_count_cpus
+                        )
+                    )
+                workers = self.workers or workers
+                results = on_ray(write, _groups(plan, workers), workers)
+            progress = stack.enter_context(counted(console, f"exporting {self.format}", "images"))
+            for counts in results if results is not None else map(write, _groups(plan, 1)):
+                done += counts.rows
+                progress(done, total)
+
+    def _on_ray(self, rows: int) -> bool:
+        if self.workers is not None:
+            return self.workers > 0
+        return bool(rows) and (
+            joins_cluster(self.address) or (rows >= ON_RAY_FROM and len(os.sched_getaffinity(0)) > 1)
+        )
+
+    def _summary(self, work: Work, record: ExportRecord, rows: int, took: float) -> Iterator[str]:
+        from pipeline.formats.export import EXPORT_FILE, LEFT_OUT_FILE
+
+        images = sum(record.images.values())
+        splits = ", ".join(f"{count:,} {split}" for split, count in record.images.items())
+        yield (
+            f"Exported {images:,} images ({splits or 'none'}) as {self.format} in {duration(took)}"
+            f"{f' ({rows / took:,.0f} images/s)' if rows else ''}"
+        )
+        for number, file in enumerate(record.files):
+            yield f"  {'open first' if number == 0 else '':<12} {work.output.uri_of(file)}"
+        if record.left_out:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in record.left_out.items())
+            yield f"  left out     {sum(record.left_out.values()):,}: {reasons} (see {LEFT_OUT_FILE})"
+        lost = ", ".join(f"{count:,} {what}" for what, count in record.lost.items() if count)
+        yield f"  not carried  {lost or 'nothing was lost'}"
+        yield f"  its record   {work.output.uri_of(EXPORT_FILE)}"
+        hint = FORMATS[self.format].next_step
+        if hint:
+            yield f"Use it:        {hint.format(output=self.output)}"
+        yield f"Train on them: maskmill train maskclip-plus --labels {self.source} --output student"
+
+
+def _write_group(names: str, *, work: Work, plan: Plan, fence: Callable[[], None]) -> PartCounts:
+    """Write some parts, whose names are separated by blanks; their counts together."""
+    from pipeline.formats.export import PartCounts, write_part
+
+    total = PartCounts()
+    for name in names.split():
+        total.add(write_part(name, export=work, plan=plan, fence=fence))
+    return total
+
+
+def _groups(plan: Plan, workers: int) -> list[str]:
+    """The parts to do in groups of ``ROWS_AT_ONCE``, or smaller ones if there are not enough for all."""
+    rows = sum(plan.parts[name].rows for name in plan.todo)
+    enough = min(ROWS_AT_ONCE, rows // (4 * workers))
+    groups: list[list[str]] = []
+    size = enough
+    for name in plan.todo:
+        if size >= enough:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += plan.parts[name].rows
+    return [" ".join(group) for group in groups]
+
+
+def _count_cpus(nodes: Sequence[tuple[float, float]], *, cores: int | None) -> int:
+    """Tasks at once: a core each."""
+    return cores or max(1, int(sum(cpus for cpus, _ in nodes)))
+
+
+def _abandon(reason: str) -> None:
+    """Stop at once: another run owns the output now."""
+    print(f"{reason} Stopping.", file=sys.stderr, flush=True)
+    interrupt()

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, field_validator
 
 from models.settings import Settings
@@ -182,6 +182,40 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         raise
     except Exception as error:
         raise _explain(error, bare) from error
+
+
+def upright(data: bytes) -> tuple[bytes, str]:
+    """An encoded image that lies as it is shown, for programs that do not heed the EXIF orientation.
+
+    A JPEG stays one, of high quality, with its colour profile; other formats become PNGs, as ``decode`` reads
+    them. Other EXIF data is dropped.
+
+    Args:
+        data: an image that ``decode`` reads.
+
+    Returns:
+        The image and the suffix of its file, such as ".jpg"; ``data`` itself and "" if it lies so already.
+
+    Raises:
+        ImageError: as ``decode``.
+    """
+    try:
+        with _open(data) as image:
+            kind = image.format
+            # Pillow shows a TIFF's orientation only until it has loaded it.
+            if _orientation(image) not in _UPRIGHT:
+                return data, ""
+            made = io.BytesIO()
+            if kind in ("JPEG", "MPO"):
+                turned = ImageOps.exif_transpose(image)
+                profile = image.info.get("icc_profile")
+                turned.info.clear()
+                turned.save(made, "JPEG", quality=95, subsampling=0, icc_profile=profile)
+                return made.getvalue(), ".jpg"
+    except Exception as error:  # readers raise anything
+        raise _explain(error, data) from error
+    Image.fromarray(decode(data)).save(made, "PNG")
+    return made.getvalue(), ".png"
 
 
 def _decode(data: bytes, max_pixels: int) -> NDArray[np.uint8]:

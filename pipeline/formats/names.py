@@ -93,7 +93,7 @@ class NamesSeen:
         for uri in uris:
             parts = components(uri)
             keys.append(_key(parts))
-            if self._root is None:
+            if self._root is None and generation == 0:
                 folder = parts[:-1]
                 self._found = folder if self._found is None else _common(self._found, folder)
 

@@ -31,6 +31,7 @@ class FormatInfo:
         reader: name of the function ``(place, *, images=None) -> Imported``, with the path or URI of the
             dataset, and of its images if they are elsewhere; "" if the format cannot be read.
         packages: modules that the format needs and MaskMill does not install by itself.
+        next_step: what to do with an export in "{output}", in a line; "" if there is nothing to say.
     """
 
     title: str
@@ -38,6 +39,7 @@ class FormatInfo:
     format: str
     reader: str = ""
     packages: tuple[str, ...] = ()
+    next_step: str = ""
 
 
 FORMATS: Mapping[str, FormatInfo] = MappingProxyType(

@@ -22,7 +22,7 @@ def test_a_torch_program_labels_like_the_labeller(tmp_path: Path) -> None:
     model = toy_student(tmp_path / "run")
     said = io.StringIO()
     file = tmp_path / "made" / "student.pt2"
-    status = Export(student=str(tmp_path / "run"), format="torch", output=file).run(Console(file=said))
+    status = Export(source=str(tmp_path / "run"), format="torch", output=str(file)).run(Console(file=said))
     assert status == 0
     assert str(file) in said.getvalue() and "uint8 (batch, 3, height, width)" in said.getvalue()
     assert [path.name for path in file.parent.iterdir()] == [file.name]
@@ -51,9 +51,9 @@ def test_an_existing_file_stays_and_the_suffix_must_fit(tmp_path: Path) -> None:
     kept.write_text("mine")
     for output, code in ((kept, "output_exists"), (tmp_path / "student.bin", "wrong_use")):
         with pytest.raises(MaskMillError) as caught:
-            Export(student=str(tmp_path), format="onnx", output=output).run()
+            Export(source=str(tmp_path), format="onnx", output=str(output)).run()
         assert caught.value.code == code
     with pytest.raises(MaskMillError) as caught:
-        Export(student=str(tmp_path), format="torch", output=tmp_path / "student.pt2").run()
+        Export(source=str(tmp_path), format="torch", output=str(tmp_path / "student.pt2")).run()
     assert caught.value.code == "model_unknown"
     assert kept.read_text() == "mine" and not (tmp_path / "student.pt2").exists()

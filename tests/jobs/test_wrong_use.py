@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from pipeline.ontology.ontology import load_ontology
+from tests.pipeline.formats.tables import toy_table
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "ray", "mlflow", "open_clip", "matplotlib", "transformers", "uvicorn", "scipy")
@@ -109,6 +110,15 @@ CASES = {
     "serve --model toy --per-minute -1": "--per-minute",
     "export nowhere --format onnx --output out.onnx": "nowhere",
     "export nowhere --format torch --output out.onnx": ".pt2",
+    "export nowhere --format png --output out": "nowhere",
+    "export table --format pgn --output out": "Did you mean png?",
+    "export table --format onnx --output out.onnx": "is a label table",
+    "export table --format png --output photos": "no export of maskmill",
+    "export table --format png --output photos/cat.jpg": "photos/cat.jpg is a file",
+    "export table --format png --output out --val-share 2": "--val-share 2",
+    "export table --format png --output out --set min_area=2": "no option min_area",
+    "export table --format png --output out --drop nonsense": "There is no class nonsense",
+    "export table --format png --output out --manifest nowhere.parquet": "nowhere",
     "report nowhere": "nowhere",
     "show nowhere": "nowhere",
     "runs --limit 0": "--limit 0",
@@ -169,6 +179,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     folder = tmp_path_factory.mktemp("work")
     (folder / "photos").mkdir()
     (folder / "photos" / "cat.jpg").touch()
+    toy_table(folder / "table", 2, size=16)
     (folder / "latin.txt").write_bytes("photos/cat.jpg\nphotos/garçon.jpg\n".encode("latin-1"))
     (folder / "latin.yaml").write_bytes("name: garçon".encode("latin-1"))
     (folder / "deep.yaml").write_text("name: " + "[" * 100_000)
