@@ -57,6 +57,7 @@ FORMATS: Mapping[str, FormatInfo] = MappingProxyType(
         "webdataset": FormatInfo(
             "tar shards for the package webdataset", "webdataset", "WebDataset", "read_webdataset"
         ),
+        "hf": FormatInfo("Parquet for Hugging Face's datasets", "hf", "HuggingFace", "read_hf"),
     }
 )
 
