@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -28,6 +30,7 @@ from jobs.options import (
     Tracking,
     Truth,
     Verbose,
+    ViewOptions,
     exactly_one,
     refuse_missing_file,
 )
@@ -37,11 +40,13 @@ from pipeline.datasets.base import Dataset, Sample
 from pipeline.datasets.protocols import PROTOCOLS, Protocol, get_protocol
 from pipeline.datasets.registry import DATASETS
 from pipeline.datasets.zeroshot import zero_shot_split
+from pipeline.evaluation.classes import ClassMatch, Others, match_classes, matched, read_mapping
 from pipeline.evaluation.published import lookup as published_figures
 from pipeline.evaluation.results import (
     PICTURES,
     REPORT_FILE,
     SCENES,
+    Compared,
     EvaluationResult,
     ImageResult,
     MeasuredDataset,
@@ -69,6 +74,7 @@ from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.report.pictures import panel
 from pipeline.report.results_page import write_report
 from pipeline.table.record import TableRecord, read_table_record
+from pipeline.table.views import TableView
 from pipeline.tracking.names import place_name, recipe_name, run_name
 from pipeline.tracking.results import log_result
 from pipeline.tracking.tracker import TrackedDataset, open_tracker
@@ -95,6 +101,12 @@ class Evaluate:
         protocol: the published numbers to compare with: seed (MaskCLIP's repository), unified (its
             successors; not comparable with seed) or custom; default: the one that the recipe follows.
         zero_shot: a split into seen and unseen classes: voc20, voc21, context60, cocostuff171, …
+        common: measure the classes that labels and truth have in common, by name or synonym, instead of
+            refusing truth that has others.
+        mapping: YAML file that says which class of the labels is which of the truth: "puppy: dog",
+            "pet: [cat, dog]", "sky: null"; the other classes are matched by name or synonym.
+        others: what becomes of classes without a counterpart, with --common: background or ignored; default:
+            background if both sides have one.
         limit: use only the first N images, to try things out.
         output: folder for the result, on a disk that all nodes share if --recipe runs on a cluster; default:
             a new one below results/.
@@ -110,6 +122,10 @@ class Evaluate:
     ontology: Maybe[str] = None
     protocol: Annotated[Maybe[str], arg(metavar="{seed,unified,custom}")] = None
     zero_shot: Maybe[str] = None
+    common: Flag = False
+    mapping: Annotated[Maybe[str], arg(metavar="FILE")] = None
+    others: Annotated[Maybe[str], arg(metavar="{background,ignored}")] = None
+    seen: Annotated[ViewOptions, FLAT] = field(default_factory=ViewOptions)
     limit: int = 0
     output: Maybe[str] = None
     overwrite: Flag = False
@@ -133,13 +149,19 @@ class Evaluate:
         slug = _slug(dataset, recipe)
         # Find mistakes in the command before a tracking run is opened.
         new_folder(self.output, slug, overwrite=self.overwrite)
-        self._check_against(dataset, recipe, classes)
+        view = None if self.labels is None else self.seen.of_table(self.labels)
+        match = None if self.labels is None else self._match(dataset, self.labels, view)
+        self._check_against(dataset, recipe, classes, view, match)
         say_left_out(console, dataset)
+        for line in [] if self.labels is None else self.seen.keep(self.labels, view):
+            console.print(line, highlight=False, soft_wrap=True)
         with open_tracker(self.tracking, waiting=functools.partial(timed, console)) as tracker:
             tracker.start(
                 "evaluate",
                 run_name("evaluate", self._model(recipe), self.data.title(dataset)),
-                params={"recipe": recipe.to_dict()} if recipe else {"labels": self.labels},
+                params={"recipe": recipe.to_dict()}
+                if recipe
+                else {"labels": self.labels, **_view_params(view)},
                 dataset=TrackedDataset(
                     dataset.name,
                     dataset.fingerprint(),
@@ -161,6 +183,8 @@ class Evaluate:
                 boundary=self.boundary,
                 address=self.address,
                 verbose=self.verbose,
+                view=view,
+                match=match,
             )
             made = read_table_record(self.labels or str(folder / "labels"))
             tracker.log_params({"ontology": {"hash": made.ontology.hash}})
@@ -182,14 +206,34 @@ class Evaluate:
         assert self.labels is not None, "either labels or a recipe"
         return f"{place_name(self.labels)}, {recipe_name(read_table_record(self.labels).recipe)}"
 
-    def _check_against(self, dataset: Dataset, recipe: LabelRecipe | None, words: Ontology | None) -> None:
+    def _match(self, dataset: Dataset, labels: str, view: TableView | None) -> ClassMatch | None:
+        """The classes that labels and truth have in common, if that is asked for."""
+        if not self.common and self.mapping is None:
+            return None
+        return match_classes(
+            read_table_record(labels).ontology if view is None else view.ontology,
+            dataset.classes,
+            given=None if self.mapping is None else read_mapping(self.mapping),
+            partial=self.common,
+            others=self._others,
+        )
+
+    def _check_against(
+        self,
+        dataset: Dataset,
+        recipe: LabelRecipe | None,
+        words: Ontology | None,
+        view: TableView | None,
+        match: ClassMatch | None,
+    ) -> None:
         """Refuse options that do not fit the data, and missing weights."""
         _groups(dataset, self.zero_shot)
         if recipe is None:
             made = read_table_record(str(self.labels))
             _protocol(dataset, self._asked, table_recipe(made), made.ontology)
-            names, ignored = made.ontology.names, made.ontology.ignore_index
-            class_lookup(names, dataset.class_names, ignore_index=ignored)
+            if match is None:
+                classes = made.ontology if view is None else view.ontology
+                class_lookup(classes.names, dataset.class_names, ignore_index=classes.ignore_index)
             for sample in list(plan(str(self.labels), dataset.samples).samples.values())[:1]:
                 dataset.truth(sample)
         else:
@@ -219,9 +263,28 @@ class Evaluate:
             )
         return None
 
+    @property
+    def _others(self) -> Others | None:
+        """``others``, which is text for the same reason.
+
+        Raises:
+            WrongUse: ``wrong_use``.
+        """
+        for name in get_args(Others):
+            if self.others == name:
+                return cast(Others, name)
+        if self.others is not None:
+            known = get_args(Others)
+            raise WrongUse(
+                "wrong_use",
+                f"--others {self.others} is not known.",
+                f"{did_you_mean(self.others, known)}Give {' or '.join(known)}.",
+            )
+        return None
+
     def _check(self) -> None:
         """Refuse options that contradict each other."""
-        _ = self._asked
+        _ = self._asked, self._others
         exactly_one(
             "--labels",
             self.labels,
@@ -236,6 +299,19 @@ class Evaluate:
                 self.ontology and self.labels and benchmark is not None and not benchmark.needs_ontology,
                 "--labels have an ontology already: --ontology is for --truth, or for --recipe.",
             ),
+            (
+                self.labels is None and (self.seen.given or self.common or self.mapping),
+                "--common, --mapping and views of a table are for --labels.",
+            ),
+            (
+                self._asked not in (None, CUSTOM) and (self.seen.given or self.common or self.mapping),
+                f"Protocol {self._asked} measures labels as they are made, and all classes of the truth.",
+            ),
+            (
+                self.zero_shot and (self.seen.given or self.common or self.mapping),
+                "--zero-shot splits the classes of a benchmark: it needs them as they are.",
+            ),
+            (self.others and not self.common, "--others is for classes that --common leaves out."),
             (self.limit < 0, f"--limit {self.limit} is not a number of images."),
             (
                 self.workers is not None and self.workers < 0,
@@ -262,6 +338,8 @@ def evaluate(
     pictures: int = 6,
     address: str | None = None,
     verbose: bool = False,
+    view: TableView | None = None,
+    match: ClassMatch | None = None,
 ) -> tuple[Path, EvaluationResult]:
     """Label if needed, compare, and write the result folder.
 
@@ -276,6 +354,9 @@ def evaluate(
         pictures: number of worst and of best images to show.
         address: of a Ray cluster to label on.
         verbose: show Ray's own messages.
+        view: see ``labels`` through it.
+        match: the classes that ``labels``, as the view has them, and the truth have in common; None if all
+            classes of the truth are to be measured, by name.
 
     Returns:
         The folder, and what its ``evaluation.json`` says.
@@ -304,7 +385,15 @@ def evaluate(
     else:
         table = labels
     made = read_table_record(table)
-    followed = _protocol(dataset, protocol, table_recipe(made), made.ontology)
+    seen = made.ontology if view is None else view.ontology
+    changed = view is not None or match is not None
+    followed = None if changed else _protocol(dataset, protocol, table_recipe(made), made.ontology)
+    if match is not None:
+        dataset = matched(dataset, match)
+        groups = _groups(dataset, zero_shot)
+        lookup = match.labels
+    else:
+        lookup = class_lookup(seen.names, dataset.class_names, ignore_index=seen.ignore_index)
     if workers is None:
         workers = (os.cpu_count() or 1) if len(dataset.samples) > ON_RAY_FROM else 0
     threshold = followed.background_threshold if followed else 0.0
@@ -312,10 +401,12 @@ def evaluate(
         evaluation = evaluate_table(
             table,
             dataset,
-            class_names=made.ontology.names,
-            ignore_index=made.ontology.ignore_index,
+            class_names=seen.names,
+            ignore_index=seen.ignore_index,
             background_below=threshold,
             boundary=boundary,
+            view=view,
+            lookup=lookup,
             workers=workers,
             progress=report,
             notice=lambda text: console.print(text, highlight=False, soft_wrap=True),
@@ -332,7 +423,7 @@ def evaluate(
     claim_folder(folder, overwrite=overwrite and labels is not None)
     name = followed.name if followed else CUSTOM
     with timed(console, "drawing the worst and best images"):
-        worst, best = _pictures(dataset, table, made, evaluation, folder, threshold, count=pictures)
+        worst, best = _pictures(dataset, table, lookup, evaluation, folder, threshold, view, count=pictures)
     setting = f"{dataset.name}/zero-shot" if zero_shot else dataset.name
     result = evaluation_result(
         evaluation,
@@ -349,7 +440,7 @@ def evaluate(
         colors=dataset.classes.palette(),
         groups=groups,
         published=[Published(**figure.entry()) for figure in published_figures(setting, None, name)]
-        if whole and _is_the_benchmark(dataset, made.weights)
+        if whole and not changed and _is_the_benchmark(dataset, made.weights)
         else [],
         worst=worst,
         best=best,
@@ -357,9 +448,15 @@ def evaluate(
             *map(str, (*dataset.left_out, *evaluation.left_out())),
             *_mostly_ignored(dataset, evaluation),
         ],
+        view=None if view is None else view.view,
+        compared=None if match is None else Compared.of(match),
     )
     write_result(folder, result)
     return folder, result
+
+
+def _view_params(view: TableView | None) -> dict[str, Any]:
+    return {} if view is None else {"view": view.view.to_dict()}
 
 
 def is_toy(weights: Mapping[str, Any]) -> bool:
@@ -507,21 +604,17 @@ def _slug(dataset: Dataset, recipe: LabelRecipe | None) -> str:
 def _pictures(
     dataset: Dataset,
     table: str,
-    made: TableRecord,
+    translate: npt.NDArray[np.uint16],
     evaluation: Evaluation,
     folder: Path,
     threshold: float,
+    view: TableView | None,
     *,
     count: int,
 ) -> tuple[list[ImageResult], list[ImageResult]]:
     lowest, highest = extremes(evaluation.images, count)
     names = {sample.name: sample for sample in dataset.samples}
-    translate = class_lookup(
-        made.ontology.names,
-        dataset.class_names,
-        ignore_index=made.ontology.ignore_index,
-    )
-    predicted = read_labels(table, [*lowest, *highest], names, background_below=threshold)
+    predicted = read_labels(table, [*lowest, *highest], names, background_below=threshold, view=view)
     palette = dataset.classes.palette()
 
     def draw(images: Sequence[ImageScore], kind: str) -> list[ImageResult]:
@@ -563,6 +656,10 @@ def _print(result: EvaluationResult, console: Console, *, told: int) -> None:
         f"{metric_label(key)} {percent(value)} %" for key, value in metrics.items() if value is not None
     )
     console.print(f"{line}", highlight=False, soft_wrap=True)
+    if result.view is not None:
+        console.print(f"  view: {'; '.join(result.view.says)}", highlight=False, soft_wrap=True, markup=False)
+    for line in result.compared.sentences() if result.compared else ():
+        console.print(f"  compared: {line}", highlight=False, soft_wrap=True, markup=False)
     images = result.images
     for line in images.left_out[told:]:
         console.print(f"  left out: {line}", highlight=False, soft_wrap=True, markup=False)

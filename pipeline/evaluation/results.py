@@ -39,7 +39,9 @@ from pipeline.metrics.names import PER_CLASS
 from pipeline.metrics.statistics import summarise, summarise_classes
 
 if TYPE_CHECKING:
+    from pipeline.evaluation.classes import ClassMatch
     from pipeline.evaluation.tables import Evaluation, ImageScore
+    from pipeline.table.views import View
 
 SCHEMA_VERSION = 1
 EVALUATION_FILE, BENCHMARK_FILE = "evaluation.json", "benchmark.json"
@@ -132,8 +134,70 @@ class Published(_Record):
     protocol: str | None = None
 
 
+class ComparedClass(_Record):
+    """A measured class, and the classes of labels and truth that it is made of."""
+
+    name: str
+    labels: tuple[str, ...]
+    truth: tuple[str, ...]
+
+
+class Compared(_Record):
+    """What labels and truth have in common, if they have different classes; see ``ClassMatch``."""
+
+    classes: tuple[ComparedClass, ...]
+    only_labels: tuple[str, ...] = ()
+    only_truth: tuple[str, ...] = ()
+    others: Literal["background", "ignored"]
+
+    @classmethod
+    def of(cls, match: ClassMatch) -> Compared:
+        """The record of a match."""
+        return cls(
+            classes=tuple(
+                ComparedClass(name=one.name, labels=one.labels, truth=one.truth) for one in match.classes
+            ),
+            only_labels=match.only_labels,
+            only_truth=match.only_truth,
+            others=match.others,
+        )
+
+    def sentences(self) -> list[str]:
+        """What was compared, in words."""
+        said = [f"measured are the {len(self.classes)} classes that labels and truth have in common"]
+        said += [
+            f"class {one.name} is {' and '.join(one.labels)} of the labels, "
+            f"{' and '.join(one.truth)} of the truth"
+            for one in self.classes
+            if one.labels != one.truth
+        ]
+        fates = {
+            "background": ("count as background", "count as background"),
+            "ignored": ("are ignored", "count as no class, which is wrong where a class was measured"),
+        }[self.others]
+        for whose, names, fate in (
+            ("truth", self.only_truth, fates[0]),
+            ("labels", self.only_labels, fates[1]),
+        ):
+            if names:
+                more = f", and {len(names) - 20} more" if len(names) > 20 else ""
+                said.append(f"only in the {whose}: {', '.join(names[:20])}{more}; they {fate}")
+        return said
+
+
+class SeenThrough(_Record):
+    """The view of the table: its fields, and what it does in words."""
+
+    settings: dict[str, Any] = {}
+    says: tuple[str, ...] = ()
+
+
 class EvaluationResult(_Record):
-    """``evaluation.json``."""
+    """``evaluation.json``.
+
+    ``view`` says through which view of the table it was measured (``pipeline.table.views``), and ``compared``
+    which classes, if labels and truth have different ones; None if neither was so.
+    """
 
     schema_version: int = SCHEMA_VERSION
     kind: Literal["evaluation"] = "evaluation"
@@ -149,6 +213,8 @@ class EvaluationResult(_Record):
     metrics: dict[str, Number]
     images: Images
     published: tuple[Published, ...] = ()
+    view: SeenThrough | None = None
+    compared: Compared | None = None
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> EvaluationResult:
@@ -255,6 +321,8 @@ def evaluation_result(
     worst: Sequence[ImageResult],
     best: Sequence[ImageResult],
     left_out: Sequence[str] = (),
+    view: View | None = None,
+    compared: Compared | None = None,
 ) -> EvaluationResult:
     """The figures of an evaluation, with what was measured.
 
@@ -271,6 +339,8 @@ def evaluation_result(
         worst: the images with the lowest scores.
         best: the images with the highest scores.
         left_out: what was not compared, a sentence each.
+        view: through which the table was seen.
+        compared: the classes that were measured, if labels and truth have different ones.
     """
     statistics = evaluation.statistics
     by_class = summarise_classes(statistics)
@@ -304,6 +374,8 @@ def evaluation_result(
             best=tuple(best),
         ),
         published=tuple(published),
+        view=None if view is None else SeenThrough(settings=view.to_dict(), says=tuple(view.described())),
+        compared=compared,
     )
 
 

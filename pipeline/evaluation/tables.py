@@ -25,12 +25,12 @@ from pipeline.files.storage import Storage, canonical_uri
 from pipeline.metrics.statistics import SegmentationStatistics
 from pipeline.table.labels import (
     OK,
-    decode_confidence,
-    decode_mask,
     iter_batches,
     refuse_doubled,
     table_files,
 )
+from pipeline.table.viewed import decode_maps
+from pipeline.table.views import TableView
 
 MOST_IDS = 12
 """How many ids of the truth a message names."""
@@ -136,7 +136,7 @@ def class_lookup(
             f"The labels have no class {', '.join(map(repr, lacking[:8]))}"
             f"{f' and {len(lacking) - 8} more' if len(lacking) > 8 else ''}; they have "
             f"{', '.join(predicted[:8])}{', …' if len(predicted) > 8 else ''}.",
-            "Label with the ontology of the benchmark, or evaluate on one that has the same class names.",
+            "Measure the classes that both have: --common; or say which class is which: --mapping FILE.",
         )
     lookup = np.full(max(len(predicted), ignore_index + 1), 65535, np.uint16)
     position = {name: index for index, name in enumerate(true)}
@@ -217,6 +217,7 @@ def score_part(
     lookup: npt.NDArray[np.uint16],
     background_below: float,
     boundary: bool,
+    view: TableView | None = None,
 ) -> Evaluation:
     """Compare the rows of one file with the truth.
 
@@ -224,9 +225,10 @@ def score_part(
         part: one of ``plan.parts``.
         plan: the matched rows.
         dataset: provides the truth.
-        lookup: from ``class_lookup``.
+        lookup: id of the truth by id of the labels, or of their view; 65535 is no class.
         background_below: pixels with a lower confidence, in [0, 1], count as class 0.
         boundary: also count for boundary IoU.
+        view: see the labels through it.
 
     Raises:
         MaskMillError: from reading the truth.
@@ -244,7 +246,7 @@ def score_part(
             outcome.examples.setdefault(row["status"], f"{sample.name}: {row['error']}")
             continue
         truth = dataset.truth(sample)
-        labels, confidence = _decoded(row, background_below)
+        labels, confidence = _decoded(row, background_below, view)
         if labels.shape != truth.shape:
             outcome.failed[SIZE_DIFFERS] += 1
             sizes = f"{sample.name}: labels {_size(labels)}, truth {_size(truth)} pixels"
@@ -269,9 +271,10 @@ def _size(array: np.ndarray) -> str:
     return f"{array.shape[0]} x {array.shape[1]}"
 
 
-def _decoded(row: dict[str, Any], background_below: float) -> tuple[np.ndarray, np.ndarray]:
-    labels = decode_mask(row["mask"]["bytes"])
-    confidence = decode_confidence(row["confidence"]["bytes"])
+def _decoded(
+    row: dict[str, Any], background_below: float, view: TableView | None
+) -> tuple[np.ndarray, np.ndarray]:
+    labels, confidence = decode_maps(row["mask"]["bytes"], row["confidence"]["bytes"], view)
     if background_below:
         labels[confidence < 255 * background_below] = 0
     return labels, confidence
@@ -283,14 +286,16 @@ def read_labels(
     samples: Mapping[str, Sample],
     *,
     background_below: float = 0.0,
+    view: TableView | None = None,
 ) -> dict[str, np.ndarray]:
-    """Read label maps by image name, in the table's ids.
+    """Read label maps by image name, in the ids of the table, or of its view.
 
     Args:
         table: the label table.
         images: the images to read, from its ``Evaluation``.
         samples: the dataset's samples by name.
         background_below: pixels with a lower confidence, in [0, 1], become class 0.
+        view: see the labels through it.
     """
     work = plan(table, [samples[image.name] for image in images]) if images else None
     found: dict[str, np.ndarray] = {}
@@ -304,7 +309,7 @@ def read_labels(
             filesystem=work.storage.arrow_filesystem(),
         )
         for row in rows.to_pylist():
-            found[work.samples[row["id"]].name] = _decoded(row, background_below)[0]
+            found[work.samples[row["id"]].name] = _decoded(row, background_below, view)[0]
     return found
 
 
@@ -316,6 +321,8 @@ def evaluate_table(
     ignore_index: int,
     background_below: float = 0.0,
     boundary: bool = True,
+    view: TableView | None = None,
+    lookup: npt.NDArray[np.uint16] | None = None,
     workers: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
     notice: Callable[[str], None] = lambda _text: None,
@@ -325,10 +332,13 @@ def evaluate_table(
     Args:
         table: the output of a labelling run.
         dataset: the truth.
-        class_names: class names of the table, by id.
-        ignore_index: the table's id of uncertain pixels, which count as wrong.
+        class_names: class names of the table, or of its view, by id.
+        ignore_index: its id of uncertain pixels, which count as wrong.
         background_below: pixels with a lower confidence, in [0, 1], count as class 0.
         boundary: also count for boundary IoU.
+        view: see the labels through it.
+        lookup: id of the truth by id of the labels, or of their view, and 65535 for no class; None matches
+            the classes by name.
         workers: parallel Ray tasks, on the running Ray or a temporary local one; 0 works in this process.
         progress: called with the number of images done and in total.
         notice: called with what the user should know about Ray.
@@ -337,12 +347,15 @@ def evaluate_table(
         MaskMillError: those of ``plan`` and ``class_lookup``; ``nothing_compared`` if no pixel could be.
     """
     work = plan(table, dataset.samples)
+    if lookup is None:
+        lookup = class_lookup(class_names, dataset.class_names, ignore_index=ignore_index)
     settings: dict[str, Any] = {
         "plan": work,
         "dataset": dataset.reader(),
         "background_below": background_below,
-        "lookup": class_lookup(class_names, dataset.class_names, ignore_index=ignore_index),
+        "lookup": lookup,
         "boundary": boundary,
+        "view": view,
     }
     total = Evaluation(
         SegmentationStatistics.zero(len(dataset.class_names)), missing=work.missing, others=work.others

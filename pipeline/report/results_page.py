@@ -204,6 +204,7 @@ def _evaluation(storage: Storage, run: EvaluationResult) -> dict[str, Any]:
             ("weights", weights.get("pretrained")),
             ("recipe", recipe.get("name")),
             ("protocol", run.protocol),
+            ("view of the table", "; ".join(run.view.says) if run.view else ""),
             ("measured", _date(run.created)),
         ),
         "protocol": _PROTOCOLS.get(run.protocol, ""),
@@ -234,7 +235,7 @@ def _evaluation(storage: Storage, run: EvaluationResult) -> dict[str, Any]:
 
 def _evaluation_gaps(run: EvaluationResult) -> list[str]:
     """Sentences about what the numbers do not cover."""
-    gaps = []
+    gaps = [f"{line[:1].upper()}{line[1:]}." for line in (run.compared.sentences() if run.compared else ())]
     if run.images.failed:
         gaps.append(f"Failed and left out: {_images(run.images.failed)}.")
     if run.images.missing:

@@ -86,3 +86,69 @@ def test_the_gallery_shows_a_view_and_keeps_it(made: Made, maskmill_here: Callab
     other = maskmill_here(*show, "--view", "sure", "--drop", "sky", "--save-view", "sure")
     assert other.returncode == 2 and "is another view" in other.stderr and page.read_text() == text
     assert {name: data for name, data in made.files().items() if "/views/" not in name} == before
+
+
+@pytest.fixture
+def measure(made: Made, maskmill_here: Callable[..., Any]) -> Callable[..., Any]:
+    """Evaluate the table; say what it answered, and its result if there is one."""
+
+    def run(*options: object, expect: int = 0) -> tuple[str, dict[str, Any]]:
+        out = made.root / "out"
+        done = maskmill_here(
+            "evaluate", "--labels", made.table, "--images", made.root / "images",
+            "--truth", made.root / "masks", "--output", out, "--overwrite", *options,
+        )  # fmt: skip
+        assert done.returncode == expect, done.stderr
+        said = " ".join(f"{done.stdout} {done.stderr}".split())
+        return said, json.loads((out / "evaluation.json").read_text()) if expect == 0 else {}
+
+    return run
+
+
+def test_an_evaluation_counts_what_a_view_shows(made: Made, measure: Callable[..., Any]) -> None:
+    before = made.files()
+    said, sure = measure("--threshold", "0.5", "--save-view", "sure")
+    truth = np.concatenate([labels[:, : W // 2].ravel() for labels in made.labels.values()])
+    weak = np.concatenate([labels[:, W // 2 :].ravel() for labels in made.labels.values()])
+    right, missed = np.bincount(truth, minlength=4), np.bincount(weak, minlength=4)
+    assert sure["confusion"] == np.hstack([np.diag(right), missed[:, None]]).tolist()
+    assert sure["view"] == {
+        "settings": {"schema_version": 1, "threshold": 0.5},
+        "says": ["confidence from 0.5"],
+    }
+    assert sure["protocol"] == "custom" and "view: confidence from 0.5" in said
+    assert measure("--view", "sure")[1]["confusion"] == sure["confusion"]
+    assert {name: data for name, data in made.files().items() if "/views/" not in name} == before
+
+
+def test_a_view_of_fewer_classes_is_measured_on_what_is_common(
+    made: Made, measure: Callable[..., Any]
+) -> None:
+    pet = ("--merge", "cat,dog=pet", "--min-area", "pet=2")
+    said, _ = measure(*pet, expect=2)
+    assert "classes_differ" in said and "--common" in said and "--mapping" in said
+    said, found = measure(*pet, "--common")
+    assert [entry["name"] for entry in found["classes"]] == ["sky", "grass", "pet"]
+    confusion = np.array(found["confusion"])
+    alone = sum(
+        int(labels[0, 0] > 1 and max(labels[0, 1], labels[1, 0]) < 2) for labels in made.labels.values()
+    )
+    everything = np.concatenate([labels.ravel() for labels in made.labels.values()])
+    assert np.diag(confusion).sum() + alone == everything.size and confusion[2, 3] == alone
+    assert found["compared"]["classes"][2] == {"name": "pet", "labels": ["pet"], "truth": ["cat", "dog"]}
+    assert "class pet is pet of the labels, cat and dog of the truth" in said
+    page = (made.root / "out/report.html").read_text()
+    assert "Class pet is pet of the labels, cat and dog of the truth." in page
+
+
+def test_a_mapping_says_which_class_is_which(made: Made, measure: Callable[..., Any]) -> None:
+    (made.root / "truth.yaml").write_text("name: t\nclasses: [heaven, lawn, cat, dog]\n")
+    (made.root / "map.yaml").write_text("sky: heaven\ngrass: lawn\n")
+    own = ("--ontology", made.root / "truth.yaml")
+    assert "no class 'heaven', 'lawn'" in measure(*own, expect=2)[0]
+    said, found = measure(*own, "--common")
+    assert [entry["name"] for entry in found["classes"]] == ["cat", "dog"]
+    assert "only in the truth: heaven, lawn; they are ignored" in said
+    _, found = measure(*own, "--mapping", made.root / "map.yaml")
+    assert [entry["name"] for entry in found["classes"]] == ["heaven", "lawn", "cat", "dog"]
+    assert found["metrics"]["miou"] == 1
