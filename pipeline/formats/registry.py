@@ -50,14 +50,29 @@ FORMATS: Mapping[str, FormatInfo] = MappingProxyType(
             "coco_panoptic",
             "CocoPanoptic",
             "read_coco_panoptic",
+            next_step="panopticapi reads {output}/annotations/panoptic_train.json and the folder beside it",
         ),
         "coco-stuff": FormatInfo(
-            "COCO-Stuff: pixel maps, and an RLE for each class", "coco_stuff", "CocoStuff", "read_coco_stuff"
+            "COCO-Stuff: pixel maps, and an RLE for each class",
+            "coco_stuff",
+            "CocoStuff",
+            "read_coco_stuff",
+            next_step='pycocotools.coco.COCO("{output}/annotations/stuff_train.json")',
         ),
         "webdataset": FormatInfo(
-            "tar shards for the package webdataset", "webdataset", "WebDataset", "read_webdataset"
+            "tar shards for the package webdataset",
+            "webdataset",
+            "WebDataset",
+            "read_webdataset",
+            next_step='webdataset.WebDataset(sorted(glob.glob("{output}/train-*.tar")), shardshuffle=100)',
         ),
-        "hf": FormatInfo("Parquet for Hugging Face's datasets", "hf", "HuggingFace", "read_hf"),
+        "hf": FormatInfo(
+            "Parquet for Hugging Face's datasets",
+            "hf",
+            "HuggingFace",
+            "read_hf",
+            next_step='datasets.load_dataset("{output}")',
+        ),
     }
 )
 
