@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.clusters import RAY, Cluster, running_cluster
+from benchmarks.faults.clusters import RAY, Cluster, running_cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

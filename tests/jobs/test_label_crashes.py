@@ -9,22 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.faults.runs import HOOKS
 from pipeline.files.storage import open_storage
-from tests.pipeline.labelling.test_attempts import POISON, pictures, statuses
+from tests.pipeline.labelling.test_attempts import pictures, statuses
 
 ROOT = Path(__file__).resolve().parents[2]
-
-KILLER = f"""
-import os, signal
-from PIL import Image
-original = Image.open
-def open(file, *arguments, **settings):
-    image = original(file, *arguments, **settings)
-    if image.convert("L").getpixel((0, 0)) == {POISON}:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return image
-Image.open = open
-"""
 
 
 @pytest.mark.long
@@ -33,12 +22,10 @@ def test_images_that_kill_the_decoder_become_rows(
 ) -> None:
     poisonous = (2, 11)
     pictures(tmp_path / "images", poisonous, 30)
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(KILLER)
     done = maskmill(
         "label", "--images", tmp_path / "images", "--ontology", "toyworld", "--recipe", "toy",
         "--output", tmp_path / "table", "--max-failure-rate", "0.5",
-        PYTHONPATH=f"{tmp_path / 'site'}{os.pathsep}{ROOT}", timeout=400,
+        PYTHONPATH=f"{HOOKS}{os.pathsep}{ROOT}", timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = list(statuses(open_storage(tmp_path / "table")).values())

@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from benchmarks.faults.clusters import Cluster, running_cluster
 from pipeline.cluster import nodes
 from pipeline.toyworld import scenes as toyworld
-from tests.clusters import Cluster, running_cluster
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from benchmarks.faults.disks import NoDisk, fill, mounted
 from pipeline.table.labels import iter_rows
 from pipeline.toyworld import scenes as toyworld
 
@@ -28,16 +29,11 @@ def _label(images: Path, output: object, *more: object) -> list[object]:
 @contextlib.contextmanager
 def _mounted(place: Path, options: str) -> Iterator[Path]:
     """A small disk of its own; skips where it cannot be made."""
-    place.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True, check=False
-    )
-    if made.returncode:
-        pytest.skip(f"no disk can be mounted here: {made.stderr.strip()}")
     try:
-        yield place
-    finally:
-        subprocess.run(["umount", place], check=True)
+        with mounted(place, options) as disk:
+            yield disk
+    except NoDisk as reason:
+        pytest.skip(f"no disk can be mounted here: {reason}")
 
 
 needs_mount = pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
@@ -78,9 +74,7 @@ def test_a_read_only_disk_is_told_before_work(maskmill_here: Run, toy_images: Pa
 @needs_mount
 def test_a_full_disk_is_told_before_work(maskmill_here: Run, toy_images: Path, tmp_path: Path) -> None:
     with _mounted(tmp_path / "disk", "size=64k") as disk:
-        with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
-            while True:
-                filler.write(bytes(4096))
+        fill(disk / "filler")
         done = maskmill_here(*_label(toy_images, disk / "table"))
         left = sorted(path.name for path in disk.rglob("*") if path.is_file())
     assert done.returncode == 1 and "no space is left" in done.stderr, done.stderr
@@ -103,15 +97,13 @@ def test_a_disk_that_fills_in_mid_run_stops_it_in_words_and_the_same_command_goe
         table, filler = disk / "table", disk / "filler"
         done = threading.Event()
 
-        def fill() -> None:
+        def fill_up() -> None:
             """Take all room as soon as some parts are there, as another program would."""
             while len(list(table.glob("labels/*.parquet"))) < 3 and not done.wait(0.005):
                 pass
-            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
-                while True:
-                    file.write(bytes(4096))
+            fill(filler)
 
-        thread = threading.Thread(target=fill)
+        thread = threading.Thread(target=fill_up)
         thread.start()
         try:
             began = time.monotonic()

@@ -13,8 +13,8 @@ import fsspec
 import pyarrow.dataset as ds
 import pytest
 
+from benchmarks.faults.object_store import FaultyStore
 from pipeline.files.storage import open_storage
-from tests.jobs.conftest import FaultyStore
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 LABEL = ("label", "--ontology", "toyworld", "--recipe", "toy", "--tracking", "off")

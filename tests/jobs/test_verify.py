@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.faults.damage import DAMAGES, parts
 from pipeline.table.labels import iter_rows
 from pipeline.table.lease import LEASE_FILE, Holder
-from tests.pipeline.table.damage import DAMAGES, parts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.faults.damage import DAMAGES, parts
 from pipeline.corpus.manifest import stable_id
 from pipeline.files.storage import open_storage
 from pipeline.table.changed import Images
 from pipeline.table.committed import part_files, write_part
 from pipeline.table.labels import LABEL_SCHEMA, failed_row, iter_rows, ok_row, summarise
 from pipeline.table.verify import PROBLEMS, Verification, check_part, verify
-from tests.pipeline.table.damage import DAMAGES, parts
 
 CLASSES = 3
 

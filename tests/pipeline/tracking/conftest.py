@@ -2,13 +2,8 @@ from __future__ import annotations
 
 import http.client
 import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +11,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from benchmarks.faults.clusters import free_port
+from benchmarks.faults.mlflow_server import Server
 
 
 @pytest.fixture(autouse=True)
@@ -46,47 +42,6 @@ def sqlite(tmp_path: Path, empty_database: Path) -> str:
     """Tracking URI of an empty database."""
     (tmp_path / "mlruns.db").write_bytes(empty_database.read_bytes())
     return f"sqlite:///{tmp_path}/mlruns.db"
-
-
-class Server:
-    """A real ``mlflow server`` that can be killed and started again on the same port and database."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = free_port()
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        log = open(self.folder / "server.log", "ab")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)),
-                *("--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"),
-                *("--artifacts-destination", str(self.folder / "artifacts")),
-            ],
-            cwd=self.folder,
-            env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "DO_NOT_TRACK": "true"},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        log.close()
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline:
-            assert self._process.poll() is None, (self.folder / "server.log").read_text()
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
-                    return
-            except OSError:
-                time.sleep(0.1)
-        raise AssertionError((self.folder / "server.log").read_text())
-
-    def kill(self) -> None:
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
 
 
 @pytest.fixture(scope="module")
@@ -155,12 +110,6 @@ class LossyProxy:
 @pytest.fixture
 def lossy_proxy() -> type[LossyProxy]:
     return LossyProxy
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

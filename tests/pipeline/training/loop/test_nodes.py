@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.faults.clusters import running_cluster
 from pipeline.cluster.session import ray_session
-from tests.clusters import running_cluster
 from tests.pipeline.training.loop.test_driver import Plan, run
 
 

@@ -67,6 +67,14 @@ class Cluster:
             time.sleep(0.2)
         return number
 
+    def works(self, number: int, title: str) -> bool:
+        """Whether a node has a process whose title begins like this."""
+        for process in psutil.Process(self._nodes[number].pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
+                    return True
+        return False
+
     def kill(self, number: int) -> None:
         """Lose a node: SIGKILL to all of its processes at once."""
         node = psutil.Process(self._nodes[number].pid)

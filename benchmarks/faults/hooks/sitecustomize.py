@@ -1,0 +1,57 @@
+"""Faults from inside a run: Python executes this first in each process whose PYTHONPATH has this folder.
+
+Environment:
+    FAULTS_SKEW_S: by how much the wall clock of Python is ahead.
+    FAULTS_PACE_S: how long opening an image takes in Ray's workers, so that there is time to be disturbed.
+
+In Ray's workers, an image that is grey all over kills the process that decodes it or computes its labels, if
+its grey value is ``DECODE_POISON`` or ``LABEL_POISON``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+DECODE_POISON = 200
+LABEL_POISON = 201
+
+
+def _skew_clock(seconds: float) -> None:
+    now = time.time
+    time.time = lambda: now() + seconds
+
+
+def _poison(pace_s: float) -> None:
+    import numpy as np
+    from PIL import Image
+
+    open_image, stack = Image.open, np.stack
+
+    def opened(*arguments: Any, **settings: Any) -> Any:
+        time.sleep(pace_s)
+        image = open_image(*arguments, **settings)
+        if image.convert("L").getextrema() == (DECODE_POISON, DECODE_POISON):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return image
+
+    def stacked(arrays: Any, *arguments: Any, **settings: Any) -> Any:
+        # This is how a Labeller makes a batch of images.
+        if (
+            len(arrays)
+            and getattr(arrays[0], "dtype", None) == np.uint8
+            and (arrays[0] == LABEL_POISON).all()
+        ):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return stack(arrays, *arguments, **settings)
+
+    Image.open, np.stack = opened, stacked
+
+
+if os.environ.get("FAULTS_SKEW_S"):
+    _skew_clock(float(os.environ["FAULTS_SKEW_S"]))
+if any("default_worker" in word for word in sys.orig_argv):
+    _poison(float(os.environ.get("FAULTS_PACE_S") or 0))
