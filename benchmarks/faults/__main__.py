@@ -89,7 +89,7 @@ def inject(world: World, kind: str, seed: int, first: int, most: int) -> Entry:
     began = time.monotonic()
     rng = random.Random(f"{seed}/{kind}/{first}")
     times, lost, doubled, wrong, hung = 1, 0, 0, 0, 0
-    notes: Sequence[str] = ()
+    notes: list[str] = []
     try:
         injected = KINDS[kind](world, rng, most)
         times, verdict = injected.times, injected.verdict

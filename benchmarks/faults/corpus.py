@@ -49,7 +49,7 @@ EDITS: tuple[Callable[[random.Random, Lines], Lines], ...] = (
 def manifest_edited(world: World, rng: random.Random, most: int) -> Injected:
     """A list or a manifest is edited between runs; what has a row keeps it, what is new gets one."""
     times, verdict = min(most, 8), Verdict()
-    whole = [str(path) for path in sorted(world.images.iterdir())]
+    whole = world.everything.read_text().splitlines()
     source = world.folder("list").with_suffix(".txt")
     table = world.copy_of_reference()
     for number in range(times):
@@ -66,8 +66,8 @@ def manifest_edited(world: World, rng: random.Random, most: int) -> Injected:
         command.expect(0)
         if not last and "Nothing new" not in command.said:
             verdict = verdict.plus(wrong(f"after an edit of the list: {command.said[-500:]}"))
-    world.finish(table)
-    return Injected(times, verdict.plus(world.judge(table)))
+    world.finish(table, images=world.everything)
+    return Injected(times, verdict.plus(world.judge_copy(table)))
 
 
 def _forged(world: World, table: Path, rng: random.Random) -> Verdict:

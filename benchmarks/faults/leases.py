@@ -87,7 +87,7 @@ def stale_lease(world: World, rng: random.Random, most: int) -> Injected:
         _Elsewhere(table, rng.choice((-1, 1)) * rng.uniform(0, 2 * DAY_S), alive=lives)
         for table, lives in zip(tables, alive, strict=True)
     ]
-    commands = [world.label(table, pace_s=0) for table in tables]
+    commands = [world.label(table, images=world.everything, pace_s=0) for table in tables]
     for command, lives in zip(commands, alive, strict=True):
         status = command.expect(0, 1)
         if (REFUSED in command.said) != lives or bool(status) != lives:
@@ -96,7 +96,7 @@ def stale_lease(world: World, rng: random.Random, most: int) -> Injected:
     for other, table in zip(others, tables, strict=True):
         other.end()
         (table / "lease.json").unlink(missing_ok=True)
-        verdict = verdict.plus(world.judge(table))
+        verdict = verdict.plus(world.judge_copy(table))
     return Injected(times, verdict)
 
 

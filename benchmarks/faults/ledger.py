@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 HEADINGS = ("kind", "times", "lost", "doubled", "wrong", "hung", "seconds each")
@@ -34,7 +34,7 @@ class Entry:
     wrong: int
     hung: int
     seconds: float
-    notes: Sequence[str] = ()
+    notes: list[str] = field(default_factory=list)
 
 
 class Ledger:

@@ -61,7 +61,8 @@ def _failing(answer: Fault, world: World, rng: random.Random, most: int) -> Inje
     for path in world.images.iterdir():
         client.upload_file(str(path), photos, f"2026/{path.name}")
     expected = {
-        f"s3://{photos}/2026/{uri.rpartition('/')[2]}": found for uri, found in world.expected().items()
+        f"s3://{photos}/2026/{uri.rpartition('/')[2]}": found
+        for uri, found in world.expected(world.images).items()
     }
     windows = Windows(answer, rng, min(most, MOST))
     store.fault = windows

@@ -39,8 +39,8 @@ def half_written(world: World, rng: random.Random, most: int) -> Injected:
         half = part.with_name(f".{part.name}.{rng.randrange(1 << 40):x}.tmp")
         half.write_bytes(data[: rng.randrange(len(data))])
         part.unlink()
-    world.finish(table)
-    return Injected(times, world.judge(table))
+    world.finish(table, images=world.everything)
+    return Injected(times, world.judge_copy(table))
 
 
 def corrupt_part(world: World, rng: random.Random, most: int) -> Injected:
@@ -51,14 +51,14 @@ def corrupt_part(world: World, rng: random.Random, most: int) -> Injected:
     names = rng.sample(sorted(DAMAGES), times)
     for part, name in zip(rng.sample(chosen, times), names, strict=True):
         DAMAGES[name][0](part)
-    found = world.run("verify", table, "--images", world.images, "--repair")
+    found = world.run("verify", table, "--images", world.everything, "--repair")
     if found.expect(0, 1) == 0:
         verdict = verdict.plus(wrong(f"{', '.join(names)} not found: {found.said[-500:]}"))
-    world.finish(table)
-    if world.run("verify", table, "--images", world.images).wait():
+    world.finish(table, images=world.everything)
+    if world.run("verify", table, "--images", world.everything).wait():
         verdict = verdict.plus(wrong(f"{', '.join(names)} not repaired"))
     shutil.rmtree(table / "set_aside", ignore_errors=True)
-    return Injected(times, verdict.plus(world.judge(table)))
+    return Injected(times, verdict.plus(world.judge_copy(table)))
 
 
 def output_deleted(world: World, rng: random.Random, most: int) -> Injected:

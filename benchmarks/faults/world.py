@@ -93,11 +93,11 @@ class World:
             (self.images / f"scene_{index:04d}.png").write_bytes(data)
         (self.images / "broken.png").write_bytes(b"no image")
         self.spare = encoded[COUNT:]
-        spare = scratch / "spare"
-        spare.mkdir()
+        self._spare = scratch / "spare"
+        self._spare.mkdir()
         for index, data in enumerate(self.spare):
-            (spare / f"spare_{index:04d}.png").write_bytes(data)
-        self._spare_uris = [str(path) for path in sorted(spare.iterdir())]
+            (self._spare / f"spare_{index:04d}.png").write_bytes(data)
+        self._spare_uris = [str(path) for path in sorted(self._spare.iterdir())]
         self.object_store: tuple[FaultyStore, dict[str, str]] | None = None
         self.nodes: ThreeNodes | None = None
         self.trained: dict[int, Path] = {}
@@ -202,14 +202,18 @@ class World:
         shutil.copytree(self.reference, table)
         return table
 
-    def expected(self, folder: Path | None = None) -> Expected:
-        """What a table of a folder of images should have, by the images as they are now."""
+    def expected(self, *folders: Path) -> Expected:
+        """What a table of folders of images should have, by the images as they are now."""
         found: Expected = {}
-        for path in sorted((folder or self.images).iterdir()):
+        for path in (path for folder in folders for path in sorted(folder.iterdir())):
             data = path.read_bytes()
             known = data.startswith(b"\x89PNG")
             found[str(path)] = ("ok", hashlib.sha256(data).digest()) if known else ("not_an_image", None)
         return found
+
+    def judge_copy(self, table: Path) -> Verdict:
+        """Compare a copy of the reference that was disturbed, and finished with ``everything``."""
+        return self.judge(table, self.expected(self.images, self._spare))
 
     def judge(self, output: object, expected: Expected | None = None) -> Verdict:
         """Compare a finished table with what it should have.
@@ -220,7 +224,7 @@ class World:
         """
         assert self.reference
         storage = open_storage(str(output))
-        expected = self.expected() if expected is None else expected
+        expected = self.expected(self.images) if expected is None else expected
         rows = rows_of(storage)
         ids = Counter(row["id"] for row in rows)
         verdict = Verdict(doubled=sum(count - 1 for count in ids.values()))
