@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +29,7 @@ from pipeline.datasets.base import Dataset, Labels, Sample, Source, read_image, 
 from pipeline.datasets.cocofile import CocoCategory, CocoImage, invalid, read_coco
 from pipeline.files.documents import read_document
 from pipeline.files.storage import Storage, open_storage
-from pipeline.formats.segmentation import encoded
+from pipeline.formats.segmentation import draw_instances
 from pipeline.ontology.ontology import BACKGROUND, Ontology, load_ontology
 
 SOURCE = Source(
@@ -204,25 +203,6 @@ def spoken_names(category: str) -> tuple[str, str]:
     """A category's name in words, with and without LVIS's qualifier in parentheses."""
     full = " ".join(category.replace("_", " ").split())
     return full, full.partition(" (")[0]
-
-
-def draw_instances(labels: Labels, instances: list[Any]) -> Labels:
-    """Draw instances into a map; the module docstring has the rule.
-
-    Args:
-        labels: (H, W), modified in place.
-        instances: [class id, is crowd, order, parts of ``segmentation.checked``] each.
-    """
-    from pycocotools import mask as coco
-
-    height, width = labels.shape
-    regions = []
-    for class_id, crowd, order, parts in instances:
-        rle = encoded(parts, height, width)
-        regions.append((not crowd, -int(coco.area(rle)), order, class_id, rle))
-    for *_, class_id, rle in sorted(regions, key=lambda region: region[:3]):
-        labels[coco.decode(rle).astype(bool)] = class_id
-    return labels
 
 
 def _size(image: CocoImage, place: Storage) -> tuple[int, int]:

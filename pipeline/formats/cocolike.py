@@ -4,11 +4,13 @@
     images/SPLIT/NAME.jpg           if images are copied
 
 Category ids are class ids + 1, image ids row numbers + 1: 0 means "none" to some readers. ``file_name`` is
-relative to the folder of the split, ``coco_url`` the address that the image was labelled from.
+relative to the folder of the split, or of the source if images are not copied, ``coco_url`` the address that
+the image was labelled from.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -36,11 +38,20 @@ def image_entry(sample: Sample) -> dict[str, Any]:
     height, width = sample.labels.shape
     return {
         "id": sample.number + 1,
-        "file_name": f"{sample.name}{sample.suffix}",
+        "file_name": _file_name(sample),
         "height": height,
         "width": width,
         "coco_url": sample.uri,
     }
+
+
+def _file_name(sample: Sample) -> str:
+    """That of the copy, or what the source calls the image if it stays there: ids are in our names only."""
+    ours = f"{sample.name}{sample.suffix}"
+    theirs = "/".join(sample.uri.split("/")[-1 - sample.name.count("/") :])
+    stem = theirs[: -len(sample.suffix)]
+    same = stem in (sample.name, re.sub(r"-[0-9a-f]{16}$", "", sample.name))
+    return theirs if sample.image is None and same and theirs.lower().endswith(sample.suffix) else ours
 
 
 def copy_image(sample: Sample, output: Storage) -> None:
@@ -63,13 +74,14 @@ class _Category(Model):
 
 
 class CocoImage(Model):
-    """An image."""
+    """An image; ``ignored`` as in ``coco``."""
 
     id: int
     file_name: str
     height: Side
     width: Side
     coco_url: str | None = None
+    ignored: Any = None
 
     @property
     def size(self) -> tuple[int, int]:

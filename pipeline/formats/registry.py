@@ -44,6 +44,13 @@ class FormatInfo:
 
 FORMATS: Mapping[str, FormatInfo] = MappingProxyType(
     {
+        "coco": FormatInfo(
+            "COCO instances: connected components with holes, as RLE",
+            "coco",
+            "Coco",
+            "read_coco",
+            next_step="pycocotools.coco.COCO('{output}/annotations/instances_train.json')",
+        ),
         "png": FormatInfo("a grey PNG of class ids for each image", "png", "Png", "read_png"),
         "coco-panoptic": FormatInfo(
             "COCO panoptic: instances of things, regions of stuff",

@@ -9,13 +9,14 @@ in turn, or an RLE with ``size`` and ``counts``. H W pixels of the image.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Parts = list[Any]
+_L = TypeVar("_L", bound=npt.NDArray[Any])
 
 FAR = 10
 """Corners may lie outside the image by this multiple of its longer side."""
@@ -86,6 +87,25 @@ def encoded(parts: Parts, height: int, width: int) -> dict[str, Any]:
             rles.append(coco.frPyObjects(part, height, width) if plain else part)
     union: dict[str, Any] = coco.merge(rles)
     return union
+
+
+def draw_instances(labels: _L, instances: Sequence[Any]) -> _L:
+    """Draw instances into a map: crowd regions first, then from large to small, each over the earlier ones.
+
+    Args:
+        labels: (H, W), modified in place.
+        instances: [class id, is crowd, order, parts of ``checked``] each.
+    """
+    from pycocotools import mask as coco
+
+    height, width = labels.shape
+    regions = []
+    for class_id, crowd, order, parts in instances:
+        rle = encoded(parts, height, width)
+        regions.append((not crowd, -int(coco.area(rle)), order, class_id, rle))
+    for *_, class_id, rle in sorted(regions, key=lambda region: region[:3]):
+        labels[coco.decode(rle).astype(bool)] = class_id
+    return labels
 
 
 def _checked_polygon(part: Any, height: int, width: int) -> list[float]:
