@@ -80,6 +80,41 @@ FORMATS: Mapping[str, FormatInfo] = MappingProxyType(
             "read_hf",
             next_step='datasets.load_dataset("{output}")',
         ),
+        "voc": FormatInfo(
+            "PASCAL VOC: masks with a palette, JPEGs, lists by split",
+            "voc",
+            "Voc",
+            "read_voc",
+            next_step="readers of VOC 2012 take {output} for their VOCdevkit/VOC2012",
+        ),
+        "yolo": FormatInfo(
+            "Ultralytics' YOLO segmentation: a polygon for each segment",
+            "yolo",
+            "Yolo",
+            "read_yolo",
+            next_step="yolo segment train data={output}/data.yaml",
+        ),
+        "cityscapes": FormatInfo(
+            "the layout of Cityscapes, with its ids where the classes are its own",
+            "cityscapes",
+            "Cityscapes",
+            "read_cityscapes",
+            next_step='torchvision.datasets.Cityscapes("{output}", split="train", target_type="semantic")',
+        ),
+        "labelstudio": FormatInfo(
+            "tasks for Label Studio: brush masks to correct",
+            "labelstudio",
+            "LabelStudio",
+            "read_labelstudio",
+            next_step="Label Studio: set up a project with label_config.xml of {output}, import tasks.json",
+        ),
+        "cvat": FormatInfo(
+            "CVAT's segmentation masks 1.1: of classes, and of objects to correct",
+            "cvat",
+            "Cvat",
+            "read_cvat",
+            next_step="CVAT: zip the content of {output}, upload it as Segmentation mask 1.1",
+        ),
     }
 )
 
