@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import pickle
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,9 @@ def on_ray(
 
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        if logging.getLogger("ray").getEffectiveLevel() > logging.INFO:  # set by ray_session
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
         shared = ray.put(function)
 
         def call(row: dict[str, str]) -> dict[str, bytes]:
