@@ -58,7 +58,7 @@ def node(world: World, rng: random.Random, most: int) -> Injected:
         if not three.lose(TARGETS["actor"][0], rng):
             continue
         times += 1
-        if rng.random() < 0.5 and times < min(most, MOST):
+        if rng.random() < 0.5:
             break
         time.sleep(rng.uniform(0, 3))
         three.replace()

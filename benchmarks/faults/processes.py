@@ -14,7 +14,7 @@ import psutil
 
 from benchmarks.faults.hooks.sitecustomize import DECODE_POISON, LABEL_POISON
 from benchmarks.faults.runs import Command, Unexpected, parts_of
-from benchmarks.faults.world import Injected, Verdict, World, grey
+from benchmarks.faults.world import Injected, World, grey
 
 TARGETS = {
     "actor": ("ray::MapWorker",),
@@ -114,25 +114,24 @@ driver, actor, task, raylet, gcs = (
 
 def _signalled(number: int, world: World, rng: random.Random, most: int) -> Injected:
     """A run that is asked to stop does so cleanly, and the next one goes on."""
-    times, verdict = min(most, MOST), Verdict()
-    output = world.folder("signalled")
-    for _ in range(times):
+    times, output = 0, world.folder("signalled")
+    while times < min(most, MOST):
         command = world.label(output)
         if rng.random() < 0.7:
             wait_for_parts(command, output, rng.randint(1, 3))
         else:
             time.sleep(rng.uniform(2, 10))  # Python itself takes a second to come to our code
-        if not command.runs:
+        family = command.driver.children(recursive=True) if command.runs else []
+        command.send(number)
+        if command.expect(130, 0) == 0:
             take_some_away(output, rng)
             continue
-        family = command.driver.children(recursive=True)
-        command.send(number)
-        command.expect(130, 0)
-        alive = [process for process in psutil.wait_procs(family, timeout=20)[1] if process.is_running()]
+        times += 1
+        _, alive = psutil.wait_procs(family, timeout=60)
         if alive:
             raise Unexpected(f"a run that was stopped left processes behind: {alive}")
     world.finish(output)
-    return Injected(times, verdict.plus(world.judge(output)))
+    return Injected(times, world.judge(output))
 
 
 sigterm, ctrl_c = functools.partial(_signalled, signal.SIGTERM), functools.partial(_signalled, signal.SIGINT)

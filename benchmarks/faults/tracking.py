@@ -8,6 +8,7 @@ import time
 
 from benchmarks.faults.mlflow_server import Server
 from benchmarks.faults.processes import wait_for_parts
+from benchmarks.faults.runs import Unexpected
 from benchmarks.faults.world import COUNT, Injected, Verdict, World, wrong
 
 
@@ -31,6 +32,8 @@ def mlflow(world: World, rng: random.Random, most: int) -> Injected:
             else:
                 break
         command.expect(0)
+        if not times:
+            raise Unexpected("the run ended before the server could be killed")
         server.kill()
         server.start()
         sent = world.run("track", "--flush", environment=environment)

@@ -116,6 +116,8 @@ class World:
             "MASKMILL_CACHE": str(self.scratch / "cache"),
             "MLFLOW_TRACKING_URI": "off",
             "RAY_ADDRESS": "",
+            # At Ray's own 15, workers starve beside anything else on this machine.
+            "RAY_worker_niceness": "5",
             # Ray takes a raylet for dead after five times this period, 15 s by default, and ends what has
             # lost the head of its cluster after the second number, 60 s by default.
             "RAY_health_check_period_ms": "1000",
