@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import signal
-import subprocess
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+from benchmarks.faults.clusters import standing_ray
 
 if TYPE_CHECKING:
     from tests.browser import Page
@@ -51,49 +50,12 @@ hypothesis.settings.load_profile("shared")
 CLUSTER_CPUS = 3
 """CPUs of the cluster that tests share: enough for the stages of a job, and for two training workers."""
 
-CLUSTER = f"""
-import sys
-import ray
-ray.init("local", num_cpus={CLUSTER_CPUS}, include_dashboard=False, logging_level="ERROR")
-print(ray.get_runtime_context().gcs_address, flush=True)
-sys.stdin.read()
-"""
-
 
 @pytest.fixture(scope="session")
 def shared_ray() -> Iterator[str]:
-    """Address of a cluster that outlives the jobs joining it, for tests that are not about starting Ray.
-
-    A subprocess holds it, and ends it when this process is gone, even if it was killed.
-    """
-    environment = os.environ | {
-        "MLFLOW_TRACKING_URI": "off",
-        "PYTHONPATH": str(ROOT),
-        "RAY_BACKEND_LOG_LEVEL": "fatal",
-        "RAY_enable_worker_prestart": "0",
-        "RAY_prestart_worker_first_driver": "0",
-    }
-    for name in ("MASKMILL_RUN_ID", "RAY_ADDRESS"):
-        environment.pop(name, None)
-    with subprocess.Popen(
-        [sys.executable, "-c", CLUSTER],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as holder:
-        assert holder.stdin is not None and holder.stdout is not None
-        address = holder.stdout.readline().strip()
-        assert address, "Ray did not start"
-        try:
-            yield address
-        finally:
-            holder.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                holder.wait(30)
-            holder.kill()
+    """Address of a cluster that outlives the jobs joining it, for tests that are not about starting Ray."""
+    with standing_ray(os.environ, cpus=CLUSTER_CPUS) as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="session")

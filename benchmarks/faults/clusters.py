@@ -130,3 +130,53 @@ def running_cluster(environment: Mapping[str, str], *, dashboard: bool = False) 
         finally:
             if cluster is not None:
                 cluster.close()
+
+
+_HOLDER = """
+import sys
+import ray
+ray.init("local", num_cpus=int(sys.argv[1]), include_dashboard=False, logging_level="ERROR")
+print(ray.get_runtime_context().gcs_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def standing_ray(environment: Mapping[str, str], *, cpus: int) -> Iterator[tuple[str, psutil.Process]]:
+    """A Ray of one node that outlives the jobs joining it; its address, and the process that holds it.
+
+    A subprocess holds it, and ends it when this process is gone, even if it was killed.
+
+    Args:
+        environment: of the holder, and so of all workers; with the token that joins it.
+        cpus: logical CPUs.
+    """
+    own = {
+        **environment,
+        "PYTHONPATH": environment.get("PYTHONPATH") or str(Path(__file__).resolve().parents[2]),
+        "MLFLOW_TRACKING_URI": "off",
+        "RAY_BACKEND_LOG_LEVEL": "fatal",
+        "RAY_enable_worker_prestart": "0",
+        "RAY_prestart_worker_first_driver": "0",
+    }
+    for name in ("MASKMILL_RUN_ID", "RAY_ADDRESS"):
+        own.pop(name, None)
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLDER, str(cpus)],
+        cwd=Path(__file__).resolve().parents[2],
+        env=own,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as holder:
+        assert holder.stdin is not None and holder.stdout is not None
+        address = holder.stdout.readline().strip()
+        assert address, "Ray did not start"
+        try:
+            yield address, psutil.Process(holder.pid)
+        finally:
+            holder.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                holder.wait(30)
+            holder.kill()

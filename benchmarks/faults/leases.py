@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.faults.processes import ENDS, kill_somewhere, take_some_away, wait_for_parts
 from benchmarks.faults.runs import Command, parts_of
-from benchmarks.faults.world import Injected, Verdict, World, wrong
+from benchmarks.faults.world import OWN, Injected, Verdict, World, wrong
 
 DAY_S = 86_400.0
 REFUSED = "output_in_use"
@@ -22,12 +22,12 @@ def two_runs(world: World, rng: random.Random, most: int) -> Injected:
     """While a run works, others are refused; when it is killed, of two others one takes over."""
     output, verdict, times = world.folder("two-runs"), Verdict(), 0
     refusals = min(most - 1, 3)
-    first = world.label(output, pace_s=0.4)
+    first = world.label(output, pace_s=0.4, environment=OWN)
     wait_for_parts(first, output, 1)
     others = []
     for _ in range(refusals):
         time.sleep(rng.uniform(0, 1))
-        others.append(world.label(output))
+        others.append(world.label(output, environment=OWN))
     for other in others:
         status = other.expect(0, 1)
         if REFUSED in other.said:
@@ -36,16 +36,16 @@ def two_runs(world: World, rng: random.Random, most: int) -> Injected:
             verdict = verdict.plus(wrong(f"a second run ended with {status}: {other.said[-500:]}"))
     if not first.runs:
         take_some_away(output, rng)
-        first = world.label(output, pace_s=0.4)
+        first = world.label(output, pace_s=0.4, environment=OWN)
         wait_for_parts(first, output, 1)
     first.kill()
-    heirs = [world.label(output, pace_s=0) for _ in range(2)]
+    heirs = [world.label(output, pace_s=0, environment=OWN) for _ in range(2)]
     statuses = [heir.expect(0, 1) for heir in heirs]
     if 0 not in statuses or any(
         status and REFUSED not in heir.said for heir, status in zip(heirs, statuses, strict=True)
     ):
         verdict = verdict.plus(wrong(f"of two heirs both failed: {[heir.said[-500:] for heir in heirs]}"))
-    world.finish(output)
+    world.finish(output, environment=OWN)
     return Injected(times + 1, verdict.plus(world.judge(output)))
 
 
@@ -107,7 +107,7 @@ def clock_skew(world: World, rng: random.Random, most: int) -> Injected:
     skews = (rng.choice((-1, 1)) * rng.uniform(60, 2 * DAY_S) for _ in itertools.count())
 
     def start() -> Command:
-        return world.label(output, environment={"FAULTS_SKEW_S": f"{next(skews):.0f}"})
+        return world.label(output, environment={**OWN, "FAULTS_SKEW_S": f"{next(skews):.0f}"})
 
     left = times
     while left:

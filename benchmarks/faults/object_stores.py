@@ -13,7 +13,7 @@ import boto3
 from benchmarks.faults.object_store import Fault, FaultyStore, faulty_object_store, object_store
 from benchmarks.faults.processes import MOST
 from benchmarks.faults.runs import Unexpected
-from benchmarks.faults.world import Injected, World, rows_of
+from benchmarks.faults.world import OWN, Injected, World, rows_of
 from pipeline.files.storage import open_storage
 
 
@@ -68,7 +68,7 @@ def _failing(answer: Fault, world: World, rng: random.Random, most: int) -> Inje
     windows = Windows(answer, rng, min(most, MOST))
     store.fault = windows
     output = f"s3://{results}/run"
-    from_store: dict[str, Any] = {"images": f"s3://{photos}/2026", "environment": environment}
+    from_store: dict[str, Any] = {"images": f"s3://{photos}/2026", "environment": {**OWN, **environment}}
     for _ in range(2 * MOST):
         # 2 is a store that fails before there is anything to lose.
         if world.label(output, pace_s=0.05, **from_store).expect(0, 1, 2) == 0:

@@ -14,7 +14,7 @@ import psutil
 
 from benchmarks.faults.hooks.sitecustomize import DECODE_POISON, LABEL_POISON
 from benchmarks.faults.runs import Command, Unexpected, parts_of
-from benchmarks.faults.world import Injected, World, grey
+from benchmarks.faults.world import OWN, Injected, World, grey
 
 TARGETS = {
     "actor": ("ray::MapWorker",),
@@ -103,7 +103,7 @@ def label_through(
 def _killed(target: str, world: World, rng: random.Random, most: int) -> Injected:
     times = min(most, MOST)
     output = world.folder("killed")
-    label_through(functools.partial(world.label, output), output, [target] * times, rng)
+    label_through(functools.partial(world.label, output, environment=OWN), output, [target] * times, rng)
     return Injected(times, world.judge(output))
 
 

@@ -21,7 +21,7 @@ def mlflow(world: World, rng: random.Random, most: int) -> Injected:
     output, times = world.folder("tracked"), 0
     server.start()
     try:
-        command = world.label(output, pace_s=0.4, environment=environment)
+        command = world.label(output, environment=environment)
         while times < min(most, 3) and wait_for_parts(command, output, rng.randint(1, 3)):
             time.sleep(rng.uniform(0, 1))
             server.kill()

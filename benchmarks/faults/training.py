@@ -14,12 +14,12 @@ from pathlib import Path
 from benchmarks.faults.disks import fill, mounted
 from benchmarks.faults.processes import victims
 from benchmarks.faults.runs import Command, Unexpected
-from benchmarks.faults.world import NOTHING, Injected, Verdict, World, wrong
+from benchmarks.faults.world import NOTHING, OWN, Injected, Verdict, World, wrong
 
-STEPS, EVERY, KEEP = 40, 4, 4
+STEPS, EVERY, KEEP = 24, 3, 4
 SETTINGS = (
-    "augment.scale=[64, 64]", "crop=[64, 64]", f"iterations={STEPS}", "warmup=2", "guided=[1, 20]",
-    "self_train=[21, -1]", f"checkpoint_every={EVERY}", f"keep={KEEP}", "log_every=1", "width=8",
+    "augment.scale=[64, 64]", "crop=[64, 64]", f"iterations={STEPS}", "warmup=2", "guided=[1, 12]",
+    "self_train=[13, -1]", f"checkpoint_every={EVERY}", f"keep={KEEP}", "log_every=1", "width=8",
     "max_failures=-1",
 )  # fmt: skip
 RESULTS = ("student.json", "model.safetensors", "report.html", "preview.png")
@@ -51,7 +51,7 @@ def undisturbed(world: World, workers: int) -> Path:
     """The output of a training that nothing happens to, with this number of workers."""
     if workers not in world.trained:
         output = world.folder("trained")
-        train(world, output, "--workers", workers).expect(0)
+        train(world, output, "--workers", workers, environment=NOTHING if workers else OWN).expect(0)
         world.trained[workers] = output
     return world.trained[workers]
 
@@ -89,7 +89,7 @@ def worker(world: World, rng: random.Random, most: int) -> Injected:
     start = functools.partial(train, world, output, "--workers", 2)
     times, command = 0, start()
     while times < left and wait_for_checkpoint(command, output, rng):
-        found = victims(command.driver, "trainer")
+        found = victims(world.standing[1], "trainer")
         if found:
             rng.choice(found).kill()
             times += 1
@@ -104,7 +104,7 @@ def disk_full(world: World, rng: random.Random, most: int) -> Injected:
     reference, verdict, times = undisturbed(world, 0), Verdict(), 0
     with mounted(world.folder("disk"), "size=64m") as disk:
         output, filler = disk / "train", disk / "filler"
-        start = functools.partial(train, world, output, "--workers", 0)
+        start = functools.partial(train, world, output, "--workers", 0, environment=OWN)
         while times < min(most, 3):
             command = start()
             if not wait_for_checkpoint(command, output, rng):
@@ -142,6 +142,6 @@ def checkpoint_torn(world: World, rng: random.Random, most: int) -> Injected:
         (output / name).unlink(missing_ok=True)
     for step in checkpoints(output)[-times:]:
         _torn(rng, output / "checkpoints" / f"step-{step:07d}")
-    command = train(world, output, "--workers", 0)
+    command = train(world, output, "--workers", 0, environment=OWN)
     command.expect(0)
     return Injected(times, judge(output, reference))

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pyarrow.parquet as pq
 from PIL import Image
 
+from benchmarks.faults.clusters import standing_ray
 from benchmarks.faults.runs import HOOKS, ROOT, Command, Unexpected
 from pipeline.files.storage import Storage, open_storage
 from pipeline.toyworld import scenes as toyworld
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
 
 COUNT, SIZE, SPARE = 60, 64, 30
 NOTHING: Mapping[str, str] = MappingProxyType({})
+OWN: Mapping[str, str] = MappingProxyType({"RAY_ADDRESS": ""})
+"""Environment of commands that start a Ray of their own."""
+PACE_S, CPUS = 0.1, 3
 TRIES = 6
 """How often the same command runs until it succeeds."""
 
@@ -73,6 +79,7 @@ class World:
 
     Args:
         scratch: an empty folder.
+        standing: see ``standing``; default: started when it is first needed.
 
     Attributes:
         images: a folder of scenes of the toy world, and a file that is no image.
@@ -81,7 +88,7 @@ class World:
         object_store, nodes, trained: made by the kinds that need them first.
     """
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, standing: tuple[str, psutil.Process] | None = None) -> None:
         self.scratch = scratch
         self.open_until_the_end = contextlib.ExitStack()
         self._numbers = itertools.count()
@@ -98,6 +105,9 @@ class World:
         for index, data in enumerate(self.spare):
             (self._spare / f"spare_{index:04d}.png").write_bytes(data)
         self._spare_uris = [str(path) for path in sorted(self._spare.iterdir())]
+        token = os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32)
+        self._token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+        self._standing = standing
         self.object_store: tuple[FaultyStore, dict[str, str]] | None = None
         self.nodes: ThreeNodes | None = None
         self.trained: dict[int, Path] = {}
@@ -110,34 +120,49 @@ class World:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of the commands: nothing tracked, no cluster, a cache of their own, faults from inside possible."""
-        return os.environ | {
-            "PYTHONPATH": f"{HOOKS}{os.pathsep}{ROOT}",
-            "MASKMILL_CACHE": str(self.scratch / "cache"),
-            "MLFLOW_TRACKING_URI": "off",
-            "RAY_ADDRESS": "",
-            # At Ray's own 15, workers starve beside anything else on this machine.
-            "RAY_worker_niceness": "5",
-            # Ray takes a raylet for dead after five times this period, 15 s by default, and ends what has
-            # lost the head of its cluster after the second number, 60 s by default.
-            "RAY_health_check_period_ms": "1000",
-            "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
-        }
+        """Of the commands: nothing tracked, a cache of their own, faults from inside possible; no cluster."""
+        return (
+            os.environ
+            | self.token
+            | {
+                "PYTHONPATH": f"{HOOKS}{os.pathsep}{ROOT}",
+                "MASKMILL_CACHE": str(self.scratch / "cache"),
+                "MLFLOW_TRACKING_URI": "off",
+                "RAY_ADDRESS": "",
+                # At Ray's own 15, workers starve beside anything else on this machine.
+                "RAY_worker_niceness": "5",
+                # Ray takes a raylet for dead after five times this period, 15 s by default, and ends what has
+                # lost the head of its cluster after the second number, 60 s by default.
+                "RAY_health_check_period_ms": "1000",
+                "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+            }
+        )
+
+    @property
+    def standing(self) -> tuple[str, psutil.Process]:
+        """A Ray for runs that need none of their own, and the process that holds it."""
+        if self._standing is None:
+            environment = self.environment | {"FAULTS_PACE_S": f"{PACE_S:g}"}
+            self._standing = self.open_until_the_end.enter_context(standing_ray(environment, cpus=CPUS))
+        return self._standing
 
     def folder(self, name: str) -> Path:
         """A new name for a folder."""
         return self.scratch / f"{name}-{next(self._numbers)}"
 
     def run(self, *arguments: object, environment: Mapping[str, str] = NOTHING) -> Command:
-        """Start a command, with more in its environment."""
-        return Command([*map(str, arguments)], self.environment | dict(environment), self.folder("log"))
+        """Start a command, with more in its environment; ``OWN`` gives it a Ray of its own."""
+        whole = self.environment | dict(environment)
+        if "RAY_ADDRESS" not in environment:
+            whole["RAY_ADDRESS"] = self.standing[0]
+        return Command([*map(str, arguments)], whole, self.folder("log"))
 
     def label(
         self,
         output: object,
         *more: object,
         images: object = None,
-        pace_s: float = 0.1,
+        pace_s: float = PACE_S,
         environment: Mapping[str, str] = NOTHING,
     ) -> Command:
         """Start to label into an output.
@@ -146,7 +171,7 @@ class World:
             output: of the run.
             more: arguments.
             images: source; default: ``images``.
-            pace_s: how long opening an image takes.
+            pace_s: how long opening an image takes, with a Ray of its own.
             environment: more of it.
         """
         return self.run(

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -36,9 +37,9 @@ def test_what_was_counted_outlives_a_kill(tmp_path: Path) -> None:
 
 @pytest.mark.cluster
 def test_a_fault_is_injected_and_the_comparison_finds_what_it_could_have_cost(
-    tmp_path: Path, maskmill_joined: Callable[..., subprocess.CompletedProcess[str]]
+    tmp_path: Path, maskmill_joined: Callable[..., subprocess.CompletedProcess[str]], shared_ray: str
 ) -> None:
-    world = World(tmp_path)
+    world = World(tmp_path, (shared_ray, psutil.Process()))
     labelled = maskmill_joined(
         "label", "--images", world.everything, "--ontology", "toyworld", "--recipe", "toy",
         "--output", tmp_path / "table", "--max-failure-rate", "1",
