@@ -123,7 +123,7 @@ class World:
         """Of the commands: nothing tracked, a cache of their own, faults from inside possible; no cluster."""
         return (
             os.environ
-            | self.token
+            | self._token
             | {
                 "PYTHONPATH": f"{HOOKS}{os.pathsep}{ROOT}",
                 "MASKMILL_CACHE": str(self.scratch / "cache"),
