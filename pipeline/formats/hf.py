@@ -24,7 +24,6 @@ from typing import IO, Any, ClassVar, cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from models.errors import MaskMillError, WrongUse
 from pipeline.files.documents import parsed_json, parsed_yaml, read_document
@@ -34,7 +33,6 @@ from pipeline.formats.base import Entry, Imported, Sample, Written
 from pipeline.formats.classes import (
     CLASSES_FILE,
     FoundClass,
-    hex_color,
     ontology_of,
     read_classes,
     write_classes,
@@ -42,10 +40,10 @@ from pipeline.formats.classes import (
 from pipeline.formats.masks import decode_ids, identity_ids, relabel
 from pipeline.formats.names import refuse_outside, suffix_of
 from pipeline.ontology.ontology import MAX_CLASSES, Ontology
+from pipeline.table.card import CARD_FILE, class_table, escaped, front_matter
 from pipeline.table.labels import IMAGE_TYPE, encode_mask
 from pipeline.table.statistics import Labels
 
-CARD = "README.md"
 NAMES_FILE = "id2label.json"
 MASK_COLUMNS = ("mask", "label", "annotation", "labels", "segmentation_mask")
 IMAGE_COLUMNS = ("image", "pixel_values")
@@ -97,8 +95,8 @@ class HuggingFace:
             counts[entry["split"]] = counts.get(entry["split"], 0) + 1
         output.write_json(NAMES_FILE, {str(number): name for number, name in enumerate(ontology.names)})
         write_classes(output, ontology)
-        output.write_bytes(CARD, card(ontology, counts).encode())
-        return [CARD]
+        output.write_bytes(CARD_FILE, card(ontology, counts).encode())
+        return [CARD_FILE]
 
 
 def split_name(split: str) -> str:
@@ -124,31 +122,19 @@ def card(ontology: Ontology, counts: dict[str, int]) -> str:
         "tags": ["semantic-segmentation"],
         "configs": [{"config_name": "default", "data_files": files}],
     }
-    colors = [hex_color(color) for color in ontology.palette().tolist()]
     lines = [
-        "---",
-        yaml.safe_dump(head, allow_unicode=True, sort_keys=False).rstrip(),
-        "---",
+        *front_matter(head),
         "",
-        f"# {_cell(ontology.name)}",
+        f"# {escaped(ontology.name)}",
         "",
         "Images with a label map each. `mask` holds class ids, "
         f"{ontology.ignore_index} where nothing is labelled.",
         "",
         *(f"- {split}: {count:,} images" for split, count in sorted(counts.items())),
         "",
-        "| id | class | color |",
-        "|---|---|---|",
-        *(
-            f"| {number} | {_cell(name)} | `{color}` |"
-            for number, (name, color) in enumerate(zip(ontology.names, colors, strict=True))
-        ),
+        *class_table(ontology),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _cell(text: str) -> str:
-    return re.sub(r"([|\\`*_<>\[\]])", r"\\\1", text)
 
 
 def _features(ontology: Ontology) -> dict[str, Any]:
@@ -285,9 +271,9 @@ def _split_of(file: str) -> str:
 
 def _patterns(place: Storage) -> Iterator[tuple[str, str]]:
     """Splits and patterns of files of the card's first configuration."""
-    where = place.uri_of(CARD)
+    where = place.uri_of(CARD_FILE)
     try:
-        text = read_document(place, CARD, code="dataset_invalid")
+        text = read_document(place, CARD_FILE, code="dataset_invalid")
     except FileNotFoundError:
         return
     found = re.match(rb"\s*---\r?\n(.*?)\r?\n---\s", text, re.DOTALL)

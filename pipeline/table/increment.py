@@ -13,6 +13,7 @@ from models.errors import FailedWork, WrongUse
 from pipeline.files.images import ERROR_CODES
 from pipeline.files.records import now
 from pipeline.files.storage import Storage
+from pipeline.table.card import write_card
 from pipeline.table.changed import find_changed
 from pipeline.table.committed import (
     RELABELLED_DIR,
@@ -192,7 +193,10 @@ def commit(
 
 
 def record_counts(storage: Storage, table: Table, fresh: Counts, replaced: Replaced) -> TableRecord:
-    """Add the counts of this run to those of the table, which is read only if they are unknown."""
+    """Add the counts of this run to those of the table, which is read only if they are unknown.
+
+    Also writes the table's card.
+    """
     record = find_table_record(storage)
     assert record is not None
     counts = table.counts
@@ -203,4 +207,5 @@ def record_counts(storage: Storage, table: Table, fresh: Counts, replaced: Repla
     known = summarise(storage) if counts is None else counts.to_dict()
     record = record.model_copy(update={"counts": known, "updated": now()})
     write_table_record(storage, record)
+    write_card(storage, record.ontology)
     return record

@@ -105,6 +105,7 @@ def test_schema_record_and_masks(labelled: tuple[Path, Path, str]) -> None:
     assert record["ontology"]["names"] == ["background", *(name.strip() for name in CLASSES.split(","))]
     assert record["recipe"]["name"] == "toy" and record["precision"] in ("bf16", "fp32", "fp16")
     assert len(record["weights"]["fingerprint"]) == 64
+    assert "data_files: labels/*.parquet" in (output / "README.md").read_text()
     for row in table.to_pylist():
         if row["status"] != "ok":
             continue
