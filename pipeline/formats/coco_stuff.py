@@ -9,13 +9,11 @@ have a palette for up to 255 classes, else 16 bits. What it shares with its rela
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
 from pipeline.files.storage import Storage, open_storage
 from pipeline.formats.base import Entry, Imported, Sample, Written
@@ -31,6 +29,7 @@ from pipeline.formats.cocolike import (
     read_splits,
 )
 from pipeline.formats.jsonfile import JsonFiles
+from pipeline.formats.pictures import palette_png
 from pipeline.formats.segmentation import checked, encoded
 from pipeline.ontology.ontology import MAX_CLASSES, Ontology
 from pipeline.table.labels import encode_mask
@@ -53,12 +52,14 @@ class CocoStuff:
         self, part: str, samples: Iterable[Sample], ontology: Ontology, output: Storage
     ) -> Iterator[Written]:
         """Write the pixel maps; see ``Format``."""
-        palette = bytes(3) + ontology.palette().tobytes()
+        palette = np.vstack([np.zeros((1, 3), np.uint8), ontology.palette()])
         for sample in samples:
             ids = np.where(sample.labels == ontology.ignore_index, 0, sample.labels.astype(np.uint16) + 1)
             output.write_bytes(
                 f"annotations/{_PREFIX}{sample.split}_pixelmaps/{sample.name}.png",
-                _encode(ids, palette) if ontology.num_classes <= _MOST_IN_PALETTE else encode_mask(ids),
+                palette_png(ids.astype(np.uint8), palette)
+                if ontology.num_classes <= _MOST_IN_PALETTE
+                else encode_mask(ids),
             )
             copy_image(sample, output)
             annotations = [
@@ -85,15 +86,6 @@ class CocoStuff:
                     numbers[name] = numbers.get(name, 0) + 1
                     files[name].add("annotations", {"id": numbers[name]} | annotation)
         return files.names
-
-
-def _encode(ids: Labels, palette: bytes) -> bytes:
-    """As PNG with a palette."""
-    image = Image.fromarray(ids.astype(np.uint8), "P")
-    image.putpalette(palette)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
 
 
 def _rles(ids: Labels) -> Iterator[tuple[int, dict[str, Any]]]:
