@@ -19,7 +19,7 @@ from pipeline.formats.voc import Voc, read_voc
 from pipeline.ontology.ontology import Ontology, load_ontology
 from tests.pipeline.formats.drawn import check_same, contents, datasets, export, picture
 
-SUBSET = Path("/work/shared/data/voc2012_subset")
+SUBSET = Path(__file__).resolve().parents[4] / "shared" / "data" / "voc2012_subset"
 
 
 @given(datasets())
@@ -102,7 +102,7 @@ def test_what_is_refused(tmp_path):
     assert error.value.code == "dataset_invalid"
 
 
-@pytest.mark.skipif(not SUBSET.is_dir(), reason=f"needs {SUBSET}")
+@pytest.mark.skipif(not SUBSET.is_dir(), reason="shared/data/voc2012_subset is not on this machine")
 def test_voc_itself(tmp_path):
     """Real masks of VOC, under its own names: 255 around objects, no labelmap."""
     for name in ("JPEGImages", "SegmentationClass"):
