@@ -240,12 +240,15 @@ class _Samples:
             if one.category_id not in class_ids:
                 raise invalid(split.where, f"segment {one.id} of {mask} is of no category of the file")
             known[one.id] = class_ids[one.category_id]
-        values, places = np.unique(_decode(mask, image.size), return_inverse=True)
-        absent = [value for value in values.tolist() if value not in known]
-        if absent:
-            raise invalid(mask, f"segment {absent[0]} has no entry in {split.where}")
-        lookup: Any = np.array([known[value] for value in values.tolist()], self.ontology.mask_dtype)
-        labels: Labels = lookup[places.reshape(image.size)]
+        ids = _decode(mask, image.size)
+        lookup = np.full(int(ids.max()) + 1, -1, np.int32)
+        for number, class_id in known.items():
+            if number < len(lookup):
+                lookup[number] = class_id
+        found: Any = lookup[ids]
+        if found.min() < 0:
+            raise invalid(mask, f"segment {ids[found < 0][0]} has no entry in {split.where}")
+        labels: Labels = found.astype(self.ontology.mask_dtype)
         return labels
 
 
