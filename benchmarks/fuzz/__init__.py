@@ -1,6 +1,6 @@
 """Throw broken input at everything that reads what users bring.
 
-    python -m benchmarks.fuzz --seed 1 --minutes 10 [--kinds images coco documents http] [--failures DIR]
+    python -m benchmarks.fuzz --seed 1 --minutes 10 [--kinds images coco formats …] [--failures DIR]
     python -m benchmarks.fuzz --seed 1 --kinds coco --first 123 --count 1        (one input again)
 
 Every input must end in a result, in a row or answer with a code, or in an error of the family of
@@ -12,6 +12,7 @@ status is 1 if there are any.
 * ``images``: mutated files of all formats, through ``pipeline.files.images.decode`` and the stage ``Decode``;
   addresses that are no files.
 * ``coco``: mutated COCO JSON, opened and drawn.
+* ``formats``: exports of label tables with one mutated file, read back.
 * ``documents``: mutated ontologies, recipes, lists, lists of classes, ``--set`` options.
 * ``http``: mutated requests to a real ``maskmill serve`` on loopback.
 """

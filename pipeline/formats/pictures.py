@@ -103,13 +103,14 @@ def decode_painted(data: bytes, uri: str, colors: Colors) -> npt.NDArray[np.int6
     Raises:
         MaskMillError: ``dataset_invalid``; ``mask_invalid`` for another colour.
     """
-    import cv2
-
     check_png_size(data, uri, None)
-    picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    if picture is None:
-        raise unreadable(uri, "it is not a whole picture")
-    blue, green, red = np.moveaxis(picture.astype(np.int64), -1, 0)
+    try:
+        # Not OpenCV: it believes the length of a chunk, and takes up to 4 GB of memory for it.
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as opened:
+            picture = np.asarray(opened.convert("RGB"))
+    except Exception as error:  # Pillow raises all sorts of exceptions on damaged files
+        raise unreadable(uri, f"it is not a whole picture ({type(error).__name__})") from error
+    red, green, blue = np.moveaxis(picture.astype(np.int64), -1, 0)
     packed = red << 16 | green << 8 | blue
     known = colors.astype(np.int64) @ np.array([1 << 16, 1 << 8, 1])
     order = known.argsort(kind="stable")
