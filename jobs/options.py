@@ -249,7 +249,7 @@ class ViewOptions:
         )
 
     def of_table(self, table: str) -> TableView | None:
-        """The view of a table; None without any option.
+        """The view of a table; None if nothing is to change.
 
         Raises:
             MaskMillError: as ``load``; as ``pipeline.labelling.recipes.table_view``; ``table_missing``.
@@ -267,7 +267,7 @@ class ViewOptions:
                 f"There is nothing to keep as {self.save_view}: no other option says what to change.",
                 "Add --threshold, --merge or another of them.",
             )
-        return bound
+        return None if bound.view.changes_nothing else bound
 
     def keep(self, table: str, view: TableView | None) -> list[str]:
         """Do what --save-view asks, once the command is known to be right; returns lines to print.

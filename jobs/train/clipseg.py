@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 
 from jobs.console import say_left_out, stderr_console
-from jobs.options import FLAT, Maybe, Settings, Truth, comma_separated, refuse_missing_file
+from jobs.options import FLAT, Maybe, Settings, Truth, ViewOptions, comma_separated, refuse_missing_file
 from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, recipe_identity, run_training
 from models.errors import WrongUse
 from pipeline.datasets.base import Dataset
@@ -24,6 +24,7 @@ from pipeline.files.versions import versions
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.report.clipseg_page import write_clipseg_page
 from pipeline.report.training_page import PAGE, SHEET
+from pipeline.table.views import TableView
 from pipeline.tracking.tracker import TrackedDataset
 from pipeline.trained.clipseg import (
     DECODER_FILE,
@@ -76,6 +77,7 @@ class TrainClipSeg:
     scenes: Maybe[int] = None
     unseen: Maybe[str] = None
     start: Maybe[str] = None
+    seen: Annotated[ViewOptions, FLAT] = field(default_factory=ViewOptions)
     options: Annotated[TrainOptions, FLAT]
 
     def run(self, console: Console | None = None) -> int:
@@ -87,16 +89,24 @@ class TrainClipSeg:
             recipe = CLIPSEG_RECIPES.change(recipe, {"source": {"unseen": comma_separated(self.unseen)}})
         if self.start is not None:
             recipe = CLIPSEG_RECIPES.change(recipe, {"model": {"start": self.start}})
+        if self.labels is None and self.seen.given:
+            raise WrongUse(
+                "wrong_use", "A view is one of a label table, and there is none.", "Add --labels TABLE."
+            )
         classes = load_ontology(self.ontology) if self.ontology is not None else None
         dataset = self._dataset(classes)
         if dataset is not None:
             say_left_out(console or stderr_console(), dataset)
+        view = None if self.labels is None else self.seen.of_table(self.labels)
+        for line in [] if self.labels is None else self.seen.keep(self.labels, view):
+            (console or stderr_console()).print(line, highlight=False, soft_wrap=True)
         return train_clipseg(
             recipe,
             self.options,
             labels=self.labels,
             ontology=classes if dataset is None else None,
             dataset=dataset,
+            view=view,
             console=console,
         )
 
@@ -131,15 +141,17 @@ def train_clipseg(
     labels: str | None = None,
     ontology: Ontology | None = None,
     dataset: Dataset | None = None,
+    view: TableView | None = None,
     console: Console | None = None,
 ) -> int:
     """Train a decoder and write its folder. Returns the exit status; see ``jobs.train.run.run_training``.
 
     Args:
         labels: label table to learn from, without annotation.
-        ontology: class names of the table; None takes its own.
+        ontology: class names of the table; None takes its own, or those of its view.
         dataset: images with truth, or PhraseCut. Given with a table, the recipe's unseen classes are learnt
             from the table and all others from the truth.
+        view: of the table.
 
     Raises:
         MaskMillError: ``wrong_use`` if neither a table nor a dataset is given; and as ``run_training``.
@@ -150,7 +162,7 @@ def train_clipseg(
     return run_training(
         "clipseg",
         options,
-        functools.partial(prepare, recipe, options, labels, ontology, dataset),
+        functools.partial(prepare, recipe, options, labels, ontology, dataset, view),
         result_file=RECORD_FILE,
         own_entries=OWN_ENTRIES,
         console=console,
@@ -174,12 +186,13 @@ def prepare(
     labels: str | None,
     ontology: Ontology | None,
     dataset: Dataset | None,
+    view: TableView | None = None,
 ) -> Prepared:
     """Read weights and data; see ``train_clipseg`` for the arguments."""
     from pipeline.training.clipseg.data import open_source
     from pipeline.training.clipseg.triplets import TripletSamples
 
-    source = open_source(recipe.source, labels=labels, ontology=ontology, dataset=dataset)
+    source = open_source(recipe.source, labels=labels, ontology=ontology, dataset=dataset, view=view)
 
     import torch
 
@@ -201,14 +214,16 @@ def prepare(
         ),
         samples=samples,
         settings=recipe.loop,
-        identity=_identity(recipe, options.output) | {"model": model.fingerprint, "data": source.fingerprint},
+        identity=_identity(recipe, options.output)
+        | {"model": model.fingerprint, "data": source.fingerprint}
+        | ({} if view is None else {"view": view.view.canonical}),
         announcement=(
             f"Training {recipe.model.kind} over {model.clip.name}{toy}, {start}{trained:,} parameters, "
             f"{recipe.loop.iterations:,} steps of {recipe.loop.batch_size}; {source.name}: "
             f"{data['triplets']:,} pairs of {data['images']:,} images and {data['phrases']:,} phrases"
             f"{left_out} → {options.output}"
         ),
-        params={"recipe": record, "data": data},
+        params={"recipe": record, "data": data, **({} if view is None else {"view": view.view.to_dict()})},
         dataset=TrackedDataset(
             labels if labels is not None and dataset is None else source.name,
             source.fingerprint,

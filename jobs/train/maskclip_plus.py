@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from jobs.console import say_left_out, stderr_console
-from jobs.options import FLAT, Maybe, Settings, Truth, comma_separated, refuse_missing_file
+from jobs.options import FLAT, Maybe, Settings, Truth, ViewOptions, comma_separated, refuse_missing_file
 from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, recipe_identity, run_training
 from models.errors import WrongUse, did_you_mean
 from pipeline.datasets.base import Dataset
@@ -28,6 +28,7 @@ from pipeline.report.student_page import student_commands, write_student_page
 from pipeline.report.training_page import PAGE, SHEET
 from pipeline.table.labels import DATASET_FILE
 from pipeline.table.record import TableRecord, read_table_record
+from pipeline.table.views import TableView
 from pipeline.tracking.tracker import TrackedDataset
 from pipeline.trained.student import RECORD_FILE, WEIGHTS_FILE, read_student_record, write_student_folder
 
@@ -58,7 +59,8 @@ class TrainMaskClipPlus:
         labels: the teacher's label table, the --output of maskmill label.
         recipe: named recipe or YAML file; maskmill recipes lists them.
         settings: change one setting of the recipe: iterations=500, loop.batch_size=8; may be repeated.
-        ontology: classes to train, YAML file or built-in name; default: those of --labels.
+        ontology: classes to train, YAML file or built-in name; default: those of --labels
+            as the view has them.
         unseen: classes whose truth is withheld: "cow, motorbike", or a zero-shot split (voc20); needs truth
             of the seen classes for the images of --labels.
     """
@@ -69,6 +71,7 @@ class TrainMaskClipPlus:
     ontology: Maybe[str] = None
     unseen: Maybe[str] = None
     data: Annotated[Truth, FLAT] = field(default_factory=Truth)
+    seen: Annotated[ViewOptions, FLAT] = field(default_factory=ViewOptions)
     options: Annotated[TrainOptions, FLAT]
 
     def run(self, console: Console | None = None) -> int:
@@ -90,8 +93,11 @@ class TrainMaskClipPlus:
                 command="train maskclip-plus",
             )
             say_left_out(console or stderr_console(), truth)
+        view = self.seen.of_table(self.labels)
+        for line in self.seen.keep(self.labels, view):
+            (console or stderr_console()).print(line, highlight=False, soft_wrap=True)
         return train_student(
-            self.labels, recipe, self.options, ontology=classes, truth=truth, console=console
+            self.labels, recipe, self.options, ontology=classes, truth=truth, view=view, console=console
         )
 
 
@@ -102,21 +108,23 @@ def train_student(
     *,
     ontology: Ontology | None = None,
     truth: Dataset | None = None,
+    view: TableView | None = None,
     console: Console | None = None,
 ) -> int:
     """Train a student and write its folder. Returns the exit status; see ``jobs.train.run.run_training``.
 
     Args:
         labels: the teacher's label table.
-        ontology: the student's classes; None takes the table's.
+        ontology: the student's classes; None takes those of the table, or of its view.
         truth: true masks of the table's images, for the zero-shot and supervised forms; None if
             annotation-free.
+        view: of the table.
     """
     refuse_missing_file(recipe.backbone_weights)
     return run_training(
         "maskclip-plus",
         options,
-        functools.partial(_prepare, labels, recipe, options, ontology, truth),
+        functools.partial(_prepare, labels, recipe, options, ontology, truth, view),
         result_file=RECORD_FILE,
         own_entries=OWN_ENTRIES,
         console=console,
@@ -129,9 +137,10 @@ def _prepare(
     options: TrainOptions,
     ontology: Ontology | None,
     truth: Dataset | None,
+    view: TableView | None,
 ) -> Prepared:
     table = read_table_record(labels)
-    ontology = ontology or table.ontology
+    ontology = ontology or (table.ontology if view is None else view.ontology)
     unseen = unseen_ids(recipe.unseen, ontology)
     needs_truth = recipe.form != "annotation-free" or recipe.void_from_truth
     if needs_truth and truth is None:
@@ -172,6 +181,7 @@ def _prepare(
         repeat_threshold=recipe.repeat_threshold,
         min_quality=recipe.min_quality,
         void_from_truth=recipe.void_from_truth,
+        view=view,
     )
     guessable = {"annotation-free": None, "zero-shot": tuple(unseen), "supervised": ()}[recipe.form]
     settings = recipe.selftrain.replace(guessable=guessable)
@@ -195,7 +205,8 @@ def _prepare(
             "recipe": table.recipe,
             "weights": table.weights,
             "labels": labels,
-            "counts": table.counts,
+            "counts": table.counts if view is None else _rows_counted(table.counts),
+            **({} if view is None else {"view": view.view.to_dict(), "view_says": view.view.described()}),
         },
         "text": text_weights | {"precision": "fp32"},
         "recipe": recipe.to_dict() | {"hash": recipe.hash},
@@ -217,13 +228,19 @@ def _prepare(
             "classes": ontology.hash,
             "labels (what is in the table)": table_hash,
             "truth": None if truth is None else truth.fingerprint(),
-        },
+        }
+        | ({} if view is None else {"view": view.view.canonical}),
         announcement=(
             f"Training a student ({', '.join(parts)}){toy}, {recipe.loop.iterations:,} steps "
             f"of {recipe.loop.batch_size} crops from {samples.num_images:,} labelled images{left_out}; "
             f"{guessed} classes are guessed{with_truth} → {options.output}"
         ),
-        params={"recipe": record["recipe"], "teacher": {"weights": table.weights}, "labels": labels},
+        params={
+            "recipe": record["recipe"],
+            "teacher": {"weights": table.weights},
+            "labels": labels,
+            **({} if view is None else {"view": view.view.to_dict()}),
+        },
         dataset=TrackedDataset(
             labels,
             table_hash,
@@ -232,11 +249,16 @@ def _prepare(
             context="training",
         ),
         finish=functools.partial(_finish, recipe, options, ontology, make_student, samples, record, unseen),
-        write_pages=functools.partial(_write_pages, labels, truth),
+        write_pages=functools.partial(_write_pages, labels, truth, view),
         commands=student_commands(options.output),
         log_model=functools.partial(_log_model, options),
         fallback=COLLAPSED,
     )
+
+
+def _rows_counted(counts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table's counts say of its rows, which is so through every view, unlike that of their pixels."""
+    return {name: counts[name] for name in ("images", "labelled", "failed", "status") if name in counts}
 
 
 def _text_source(
@@ -411,9 +433,13 @@ def _finish(
 
 
 def _write_pages(
-    labels: str, truth: Dataset | None, folder: Path, lines: Sequence[Mapping[str, Any]]
+    labels: str,
+    truth: Dataset | None,
+    view: TableView | None,
+    folder: Path,
+    lines: Sequence[Mapping[str, Any]],
 ) -> list[str]:
-    return write_student_page(read_student_record(folder), lines, labels=labels, truth=truth)
+    return write_student_page(read_student_record(folder), lines, labels=labels, truth=truth, view=view)
 
 
 def student_state(checkpoint: Checkpoint, *, keep_average: bool) -> Mapping[str, torch.Tensor]:

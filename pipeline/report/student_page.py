@@ -24,8 +24,10 @@ from pipeline.metrics.names import percent
 from pipeline.ontology.ontology import Ontology
 from pipeline.report.pictures import colorize, contact_sheet, overlay
 from pipeline.report.training_page import SHOWN, Card, Score, TrainingPage, shown, write_page_and_sheet
-from pipeline.table.labels import decode_mask, iter_rows
+from pipeline.table.labels import iter_rows
 from pipeline.table.record import read_table_record
+from pipeline.table.viewed import decode_maps
+from pipeline.table.views import TableView
 from pipeline.trained import student as student_folder
 from pipeline.trained.student import StudentRecord
 from pipeline.training.samples.table import class_ids
@@ -100,6 +102,7 @@ def student_page(
         marks=[guided] if guided > 0 else [],
         data=[
             ("labels", str(record.teacher.get("labels", ""))),
+            *([("view of the labels", "; ".join(said))] if (said := record.teacher.get("view_says")) else []),
             *((name, shown(counts[name])) for name in ("images", "labelled", "failed") if counts.get(name)),
             ("classes", shown(record.ontology.num_classes)),
             *([("without truth", ", ".join(unseen))] if (unseen := record.training.get("unseen")) else []),
@@ -142,6 +145,7 @@ def write_student_page(
     *,
     labels: str,
     truth: Dataset | None = None,
+    view: TableView | None = None,
     scores: Sequence[Score] = (),
     note: str = "",
     count: int = SHOWN,
@@ -153,6 +157,7 @@ def write_student_page(
         lines: records of ``metrics.jsonl``.
         labels: label table with the images and the teacher's labels.
         truth: of the same images, if known.
+        view: of the table that the student learned from.
         scores: see ``student_page``.
         note: see ``student_page``.
         count: number of images to show.
@@ -162,7 +167,7 @@ def write_student_page(
     """
     if is_remote(record.uri):
         return []
-    examples = find_examples(record, labels=labels, truth=truth, count=count)
+    examples = find_examples(record, labels=labels, truth=truth, view=view, count=count)
     sheet = student_sheet(examples, record) if examples else None
     return write_page_and_sheet(
         Path(record.uri), student_page(record, examples, scores=scores, note=note), sheet, lines
@@ -179,7 +184,9 @@ def student_commands(output: str) -> dict[str, str]:
     }
 
 
-def find_examples(record: StudentRecord, *, labels: str, truth: Dataset | None, count: int) -> list[Example]:
+def find_examples(
+    record: StudentRecord, *, labels: str, truth: Dataset | None, view: TableView | None = None, count: int
+) -> list[Example]:
     """Images of a label table with the teacher's, the student's and the true labels; deterministic.
 
     Skips images that can no longer be read.
@@ -189,7 +196,7 @@ def find_examples(record: StudentRecord, *, labels: str, truth: Dataset | None, 
     from pipeline.labelling.student import StudentLabeller
 
     true_rows = plan(labels, truth.samples).samples if truth is not None else {}
-    teacher = _teacher_ids(labels, record.ontology)
+    teacher = _teacher_ids(labels, record.ontology, view)
     settings = LabellerSettings(
         num_classes=record.ontology.num_classes,
         ignore_index=record.ontology.ignore_index,
@@ -210,7 +217,7 @@ def find_examples(record: StudentRecord, *, labels: str, truth: Dataset | None, 
             Example(
                 PurePosixPath(row["uri"]).name,
                 image,
-                _paintable(teacher[decode_mask(row["mask"]["bytes"])]),
+                _paintable(teacher[decode_maps(row["mask"]["bytes"], row["confidence"]["bytes"], view)[0]]),
                 labeller.label([images.fit(image, record.labelling)], [image.shape[:2]])[0].labels,
                 true,
             )
@@ -223,7 +230,7 @@ def find_examples(record: StudentRecord, *, labels: str, truth: Dataset | None, 
 def _chosen_rows(labels: str) -> list[dict[str, Any]]:
     """Labelled rows from the start of a table, in an order independent of how it was written."""
     rows = []
-    for row in iter_rows(labels, ["id", "uri", "status", "sha256", "mask"]):
+    for row in iter_rows(labels, ["id", "uri", "status", "sha256", "mask", "confidence"]):
         if row["status"] == "ok":
             rows.append(row)
         if len(rows) == _LOOKED_AT:
@@ -242,9 +249,9 @@ def _image(row: Mapping[str, Any], record: StudentRecord) -> np.ndarray | None:
         return None
 
 
-def _teacher_ids(labels: str, ontology: Ontology) -> np.ndarray:
+def _teacher_ids(labels: str, ontology: Ontology, view: TableView | None) -> np.ndarray:
     """Map table ids to student ids, as in training; negative for classes that the student lacks."""
-    known = read_table_record(labels).ontology
+    known = read_table_record(labels).ontology if view is None else view.ontology
     return class_ids(known.names, ontology, known.ignore_index, words=known.prompts())
 
 

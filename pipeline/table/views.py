@@ -88,11 +88,17 @@ class View(BaseModel):
     @property
     def hash(self) -> str:
         """SHA-256 (hex) of what it does."""
-        fields = self.model_dump(mode="json")
-        fields["drop"].sort()
-        for members in fields["merge"].values():
-            members.sort()
-        return hashlib.sha256(json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+        return hashlib.sha256(self.canonical.encode()).hexdigest()
+
+    @property
+    def canonical(self) -> str:
+        """What it does as JSON that does not depend on the order in which it was said."""
+        fields = self.to_dict()
+        if self.drop:
+            fields["drop"] = sorted(self.drop)
+        if self.merge:
+            fields["merge"] = {name: sorted(members) for name, members in self.merge.items()}
+        return json.dumps(fields, sort_keys=True, ensure_ascii=False)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields that are set, as plain JSON values."""

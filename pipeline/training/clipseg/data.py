@@ -20,6 +20,7 @@ from pipeline.datasets.phrasecut import PhraseCutDataset
 from pipeline.datasets.toy import ToyDataset
 from pipeline.datasets.zeroshot import SPLITS
 from pipeline.ontology.ontology import BACKGROUND, Ontology, load_ontology
+from pipeline.table.views import TableView
 from pipeline.training.clipseg.sources.base import TripletSource
 from pipeline.training.clipseg.sources.benchmarks import (
     open_class_source,
@@ -91,24 +92,26 @@ def open_source(
     labels: str | None = None,
     ontology: Ontology | None = None,
     dataset: Dataset | None = None,
+    view: TableView | None = None,
 ) -> TripletSource:
     """Open the training data: a label table, a dataset, or both.
 
     Args:
         labels: label table, for training without annotation.
-        ontology: class names of the table; None takes its own.
+        ontology: class names of the table; None takes its own, or those of the view.
         dataset: images with truth, or PhraseCut. Given with a table, the seen classes are learnt from truth
             and the unseen ones from the table.
+        view: of the table.
 
     Raises:
         MaskMillError: ``ontology_invalid``; ``wrong_use`` if both are given and no class is unseen; errors of
             the source.
     """
     if labels is not None:
-        classes = ontology or recorded_ontology(labels)
+        classes = ontology or (recorded_ontology(labels) if view is None else view.ontology)
         seen = seen_ids(settings.unseen, classes.names)
         if dataset is None:
-            return _table_source(settings, labels, classes, seen)
+            return _table_source(settings, labels, classes, seen, view)
         if seen is None:
             raise WrongUse(
                 "wrong_use",
@@ -119,14 +122,18 @@ def open_source(
             number for number, name in enumerate(classes.names) if number not in seen and name != BACKGROUND
         )
         truth = open_source(settings, dataset=dataset)
-        return join_sources(truth, _table_source(settings, labels, classes, unseen))
+        return join_sources(truth, _table_source(settings, labels, classes, unseen, view))
     assert dataset is not None, "either a table or a dataset is given"
     opener = next(opener for kind, opener in SOURCES.items() if isinstance(dataset, kind))
     return opener(dataset, settings)
 
 
 def _table_source(
-    settings: SourceSettings, labels: str, ontology: Ontology, class_ids: Sequence[int] | None
+    settings: SourceSettings,
+    labels: str,
+    ontology: Ontology,
+    class_ids: Sequence[int] | None,
+    view: TableView | None,
 ) -> TripletSource:
     return open_table_source(
         labels,
@@ -136,6 +143,7 @@ def _table_source(
         min_quality=settings.min_quality,
         min_share=settings.min_share,
         min_confidence=settings.min_confidence,
+        view=view,
     )
 
 

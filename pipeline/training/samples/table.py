@@ -33,8 +33,11 @@ from pipeline.files.fetch import fetch, max_bytes
 from pipeline.files.storage import Storage, open_storage
 from pipeline.labelling.recipes import table_recipe
 from pipeline.ontology.ontology import Ontology
-from pipeline.table.labels import OK, decode_confidence, decode_mask, refuse_doubled, table_files
+from pipeline.table.labels import LABEL_SCHEMA, OK, refuse_doubled, table_files
 from pipeline.table.record import read_table_record
+from pipeline.table.statistics import Confidence, Labels
+from pipeline.table.viewed import decode_maps, iter_viewed
+from pipeline.table.views import TableView
 from pipeline.training.loop.protocols import GUESS, IGNORED, Sample
 from pipeline.training.samples.augment import MEAN_COLOUR, AugmentSettings, augment
 
@@ -42,6 +45,7 @@ WINDOW_BYTES = 96 << 20
 """Stored size of the masks and confidences of one shuffling window. A loader caches twice as much."""
 
 _MANIFESTS = "manifest"
+_INDEX = ("id", "status", "segments", "quality")
 _READERS = 16
 
 _Ids = npt.NDArray[np.int32]
@@ -65,7 +69,9 @@ class TableSamples:
         part: int32 (N,), ascending: part of each sample.
         row: int32 (N,): row of each sample in its part.
         part_bytes: int64: size of the masks and confidences of each part, uncompressed.
-        teacher: int32: maps the table's ids to training ids, ``IGNORED`` if they are not hidden.
+        teacher: int32: maps the ids of the table, or of its view, to training ids, ``IGNORED`` if they are
+            not hidden.
+        view: through which the table's labels are seen; None leaves them as they are.
         window_bytes: bounds the parts whose rows are shuffled together.
     """
 
@@ -86,6 +92,7 @@ class TableSamples:
     _dataset: base.Dataset | None
     _samples: tuple[base.Sample, ...]  # N where there is truth
     _max_pixels: int
+    view: TableView | None = None
     window_bytes: int = WINDOW_BYTES
 
     @property
@@ -133,7 +140,7 @@ class TableSamples:
         row = self.read_row(index)
         image = self.read_image(index, row)
         size = image.shape[:2]
-        mask, confidence = decode_mask(row["mask"]), decode_confidence(row["confidence"])
+        mask, confidence = self.maps(row)
         maps: dict[str, npt.NDArray[Any]] = {"teacher": self.teacher[mask], "confidence": confidence}
         if self._dataset is None or self._true is None:
             maps["labels"] = np.full(size, GUESS, np.int32)
@@ -219,6 +226,14 @@ class TableSamples:
         row = int(self.row[index])
         return {name: table[name][row].as_py() for name in table.column_names}
 
+    def maps(self, row: dict[str, Any]) -> tuple[Labels, Confidence]:
+        """Class ids and confidence (H, W) of a row from ``read_row``, as the view has them.
+
+        Raises:
+            MaskMillError: ``table_damaged``.
+        """
+        return decode_maps(row["mask"], row["confidence"], self.view)
+
     @cached_property
     def _cache(self) -> _PartCache:
         return _PartCache(self.storage, 2 * self.window_bytes)
@@ -291,6 +306,7 @@ def open_table_samples(
     repeat_threshold: float = 0.0,
     min_quality: float = 0.0,
     void_from_truth: bool = False,
+    view: TableView | None = None,
 ) -> TableSamples:
     """Index a label table for training.
 
@@ -319,6 +335,8 @@ def open_table_samples(
             reads all truth once); 0 uses each image once.
         min_quality: minimum quality score of a row, in [0, 1].
         void_from_truth: see above.
+        view: of the table. What the index says of an image is then computed from its masks, which are all
+            read once.
 
     Raises:
         MaskMillError: ``table_missing``; ``table_damaged``; ``classes_differ`` if table or truth share no
@@ -328,7 +346,7 @@ def open_table_samples(
     count = ontology.num_classes
     hidden = _hidden(count, truth is not None, unseen_ids, void_from_truth)
     record = read_table_record(table)
-    root, known = open_storage(table), record.ontology
+    root, known = open_storage(table), record.ontology if view is None else view.ontology
     storage, parts = table_files(root)
     if not parts:
         raise Damaged(
@@ -343,7 +361,7 @@ def open_table_samples(
     work = None if truth is None else evaluation.plan(storage, truth.samples)
     rows = _Rows(count)
     with ThreadPoolExecutor(_READERS) as pool:
-        for number, found in enumerate(pool.map(lambda part: read_index(storage, part), parts)):
+        for number, found in enumerate(pool.map(lambda part: read_index(storage, part, view), parts)):
             rows.add(number, found, pixels_of, min_quality, None if work is None else work.samples)
     if not rows.kept:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in rows.left_out.items())
@@ -398,6 +416,7 @@ def open_table_samples(
         _dataset=None if truth is None else truth.reader(),
         _samples=samples,
         _max_pixels=table_recipe(record).images.max_pixels,
+        view=view,
     )
 
 
@@ -538,8 +557,8 @@ class _Rows:
         return np.concatenate(self._image), np.concatenate(self._class)
 
 
-def read_index(storage: Storage, part: str) -> tuple[pa.Table, int]:
-    """Read the index columns of a part, and the stored size of its masks and confidences in bytes."""
+def read_index(storage: Storage, part: str, view: TableView | None) -> tuple[pa.Table, int]:
+    """Read the index columns of a part, as the view has them, and the stored size of its maps in bytes."""
     with _opened(storage, part) as file:
         lacking = {"id", "uri", "sha256", "status", "mask", "confidence", "segments", "quality"} - set(
             file.schema_arrow.names
@@ -556,7 +575,10 @@ def read_index(storage: Storage, part: str) -> tuple[pa.Table, int]:
             for number in range(file.metadata.num_columns)
             if (column := file.metadata.row_group(group).column(number)).path_in_schema.endswith(".bytes")
         )
-        return file.read(["id", "status", "segments", "quality"], use_threads=False), size
+        if view is None:
+            return file.read(list(_INDEX), use_threads=False), size
+    seen = iter_viewed(storage, _INDEX, view, names=[part])
+    return pa.Table.from_batches(seen, pa.schema([LABEL_SCHEMA.field(name) for name in _INDEX])), size
 
 
 def _true_classes(dataset: base.Dataset, samples: Sequence[base.Sample], true: _Ids) -> npt.NDArray[np.int64]:

@@ -16,8 +16,10 @@ from pipeline.labelling.base import BaseLabeller
 from pipeline.labelling.clipseg.options import ClipSegOptions
 from pipeline.labelling.labeller import PreparedLabeller
 from pipeline.labelling.prepare import prepare_labeller, student_recipe
-from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
+from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe, table_view
 from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.table.record import TableRecord
+from pipeline.table.views import View
 from pipeline.toyworld.scenes import generate
 
 KINDS = ("maskclip", "student", "clipseg")
@@ -105,6 +107,29 @@ def test_unsure_pixels_are_ignored(prepare: Prepare) -> None:
         np.testing.assert_array_equal(found.confidence, free.confidence)  # before any threshold
     (again,) = labeller.label([image], [size])
     np.testing.assert_array_equal(again.labels, free.labels)
+
+
+@pytest.mark.parametrize("background", [None, ["wall", "floor"]])
+def test_a_view_shows_what_labelling_with_its_threshold_finds(
+    prepare: Prepare, recipe: LabelRecipe, background: list[str] | None
+) -> None:
+    fields = TOYWORLD.to_dict() | {"background": background}
+    if recipe.model != "clipseg":  # there the second-best class may step in, which no table holds
+        fields["classes"][3]["threshold"] = 0.2  # its own comes first, in labelling as in a view
+    classes = Ontology.from_dict(fields)
+    image, size = generate(3, 1, 64).images[0], (80, 72)
+    low = {"min_confidence": 0.1}
+    (free,) = prepare(classes, **low).build().label([image], [size])
+    weights = {"model": recipe.model, "pretrained": recipe.pretrained, "fingerprint": "0"}
+    record = TableRecord(ontology=classes, recipe=recipe.replace(**low).to_dict(), weights=weights)
+    between = (float(np.quantile(free.confidence, 0.4, method="lower")) + 0.5) / 255
+    for threshold in (0.4, between):
+        (labelled,) = prepare(classes, min_confidence=threshold).build().label([image], [size])
+        labels, confidence = table_view(View(threshold=threshold), record).apply(free.labels, free.confidence)
+        differs = labels != labelled.labels
+        assert (np.abs(free.confidence[differs] - 255 * threshold) <= 0.5).all() and differs.mean() < 0.02
+        assert (np.abs(confidence - labelled.confidence.astype(int))[~differs] <= 1).all()
+    assert 0.1 < (labels != free.labels).mean() < 0.9, "a threshold without effect would prove little"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ import pyarrow as pa
 from models.errors import WrongUse
 from pipeline.files.storage import open_storage
 from pipeline.ontology.ontology import Ontology
-from pipeline.table.labels import DATASET_FILE, decode_confidence, decode_mask
+from pipeline.table.labels import DATASET_FILE
+from pipeline.table.views import TableView
 from pipeline.training.clipseg.sources.base import (
     IGNORED,
     OBJECT,
@@ -52,7 +53,7 @@ class TableSource(TripletSource):
         index = int(self.pairs.image[pair])
         row = self._table.read_row(index)
         image = self._table.read_image(index, row)
-        labels, confidence = decode_mask(row["mask"]), decode_confidence(row["confidence"])
+        labels, confidence = self._table.maps(row)
         if not image.shape[:2] == labels.shape == confidence.shape:
             raise WrongUse(
                 "mask_invalid",
@@ -88,8 +89,9 @@ def open_table_source(
     min_quality: float = 0.0,
     min_share: float = 0.0,
     min_confidence: float = 0.0,
+    view: TableView | None = None,
 ) -> TableSource:
-    """Open one pair per class and image of a table. Reads the table's index, no labels.
+    """Open one pair per class and image of a table. Reads the table's index, and no labels without a view.
 
     In the loss, every pixel of every mask weighs as much as the confidence of its label. Unlabelled pixels
     are ignored.
@@ -104,6 +106,7 @@ def open_table_source(
             [0, 1].
         min_confidence: minimum mean confidence of a class in an image to be asked for, in [0, 1]. A class
             below either minimum is not a negative of that image either.
+        view: of the table; see ``open_table_samples``.
 
     Raises:
         MaskMillError: see ``open_table_samples``; ``wrong_use``; ``training_data_empty``.
@@ -112,7 +115,9 @@ def open_table_source(
     for name, value in (("min_share", min_share), ("min_confidence", min_confidence)):
         if not 0 <= value <= 1:
             raise WrongUse("wrong_use", f"{name} is {value}.", "Use a number from 0 to 1.")
-    samples = open_table_samples(table, ontology=ontology, augment=AugmentSettings(), min_quality=min_quality)
+    samples = open_table_samples(
+        table, ontology=ontology, augment=AugmentSettings(), min_quality=min_quality, view=view
+    )
     image, class_of, share, confidence = _segments(samples)
     asked = np.isin(class_of, wanted)
     good = asked & (share >= min_share) & (confidence >= min_confidence)
@@ -121,6 +126,8 @@ def open_table_source(
     prompts = ontology.prompts()
     names = [prompts[number] if synonyms else prompts[number][:1] for number in wanted.tolist()]
     chosen = [ontology.hash, wanted.tolist(), synonyms, min_quality, min_share, min_confidence]
+    if view is not None:
+        chosen.append(view.view.hash)
     return TableSource(
         name="label table",
         fingerprint=fingerprint(open_storage(table).read_json(DATASET_FILE, None), chosen),
@@ -145,7 +152,7 @@ def _segments(
     keys, areas, sums = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0)]
     for number, part in enumerate(samples.parts):
         images = np.flatnonzero(samples.part == number)
-        found = read_index(samples.storage, part)[0]["segments"].combine_chunks()
+        found = read_index(samples.storage, part, samples.view)[0]["segments"].combine_chunks()
         found = found.take(pa.array(samples.row[images]))
         owner = np.repeat(images, found.value_lengths().fill_null(0).to_numpy())
         flat = found.flatten()

@@ -26,6 +26,7 @@ from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.table.labels import LABEL_SCHEMA, failed_row, ok_row
 from pipeline.table.record import TableRecord, write_table_record
+from pipeline.table.views import View
 from pipeline.toyworld import scenes as toyworld
 from pipeline.training.loop.protocols import GUESS, IGNORED
 from pipeline.training.samples.augment import AugmentSettings
@@ -441,3 +442,24 @@ def test_s3(s3: str) -> None:
         assert np.array_equal(found["image"], expected)
         labels, _ = teacher_of(index)
         assert np.array_equal(found["teacher"][4:], labels[4:])
+
+
+# --- views ---
+
+
+def test_a_view_changes_labels_counts_and_quality_alike(table: str) -> None:
+    asked = View(threshold=0.5, merge={"animal": ("zebra", "fish")}, drop=("sky",))
+    view = asked.of(TOY)
+    samples = opened(table, ontology=view.ontology, view=view, min_quality=0.5)
+    pixels = np.zeros(view.ontology.num_classes, np.int64)
+    for index in range(10):
+        labels, confidence = teacher_of(index)
+        expected, _ = view.apply(labels, confidence)
+        assert (expected == 255)[confidence < 128].all() and (labels[expected == 255] != 255).any()
+        found = sample(samples, index)
+        assert np.array_equal(found["teacher"], np.where(expected == 255, IGNORED, expected.astype(np.int32)))
+        pixels += np.bincount(expected.ravel(), minlength=256)[: len(pixels)]
+    assert samples.class_frequencies() == pytest.approx(pixels / pixels.sum())
+    # The rows themselves have a quality below 0.5: their doubtful pixels are gone from the view.
+    with pytest.raises(MaskMillError, match=r"quality below 0\.5"):
+        opened(table, min_quality=0.5)
