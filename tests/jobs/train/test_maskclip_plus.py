@@ -139,6 +139,22 @@ def test_a_finished_run_refuses_other_settings(
     assert free.returncode == 0 and "Nothing to do" in free.stderr
 
 
+def test_another_view_of_the_labels_is_another_training(
+    maskmill_here: Run, student: Path, table: Path, tmp_path: Path
+) -> None:
+    command = ("train", "maskclip-plus", "--labels", table, "--recipe", "toy", *_set())
+    view = ("--threshold", "0.3", "--merge", "fish,leaf=thing", "--drop", "sky")
+    done = maskmill_here(*command, *view, "--output", student)
+    assert done.returncode == 2 and "view: null there" in done.stderr, done.stderr
+    short = ("--set", "iterations=4", "--set", "guided=[1, 2]", "--set", "self_train=[3, -1]")
+    done = maskmill_here(*command, *short, *view, "--output", tmp_path / "seen")
+    assert done.returncode == 0, done.stderr
+    record = read_student_record(tmp_path / "seen")
+    assert record.ontology.num_classes == len(CLASSES) - 2 and "thing" in record.ontology.names
+    assert record.teacher["view"]["drop"] == ["sky"]
+    assert "fish and leaf are thing" in (tmp_path / "seen/report.html").read_text()
+
+
 def test_a_finished_student_can_be_registered_later(
     maskmill_here: Run, student: Path, table: Path, tmp_path: Path
 ) -> None:
