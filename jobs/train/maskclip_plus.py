@@ -12,9 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from rich.console import Console
+from tyro.conf import arg
 
 from jobs.console import say_left_out, stderr_console
-from jobs.options import FLAT, Maybe, Settings, Truth, ViewOptions, comma_separated, refuse_missing_file
+from jobs.options import (
+    FLAT,
+    Flag,
+    Maybe,
+    Settings,
+    Truth,
+    ViewOptions,
+    comma_separated,
+    refuse_missing_file,
+)
 from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, recipe_identity, run_training
 from models.errors import WrongUse, did_you_mean
 from pipeline.datasets.base import Dataset
@@ -24,6 +34,7 @@ from pipeline.files.versions import versions
 from pipeline.labelling.prepare import embed_names
 from pipeline.labelling.recipes import LabelRecipe, recipe_from_dict, table_recipe
 from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.united import unite
 from pipeline.report.student_page import student_commands, write_student_page
 from pipeline.report.training_page import PAGE, SHEET
 from pipeline.table.labels import DATASET_FILE
@@ -42,6 +53,7 @@ if TYPE_CHECKING:
     from models.student.deeplab import DeepLab
     from pipeline.training.loop.checkpoints import Checkpoint
     from pipeline.training.maskclip_plus.recipes import MaskClipPlusRecipe, SelfTrainSettings
+    from pipeline.training.samples.mixed import MixedSamples
     from pipeline.training.samples.table import TableSamples
 
 COLLAPSED = "self_training_collapsed"
@@ -63,6 +75,10 @@ class TrainMaskClipPlus:
             as the view has them.
         unseen: classes whose truth is withheld: "cow, motorbike", or a zero-shot split (voc20); needs truth
             of the seen classes for the images of --labels.
+        known: a second label table, whose labels are believed: truth for some images, classes or pixels. They
+            stay as they are; --labels gives the guesses for everything else.
+        known_view: a view of --known: a name beside it, or a YAML file; to drop a class from it, say.
+        known_complete: in the images of --known its classes are nowhere else: guesses of them are ignored.
     """
 
     labels: str
@@ -72,6 +88,9 @@ class TrainMaskClipPlus:
     unseen: Maybe[str] = None
     data: Annotated[Truth, FLAT] = field(default_factory=Truth)
     seen: Annotated[ViewOptions, FLAT] = field(default_factory=ViewOptions)
+    known: Annotated[Maybe[str], arg(metavar="TABLE")] = None
+    known_view: Annotated[Maybe[str], arg(metavar="NAME|FILE")] = None
+    known_complete: Flag = False
     options: Annotated[TrainOptions, FLAT]
 
     def run(self, console: Console | None = None) -> int:
@@ -94,11 +113,67 @@ class TrainMaskClipPlus:
             )
             say_left_out(console or stderr_console(), truth)
         view = self.seen.of_table(self.labels)
+        known = self._known()
         for line in self.seen.keep(self.labels, view):
             (console or stderr_console()).print(line, highlight=False, soft_wrap=True)
         return train_student(
-            self.labels, recipe, self.options, ontology=classes, truth=truth, view=view, console=console
+            self.labels,
+            recipe,
+            self.options,
+            ontology=classes,
+            truth=truth,
+            view=view,
+            known=known,
+            console=console,
         )
+
+    def _known(self) -> Known | None:
+        """The table that is believed."""
+        if self.known is None:
+            if self.known_view is not None or self.known_complete:
+                raise WrongUse(
+                    "wrong_use", "--known-view and --known-complete are for --known.", "Add --known TABLE."
+                )
+            return None
+        if self.data.given:
+            raise WrongUse(
+                "wrong_use",
+                "--known is truth in a label table, and there is other truth beside it.",
+                "Give --known, or --dataset, or --images and --truth.",
+            )
+        view = ViewOptions(view=self.known_view).of_table(self.known)
+        return Known(self.known, view, self.known_complete)
+
+
+@dataclass(frozen=True)
+class Known:
+    """A label table that is believed; see ``pipeline.training.samples.mixed``.
+
+    Attributes:
+        labels: the table.
+        view: of it.
+        complete: its classes are nowhere else in its images.
+    """
+
+    labels: str
+    view: TableView | None = None
+    complete: bool = False
+
+    @property
+    def ontology(self) -> Ontology:
+        """Its classes, as the view has them."""
+        return read_table_record(self.labels).ontology if self.view is None else self.view.ontology
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        view = {} if self.view is None else {"view": self.view.view.to_dict()}
+        return {"labels": self.labels, "complete": self.complete, **view}
+
+    @property
+    def identity(self) -> str:
+        """What must stay the same when a training resumes."""
+        view = "" if self.view is None else self.view.view.canonical
+        return f"{_table_hash(self.labels)}, {view or 'whole'}{', complete' if self.complete else ''}"
 
 
 def train_student(
@@ -109,6 +184,7 @@ def train_student(
     ontology: Ontology | None = None,
     truth: Dataset | None = None,
     view: TableView | None = None,
+    known: Known | None = None,
     console: Console | None = None,
 ) -> int:
     """Train a student and write its folder. Returns the exit status; see ``jobs.train.run.run_training``.
@@ -119,12 +195,13 @@ def train_student(
         truth: true masks of the table's images, for the zero-shot and supervised forms; None if
             annotation-free.
         view: of the table.
+        known: a second table, whose labels are believed; only for the annotation-free form.
     """
     refuse_missing_file(recipe.backbone_weights)
     return run_training(
         "maskclip-plus",
         options,
-        functools.partial(_prepare, labels, recipe, options, ontology, truth, view),
+        functools.partial(_prepare, labels, recipe, options, ontology, truth, view, known),
         result_file=RECORD_FILE,
         own_entries=OWN_ENTRIES,
         console=console,
@@ -138,9 +215,12 @@ def _prepare(
     ontology: Ontology | None,
     truth: Dataset | None,
     view: TableView | None,
+    known: Known | None,
 ) -> Prepared:
     table = read_table_record(labels)
-    ontology = ontology or (table.ontology if view is None else view.ontology)
+    if ontology is None:
+        ontology = table.ontology if view is None else view.ontology
+        ontology = ontology if known is None else unite(ontology, known.ontology)
     unseen = unseen_ids(recipe.unseen, ontology)
     needs_truth = recipe.form != "annotation-free" or recipe.void_from_truth
     if needs_truth and truth is None:
@@ -155,7 +235,15 @@ def _prepare(
             f"Recipe {recipe.name} is annotation-free: it does not use the truth of {truth.name}.",
             "Leave it out, or name the classes whose truth to withhold: --unseen 'cow, motorbike'.",
         )
+    if known is not None and (recipe.form != "annotation-free" or recipe.repeat_threshold):
+        what = "repeat_threshold" if recipe.form == "annotation-free" else f"form {recipe.form}"
+        raise WrongUse(
+            "wrong_use",
+            f"Recipe {recipe.name} ({what}) cannot train on --known.",
+            "Take an annotation-free recipe without repeat_threshold: known labels are truth in it.",
+        )
     from pipeline.training.maskclip_plus.task import MaskClipPlus
+    from pipeline.training.samples.mixed import MixedSamples, mix
     from pipeline.training.samples.table import open_table_samples
 
     source, text_weights = _text_source(recipe, table, labels)
@@ -172,7 +260,7 @@ def _prepare(
         recipe.backbone_weights,
     )
     make_student()  # fail early if it cannot be built
-    samples = open_table_samples(
+    by_teacher = open_table_samples(
         labels,
         ontology=ontology,
         augment=recipe.augment,
@@ -183,6 +271,12 @@ def _prepare(
         void_from_truth=recipe.void_from_truth,
         view=view,
     )
+    samples: TableSamples | MixedSamples = by_teacher
+    if known is not None:
+        believed = open_table_samples(
+            known.labels, ontology=ontology, augment=recipe.augment, view=known.view
+        )
+        samples = mix(by_teacher, believed, complete=known.complete)
     guessable = {"annotation-free": None, "zero-shot": tuple(unseen), "supervised": ()}[recipe.form]
     settings = recipe.selftrain.replace(guessable=guessable)
     make_teacher = None
@@ -198,6 +292,7 @@ def _prepare(
         make_student,
         make_teacher=make_teacher,
         class_frequencies=samples.class_frequencies().tolist(),
+        some_truth=known is not None,
     )
     make_task()
     record = {
@@ -207,13 +302,15 @@ def _prepare(
             "labels": labels,
             "counts": table.counts if view is None else _rows_counted(table.counts),
             **({} if view is None else {"view": view.view.to_dict(), "view_says": view.view.described()}),
+            **({} if known is None else {"known": known.to_dict()}),
         },
         "text": text_weights | {"precision": "fp32"},
         "recipe": recipe.to_dict() | {"hash": recipe.hash},
     }
-    written = open_storage(labels).read_json(DATASET_FILE)
-    table_hash = hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
+    table_hash = _table_hash(labels)
     with_truth = "" if truth is None else f", truth of {truth.name} for the others"
+    if isinstance(samples, MixedSamples):
+        with_truth = f"; {samples.num_known:,} images have known labels"
     count = ontology.num_classes
     guessed = f"all {count}" if guessable is None else f"{len(guessable)} of {count}"
     toy = " (a toy)" if config.backbone == "light" else ""
@@ -229,7 +326,8 @@ def _prepare(
             "labels (what is in the table)": table_hash,
             "truth": None if truth is None else truth.fingerprint(),
         }
-        | ({} if view is None else {"view": view.view.canonical}),
+        | ({} if view is None else {"view": view.view.canonical})
+        | ({} if known is None else {"known": known.identity}),
         announcement=(
             f"Training a student ({', '.join(parts)}){toy}, {recipe.loop.iterations:,} steps "
             f"of {recipe.loop.batch_size} crops from {samples.num_images:,} labelled images{left_out}; "
@@ -240,6 +338,7 @@ def _prepare(
             "teacher": {"weights": table.weights},
             "labels": labels,
             **({} if view is None else {"view": view.view.to_dict()}),
+            **({} if known is None else {"known": known.to_dict()}),
         },
         dataset=TrackedDataset(
             labels,
@@ -254,6 +353,12 @@ def _prepare(
         log_model=functools.partial(_log_model, options),
         fallback=COLLAPSED,
     )
+
+
+def _table_hash(labels: str) -> str:
+    """SHA-256 (hex) of what is in a table."""
+    written = open_storage(labels).read_json(DATASET_FILE)
+    return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
 
 
 def _rows_counted(counts: Mapping[str, Any]) -> dict[str, Any]:
@@ -403,7 +508,7 @@ def _finish(
     options: TrainOptions,
     ontology: Ontology,
     make_student: functools.partial[DeepLab],
-    samples: TableSamples,
+    samples: TableSamples | MixedSamples,
     record: Mapping[str, Any],
     unseen: Sequence[int],
     checkpoint: Checkpoint,

@@ -102,6 +102,7 @@ def student_page(
         marks=[guided] if guided > 0 else [],
         data=[
             ("labels", str(record.teacher.get("labels", ""))),
+            *([("known labels", str(known["labels"]))] if (known := record.teacher.get("known")) else []),
             *([("view of the labels", "; ".join(said))] if (said := record.teacher.get("view_says")) else []),
             *((name, shown(counts[name])) for name in ("images", "labelled", "failed") if counts.get(name)),
             ("classes", shown(record.ontology.num_classes)),

@@ -128,6 +128,8 @@ class MaskClipPlus:
             (``guessable_classifier``).
         class_frequencies: C shares of the pixels, such as those of the teacher's labels in the whole table;
             they need not sum to 1. Required for class weights.
+        some_truth: whether samples may have the truth of guessable classes, as those of
+            ``pipeline.training.samples.mixed`` do: it is learned, and the rest is guessed.
 
     Raises:
         MaskMillError: ``setting_invalid`` for settings that do not fit the classes or the other arguments.
@@ -143,6 +145,7 @@ class MaskClipPlus:
         *,
         make_teacher: Callable[[torch.device], MaskClip] | None = None,
         class_frequencies: Sequence[float] | None = None,
+        some_truth: bool = False,
     ) -> None:
         self.settings = settings
         self._names = tuple(names)
@@ -169,6 +172,7 @@ class MaskClipPlus:
                 "Count them with the ontology that is trained with.",
             )
         self._frequencies = class_frequencies
+        self._some_truth = some_truth
         self._alarm = DriftAlarm(names, bound=settings.drift_bound, patience=settings.drift_patience)
         self.averaged: nn.Module | None = None
         """The running average of the student, in evaluation mode; None without ``ema_decay``."""
@@ -337,6 +341,8 @@ class MaskClipPlus:
         if highest < 0:
             return
         if highest < len(self._names):
+            if self._some_truth:
+                return
             right = (labels < 0) | (~self._may_guess)[labels.clamp_min(0)]
             if bool(right.all()):
                 return

@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -44,11 +44,31 @@ from pipeline.training.samples.augment import MEAN_COLOUR, AugmentSettings, augm
 WINDOW_BYTES = 96 << 20
 """Stored size of the masks and confidences of one shuffling window. A loader caches twice as much."""
 
+FILL: Mapping[str, int] = {"labels": IGNORED, "teacher": IGNORED, "confidence": 0}
+"""What lies beside an image that is smaller than the crop."""
+
 _MANIFESTS = "manifest"
 _INDEX = ("id", "status", "segments", "quality")
 _READERS = 16
 
 _Ids = npt.NDArray[np.int32]
+
+
+class Whole(NamedTuple):
+    """A sample before augmentation: its id, the image uint8 (H, W, 3), and the maps (H, W) of its columns."""
+
+    id: int
+    image: npt.NDArray[np.uint8]
+    maps: dict[str, npt.NDArray[Any]]
+
+
+def columns(image: npt.NDArray[np.uint8], maps: Mapping[str, npt.NDArray[Any]], row_id: int) -> Sample:
+    """The columns of a sample, from its crop."""
+    return {
+        "image": np.ascontiguousarray(image.transpose(2, 0, 1)),
+        **maps,
+        "id": np.array(row_id, np.int64),
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +88,7 @@ class TableSamples:
         parts: names of the parts.
         part: int32 (N,), ascending: part of each sample.
         row: int32 (N,): row of each sample in its part.
+        ids: int64 (N,): id of each sample's row.
         part_bytes: int64: size of the masks and confidences of each part, uncompressed.
         teacher: int32: maps the ids of the table, or of its view, to training ids, ``IGNORED`` if they are
             not hidden.
@@ -84,9 +105,10 @@ class TableSamples:
     part_bytes: npt.NDArray[np.int64]
     part: npt.NDArray[np.int32]
     row: npt.NDArray[np.int32]
+    ids: npt.NDArray[np.int64]
     _ranges: npt.NDArray[np.int64] | None  # (N, 2): offset and length within the URI, -1 for all of it
     _repeats: npt.NDArray[np.float32] | None  # (N,)
-    _pixels: npt.NDArray[np.int64]  # (C,): the teacher's
+    pixels: npt.NDArray[np.int64]  # (C,): the teacher's
     teacher: _Ids
     _true: _Ids | None  # by id of the truth
     _dataset: base.Dataset | None
@@ -102,7 +124,7 @@ class TableSamples:
 
     def class_frequencies(self) -> npt.NDArray[np.float64]:
         """Share of each class in the teacher's labels: (C,), with sum 1, or 0 if there are none."""
-        return np.asarray(self._pixels / max(int(self._pixels.sum()), 1), dtype=np.float64)
+        return np.asarray(self.pixels / max(int(self.pixels.sum()), 1), dtype=np.float64)
 
     def order(self, epoch: int, seed: int) -> npt.NDArray[np.int64]:
         """Indices of one epoch; see ``Samples.order``.
@@ -137,6 +159,20 @@ class TableSamples:
             MaskMillError: a code of ``pipeline.files.images.ERROR_CODES``; ``image_invalid`` if the image is
                 not the one that was labelled; ``table_damaged``; ``mask_invalid``; errors of reading truth.
         """
+        found = self.read(index)
+        image, maps = augment(
+            found.image,
+            found.maps,
+            fill=FILL,
+            settings=self.augment,
+            rng=rng,
+            categories=("labels", "teacher"),
+        )
+        self._check(maps["labels"])
+        return columns(image, maps, found.id)
+
+    def read(self, index: int) -> Whole:
+        """Read one sample whole, before augmentation; see ``load``."""
         row = self.read_row(index)
         image = self.read_image(index, row)
         size = image.shape[:2]
@@ -153,20 +189,7 @@ class TableSamples:
                 f"{row['uri']} has {size[0]} x {size[1]} pixels, but {', '.join(different)}.",
                 "Label the images anew, or give the truth that belongs to them.",
             )
-        image, maps = augment(
-            image,
-            maps,
-            fill={"labels": IGNORED, "teacher": IGNORED, "confidence": 0},
-            settings=self.augment,
-            rng=rng,
-            categories=("labels", "teacher"),
-        )
-        self._check(maps["labels"])
-        return {
-            "image": np.ascontiguousarray(image.transpose(2, 0, 1)),
-            **maps,
-            "id": np.array(row["id"], np.int64),
-        }
+        return Whole(row["id"], image, maps)
 
     def blank(self) -> Sample:
         """A sample whose pixels are all ignored; its ``id`` is -1."""
@@ -408,9 +431,10 @@ def open_table_samples(
         part_bytes=np.array(rows.part_bytes, np.int64),
         part=np.concatenate(rows.part).astype(np.int32),
         row=np.concatenate(rows.row).astype(np.int32),
+        ids=ids,
         _ranges=_byte_ranges(root, ids),
         _repeats=repeats,
-        _pixels=rows.pixels,
+        pixels=rows.pixels,
         teacher=teacher,
         _true=true,
         _dataset=None if truth is None else truth.reader(),
