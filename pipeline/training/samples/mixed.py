@@ -96,7 +96,9 @@ class MixedSamples:
         at = int(self.known_of[index])
         if at == _NO_ROW:
             return found
-        hashes = {table.read_row(number)["sha256"] for table, number in ((self.guessed, index), (self.known, at))}
+        hashes = {
+            table.read_row(number)["sha256"] for table, number in ((self.guessed, index), (self.known, at))
+        }
         if len(hashes - {None}) > 1:
             uri = self.guessed.read_row(index)["uri"]
             raise WrongUse(

@@ -19,6 +19,7 @@ from pipeline.datasets.cocojson import CocoDataset, open_coco_json
 from pipeline.datasets.phrasecut import PhraseSample, open_phrasecut
 from pipeline.datasets.toy import ToyDataset, open_toyworld
 from pipeline.ontology.ontology import Ontology
+from pipeline.table.views import View
 from pipeline.toyworld import scenes as toyworld
 from pipeline.toyworld.captions import CLASSES, COLOURS, THINGS
 from pipeline.toyworld.phrases import PATTERN_WORDS
@@ -240,6 +241,21 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def opened(table: str, **options: Any) -> TableSource:
     return open_table_source(table, **({"ontology": TOY} | options))
+
+
+def test_a_view_decides_what_is_asked_for_and_where_it_is(table: str) -> None:
+    view = View(threshold=0.5, merge={"animal": ("zebra", "fish")}).of(TOY)
+    source = opened(table, ontology=view.ontology, view=view)
+    assert source.fingerprint != opened(table, ontology=view.ontology).fingerprint
+    found = held(source)
+    for index in range(10):
+        labels, _ = view.apply(*teacher_of(index))
+        assert set(found[index]) == {
+            view.ontology.names[number] for number in np.unique(labels[labels != 255])
+        }
+        for name, pair in found[index].items():
+            expected = np.where(labels == 255, IGNORED, labels == view.ontology.names.index(name))
+            assert np.array_equal(source.read(pair).mask, expected)
 
 
 def test_a_table_s_labels_weigh_by_their_confidence(table: str) -> None:
