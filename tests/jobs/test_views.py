@@ -14,11 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from jobs.options import ViewOptions
+from models.errors import MaskMillError
 from pipeline.corpus.manifest import stable_id
 from pipeline.files.storage import canonical_uri
 from pipeline.labelling.recipes import RECIPES
 from pipeline.ontology.ontology import Ontology
 from pipeline.table.labels import LABEL_SCHEMA, ok_row
+from pipeline.table.views import View
 
 CLASSES = Ontology.from_dict({"name": "three", "classes": ["sky", "grass", "cat", "dog"]})
 H, W = 24, 32
@@ -86,6 +89,47 @@ def test_the_gallery_shows_a_view_and_keeps_it(made: Made, maskmill_here: Callab
     other = maskmill_here(*show, "--view", "sure", "--drop", "sky", "--save-view", "sure")
     assert other.returncode == 2 and "is another view" in other.stderr and page.read_text() == text
     assert {name: data for name, data in made.files().items() if "/views/" not in name} == before
+
+
+def test_options_say_what_a_file_says(made: Made) -> None:
+    (made.root / "limits.yaml").write_text(
+        "name: l\nclasses: [{name: cat, threshold: 0.7}, {name: dog, threshold: 0.2}, sky]\n"
+    )
+    (made.root / "view.yaml").write_text("threshold: 0.1\nmin_areas: {sky: 9}\ndrop: [grass]\n")
+    options = ViewOptions(
+        view=str(made.root / "view.yaml"),
+        threshold=("0.3", "dog=0.4"),
+        thresholds=str(made.root / "limits.yaml"),
+        min_area=("5", "cat=20"),
+        merge=('"salt, pepper", cat = a=b',),
+        drop="sky",
+        rename=("dog=hound",),
+    )
+    assert options.load(str(made.table)) == View(
+        threshold=0.3, thresholds={"cat": 0.7, "dog": 0.4}, min_area=5, min_areas={"sky": 9, "cat": 20},
+        merge={"b": ("salt, pepper", "cat = a")}, drop=("grass", "sky"), rename={"dog": "hound"},
+    )  # fmt: skip
+    assert ViewOptions().of_table(str(made.table)) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"threshold": ("1.5",)}, "no number from 0 to 1"),
+        ({"threshold": ("cat=nan",)}, "no number from 0 to 1"),
+        ({"min_area": ("-3",)}, "no number of pixels"),
+        ({"merge": ("cat,dog",)}, "does not say what becomes what"),
+        ({"rename": ("cat=",)}, "does not say what becomes what"),
+        ({"drop": '"cat'}, "Quote names"),
+        ({"drop": "cta"}, "Did you mean cat?"),
+        ({"view": "strict"}, "There is no view strict"),
+        ({"save_view": "strict"}, "nothing to keep"),
+    ],
+)
+def test_options_that_say_nothing_are_refused(made: Made, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(MaskMillError) as error:
+        ViewOptions(**options).of_table(str(made.table))
+    assert says in str(error.value) and error.value.exit_status == 2
 
 
 @pytest.fixture
