@@ -105,7 +105,7 @@ def test_too_many_segments_are_classes():
 
 
 @given(datasets())
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_labels_come_back(tmp_path_factory, drawn):
     ontology, samples = drawn
     output = open_storage(tmp_path_factory.mktemp("out"))

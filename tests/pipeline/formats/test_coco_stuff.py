@@ -19,7 +19,7 @@ from tests.pipeline.formats.drawn import check_same, contents, datasets, export,
 
 
 @given(datasets())
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_labels_come_back(tmp_path_factory, drawn):
     ontology, samples = drawn
     output = open_storage(tmp_path_factory.mktemp("out"))

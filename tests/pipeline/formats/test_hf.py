@@ -83,7 +83,7 @@ def test_more_classes_than_eight_bits_hold(tmp_path, hub):
 
 
 @given(datasets(images=True))
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_labels_come_back(tmp_path_factory, drawn):
     ontology, samples = drawn
     output = open_storage(tmp_path_factory.mktemp("out"))

@@ -39,7 +39,7 @@ def sample(number: int, name: str, split: str = "train") -> Sample:
 
 
 @given(datasets(images=True))
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_labels_come_back(tmp_path_factory, drawn):
     ontology, samples = drawn
     output = open_storage(tmp_path_factory.mktemp("out"))
