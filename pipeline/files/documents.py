@@ -29,11 +29,7 @@ def read_document(place: Storage, name: str, *, code: str) -> bytes:
         FileNotFoundError: there is none.
         MaskMillError: ``code`` if it is a folder, a device or otherwise unreadable; ``storage_*``.
     """
-    path = place.path(name)
-    if place.is_local and os.path.exists(path) and not os.path.isfile(path):
-        # A pipe would be waited for, and some devices never end.
-        what = "a folder" if os.path.isdir(path) else "a pipe or a device"
-        raise WrongUse(code, f"{place.uri_of(name)} is {what}, not a file.", "Name a file.")
+    refuse_no_file(place, name, code=code)
     try:
         return place.read_bytes(name)
     except FileNotFoundError:
@@ -43,6 +39,19 @@ def read_document(place: Storage, name: str, *, code: str) -> bytes:
         raise WrongUse(
             code, f"{place.uri_of(name)} cannot be read: {reason}.", "Check the path and its permissions."
         ) from error
+
+
+def refuse_no_file(place: Storage, name: str, *, code: str) -> None:
+    """Refuse a folder, a pipe or a device, before it is opened.
+
+    Raises:
+        MaskMillError: ``code``.
+    """
+    path = place.path(name)
+    if place.is_local and os.path.exists(path) and not os.path.isfile(path):
+        # A pipe would be waited for, and some devices never end.
+        what = "a folder" if os.path.isdir(path) else "a pipe or a device"
+        raise WrongUse(code, f"{place.uri_of(name)} is {what}, not a file.", "Name a file.")
 
 
 def decoded(data: bytes, where: str, *, code: str) -> str:

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import MaskMillError, WrongUse
-from pipeline.files.documents import parsed_json, parsed_yaml, read_document
+from pipeline.files.documents import parsed_json, parsed_yaml, read_document, refuse_no_file
 from pipeline.files.faults import says_damage
 from pipeline.files.storage import Storage, is_remote, open_storage
 from pipeline.formats.base import Entry, Imported, Sample, Written
@@ -342,6 +342,7 @@ class _Samples:
 def _rows(place: Storage, name: str) -> Iterator[dict[str, Any]]:
     """Rows with ``image``, ``mask``, ``name`` and ``uri``; those that are missing are None."""
     where = place.uri_of(name)
+    refuse_no_file(place, name, code="dataset_invalid")
     try:
         with (
             place.arrow_filesystem().open_input_file(place.path(name)) as source,

@@ -22,7 +22,7 @@ from urllib.parse import unquote
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from models.errors import MaskMillError, WrongUse
-from pipeline.files.documents import first_problem, parsed_json, read_document
+from pipeline.files.documents import first_problem, parsed_json, read_document, refuse_no_file
 from pipeline.files.fetch import max_bytes
 from pipeline.files.images import MAX_PIXELS
 from pipeline.files.storage import Storage, open_storage
@@ -236,6 +236,7 @@ def _groups(place: Storage, name: str) -> Iterator[tuple[str, dict[str, bytes]]]
     """Keys of a shard with the content of their files, by what follows the key's dot."""
     where = place.uri_of(name)
     key, fields = "", dict[str, bytes]()
+    refuse_no_file(place, name, code="dataset_invalid")
     try:
         # Only plain archives: a compressed one may hold more than any disk.
         with place.open_file(name) as file, tarfile.open(fileobj=file, mode="r|") as archive:
@@ -266,6 +267,8 @@ def _groups(place: Storage, name: str) -> Iterator[tuple[str, dict[str, bytes]]]
         ) from None
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise _invalid(where, f"it is no whole tar archive ({error})") from error
+    except OSError as error:  # a name that is too long, a disk that fails
+        raise _invalid(where, f"it cannot be read ({error.strerror})") from error
     if fields:
         yield key, fields
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -161,6 +163,17 @@ def test_a_shard_that_is_cut_off_is_refused(tmp_path, keep):
     shard.write_bytes(shard.read_bytes()[:keep])
     with pytest.raises(MaskMillError, match=r"train-00000\.tar"):
         list(read_webdataset(str(tmp_path)).samples)
+
+
+@pytest.mark.parametrize("name", ["train-00000.tar", "a" * 5000])
+def test_a_shard_that_is_no_file_is_refused_at_once(tmp_path, name):
+    export(WebDataset(), ONTOLOGY, [sample(0, "x")], open_storage(tmp_path))
+    (tmp_path / "train-00000.tar").unlink()
+    os.mkfifo(tmp_path / "train-00000.tar")
+    (tmp_path / "shards.json").write_text(json.dumps({"train": [{"url": name, "nsamples": 1}]}))
+    with pytest.raises(MaskMillError, match=r"not a file|cannot be read") as error:
+        list(read_webdataset(str(tmp_path)).samples)
+    assert error.value.code == "dataset_invalid"
 
 
 @pytest.mark.parametrize(
