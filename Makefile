@@ -6,13 +6,11 @@ VENV ?= .venv
 ARGS ?=
 # Number of test processes.
 WORKERS ?= 2
-# glibc returns memory less often, as in the job's own processes, which saves a twelfth of the test time.
-MALLOC = glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=2147483648
 BIN = $(VENV)/bin
 BOOTSTRAP = command -v "$(PYTHON)" >/dev/null 2>&1 || { \
   echo "setup: there is no $(PYTHON) here. Install Python 3.10 to 3.13 or name yours: make PYTHON=/path/to/python3" >&2; \
   exit 1; }; "$(PYTHON)" -I jobs/bootstrap.py --venv "$(VENV)"
-PYTEST = OMP_WAIT_POLICY=PASSIVE GLIBC_TUNABLES="$(MALLOC)" "$(BIN)/python" -m pytest \
+PYTEST = OMP_WAIT_POLICY=PASSIVE "$(BIN)/python" -m pytest \
   --numprocesses "$(WORKERS)" --dist worksteal
 
 .DEFAULT_GOAL := help
