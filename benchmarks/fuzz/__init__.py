@@ -13,6 +13,7 @@ status is 1 if there are any.
   addresses that are no files.
 * ``coco``: mutated COCO JSON, opened and drawn.
 * ``formats``: exports of label tables with one mutated file, read back.
-* ``documents``: mutated ontologies, recipes, lists, lists of classes, ``--set`` options.
+* ``documents``: mutated ontologies, recipes, views, mappings of classes, lists, lists of classes, ``--set``
+  options.
 * ``http``: mutated requests to a real ``maskmill serve`` on loopback.
 """

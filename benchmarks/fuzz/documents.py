@@ -1,4 +1,4 @@
-"""Ontologies, recipes, lists of images, lists of classes, and ``--set`` options."""
+"""Ontologies, recipes, views, mappings of classes, lists of images and of classes, and ``--set`` options."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from PIL import Image
 
 from benchmarks.fuzz.kind import Fault, Kind
 from benchmarks.fuzz.mutations import mutate_bytes, mutate_tree
 from pipeline.corpus.manifest import build_manifest
+from pipeline.evaluation.classes import match_classes, read_mapping
 from pipeline.files.recipes import RecipeBook
 from pipeline.labelling.recipes import LABEL_RECIPES
-from pipeline.ontology.ontology import builtin_ontologies, load_ontology, parse_classes
+from pipeline.ontology.ontology import Ontology, builtin_ontologies, load_ontology, parse_classes
+from pipeline.table.views import parse_view, read_view
 from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES
 from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
 
@@ -25,6 +28,18 @@ BOOKS: dict[str, RecipeBook[Any]] = {
     "maskclip-plus": MASKCLIP_PLUS_RECIPES,
     "clipseg": CLIPSEG_RECIPES,
 }
+PETS = Ontology.from_dict({"name": "pets", "background": ["wall"], "classes": ["cat", "dog", "grass"]})
+VIEWS: tuple[dict[str, Any], ...] = (
+    {"threshold": 0.4, "thresholds": {"dog": 0.6}, "min_area": 3, "min_areas": {"cat": 2}},
+    {"schema_version": 1, "merge": {"pet": ["cat", "dog"]}, "drop": ["grass"]},
+    {"rename": {"grass": "lawn"}, "merge": {"background": ["cat"]}, "min_areas": {"lawn": 2}},
+    {},
+)
+MAPPINGS: tuple[dict[str, Any], ...] = (
+    {"cat": "dog", "grass": None},
+    {"cat": ["cat", "dog"], "dog": None},
+    {"dog": "person", "cat": "person", "grass": ["sofa", "car"]},
+)
 SNIPPETS = (
     "a: &a [*a]\n", "&x {<<: *x}\n", "!!python/object/apply:os.system ['true']\n", "\tclasses: [a]\n",
     "classes: [a]\nclasses: [b]\n", "---\na: 1\n---\nb: 2\n", "? [a]\n: b\n", "%YAML 9.9\n---\na\n", "'",
@@ -49,15 +64,21 @@ class Documents(Kind):
     @classmethod
     def make(cls, rng: random.Random) -> bytes:
         """A document of one of the kinds."""
-        sort = rng.choice(("ontology", "ontology", *BOOKS, "list.txt", "list.csv", "classes", "set"))
+        sort = rng.choice(
+            ("ontology", "ontology", *BOOKS, "view", "mapping", "list.txt", "list.csv", "classes", "set")
+        )
         return f"{sort}\n".encode() + cls._document(sort, rng)
 
     @staticmethod
     def _document(sort: str, rng: random.Random) -> bytes:
-        if sort in ("ontology", *BOOKS) and rng.random() < 0.15:
+        if sort in ("ontology", "view", "mapping", *BOOKS) and rng.random() < 0.15:
             return mutate_bytes(rng, rng.choice(SNIPPETS).encode(), most=1)
         if sort == "ontology":
             text = _yaml(rng, mutate_tree(rng, _ontology(rng)))
+        elif sort == "view":
+            text = _yaml(rng, mutate_tree(rng, rng.choice(VIEWS), most=rng.randint(0, 2)))
+        elif sort == "mapping":
+            text = _yaml(rng, mutate_tree(rng, rng.choice(MAPPINGS), most=rng.randint(0, 2)))
         elif sort in BOOKS:
             book = BOOKS[sort]
             fields = rng.choice(list(book.recipes.values())).to_dict()
@@ -126,6 +147,19 @@ class Documents(Kind):
         elif sort in BOOKS:
             recipe = BOOKS[sort].load(str(self._write("recipe.yaml", rest)))
             json.dumps(recipe.to_dict(), allow_nan=False)
+        elif sort == "view":
+            view = read_view(str(self._write("view.yaml", rest)), str(self.folder))
+            if parse_view(json.loads(json.dumps(view.to_dict(), allow_nan=False)), "again") != view:
+                raise Fault("a view that is another one when it is read again")
+            bound = view.of(PETS)
+            labels = np.array([rng.choices((0, 1, 2, 3, 200, 255), k=12)], np.uint8)
+            found, _ = bound.apply(labels, np.arange(12, dtype=np.uint8)[None] * 20)
+            if not ((found < bound.ontology.num_classes) | (found == bound.ontology.ignore_index)).all():
+                raise Fault(f"labels {np.unique(found)} of {bound.ontology.num_classes} classes")
+            view.described()
+        elif sort == "mapping":
+            given = read_mapping(str(self._write("map.yaml", rest)))
+            match_classes(PETS, load_ontology("voc21"), given=given, partial=rng.random() < 0.8)
         elif sort.startswith("list"):
             table = build_manifest(self._write(sort, rest))
             if len(set(table["id"].to_pylist())) != table.num_rows:

@@ -181,6 +181,14 @@ def test_files_are_read_kept_and_never_overwritten(tmp_path: Path) -> None:
     assert read_view(str(tmp_path / "v.yaml"), "anywhere").hash == view.hash
 
 
+def test_views_are_kept_in_object_stores(bucket: str) -> None:
+    view = View(min_area=7)
+    assert save_view(view, bucket, "small") == f"{bucket}/views/small.json"
+    with pytest.raises(MaskMillError, match="another view"):
+        save_view(View(min_area=8), bucket, "small")
+    assert read_view("small", bucket) == read_view(f"{bucket}/views/small.json", "anywhere") == view
+
+
 @pytest.mark.parametrize(
     ("text", "says", "code"),
     [
