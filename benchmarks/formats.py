@@ -14,6 +14,7 @@ import contextlib
 import csv
 import datetime
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -219,7 +220,8 @@ def _by_pycocotools(output: Path, kind: str, ontology: Ontology, unlabelled: int
     from pycocotools.coco import COCO
 
     for path in sorted((output / "annotations").glob(f"{kind}_*.json")):
-        coco = COCO(str(path))
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports progress there
+            coco = COCO(str(path))
         for number in coco.getImgIds():
             (image,) = coco.loadImgs(number)
             labels = np.full((image["height"], image["width"]), unlabelled)

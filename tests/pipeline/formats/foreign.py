@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 
 
-def datumaro_voc(folder: str, found: str) -> dict:
+def datumaro_voc(folder: str, found: str, kind: str = "voc_instance_segmentation") -> dict:
     """Read as CVAT reads "Segmentation mask 1.1"; the masks of the annotations go to a file."""
     from datumaro.components.annotation import AnnotationType
     from datumaro.components.dataset import Dataset
 
-    dataset = Dataset.import_from(folder, "voc_instance_segmentation")
-    items = list(dataset)
+    dataset = Dataset.import_from(folder, kind)
+    items = sorted(dataset, key=lambda item: (item.subset != "trainval", item.subset))
+    if any(item.subset == "trainval" for item in items):
+        items = [item for item in items if item.subset == "trainval"]
     drawn = []
     for item in items:
         masks = [one for one in item.annotations if one.type == AnnotationType.mask]

@@ -18,6 +18,7 @@ from pipeline.formats.base import Loss, Sample
 from pipeline.formats.voc import Voc, read_voc
 from pipeline.ontology.ontology import Ontology, load_ontology
 from tests.pipeline.formats.drawn import check_same, contents, datasets, export, picture
+from tests.pipeline.formats.readers import run_reader
 
 SUBSET = Path(__file__).resolve().parents[4] / "shared" / "data" / "voc2012_subset"
 
@@ -70,6 +71,22 @@ def test_torchvision_reads_it(tmp_path):
         "# label", "background", "a%3Ab", "%23猫", 'c, "d"', "ignored",
     ]  # fmt: skip
     check_same(read_voc(output.uri), ontology, [replace(sample, suffix=".jpg") for sample in samples])
+
+
+def test_datumaro_reads_it(tmp_path):
+    """It takes the colours of the palette, by labelmap.txt."""
+    ontology = Ontology.from_dict({"name": "x", "classes": ["a", "猫 c"], "background": ["rest"]})
+    labels = np.array([[0, 1, 2, 255], [2, 2, 1, 0]], np.uint8)
+    one = Sample(
+        number=0, id=5, name="my photo, 1", uri="", suffix=".png", labels=labels, image=picture(2, 4)
+    )
+    output = open_storage(tmp_path / "out")
+    export(Voc(), ontology, [one, replace(one, name="b/c.d", split="val", labels=labels[::-1])], output)
+    found = run_reader("datumaro_voc", output.root, str(tmp_path / "found.npz"), "voc_segmentation")
+    assert found == {"labels": ["background", "a", "猫 c", "ignored"], "items": ["my photo, 1", "b/c.d"]}
+    with np.load(tmp_path / "found.npz") as drawn:
+        assert (drawn["arr_0"] == np.where(labels == 255, 3, labels)).all()
+        assert (drawn["arr_1"] == drawn["arr_0"][::-1]).all()
 
 
 def test_odd_classes_and_colours(tmp_path):
