@@ -73,3 +73,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with the most slow tests first, so that no process is left with a long one at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+    """A test process that was "not properly terminated" may have been killed for lack of memory."""
+    counters = Path("/proc/vmstat")
+    if exitstatus and counters.exists():
+        killed = dict(line.split() for line in counters.read_text().splitlines()).get("oom_kill", "?")
+        terminalreporter.write_line(
+            f"{killed} processes were killed for lack of memory since the machine started"
+        )
