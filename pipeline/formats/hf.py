@@ -361,8 +361,8 @@ def _rows(place: Storage, name: str) -> Iterator[dict[str, Any]]:
             for batch in file.iter_batches(_BATCH, columns=[*present.values()], use_threads=False):
                 for row in batch.to_pylist():
                     yield {key: row[present[key]] if key in present else None for key in wanted}
-    except (OSError, pa.ArrowException) as error:
-        if not says_damage(error):
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # the last for names and texts
+        if not isinstance(error, UnicodeDecodeError) and not says_damage(error):
             raise
         raise _invalid(where, f"it is no readable Parquet file ({' '.join(str(error).split())})") from error
 

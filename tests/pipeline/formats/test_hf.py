@@ -174,7 +174,12 @@ def test_wrong_cards_are_refused(tmp_path, card, why):
 
 def test_a_file_that_is_no_parquet_is_refused(tmp_path):
     export(HuggingFace(), ONTOLOGY, [sample(0, image=None)], open_storage(tmp_path))
-    (tmp_path / "data/train-00000.parquet").write_bytes(b"PAR1" + bytes(100))
+    file = tmp_path / "data/train-00000.parquet"
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b"name", b"n\x80me"))  # a column's name that is not UTF-8
+    with pytest.raises(MaskMillError, match="no readable Parquet"):
+        list(read_hf(str(tmp_path)).samples)
+    file.write_bytes(b"PAR1" + bytes(100))
     with pytest.raises(MaskMillError, match="no readable Parquet") as error:
         list(read_hf(str(tmp_path)).samples)
     assert error.value.code == "dataset_invalid"

@@ -148,6 +148,26 @@ def test_ultralytics_rules(tmp_path):
     assert [one.split for one in read_yolo(output.uri).samples] == ["train", "train", "extra"]
 
 
+@given(masks(), st.integers(1, 6), st.integers(0, 2**32 - 1))
+@settings(max_examples=15)
+def test_the_loss_is_what_another_rasteriser_finds(tmp_path_factory, mask, smallest, seed):
+    """Pixels that Pillow draws as another class or none."""
+    ontology = Ontology.from_dict({"name": "x", "classes": ["a", "b"]})
+    labels = np.where(np.random.default_rng(seed).random(mask.shape) < 0.2, 255, mask).astype(np.uint8)
+    one = Sample(number=0, id=5, name="n", uri="", suffix=".png", labels=labels)
+    output = open_storage(tmp_path_factory.mktemp("out"))
+    _, lost = export(Yolo(smallest=smallest), ontology, [one], output)
+    canvas = Image.new("L", labels.shape[::-1], 255)
+    pen = ImageDraw.Draw(canvas)
+    for line in output.read_bytes("labels/train/n.txt").decode().splitlines():
+        number, *shares = line.split()
+        corners = np.rint(np.array(shares, float).reshape(-1, 2) * labels.shape[::-1])
+        pen.polygon([*map(tuple, corners.tolist())], fill=int(number), outline=int(number))
+    assert lost.pixels == (np.asarray(canvas) != labels)[labels != 255].sum()
+    assert lost.pixels >= lost.segments and (smallest > 1 or lost == Loss())
+    shutil.rmtree(output.root)
+
+
 def test_what_is_left_out_is_counted(tmp_path):
     ontology = Ontology.from_dict({"name": "x", "classes": ["a", "b"]})
     rng = np.random.default_rng(0)
