@@ -427,7 +427,7 @@ def evaluate(
     setting = f"{dataset.name}/zero-shot" if zero_shot else dataset.name
     result = evaluation_result(
         evaluation,
-        title=_title(dataset, made),
+        title=_title(dataset, made, view),
         protocol=name,
         dataset=MeasuredDataset(
             name=dataset.name,
@@ -587,14 +587,15 @@ def _mostly_ignored(dataset: Dataset, evaluation: Evaluation) -> list[str]:
     ]
 
 
-def _title(dataset: Dataset, made: TableRecord) -> str:
+def _title(dataset: Dataset, made: TableRecord, view: TableView | None) -> str:
     count = len(dataset.samples)
     info = DATASETS.get(dataset.name)
     whole = info.official.get(dataset.split) if info else None
     part = f", {count:,} of {whole:,} images" if whole and whole != count else ""
     weights = made.weights
     random = ", random weights" if str(weights.get("pretrained", "")).startswith("random") else ""
-    return f"{made.recipe['name']} on {dataset.name} ({dataset.split}{part}{random})"
+    seen = "" if view is None else f", {'; '.join(view.view.described())}"
+    return f"{made.recipe['name']}{seen} on {dataset.name} ({dataset.split}{part}{random})"
 
 
 def _slug(dataset: Dataset, recipe: LabelRecipe | None) -> str:

@@ -285,13 +285,14 @@ def _prepare(
             build_teacher, _teacher_recipe(table, labels), text.embeddings.numpy(),
             text.class_ids.numpy(), text.num_classes, _text_ids(settings, ontology, recipe.student),
         )  # fmt: skip
+    weighted = settings.guided_class_power or settings.self_class_power
     make_task = functools.partial(
         MaskClipPlus,
         ontology.names,
         settings,
         make_student,
         make_teacher=make_teacher,
-        class_frequencies=samples.class_frequencies().tolist(),
+        class_frequencies=samples.class_frequencies().tolist() if weighted else None,
         some_truth=known is not None,
     )
     make_task()

@@ -13,16 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from sklearn.metrics import confusion_matrix
 
 from jobs.options import ViewOptions
 from models.errors import MaskMillError
 from pipeline.corpus.manifest import stable_id
-from pipeline.files.storage import canonical_uri
+from pipeline.files.storage import canonical_uri, open_storage
 from pipeline.labelling.recipes import RECIPES
-from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.table.labels import LABEL_SCHEMA, ok_row
+from pipeline.table.record import TableRecord, write_table_record
 from pipeline.table.views import View
 
+SUBSET = Path(__file__).resolve().parents[3] / "shared" / "data" / "voc2012_subset"
 CLASSES = Ontology.from_dict({"name": "three", "classes": ["sky", "grass", "cat", "dog"]})
 H, W = 24, 32
 
@@ -160,6 +163,7 @@ def test_an_evaluation_counts_what_a_view_shows(made: Made, measure: Callable[..
         "settings": {"schema_version": 1, "threshold": 0.5},
         "says": ["confidence from 0.5"],
     }
+    assert sure["title"] == "toy, confidence from 0.5 on pairs (all)"
     assert sure["protocol"] == "custom" and "view: confidence from 0.5" in said
     assert measure("--view", "sure")[1]["confusion"] == sure["confusion"]
     assert {name: data for name, data in made.files().items() if "/views/" not in name} == before
@@ -196,3 +200,54 @@ def test_a_mapping_says_which_class_is_which(made: Made, measure: Callable[..., 
     _, found = measure(*own, "--mapping", made.root / "map.yaml")
     assert [entry["name"] for entry in found["classes"]] == ["heaven", "lawn", "cat", "dog"]
     assert found["metrics"]["miou"] == 1
+
+
+@pytest.mark.skipif(not SUBSET.is_dir(), reason="the VOC subset is not on this machine (shared/data)")
+def test_labels_of_four_classes_are_measured_on_the_masks_of_voc(
+    maskmill_here: Callable[..., Any], tmp_path: Path
+) -> None:
+    four = Ontology.from_dict(
+        {
+            "name": "four",
+            "background": ["wall"],
+            "classes": ["dog", {"name": "people", "synonyms": ["person"]}, "cat", "grass"],
+        }
+    )
+    voc = load_ontology("voc21").names
+    ours = {0: 0, voc.index("dog"): 1, voc.index("person"): 2, voc.index("cat"): 3}
+    rows, expected = [], np.zeros((4, 5), np.int64)
+    for mask in sorted((SUBSET / "SegmentationClassAug").glob("*.png"))[::35]:
+        truth = np.asarray(Image.open(mask))
+        # Labels that are often wrong: the truth to the left, with lawn at the bottom, and some unsure.
+        labels = np.vectorize(ours.get)(np.roll(truth, 9, 1), 0).astype(np.uint8)
+        labels[-20:], labels[:5] = 4, 255
+        path = SUBSET / "JPEGImages" / f"{mask.stem}.jpg"
+        uri = canonical_uri(path)
+        rows.append(
+            ok_row(
+                id=stable_id(uri), uri=uri, sha256=None, height=truth.shape[0], width=truth.shape[1],
+                labels=labels, confidence=np.full_like(labels, 200), ignore_index=255,
+            )
+        )  # fmt: skip
+        # Measured in the order of the truth: background, cat, dog, person.
+        true = np.select([truth == voc.index(name) for name in ("cat", "dog", "person")], [1, 2, 3], 0)
+        found = np.array([0, 2, 3, 1, 0])[np.minimum(labels, 4)]
+        found[labels == 255] = 4
+        known = truth != 255
+        expected += confusion_matrix(true[known], found[known], labels=range(5))[:4]
+    (tmp_path / "labels").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, schema=LABEL_SCHEMA), tmp_path / "labels/part-0.parquet")
+    weights = {"model": "toyclip", "pretrained": "bundled", "fingerprint": "0" * 64}
+    record = TableRecord(ontology=four, recipe=RECIPES["toy"].to_dict(), weights=weights)
+    write_table_record(open_storage(tmp_path), record)
+    done = maskmill_here(
+        "evaluate", "--labels", tmp_path, "--images", SUBSET / "JPEGImages", "--ontology", "voc21",
+        "--truth", SUBSET / "SegmentationClassAug", "--output", tmp_path / "out", "--common",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert [entry["name"] for entry in found["classes"]] == ["background", "cat", "dog", "person"]
+    assert found["confusion"] == expected.tolist() and (expected.sum(1) > 0).all()
+    assert found["compared"]["others"] == "background" and found["compared"]["only_labels"] == ["grass"]
+    assert len(found["compared"]["only_truth"]) == 17
+    assert found["images"]["evaluated"] == len(rows)
