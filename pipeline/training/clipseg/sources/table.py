@@ -129,7 +129,7 @@ def open_table_source(
     if view is not None:
         chosen.append(view.view.hash)
     return TableSource(
-        name="label table",
+        name="label table" if view is None else f"label table ({'; '.join(view.view.described())})",
         fingerprint=fingerprint(open_storage(table).read_json(DATASET_FILE, None), chosen),
         pairs=Pairs.of(
             names,

@@ -247,6 +247,7 @@ def test_a_view_decides_what_is_asked_for_and_where_it_is(table: str) -> None:
     view = View(threshold=0.5, merge={"animal": ("zebra", "fish")}).of(TOY)
     source = opened(table, ontology=view.ontology, view=view)
     assert source.fingerprint != opened(table, ontology=view.ontology).fingerprint
+    assert source.name == "label table (confidence from 0.5; zebra and fish are animal)"
     found = held(source)
     for index in range(10):
         labels, _ = view.apply(*teacher_of(index))
