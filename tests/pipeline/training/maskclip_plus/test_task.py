@@ -328,6 +328,25 @@ def test_one_pixel_of_hidden_truth_stops_the_training(step):
     assert caught.value.code == "training_failed"
 
 
+@pytest.mark.parametrize("step", [1, 4])
+def test_truth_of_some_images_is_learned_and_not_guessed_over(step):
+    task = MaskClipPlus(NAMES, SelfTrainSettings(**TWO_PHASES), _student, some_truth=True)
+    module = task.build(CPU).eval()
+    batch = _batch(0)
+    truth = batch["labels"][0].clone().fill_(3)
+    batch["labels"][0] = truth
+    value, figures = task.loss(module, batch, step)
+    logits = module(batch["image"])
+    # The same by hand: the first image on its truth, the second on the guesses.
+    alone = {name: values[1:] for name, values in batch.items()}
+    guessed, _ = task.loss(module, alone, step)
+    known = torch.nn.functional.cross_entropy(logits[:1], truth[None].long(), reduction="sum")
+    assert guessed.item() > 0 and figures["guessed"] <= 0.5
+    torch.testing.assert_close(value, (known / truth.numel() + guessed) / 2)
+    with pytest.raises(MaskMillError, match="the classes are 0 to"):
+        task.loss(module, batch | {"labels": batch["labels"].clone().fill_(200)}, step)
+
+
 def test_labels_beyond_the_classes_are_reported():
     task = _task()
     batch = _batch(0)
