@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.ontology import BACKGROUND, Ontology
 
 
 def unite(first: Ontology, second: Ontology) -> Ontology:
@@ -31,14 +31,9 @@ def unite(first: Ontology, second: Ontology) -> Ontology:
         more.append(fields)
     fields = first.to_dict()
     fields["classes"] += more
-    if first.background is None and second.background is not None:
-        background = [word for word in second.background if word.casefold() not in taken]
-        fields["background"] = background or [second.names[0]]
-    elif first.background is not None:
-        fields["background"] = [
-            word
-            for word in first.background
-            if all(word.casefold() != entry["name"].casefold() for entry in more)
-        ] or [first.names[0]]
+    # "background" itself may always be one of its words.
+    words_of = first.background if first.background is not None else second.background
+    if words_of is not None:
+        fields["background"] = [w for w in words_of if w.casefold() not in taken] or [BACKGROUND]
     fields["ignore_index"] = None if more else first.ignore_index
     return Ontology.from_dict(fields, origin="the classes of both tables")

@@ -102,14 +102,6 @@ def expected(index: int, complete: bool) -> tuple[np.ndarray, np.ndarray]:
     return labels, guesses
 
 
-def test_the_classes_of_both_tables_are_united() -> None:
-    assert CLASSES.names == ("background", *TOY.names, "kite")
-    again = unite(CLASSES, OURS)
-    assert again.names == CLASSES.names and unite(TOY, TOY).names == TOY.names
-    renamed = Ontology.from_dict({"name": "r", "classes": [{"name": "heaven", "synonyms": ["sky"]}]})
-    assert unite(TOY, renamed).names == TOY.names
-
-
 @pytest.mark.parametrize("complete", [False, True])
 def test_known_labels_win_and_guesses_fill_the_rest(tables: tuple[str, str], complete: bool) -> None:
     samples = pickle.loads(pickle.dumps(opened(tables, complete=complete)))
