@@ -20,6 +20,7 @@ from jobs.benchmark import Benchmark
 from jobs.demo import Demo
 from jobs.evaluate import Evaluate
 from jobs.export import Export
+from jobs.import_ import Import
 from jobs.label import Label
 from jobs.lists import Datasets, Recipes
 from jobs.options import FLAT
@@ -62,6 +63,7 @@ Command = (
     | Annotated[Verify, subcommand("verify")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Export, subcommand("export")]
+    | Annotated[Import, subcommand("import")]
     | Annotated[Segment, subcommand("segment")]
     | Annotated[Serve, subcommand("serve")]
     | Annotated[Evaluate, subcommand("evaluate")]
@@ -81,6 +83,7 @@ COMMANDS = (
     "verify",
     "train",
     "export",
+    "import",
     "segment",
     "serve",
     "evaluate",
@@ -98,6 +101,7 @@ TRAININGS = ("maskclip-plus", "clipseg")
 OPTION_OF_ARGUMENT = {
     "label": "--images",
     "evaluate": "--labels",
+    "import": "--input",
     "serve": "--model",
     "train maskclip-plus": "--labels",
     "train clipseg": "--labels",

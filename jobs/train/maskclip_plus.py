@@ -377,6 +377,12 @@ def _text_source(
         model, _, pretrained = recipe.text.partition(":")
         source = find_weights(model, pretrained or None)
         return source, {"model": model, "pretrained": pretrained or None, "fingerprint": source.fingerprint}
+    if table.source == "truth":
+        raise WrongUse(
+            "recipe_invalid",
+            f"{labels} holds true labels, and the student needs a CLIP to classify by its words.",
+            "Name one: --set text=ViT-B-16-quickgelu:openai.",
+        )
     recorded = table.weights.get("text", table.weights)
     if recorded["model"] == "clipseg":
         raise WrongUse(
@@ -397,7 +403,7 @@ def _text_source(
 
 def _teacher_recipe(table: TableRecord, labels: str) -> LabelRecipe:
     """The table's recipe, by which an online teacher labels crops."""
-    if "text" in table.weights or table.weights["model"] == "clipseg":
+    if "text" in table.weights or table.weights["model"] == "clipseg" or table.source == "truth":
         raise WrongUse(
             "recipe_invalid",
             f"{labels} was labelled by {table.weights['model']}, and only a CLIP can teach online.",

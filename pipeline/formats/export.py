@@ -168,6 +168,7 @@ def new_export(source: Source, table: TableRecord, made: Format, output: Storage
             "recipe": str(table.recipe.get("hash", "")),
             "weights": str(table.weights.get("fingerprint", "")),
         },
+        source=table.source,
         view=source.view.view.to_dict() if source.view is not None else None,
         with_images=source.with_images,
         val_share=source.val_share,

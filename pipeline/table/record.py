@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
@@ -22,9 +22,11 @@ class TableRecord(BaseModel):
         schema_version: of the file.
         created: UTC, ISO 8601.
         updated: the same, of the last run that added rows.
+        source: "pseudo" for labels of a model, "truth" for imported ones.
         ontology: the classes.
         recipe: of the labelling, all fields and ``hash``; see ``pipeline.labelling.recipes.table_recipe``.
-        weights: ``model``, ``pretrained`` and ``fingerprint``; of a student also ``text``, its CLIP.
+        weights: ``model``, ``pretrained`` and ``fingerprint``; of a student also ``text``, its CLIP. Of truth
+            they are "truth", what was imported, and "".
         precision: number format that the labels were computed in; "" if it is the recipe's.
         versions: of Python and the packages.
         counts: see ``pipeline.table.labels.summarise``; empty until the first run ends.
@@ -35,6 +37,7 @@ class TableRecord(BaseModel):
     schema_version: int = SCHEMA_VERSION
     created: str = ""
     updated: str = ""
+    source: Literal["pseudo", "truth"] = "pseudo"
     ontology: RecordedOntology
     recipe: dict[str, Any]
     weights: dict[str, Any]

@@ -1,0 +1,237 @@
+"""``maskmill import``: a dataset with masks → a label table of true labels."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from rich.console import Console
+from tyro.conf import arg
+
+from jobs.console import counted, duration, say_left_out, stderr_console, timed
+from jobs.options import FLAT, Flag, Maybe, Truth
+from models.errors import WrongUse
+from pipeline.cluster.signals import interrupt
+from pipeline.files.outputs import check_output_folder
+from pipeline.files.records import now
+from pipeline.files.storage import Storage, open_storage
+from pipeline.files.versions import versions
+from pipeline.formats.base import Imported
+from pipeline.formats.registry import find_reader, readable
+from pipeline.ontology.ontology import load_ontology
+from pipeline.table.committed import LABELS_DIR, RELABELLED_DIR, Replaced, part_files, settle
+from pipeline.table.increment import Table, open_table, record_counts
+from pipeline.table.labels import DATASET_FILE, OK, Counts, summarise
+from pipeline.table.lease import Lease, refuse_other_holder
+from pipeline.table.record import TableRecord, find_table_record, write_table_record
+
+PACKAGES = ("maskmill", "pyarrow", "pillow", "opencv-python-headless", "numpy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Import a dataset with masks: it becomes a label table, whose labels count as true.
+
+    All that takes a table takes it: train, evaluate, show, export. Run the same command again to go on after
+    a crash.
+
+    Attributes:
+        input: folder (or s3://… prefix) of the dataset.
+        output: folder (or s3://… prefix) for the label table.
+        ontology: what the values of --truth mean: a YAML file or a built-in name (voc21, …).
+        max_failure_rate: exit with 1 if a larger share of the images fails.
+        overwrite: delete a table of true labels that is already in --output and start over.
+    """
+
+    format: Annotated[
+        Maybe[str], arg(help=f"of the dataset in --input: {', '.join(readable())}.", help_behavior_hint="")
+    ] = None
+    input: Maybe[str] = None
+    data: Annotated[Truth, FLAT] = field(default_factory=Truth)
+    ontology: Maybe[str] = None
+    output: str
+    max_failure_rate: float = 0.05
+    overwrite: Flag = False
+
+    def run(self, console: Console | None = None) -> int:
+        """Import the samples that have no row yet.
+
+        Returns:
+            0, or 1 if more than ``max_failure_rate`` of the images failed.
+
+        Raises:
+            MaskMillError: ``wrong_use``; ``output_differs``, ``output_not_ours``; what the reader of the
+                format says.
+        """
+        console = console or stderr_console()
+        if not 0 <= self.max_failure_rate <= 1:
+            raise WrongUse(
+                "wrong_use",
+                f"--max-failure-rate {self.max_failure_rate} is not between 0 and 1.",
+                "Give a share, such as 0.05.",
+            )
+        check_output_folder(self.output)
+        storage = open_storage(self.output)
+        kind, imported = self._open(console)
+        record = _new_record(kind, imported)
+        _refuse_other(storage, record, overwrite=self.overwrite)
+        say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+        began = time.monotonic()
+        with Lease.acquire(storage, on_lost=_abandon, notice=say) as lease:
+            fence = functools.partial(refuse_other_holder, storage, lease.run_id)
+            recorded = _refuse_other(storage, record, overwrite=self.overwrite)
+            if recorded is not None and self.overwrite:
+                _delete(storage)
+                recorded = None
+            table = Table() if recorded is None else open_table(storage, recorded, fence, say)
+            if recorded is None:
+                write_table_record(storage, record)
+            fresh, repeated = self._import(imported, storage, table, fence, console)
+            if fresh.images or table.counts is None:  # None: a run was killed before it could count
+                with timed(console, "counting what is new"):
+                    record_counts(storage, table, fresh, Replaced())
+        return self._tell(storage, fresh, len(table.ids), repeated, time.monotonic() - began, console)
+
+    def _open(self, console: Console) -> tuple[str, Imported]:
+        """The dataset, and what it is."""
+        if self.format is not None:
+            if self.data.dataset or self.data.root or self.data.split or self.data.truth or self.ontology:
+                raise WrongUse(
+                    "wrong_use",
+                    "--format reads --input, and takes no other option than --images.",
+                    "Leave out --dataset, --root, --split, --truth and --ontology, or --format.",
+                )
+            if self.input is None:
+                raise WrongUse("wrong_use", "--format needs --input.", "Add the folder of the dataset.")
+            with timed(console, "opening the dataset"):
+                return self.format, find_reader(self.format)(self.input, images=self.data.images)
+        if self.input is not None:
+            raise WrongUse(
+                "wrong_use",
+                f"What is in {self.input} is not known.",
+                f"Add --format: {', '.join(readable())}.",
+            )
+        from pipeline.datasets.imported import as_imported
+
+        ontology = None if self.ontology is None else load_ontology(self.ontology)
+        with timed(console, "opening the dataset"):
+            dataset = self.data.open(ontology, table=None, command="import")
+        say_left_out(console, dataset)
+        return f"{dataset.name} {dataset.split}", as_imported(dataset)
+
+    def _import(
+        self,
+        imported: Imported,
+        storage: Storage,
+        table: Table,
+        fence: functools.partial[None],
+        console: Console,
+    ) -> tuple[Counts, int]:
+        from pipeline.formats.importing import import_samples
+
+        total = imported.count
+        with counted(console, "importing", "images") as progress:
+            repeated = import_samples(
+                imported.samples,
+                storage,
+                ignore_index=imported.ontology.ignore_index,
+                done=table.ids,
+                fence=fence,
+                progress=lambda done: progress(done, total if total is not None else done),
+            )
+        new = settle(storage, [part for part in part_files(storage) if part not in table.parts])
+        return Counts(summarise(storage, list(new))), repeated
+
+    def _tell(
+        self, storage: Storage, fresh: Counts, before: int, repeated: int, took: float, console: Console
+    ) -> int:
+        images, made = fresh.images, fresh.status.get(OK, 0)
+        failed = images - made
+        if images:
+            lines = [f"Imported {made:,} images with true labels in {duration(took)}"]
+        else:
+            lines = [f"Nothing new: all {before:,} images are in {storage.uri}."]
+        if failed:
+            codes = ", ".join(f"{n:,} {code}" for code, n in sorted(fresh.status.items()) if code != OK)
+            lines.append(f"  {failed:,} failed: {codes} (rows with a status; maskmill show lists them)")
+        if repeated:
+            lines.append(f"  {repeated:,} images were listed again, and taken once")
+        lines += [
+            f"  label table  {storage.uri}/{LABELS_DIR}/*.parquet",
+            f"Look at it:    maskmill show {self.output}",
+            f"Train on it:   maskmill train clipseg --labels {self.output} --output model",
+        ]
+        console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+        if failed > self.max_failure_rate * images:
+            console.print(
+                f"{failed / images:.1%} of the images failed, more than --max-failure-rate "
+                f"{self.max_failure_rate:.1%}.",
+                style="bold red",
+                soft_wrap=True,
+                highlight=False,
+            )
+            return 1
+        return 0
+
+
+def _new_record(kind: str, imported: Imported) -> TableRecord:
+    """The ``dataset.json`` of an import. Its recipe changes nothing: readers of tables expect one."""
+    from pipeline.labelling.recipes import LabelRecipe
+
+    recipe = LabelRecipe(name=f"import of {kind}", model="truth", pretrained=None, precision="fp32")
+    return TableRecord(
+        created=now(),
+        source="truth",
+        ontology=imported.ontology,
+        recipe=recipe.to_dict() | {"hash": recipe.hash},
+        weights={"model": "truth", "pretrained": kind, "fingerprint": ""},
+        precision="fp32",
+        versions=versions(PACKAGES),
+    )
+
+
+def _refuse_other(storage: Storage, record: TableRecord, *, overwrite: bool) -> TableRecord | None:
+    """The record of an import that is there and goes on; None for a new table.
+
+    Raises:
+        MaskMillError: ``output_differs``, ``output_not_ours``.
+    """
+    found = find_table_record(storage)
+    if found is None:
+        if storage.list(LABELS_DIR, recursive=True):
+            raise WrongUse(
+                "output_not_ours",
+                f"{storage.uri} has files in {LABELS_DIR}/ but no {DATASET_FILE} that says what they are.",
+                "Name another --output.",
+            )
+        return None
+    if found.source != "truth":
+        raise WrongUse(
+            "output_differs",
+            f"{storage.uri} holds labels of a model, not true ones.",
+            "Name another --output.",
+        )
+    same = (found.ontology.hash, found.recipe.get("name")) == (record.ontology.hash, record.recipe["name"])
+    if not same and not overwrite:
+        raise WrongUse(
+            "output_differs",
+            f"{storage.uri} holds another {found.recipe.get('name')}, or one with other classes.",
+            "Name another --output, or start over with --overwrite.",
+        )
+    return found
+
+
+def _delete(storage: Storage) -> None:
+    from pipeline.formats.importing import IMAGES_DIR
+
+    for entry in (DATASET_FILE, LABELS_DIR, RELABELLED_DIR, IMAGES_DIR):
+        storage.delete(entry)
+
+
+def _abandon(reason: str) -> None:
+    """Stop at once: another run owns the output now."""
+    print(f"{reason} Stopping.", file=sys.stderr, flush=True)
+    interrupt()

@@ -1,0 +1,168 @@
+"""``maskmill import``: datasets with masks become label tables of true labels."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.faults.runs import Command
+from pipeline.datasets.registry import open_dataset
+from pipeline.table.labels import OK, decode_confidence, decode_mask, iter_rows
+from pipeline.table.record import read_table_record
+from tests.pipeline.formats.tables import TOYWORLD, toy_table
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+VOC = DATA / "voc2012_subset"
+
+
+def masks_of(table: Path) -> dict[str, np.ndarray]:
+    """Label maps by the stem of the address."""
+    rows = iter_rows(str(table), ["uri", "status", "mask"])
+    return {Path(row["uri"]).stem: decode_mask(row["mask"]["bytes"]) for row in rows if row["status"] == OK}
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for name, labels in expected.items():
+        assert np.array_equal(found[name], labels), name
+
+
+@pytest.mark.parametrize("name", ["png", "coco", "hf"])
+def test_an_export_comes_back_as_truth_and_is_used_like_any_table(
+    tmp_path: Path, maskmill_here, name
+) -> None:
+    toy_table(tmp_path / "table", 6, images=tmp_path / "images")
+    out, truth = tmp_path / "out", tmp_path / "truth"
+    done = maskmill_here("export", tmp_path / "table", "--format", name, "--output", out, "--with-images")
+    assert done.returncode == 0, done.stderr
+    command = ("import", "--format", name, "--input", out, "--output", truth)
+    done = maskmill_here(*command)
+    assert done.returncode == 0 and "Imported 5 images with true labels" in done.stderr, done.stderr
+    record = read_table_record(str(truth))
+    assert record.source == "truth" and record.ontology.names == TOYWORLD.names
+    assert record.counts["status"] == {"ok": 5} and record.counts["mean_quality"] > 0.9
+    stems = {
+        stem.split("_", 1)[-1] if name == "hf" else stem: labels for stem, labels in masks_of(truth).items()
+    }
+    assert_same(stems, masks_of(tmp_path / "table"))
+    for row in iter_rows(str(truth)):
+        labels, sure = decode_mask(row["mask"]["bytes"]), decode_confidence(row["confidence"]["bytes"])
+        assert ((sure == 255) == (labels != 255)).all() and set(np.unique(sure)) <= {0, 255}
+
+    before = (truth / "dataset.json").read_bytes()
+    again = maskmill_here(*command)
+    assert again.returncode == 0 and "Nothing new" in again.stderr
+    assert (truth / "dataset.json").read_bytes() == before
+    assert maskmill_here("verify", truth).returncode == 0
+    done = maskmill_here("export", truth, "--format", "png", "--output", tmp_path / "png", "--with-images")
+    assert (
+        done.returncode == 0 and json.loads((tmp_path / "png/export.json").read_text())["source"] == "truth"
+    )
+    measured = maskmill_here(
+        "evaluate", "--labels", truth, "--images", tmp_path / "png/images", "--truth", tmp_path / "png/masks",
+        "--output", tmp_path / "result",
+    )  # fmt: skip
+    assert measured.returncode == 0 and "mIoU 100.0 %" in measured.stdout + measured.stderr
+
+
+def test_bad_images_are_rows_and_a_second_listing_is_passed_over(tmp_path: Path, maskmill_here) -> None:
+    toy_table(tmp_path / "table", 7, images=tmp_path / "images")
+    assert maskmill_here(
+        "export", tmp_path / "table", "--format", "coco", "--output", tmp_path / "coco", "--val-share", 0.5
+    ).returncode == 0  # fmt: skip
+    annotations = tmp_path / "coco" / "annotations"
+    for path in annotations.iterdir():
+        content = json.loads(path.read_text())
+        # The same image in both splits.
+        content["images"].append(
+            {
+                "id": 999,
+                "file_name": "x.png",
+                "height": 48,
+                "width": 48,
+                "coco_url": str(tmp_path / "images/same.png"),
+            }
+        )
+        path.write_text(json.dumps(content))
+    images = tmp_path / "images"
+    (images / "scene_000.png").unlink()
+    (images / "scene_001.png").write_bytes(b"no image")
+    Image.new("RGB", (47, 48)).save(images / "scene_002.png")
+    Image.new("RGB", (48, 48)).save(images / "same.png")
+    command = ["import", "--format", "coco", "--input", tmp_path / "coco", "--output", tmp_path / "truth"]
+    done = maskmill_here(*command)
+    assert done.returncode == 1 and "42.9% of the images failed" in done.stderr, done.stderr
+    assert "1 images were listed again" in done.stderr
+    status = {Path(row["uri"]).stem: row["status"] for row in iter_rows(str(tmp_path / "truth"))}
+    assert status == {
+        "scene_000": "not_found", "scene_001": "not_an_image", "scene_002": "mask_invalid",
+        "scene_003": OK, "scene_004": OK, "scene_005": OK, "same": OK,
+    }  # fmt: skip
+    # Another dataset does not go into this table, nor into one of a model's labels.
+    other = maskmill_here("import", "--dataset", "toyworld", "--output", tmp_path / "truth")
+    assert other.returncode == 2 and "[output_differs]" in other.stderr
+    other = maskmill_here(*command[:-1], tmp_path / "table")
+    assert other.returncode == 2 and "[output_differs]" in other.stderr
+    anew = maskmill_here(*command, "--overwrite", "--max-failure-rate", 0.5)
+    assert anew.returncode == 0 and "Imported 4 images" in anew.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_import_goes_on(tmp_path: Path, maskmill_here, maskmill_environment) -> None:
+    """A real SIGKILL between two parts."""
+    command = ["import", "--dataset", "toyworld", "--split", "seed-3", "--output", str(tmp_path / "truth")]
+    run = Command(command, maskmill_environment, tmp_path / "log.txt")
+    labels = tmp_path / "truth" / "labels"
+    assert run.wait_until(
+        lambda: labels.is_dir() and any(path.suffix == ".parquet" for path in labels.iterdir())
+    )
+    run.driver.kill()
+    assert run.wait() == -9
+    done = maskmill_here(*command)
+    assert done.returncode == 0, done.stderr
+    dataset = open_dataset("toyworld", split="seed-3")
+    rows = list(iter_rows(str(tmp_path / "truth")))
+    assert len(rows) == len({row["uri"] for row in rows}) == len(dataset.samples)
+    assert read_table_record(str(tmp_path / "truth")).counts["images"] == len(rows)
+    first = min(rows, key=lambda row: row["uri"])
+    assert np.array_equal(decode_mask(first["mask"]["bytes"]), dataset.truth(dataset.samples[0]))
+    assert np.array_equal(np.asarray(Image.open(first["uri"])), dataset.image(dataset.samples[0]))
+
+
+@pytest.mark.skipif(not VOC.is_dir(), reason="the VOC subset is not on this machine (shared/data)")
+def test_real_masks_become_coco_and_come_back(tmp_path: Path, maskmill_here) -> None:
+    done = maskmill_here(
+        "import", "--dataset", "voc21", "--root", VOC, "--split", "val", "--output", tmp_path / "voc"
+    )
+    assert done.returncode == 0, done.stderr
+    for command in (
+        ("export", tmp_path / "voc", "--format", "coco", "--output", tmp_path / "coco"),
+        ("import", "--format", "coco", "--input", tmp_path / "coco", "--output", tmp_path / "back"),
+    ):
+        done = maskmill_here(*command)
+        assert done.returncode == 0, done.stderr
+    assert_same(masks_of(tmp_path / "back"), masks_of(tmp_path / "voc"))
+    assert read_table_record(str(tmp_path / "back")).ontology.names[0] == "background"
+
+
+def test_an_image_that_is_turned_by_exif_fits_labels_of_what_is_shown(tmp_path: Path, maskmill_here) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((30, 50, 3), np.uint8)).save(file, "JPEG", exif=exif)
+    for place in ("images", "masks"):
+        (tmp_path / place).mkdir()
+    (tmp_path / "images/a.jpg").write_bytes(file.getvalue())
+    Image.fromarray(np.ones((50, 30), np.uint8)).save(tmp_path / "masks/a.png")
+    done = maskmill_here(
+        "import", "--images", tmp_path / "images", "--truth", tmp_path / "masks", "--ontology", "toyworld",
+        "--output", tmp_path / "truth",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (row,) = iter_rows(str(tmp_path / "truth"))
+    assert (row["height"], row["width"]) == (50, 30)
