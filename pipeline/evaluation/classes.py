@@ -30,7 +30,7 @@ from pipeline.datasets.base import Dataset, Labels, Sample
 from pipeline.files.documents import parsed_yaml, read_document
 from pipeline.files.storage import open_storage
 from pipeline.ontology.ontology import BACKGROUND, Ontology
-from pipeline.table.views import find_class
+from pipeline.table.views import find_class, position_of
 
 NO_CLASS = 65_535
 """Id of labels without a counterpart: never a class."""
@@ -97,7 +97,7 @@ def match_classes(
             common, or a class of the truth without a counterpart that needs one.
     """
     pairs = _given_pairs(given or {}, labels, truth)
-    settled = {_position(name, labels.names) for name in given or {}}
+    settled = {position_of(name, labels.names) for name in given or {}}
     pairs |= _found_pairs(labels, truth, settled, pairs)
     groups = _groups(pairs, labels, truth)
     if not groups:
@@ -287,13 +287,8 @@ def _background(
     groups: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], labels: Ontology, truth: Ontology
 ) -> int | None:
     """The measured class that is the background on both sides."""
-    ours, theirs = _position(BACKGROUND, labels.names), _position(BACKGROUND, truth.names)
+    ours, theirs = position_of(BACKGROUND, labels.names), position_of(BACKGROUND, truth.names)
     return next((at for at, (a, b) in enumerate(groups) if ours in a and theirs in b), None)
-
-
-def _position(name: str, names: Sequence[str]) -> int | None:
-    folded = [each.casefold() for each in names]
-    return folded.index(name.casefold()) if name.casefold() in folded else None
 
 
 def _ontology(classes: Sequence[Measured], firsts: Sequence[int], truth: Ontology) -> Ontology:

@@ -28,6 +28,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
@@ -226,7 +227,7 @@ def _groups(view: View, ontology: Ontology, where: str) -> list[_Group]:
 
     def claim(name: str, what: str) -> int:
         number = find_class(name, names, where)
-        if number in claimed:
+        if claimed.get(number, what) != what:
             raise WrongUse(
                 "wrong_use",
                 f"The view says two things of {names[number]}: {claimed[number]}, and {what}.",
@@ -239,8 +240,8 @@ def _groups(view: View, ontology: Ontology, where: str) -> list[_Group]:
     for target, members in view.merge.items():
         if not members:
             raise WrongUse("wrong_use", f"The view merges nothing into {target}.", "Name classes to merge.")
-        ids = sorted(claim(name, f"it becomes {target}") for name in members)
-        own = _position(target, names)
+        ids = sorted({claim(name, f"it becomes {target}") for name in members})
+        own = position_of(target, names)
         if own is not None and own not in ids:  # a class of that name takes the others in
             ids = sorted([*ids, claim(target, f"it becomes {target}")])
         for number in ids:
@@ -313,7 +314,7 @@ def find_class(name: str, names: Sequence[str], where: str) -> int:
     Raises:
         MaskMillError: ``classes_differ``, naming what is near.
     """
-    number = _position(name, names)
+    number = position_of(name, names)
     if number is None:
         raise WrongUse(
             "classes_differ",
@@ -323,11 +324,16 @@ def find_class(name: str, names: Sequence[str], where: str) -> int:
     return number
 
 
-def _position(name: str, names: Sequence[str]) -> int | None:
+def position_of(name: str, names: Sequence[str]) -> int | None:
+    """The position of a name among others, whatever its case, spaces and composition of letters; or None."""
     if name in names:
         return names.index(name)
-    folded = [each.casefold() for each in names]
-    return folded.index(name.casefold()) if name.casefold() in folded else None
+    folded = [_folded(each) for each in names]
+    return folded.index(_folded(name)) if _folded(name) in folded else None
+
+
+def _folded(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", name).split()).casefold()
 
 
 # --- thresholds and components ---
@@ -352,11 +358,11 @@ def _limits(
                 wanted[number] = np.nan  # applied when it was labelled
     made = [group.name for group in groups]
     for name, value in view.thresholds.items():
-        merged = None if _position(name, ontology.names) is not None else _position(name, made)
+        merged = None if position_of(name, ontology.names) is not None else position_of(name, made)
         members = [find_class(name, ontology.names, where)] if merged is None else groups[merged].members
         wanted[list(members)] = value
     if remainder:
-        if any(_position(name, ontology.names) == 0 for name in view.thresholds):
+        if any(position_of(name, ontology.names) == 0 for name in view.thresholds):
             raise WrongUse(
                 "wrong_use",
                 f"{ontology.names[0]} has no threshold in {where}: it is what no class claims.",
@@ -380,7 +386,7 @@ def _areas(view: View, ontology: Ontology, groups: Sequence[_Group], where: str)
     areas = np.full(len(groups), view.min_area, np.int64)
     made = [group.name for group in groups]
     for name, value in view.min_areas.items():
-        position = _position(name, made)
+        position = position_of(name, made)
         if position is None:
             number = find_class(name, ontology.names, where)
             holder = next((group for group in groups if number in group.members), None)

@@ -153,6 +153,14 @@ def test_weak_pixels_become_the_remainder_where_there_is_one() -> None:
         View(thresholds={"background": 0.5}).of(PETS, remainder=True)
 
 
+def test_names_are_found_however_they_are_typed() -> None:
+    classes = Ontology.from_dict({"name": "n", "classes": ["caf\u00e9 au lait", "Stra\u00dfe", "=,x"]})
+    view = View(drop=("CAFE\u0301  AU LAIT",), rename={"STRASSE": "road"}, thresholds={"=,x": 0.5}).of(
+        classes
+    )
+    assert view.ontology.names == ("road", "=,x") and view.least[2] == 128
+
+
 def test_many_classes_become_few() -> None:
     wide = Ontology.from_dict({"name": "wide", "classes": [f"c{number}" for number in range(300)]})
     view = View(merge={"rest": tuple(f"c{number}" for number in range(2, 300))}).of(wide)
@@ -211,4 +219,6 @@ def test_changes_add_to_a_view() -> None:
     base = View(threshold=0.2, thresholds={"cat": 0.4, "dog": 0.6}, drop=("sky",))
     changed = base.with_changes(View(threshold=0.3, thresholds={"dog": 0.7}, drop=("grass",)))
     assert changed == View(threshold=0.3, thresholds={"cat": 0.4, "dog": 0.7}, drop=("sky", "grass"))
+    twice = View(drop=("sky", "Sky"), merge={"pet": ("cat", "CAT", "dog")}).of(PETS)
+    assert twice.ontology.names == ("background", "pet", "grass")
     assert base.hash != changed.hash == View.model_validate(json.loads(changed.model_dump_json())).hash
