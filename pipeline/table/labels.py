@@ -122,6 +122,8 @@ def _encode(array: npt.NDArray[Any], strategy: int) -> bytes:
 def _decode(data: bytes, what: str) -> npt.NDArray[Any]:
     import cv2
 
+    if not _chunks_fit(data):
+        raise _unreadable(what, "not a whole PNG")
     try:
         decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
@@ -130,6 +132,16 @@ def _decode(data: bytes, what: str) -> npt.NDArray[Any]:
         raise _unreadable(what, "not a whole PNG")
     array: npt.NDArray[Any] = np.asarray(decoded)
     return array
+
+
+def _chunks_fit(data: bytes) -> bool:
+    """Whether the chunks of a PNG end within it. OpenCV takes memory for what a chunk claims, up to 4 GB."""
+    if not data.startswith(b"\x89PNG"):
+        return True
+    at = 8
+    while at + 8 <= len(data) and data[at + 4 : at + 8] != b"IEND":
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return at <= len(data)
 
 
 def _check_map(array: npt.NDArray[Any], kinds: Sequence[type]) -> None:

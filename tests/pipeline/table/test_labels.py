@@ -107,6 +107,8 @@ def png(array: np.ndarray, **options) -> bytes:
         (png(np.zeros((4, 4, 3), np.uint8)), decode_mask),
         (png(np.zeros((4, 4, 3), np.uint8)), decode_confidence),
         (png(np.zeros((4, 4), np.uint16)), decode_confidence),
+        # A chunk that claims to have 4 GB.
+        (png(np.zeros((4, 4), np.uint8))[:33] + b"\xff" * 4 + b"IDAT" + bytes(100), decode_mask),
     ],
 )
 def test_unreadable_maps(data, decode):
