@@ -22,6 +22,7 @@ from urllib.parse import unquote
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from models.errors import MaskMillError, WrongUse
+from pipeline.corpus.sources import IMAGE_EXTENSIONS
 from pipeline.files.documents import first_problem, parsed_json, read_document, refuse_no_file
 from pipeline.files.fetch import max_bytes
 from pipeline.files.images import MAX_PIXELS
@@ -213,7 +214,7 @@ class _Samples:
             classes=self.ontology,
             where=mask,
         )
-        other = next((field for field in fields if field not in (MASK, INFO)), None)
+        other = next((field for field in fields if f".{field}" in IMAGE_EXTENSIONS), None)
         name = refuse_outside(info.name or unquote(key), where)
         suffix = suffix_of(info.uri or "") if other is None else f".{other}"
         if self.images is not None:
