@@ -197,12 +197,14 @@ class _Data(_Entry):
 class _Task(_Entry):
     data: _Data
     annotations: list[_Result] = []
-    predictions: list[_Result] = []
+    predictions: list[_Result | int] = []
+    """Ids of them, in what Label Studio exports."""
 
     @property
     def regions(self) -> list[_Region]:
         """The newest annotation's, or else the newest prediction's."""
-        made = [one for one in self.annotations if not one.was_cancelled] or self.predictions
+        made = [one for one in self.annotations if not one.was_cancelled]
+        made = made or [one for one in self.predictions if isinstance(one, _Result)]
         return made[-1].result if made else []
 
 

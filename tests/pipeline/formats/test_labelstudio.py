@@ -166,13 +166,18 @@ def test_what_people_corrected_comes_back(tmp_path):
     first, second = json.loads(output.read_bytes("tasks.json"))
     mask = np.zeros((2, 5), bool)
     mask[0, 0] = True
-    region = {**first["predictions"][0]["result"][0], "value": {"format": "rle", "rle": encode_brush(mask)}}
+    region = {
+        **first["predictions"][0]["result"][0],
+        "origin": "prediction-changed",
+        "value": {"format": "rle", "rle": encode_brush(mask)},
+    }
     region["value"]["brushlabels"] = ["a<b"]
     first["annotations"] = [
         {"id": 1, "result": [], "was_cancelled": False},
         {"id": 2, "result": [region], "was_cancelled": False, "lead_time": 3.5},
         {"id": 3, "result": [], "was_cancelled": True},
     ]
+    first["predictions"] = [7]  # its id
     del second["data"]["name"]
     output.write_json("project-1.json", [first, second])
     found = list(read_labelstudio(output.uri_of("project-1.json")).samples)
