@@ -48,6 +48,11 @@ ERROR_CODES: Mapping[str, str] = MappingProxyType(
 #: tested against hostile files.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000", "PPM")
 
+_SUFFIXES: Mapping[str, str] = MappingProxyType(
+    {name: f".{name.lower()}" for name in FORMATS}
+    | {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
+)
+
 #: 100 megapixels: 300 MB as uint8 RGB; see :func:`decode` for the memory that decoding takes.
 MAX_PIXELS = 100_000_000
 
@@ -216,6 +221,15 @@ def upright(data: bytes) -> tuple[bytes, str]:
         raise _explain(error, data) from error
     Image.fromarray(decode(data)).save(made, "PNG")
     return made.getvalue(), ".png"
+
+
+def suffix_of_content(data: bytes) -> str:
+    """The suffix of a file with this image, such as ".jpg"; "" if it is none of ``FORMATS``."""
+    try:
+        with _open(data) as image:
+            return _SUFFIXES.get(image.format or "", "")
+    except Exception:  # readers raise anything
+        return ""
 
 
 def _decode(data: bytes, max_pixels: int) -> NDArray[np.uint8]:

@@ -130,9 +130,9 @@ def components(uri: str) -> Components:
     return (*made, safe(stem))
 
 
-def suffix_of(uri: str) -> str:
-    """The suffix of an image's file, in lower case; ``DEFAULT_SUFFIX`` if the address has none."""
-    return _suffix(_split(uri)[-1]).lower() or DEFAULT_SUFFIX
+def suffix_of(uri: str, default: str = DEFAULT_SUFFIX) -> str:
+    """The suffix of an image's file, in lower case; ``default`` if the address has none."""
+    return _suffix(_split(uri)[-1]).lower() or default
 
 
 def _split(uri: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from models.errors import Damaged, MaskMillError
 from pipeline.corpus.manifest import stable_id
 from pipeline.files.fetch import fetch
-from pipeline.files.images import ImageError, upright
+from pipeline.files.images import ImageError, suffix_of_content, upright
 from pipeline.files.storage import Storage
 from pipeline.formats.base import Sample
 from pipeline.formats.names import Naming, suffix_of
@@ -158,6 +158,7 @@ def _image(row: Mapping[str, Any], source: Source) -> tuple[bytes | None, str] |
         data = fetch(source.images.address(row), start=start, length=length)
         if hashlib.sha256(data).digest() != row["sha256"]:
             return left_out(CHANGED, "its content is not what was labelled")
-        return upright(data)
+        data, suffix = upright(data)
+        return data, suffix or suffix_of(row["uri"], "") or suffix_of_content(data)
     except ImageError as error:
         return left_out(error.code, error.message)

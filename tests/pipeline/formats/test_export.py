@@ -32,6 +32,7 @@ from pipeline.formats.export import (
 )
 from pipeline.formats.png import Png, read_png
 from pipeline.formats.samples import Source, split_of
+from pipeline.table.changed import Images
 from pipeline.table.committed import write_part as write_rows
 from pipeline.table.labels import LABEL_SCHEMA, OK, decode_mask, iter_rows, ok_row
 from pipeline.table.record import find_table_record
@@ -211,3 +212,29 @@ def test_a_damaged_mask_and_a_damaged_mark_are_told(tmp_path: Path) -> None:
     output.delete(".maskmill/parts/00000.jsonl")
     assert export(table, output)[0].images == {"train": 3}
     assert json.loads(output.read_bytes("export.json"))["complete"]
+
+
+def test_images_within_a_larger_file_need_the_manifest(tmp_path: Path) -> None:
+    whole = tmp_path / "shard.tar"
+    toy = toy_table(tmp_path / "toy", 3, images=tmp_path / "images")
+    rows, ranges = [], []
+    for row in [row for row in iter_rows(toy) if row["status"] == OK]:
+        data = Path(row["uri"]).read_bytes()
+        start = whole.stat().st_size if whole.exists() else 0
+        with whole.open("ab") as file:
+            file.write(data)
+        row |= {"uri": str(whole), "id": stable_id(str(whole), offset=start, length=len(data))}
+        rows.append(row)
+        ranges.append({"id": row["id"], "uri": str(whole), "offset": start, "length": len(data)})
+    table = open_storage(tmp_path / "table")
+    write_rows(table, pa.Table.from_pylist(rows, schema=LABEL_SCHEMA))
+    table.write_bytes("dataset.json", toy.read_bytes("dataset.json"))
+
+    record, _ = export(table, open_storage(tmp_path / "without"), with_images=True)
+    assert record.left_out == {"not_a_file": 2}
+    manifest = Images(pa.Table.from_pylist(ranges))
+    record, _ = export(table, open_storage(tmp_path / "with"), with_images=True, images=manifest)
+    assert record.images == {"train": 2}
+    for sample in read_png(str(tmp_path / "with")).samples:
+        assert sample.name.startswith("shard.tar-") and sample.uri.endswith(".png")
+        assert decode(Path(sample.uri).read_bytes()).shape[:2] == (48, 48)

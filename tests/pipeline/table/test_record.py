@@ -52,7 +52,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_the_oldest_table_is_read(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps(OLDEST))
     record = read_table_record(str(tmp_path))
-    assert record.ontology == PETS and record.ontology.hash == PETS.hash
+    assert record.ontology == PETS and record.ontology.hash == PETS.hash and record.source == "pseudo"
     assert table_recipe(record).precision == "fp32" and table_recipe(record).maskclip.head == "value"
 
 
