@@ -2,9 +2,10 @@
 
     python -m benchmarks.formats [--data DIR] [--readers PYTHON] [--formats NAME ...]
 
-The truth of COCO images becomes a label table, which ``maskmill export`` writes in a process of its own. Both
-readers must find the truth at every pixel; what a format says that it lost is in the table. Programs that
-cannot be installed beside MaskMill run in another Python (requirements-readers.txt).
+The truth of COCO images becomes a label table, which ``maskmill export`` writes and ``maskmill import``
+reads, each in a process of its own. Others and we must find the truth at every pixel; what a format says that
+it lost is in the table. Programs that cannot be installed beside MaskMill run in another Python
+(requirements-readers.txt).
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from pipeline.corpus.manifest import stable_id
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.registry import open_dataset
 from pipeline.files.storage import open_storage
-from pipeline.formats.registry import FORMATS, find_reader
+from pipeline.formats.registry import FORMATS
 from pipeline.ontology.ontology import Ontology
 from pipeline.table.committed import write_part
-from pipeline.table.labels import LABEL_SCHEMA, ok_row, summarise
-from pipeline.table.record import TableRecord, write_table_record
+from pipeline.table.labels import LABEL_SCHEMA, decode_mask, iter_rows, ok_row, summarise
+from pipeline.table.record import TableRecord, read_table_record, write_table_record
 from pipeline.table.statistics import Labels as TableLabels
 
 DATA = ROOT.parent / "shared" / "data" / "coco_tiny"
@@ -74,7 +75,7 @@ def main() -> None:
         print("command: python -m benchmarks.formats\n")
         print(
             "| format | files, MB | opened by | IoU | pixels wrong | imported: IoU | pixels wrong | lost, as "
-            "reported: pixels, holes, segments | export, s | import, s | peak memory of the export, MB |"
+            "reported: pixels, holes, segments | export, s | import, s | peak memory of export, import, MB |"
         )
         print("|---|" + "---|" * 10)
         for name in arguments.formats:
@@ -125,7 +126,10 @@ def write_table(data: Path, folder: Path) -> tuple[Ontology, dict[str, Labels]]:
 def row(name: str, folder: Path, truth: Mapping[str, Labels], ontology: Ontology, readers: Path) -> str:
     """Measure a format."""
     output = folder / "VOCdevkit" / "VOC2012" if name == "voc" else folder / name
-    took, peak = export(name, folder / "table", output)
+    took, peak = maskmill(
+        "export", folder / "table", "--format", name, "--output", output, "--with-images",
+        "--val-share", "0.5", "--workers", "0",
+    )  # fmt: skip
     record = json.loads((output / "export.json").read_text())
     files = [path for path in output.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files) / 1e6
@@ -134,42 +138,31 @@ def row(name: str, folder: Path, truth: Mapping[str, Labels], ontology: Ontology
         title, theirs = f"{title}: not here", "| "
     else:
         theirs = compared(opened(output, ontology, readers), truth, ontology)
-    began = time.perf_counter()
-    imported = find_reader(name)(str(output))
-    ours = {
-        Path(sample.name).name: np.where(
-            sample.labels == imported.ontology.ignore_index, NOTHING, sample.labels.astype(int)
-        )
-        for sample in imported.samples
-    }
-    import_took = time.perf_counter() - began
-    assert imported.ontology.names == ontology.names
+    again = folder / f"{name}-again"
+    import_took, import_peak = maskmill("import", "--format", name, "--input", output, "--output", again)
     lost = ", ".join(str(record["lost"][key]) for key in ("pixels", "holes", "segments"))
-    own = compared(iter(ours.items()), truth, ontology)
+    own = compared(by_import(again, ontology), truth, ontology)
     return (
         f"| {name} | {len(files):,}, {size:.1f} | {title} | {theirs} | {own} | {lost} | {took:.1f} | "
-        f"{import_took:.1f} | {peak / 1e6:.0f} |"
+        f"{import_took:.1f} | {peak / 1e6:.0f}, {import_peak / 1e6:.0f} |"
     )
 
 
-def export(name: str, table: Path, output: Path) -> tuple[float, int]:
-    """Seconds and peak resident bytes of ``maskmill export`` with copies of the images, in one process."""
-    command = [
-        sys.executable, "-m", "jobs.cli", "export", str(table), "--format", name, "--output", str(output),
-        "--with-images", "--val-share", "0.5", "--workers", "0",
-    ]  # fmt: skip
+def maskmill(*arguments: str | Path) -> tuple[float, int]:
+    """Seconds and peak resident bytes of a command, in a process of its own."""
+    command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
     began = time.perf_counter()
-    log = output.parent / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as written:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=written, stderr=written)
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         peak = 0
         while process.poll() is None:
             peak = max(peak, high_water(process.pid))
             time.sleep(0.02)
-    if process.returncode:
-        raise SystemExit(f"maskmill export --format {name} failed:\n{log.read_text()}")
-    return time.perf_counter() - began, peak
+        took = time.perf_counter() - began
+        if process.returncode:
+            log.seek(0)
+            raise SystemExit(f"maskmill {arguments[0]} failed:\n{log.read()}")
+    return took, peak
 
 
 def high_water(process: int) -> int:
@@ -197,6 +190,16 @@ def compared(found: Found, truth: Mapping[str, Labels], ontology: Ontology) -> s
     union = confusion.sum(1) + confusion[:, :count].sum(0) - hits
     present = confusion.sum(1) > 0
     return f"{(hits[present] / union[present]).mean():.6f} | {confusion.sum() - hits.sum():,}"
+
+
+def by_import(table: Path, ontology: Ontology) -> Found:
+    """What ``maskmill import`` made of an export."""
+    classes = read_table_record(str(table)).ontology
+    assert classes.names == ontology.names
+    for line in iter_rows(str(table), ["uri", "mask"]):
+        labels = decode_mask(line["mask"]["bytes"]).astype(np.int64)
+        labels[labels == classes.ignore_index] = NOTHING
+        yield Path(line["uri"]).stem.removesuffix("_leftImg8bit"), labels
 
 
 # --- programs of others ---
