@@ -68,6 +68,8 @@ class Naming:
         return name
 
     def _is_shared(self, whole: Components) -> bool:
+        if not len(self.shared):
+            return False
         wanted = _key(whole)
         at = int(np.searchsorted(self.shared, wanted))
         return at < len(self.shared) and int(self.shared[at]) == wanted
