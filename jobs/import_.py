@@ -39,7 +39,7 @@ class Import:
     a crash.
 
     Attributes:
-        input: folder (or s3://… prefix) of the dataset.
+        input: folder (or s3://… prefix) of the dataset; --images says where its images are, if elsewhere.
         output: folder (or s3://… prefix) for the label table.
         ontology: what the values of --truth mean: a YAML file or a built-in name (voc21, …).
         max_failure_rate: exit with 1 if a larger share of the images fails.

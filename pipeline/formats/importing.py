@@ -1,7 +1,7 @@
 """Datasets with label maps into label tables: true labels, as rows like those of a labelling.
 
 An image that cannot be read, or whose labels have another size, is a row with a status. Images that the
-dataset holds itself, rather than their addresses, are written to ``images/`` of the table.
+dataset holds itself, rather than their addresses, are written to ``imported_images/`` of the table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from pipeline.formats.names import safe
 from pipeline.table.committed import Ids, write_part
 from pipeline.table.labels import LABEL_SCHEMA, failed_row, ok_row
 
-IMAGES_DIR: Final = "images"
+IMAGES_DIR: Final = "imported_images"
+"""Not "images": that may well be the user's own, in the same folder."""
 ROWS_A_PART: Final = 256
 SIZE_DIFFERS: Final = "mask_invalid"
 """Status of an image whose labels have another size."""
