@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,7 +21,7 @@ DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 VOC = DATA / "voc2012_subset"
 
 
-def masks_of(table: Path) -> dict[str, np.ndarray]:
+def masks_of(table: Path | str) -> dict[str, np.ndarray]:
     """Label maps by the stem of the address."""
     rows = iter_rows(str(table), ["uri", "status", "mask"])
     return {Path(row["uri"]).stem: decode_mask(row["mask"]["bytes"]) for row in rows if row["status"] == OK}
@@ -110,6 +111,19 @@ def test_bad_images_are_rows_and_a_second_listing_is_passed_over(tmp_path: Path,
     assert other.returncode == 2 and "[output_differs]" in other.stderr
     anew = maskmill_here(*command, "--overwrite", "--max-failure-rate", 0.5)
     assert anew.returncode == 0 and "Imported 4 images" in anew.stderr
+
+
+def test_everything_may_be_in_an_object_store(maskmill_here, s3: dict[str, str]) -> None:
+    fsspec.filesystem("s3").mkdir("mill")
+    toy_table("s3://mill/table", 5, images="s3://mill/images")
+    for command in (
+        ("export", "s3://mill/table", "--format", "coco", "--output", "s3://mill/coco", "--with-images"),
+        ("import", "--format", "coco", "--input", "s3://mill/coco", "--output", "s3://mill/truth"),
+    ):
+        for said in ("4 images", "Nothing new"):
+            done = maskmill_here(*command, **s3)
+            assert done.returncode == 0 and said in done.stderr, done.stderr
+    assert_same(masks_of("s3://mill/truth"), masks_of("s3://mill/table"))
 
 
 @pytest.mark.slow
