@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import shlex
 import sys
 import time
 from collections import Counter
@@ -522,10 +523,12 @@ def _summary(
     if failed:
         codes = ", ".join(f"{count:,} {code}" for code, count in sorted(outcome.items()) if code != "ok")
         lines.append(f"  {failed:,} failed: {codes} (rows with a status; `maskmill show` lists them)")
+    coco = f"{job.output.rstrip('/')}-coco"
     lines += [
         f"  label table  {storage.uri}/{LABELS_DIR}/*.parquet",
         f"  its record   {storage.uri}/{DATASET_FILE}",
-        f"Look at it:    maskmill show {job.output}",
+        f"Look at it:    maskmill show {shlex.quote(job.output)}",
+        f"Export it:     maskmill export {shlex.quote(job.output)} --format coco --output {shlex.quote(coco)}",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
     rate = failed / max(outcome.total(), 1)
