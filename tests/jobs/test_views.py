@@ -214,12 +214,13 @@ def test_labels_of_four_classes_are_measured_on_the_masks_of_voc(
         }
     )
     voc = load_ontology("voc21").names
-    ours = {0: 0, voc.index("dog"): 1, voc.index("person"): 2, voc.index("cat"): 3}
+    ours = np.zeros(256, np.uint8)
+    ours[[voc.index("dog"), voc.index("person"), voc.index("cat")]] = 1, 2, 3
     rows, expected = [], np.zeros((4, 5), np.int64)
     for mask in sorted((SUBSET / "SegmentationClassAug").glob("*.png"))[::35]:
         truth = np.asarray(Image.open(mask))
         # Labels that are often wrong: the truth to the left, with lawn at the bottom, and some unsure.
-        labels = np.vectorize(ours.get)(np.roll(truth, 9, 1), 0).astype(np.uint8)
+        labels = ours[np.roll(truth, 9, 1)]
         labels[-20:], labels[:5] = 4, 255
         path = SUBSET / "JPEGImages" / f"{mask.stem}.jpg"
         uri = canonical_uri(path)
