@@ -528,7 +528,8 @@ def _summary(
         f"  label table  {storage.uri}/{LABELS_DIR}/*.parquet",
         f"  its record   {storage.uri}/{DATASET_FILE}",
         f"Look at it:    maskmill show {shlex.quote(job.output)}",
-        f"Export it:     maskmill export {shlex.quote(job.output)} --format coco --output {shlex.quote(coco)}",
+        f"Export it:     maskmill export {shlex.quote(job.output)} --format coco "
+        f"--output {shlex.quote(coco)}",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
     rate = failed / max(outcome.total(), 1)

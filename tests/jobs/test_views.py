@@ -18,6 +18,9 @@ from sklearn.metrics import confusion_matrix
 from jobs.options import ViewOptions
 from models.errors import MaskMillError
 from pipeline.corpus.manifest import stable_id
+from pipeline.datasets.pairs import open_pairs
+from pipeline.evaluation.classes import match_classes, matched
+from pipeline.evaluation.tables import evaluate_table
 from pipeline.files.storage import canonical_uri, open_storage
 from pipeline.labelling.recipes import RECIPES
 from pipeline.ontology.ontology import Ontology, load_ontology
@@ -203,9 +206,7 @@ def test_a_mapping_says_which_class_is_which(made: Made, measure: Callable[..., 
 
 
 @pytest.mark.skipif(not SUBSET.is_dir(), reason="the VOC subset is not on this machine (shared/data)")
-def test_labels_of_four_classes_are_measured_on_the_masks_of_voc(
-    maskmill_here: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_labels_of_four_classes_are_measured_on_the_masks_of_voc(tmp_path: Path) -> None:
     four = Ontology.from_dict(
         {
             "name": "four",
@@ -241,14 +242,17 @@ def test_labels_of_four_classes_are_measured_on_the_masks_of_voc(
     weights = {"model": "toyclip", "pretrained": "bundled", "fingerprint": "0" * 64}
     record = TableRecord(ontology=four, recipe=RECIPES["toy"].to_dict(), weights=weights)
     write_table_record(open_storage(tmp_path), record)
-    done = maskmill_here(
-        "evaluate", "--labels", tmp_path, "--images", SUBSET / "JPEGImages", "--ontology", "voc21",
-        "--truth", SUBSET / "SegmentationClassAug", "--output", tmp_path / "out", "--common",
+    dataset = open_pairs(
+        images=str(SUBSET / "JPEGImages"),
+        masks=str(SUBSET / "SegmentationClassAug"),
+        ontology=load_ontology("voc21"),
+    )
+    match = match_classes(four, dataset.classes)
+    assert match.ontology.names == ("background", "cat", "dog", "person")
+    assert match.others == "background" and match.only_labels == ("grass",) and len(match.only_truth) == 17
+    found = evaluate_table(
+        str(tmp_path), matched(dataset, match), class_names=four.names, ignore_index=255, lookup=match.labels,
+        boundary=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out/evaluation.json").read_text())
-    assert [entry["name"] for entry in found["classes"]] == ["background", "cat", "dog", "person"]
-    assert found["confusion"] == expected.tolist() and (expected.sum(1) > 0).all()
-    assert found["compared"]["others"] == "background" and found["compared"]["only_labels"] == ["grass"]
-    assert len(found["compared"]["only_truth"]) == 17
-    assert found["images"]["evaluated"] == len(rows)
+    assert found.statistics.confusion.tolist() == expected.tolist() and (expected.sum(1) > 0).all()
+    assert len(found.images) == len(rows) and len(found.missing) == len(dataset.samples) - len(rows)
