@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import shlex
 import sys
@@ -18,6 +19,7 @@ from benchmarks.faults.kinds import KINDS
 from benchmarks.faults.ledger import Entry, Ledger, table
 from benchmarks.faults.runs import Hung, Unexpected
 from benchmarks.faults.world import World
+from benchmarks.label_job import processor, versions
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{entry.kind} {entry.first}: {note}")
     for kind, reason in impossible.items():
         print(f"{kind} cannot be injected here: {reason}")
+    print(f"{processor()}, {os.cpu_count()} cores, {versions()}")
     print(f"command: python -m benchmarks.faults {shlex.join(given)}")
     bad = any(entry.lost or entry.doubled or entry.wrong or entry.hung for entry in entries)
     return int(bad or bool(impossible))

@@ -2,63 +2,63 @@
 
 from __future__ import annotations
 
-import os
 import random
-import time
+from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.faults.mlflow_server import Server
-from benchmarks.faults.processes import wait_for_parts
-from benchmarks.faults.runs import Unexpected
-from benchmarks.faults.world import COUNT, Injected, Verdict, World, wrong
+from benchmarks.faults.processes import MOST, take_some_away, wait_for_parts
+from benchmarks.faults.world import COUNT, SPARE, Injected, Verdict, World, wrong
 
 
 def mlflow(world: World, rng: random.Random, most: int) -> Injected:
-    """Killed and started again in mid-run; what is missing is sent later, and nothing twice."""
+    """Killed in mid-run and started again, then or later; what is missing is sent then, and nothing twice."""
     folder = world.folder("mlflow")
     folder.mkdir()
-    server = Server(folder)
+    server, verdict = Server(folder), Verdict()
     environment = {"MLFLOW_TRACKING_URI": server.uri, "MASKMILL_CACHE": str(folder / "cache")}
-    output, times = world.folder("tracked"), 0
-    server.start()
+    outputs: list[Path] = []
+    late = 0
     try:
-        command = world.label(output, environment=environment)
-        while times < min(most, 3) and wait_for_parts(command, output, rng.randint(1, 3)):
-            time.sleep(rng.uniform(0, 1))
+        while len(outputs) - late < min(most, MOST):
+            server.start()
+            output = world.copy_of_reference()
+            take_some_away(output, rng)
+            outputs.append(output)
+            command = world.label(output, images=world.everything, environment=environment)
+            late += not wait_for_parts(command, output, rng.randint(1, 2))
             server.kill()
-            times += 1
             if rng.random() < 0.5:
-                time.sleep(rng.uniform(0, 3))
                 server.start()
-            else:
-                break
-        command.expect(0)
-        if not times:
-            raise Unexpected("the run ended before the server could be killed")
-        server.kill()
+            command.expect(0)
+            server.kill()
+            verdict = verdict.plus(world.judge_copy(output))
         server.start()
         sent = world.run("track", "--flush", environment=environment)
         sent.expect(0)
-        verdict = _judge(server.uri, str(output))
+        verdict = verdict.plus(_judge(server.uri, [str(output) for output in outputs]))
     finally:
         server.kill()
     left = list((folder / "cache" / "tracking").glob("*/journal.jsonl"))
     if left:
         verdict = verdict.plus(wrong(f"journals are left over: {sent.said}"))
-    return Injected(times, verdict.plus(world.judge(output)))
+    return Injected(len(outputs) - late, verdict)
 
 
-def _judge(uri: str, output: str) -> Verdict:
-    """Whether MLflow has the run once, finished, with its last figures."""
+def _judge(uri: str, outputs: Sequence[str]) -> Verdict:
+    """Whether MLflow has each run once, finished, with its last figures."""
     from mlflow.tracking import MlflowClient
 
-    os.environ["MLFLOW_ENABLE_ASYNC_LOGGING"] = "false"
-    client = MlflowClient(uri)
+    client, verdict = MlflowClient(uri), Verdict()
     experiment = client.get_experiment_by_name("maskmill-label")
-    runs = [] if experiment is None else client.search_runs([experiment.experiment_id])
-    runs = [run for run in runs if run.data.params.get("output") == output]
-    if not runs:
-        return Verdict(lost=1, notes=[f"MLflow has no run for {output}"])
-    verdict = Verdict(doubled=len(runs) - 1)
-    if runs[0].info.status != "FINISHED" or runs[0].data.metrics.get("images_in_table") != COUNT + 1:
-        verdict = verdict.plus(wrong(f"MLflow has {runs[0].info.status}, {runs[0].data.metrics}"))
+    found = [] if experiment is None else client.search_runs([experiment.experiment_id])
+    for output in outputs:
+        runs = [run for run in found if run.data.params.get("output") == output]
+        if not runs:
+            verdict = verdict.plus(Verdict(lost=1, notes=[f"MLflow has no run for {output}"]))
+            continue
+        verdict.doubled += len(runs) - 1
+        status, images = runs[0].info.status, runs[0].data.metrics.get("images_in_table")
+        if status != "FINISHED" or images != COUNT + SPARE + 1:
+            verdict = verdict.plus(wrong(f"MLflow has a run that is {status} with {images} images"))
     return verdict
