@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 
 from benchmarks.faults.processes import ENDS, kill_somewhere, take_some_away, wait_for_parts
-from benchmarks.faults.runs import Command, parts_of
+from benchmarks.faults.runs import Command
 from benchmarks.faults.world import OWN, Injected, Verdict, World, wrong
 
 DAY_S = 86_400.0
@@ -116,5 +116,5 @@ def clock_skew(world: World, rng: random.Random, most: int) -> Injected:
             left -= 1
         if command.expect(*ENDS) == 0:
             take_some_away(output, rng)
-    assert start().expect(0) == 0 and parts_of(output)
+    start().expect(0)
     return Injected(times, world.judge(output))

@@ -20,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import ray.data
 from ray.data.block import BlockMetadata
+from ray.data.exceptions import SystemException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from models.errors import FailedWork, MaskMillError
@@ -134,7 +135,7 @@ def run_labelling(
             # What was committed while the flow ended was not reported.
             progress = replace(progress, done=total - todo.num_rows)
         except Exception as error:  # Ray Data wraps what happened in types of its own
-            raise explain(error) or _stopped(error) from error
+            raise explain(error) or fault_in_run(error) from error
 
 
 def _run(
@@ -270,10 +271,12 @@ def _configure(stop: list[str]) -> None:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
-def _stopped(error: Exception) -> MaskMillError:
-    """A fault in a worker that is no fault of the user's, with the innermost exception."""
+def fault_in_run(error: Exception) -> MaskMillError:
+    """A fault that is none of the user's, with the innermost exception."""
     cause: BaseException = error
     while isinstance(inner := getattr(cause, "cause", None) or cause.__cause__, BaseException):
+        if isinstance(inner, SystemException):  # an empty mark that Ray Data puts behind its own errors
+            break
         cause = inner
     return FailedWork(
         "labelling_failed",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.data.exceptions import omit_traceback_stdout
 
-from pipeline.labelling.flow import FIRST_PART, LARGEST_PART, USUAL_PART, part_sizes
+from pipeline.labelling.flow import FIRST_PART, LARGEST_PART, USUAL_PART, fault_in_run, part_sizes
 
 
 @given(st.integers(0, 20_000), st.integers(1, 64))
@@ -27,3 +28,13 @@ def test_parts_grow_only_where_there_would_be_too_many(count: int, usual: int) -
     sizes = part_sizes(count, 4)
     assert max(sizes) == usual and sizes.count(usual) > 0.8 * len(sizes)
     assert max(sizes[-4:]) <= 2 * FIRST_PART  # nobody is left alone with a large part
+
+
+def test_a_fault_inside_ray_data_is_told_by_its_own_name() -> None:
+    @omit_traceback_stdout  # as around every execution
+    def execute() -> None:
+        raise KeyError("no such operator")
+
+    with pytest.raises(KeyError) as caught:
+        execute()
+    assert "KeyError: 'no such operator'" in fault_in_run(caught.value).message
