@@ -199,7 +199,8 @@ def by_import(table: Path, ontology: Ontology) -> Found:
     for line in iter_rows(str(table), ["uri", "mask"]):
         labels = decode_mask(line["mask"]["bytes"]).astype(np.int64)
         labels[labels == classes.ignore_index] = NOTHING
-        yield Path(line["uri"]).stem.removesuffix("_leftImg8bit"), labels
+        # Images of shards and Parquet are unpacked, with a number in front of their names.
+        yield Path(line["uri"]).stem.removesuffix("_leftImg8bit").rpartition("_")[2], labels
 
 
 # --- programs of others ---
