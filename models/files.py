@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -41,12 +41,10 @@ def staged_file(path: Path, data: bytes) -> Iterator[str]:
 def _temporary_file(path: Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The leading dot keeps it out of listings by Ray and of manifests if the process dies here. A name may
-    # have 255 bytes, so not all of a long one fits.
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:50]}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
+    # have 255 bytes, so not all of a long one fits. Opened like any new file, it gets the usual permissions.
+    temporary = f"{path.parent}/.{path.name[:50]}.{secrets.token_hex(8)}.tmp"
     try:
-        with open(temporary, "w+b") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
+        with open(temporary, "x+b") as file:
             yield file
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -56,12 +54,3 @@ def _temporary_file(path: Path) -> Iterator[IO[bytes]]:
 def _finish(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    # os.umask can only set it, and setting and restoring it would race with other threads.
-    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as status:
-        for line in status:
-            if line.startswith("Umask:"):
-                return int(line.split()[1], 8)
-    return 0o022
