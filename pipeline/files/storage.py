@@ -148,7 +148,8 @@ class Storage:
         if not name:
             return self.root
         pure = PurePosixPath(name)
-        assert not pure.is_absolute() and ".." not in pure.parts, f"not inside the storage: {name}"
+        if not pure.parts or pure.is_absolute() or ".." in pure.parts:
+            raise ValueError(f"not a name inside the storage: {name}")
         return f"{self.root.rstrip('/')}/{pure}"
 
     def uri_of(self, name: str = "") -> str:

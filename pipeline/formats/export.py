@@ -23,13 +23,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any, Final
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Final, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
 
 from models.errors import Damaged, WrongUse
+from pipeline.files.documents import first_problem
 from pipeline.files.faults import explain
 from pipeline.files.fetch import file_version
 from pipeline.files.images import use_one_thread
@@ -220,6 +221,87 @@ def _holds_files(output: Storage) -> bool:
     return any(not name.startswith(".") for name in output.glob("*"))
 
 
+# --- what a run keeps beside the export ---
+
+
+def _inside(name: str) -> str:
+    """A relative name within the export: files are deleted by such names."""
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ValueError("a name that is not inside the export")
+    return name
+
+
+Inside = Annotated[str, AfterValidator(_inside)]
+
+
+class Mark(BaseModel):
+    """First line of a finished part's entries.
+
+    Attributes:
+        file: of the table.
+        version: what tells it from a later file of its name.
+        images: by split.
+        left_out: rows without an image.
+        lost: by the format.
+        files: what was written, relative to the export.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    version: str
+    images: dict[str, NonNegativeInt]
+    left_out: tuple[LeftOut, ...]
+    lost: Loss
+    files: tuple[Inside, ...]
+
+
+class PlannedFile(BaseModel):
+    """A file of the table in ``plan.json``; see ``Part``."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    generation: NonNegativeInt
+
+
+class PlanFile(BaseModel):
+    """What ``plan.json`` says: the common folder of the images, and the files of the table in order."""
+
+    model_config = ConfigDict(frozen=True)
+
+    root: tuple[str, ...] | None = None
+    parts: tuple[PlannedFile, ...] = ()
+
+
+_Read = TypeVar("_Read")
+_NAMES: Final[TypeAdapter[tuple[str, ...]]] = TypeAdapter(tuple[Inside, ...])
+
+
+def _read(output: Storage, file: str, kind: TypeAdapter[_Read], default: _Read) -> _Read:
+    """What a run kept, or the default if there is nothing.
+
+    Raises:
+        MaskMillError: ``export_damaged``.
+    """
+    try:
+        return kind.validate_json(output.read_bytes(file))
+    except FileNotFoundError:
+        return default
+    except ValueError as error:
+        raise _damaged(output, file, error) from None
+
+
+def _damaged(output: Storage, file: str, error: ValueError) -> Damaged:
+    why = first_problem(error) if isinstance(error, ValidationError) else str(error)
+    return Damaged(
+        "export_damaged",
+        f"{output.uri_of(file)} is damaged: {why}.",
+        "Delete it, and run the same command again; or name another --output.",
+    )
+
+
 # --- the plan ---
 
 
@@ -287,8 +369,8 @@ def make_plan(export: Export, *, progress: Callable[[int, int], None] = lambda _
             f"{export.source.table.uri} has no rows.",
             "Label images first, or give the --output of maskmill label.",
         )
-    before = export.output.read_json(_PLAN, {"parts": [], "root": None})
-    known = {entry["file"]: entry["generation"] for entry in before["parts"]}
+    before = _read(export.output, _PLAN, TypeAdapter(PlanFile), PlanFile())
+    known = {entry.file: entry.generation for entry in before.parts}
     gone = [file for file in known if file not in files]
     if gone:
         raise WrongUse(
@@ -298,8 +380,7 @@ def make_plan(export: Export, *, progress: Callable[[int, int], None] = lambda _
         )
     newest = 1 + max(known.values(), default=-1)
     order = [*known, *(file for file in files if file not in known)]
-    root = None if before["root"] is None else tuple(before["root"])
-    seen, ids, parts, first = NamesSeen(root), [], {}, 0
+    seen, ids, parts, first = NamesSeen(before.root), [], {}, 0
     for number, (file, (found, uris, version)) in enumerate(
         zip(order, _looked_at(folder, order), strict=True)
     ):
@@ -341,8 +422,8 @@ def _finished(output: Storage, plan: Plan) -> Iterator[str]:
     names = [name for name in marked if name in plan.parts]
     for name, head in zip(names, _ahead(lambda name: _mark(output, name)[0], names), strict=True):
         part = plan.parts[name]
-        same = (head["file"], head["version"]) == (part.file, part.version)
-        if same and not any(row["again"] for row in head["left_out"]):
+        same = (head.file, head.version) == (part.file, part.version)
+        if same and not any(row.again for row in head.left_out):
             yield name
 
 
@@ -427,18 +508,20 @@ def write_part(
         assert len(lines) == len(splits), "a format yields one result a sample"
         counts.images.update(splits)
         counts.left_out.update(row.reason for row in left_out)
-        head = {
-            "file": part.file,
-            "version": part.version,
-            "images": counts.images,
-            "left_out": [asdict(row) for row in left_out],
-            "lost": asdict(counts.lost),
-            "files": writes.names,
-        }
+        head = Mark(
+            file=part.file,
+            version=part.version,
+            images=dict(counts.images),
+            left_out=tuple(left_out),
+            lost=counts.lost,
+            files=tuple(writes.names),
+        )
         fence()
         for file in set(stale) - set(writes.names):
             export.output.delete(file)
-        export.output.write_bytes(f"{_PARTS}/{name}.jsonl", b"\n".join([_line(head), *lines, b""]))
+        export.output.write_bytes(
+            f"{_PARTS}/{name}.jsonl", b"\n".join([head.model_dump_json().encode(), *lines, b""])
+        )
     except OSError as error:
         # Told here, while the error still knows its path.
         raise explain(error, export.output.uri) or error from error
@@ -449,24 +532,20 @@ def _line(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
-def _mark(output: Storage, name: str) -> tuple[dict[str, Any], list[bytes]]:
-    """The head of a finished part, and a line for each image."""
+def _mark(output: Storage, name: str) -> tuple[Mark, list[bytes]]:
+    """The mark of a finished part, and a line for each image."""
     file = f"{_PARTS}/{name}.jsonl"
     try:
         head, *lines = output.read_bytes(file).splitlines()
-        return json.loads(head), lines
+        return Mark.model_validate_json(head), lines
     except ValueError as error:
-        raise Damaged(
-            "export_damaged",
-            f"{output.uri_of(file)} is damaged: {error}.",
-            "Delete it, and run the same command again: it writes this part anew.",
-        ) from None
+        raise _damaged(output, file, error) from None
 
 
 def _files_of(output: Storage, name: str) -> list[str]:
     """Files that an earlier run wrote for a part."""
     try:
-        return list(_mark(output, name)[0]["files"])
+        return list(_mark(output, name)[0].files)
     except FileNotFoundError:
         return []
 
@@ -482,13 +561,13 @@ def finish(export: Export, plan: Plan, *, fence: Callable[[], None] = lambda: No
     """
     counts = PartCounts()
     output = export.output
-    before = set(output.read_json(_FINISHED, []))
+    before = {*_read(output, _FINISHED, _NAMES, ())}
 
     def entries() -> Iterator[Entry]:
         for head, lines in _ahead(lambda name: _mark(output, name), list(plan.parts)):
-            counts.images.update(head["images"])
-            counts.left_out.update(row["reason"] for row in head["left_out"])
-            counts.lost.add(Loss(**head["lost"]))
+            counts.images.update(head.images)
+            counts.left_out.update(row.reason for row in head.left_out)
+            counts.lost.add(head.lost)
             yield from map(json.loads, lines)
 
     fence()
@@ -526,9 +605,9 @@ def write_record(output: Storage, record: ExportRecord) -> None:
 def _write_left_out(file: Any, output: Storage, plan: Plan) -> None:
     columns = ("id", "uri", "reason", "text")
     rows = itertools.chain.from_iterable(
-        head["left_out"] for head in _ahead(lambda name: _mark(output, name)[0], list(plan.parts))
+        head.left_out for head in _ahead(lambda name: _mark(output, name)[0], list(plan.parts))
     )
-    for values in itertools.chain([columns], ([row[column] for column in columns] for row in rows)):
+    for values in itertools.chain([columns], ([getattr(row, column) for column in columns] for row in rows)):
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerow(values)
         file.write(text.getvalue().encode())
@@ -537,6 +616,7 @@ def _write_left_out(file: Any, output: Storage, plan: Plan) -> None:
 def delete_export(output: Storage, *, fence: Callable[[], None] = lambda: None) -> None:
     """Delete the files of an export, and nothing else. Call only while holding the lease."""
     marked = [name.rpartition("/")[2].removesuffix(".jsonl") for name in output.list(_PARTS)]
+    finished = _read(output, _FINISHED, _NAMES, ())
     folders: set[str] = set()
     for name in marked:
         fence()
@@ -545,7 +625,7 @@ def delete_export(output: Storage, *, fence: Callable[[], None] = lambda: None) 
             pass
         folders.update(file.rpartition("/")[0] for file in files)
         output.delete(f"{_PARTS}/{name}.jsonl")
-    for file in output.read_json(_FINISHED, []):
+    for file in finished:
         output.delete(file)
         folders.add(file.rpartition("/")[0])
     if output.is_local:

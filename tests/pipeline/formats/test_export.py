@@ -238,3 +238,25 @@ def test_images_within_a_larger_file_need_the_manifest(tmp_path: Path) -> None:
     for sample in read_png(str(tmp_path / "with")).samples:
         assert sample.name.startswith("shard.tar-") and sample.uri.endswith(".png")
         assert decode(Path(sample.uri).read_bytes()).shape[:2] == (48, 48)
+
+
+@pytest.mark.parametrize("name", ["../theirs", "/theirs", "", "."])
+@pytest.mark.parametrize("place", ["mark", "finished"])
+def test_what_an_export_deletes_is_inside_it(tmp_path: Path, place: str, name: str) -> None:
+    table, output = toy_table(tmp_path / "table", 3), open_storage(tmp_path / "out")
+    (tmp_path / "theirs").write_text("theirs")
+    export(table, output)
+    if place == "mark":
+        path = next((tmp_path / "out/.maskmill/parts").iterdir())
+        head, *lines = path.read_text().splitlines()
+        path.write_text("\n".join([json.dumps(json.loads(head) | {"files": [name]}), *lines, ""]))
+    else:
+        (tmp_path / "out/.maskmill/finished.json").write_text(json.dumps([name]))
+    before = files_of(output)
+    for act in (lambda: export(table, output), lambda: delete_export(output)):
+        with pytest.raises(MaskMillError) as caught:
+            act()
+        assert caught.value.code == "export_damaged"
+        assert files_of(output).keys() == before.keys() and (tmp_path / "theirs").exists()
+    with pytest.raises(ValueError, match="not a name inside"):
+        output.delete("../theirs")
