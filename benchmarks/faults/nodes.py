@@ -71,8 +71,9 @@ def node(world: World, rng: random.Random, most: int) -> Injected:
 
 def train_node(world: World, rng: random.Random, most: int) -> Injected:
     """A training loses a node with a worker, and goes on when another one joins."""
-    three, output, reference = _nodes(world), world.folder("train"), undisturbed(world, 2)
+    three, output = _nodes(world), world.folder("train")
     address = {**three.cluster.environment, "RAY_ADDRESS": three.cluster.address}
+    reference = undisturbed(world, 2, address)
     start = functools.partial(train, world, output, "--workers", 2, environment=address)
     times, command = 0, start()
     while times < min(most, MOST) and wait_for_checkpoint(command, output, rng):

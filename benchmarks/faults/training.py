@@ -47,13 +47,17 @@ def finish(start: Callable[[], Command]) -> None:
     raise Unexpected(f"4 trainings did not finish: {command.said[-1500:]}")
 
 
-def undisturbed(world: World, workers: int) -> Path:
-    """The output of a training that nothing happens to, with this number of workers."""
-    if workers not in world.trained:
+def undisturbed(world: World, workers: int, environment: Mapping[str, str] = NOTHING) -> Path:
+    """The output of a training that nothing happens to, with this number of workers, on the same cluster.
+
+    On another cluster workers have other numbers of threads, whose sums round differently.
+    """
+    key = workers, environment.get("RAY_ADDRESS")
+    if key not in world.trained:
         output = world.folder("trained")
-        train(world, output, "--workers", workers, environment=NOTHING if workers else OWN).expect(0)
-        world.trained[workers] = output
-    return world.trained[workers]
+        train(world, output, "--workers", workers, environment=environment).expect(0)
+        world.trained[key] = output
+    return world.trained[key]
 
 
 def checkpoints(output: Path) -> list[int]:
@@ -101,7 +105,7 @@ def worker(world: World, rng: random.Random, most: int) -> Injected:
 
 def disk_full(world: World, rng: random.Random, most: int) -> Injected:
     """All room is taken while a training runs, so that a checkpoint cannot be written."""
-    reference, verdict, times = undisturbed(world, 0), Verdict(), 0
+    reference, verdict, times = undisturbed(world, 0, OWN), Verdict(), 0
     with mounted(world.folder("disk"), "size=64m") as disk:
         output, filler = disk / "train", disk / "filler"
         start = functools.partial(train, world, output, "--workers", 0, environment=OWN)
@@ -136,7 +140,7 @@ def _torn(rng: random.Random, folder: Path) -> None:
 
 def checkpoint_torn(world: World, rng: random.Random, most: int) -> Injected:
     """The newest checkpoints are torn before a training could write its result."""
-    reference, output, times = undisturbed(world, 0), world.folder("train"), min(most, KEEP)
+    reference, output, times = undisturbed(world, 0, OWN), world.folder("train"), min(most, KEEP)
     shutil.copytree(reference, output)
     for name in RESULTS:
         (output / name).unlink(missing_ok=True)

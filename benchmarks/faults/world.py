@@ -110,7 +110,7 @@ class World:
         self._standing = standing
         self.object_store: tuple[FaultyStore, dict[str, str]] | None = None
         self.nodes: ThreeNodes | None = None
-        self.trained: dict[int, Path] = {}
+        self.trained: dict[tuple[int, str | None], Path] = {}
         self._maps: dict[bytes, tuple[bytes, bytes]] = {}
         self._reference: Path | None = None
 
