@@ -21,19 +21,19 @@ LABEL_POISON = 201
 OURS = ("jobs.", "pipeline.", "models.")
 
 
-def _skew_clock(seconds: float) -> None:
-    import inspect
+SKEW_S = float(os.environ.get("FAULTS_SKEW_S") or 0)
+_now = time.time
 
-    now = time.time
 
-    def skewed() -> float:
-        # Only for our code: what Ray's compiled parts read on the same machine is not skewed.
-        frame = inspect.currentframe()
-        caller = frame.f_back if frame else None
-        ours = caller is not None and caller.f_globals.get("__name__", "").startswith(OURS)
-        return now() + (seconds if ours else 0)
+def time_with_skew() -> float:
+    """``time.time``, with the skew for our code only: Ray's compiled parts read another clock.
 
-    time.time = skewed
+    A function of a module, so that what holds it can be pickled.
+    """
+    frame = inspect.currentframe()
+    caller = frame.f_back if frame else None
+    ours = caller is not None and caller.f_globals.get("__name__", "").startswith(OURS)
+    return _now() + (SKEW_S if ours else 0)
 
 
 def _poison(pace_s: float) -> None:
@@ -62,7 +62,9 @@ def _poison(pace_s: float) -> None:
     Image.open, np.stack = opened, stacked
 
 
-if os.environ.get("FAULTS_SKEW_S"):
-    _skew_clock(float(os.environ["FAULTS_SKEW_S"]))
+if SKEW_S:
+    import inspect
+
+    time.time = time_with_skew
 if any("default_worker" in word for word in sys.orig_argv):
     _poison(float(os.environ.get("FAULTS_PACE_S") or 0))
