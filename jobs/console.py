@@ -31,14 +31,16 @@ class LabelDisplay:
     Args:
         total: number of images to label.
         console: shows a bar if it is a terminal, else plain lines.
+        clock: tells the time in seconds.
     """
 
-    def __init__(self, total: int, console: Console) -> None:
+    def __init__(self, total: int, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._total = total
         self._console = console
         self._left = TimeLeft(total)
         self._bar: Bar | None = None
-        self._last_line = time.monotonic()
+        self._last_line = clock()
         if console.is_terminal:
             self._bar = Bar(
                 TextColumn("[bold]{task.description}"),
@@ -70,7 +72,7 @@ class LabelDisplay:
 
     def update(self, progress: LabelProgress) -> None:
         """Show new numbers; in a log at most every ``LOG_EVERY_S`` seconds."""
-        now = time.monotonic()
+        now = self._clock()
         self._left.update(progress.done, now)
         left = time_left(self._left.seconds(now))
         rate = f"{progress.rate:.1f} images/s" if progress.rate else ""
@@ -100,13 +102,15 @@ class TrainDisplay:
 
     Args:
         console: shows a bar if it is a terminal, else plain lines.
+        clock: tells the time in seconds.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._console = console
         self._total = 0
         self._left = TimeLeft(0)
-        self._last_line = time.monotonic()
+        self._last_line = clock()
         self._bar: Bar | None = None
         if console.is_terminal:
             self._bar = Bar(
@@ -150,7 +154,7 @@ class TrainDisplay:
 
     def update(self, line: Mapping[str, Any]) -> None:
         """Show a record of ``metrics.jsonl``; in a log at most every ``LOG_EVERY_S`` seconds."""
-        now, step = time.monotonic(), line["step"]
+        now, step = self._clock(), line["step"]
         self._left.update(step, now)
         left = time_left(self._left.seconds(now))
         rate = line.get("samples_per_second")

@@ -52,9 +52,8 @@ def test_estimates_are_no_more_exact_than_they_are(seconds: float | None, text: 
 def test_a_log_of_labelling_ends_without_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shown, "LOG_EVERY_S", 0.0)
     clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     console, said = _console()
-    display = LabelDisplay(40, console)
+    display = LabelDisplay(40, console, clock=lambda: float(next(clock)))
     progress = Progress()
     for part in range(8):
         progress = progress.plus(
@@ -69,9 +68,8 @@ def test_a_log_of_labelling_ends_without_an_estimate(monkeypatch: pytest.MonkeyP
 def test_a_log_of_training_says_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shown, "LOG_EVERY_S", 0.0)
     clock = iter(range(0, 1000, 30))
-    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
     console, said = _console()
-    display = TrainDisplay(console)
+    display = TrainDisplay(console, clock=lambda: float(next(clock)))
     display.begin(1200, "starting the workers")
     for step in range(100, 1300, 100):
         display.update({"step": step, "loss": 0.5, "samples_per_second": 3.21})

@@ -108,4 +108,5 @@ def running(entries: list[Entry], limits: Limits, **options: Any) -> Iterator[Se
             yield Server(listener.getsockname()[1])
         finally:
             server.should_exit = True
-            thread.join()
+            thread.join(60)
+            assert not thread.is_alive(), "the server does not end"
