@@ -39,6 +39,7 @@ def maskmill_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         "MASKMILL_CACHE": str(tmp_path_factory.mktemp("cache")),
         "RAY_ADDRESS": "",
         "MLFLOW_TRACKING_URI": "off",
+        "PYTHONFAULTHANDLER": "1",  # a crash leaves its stacks in the test's report
     }
 
 
