@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 
 from pipeline.cluster.progress import Progress as LabelProgress
 from pipeline.cluster.progress import TimeLeft
+from pipeline.cluster.signals import interrupt
 
 if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset
@@ -247,3 +248,9 @@ def say_left_out(console: Console, dataset: Dataset) -> None:
 def stderr_console() -> Console:
     """The console for progress and messages; standard output is reserved for results."""
     return Console(file=sys.stderr)
+
+
+def stop_at_once(reason: str) -> None:
+    """Stop at once, from any thread: another run owns the output now."""
+    print(f"{reason} Stopping.", file=sys.stderr, flush=True)
+    interrupt()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -15,11 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from jobs.console import counted, duration, stderr_console, timed
+from jobs.console import counted, duration, stderr_console, stop_at_once, timed
 from jobs.options import FLAT, Address, Flag, Maybe, Settings, Verbose, ViewOptions, named_values
 from models.errors import WrongUse, did_you_mean
 from pipeline.cluster.session import joins_cluster
-from pipeline.cluster.signals import interrupt
 from pipeline.files.outputs import check_output_folder
 from pipeline.files.storage import open_storage
 from pipeline.formats.registry import FORMATS, make_format
@@ -138,7 +136,9 @@ class Export:
         from pipeline.table.lease import Lease, refuse_other_holder
 
         own = work.output.child(export.OWN_DIR)
-        with Lease.acquire(own, on_lost=_abandon, cluster=joins_cluster(self.address), notice=say) as lease:
+        with Lease.acquire(
+            own, on_lost=stop_at_once, cluster=joins_cluster(self.address), notice=say
+        ) as lease:
             fence = functools.partial(refuse_other_holder, own, lease.run_id)
             export.check_output(work, overwrite=self.overwrite)
             there = export.find_export(work.output)
@@ -282,9 +282,3 @@ def _groups(plan: Plan, workers: int) -> list[str]:
 def _count_cpus(nodes: Sequence[tuple[float, float]], *, cores: int | None) -> int:
     """Tasks at once: a core each."""
     return cores or max(1, int(sum(cpus for cpus, _ in nodes)))
-
-
-def _abandon(reason: str) -> None:
-    """Stop at once: another run owns the output now."""
-    print(f"{reason} Stopping.", file=sys.stderr, flush=True)
-    interrupt()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -11,10 +10,9 @@ from typing import Annotated
 from rich.console import Console
 from tyro.conf import arg
 
-from jobs.console import counted, duration, say_left_out, stderr_console, timed
+from jobs.console import counted, duration, say_left_out, stderr_console, stop_at_once, timed
 from jobs.options import FLAT, Flag, Maybe, Truth
 from models.errors import WrongUse
-from pipeline.cluster.signals import interrupt
 from pipeline.files.outputs import check_output_folder
 from pipeline.files.records import now
 from pipeline.files.storage import Storage, open_storage
@@ -80,7 +78,7 @@ class Import:
         _refuse_other(storage, record, overwrite=self.overwrite)
         say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
         began = time.monotonic()
-        with Lease.acquire(storage, on_lost=_abandon, notice=say) as lease:
+        with Lease.acquire(storage, on_lost=stop_at_once, notice=say) as lease:
             fence = functools.partial(refuse_other_holder, storage, lease.run_id)
             recorded = _refuse_other(storage, record, overwrite=self.overwrite)
             if recorded is not None and self.overwrite:
@@ -229,9 +227,3 @@ def _delete(storage: Storage) -> None:
 
     for entry in (DATASET_FILE, LABELS_DIR, RELABELLED_DIR, IMAGES_DIR):
         storage.delete(entry)
-
-
-def _abandon(reason: str) -> None:
-    """Stop at once: another run owns the output now."""
-    print(f"{reason} Stopping.", file=sys.stderr, flush=True)
-    interrupt()

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import os
 import shlex
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
-from jobs.console import LabelDisplay, duration, stderr_console, timed
+from jobs.console import LabelDisplay, duration, stderr_console, stop_at_once, timed
 from jobs.options import (
     FLAT,
     Address,
@@ -35,7 +34,7 @@ from jobs.options import (
 from models.errors import FailedWork, WrongUse
 from pipeline.cluster.nodes import plan_like, plan_when_joined
 from pipeline.cluster.session import joins_cluster, ray_session, worker_precision
-from pipeline.cluster.signals import interrupt, signals_held
+from pipeline.cluster.signals import signals_held
 from pipeline.corpus.manifest import ADDRESS, build_manifest
 from pipeline.files.fetch import fetch
 from pipeline.files.images import ImageError
@@ -211,7 +210,9 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
     )
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
     manifest = build_manifest(job.source, notice=say)
-    with Lease.acquire(storage, on_lost=_abandon, cluster=joins_cluster(job.address), notice=say) as lease:
+    with Lease.acquire(
+        storage, on_lost=stop_at_once, cluster=joins_cluster(job.address), notice=say
+    ) as lease:
         fence = functools.partial(refuse_other_holder, storage, lease.run_id)
         recorded = recorded_table(storage, job)
         replaces = job.overwrite and storage.exists(DATASET_FILE)
@@ -542,9 +543,3 @@ def _summary(
         )
         return 1
     return 0
-
-
-def _abandon(reason: str) -> None:
-    """Stop at once: another run owns the output now."""
-    print(f"{reason} Stopping.", file=sys.stderr, flush=True)
-    interrupt()

@@ -28,14 +28,14 @@ from pipeline.files.storage import Storage, open_storage
 from pipeline.formats.base import Entry, Imported, Loss, Sample, Written
 from pipeline.formats.classes import CLASSES_FILE, ontology_of, read_classes, write_classes
 from pipeline.formats.cocolike import (
+    CocoAnnotation,
     CocoImage,
     CocoSplit,
-    Model,
     copy_image,
     image_entry,
     invalid,
-    parsed,
     read_splits,
+    title,
 )
 from pipeline.formats.jsonfile import JsonFiles
 from pipeline.formats.segmentation import checked, draw_instances
@@ -227,13 +227,6 @@ def encode_components(components: Components, count: int) -> list[str]:
 # --- reading ---
 
 
-class _Annotation(Model):
-    image_id: int
-    category_id: int
-    iscrowd: bool | None = None
-    segmentation: Any = None
-
-
 def read_coco(place: str, *, images: str | None = None) -> Imported:
     """Read all splits.
 
@@ -273,23 +266,13 @@ class _Samples:
     def __iter__(self) -> Iterator[Sample]:
         number = 0
         for split in self.splits:
-            of_image: dict[int, list[tuple[int, _Annotation]]] = {image_id: [] for image_id in split.images}
-            for place, raw in enumerate(split.annotations, 1):
-                one = parsed(_Annotation, raw, f"the annotation at place {place:,}", split.where)
-                if one.image_id not in of_image or one.category_id not in self.class_ids:
-                    raise invalid(
-                        split.where,
-                        f"the annotation at place {place:,} is of an image or a category that the file does "
-                        "not list",
-                    )
-                if one.segmentation:
-                    of_image[one.image_id].append((place, one))
+            of_image = split.by_image()
             for image_id, image in split.images.items():
                 yield split.sample(number, image, self._drawn(image, of_image.pop(image_id), split))
                 number += 1
 
     def _drawn(
-        self, image: CocoImage, annotations: list[tuple[int, _Annotation]], split: CocoSplit
+        self, image: CocoImage, annotations: list[tuple[int, CocoAnnotation]], split: CocoSplit
     ) -> Labels:
         blank = 0 if self.ontology.background is not None else self.ontology.ignore_index
         labels: Any = np.full(image.size, blank, self.ontology.mask_dtype)
@@ -298,14 +281,16 @@ class _Samples:
             parts = self._parts(image.ignored, image, f"image {image.id}", split)
             draw_instances(labels, [[self.ontology.ignore_index, 1, 0, parts]])
         for place, one in annotations:
-            parts = self._parts(one.segmentation, image, f"the annotation at place {place:,}", split)
+            if not one.segmentation:
+                continue
+            parts = self._parts(one.segmentation, image, title(place), split)
             if parts:
                 instances.append([self.class_ids[one.category_id], bool(one.iscrowd), place, parts])
         drawn: Labels = draw_instances(labels, instances)
         return drawn
 
-    def _parts(self, segmentation: Any, image: CocoImage, title: str, split: CocoSplit) -> list[Any]:
+    def _parts(self, segmentation: Any, image: CocoImage, what: str, split: CocoSplit) -> list[Any]:
         try:
             return checked(segmentation, *image.size)
         except ValueError as error:
-            raise invalid(split.where, f"{title}: its segmentation cannot be drawn: {error}") from None
+            raise invalid(split.where, f"{what}: its segmentation cannot be drawn: {error}") from None

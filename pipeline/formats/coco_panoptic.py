@@ -33,6 +33,7 @@ from pipeline.formats.cocolike import (
     invalid,
     parsed,
     read_splits,
+    title,
 )
 from pipeline.formats.jsonfile import JsonFiles
 from pipeline.formats.masks import check_png_size, unreadable
@@ -213,12 +214,13 @@ class _Samples:
         for split in self.splits:
             class_ids = {category: class_id for class_id, category in enumerate(split.classes)}
             for place, raw in enumerate(split.annotations, 1):
-                title = f"the annotation at place {place:,}"
-                one = parsed(_Annotation, raw, title, split.where)
+                what = title(place)
+                one = parsed(_Annotation, raw, what, split.where)
                 image = split.images.get(one.image_id)
                 if image is None:
                     raise invalid(
-                        split.where, f"{title} is of image {one.image_id}, which the file does not list"
+                        split.where,
+                        f"{what} is of image {one.image_id}, which the file does not list",
                     )
                 file = f"{split.name.removesuffix('.json')}/{refuse_outside(one.file_name, split.where)}"
                 labels = self._labels(split.place.uri_of(file), image, one.segments_info, class_ids, split)

@@ -19,14 +19,14 @@ from pipeline.files.storage import Storage, open_storage
 from pipeline.formats.base import Entry, Imported, Sample, Written
 from pipeline.formats.classes import ontology_of
 from pipeline.formats.cocolike import (
+    CocoAnnotation,
     CocoImage,
     CocoSplit,
-    Model,
     copy_image,
     image_entry,
     invalid,
-    parsed,
     read_splits,
+    title,
 )
 from pipeline.formats.jsonfile import JsonFiles
 from pipeline.formats.pictures import palette_png
@@ -109,12 +109,6 @@ def _rles(ids: Labels) -> Iterator[tuple[int, dict[str, Any]]]:
 # --- reading ---
 
 
-class _Annotation(Model):
-    image_id: int
-    category_id: int
-    segmentation: Any = None
-
-
 def read_coco_stuff(place: str, *, images: str | None = None) -> Imported:
     """Read all splits, from their JSON files alone.
 
@@ -141,36 +135,29 @@ class _Samples:
     def __iter__(self) -> Iterator[Sample]:
         number = 0
         for split in self.splits:
-            of_image: dict[int, list[tuple[str, _Annotation]]] = {image_id: [] for image_id in split.images}
-            for place, raw in enumerate(split.annotations, 1):
-                title = f"the annotation at place {place:,}"
-                one = parsed(_Annotation, raw, title, split.where)
-                if one.image_id not in of_image or one.category_id not in split.classes:
-                    raise invalid(
-                        split.where, f"{title} is of an image or a category that the file does not list"
-                    )
-                of_image[one.image_id].append((title, one))
+            of_image = split.by_image()
             for image_id, image in split.images.items():
                 yield split.sample(number, image, self._drawn(image, of_image.pop(image_id), split))
                 number += 1
 
     def _drawn(
-        self, image: CocoImage, annotations: list[tuple[str, _Annotation]], split: CocoSplit
+        self, image: CocoImage, annotations: list[tuple[int, CocoAnnotation]], split: CocoSplit
     ) -> Labels:
         from pycocotools import mask as coco
 
         class_ids = {category: class_id for class_id, category in enumerate(split.classes)}
         labels: Any = np.full(image.size, self.ontology.ignore_index, self.ontology.mask_dtype)
-        for title, one in annotations:
+        for place, one in annotations:
+            what = title(place)
             try:
                 parts = checked(one.segmentation, *image.size)
             except ValueError as error:
-                raise invalid(split.where, f"{title}: its segmentation cannot be drawn: {error}") from None
+                raise invalid(split.where, f"{what}: its segmentation cannot be drawn: {error}") from None
             if not parts:
                 continue
             mask = coco.decode(encoded(parts, *image.size)).view(bool)
             if (labels[mask] != self.ontology.ignore_index).any():
-                raise invalid(split.where, f"{title} overlaps another; in COCO-Stuff a pixel has one class")
+                raise invalid(split.where, f"{what} overlaps another; in COCO-Stuff a pixel has one class")
             labels[mask] = class_ids[one.category_id]
         drawn: Labels = labels
         return drawn

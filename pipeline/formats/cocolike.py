@@ -89,6 +89,15 @@ class CocoImage(Model):
         return self.height, self.width
 
 
+class CocoAnnotation(Model):
+    """A segment of an image."""
+
+    image_id: int
+    category_id: int
+    iscrowd: bool | None = None
+    segmentation: Any = None
+
+
 class _File(Model):
     images: list[Any]
     annotations: list[Any]
@@ -121,6 +130,22 @@ class CocoSplit:
     def where(self) -> str:
         """The file, for errors."""
         return self.place.uri_of(self.name)
+
+    def by_image(self) -> dict[int, list[tuple[int, CocoAnnotation]]]:
+        """The annotations of each image, with their places in the file, from 1.
+
+        Raises:
+            MaskMillError: ``dataset_invalid``, also for an image or a category that is not listed.
+        """
+        found: dict[int, list[tuple[int, CocoAnnotation]]] = {image_id: [] for image_id in self.images}
+        for place, raw in enumerate(self.annotations, 1):
+            one = parsed(CocoAnnotation, raw, title(place), self.where)
+            if one.image_id not in found or one.category_id not in self.classes:
+                raise invalid(
+                    self.where, f"{title(place)} is of an image or a category that the file does not list"
+                )
+            found[one.image_id].append((place, one))
+        return found
 
     def sample(self, number: int, image: CocoImage, labels: Labels) -> Sample:
         """A sample of this split."""
@@ -193,6 +218,11 @@ def _read_split(place: Storage, name: str, prefix: str, images: str | None) -> C
     folders = [f"images/{split}", split] if images is None else [split, ""]
     folder = next((root.child(one) if one else root for one in folders if not one or root.exists(one)), None)
     return CocoSplit(place, name, split, classes, by_id, content.annotations, folder)
+
+
+def title(place: int) -> str:
+    """What errors call an annotation."""
+    return f"the annotation at place {place:,}"
 
 
 def _is_address(uri: str) -> bool:
