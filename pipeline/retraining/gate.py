@@ -1,0 +1,604 @@
+"""The gate: may a candidate take the champion's place?
+
+``decide`` is a pure function of two measurements and a policy. It says yes only if no check says no; each
+check leaves a sentence with its figures. What cannot be known is said, and does not count, unless the policy
+sets a bound for it.
+
+C classes, K classes of the labels that a model was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+from models.settings import Settings
+from pipeline.files.records import parse_record, read_record
+from pipeline.files.storage import Storage
+from pipeline.metrics.paired import Gains, iou_of_counts, miou_of_counts, paired_bootstrap
+from pipeline.retraining.measured import Measured
+
+SCHEMA_VERSION = 1
+_LEAST_OF_CLASS = 100
+"""A class is predicted if it gets at least a hundredth of its true pixels: a few stray ones are no class."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class GatePolicy(Settings):
+    """What a candidate must show to take the champion's place. Shares and IoUs are in [0, 1]."""
+
+    resamples: Annotated[int, Field(ge=1000, le=100_000)] = 2000
+    """How many times the evaluation images are drawn anew to find out how far a gain may be luck."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Share of the resamples between the ends of an interval; half of the others are below it."""
+    delta: Share = 0.005
+    """The lower end of the gain's interval must be above minus this: a loss that is too small to matter."""
+    min_images: Annotated[int, Field(ge=2)] = 30
+    """Fewer evaluation images show nothing; intervals of so few are too narrow."""
+    min_miou: Share = 0.0
+    """Mean IoU that a candidate must reach, whether there is a champion or not."""
+    class_fall: Share = 0.05
+    """No class may fall by more than this, unless its interval reaches up to no fall at all."""
+    class_pixels: Annotated[int, Field(ge=1)] = 1000
+    """True pixels from which a class is judged by itself."""
+    class_images: Annotated[int, Field(ge=2)] = 10
+    """Images with true pixels of a class from which it is judged by itself: of fewer, luck cannot be told."""
+    max_seconds_ratio: Positive | None = 1.5
+    """Seconds per image, as a multiple of the champion's; null is no bound."""
+    max_seconds: Positive | None = None
+    """Seconds per image; if it is set, a candidate that was not timed is refused."""
+    max_bytes_ratio: Positive | None = 2.0
+    """Size on disk, as a multiple of the champion's; null is no bound."""
+    max_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Size on disk in bytes; if it is set, a candidate of unknown size is refused."""
+    min_classes: Share = 0.5
+    """Share of the classes of the truth that a candidate must predict; fewer are a collapse."""
+    max_excess: Share = 0.5
+    """By how much the most frequent class of a candidate may exceed its share of the true pixels."""
+    max_divergence: Share = 0.5
+    """Jensen-Shannon divergence, in bits, of the predicted classes from those of the truth."""
+    max_label_drift: Share | None = 0.2
+    """Jensen-Shannon divergence, in bits, of the labels that candidate and champion were trained on; null is
+    no bound. From (0.5, 0.5) to (0.9, 0.1) it is 0.15."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the resamples."""
+
+
+class _Record(BaseModel):
+    # Fields that a later version adds do not make a file unreadable.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Reason(_Record):
+    """What one check found.
+
+    Attributes:
+        check: stable name.
+        passed: None if it could not be judged, or did not apply.
+        text: a sentence for people.
+        figures: its numbers: IoUs, shares and divergences in [0, 1], seconds, bytes, counts.
+    """
+
+    check: str
+    passed: bool | None
+    text: str
+    figures: dict[str, FiniteFloat] = {}
+
+
+class Decision(_Record):
+    """The verdict on a candidate; written as JSON before anything moves.
+
+    Attributes:
+        verdict: ``refuse`` if any check failed.
+        candidate: its name.
+        champion: its name; None without one.
+        has_truth: False if figures are agreement with a teacher's labels.
+        evaluation_set: digest of what the candidate was measured on.
+        images: how many.
+        candidate_miou: mean IoU over the classes with true pixels; None if undefined.
+        champion_miou: the same.
+        gain: their difference; None if they cannot be compared.
+        low: lower end of its interval.
+        high: upper end.
+        policy: fields of the policy.
+        reasons: one of each check, in order.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    verdict: Literal["promote", "refuse"]
+    candidate: str
+    champion: str | None
+    has_truth: bool
+    evaluation_set: str
+    images: int
+    candidate_miou: FiniteFloat | None = None
+    champion_miou: FiniteFloat | None = None
+    gain: FiniteFloat | None = None
+    low: FiniteFloat | None = None
+    high: FiniteFloat | None = None
+    policy: dict[str, Any]
+    reasons: Annotated[tuple[Reason, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _follows_from_reasons(self) -> Decision:
+        if (self.verdict == "refuse") != bool(self.failed):
+            raise ValueError(f"the verdict {self.verdict} does not follow from its reasons")
+        return self
+
+    @property
+    def promotes(self) -> bool:
+        """Whether the candidate may become the champion."""
+        return self.verdict == "promote"
+
+    @property
+    def failed(self) -> tuple[Reason, ...]:
+        """The checks that say no."""
+        return tuple(reason for reason in self.reasons if reason.passed is False)
+
+    def sentences(self) -> list[str]:
+        """The verdict and all reasons for people, a line each; what failed comes first."""
+        what = "is promoted" if self.promotes else "is refused"
+        marks = {True: "passed", False: "FAILED", None: "not judged"}
+        order = sorted(self.reasons, key=lambda reason: reason.passed is not False)
+        return [
+            f"{self.candidate} {what}.",
+            *(f"{marks[reason.passed]}: {reason.text}" for reason in order),
+        ]
+
+
+def write_decision(storage: Storage, name: str, decision: Decision) -> None:
+    """Write a decision as JSON."""
+    storage.write_json(name, decision.model_dump(mode="json"))
+
+
+def read_decision(storage: Storage, name: str) -> Decision | None:
+    """Read a decision; None if there is no such file.
+
+    Raises:
+        MaskMillError: ``newer_version``, ``json_invalid``, ``result_damaged``.
+    """
+    record = read_record(storage, name, SCHEMA_VERSION)
+    if record is None:
+        return None
+    return parse_record(
+        Decision,
+        record,
+        storage.uri_of(name),
+        code="result_damaged",
+        remedy="Delete it; maskmill retrain then judges the candidate again.",
+    )
+
+
+def divergence(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
+    """Jensen-Shannon divergence of two histograms in bits, in [0, 1]; NaN if one of them is empty.
+
+    Args:
+        first: non-negative (K,), of any sum.
+        second: the same.
+    """
+    p, q = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if not (p.sum() > 0 and q.sum() > 0):
+        return float("nan")
+    p, q = p / p.sum(), q / q.sum()
+    middle = (p + q) / 2
+
+    def from_middle(part: npt.NDArray[np.float64]) -> float:
+        held = part > 0
+        return float(np.sum(part[held] * np.log2(part[held] / middle[held])))
+
+    return min(1.0, max(0.0, (from_middle(p) + from_middle(q)) / 2))
+
+
+def decide(candidate: Measured, champion: Measured | None, policy: GatePolicy) -> Decision:
+    """Whether the candidate may take the champion's place, and why.
+
+    The order of the images does not matter, and the same input always gives the same decision.
+
+    Args:
+        candidate: the new model.
+        champion: the model in use; None if there is none yet. The candidate then only has to be sound.
+        policy: the bounds.
+    """
+    reasons: list[Reason] = []
+    sound = _is_sound(candidate, reasons)
+    comparable = champion is not None and _is_sound(champion, reasons) and sound
+    gain = low = high = None
+    if champion is not None and comparable:
+        comparable = _is_comparable(candidate, champion, reasons)
+    reasons.append(_enough_images(candidate, policy))
+    if sound:
+        candidate = _sorted(candidate)
+        reasons.append(_reaches(candidate, policy))
+    if champion is None:
+        reasons.append(Reason(check="gain", passed=None, text="There is no champion to compare with."))
+    elif comparable:
+        champion = _sorted(champion)
+        gain, low, high = _compare(candidate, champion, policy, reasons)
+    if sound:
+        reasons.append(_collapse(candidate, policy))
+    reasons += _budget(candidate, champion, policy)
+    reasons += _labels(candidate, champion, policy)
+    refused = any(reason.passed is False for reason in reasons)
+    return Decision(
+        verdict="refuse" if refused else "promote",
+        candidate=candidate.name,
+        champion=None if champion is None else champion.name,
+        has_truth=candidate.has_truth,
+        evaluation_set=candidate.evaluation_set,
+        images=len(candidate.images),
+        candidate_miou=_miou(candidate) if sound else None,
+        champion_miou=_miou(champion) if champion is not None and comparable else None,
+        gain=gain,
+        low=low,
+        high=high,
+        policy=policy.model_dump(mode="json"),
+        reasons=tuple(reasons),
+    )
+
+
+# --- can it be compared? ---
+
+
+def _is_sound(one: Measured, reasons: list[Reason]) -> bool:
+    faults = _faults(one)
+    text = f"What was measured of {one.name} is " + (
+        f"unusable: {'; '.join(faults)}." if faults else "sound."
+    )
+    reasons.append(_measured(one, "measurement", not faults, text, images=len(one.images)))
+    return not faults
+
+
+def _faults(one: Measured) -> list[str]:
+    """What is wrong with a measurement, in words; nothing is computed from it if there is anything."""
+    shape = len(one.images), len(one.classes)
+    counts = {"truth": one.truth, "predicted": one.predicted, "correct": one.correct}
+    faults = [
+        f"the counts of {name} are {np.asarray(part).dtype} {np.shape(part)}, not integers {shape}"
+        for name, part in counts.items()
+        if np.shape(part) != shape or np.asarray(part).dtype.kind not in "iu"
+    ]
+    faults += [
+        f"there is no {what}"
+        for what, held in (
+            ("image", one.images),
+            ("class", one.classes),
+            ("digest of the evaluation set", one.evaluation_set),
+            ("digest of the protocol", one.protocol),
+        )
+        if not held
+    ]
+    if len(set(one.images)) < len(one.images):
+        faults.append("an image is there twice")
+    if not faults:
+        if min(int(part.min()) for part in counts.values()) < 0:
+            faults.append("a count is negative")
+        elif (one.correct > np.minimum(one.truth, one.predicted)).any():
+            faults.append("more pixels are correct than there are")
+        elif (one.predicted.sum(axis=1) > one.truth.sum(axis=1)).any():
+            faults.append("more pixels are predicted than have a truth")
+        elif not one.truth.any():
+            faults.append("no pixel has a truth, so mean IoU is undefined")
+    if one.seconds_per_image is not None and not 0 <= one.seconds_per_image < np.inf:
+        faults.append(f"{one.seconds_per_image} seconds per image")
+    if one.model_bytes is not None and one.model_bytes < 0:
+        faults.append(f"a size of {one.model_bytes} bytes")
+    return faults + _histogram_faults(one)
+
+
+def _histogram_faults(one: Measured) -> list[str]:
+    if one.label_histogram is None:
+        return []
+    histogram = np.asarray(one.label_histogram, np.float64)
+    if one.label_classes is None or histogram.shape != (len(one.label_classes),):
+        return ["the histogram of its labels does not fit their classes"]
+    if not np.isfinite(histogram).all() or (histogram < 0).any():
+        return ["the histogram of its labels has negative or undefined shares"]
+    return []
+
+
+def _is_comparable(candidate: Measured, champion: Measured, reasons: list[Reason]) -> bool:
+    """Whether both were measured on the same images with the same truth, in the same way."""
+    both = f"{candidate.name} and {champion.name}"
+    same_set = candidate.evaluation_set == champion.evaluation_set
+    reasons.append(
+        _measured(
+            candidate,
+            "evaluation_set",
+            same_set,
+            f"{both} were measured on the same evaluation set, {candidate.evaluation_set[:12]}."
+            if same_set
+            else f"{candidate.name} was measured on another evaluation set "
+            f"({candidate.evaluation_set[:12]}) than {champion.name} ({champion.evaluation_set[:12]}).",
+        )
+    )
+    differing = [
+        what
+        for what, same in (
+            ("the classes differ", candidate.classes == champion.classes),
+            ("one was measured against truth", candidate.has_truth == champion.has_truth),
+            ("protocol, view or settings differ", candidate.protocol == champion.protocol),
+        )
+        if not same
+    ]
+    reasons.append(
+        _measured(
+            candidate,
+            "protocol",
+            not differing,
+            f"{both} were not measured in the same way: {'; '.join(differing)}."
+            if differing
+            else f"{both} were measured in the same way.",
+        )
+    )
+    only = sorted(set(candidate.images) ^ set(champion.images))
+    other_truth = (
+        not only and not differing and not np.array_equal(_sorted(candidate).truth, _sorted(champion).truth)
+    )
+    text = f"Both were measured on the same {len(candidate.images):,} images."
+    if only:
+        named = ", ".join(only[:5]) + (", …" if len(only) > 5 else "")
+        text = f"{len(only):,} images were measured with one of the two models only: {named}."
+    elif other_truth:
+        text = "The images have other true pixels for one model than for the other."
+    reasons.append(_measured(candidate, "images", not (only or other_truth), text, differing=len(only)))
+    return same_set and not differing and not only and not other_truth
+
+
+def _sorted(one: Measured) -> Measured:
+    """With its images in the order of their names, on which the resamples depend."""
+    order = sorted(range(len(one.images)), key=one.images.__getitem__)
+    return replace(
+        one,
+        images=tuple(one.images[at] for at in order),
+        truth=one.truth[order],
+        predicted=one.predicted[order],
+        correct=one.correct[order],
+    )
+
+
+# --- how good is it? ---
+
+
+def _miou(one: Measured) -> float:
+    return miou_of_counts(one.truth.sum(0), one.predicted.sum(0), one.correct.sum(0))
+
+
+def _enough_images(one: Measured, policy: GatePolicy) -> Reason:
+    count, least = len(one.images), policy.min_images
+    enough = count >= least
+    text = f"{count:,} evaluation images; at least {least:,} are asked for."
+    return _measured(one, "enough_images", enough, text, images=count, bound=least)
+
+
+def _reaches(one: Measured, policy: GatePolicy) -> Reason:
+    found = _miou(one)
+    text = f"{one.name} has {_points(found)} mean IoU; at least {_points(policy.min_miou)} is asked for."
+    return _measured(one, "min_miou", found >= policy.min_miou, text, miou=found, bound=policy.min_miou)
+
+
+def _compare(
+    candidate: Measured, champion: Measured, policy: GatePolicy, reasons: list[Reason]
+) -> tuple[float, float, float]:
+    """Compare mean IoU and classes; returns the gain and both ends of its interval."""
+    ours, theirs = _miou(candidate), _miou(champion)
+    gain = ours - theirs
+    gains = paired_bootstrap(
+        candidate.truth,
+        (champion.predicted, champion.correct),
+        (candidate.predicted, candidate.correct),
+        resamples=policy.resamples,
+        seed=policy.seed,
+    )
+    low, high = gains.interval(policy.confidence)
+    found = f"{candidate.name} has {_points(ours)}, {champion.name} {_points(theirs)} mean IoU"
+    text = f"{found}: {_signed(gain)} points." if gain > 0 else f"No gain: {found}, {_signed(gain)} points."
+    reasons.append(_measured(candidate, "gain", gain > 0, text, candidate=ours, champion=theirs, gain=gain))
+    text = (
+        f"The gain is between {_signed(low)} and {_signed(high)} points ({policy.confidence:.0%} of "
+        f"{policy.resamples:,} resamples of {len(candidate.images):,} images); its lower end must be above "
+        f"{_signed(-policy.delta)}."
+    )
+    reasons.append(
+        _measured(candidate, "interval", low > -policy.delta, text, low=low, high=high, bound=-policy.delta)
+    )
+    reasons.append(_class_falls(candidate, champion, gains, policy))
+    return gain, low, high
+
+
+def _class_falls(candidate: Measured, champion: Measured, gains: Gains, policy: GatePolicy) -> Reason:
+    pixels = candidate.truth.sum(0)
+    ours, theirs = (
+        iou_of_counts(pixels, one.predicted.sum(0), one.correct.sum(0)) for one in (candidate, champion)
+    )
+    judged = (pixels >= policy.class_pixels) & ((candidate.truth > 0).sum(0) >= policy.class_images)
+    _, high = gains.class_intervals(policy.confidence)
+    fell = [at for at in np.flatnonzero(judged) if theirs[at] - ours[at] > policy.class_fall and high[at] < 0]
+    rare = int((pixels > 0).sum() - judged.sum())
+    figures = {"judged": float(judged.sum()), "too_rare": float(rare)}
+    left = f"; {rare:,} are too rare to be judged by themselves" if rare else ""
+    if not fell:
+        text = (
+            f"None of {int(judged.sum()):,} classes fell by more than {100 * policy.class_fall:.1f} "
+            f"points{left}."
+        )
+        return _measured(candidate, "classes", True if judged.any() else None, text, **figures)
+    fell.sort(key=lambda at: ours[at] - theirs[at])
+    said = [
+        f"{candidate.classes[at]} from {_points(theirs[at])} to {_points(ours[at])} "
+        f"({_signed(ours[at] - theirs[at])} points, at best {_signed(high[at])})"
+        for at in fell
+    ]
+    text = (
+        f"{len(fell)} of {int(judged.sum()):,} classes fell by more than {100 * policy.class_fall:.1f} "
+        f"points: {'; '.join(said[:5])}{'; …' if len(said) > 5 else ''}{left}."
+    )
+    falls = {f"gain of {candidate.classes[at]}": float(ours[at] - theirs[at]) for at in fell}
+    return _measured(candidate, "classes", False, text, **figures, **falls)
+
+
+def _collapse(one: Measured, policy: GatePolicy) -> Reason:
+    """Whether the model calls nearly everything the same."""
+    truth, predicted = one.truth.sum(0), one.predicted.sum(0)
+    total = truth.sum()
+    occurring = truth >= min(policy.class_pixels, int(truth.max()))
+    found = int((occurring & (predicted * _LEAST_OF_CLASS >= truth)).sum())
+    share = found / int(occurring.sum())
+    # Pixels without a class are a class of their own here: a model that decides nothing has collapsed too.
+    shares = np.append(predicted, total - predicted.sum()) / total
+    expected = np.append(truth, 0) / total
+    largest = int(shares.argmax())
+    excess = float(shares[largest] - expected[largest])
+    apart = divergence(expected, shares)
+    name = "no class" if largest == len(one.classes) else one.classes[largest]
+    wrong = [
+        text
+        for failed, text in (
+            (share < policy.min_classes, f"fewer than {policy.min_classes:.0%} of the classes are predicted"),
+            (excess > policy.max_excess, f"{name} exceeds its true share by over {policy.max_excess:.0%}"),
+            (apart > policy.max_divergence, f"the divergence is above {policy.max_divergence:g} bits"),
+        )
+        if failed
+    ]
+    text = (
+        f"{one.name} predicts {found} of the {int(occurring.sum())} classes of the truth; the largest, "
+        f"{name}, has {shares[largest]:.1%} of the pixels (truth {expected[largest]:.1%}); "
+        f"divergence from the truth {apart:.3f} bits"
+    )
+    return _measured(
+        one,
+        "collapse",
+        not wrong,
+        f"{text}{': a collapse, as ' + ' and '.join(wrong) if wrong else ''}.",
+        classes=share,
+        largest=float(shares[largest]),
+        excess=excess,
+        divergence=apart,
+    )
+
+
+# --- what does it cost, and what was it trained on? ---
+
+
+def _budget(candidate: Measured, champion: Measured | None, policy: GatePolicy) -> list[Reason]:
+    return [
+        _within(
+            "latency",
+            candidate.seconds_per_image,
+            None if champion is None else champion.seconds_per_image,
+            ratio=policy.max_seconds_ratio,
+            most=policy.max_seconds,
+            subject=f"Labelling an image with {candidate.name}",
+            verb="takes",
+            shown=lambda seconds: f"{1000 * seconds:.1f} ms",
+        ),
+        _within(
+            "size",
+            candidate.model_bytes,
+            None if champion is None else champion.model_bytes,
+            ratio=policy.max_bytes_ratio,
+            most=policy.max_bytes,
+            subject=f"The model of {candidate.name}",
+            verb="has",
+            shown=lambda size: f"{size / 1e6:,.1f} MB",
+        ),
+    ]
+
+
+def _within(
+    check: str,
+    found: float | None,
+    before: float | None,
+    *,
+    ratio: float | None,
+    most: float | None,
+    subject: str,
+    verb: str,
+    shown: Callable[[float], str],
+) -> Reason:
+    """Whether a cost is within its bounds, one absolute, one relative to the champion's."""
+    if found is None or not np.isfinite(found):
+        allowed = "" if most is None else f"; at most {shown(most)} is allowed"
+        text = f"{subject} was not measured{allowed}."
+        return Reason(check=check, passed=None if most is None else False, text=text)
+    figures = {"found": float(found)}
+    said, passed = [f"{subject} {verb} {shown(found)}"], []
+    if most is not None:
+        said.append(f"at most {shown(most)} is allowed")
+        passed.append(found <= most)
+    if ratio is not None and before is not None and np.isfinite(before) and before > 0:
+        figures |= {"champion": float(before), "ratio": found / before}
+        said.append(f"{found / before:.2f} times the champion's, of which {ratio:g} times is allowed")
+        passed.append(found <= ratio * before)
+    return Reason(
+        check=check, passed=all(passed) if passed else None, text=f"{'; '.join(said)}.", figures=figures
+    )
+
+
+def _labels(candidate: Measured, champion: Measured | None, policy: GatePolicy) -> list[Reason]:
+    known = bool(candidate.labels_digest)
+    text = (
+        f"{candidate.name} was trained on labels {candidate.labels_digest[:12]}."
+        if candidate.labels_digest
+        else f"Nothing says which labels {candidate.name} was trained on."
+    )
+    return [Reason(check="labels", passed=known, text=text), _label_drift(candidate, champion, policy)]
+
+
+def _label_drift(candidate: Measured, champion: Measured | None, policy: GatePolicy) -> Reason:
+    if champion is None or policy.max_label_drift is None:
+        why = "There is no champion" if champion is None else "The policy sets no bound"
+        return Reason(check="label_drift", passed=None, text=f"{why}: drift of the labels is not judged.")
+    unknown = [one.name for one in (candidate, champion) if _shares_by_name(one) is None]
+    if unknown:
+        text = f"The classes of the labels of {' and '.join(unknown)} are not known: drift is not judged."
+        return Reason(check="label_drift", passed=None, text=text)
+    ours, theirs = _shares_by_name(candidate) or {}, _shares_by_name(champion) or {}
+    names = sorted(ours.keys() | theirs.keys())
+    apart = divergence([theirs.get(name, 0.0) for name in names], [ours.get(name, 0.0) for name in names])
+    moved = max(names, key=lambda name: abs(ours.get(name, 0.0) - theirs.get(name, 0.0)), default="")
+    text = (
+        f"The labels of {candidate.name} diverge from those of {champion.name} by {apart:.3f} bits; at most "
+        f"{policy.max_label_drift:g} is allowed. What changed most is {moved}, from "
+        f"{theirs.get(moved, 0.0):.1%} to {ours.get(moved, 0.0):.1%} of the pixels."
+    )
+    return Reason(
+        check="label_drift",
+        passed=bool(apart <= policy.max_label_drift),
+        text=text,
+        figures={"divergence": apart, "bound": policy.max_label_drift},
+    )
+
+
+def _shares_by_name(one: Measured) -> dict[str, float] | None:
+    """Shares of the labels by class name; None if they are unknown or empty."""
+    if one.label_histogram is None or one.label_classes is None or _histogram_faults(one):
+        return None
+    shares = np.asarray(one.label_histogram, np.float64)
+    total = shares.sum()
+    return dict(zip(one.label_classes, (shares / total).tolist(), strict=True)) if total > 0 else None
+
+
+# --- words ---
+
+
+def _measured(one: Measured, check: str, passed: bool | None, text: str, **figures: float) -> Reason:
+    """A reason that rests on the evaluation set, and says so if that has no truth."""
+    if not one.has_truth:
+        text = f"{text} There is no truth: this is agreement with the teacher's labels."
+    finite = {name: float(figure) for name, figure in figures.items() if np.isfinite(figure)}
+    return Reason(check=check, passed=None if passed is None else bool(passed), text=text, figures=finite)
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.2f}".replace("-", "−")
