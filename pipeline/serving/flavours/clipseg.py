@@ -164,7 +164,14 @@ def save_clipseg_model(folder: str | Path, path: str | Path, *, mlflow_model: Mo
 
 
 def log_clipseg(
-    client: MlflowClient, folder: str | Path, *, run_id: str, register_as: str | None = None
+    client: MlflowClient,
+    folder: str | Path,
+    *,
+    run_id: str,
+    register_as: str | None = None,
+    alias: str | None = "challenger",
+    tags: Mapping[str, str] | None = None,
+    description: str | None = None,
 ) -> LoggedModel:
     """Log a trained CLIPSeg to MLflow; see ``pipeline.serving.flavours.common.log_model``.
 
@@ -180,6 +187,9 @@ def log_clipseg(
         params={"decoder_fingerprint": record.fingerprint, "clip_fingerprint": record.clip["fingerprint"]},
         run_id=run_id,
         register_as=register_as,
+        alias=alias,
+        tags=tags,
+        description=description,
     )
 
 

@@ -323,6 +323,8 @@ def log_model(
     run_id: str,
     register_as: str | None = None,
     alias: str | None = "challenger",
+    tags: Mapping[str, str] | None = None,
+    description: str | None = None,
 ) -> LoggedModel:
     """Log a model to a run in MLflow and, given a name, register it as a new version.
 
@@ -336,6 +338,8 @@ def log_model(
         run_id: the run that trained it.
         register_as: name of the registered model, created if necessary.
         alias: to point to the new version; None for no alias.
+        tags: of the new version; it never exists without them.
+        description: of the new version, in Markdown.
 
     Raises:
         MaskMillError: as ``save``.
@@ -376,6 +380,8 @@ def log_model(
         # Not the models:/ URI: a database's registry would look that up in the process's own tracking URI.
         source=logged.artifact_location,
         run_id=run_id,
+        tags=dict(tags or {}),
+        description=description,
         model_id=logged.model_id,
     ).version
     if alias is not None:

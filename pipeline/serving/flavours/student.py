@@ -142,6 +142,8 @@ def log_student(
     run_id: str,
     register_as: str | None = None,
     alias: str | None = "challenger",
+    tags: Mapping[str, str] | None = None,
+    description: str | None = None,
 ) -> LoggedModel:
     """Log a student to MLflow; see ``pipeline.serving.flavours.common.log_model``.
 
@@ -158,4 +160,6 @@ def log_student(
         run_id=run_id,
         register_as=register_as,
         alias=alias,
+        tags=tags,
+        description=description,
     )

@@ -1,0 +1,164 @@
+"""What an output of ``maskmill retrain`` says about itself: ``retraining.json``.
+
+It is written once, when the retraining begins, and is enough to roll back or to promote without its
+configuration. It holds no credentials.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from models.errors import MaskMillError, WrongUse, did_you_mean
+from pipeline.files.documents import parsed_yaml, read_document
+from pipeline.files.records import parse_record, read_record
+from pipeline.files.redaction import redact
+from pipeline.files.storage import Storage, open_storage
+
+RECORD_FILE = "retraining.json"
+SCHEMA_VERSION = 1
+CONFIG_SUFFIXES = (".yaml", ".yml")
+_REMEDY = "Restore the file from a copy."
+
+ModelKind = Literal["maskclip-plus", "clipseg"]
+
+
+def _registered_name(name: str) -> str:
+    if set(name) & set("/:'\"`%") or name != name.strip() or not name.strip("."):
+        raise ValueError("a registered model's name has no slash, colon, quote or % in it, nor spaces around")
+    return name
+
+
+RegisteredName = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_registered_name)]
+"""A name that MLflow takes for a registered model, and that its searches take as it is."""
+
+
+class RetrainedModel(BaseModel):
+    """A model that is trained in each tick.
+
+    Attributes:
+        name: of the registered model.
+        kind: what is trained.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: RegisteredName
+    kind: ModelKind
+
+
+class RetrainingRecord(BaseModel):
+    """What ``retraining.json`` says.
+
+    Attributes:
+        schema_version: of the file.
+        id: unique, made when the retraining began.
+        name: of the retraining.
+        created: UTC, ISO 8601.
+        models: the registered models, each name once.
+        tracking: MLflow's tracking URI, without credentials.
+        digest: of what may not change between ticks.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: Annotated[int, Field(ge=1)] = SCHEMA_VERSION
+    id: str = Field(min_length=8)
+    name: str = Field(min_length=1)
+    created: str
+    models: tuple[RetrainedModel, ...] = Field(min_length=1)
+    tracking: Annotated[str, AfterValidator(redact)]
+    digest: str
+
+    def model(self, name: str | None) -> RetrainedModel:
+        """The model of a name; None is the only one.
+
+        Raises:
+            MaskMillError: ``wrong_use`` if there is no such model, or more than one to choose from.
+        """
+        names = [model.name for model in self.models]
+        if name is None:
+            if len(names) > 1:
+                raise WrongUse(
+                    "wrong_use",
+                    f"The retraining {self.name} has {len(names)} models.",
+                    f"Say which one: --model {' or --model '.join(names)}.",
+                )
+            return self.models[0]
+        if name not in names:
+            raise WrongUse(
+                "wrong_use",
+                f"The retraining {self.name} has no model {name}.",
+                f"{did_you_mean(name, names)}There {'is' if len(names) == 1 else 'are'}: {', '.join(names)}.",
+            )
+        return self.models[names.index(name)]
+
+
+def create_retraining(output: Storage, record: RetrainingRecord) -> RetrainingRecord:
+    """Write the record, if there is none; returns the one that is there now.
+
+    Raises:
+        MaskMillError: as ``read_retraining``.
+    """
+    output.create_bytes(RECORD_FILE, record.model_dump_json(indent=2).encode() + b"\n")
+    return read_retraining(output)
+
+
+def read_retraining(output: Storage) -> RetrainingRecord:
+    """The record of an output.
+
+    Raises:
+        MaskMillError: ``retraining_missing``, ``retraining_damaged``, ``newer_version``.
+    """
+    try:
+        found = read_record(output, RECORD_FILE, SCHEMA_VERSION)
+    except MaskMillError as error:
+        if error.code != "json_invalid":
+            raise
+        raise type(error)("retraining_damaged", error.message, _REMEDY) from error
+    if found is None:
+        raise WrongUse(
+            "retraining_missing",
+            f"{output.uri} is not the output of maskmill retrain: there is no {RECORD_FILE}.",
+            "Name the output of a retraining, or its configuration.",
+        )
+    place = output.uri_of(RECORD_FILE)
+    return parse_record(RetrainingRecord, found, place, code="retraining_damaged", remedy=_REMEDY)
+
+
+class _Configuration(BaseModel):
+    """Of a configuration only what says where the output is."""
+
+    output: str = Field(min_length=1)
+
+
+def find_output(place: str | os.PathLike[str]) -> Storage:
+    """The output of a retraining, by its own place or by that of its configuration (YAML).
+
+    Raises:
+        MaskMillError: ``retraining_missing`` for a configuration that is not there or names no output; as
+            ``pipeline.files.documents`` for one that cannot be read.
+    """
+    text = os.fspath(place)
+    storage = open_storage(text)
+    name = PurePosixPath(storage.uri).name
+    if not name.lower().endswith(CONFIG_SUFFIXES):
+        return storage
+    folder = open_storage(os.path.dirname(storage.uri))
+    try:
+        data = read_document(folder, name, code="retraining_missing")
+    except FileNotFoundError:
+        raise WrongUse("retraining_missing", f"There is no {text}.", "Check the path.") from None
+    try:
+        found = _Configuration.model_validate(parsed_yaml(data, text, code="retraining_missing"))
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]["msg"]
+        raise WrongUse(
+            "retraining_missing",
+            f"{text} names no output of a retraining: {reason}.",
+            "Name the configuration of maskmill retrain, or its output.",
+        ) from None
+    return open_storage(found.output)
