@@ -21,8 +21,9 @@ import os
 import pickle
 import shutil
 import signal
+import tempfile
 import traceback
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,15 +34,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from models.errors import FailedWork, MaskMillError, WrongUse
+from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
 from pipeline.files.images import use_one_thread
 from pipeline.training.loop.protocols import Sample, Samples
 
 AHEAD_BYTES = 2 << 30
 """Limit on the prefetched batches of one training worker, in bytes."""
 _SHARED_MEMORY = Path("/dev/shm")
+_PREFETCH = 2
+"""Batches that a loader prepares ahead."""
 _MOST_LOSSES, _LOSS_WINDOW = 3, 1000
-"""Give up when loaders die this often within so many steps."""
+"""Give up when loaders die this often within so many steps, and no sample is to blame."""
+_DEADLY = 2
+"""Deaths of a loader that works alone after which its sample is left out; one may be an accident."""
+_MOST_AT_A_STEP = 7
+"""Give up when so many loaders died before one step was loaded: one, and those of three deadly samples."""
 
 _Loaded = tuple[int, Sample, bytes]
 """Position, sample, and its pickled error, or no bytes."""
@@ -97,37 +104,38 @@ def batches(
     if loaders < 1 or start_step < 0:
         raise WrongUse("wrong_use", f"{loaders=}, {start_step=}", "Use at least one loader.")
     failures = Failures(max_failure_rate, failure_window)
-    lost: deque[int] = deque(maxlen=_MOST_LOSSES)
-    step = start_step
+    deaths = _Deaths()
+    step = alone_until = start_step
     while step < stop_step:
+        alone = step < alone_until
+        stop = min(alone_until, stop_step) if alone else stop_step
         shares = shares_of(
-            samples, seed=seed, start_step=step, stop_step=stop_step, batch_size=batch_size, rank=rank,
+            samples, seed=seed, start_step=step, stop_step=stop, batch_size=batch_size, rank=rank,
             world_size=world_size,
         )  # fmt: skip
         # Without samples, this raises before a process starts that nobody would stop in order.
         shares = itertools.chain([next(shares)], shares)
-        running = _start(
-            samples, seed, shares, batch_size // world_size, min(loaders, stop_step - step), pin_memory
-        )
-        try:
-            while step < stop_step:
-                try:
-                    columns, errors = next(running)
-                except (RuntimeError, OSError, EOFError) as error:
-                    # Errors of samples arrive as data, so this is the DataLoader losing a process.
-                    lost.append(step)
-                    if len(lost) == _MOST_LOSSES and step - lost[0] < _LOSS_WINDOW:
-                        raise _loaders_lost(error) from error
-                    notice(f"A process that loads samples died at step {step:,}; restarting the loaders.")
-                    break
-                step += 1
-                batch = {name: torch.as_tensor(column) for name, column in columns.items()}
-                failures.add(batch["position"].tolist(), errors)
-                if step == stop_step:
-                    failures.end()
-                yield batch
-        finally:
-            del running  # stops the loaders
+        with _new_note() as note:
+            loading = Loading(samples, seed, left_out=deaths.deadly, note=note if alone else None)
+            count = 1 if alone else min(loaders, stop - step)
+            running = _start(loading, shares, batch_size // world_size, count, pin_memory)
+            try:
+                while step < stop:
+                    try:
+                        columns, errors = next(running)
+                    except (RuntimeError, OSError, EOFError) as error:
+                        # Errors of samples arrive as data, so this is the DataLoader losing a process.
+                        notice(deaths.add(step, note.read_text(), error))
+                        alone_until = step + _PREFETCH * loaders + 1
+                        break
+                    step += 1
+                    batch = {name: torch.as_tensor(column) for name, column in columns.items()}
+                    failures.add(batch["position"].tolist(), errors)
+                    if step == stop_step:
+                        failures.end()
+                    yield batch
+            finally:
+                del running  # stops the loaders
 
 
 def shares_of(
@@ -173,24 +181,23 @@ def _order(samples: Samples, epoch: int, seed: int) -> npt.NDArray[np.int64]:
 
 
 def _start(
-    samples: Samples,
-    seed: int,
+    loading: Loading,
     shares: Iterator[list[tuple[int, int]]],
     share: int,
     loaders: int,
     pin_memory: bool,
 ) -> Iterator[tuple[dict[str, Any], list[bytes]]]:
-    batch_bytes = max(1, share * sum(column.nbytes for column in samples.blank().values()))
+    batch_bytes = max(1, share * sum(column.nbytes for column in loading.blank.values()))
     ahead = max(1, AHEAD_BYTES // batch_bytes)
     # Containers often have almost no shared memory; then batches are piped, as arrays.
-    shared = free_shared_memory() > 2 * min(2 * loaders * batch_bytes, AHEAD_BYTES)
+    shared = free_shared_memory() > 2 * min(_PREFETCH * loaders * batch_bytes, AHEAD_BYTES)
     with _interrupts_blocked():
         return iter(
             DataLoader(
-                Loading(samples, seed),
+                loading,
                 batch_sampler=shares,
                 num_workers=min(loaders, ahead),
-                prefetch_factor=2 if 2 * loaders <= ahead else 1,
+                prefetch_factor=_PREFETCH if _PREFETCH * loaders <= ahead else 1,
                 collate_fn=_tensors if shared else _arrays,
                 pin_memory=pin_memory,
                 worker_init_fn=_prepare_loader,
@@ -223,23 +230,51 @@ def _prepare_loader(number: int) -> None:
     atexit.register(os._exit, 0)
 
 
-class Loading(Dataset[_Loaded]):
-    """Maps (position, index) to samples, in a loader."""
+@contextlib.contextmanager
+def _new_note() -> Iterator[Path]:
+    """A file in which a loader names the sample that it works on; it outlives the loader."""
+    with tempfile.NamedTemporaryFile(prefix="maskmill-loading-") as file:
+        yield Path(file.name)
 
-    def __init__(self, samples: Samples, seed: int) -> None:
-        self._samples, self._seed = samples, seed
-        self._blank = samples.blank()
+
+class Loading(Dataset[_Loaded]):
+    """Maps (position, index) to samples, in a loader.
+
+    Args:
+        samples: what loads them.
+        seed: of augmentation.
+        left_out: samples that kill the process that loads them.
+        note: a file that names a sample while it is being loaded.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        seed: int,
+        *,
+        left_out: frozenset[int] = frozenset(),
+        note: Path | None = None,
+    ) -> None:
+        self.blank = samples.blank()
+        self._samples, self._seed, self._left_out, self._note = samples, seed, left_out, note
 
     def __getitem__(self, key: tuple[int, int]) -> _Loaded:
         position, index = key
+        if index in self._left_out:
+            return position, self.blank, pickled_error(_deadly(index))
+        if self._note is not None:
+            self._note.write_text(str(index))
         try:
             sample = self._samples.load(index, np.random.default_rng((self._seed, position)))
-            found, wanted = _layout(sample), _layout(self._blank)
+            found, wanted = _layout(sample), _layout(self.blank)
             if found != wanted:
                 raise TypeError(f"sample {index} is {found}, a blank one {wanted}")
             return position, sample, b""
         except Exception as error:  # raised here, it would arrive as another type
-            return position, self._blank, pickled_error(error)
+            return position, self.blank, pickled_error(error)
+        finally:
+            if self._note is not None:
+                self._note.write_text("")
 
 
 def _layout(sample: Sample) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -322,10 +357,58 @@ class Failures:
         )
 
 
+class _Deaths:
+    """Counts loaders that died, finds the samples to blame, and gives up if there are too many others."""
+
+    def __init__(self) -> None:
+        self._steps: deque[int] = deque(maxlen=_MOST_LOSSES)
+        self._at_a_step: Counter[int] = Counter()
+        self._by_sample: Counter[int] = Counter()
+
+    @property
+    def deadly(self) -> frozenset[int]:
+        """Samples that are left out."""
+        return frozenset(index for index, count in self._by_sample.items() if count >= _DEADLY)
+
+    def add(self, step: int, begun: str, error: Exception) -> str:
+        """Count a death.
+
+        Args:
+            step: that was waited for.
+            begun: index of the sample that was being loaded, if a loader worked alone, else "".
+            error: of the ``DataLoader``.
+
+        Returns:
+            What to tell the user.
+
+        Raises:
+            MaskMillError: ``training_failed``.
+        """
+        self._steps.append(step)
+        self._at_a_step[step] += 1
+        if begun and self._at_a_step[step] < _MOST_AT_A_STEP:
+            self._by_sample[int(begun)] += 1
+            if self._by_sample[int(begun)] == _DEADLY:
+                self._steps.clear()
+                return f"Training sample {int(begun):,} kills the process that loads it; it is left out."
+        many = len(self._steps) == _MOST_LOSSES and step - self._steps[0] < _LOSS_WINDOW
+        if many or self._at_a_step[step] >= _MOST_AT_A_STEP:
+            raise _loaders_lost(error) from error
+        return f"A process that loads samples died at step {step:,}; restarting the loaders."
+
+
+def _deadly(index: int) -> MaskMillError:
+    return Damaged(
+        "crashed_worker",
+        f"training sample {index:,} killed the process that loads it.",
+        "Take its image out, or convert it to another format.",
+    )
+
+
 def _loaders_lost(error: Exception) -> MaskMillError:
     return FailedWork(
         "training_failed",
-        f"The processes that load samples died {_MOST_LOSSES} times: {' '.join(str(error).split())}",
+        f"The processes that load samples keep dying: {' '.join(str(error).split())}",
         "Most often memory ran out (the system's log says so): use fewer workers, smaller crops or a smaller "
         "batch, and run the same command again.",
     )
