@@ -36,11 +36,13 @@ from jobs.options import (
 )
 from models.errors import FailedWork, WrongUse, did_you_mean
 from models.settings import as_written
+from pipeline.cluster.progress import Progress
 from pipeline.datasets.base import Dataset, Sample
 from pipeline.datasets.protocols import PROTOCOLS, Protocol, get_protocol
 from pipeline.datasets.registry import DATASETS
 from pipeline.datasets.zeroshot import zero_shot_split
 from pipeline.evaluation.classes import ClassMatch, Others, match_classes, matched, read_mapping
+from pipeline.evaluation.images import set_digest, write_images
 from pipeline.evaluation.published import lookup as published_figures
 from pipeline.evaluation.results import (
     PICTURES,
@@ -49,10 +51,12 @@ from pipeline.evaluation.results import (
     Compared,
     EvaluationResult,
     ImageResult,
+    Labelling,
     MeasuredDataset,
     MeasuredModel,
     Published,
     claim_folder,
+    conditions_digest,
     evaluation_result,
     extremes,
     new_folder,
@@ -67,6 +71,7 @@ from pipeline.evaluation.tables import (
     plan,
     read_labels,
 )
+from pipeline.files.storage import open_storage
 from pipeline.labelling.prepare import require_weights
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe
 from pipeline.metrics.names import metric_label, percent
@@ -366,6 +371,7 @@ def evaluate(
     """
     folder = new_folder(output, _slug(dataset, recipe), overwrite=overwrite)
     groups = _groups(dataset, zero_shot)
+    taken: list[Progress] = []
     if labels is None:
         assert recipe is not None, "either labels or a recipe"
         recipe, words = _plan(dataset, recipe, ontology, protocol)
@@ -381,7 +387,7 @@ def evaluate(
             address=address,
             verbose=verbose,
         )
-        label_images(job, console)
+        label_images(job, console, done=taken.append)
     else:
         table = labels
     made = read_table_record(table)
@@ -425,6 +431,7 @@ def evaluate(
     with timed(console, "drawing the worst and best images"):
         worst, best = _pictures(dataset, table, lookup, evaluation, folder, threshold, view, count=pictures)
     setting = f"{dataset.name}/zero-shot" if zero_shot else dataset.name
+    compared = None if match is None else Compared.of(match)
     result = evaluation_result(
         evaluation,
         title=_title(dataset, made, view),
@@ -434,6 +441,8 @@ def evaluate(
             split=dataset.split,
             images=len(dataset.samples),
             fingerprint=dataset.fingerprint(),
+            content=set_digest(image.digest for image in evaluation.images),
+            has_truth=dataset.has_truth,
         ),
         model=MeasuredModel(recipe=made.recipe, weights=made.weights, toy=is_toy(made.weights)),
         names=dataset.class_names,
@@ -449,9 +458,20 @@ def evaluate(
             *_mostly_ignored(dataset, evaluation),
         ],
         view=None if view is None else view.view,
-        compared=None if match is None else Compared.of(match),
+        compared=compared,
+        conditions=conditions_digest(
+            name,
+            dataset.class_names,
+            ignore_index=dataset.ignore_index,
+            background_below=threshold,
+            corruption=table_recipe(made).images.corruption,
+            view=None if view is None else view.view,
+            compared=compared,
+        ),
+        labelling=next((Labelling(images=one.done, seconds=one.label_s) for one in taken if one.done), None),
     )
-    write_result(folder, result)
+    write_images(open_storage(folder), evaluation.images)
+    write_result(folder, result)  # last: whoever finds it finds the rest
     return folder, result
 
 
@@ -498,7 +518,7 @@ def _plan(
 
 def _image_list(dataset: Dataset, folder: Path) -> str:
     """Write a list of the images for labelling, and return its path."""
-    source = folder / "images.parquet"  # names may hold line breaks, which a text file could not list
+    source = folder / "to_label.parquet"  # names may hold line breaks, which a text file could not list
     uris = [_file(dataset, sample, folder) for sample in dataset.samples]
     pq.write_table(pa.table({"uri": pa.array(uris, pa.string())}), source)
     return str(source)

@@ -191,8 +191,15 @@ class LabelJob:
     system_metrics: bool = False
 
 
-def label_images(job: LabelJob, console: Console | None = None) -> int:
+def label_images(
+    job: LabelJob, console: Console | None = None, *, done: Callable[[Progress], object] = lambda _: None
+) -> int:
     """Label the images that have no row yet, and print a summary.
+
+    Args:
+        job: what to label.
+        console: to print to; default: standard error.
+        done: called once, if there was anything to label, with what the run took.
 
     Returns:
         0, or 1 if more than ``max_failure_rate`` of the images of this run failed.
@@ -244,6 +251,7 @@ def label_images(job: LabelJob, console: Console | None = None) -> int:
                 fresh, replaced = commit(storage, work.todo, table, fence, say)
                 outcome = Counter(fresh.status) + Counter(replaced.added.status) + replaced.kept
                 record = record_counts(storage, table, fresh, replaced)
+            done(progress)
             took = time.monotonic() - began
             busy = _busy(progress, compute)
             _end_tracking(tracker, record, outcome, progress, startup_s=startup_s, busy=busy)

@@ -166,6 +166,11 @@ class Dataset(ABC):
         """Id of ignored pixels."""
         return self.classes.ignore_index
 
+    @property
+    def has_truth(self) -> bool:
+        """False if ``truth`` gives the labels of another model: what is measured is agreement with it."""
+        return True
+
     @abstractmethod
     def truth(self, sample: Sample) -> Labels:
         """Ids (H, W), uint8 or uint16; ``ignore_index`` where unknown.

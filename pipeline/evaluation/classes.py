@@ -328,6 +328,11 @@ class MatchedDataset(Dataset):
     whole: Dataset
     ids: npt.NDArray[Any]
 
+    @property
+    def has_truth(self) -> bool:
+        """See ``Dataset.has_truth``."""
+        return self.whole.has_truth
+
     def truth(self, sample: Sample) -> Labels:
         """See ``Dataset.truth``."""
         found: Labels = self.ids[self.whole.truth(sample)]

@@ -7,6 +7,8 @@ another year, so a file is checked whole before anything is drawn from it.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import platform
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 EVALUATION_FILE, BENCHMARK_FILE = "evaluation.json", "benchmark.json"
+IMAGES_FILE = "images.parquet"
+"""Counts of every image; see ``pipeline.evaluation.images``."""
 REPORT_FILE = "report.html"
 PICTURES, ROWS, SCENES = "pictures", "rows", "scenes"
 _MARKER = ".maskmill-result"
@@ -65,12 +69,24 @@ class _Record(BaseModel):
 
 
 class MeasuredDataset(_Record):
-    """What was measured on."""
+    """What was measured on.
+
+    Attributes:
+        name: of the dataset.
+        split: the part of it.
+        images: how many it has.
+        fingerprint: of its names; see ``pipeline.datasets.base.Dataset.fingerprint``.
+        content: of the images that were compared and their truth, whatever their order and folder; see
+            ``pipeline.evaluation.images.set_digest``. None in results of older versions.
+        has_truth: False if the "truth" is the labels of a teacher: the figures are then agreement with it.
+    """
 
     name: str
     split: str | None = None
     images: Count | None = None
     fingerprint: str | None = None
+    content: str | None = None
+    has_truth: bool = True
 
 
 class MeasuredModel(_Record):
@@ -185,6 +201,18 @@ class Compared(_Record):
         return said
 
 
+class Labelling(_Record):
+    """The work of labelling the images, if that was a part of the evaluation.
+
+    Attributes:
+        images: how many.
+        seconds: of the model alone, summed over all workers; without reading, decoding and writing.
+    """
+
+    images: Annotated[int, Field(ge=1)]
+    seconds: Annotated[FiniteFloat, Field(ge=0)]
+
+
 class SeenThrough(_Record):
     """The view of the table: its fields, and what it does in words."""
 
@@ -196,7 +224,8 @@ class EvaluationResult(_Record):
     """``evaluation.json``.
 
     ``view`` says through which view of the table it was measured (``pipeline.table.views``), and ``compared``
-    which classes, if labels and truth have different ones; None if neither was so.
+    which classes, if labels and truth have different ones; None if neither was so. Figures of two results can
+    be compared if ``dataset.content`` and ``conditions`` are the same; older versions did not record them.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -215,6 +244,8 @@ class EvaluationResult(_Record):
     published: tuple[Published, ...] = ()
     view: SeenThrough | None = None
     compared: Compared | None = None
+    conditions: str | None = None
+    labelling: Labelling | None = None
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> EvaluationResult:
@@ -323,6 +354,8 @@ def evaluation_result(
     left_out: Sequence[str] = (),
     view: View | None = None,
     compared: Compared | None = None,
+    conditions: str | None = None,
+    labelling: Labelling | None = None,
 ) -> EvaluationResult:
     """The figures of an evaluation, with what was measured.
 
@@ -341,6 +374,8 @@ def evaluation_result(
         left_out: what was not compared, a sentence each.
         view: through which the table was seen.
         compared: the classes that were measured, if labels and truth have different ones.
+        conditions: see ``conditions_digest``.
+        labelling: what labelling took, if it was done here.
     """
     statistics = evaluation.statistics
     by_class = summarise_classes(statistics)
@@ -376,7 +411,42 @@ def evaluation_result(
         published=tuple(published),
         view=None if view is None else SeenThrough(settings=view.to_dict(), says=tuple(view.described())),
         compared=compared,
+        conditions=conditions,
+        labelling=labelling,
     )
+
+
+def conditions_digest(
+    protocol: str,
+    names: Sequence[str],
+    *,
+    ignore_index: int,
+    background_below: float = 0.0,
+    corruption: str = "",
+    view: View | None = None,
+    compared: Compared | None = None,
+) -> str:
+    """SHA-256 (hex) of all that must agree, besides images and truth, for figures to be comparable.
+
+    Args:
+        protocol: ``seed``, ``unified`` or ``custom``.
+        names: C class names.
+        ignore_index: id of pixels that are left out.
+        background_below: pixels with less confidence count as class 0.
+        corruption: what was done to the images first.
+        view: through which the labels were seen.
+        compared: the classes that were measured, if labels and truth have different ones. What the labels
+            call them does not matter.
+    """
+    match = None
+    if compared is not None:
+        classes = [[one.name, one.truth] for one in compared.classes]
+        match = [classes, compared.only_truth, compared.others]
+    parts = [
+        protocol, list(names), ignore_index, background_below, corruption,
+        None if view is None else view.to_dict(), match,
+    ]  # fmt: skip
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
 def write_result(folder: Path, result: Result) -> Path:
@@ -468,7 +538,7 @@ def claim_folder(folder: Path, *, overwrite: bool) -> None:
     if overwrite:
         for name in (PICTURES, ROWS, SCENES):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (EVALUATION_FILE, BENCHMARK_FILE, REPORT_FILE):
+        for name in (EVALUATION_FILE, BENCHMARK_FILE, IMAGES_FILE, REPORT_FILE):
             (folder / name).unlink(missing_ok=True)
 
 

@@ -7,6 +7,7 @@ does not depend on the number or order of the workers.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,11 +49,17 @@ class ImageScore:
         part: file of the label table with its labels.
         miou: mean IoU over the classes in its truth or prediction, in [0, 1]; None if all of its truth is
             ignored.
+        counts: pixels by class, int64 (K, 4), of the classes that occur: id, true pixels, predicted ones
+            whose truth is not ignored, and those where both agree. Sums over images are the margins and the
+            diagonal of the confusion matrix.
+        digest: SHA-256 of name, encoded image and truth; see ``image_digest``.
     """
 
     name: str
     part: str
     miou: float | None
+    counts: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 4), np.int64), compare=False)
+    digest: bytes = bytes(32)
 
 
 @dataclass
@@ -110,6 +117,19 @@ class Plan:
     parts: list[str]
     missing: list[str]
     others: LeftOut | None
+
+
+def image_digest(name: str, image: bytes, truth: npt.NDArray[Any]) -> bytes:
+    """SHA-256 (32 bytes) of what one image is measured on, wherever it lies.
+
+    Args:
+        name: of the sample.
+        image: SHA-256 of the encoded image, as its row in the table has it.
+        truth: integer (H, W), the ids that are compared.
+    """
+    # Lengths first, so that no two different samples are the same bytes.
+    head = f"{len(name.encode())} {len(image)} {truth.shape[0]} {truth.shape[1]} {name}".encode()
+    return hashlib.sha256(head + image + truth.astype("<u2").tobytes()).digest()
 
 
 def class_lookup(
@@ -235,7 +255,7 @@ def score_part(
     """
     num_classes = len(dataset.class_names)
     outcome = Evaluation(SegmentationStatistics.zero(num_classes))
-    columns = ["id", "status", "error", "mask", "confidence"]
+    columns = ["id", "sha256", "status", "error", "mask", "confidence"]
     batches = iter_batches(plan.storage, columns, batch_size=16, names=[part])
     for row in (row for batch in batches for row in batch.to_pylist()):
         sample = plan.samples.get(row["id"])
@@ -263,8 +283,25 @@ def score_part(
             boundary,
         )
         outcome.statistics = outcome.statistics + one
-        outcome.images.append(ImageScore(sample.name, part, one.miou if math.isfinite(one.miou) else None))
+        outcome.images.append(
+            ImageScore(
+                sample.name,
+                part,
+                one.miou if math.isfinite(one.miou) else None,
+                _class_counts(one.confusion),
+                image_digest(sample.name, row["sha256"] or b"", truth),
+            )
+        )
     return outcome
+
+
+def _class_counts(confusion: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """See ``ImageScore.counts``."""
+    truth, predicted = confusion.sum(1), confusion[:, :-1].sum(0)
+    present = np.flatnonzero(truth + predicted)
+    return np.stack(
+        [present, truth[present], predicted[present], np.diag(confusion)[present]], axis=1, dtype=np.int64
+    )
 
 
 def _size(array: np.ndarray) -> str:

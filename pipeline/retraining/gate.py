@@ -14,12 +14,12 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from models.settings import Settings
 from pipeline.files.records import parse_record, read_record
 from pipeline.files.storage import Storage
+from pipeline.metrics.divergence import divergence, divergence_by_name, most_moved
 from pipeline.metrics.paired import Gains, iou_of_counts, miou_of_counts, paired_bootstrap
 from pipeline.retraining.measured import Measured
 
@@ -174,26 +174,6 @@ def read_decision(storage: Storage, name: str) -> Decision | None:
         code="result_damaged",
         remedy="Delete it; maskmill retrain then judges the candidate again.",
     )
-
-
-def divergence(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
-    """Jensen-Shannon divergence of two histograms in bits, in [0, 1]; NaN if one of them is empty.
-
-    Args:
-        first: non-negative (K,), of any sum.
-        second: the same.
-    """
-    p, q = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    if not (p.sum() > 0 and q.sum() > 0):
-        return float("nan")
-    p, q = p / p.sum(), q / q.sum()
-    middle = (p + q) / 2
-
-    def from_middle(part: npt.NDArray[np.float64]) -> float:
-        held = part > 0
-        return float(np.sum(part[held] * np.log2(part[held] / middle[held])))
-
-    return min(1.0, max(0.0, (from_middle(p) + from_middle(q)) / 2))
 
 
 def decide(candidate: Measured, champion: Measured | None, policy: GatePolicy) -> Decision:
@@ -555,18 +535,17 @@ def _label_drift(candidate: Measured, champion: Measured | None, policy: GatePol
     if champion is None or policy.max_label_drift is None:
         why = "There is no champion" if champion is None else "The policy sets no bound"
         return Reason(check="label_drift", passed=None, text=f"{why}: drift of the labels is not judged.")
-    unknown = [one.name for one in (candidate, champion) if _shares_by_name(one) is None]
-    if unknown:
+    ours, theirs = _shares_by_name(candidate), _shares_by_name(champion)
+    if not (ours and theirs):
+        unknown = [one.name for one, shares in ((candidate, ours), (champion, theirs)) if not shares]
         text = f"The classes of the labels of {' and '.join(unknown)} are not known: drift is not judged."
         return Reason(check="label_drift", passed=None, text=text)
-    ours, theirs = _shares_by_name(candidate) or {}, _shares_by_name(champion) or {}
-    names = sorted(ours.keys() | theirs.keys())
-    apart = divergence([theirs.get(name, 0.0) for name in names], [ours.get(name, 0.0) for name in names])
-    moved = max(names, key=lambda name: abs(ours.get(name, 0.0) - theirs.get(name, 0.0)), default="")
+    apart = divergence_by_name(theirs, ours)
+    moved = most_moved(theirs, ours)[0]
     text = (
         f"The labels of {candidate.name} diverge from those of {champion.name} by {apart:.3f} bits; at most "
-        f"{policy.max_label_drift:g} is allowed. What changed most is {moved}, from "
-        f"{theirs.get(moved, 0.0):.1%} to {ours.get(moved, 0.0):.1%} of the pixels."
+        f"{policy.max_label_drift:g} is allowed. What differs most is {moved}: {theirs.get(moved, 0.0):.1%} "
+        f"of the pixels before, {ours.get(moved, 0.0):.1%} now."
     )
     return Reason(
         check="label_drift",
@@ -576,13 +555,13 @@ def _label_drift(candidate: Measured, champion: Measured | None, policy: GatePol
     )
 
 
-def _shares_by_name(one: Measured) -> dict[str, float] | None:
-    """Shares of the labels by class name; None if they are unknown or empty."""
+def _shares_by_name(one: Measured) -> dict[str, float]:
+    """Shares of the labels by class name; empty if they are unknown or undefined."""
     if one.label_histogram is None or one.label_classes is None or _histogram_faults(one):
-        return None
+        return {}
     shares = np.asarray(one.label_histogram, np.float64)
-    total = shares.sum()
-    return dict(zip(one.label_classes, (shares / total).tolist(), strict=True)) if total > 0 else None
+    total = float(shares.sum())
+    return dict(zip(one.label_classes, (shares / total).tolist(), strict=True)) if total > 0 else {}
 
 
 # --- words ---

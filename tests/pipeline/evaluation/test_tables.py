@@ -13,6 +13,7 @@ from models.errors import MaskMillError
 from pipeline.corpus.manifest import stable_id
 from pipeline.datasets.base import MaskDataset
 from pipeline.datasets.pairs import open_pairs
+from pipeline.evaluation.images import set_digest
 from pipeline.evaluation.tables import SIZE_DIFFERS, class_lookup, evaluate_table, plan, read_labels
 from pipeline.files.storage import canonical_uri
 from pipeline.ontology.ontology import Ontology
@@ -240,3 +241,36 @@ def test_eight_workers_give_what_one_process_gives_bit_for_bit(
     for part in ("images", "confusion", "boundary", "calibration"):
         assert np.array_equal(getattr(alone.statistics, part), getattr(together.statistics, part)), part
     assert alone.images == together.images
+
+
+def test_counts_of_images_add_up_to_the_confusion_matrix(made: Made) -> None:
+    found = made.evaluate()
+    summed = np.zeros((3, len(NAMES)), np.int64)
+    for image in found.images:
+        truth, labels = made.truth[image.name], made.labels[image.name]
+        known = truth != 255
+        by_hand = [
+            [id, (truth == id).sum(), (labels[known] == id).sum(), ((truth == id) & (labels == id)).sum()]
+            for id in range(len(NAMES))
+        ]
+        assert image.counts.tolist() == [row for row in by_hand if row[1] or row[2]]
+        np.add.at(summed, (slice(None), image.counts[:, 0]), image.counts[:, 1:].T)
+    confusion = found.statistics.confusion
+    assert np.array_equal(summed, [confusion.sum(1), confusion[:, :-1].sum(0), np.diag(confusion)])
+
+
+def test_the_digest_of_an_evaluation_set_is_that_of_its_content(made: Made, tmp_path: Path) -> None:
+    def content(world: Made) -> str:
+        return set_digest(image.digest for image in world.evaluate(boundary=False).images)
+
+    known = content(made)
+    (tmp_path / "elsewhere").mkdir()
+    other = Made(tmp_path / "elsewhere")
+    other.rows.reverse()
+    other.write()
+    assert content(other) == known
+    assert other.dataset().fingerprint() == made.dataset().fingerprint()
+    other.truth["p3"][0, 0] = (other.truth["p3"][0, 0] + 1) % 3
+    Image.fromarray(other.truth["p3"]).save(other.root / "masks/p3.png")
+    assert content(other) != known
+    assert other.dataset().fingerprint() == made.dataset().fingerprint()  # of names only
