@@ -152,6 +152,9 @@ def rollback(
         return _move(ledger, client, lease, unfinished)
     settle(ledger, client, lease, name)
     standing = ledger.standing(name)
+    found = registry.alias(client, name, registry.CHAMPION)
+    if standing.champion not in (None, found):
+        raise _changed(name, found, standing.champion)
     if standing.before is None:
         has = "never had a champion" if standing.champion is None else "has had no champion before this one"
         raise FailedWork(
@@ -159,9 +162,6 @@ def rollback(
             f"There is nothing to go back to: {name} {has} by the ledger of {ledger.output.uri}.",
             "Choose a version yourself: maskmill promote … --version N --force --why TEXT.",
         )
-    found = registry.alias(client, name, registry.CHAMPION)
-    if found != standing.champion:
-        raise _changed(name, found, standing.champion)
     intent = _intend(
         ledger,
         client,

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from benchmarks.faults.clusters import free_port
+from models.errors import WrongUse
+from pipeline.retraining.webhook import ATTEMPTS, notify, webhook_url
+
+SECRET = "T00/B00/hush-hush"
+EVENT = {"event": "promoted", "name": "pets", "version": "3", "why": "ä"}
+
+
+class Receiver:
+    """A real server that answers as it is told.
+
+    Attributes:
+        answers: statuses of the next answers, or ``hang`` and ``drop``; the last one stays.
+        received: path, content type and body of each POST.
+    """
+
+    def __init__(self) -> None:
+        self.answers: list[int | str] = [200]
+        self.location = ""
+        self.received: list[tuple[str, str, bytes]] = []
+        self.got: list[str] = []
+        self.release = threading.Event()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None:
+                return
+
+            def do_GET(self) -> None:
+                outer.got.append(self.path)
+                self.send_response(200)
+                self.end_headers()
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                outer.received.append((self.path, self.headers["Content-Type"], body))
+                answer = outer.answers.pop(0) if len(outer.answers) > 1 else outer.answers[0]
+                if isinstance(answer, str):
+                    if answer == "hang":
+                        outer.release.wait(60)
+                    self.close_connection = True
+                    return
+                self.send_response(answer)
+                if outer.location:
+                    self.send_header("Location", outer.location)
+                self.end_headers()
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/{SECRET}?token=quiet"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
+        self._thread.start()
+
+    def close(self) -> None:
+        self.release.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture
+def new() -> Iterator[Callable[[], Receiver]]:
+    made: list[Receiver] = []
+
+    def start() -> Receiver:
+        made.append(Receiver())
+        return made[-1]
+
+    yield start
+    for receiver in made:
+        receiver.close()
+
+
+def told(url: str, **limits: float) -> str | None:
+    said = notify(url, EVENT, **{"pause_s": 0.0, "timeout_s": 10.0} | limits)
+    for secret in ("hush", "quiet", "T00"):
+        assert said is None or secret not in said
+    return said
+
+
+def test_an_event_arrives_as_json(new: Callable[[], Receiver]) -> None:
+    receiver = new()
+    assert told(receiver.url) is None
+    ((path, kind, body),) = receiver.received
+    assert path == f"/{SECRET}?token=quiet" and kind == "application/json" and json.loads(body) == EVENT
+
+
+def test_secrets_are_not_sent(new: Callable[[], Receiver]) -> None:
+    receiver = new()
+    notify(receiver.url, {"page": "https://me:pa55word@host/x", "password": "open sesame"})
+    assert b"pa55word" not in receiver.received[0][2] and b"sesame" not in receiver.received[0][2]
+
+
+@pytest.mark.parametrize("fault", [500, 503, 429, "drop"])
+def test_a_passing_fault_is_tried_again(new: Callable[[], Receiver], fault: int | str) -> None:
+    receiver = new()
+    receiver.answers = [fault, 204]
+    assert told(receiver.url) is None and len(receiver.received) == 2
+
+
+def test_a_lasting_fault_is_a_warning(new: Callable[[], Receiver]) -> None:
+    receiver = new()
+    receiver.answers = [500]
+    assert told(receiver.url) == "The webhook at 127.0.0.1 was not told: it answers 500."
+    assert len(receiver.received) == ATTEMPTS
+
+
+def test_a_refusal_is_not_tried_again(new: Callable[[], Receiver]) -> None:
+    receiver = new()
+    receiver.answers = [404]
+    said = told(receiver.url)
+    assert said is not None and "404" in said and len(receiver.received) == 1
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirect_is_followed(new: Callable[[], Receiver], status: int) -> None:
+    receiver, elsewhere = new(), new()
+    receiver.answers, receiver.location = [status], elsewhere.url
+    said = told(receiver.url)
+    assert said is not None and "redirect" in said
+    assert elsewhere.received == [] and elsewhere.got == []
+
+
+def test_a_server_that_does_not_answer_is_given_up(new: Callable[[], Receiver]) -> None:
+    receiver = new()
+    receiver.answers = ["hang"]
+    said = told(receiver.url, timeout_s=0.2)
+    assert said is not None and "no answer in time" in said and len(receiver.received) == ATTEMPTS
+
+
+def test_nobody_there_is_a_warning() -> None:
+    said = told(f"http://127.0.0.1:{free_port()}/{SECRET}")
+    assert said is not None and "connection refused" in said
+
+
+def test_a_server_of_another_protocol_is_a_warning() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            for _ in range(ATTEMPTS):
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(f"SSH-2.0-{SECRET}\r\n\r\n".encode())
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        said = told(f"http://127.0.0.1:{listening.getsockname()[1]}/{SECRET}")
+        thread.join()
+    assert said is not None and "no usable answer" in said
+
+
+def test_the_address_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert webhook_url(None) is None
+    monkeypatch.setenv("HOOK", " https://hooks.example.org/services/x?y=1 ")
+    assert webhook_url("HOOK") == "https://hooks.example.org/services/x?y=1"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        None,
+        "",
+        "hush-hush",
+        "file:///etc/hush-hush",
+        "ftp://host/hush-hush",
+        "https:///hush-hush",
+        "http://[hush-hush",
+        "http://host:99999/hush-hush",
+        "https://me:hush-hush@host/x",
+        "https://hush-hush@host/x",
+        "https://host/hush-hush and more",
+        "https://host/hush-hush\nHost: other",
+        "https://höst/hush-hush",
+    ],
+)
+def test_an_address_that_cannot_be_posted_to_is_refused_without_being_shown(
+    monkeypatch: pytest.MonkeyPatch, url: str | None
+) -> None:
+    monkeypatch.delenv("HOOK", raising=False)
+    if url is not None:
+        monkeypatch.setenv("HOOK", url)
+    with pytest.raises(WrongUse) as caught:
+        webhook_url("HOOK")
+    assert caught.value.code == "webhook_invalid"
+    assert "HOOK" in str(caught.value) and "hush" not in str(caught.value)
