@@ -29,6 +29,7 @@ from jobs.runs import Runs
 from jobs.segment import Segment
 from jobs.serve import Serve
 from jobs.show import Show
+from jobs.submit import Submit, job_apart
 from jobs.track import Track
 from jobs.train.clipseg import TrainClipSeg
 from jobs.train.maskclip_plus import TrainMaskClipPlus
@@ -74,6 +75,7 @@ Command = (
     | Annotated[Datasets, subcommand("datasets")]
     | Annotated[Recipes, subcommand("recipes")]
     | Annotated[Demo, subcommand("demo")]
+    | Annotated[Submit, subcommand("submit")]
 )
 
 
@@ -94,6 +96,7 @@ COMMANDS = (
     "datasets",
     "recipes",
     "demo",
+    "submit",
 )
 TRAININGS = ("maskclip-plus", "clipseg")
 
@@ -151,7 +154,7 @@ def parse(arguments: Sequence[str]) -> Command:
         prog="maskmill",
         description="Images and class names in; a segmentation dataset and a trained model out. "
         "maskmill COMMAND --help explains a command, maskmill --version prints the version.",
-        args=arguments,
+        args=job_apart(arguments),
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.OmitSubcommandPrefixes),
     )
     return command
@@ -207,7 +210,12 @@ def run(given: Sequence[str]) -> int:
             print(f"maskmill {version('maskmill')}")
             return 0
         check_command(given)
-        return parse(given).run()
+        command = parse(given)
+        if isinstance(command, Submit) and command.job:
+            # The job's own parser checks it here, before anything is sent.
+            check_command(command.job)
+            return command.submit(parse(command.job))
+        return command.run()
     finally:
         sys.stdout.flush()
 

@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Annotated, get_args, get_origin, get_type_hints
+
+import pyarrow.parquet as pq
+import pytest
+
+from benchmarks.faults.clusters import Cluster, running_cluster
+from jobs.cli import parse
+from jobs.submit import VALUED, Submit, job_apart
+from models.errors import MaskMillError
+from pipeline.cluster.submission import MOST_MB, PACKAGES, attempt_name, job_name, working_directory
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+ROOT = Path(__file__).resolve().parents[2]
+LABEL = ("label", "--images", "s3://bucket/photos", "--classes", "cat", "--output", "s3://bucket/pets")
+
+
+@pytest.mark.parametrize(
+    ("given", "job"),
+    [
+        (("submit", *LABEL), LABEL),
+        (("submit", "--no-follow", "--address", "http://h:1", *LABEL), LABEL),
+        (("submit", "--env", "label", "--again", *LABEL, "--again"), (*LABEL, "--again")),
+        (("submit", "--address=http://h:1", "--", *LABEL), LABEL),
+        (("submit", "--status", "label"), ()),
+        (("submit",), ()),
+    ],
+)
+def test_the_job_begins_at_the_first_word_that_is_no_option(
+    given: tuple[str, ...], job: tuple[str, ...]
+) -> None:
+    command = parse(given)
+    assert isinstance(command, Submit) and command.job == job
+    assert command.follow == ("--no-follow" not in given)
+
+
+def test_other_commands_are_left_alone() -> None:
+    assert job_apart(LABEL) == [*LABEL]
+
+
+def test_every_option_with_a_value_is_known() -> None:
+    hints = get_type_hints(Submit, include_extras=True)
+
+    def plain(kind: object) -> object:
+        return plain(get_args(kind)[0]) if get_origin(kind) is Annotated else kind
+
+    valued = {
+        f"--{field.name.replace('_', '-')}"
+        for field in dataclasses.fields(Submit)
+        if plain(hints[field.name]) is not bool and field.name != "job"
+    }
+    assert set(VALUED) == valued
+
+
+def test_a_name_says_what_is_asked_for() -> None:
+    name = job_name(LABEL, "s3://bucket/pets/")
+    assert name.startswith("maskmill-label-pets-") and name == job_name([*LABEL], "s3://bucket/pets/")
+    assert job_name((*LABEL, "--recipe", "toy"), "s3://bucket/pets/") != name
+    assert job_name(("runs",), "").startswith("maskmill-runs-")
+    assert [attempt_name(name, number) for number in (1, 2)] == [name, f"{name}-2"]
+    long = job_name(("label",), "s3://bucket/" + "Größe " * 100)
+    assert len(long) < 80 and long.isascii()
+
+
+def test_the_code_and_the_named_files_travel_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "pets.yaml").write_text("classes: [cat]")
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "cup.png").write_bytes(b"x" * 10)
+    files = {"sets/pets.yaml": tmp_path / "pets.yaml", "examples": tmp_path / "examples"}
+    with working_directory(files) as (folder, size):
+        found = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+        assert {path.parts[0] for path in found} == {*PACKAGES, "sets", "examples"}
+        assert {Path("jobs/cli.py"), Path("sets/pets.yaml"), Path("examples/cup.png")} <= found
+        assert size == sum((folder / path).stat().st_size for path in found)
+        assert not any("__pycache__" in path.parts for path in found)
+        done = subprocess.run(
+            [sys.executable, "-m", "jobs.cli", "recipes", "toy"],
+            cwd=folder,
+            env={"PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert not folder.exists()
+
+
+def test_too_much_does_not_travel(tmp_path: Path) -> None:
+    with (tmp_path / "weights.pt").open("wb") as file:
+        file.truncate(MOST_MB * 1_000_000)
+    with (
+        pytest.raises(MaskMillError, match=r"weights\.pt \(100 MB\)") as told,
+        working_directory({"weights.pt": tmp_path / "weights.pt"}),
+    ):
+        pass
+    assert told.value.code == "working_directory_too_large"
+
+
+def test_the_code_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    with pytest.raises(MaskMillError, match="own code"), working_directory({"models": tmp_path / "models"}):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("label", "--images", "photos", "--classes", "cat", "--output", "s3://b/out"), "images photos"),
+        (("label", "--images", "photos/*.png", "--classes", "cat", "--output", "s3://b/out"), "photos/*.png"),
+        (("label", "--images", "s3://b/in", "--classes", "cat", "--output", "out"), "output out"),
+        (
+            ("--shared-disk", "label", "--images", "/data/in", "--classes", "cat", "--output", "out"),
+            "output out",
+        ),
+        (("evaluate", "--dataset", "voc20", "--root", "photos", "--labels", "s3://b/t"), "root photos"),
+        (("benchmark", "maskclip", "--root", "voc20=photos", "--output", "s3://b/o"), "roots photos"),
+        (("train", "clipseg", "--labels", "s3://b/t", "--output", "out"), "output out"),
+        (("--include", "/etc/passwd", *LABEL), "/etc/passwd"),
+        (("--include", "nowhere", *LABEL), "nowhere"),
+        (("--include", ".", *LABEL), "below this one"),
+        (("label", *LABEL[1:], "--ontology", "/etc/passwd"), "/etc/passwd"),
+        (("serve", "--port", "1"), "it never ends"),
+        (("submit", *LABEL), "it is this command"),
+        (("--stop", "x", *LABEL), "one of a job, --status ID and --stop ID"),
+        (("--stop", "x", "--status", "y"), "one of a job, --status ID and --stop ID"),
+        ((), "one of a job, --status ID and --stop ID"),
+        (("lable",), "Did you mean label?"),
+        (("--env", "NOT_SET_AT_ALL", *LABEL), "NOT_SET_AT_ALL"),
+        (("--env", "A=b", *LABEL), "A=b"),
+        (("--env", "AWS_SECRET_ACCESS_KEY", *LABEL), "AWS_SECRET_ACCESS_KEY holds a secret"),
+        (("--env", "MLFLOW_TRACKING_URI", *LABEL), "MLFLOW_TRACKING_URI holds a secret"),
+        ((*LABEL, "--tracking", "https://me:hunter2@mlflow.example"), "command line holds a secret"),
+        (("--address", "10.0.0.1:6379", *LABEL), "not the address of a dashboard"),
+        (LABEL, "Which cluster?"),
+    ],
+)
+def test_wrong_uses_are_told_before_anything_is_sent(
+    maskmill_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    (tmp_path / "photos").mkdir()
+    done = maskmill_here(
+        "submit",
+        *arguments,
+        AWS_SECRET_ACCESS_KEY="hunter2hunter2",
+        MLFLOW_TRACKING_URI="https://me:hunter2@mlflow.example",
+    )
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert "hunter2" not in done.stderr + done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
+
+
+def test_the_jobs_own_parser_checks_the_job(maskmill_here: Run) -> None:
+    done = maskmill_here("submit", "--address", "http://127.0.0.1:1", "label", "--images", "s3://b/x")
+    assert done.returncode == 2 and "Missing from maskmill label" in done.stderr
+    assert "maskmill label" in maskmill_here("submit", "label", "--help").stdout
+
+
+def test_what_is_no_ray_is_told(maskmill_here: Run) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        done = maskmill_here("submit", "--address", f"http://127.0.0.1:{closed.getsockname()[1]}", *LABEL)
+    assert done.returncode == 1 and "cluster_unreachable" in done.stderr and "ray[default]" in done.stderr
+
+    class Other(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Other)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    done = maskmill_here("submit", "--address", f"http://127.0.0.1:{server.server_port}", *LABEL)
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 1 and "cluster_unreachable" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def cluster(maskmill_environment: dict[str, str]) -> Iterator[Cluster]:
+    # As on real machines, where the environment of the packages is activated before Ray starts.
+    path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    with running_cluster(maskmill_environment | path, dashboard=True) as running:
+        yield running
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_a_job_is_submitted_once_followed_stopped_and_submitted_again(
+    cluster: Cluster, maskmill_environment: dict[str, str], toy_images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "classes.yaml").write_text((ROOT / "pipeline/ontology/builtin/toyworld.yaml").read_text())
+    output = tmp_path / "table"
+    # A relative file travels; what is absolute is on the disk that all nodes of this machine share.
+    job = (
+        "--shared-disk", "label", "--images", str(toy_images), "--ontology", "classes.yaml",
+        "--output", str(output), "--recipe", "toy",
+    )  # fmt: skip
+
+    def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "jobs.cli", "submit", *arguments],
+            cwd=tmp_path,
+            env=cluster.environment | {"RAY_ADDRESS": cluster.dashboard} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def submit(*arguments: str, **environment: str) -> tuple[int, str, str]:
+        with start(*arguments, **environment) as command:
+            said, told = command.communicate(timeout=300)
+        return command.returncode, said, told
+
+    # The cluster has no worker yet: the job waits, which leaves time to look at it and to stop it.
+    status, _, told = submit("--no-follow", *job)
+    assert status == 0 and "MB: the code, classes.yaml." in told, told
+    name = told.split("Submitted ")[1].split(".\n")[0]
+    with start(*job) as follower:
+        assert follower.stdout is not None
+        for line in follower.stdout:
+            if "waiting for the cluster's worker nodes" in line:
+                break
+        status, said, _ = submit("--status", name)
+        assert status == 0 and f"{name}: it runs (" in said and "label --images" in said, said
+        status, _, told = submit("--stop", name)
+        assert status == 0 and f"{name} was stopped." in told
+        _, told = follower.communicate(timeout=120)
+    assert follower.returncode == 130 and f"{name} is there already: it runs" in told, told
+    assert "Submitted" not in told and f"{name}: it was stopped" in told
+    status, said, _ = submit("--status", name)
+    assert status == 130 and "it was stopped" in said
+    status, _, told = submit("--stop", name)
+    assert status == 0 and f"{name} does not run" in told
+
+    cluster.add_worker(cpus=4)
+    status, said, told = submit(*job)
+    assert status == 0, said + told
+    assert f"Submitted {name}-2." in told and f"{name}-2: it has succeeded" in told
+    assert "Labelled 64 images" in said
+    uris = [
+        uri
+        for part in (output / "labels").glob("*.parquet")
+        for uri in pq.read_table(part)["uri"].to_pylist()
+    ]
+    assert sorted(uris) == sorted(map(str, toy_images.iterdir()))
+
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    status, said, told = submit(*job)
+    assert status == 0 and f"{name}-2 is done: it has succeeded" in told and "Submitted" not in told
+    assert "Labelled 64 images" in said  # its log, once more
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == before
+
+    status, said, told = submit("--again", *job)
+    assert status == 0 and f"Submitted {name}-3." in told and "Nothing new" in said
+
+    # A job's own exit status, of a job that fails.
+    status, said, told = submit("show", "s3://me/nothing", AWS_ENDPOINT_URL="http://127.0.0.1:1")
+    assert status != 0 and f"it has failed with exit status {status}" in told, said + told
+
+    status, _, told = submit("--status", "nothing-like-it")
+    assert status == 2 and "job_unknown" in told
+    for token in ({"RAY_AUTH_TOKEN": "0" * 64}, {"RAY_AUTH_MODE": "disabled"}):
+        status, _, told = submit(*job, **token)
+        assert status == 1 and "token_refused" in told and "Traceback" not in told, told
+        assert cluster.environment["RAY_AUTH_TOKEN"] not in told
