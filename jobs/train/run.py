@@ -359,6 +359,7 @@ def _train(
                     report=report,
                     notice=display.say,
                     identity=prepared.identity,
+                    run_id=lease.run_id,
                 )
             except MaskMillError as error:
                 if error.code != prepared.fallback:

@@ -25,6 +25,7 @@ from typing import Any
 from models.errors import Damaged, WrongUse
 from pipeline.files.recipes import changed_fields
 from pipeline.files.storage import Storage
+from pipeline.table.lease import refuse_other_holder
 from pipeline.training.loop.settings import settings_hash
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -61,10 +62,20 @@ class Unfinished(BrokenCheckpoint):
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in ``checkpoints/`` below the run's folder."""
+    """The checkpoints of one run, in ``checkpoints/`` below the run's folder.
 
-    def __init__(self, storage: Storage) -> None:
+    Args:
+        storage: the run's folder.
+        run_id: who writes: nothing is written unless it holds the lease of the folder. None checks nothing.
+    """
+
+    def __init__(self, storage: Storage, *, run_id: str | None = None) -> None:
         self.storage = storage.child(CHECKPOINTS_DIR)
+        self._output, self._run_id = storage, run_id
+
+    def _refuse_other_run(self) -> None:
+        if self._run_id is not None:
+            refuse_other_holder(self._output, self._run_id)
 
     def claim(self, record: Mapping[str, Any]) -> str:
         """Record the run's settings, or check them against the recorded ones.
@@ -135,8 +146,10 @@ class CheckpointStore:
 
         Raises:
             TypeError: ``training`` holds something that could not be read back.
+            MaskMillError: ``output_in_use`` if another run has taken the lease over.
         """
         _check_plain(training, "training")
+        self._refuse_other_run()
         folder = folder_name(step)
         self.storage.delete(folder)
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
@@ -153,6 +166,7 @@ class CheckpointStore:
                 for name, data in contents.items()
             },
         }
+        self._refuse_other_run()
         self.storage.write_json(f"{folder}/{MANIFEST_FILE}", manifest)
 
     def read(self, step: int, fingerprint: str | None = None) -> Checkpoint:

@@ -90,10 +90,11 @@ def train(
     report: Callable[[dict[str, Any]], None],
     notice: Callable[[str], None],
     identity: Mapping[str, Any] | None = None,
+    run_id: str | None = None,
 ) -> Outcome:
     """Train or resume until the last step.
 
-    The caller holds the lease on ``output``, and has started Ray if ``compute`` has workers.
+    The caller holds the lease on ``output`` as ``run_id``, and has started Ray if ``compute`` has workers.
 
     Args:
         make_task: builds the task in each worker; picklable.
@@ -109,6 +110,7 @@ def train(
         notice: called with messages for the user: damaged checkpoints, restarts.
         identity: what else must not change between the calls of one run (recipe, data), JSON-able; an error
             lists its keys.
+        run_id: no checkpoint is written once another run has the lease; None checks nothing.
 
     Raises:
         MaskMillError: ``output_differs``, ``checkpoint_damaged``, ``setting_invalid``,
@@ -130,7 +132,7 @@ def train(
     board = BoardLink.start(in_process=compute.workers == 0)
     reader = _Reader(board, storage, report, notice)
     room = _Room(compute, notice) if compute.workers else None
-    job = Job(make_task, samples, settings, storage.uri, fingerprint, compute, board)
+    job = Job(make_task, samples, settings, storage.uri, fingerprint, compute, board, run_id)
     with stop_on_signals() as request:
         run = _Run(job)
         run.start()

@@ -49,6 +49,7 @@ class Job:
         fingerprint: of the settings, from ``CheckpointStore.claim``.
         compute: resources of each worker.
         board: receives figures, and passes stop requests on.
+        run_id: that holds the lease of ``output``, if the driver holds one.
     """
 
     make_task: Callable[[], Task]
@@ -58,6 +59,7 @@ class Job:
     fingerprint: str
     compute: TrainingCompute
     board: BoardLink
+    run_id: str | None = None
 
 
 def work(job: Job) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def work(job: Job) -> dict[str, Any]:
 
     Raises:
         MaskMillError: ``training_failed``, ``checkpoint_damaged``, ``output_not_shared``, errors of samples
-            and task.
+            and task; ``output_in_use`` if another run has taken the lease over.
     """
     rank, world, device = 0, 1, torch.device("cpu")
     if job.compute.workers:
@@ -98,7 +100,7 @@ class _Worker:
         settings = job.settings
         self.job, self.settings = job, settings
         self.rank, self.world, self.device = rank, world, device
-        self.store = CheckpointStore(open_storage(job.output))
+        self.store = CheckpointStore(open_storage(job.output), run_id=job.run_id)
         self.meter = Meter(settings.batch_size)
         self.agreement = Agreement(world, device)
         self.lines: list[dict[str, Any]] = []

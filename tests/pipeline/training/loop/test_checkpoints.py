@@ -15,6 +15,7 @@ import torch
 
 from models.errors import MaskMillError
 from pipeline.files.storage import Storage, open_storage
+from pipeline.table.lease import LEASE_FILE, Holder, Lease
 from pipeline.training.loop import rng
 from pipeline.training.loop.checkpoints import BrokenCheckpoint, CheckpointStore, folder_name
 
@@ -261,3 +262,29 @@ def test_random_states_are_restored(store: CheckpointStore) -> None:
         assert draw() != first
     finally:
         rng.restore(before)
+
+
+def test_a_run_that_lost_its_lease_changes_nothing(tmp_path: Path) -> None:
+    """Also if it is lost while the files are written: they never count without their manifest."""
+    output = open_storage(tmp_path / "run")
+    with Lease.acquire(output, on_lost=lambda _reason: None) as lease:
+        write(CheckpointStore(output, run_id=lease.run_id), 3)
+    mine = CheckpointStore(output, run_id="1" * 32)
+    with pytest.raises(MaskMillError) as caught:
+        write(mine, 3)
+    assert caught.value.code == "output_in_use" and mine.read(3).step == 3
+
+    (tmp_path / "run" / LEASE_FILE).write_bytes(Holder.me("1" * 32).encoded())
+
+    class Slow(list[dict[str, Any]]):
+        """Figures that take so long to write that another run takes over."""
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            (tmp_path / "run" / LEASE_FILE).write_bytes(Holder.me("2" * 32).encoded())
+            return super().__iter__()
+
+    weights = {"weight": torch.ones(1)}
+    with pytest.raises(MaskMillError, match="taken over"):
+        mine.write(4, module=weights, training={}, lines=Slow(), fingerprint=mine.claim(RECORD))
+    assert 4 in mine.steps()
+    assert mine.newest(None, lambda _text: None).step == 3  # type: ignore[union-attr]

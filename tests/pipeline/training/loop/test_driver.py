@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from models.errors import MaskMillError
 from pipeline.cluster.session import ray_session
 from pipeline.files.storage import open_storage
+from pipeline.table.lease import LEASE_FILE, Holder
 from pipeline.training.loop import worker
 from pipeline.training.loop.checkpoints import CheckpointStore, folder_name
 from pipeline.training.loop.driver import METRICS_FILE, LoopSettings, Outcome, train
@@ -123,6 +124,8 @@ class Classify:
             os.kill(os.getpid(), signal.SIGKILL)
         if word == "mistake":
             raise MaskMillError("collapsed", "The classes drift.", "Lower the rate.")
+        if word.startswith("lease "):
+            Path(word.removeprefix("lease ")).write_bytes(Holder.me("2" * 32).encoded())
         if word == "bug":
             raise RuntimeError("a bug in the task")
         if word == "stop me":
@@ -211,6 +214,7 @@ def run(
     plan: Plan | None = None,
     samples: Any = None,
     notices: list[str] | None = None,
+    run_id: str | None = None,
     **changes: Any,
 ) -> Run:
     settings = LoopSettings(**(BASE | changes))
@@ -228,6 +232,7 @@ def run(
             compute=TrainingCompute(workers, False, 1.0, 1, 1),
             report=reported.append,
             notice=notices.append,
+            run_id=run_id,
         )
     store = CheckpointStore(open_storage(folder))
     last = store.read(store.steps()[-1])
@@ -425,6 +430,16 @@ def test_a_killed_worker_costs_nothing_but_time(session: None, whole: Run, tmp_p
     assert_same(result, whole, 1e-5)
     reported = [line["step"] for line in result.reported]
     assert reported[-8:] == list(range(5, 13)) and set(reported) == set(range(1, 13))
+
+
+def test_a_run_that_lost_its_lease_stops_at_the_next_checkpoint(tmp_path: Path) -> None:
+    lease = tmp_path / LEASE_FILE
+    lease.write_bytes(Holder.me("1" * 32).encoded())
+    plan = Plan(at={(7, 0): f"lease {lease}"})
+    with pytest.raises(MaskMillError, match="taken over") as caught:
+        run(tmp_path, plan=plan, run_id="1" * 32)
+    assert caught.value.code == "output_in_use"
+    assert max(CheckpointStore(open_storage(tmp_path)).steps()) < 7
 
 
 @pytest.mark.cluster
