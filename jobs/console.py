@@ -15,12 +15,15 @@ from rich.progress import Progress as Bar
 from pipeline.cluster.progress import Progress as LabelProgress
 from pipeline.cluster.progress import TimeLeft
 from pipeline.cluster.signals import interrupt
+from pipeline.files.status import StatusFile
 
 if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset
 
 Progress = Callable[[int, int], None]
 """Callback that takes the work done so far and the total."""
+LABELLING = "labelling"
+TRAINING = "training"
 LOG_EVERY_S = 10.0
 WORTH_TELLING_S = 1.0
 """Steps that take longer leave a line with their time."""
@@ -32,11 +35,20 @@ class LabelDisplay:
     Args:
         total: number of images to label.
         console: shows a bar if it is a terminal, else plain lines.
+        status: is told the same.
         clock: tells the time in seconds.
     """
 
-    def __init__(self, total: int, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        total: int,
+        console: Console,
+        status: StatusFile | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._clock = clock
+        self._status = status
         self._total = total
         self._console = console
         self._left = TimeLeft(total)
@@ -66,16 +78,29 @@ class LabelDisplay:
 
     def stage(self, text: str) -> None:
         """Name the current stage."""
+        if self._status is not None:
+            self._status.update(stage=text)
         if self._bar is not None:
             self._bar.update(self._task, description=text)
         else:
-            self.say(text)
+            self._line(text)
 
     def update(self, progress: LabelProgress) -> None:
         """Show new numbers; in a log at most every ``LOG_EVERY_S`` seconds."""
         now = self._clock()
         self._left.update(progress.done, now)
-        left = time_left(self._left.seconds(now))
+        seconds = self._left.seconds(now)
+        left = time_left(seconds)
+        if self._status is not None and progress.done:
+            self._status.update(
+                stage=LABELLING,
+                done=progress.done,
+                total=self._total,
+                unit="images",
+                per_second=progress.rate,
+                eta_s=seconds,
+                failures=dict(progress.failures),
+            )
         rate = f"{progress.rate:.1f} images/s" if progress.rate else ""
         failed = sum(progress.failures.values())
         if self._bar is not None:
@@ -87,14 +112,19 @@ class LabelDisplay:
                 left=left,
             )
             if progress.done:
-                self.stage("labelling")
+                self._bar.update(self._task, description=LABELLING)
         elif progress.done and (now - self._last_line >= LOG_EVERY_S or progress.done == self._total):
             self._last_line = now
             parts = [f"labelled {progress.done:,} of {self._total:,}", f"{failed:,} failed" if failed else ""]
-            self.say(", ".join(part for part in (*parts, rate, left) if part))
+            self._line(", ".join(part for part in (*parts, rate, left) if part))
 
     def say(self, text: str) -> None:
         """Print a permanent line."""
+        if self._status is not None:
+            self._status.update(message=text)
+        self._line(text)
+
+    def _line(self, text: str) -> None:
         self._console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)
 
 
@@ -103,11 +133,19 @@ class TrainDisplay:
 
     Args:
         console: shows a bar if it is a terminal, else plain lines.
+        status: is told the same.
         clock: tells the time in seconds.
     """
 
-    def __init__(self, console: Console, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        console: Console,
+        status: StatusFile | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._clock = clock
+        self._status = status
         self._console = console
         self._total = 0
         self._left = TimeLeft(0)
@@ -143,13 +181,20 @@ class TrainDisplay:
 
     def stage(self, text: str) -> None:
         """Name the current stage."""
+        if self._status is not None:
+            self._status.update(stage=text)
         if self._bar is not None:
             self._bar.update(self._task, description=text)
         else:
-            self.say(text)
+            self._line(text)
 
     def say(self, text: str) -> None:
         """Print a permanent line."""
+        if self._status is not None:
+            self._status.update(message=text)
+        self._line(text)
+
+    def _line(self, text: str) -> None:
         stamp = "" if self._bar is not None else f"{time.strftime('%H:%M:%S')} "
         self._console.print(f"{stamp}{text}", highlight=False, soft_wrap=True)
 
@@ -157,25 +202,40 @@ class TrainDisplay:
         """Show a record of ``metrics.jsonl``; in a log at most every ``LOG_EVERY_S`` seconds."""
         now, step = self._clock(), line["step"]
         self._left.update(step, now)
-        left = time_left(self._left.seconds(now))
+        seconds = self._left.seconds(now)
+        left = time_left(seconds)
         rate = line.get("samples_per_second")
+        if self._status is not None:
+            shown = ("loss", "learning_rate", "samples_per_second", "data_wait", "failed_samples")
+            self._status.update(
+                stage=TRAINING,
+                done=step,
+                total=self._total,
+                unit="steps",
+                per_second=self._left.rate,
+                eta_s=seconds,
+                figures={name: line[name] for name in shown if line.get(name) is not None},
+            )
         figures = f"loss {line['loss']:.3f}" + (f", {rate:.1f} samples/s" if rate else "")
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, description="training", figures=figures, left=left)
+            self._bar.update(self._task, completed=step, description=TRAINING, figures=figures, left=left)
         elif now - self._last_line >= LOG_EVERY_S or step == self._total:
             self._last_line = now
-            self.say(f"step {step:,} of {self._total:,}, {figures}" + (left and f", {left}"))
+            self._line(f"step {step:,} of {self._total:,}, {figures}" + (left and f", {left}"))
 
 
 @contextmanager
-def timed(console: Console, text: str) -> Iterator[None]:
+def timed(console: Console, text: str, status: StatusFile | None = None) -> Iterator[None]:
     """Name a step of the work while it runs (``writing the page``), and say its time if that is noticeable.
 
     Args:
         console: shows a status line if it is a terminal, else a plain line at the beginning.
         text: what is done, as a participle.
+        status: is told the same.
     """
     began = time.monotonic()
+    if status is not None:
+        status.update(stage=text)
     if console.is_terminal:
         with console.status(text):
             yield
@@ -188,31 +248,45 @@ def timed(console: Console, text: str) -> Iterator[None]:
 
 
 @contextmanager
-def counted(console: Console, doing: str, unit: str) -> Iterator[Progress]:
+def counted(console: Console, doing: str, unit: str, status: StatusFile | None = None) -> Iterator[Progress]:
     """Show how much of a piece of work is done, and the time left.
 
     Args:
         console: shows a status line if it is a terminal, else a line every ``LOG_EVERY_S`` seconds.
         doing: the work.
         unit: its unit, in the plural.
+        status: is told the same.
     """
     last = time.monotonic()
     estimate: TimeLeft | None = None
-    with console.status(doing) as status:
+    if status is not None:
+        status.update(stage=doing)
+    with console.status(doing) as line:
 
         def report(done: int, total: int) -> None:
             nonlocal last, estimate
             now = time.monotonic()
             estimate = estimate or TimeLeft(total)
             estimate.update(done, now)
-            left = time_left(estimate.seconds(now))
+            seconds = estimate.seconds(now)
+            left = time_left(seconds)
             text = f"{doing}: {done:,} of {total:,} {unit}" + (left and f", {left}")
-            status.update(text)
+            line.update(text)
+            if status is not None:
+                status.update(
+                    stage=doing, done=done, total=total, unit=unit, per_second=estimate.rate, eta_s=seconds
+                )
             if not console.is_terminal and now - last >= LOG_EVERY_S:
                 last = now
                 _stamped(console, text)
 
         yield report
+
+
+def name_run(console: Console, run_id: str) -> None:
+    """Say the id of a run where a log is kept, so that its lines are known among those of others."""
+    if not console.is_terminal:
+        _stamped(console, f"run {run_id}")
 
 
 def _stamped(console: Console, text: str) -> None:

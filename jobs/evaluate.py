@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import arg
 
-from jobs.console import counted, say_left_out, stderr_console, timed
+from jobs.console import counted, name_run, say_left_out, stderr_console, timed
 from jobs.label import LabelJob, label_images
 from jobs.options import (
     FLAT,
@@ -71,6 +72,7 @@ from pipeline.evaluation.tables import (
     plan,
     read_labels,
 )
+from pipeline.files.status import StatusFile
 from pipeline.files.storage import open_storage
 from pipeline.labelling.prepare import require_weights
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe
@@ -153,14 +155,21 @@ class Evaluate:
             classes = own  # the words that the student was trained with
         slug = _slug(dataset, recipe)
         # Find mistakes in the command before a tracking run is opened.
-        new_folder(self.output, slug, overwrite=self.overwrite)
+        output = new_folder(self.output, slug, overwrite=self.overwrite)
         view = None if self.labels is None else self.seen.of_table(self.labels)
         match = None if self.labels is None else self._match(dataset, self.labels, view)
         self._check_against(dataset, recipe, classes, view, match)
         say_left_out(console, dataset)
         for line in [] if self.labels is None else self.seen.keep(self.labels, view):
             console.print(line, highlight=False, soft_wrap=True)
-        with open_tracker(self.tracking, waiting=functools.partial(timed, console)) as tracker:
+        claim_folder(output, overwrite=False)
+        run_id = uuid.uuid4().hex
+        name_run(console, run_id)
+        with (
+            StatusFile(open_storage(output), "evaluate", run_id) as status,
+            open_tracker(self.tracking, waiting=functools.partial(timed, console)) as tracker,
+        ):
+            status.begin()
             tracker.start(
                 "evaluate",
                 run_name("evaluate", self._model(recipe), self.data.title(dataset)),
@@ -182,7 +191,8 @@ class Evaluate:
                 ontology=classes if self.labels is None else None,
                 protocol=self._asked,
                 zero_shot=self.zero_shot,
-                output=self.output,
+                output=output,
+                status=status,
                 overwrite=self.overwrite,
                 workers=self.workers,
                 boundary=self.boundary,
@@ -193,9 +203,11 @@ class Evaluate:
             )
             made = read_table_record(self.labels or str(folder / "labels"))
             tracker.log_params({"ontology": {"hash": made.ontology.hash}})
-            with timed(console, "writing the page"):
+            with timed(console, "writing the page", status):
                 page = write_report([folder], folder / REPORT_FILE)
             log_result(tracker, folder)
+            status.update(mlflow_run=tracker.run_id)
+            status.finish("ok", f"Result: {folder}/evaluation.json")
             _print(result, console, told=len(dataset.left_out))
         console.print(
             f"Result         {folder}/evaluation.json\nLook at it:    {page.resolve().as_uri()}",
@@ -345,6 +357,7 @@ def evaluate(
     verbose: bool = False,
     view: TableView | None = None,
     match: ClassMatch | None = None,
+    status: StatusFile | None = None,
 ) -> tuple[Path, EvaluationResult]:
     """Label if needed, compare, and write the result folder.
 
@@ -362,6 +375,7 @@ def evaluate(
         view: see ``labels`` through it.
         match: the classes that ``labels``, as the view has them, and the truth have in common; None if all
             classes of the truth are to be measured, by name.
+        status: is told what is done.
 
     Returns:
         The folder, and what its ``evaluation.json`` says.
@@ -387,6 +401,8 @@ def evaluate(
             address=address,
             verbose=verbose,
         )
+        if status is not None:
+            status.update(stage=f"labelling into {table}")
         label_images(job, console, done=taken.append)
     else:
         table = labels
@@ -403,7 +419,7 @@ def evaluate(
     if workers is None:
         workers = (os.cpu_count() or 1) if len(dataset.samples) > ON_RAY_FROM else 0
     threshold = followed.background_threshold if followed else 0.0
-    with counted(console, "comparing", "images") as report:
+    with counted(console, "comparing", "images", status) as report:
         evaluation = evaluate_table(
             table,
             dataset,
@@ -428,7 +444,7 @@ def evaluate(
         )
     claim_folder(folder, overwrite=overwrite and labels is not None)
     name = followed.name if followed else CUSTOM
-    with timed(console, "drawing the worst and best images"):
+    with timed(console, "drawing the worst and best images", status):
         worst, best = _pictures(dataset, table, lookup, evaluation, folder, threshold, view, count=pictures)
     setting = f"{dataset.name}/zero-shot" if zero_shot else dataset.name
     compared = None if match is None else Compared.of(match)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from jobs.console import counted, duration, stderr_console, stop_at_once, timed
+from jobs.console import counted, duration, name_run, stderr_console, stop_at_once, timed
 from jobs.options import FLAT, Address, Flag, Maybe, Settings, Verbose, ViewOptions, named_values
 from models.errors import WrongUse, did_you_mean
 from pipeline.cluster.session import joins_cluster
 from pipeline.files.outputs import check_output_folder
+from pipeline.files.status import StatusFile, settle_status
 from pipeline.files.storage import open_storage
 from pipeline.formats.registry import FORMATS, make_format
 from pipeline.table.record import TableRecord, find_table_record, read_table_record
@@ -136,9 +137,10 @@ class Export:
         from pipeline.table.lease import Lease, refuse_other_holder
 
         own = work.output.child(export.OWN_DIR)
-        with Lease.acquire(
-            own, on_lost=stop_at_once, cluster=joins_cluster(self.address), notice=say
-        ) as lease:
+        with ExitStack() as stack:
+            lease = stack.enter_context(
+                Lease.acquire(own, on_lost=stop_at_once, cluster=joins_cluster(self.address), notice=say)
+            )
             fence = functools.partial(refuse_other_holder, own, lease.run_id)
             export.check_output(work, overwrite=self.overwrite)
             there = export.find_export(work.output)
@@ -152,16 +154,23 @@ class Export:
                 plan = export.make_plan(work, progress=progress)
             rows = sum(plan.parts[name].rows for name in plan.todo)
             if there is not None and there.complete and not plan.todo:
+                settle_status(own)
                 say(f"Nothing new: all {plan.rows:,} rows of {self.source} are in {work.output.uri}.")
                 return 0
+            status = stack.enter_context(StatusFile(own, "export", lease.run_id, fence=fence, notice=say))
+            status.begin()
+            name_run(console, lease.run_id)
             export.write_record(work.output, work.record)
             if plan.done:
                 say(f"Going on: {rows:,} of {plan.rows:,} rows are left to do.")
-            self._write_parts(work, plan, lease.run_id, fence, console)
+            self._write_parts(work, plan, lease.run_id, fence, status, console)
             took = time.monotonic() - began
-            with timed(console, "writing what names all images"):
+            with timed(console, "writing what names all images", status):
                 record = export.finish(work, plan, fence=fence)
-        say("\n".join(self._summary(work, record, rows, took)))
+            lines = [*self._summary(work, record, rows, took)]
+            status.update(done=rows, total=rows, unit="images")
+            status.finish("ok", lines[0])
+        say("\n".join(lines))
         return 0
 
     def _prepared(self, table: TableRecord) -> Work:
@@ -198,7 +207,13 @@ class Export:
         return new_export(source, table, made, open_storage(self.output))
 
     def _write_parts(
-        self, work: Work, plan: Plan, run_id: str, fence: Callable[[], None], console: Console
+        self,
+        work: Work,
+        plan: Plan,
+        run_id: str,
+        fence: Callable[[], None],
+        status: StatusFile,
+        console: Console,
     ) -> None:
         """Write what is to do, in this process or on Ray."""
         total = sum(plan.parts[name].rows for name in plan.todo)
@@ -211,7 +226,7 @@ class Export:
                 from pipeline.cluster.session import ray_session
 
                 say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
-                with timed(console, "starting Ray"):
+                with timed(console, "starting Ray", status):
                     workers = stack.enter_context(
                         ray_session(
                             run_id, address=self.address, verbose=self.verbose, notice=say, plan=_count_cpus
@@ -219,7 +234,7 @@ class Export:
                     )
                 workers = self.workers or workers
                 results = on_ray(write, _groups(plan, workers), workers)
-            progress = stack.enter_context(counted(console, f"exporting {self.format}", "images"))
+            progress = stack.enter_context(counted(console, f"exporting {self.format}", "images", status))
             for counts in results if results is not None else map(write, _groups(plan, 1)):
                 done += counts.rows
                 progress(done, total)

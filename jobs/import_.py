@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import functools
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Annotated
 
 from rich.console import Console
 from tyro.conf import arg
 
-from jobs.console import counted, duration, say_left_out, stderr_console, stop_at_once, timed
+from jobs.console import (
+    counted,
+    duration,
+    name_run,
+    say_left_out,
+    stderr_console,
+    stop_at_once,
+    timed,
+)
 from jobs.options import FLAT, Flag, Maybe, Truth
 from models.errors import WrongUse
 from pipeline.files.outputs import check_output_folder
 from pipeline.files.records import now
+from pipeline.files.status import StatusFile
 from pipeline.files.storage import Storage, open_storage
 from pipeline.files.versions import versions
 from pipeline.formats.base import Imported
@@ -78,7 +88,8 @@ class Import:
         _refuse_other(storage, record, overwrite=self.overwrite)
         say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
         began = time.monotonic()
-        with Lease.acquire(storage, on_lost=stop_at_once, notice=say) as lease:
+        with ExitStack() as stack:
+            lease = stack.enter_context(Lease.acquire(storage, on_lost=stop_at_once, notice=say))
             fence = functools.partial(refuse_other_holder, storage, lease.run_id)
             recorded = _refuse_other(storage, record, overwrite=self.overwrite)
             if recorded is not None and self.overwrite:
@@ -87,11 +98,32 @@ class Import:
             table = Table() if recorded is None else open_table(storage, recorded, fence, say)
             if recorded is None:
                 write_table_record(storage, record)
-            fresh, repeated = self._import(imported, storage, table, fence, console)
+            status = stack.enter_context(StatusFile(storage, "import", lease.run_id, fence=fence, notice=say))
+            status.begin()
+            name_run(console, lease.run_id)
+            fresh, repeated = self._import(imported, storage, table, fence, status, console)
             if fresh.images or table.counts is None:  # None: a run was killed before it could count
-                with timed(console, "counting what is new"):
+                with timed(console, "counting what is new", status):
                     record_counts(storage, table, fresh, Replaced())
-        return self._tell(storage, fresh, len(table.ids), repeated, time.monotonic() - began, console)
+            failures = {code: count for code, count in fresh.status.items() if code != OK}
+            too_many = self._too_many(fresh)
+            status.update(done=fresh.images, total=fresh.images, unit="images", failures=failures)
+            status.finish("failed" if too_many else "ok", too_many)
+        self._tell(storage, fresh, len(table.ids), repeated, time.monotonic() - began, console)
+        if too_many:
+            console.print(too_many, style="bold red", soft_wrap=True, highlight=False)
+            return 1
+        return 0
+
+    def _too_many(self, fresh: Counts) -> str:
+        """What to say if more images failed than may; else empty."""
+        failed = fresh.images - fresh.status.get(OK, 0)
+        if failed <= self.max_failure_rate * fresh.images:
+            return ""
+        return (
+            f"{failed / fresh.images:.1%} of the images failed, more than --max-failure-rate "
+            f"{self.max_failure_rate:.1%}."
+        )
 
     def _open(self, console: Console) -> tuple[str, Imported]:
         """The dataset, and what it is."""
@@ -126,12 +158,13 @@ class Import:
         storage: Storage,
         table: Table,
         fence: functools.partial[None],
+        status: StatusFile,
         console: Console,
     ) -> tuple[Counts, int]:
         from pipeline.formats.importing import import_samples
 
         total = imported.count
-        with counted(console, "importing", "images") as progress:
+        with counted(console, "importing", "images", status) as progress:
             repeated = import_samples(
                 imported.samples,
                 storage,
@@ -145,7 +178,7 @@ class Import:
 
     def _tell(
         self, storage: Storage, fresh: Counts, before: int, repeated: int, took: float, console: Console
-    ) -> int:
+    ) -> None:
         images, made = fresh.images, fresh.status.get(OK, 0)
         failed = images - made
         if images:
@@ -163,16 +196,6 @@ class Import:
             f"Train on it:   maskmill train clipseg --labels {self.output} --output model",
         ]
         console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
-        if failed > self.max_failure_rate * images:
-            console.print(
-                f"{failed / images:.1%} of the images failed, more than --max-failure-rate "
-                f"{self.max_failure_rate:.1%}.",
-                style="bold red",
-                soft_wrap=True,
-                highlight=False,
-            )
-            return 1
-        return 0
 
 
 def _new_record(kind: str, imported: Imported) -> TableRecord:

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
-from jobs.console import LabelDisplay, duration, stderr_console, stop_at_once, timed
+from jobs.console import LabelDisplay, duration, name_run, stderr_console, stop_at_once, timed
 from jobs.options import (
     FLAT,
     Address,
@@ -41,6 +41,7 @@ from pipeline.files.images import ImageError
 from pipeline.files.outputs import check_output_folder
 from pipeline.files.records import now
 from pipeline.files.redaction import without_signature
+from pipeline.files.status import StatusFile, settle_status
 from pipeline.files.storage import Storage, is_remote, open_storage
 from pipeline.files.versions import versions
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe, templates_for
@@ -228,42 +229,67 @@ def label_images(
         if work.todo.num_rows == 0:
             if table.counts is None:  # a run was killed before it could count
                 record_counts(storage, table, Counts(), Replaced())
+            settle_status(storage)
             say(f"{work.nothing}\nLook at them: maskmill show {job.output}")
             return 0
         _refuse_unreachable(work.todo)
+        name_run(console, lease.run_id)
         say(_announcement(job, manifest.num_rows, work))
-        display = LabelDisplay(work.todo.num_rows, console)
-        with tracker:
-            with display.live(), _started(job, lease, recorded, display) as (prepared, compute):
-                # Track only runs that got this far: earlier failures leave nothing.
-                _begin_tracking(tracker, job, manifest, work.todo.num_rows)
-                if replaces:
-                    for entry in OWN_ENTRIES:
-                        storage.delete(entry)
-                if recorded is None:
-                    write_table_record(storage, _new_record(job, prepared))
-                display.stage(f"starting {_workers(compute)}")
-                startup_s = time.monotonic() - began
-                progress = _label(job, storage, lease, table, work, prepared, compute, display, tracker)
-                startup_s += progress.first_s or 0.0
-                display.stage("stopping Ray")
-            with timed(console, "counting what is new"):
-                fresh, replaced = commit(storage, work.todo, table, fence, say)
-                outcome = Counter(fresh.status) + Counter(replaced.added.status) + replaced.kept
-                record = record_counts(storage, table, fresh, replaced)
-            done(progress)
-            took = time.monotonic() - began
-            busy = _busy(progress, compute)
-            _end_tracking(tracker, record, outcome, progress, startup_s=startup_s, busy=busy)
-    speed = (
-        f" ({progress.rate:.1f} images/s after {duration(startup_s)} of start-up)" if progress.rate else ""
-    )
-    lines = [f"Labelled {outcome[OK]:,} images in {duration(took)}{speed}"]
+        with StatusFile(storage, "label", lease.run_id, fence=fence, notice=say) as status:
+            display = LabelDisplay(work.todo.num_rows, console, status)
+            with tracker:
+                with display.live(), _started(job, lease, recorded, display, status) as (prepared, compute):
+                    # Track only runs that got this far: earlier failures leave nothing.
+                    _begin_tracking(tracker, job, manifest, work.todo.num_rows)
+                    if replaces:
+                        for entry in OWN_ENTRIES:
+                            storage.delete(entry)
+                    if recorded is None:
+                        write_table_record(storage, _new_record(job, prepared))
+                    display.stage(f"starting {_workers(compute)}")
+                    startup_s = time.monotonic() - began
+                    report = _reporting(display, tracker, status)
+                    progress = _label(job, storage, lease, table, work, prepared, compute, display, report)
+                    startup_s += progress.first_s or 0.0
+                    display.stage("stopping Ray")
+                with timed(console, "counting what is new", status):
+                    fresh, replaced = commit(storage, work.todo, table, fence, say)
+                    outcome = Counter(fresh.status) + Counter(replaced.added.status) + replaced.kept
+                    record = record_counts(storage, table, fresh, replaced)
+                done(progress)
+                took = time.monotonic() - began
+                busy = _busy(progress, compute)
+                _end_tracking(tracker, record, outcome, progress, startup_s=startup_s, busy=busy)
+            rate = progress.rate
+            speed = f" ({rate:.1f} images/s after {duration(startup_s)} of start-up)" if rate else ""
+            lines = [f"Labelled {outcome[OK]:,} images in {duration(took)}{speed}"]
+            too_many = _too_many(job, outcome)
+            status.update(
+                done=outcome.total(),
+                total=work.todo.num_rows,
+                unit="images",
+                per_second=rate,
+                failures={code: count for code, count in outcome.items() if code != OK},
+                mlflow_run=tracker.run_id,
+            )
+            status.finish("failed" if too_many else "ok", too_many or lines[0])
     if replaced.kept:
         lines.append(f"  {replaced.kept.total():,} could not be read this time; their old labels were kept")
     if busy:
         lines.append(f"  CLIP workers busy {busy:.0%} of the time")
-    return _summary(job, storage, outcome, lines, console)
+    _summary(job, storage, outcome, lines, console)
+    if too_many:
+        console.print(too_many, style="bold red", soft_wrap=True, highlight=False)
+        return 1
+    return 0
+
+
+def _too_many(job: LabelJob, outcome: Counter[str]) -> str:
+    """What to say if more images failed than may; else empty."""
+    share = (outcome.total() - outcome[OK]) / max(outcome.total(), 1)
+    if share <= job.max_failure_rate:
+        return ""
+    return f"{share:.1%} of the images failed, more than --max-failure-rate {job.max_failure_rate:.1%}."
 
 
 def recorded_table(storage: Storage, job: LabelJob) -> TableRecord | None:
@@ -348,7 +374,7 @@ def _announcement(job: LabelJob, total: int, work: Work) -> str:
 
 @contextlib.contextmanager
 def _started(
-    job: LabelJob, lease: Lease, recorded: TableRecord | None, display: LabelDisplay
+    job: LabelJob, lease: Lease, recorded: TableRecord | None, display: LabelDisplay, status: StatusFile
 ) -> Iterator[tuple[PreparedLabeller, Compute]]:
     """Start Ray while a thread embeds the class names. Missing weights fail before anything starts."""
     precision = table_recipe(recorded).precision if recorded else job.recipe.precision
@@ -360,6 +386,7 @@ def _started(
         display.stage("reading weights")
         preparing = None if asks_cluster else _begin_preparing(thread, job, precision, recorded)
         display.stage("embedding class names, starting Ray")
+        status.begin()
         if not job.verbose:
             # Ray prints there that a process died; the run goes on, or ends with words of its own.
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
@@ -420,7 +447,7 @@ def _label(
     prepared: PreparedLabeller,
     compute: Compute,
     display: LabelDisplay,
-    tracker: Tracker,
+    report: Callable[[Progress], None],
 ) -> Progress:
     with signals_held():
         from pipeline.labelling.flow import Replanning, run_labelling
@@ -437,7 +464,7 @@ def _label(
             replacing=work.replacing,
         ),
         compute=compute,
-        report=_reporting(display, tracker),
+        report=report,
         replanning=Replanning(
             plan=lambda before: plan_when_joined(plan_like(before), display.say),
             unfinished=lambda manifest: unfinished(manifest, storage, table),
@@ -467,13 +494,14 @@ def _new_record(job: LabelJob, prepared: PreparedLabeller) -> TableRecord:
     )
 
 
-def _reporting(display: LabelDisplay, tracker: Tracker) -> Callable[[Progress], None]:
+def _reporting(display: LabelDisplay, tracker: Tracker, status: StatusFile) -> Callable[[Progress], None]:
     """Show progress, and log a sample of it."""
     log = ProgressLog(tracker)
 
     def report(progress: Progress) -> None:
         display.update(progress)
         log.update(progress)
+        status.update(mlflow_run=tracker.run_id)
 
     return report
 
@@ -527,7 +555,7 @@ def _end_tracking(
 
 def _summary(
     job: LabelJob, storage: Storage, outcome: Counter[str], lines: list[str], console: Console
-) -> int:
+) -> None:
     failed = outcome.total() - outcome["ok"]
     if failed:
         codes = ", ".join(f"{count:,} {code}" for code, count in sorted(outcome.items()) if code != "ok")
@@ -541,13 +569,3 @@ def _summary(
         f"--output {shlex.quote(coco)}",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
-    rate = failed / max(outcome.total(), 1)
-    if rate > job.max_failure_rate:
-        console.print(
-            f"{rate:.1%} of the images failed, more than --max-failure-rate {job.max_failure_rate:.1%}.",
-            style="bold red",
-            soft_wrap=True,
-            highlight=False,
-        )
-        return 1
-    return 0

@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from jobs.console import TrainDisplay, duration, stderr_console, timed
+from jobs.console import TrainDisplay, duration, name_run, stderr_console, timed
 from jobs.options import Address, Flag, Maybe, SystemMetrics, Tracking, Verbose
 from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
 from pipeline.files.outputs import check_output_folder
 from pipeline.files.recipes import Recipe
+from pipeline.files.status import StatusFile, settle_status
 from pipeline.files.storage import Storage, open_storage
 from pipeline.report.training_page import PAGE
-from pipeline.table.lease import RUN_ID_VARIABLE, Lease, end_orphans
+from pipeline.table.lease import RUN_ID_VARIABLE, Lease, end_orphans, refuse_other_holder
 from pipeline.tracking.names import flatten, place_name, run_name
 from pipeline.tracking.tracker import TrackedDataset, Tracker, open_tracker
 from pipeline.training.loop.checkpoints import (
@@ -182,8 +183,13 @@ def run_training(
     with Lease.acquire(storage, on_lost=_abandon, cluster=on_cluster) as lease:
         _refuse_foreign(storage, result_file, own_entries)
         if storage.exists(result_file) and not options.overwrite:
-            return _already_finished(kind, options, prepared, result_file, storage, tracker, console)
-        return _run(kind, options, prepared, storage, lease, own_entries, tracker, console)
+            done = _already_finished(kind, options, prepared, result_file, storage, tracker, console)
+            settle_status(storage)
+            return done
+        fence = functools.partial(refuse_other_holder, storage, lease.run_id)
+        say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+        with StatusFile(storage, f"train {kind}", lease.run_id, fence=fence, notice=say) as status:
+            return _run(kind, options, prepared, storage, lease, own_entries, tracker, status, console)
 
 
 def _refuse_foreign(storage: Storage, result_file: str, own_entries: Sequence[str]) -> None:
@@ -253,25 +259,32 @@ def _run(
     lease: Lease,
     own_entries: Sequence[str],
     tracker: Tracker,
+    status: StatusFile,
     console: Console,
 ) -> int:
     began = time.monotonic()
     with tracker:
-        outcome, error = _train(kind, options, prepared, storage, lease, own_entries, tracker, console)
+        outcome, error = _train(
+            kind, options, prepared, storage, lease, own_entries, tracker, status, console
+        )
         if outcome is not None and not outcome.finished:
             tracker.close("KILLED")
+            status.finish("stopped", outcome.message)
             console.print(
                 f"{outcome.message[:1].upper()}{outcome.message[1:]}.", soft_wrap=True, highlight=False
             )
             return INTERRUPTED
         trained_s = time.monotonic() - began
-        lines = _finish(prepared, outcome, error, options, storage, tracker, console)
+        lines = _finish(prepared, outcome, error, options, storage, tracker, status, console)
         if error is not None:
             console.print("\n".join(lines), highlight=False, soft_wrap=True)
             raise error
     assert outcome is not None
     speed = f" ({outcome.samples_per_second:.1f} samples/s)" if outcome.samples_per_second else ""
     summary = [f"Trained {outcome.step:,} steps in {duration(trained_s)}{speed}"]
+    iterations = prepared.settings.iterations
+    status.update(done=outcome.step, total=iterations, unit="steps", mlflow_run=tracker.run_id)
+    status.finish("ok", summary[0])
     if outcome.resumed:
         summary.append(f"  resumed from step {outcome.resumed:,}")
     if outcome.data_wait is not None and outcome.data_wait > 0.1:
@@ -326,12 +339,18 @@ def _train(
     lease: Lease,
     own_entries: Sequence[str],
     tracker: Tracker,
+    status: StatusFile,
     console: Console,
 ) -> tuple[Outcome | None, MaskMillError | None]:
     """Run the loop; returns its outcome, or the error after which there is still a result."""
-    display = TrainDisplay(console)
+    from pipeline.cluster.session import joins_cluster
+
+    name_run(console, lease.run_id)
+    display = TrainDisplay(console, status)
     with display.live():
         display.stage("starting")
+        if joins_cluster(options.address):  # whose nodes may take their time
+            status.begin()
         with _compute(options, lease, display) as compute:
             from pipeline.training.loop.driver import train
 
@@ -343,8 +362,11 @@ def _train(
             display.say(prepared.announcement)
             display.begin(prepared.settings.iterations, "starting the workers")
 
+            status.begin()
+
             def report(line: dict[str, Any]) -> None:
                 display.update(line)
+                status.update(mlflow_run=tracker.run_id)
                 tracker.log_metrics(
                     {key: value for key, value in line.items() if key != "step"}, step=line["step"]
                 )
@@ -398,6 +420,7 @@ def _finish(
     options: TrainOptions,
     storage: Storage,
     tracker: Tracker,
+    status: StatusFile,
     console: Console,
 ) -> Sequence[str]:
     """Write the result from the last checkpoint, or after ``error`` from the last milestone."""
@@ -423,9 +446,9 @@ def _finish(
         except BrokenCheckpoint:
             raise error from None
         facts = {"iterations": checkpoint.step, "stopped": f"{error.code}: {error.message}"}
-    with timed(console, "writing the model"):
+    with timed(console, "writing the model", status):
         finished = prepared.finish(checkpoint, facts)
-    with timed(console, "writing the page"):
+    with timed(console, "writing the page", status):
         pages, messages = write_pages(prepared, storage, overwritten=options.overwrite)
     tracker.log_metrics({f"final/{key}": value for key, value in finished.metrics.items()}, checkpoint.step)
     for path in (*pages, *finished.artifacts):

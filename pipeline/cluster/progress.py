@@ -102,8 +102,16 @@ class TimeLeft:
         """Seconds left at a time; None during the warm-up and when the work is done."""
         if self._began is None or self._count < LEAST_REPORTS:
             return None
-        (first_s, first), (last_s, last) = self._reports[0], self._reports[-1]
-        if last >= self._total or last_s - self._began < WARM_UP_S:
+        last_s, last = self._reports[-1]
+        rate = self.rate
+        if last >= self._total or last_s - self._began < WARM_UP_S or rate is None:
             return None
-        rate = (last - first) / (last_s - first_s)
         return max(0.0, (self._total - last) / rate - (now_s - last_s))
+
+    @property
+    def rate(self) -> float | None:
+        """Work per second lately; None until there are two reports."""
+        if len(self._reports) < 2:
+            return None
+        (first_s, first), (last_s, last) = self._reports[0], self._reports[-1]
+        return (last - first) / (last_s - first_s) if last_s > first_s else None

@@ -33,6 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import Damaged
+from pipeline.files.status import STATUS_FILE
 from pipeline.files.storage import Storage
 from pipeline.table.labels import DATASET_FILE, OK, REQUIRED_COLUMNS, Counts, open_part
 from pipeline.table.lease import LEASE_FILE
@@ -42,6 +43,7 @@ LABELS_DIR = "labels"
 RELABELLED_DIR = "relabelled"
 SET_ASIDE_DIR = "set_aside"
 _PENDING = ".pending.parquet"
+_HALF_WRITTEN = tuple(f".{name}." for name in (DATASET_FILE, LEASE_FILE, STATUS_FILE))
 _SUFFIX = ".parquet"
 _OLDER_NAME = re.compile(r".+_\d+-\d+\.parquet")
 _READERS = 16
@@ -158,7 +160,7 @@ def temporary_files(storage: Storage) -> list[str]:
     if not storage.is_local:  # objects appear whole
         return []
     names = [name for folder in (LABELS_DIR, RELABELLED_DIR) for name in storage.list(folder)]
-    names += [name for name in storage.list() if name.startswith((f".{DATASET_FILE}.", f".{LEASE_FILE}."))]
+    names += [name for name in storage.list() if name.startswith(_HALF_WRITTEN)]
     return [name for name in names if name.rpartition("/")[2].startswith(".") and name.endswith(".tmp")]
 
 
