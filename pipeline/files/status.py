@@ -19,7 +19,7 @@ from typing import Any, Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
-from models.errors import FailedWork, MaskMillError
+from models.errors import FailedWork, MaskMillError, WrongUse
 from pipeline.files.faults import explain, one_line
 from pipeline.files.records import now, parse_record, read_record
 from pipeline.files.redaction import redact
@@ -64,7 +64,7 @@ class Status(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    schema_version: Literal[1] = STATUS_VERSION
+    schema_version: Literal[1] = 1
     job: str = Field(min_length=1)
     run_id: str = Field(min_length=1)
     host: str
@@ -128,8 +128,8 @@ def read_status(storage: Storage, name: str = STATUS_FILE) -> Status | None:
 class StatusFile:
     """Keeps ``status.json`` of a running job: ``with StatusFile(storage, "label", run_id) as status``.
 
-    Nothing is written before ``begin``, so that a command that is refused leaves nothing. A file of that name
-    that is no status is somebody else's, and left alone.
+    Nothing is written before ``begin``, and a command that is refused (``WrongUse``) leaves what was there
+    before. A file of that name that is no status is somebody else's, and left alone.
 
     Args:
         storage: the output, which this run owns while the context is open.
@@ -157,6 +157,7 @@ class StatusFile:
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
+        self._refused = False
         self._status = Status(
             job=job,
             run_id=run_id,
@@ -207,6 +208,7 @@ class StatusFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._refused = isinstance(error, WrongUse)
         if self._status.finished is None or error is not None:
             self.finish(*_end(error), error=_code(error))
         self._over.set()
@@ -219,31 +221,30 @@ class StatusFile:
             self._status = self._status.model_copy(update=values)
 
     def _write_on(self) -> None:
-        ours = False
+        before: Status | None = None
+        known = False
         while True:
             over = self._over.is_set()
-            with contextlib.suppress(Exception):  # another process owns the output, or it is out of reach
-                if not ours:
-                    ours = self._is_ours()
-                    if not ours:
-                        return
+            try:
+                if not known:
+                    before, known = read_status(self._storage), True
                 self._fence()
                 with self._lock:
                     status = self._status
-                _write(self._storage, status)
+                if not self._refused:
+                    _write(self._storage, status)
+                elif before is None:
+                    self._storage.delete(STATUS_FILE)
+                else:
+                    _write(self._storage, before, updated=before.updated)
+            except Exception as error:  # another process owns the output, or it is out of reach
+                if isinstance(error, MaskMillError) and error.code in ("json_invalid", "newer_version"):
+                    place = self._storage.uri_of(STATUS_FILE)
+                    self._notice(f"{place} is not MaskMill's: no status is written.")
+                    return
             if over:
                 return
             self._over.wait(self._every_s)
-
-    def _is_ours(self) -> bool:
-        try:
-            read_status(self._storage)
-        except MaskMillError as error:
-            if error.code not in ("json_invalid", "newer_version"):
-                raise
-            self._notice(f"{self._storage.uri_of(STATUS_FILE)} is not MaskMill's: no status is written.")
-            return False
-        return True
 
 
 def settle_status(storage: Storage) -> None:
@@ -258,8 +259,8 @@ def settle_status(storage: Storage) -> None:
             _write(storage, status.model_copy(update=ended))
 
 
-def _write(storage: Storage, status: Status) -> None:
-    text = status.model_copy(update={"updated": now()}).model_dump_json(indent=2)
+def _write(storage: Storage, status: Status, *, updated: str | None = None) -> None:
+    text = status.model_copy(update={"updated": updated or now()}).model_dump_json(indent=2)
     storage.write_bytes(STATUS_FILE, text.encode() + b"\n")
 
 

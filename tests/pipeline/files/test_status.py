@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from models.errors import FailedWork, MaskMillError
+from models.errors import FailedWork, MaskMillError, WrongUse
 from pipeline.files.status import STATUS_FILE, Status, StatusFile, read_status, settle_status
 from pipeline.files.storage import Storage, open_storage
 
@@ -77,6 +77,22 @@ def test_a_refused_command_leaves_nothing(tmp_path: Path) -> None:
         status.update(stage="reading weights")
         raise FailedWork("weights_missing", "None there.", "Fetch them.")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_use_that_turns_out_wrong_leaves_what_was_there(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    contents: list[bytes | None] = [None]
+    for earlier in (False, True):
+        if earlier:
+            with StatusFile(storage, "label", "an-earlier-run") as status:
+                status.begin()
+            contents.append((tmp_path / STATUS_FILE).read_bytes())
+        with pytest.raises(WrongUse), StatusFile(storage, "label", RUN, every_s=0.01) as status:
+            status.begin()
+            eventually(lambda: (tmp_path / STATUS_FILE).exists() and shown(storage).run_id == RUN)
+            raise WrongUse("output_differs", "Other weights.", "Give the same.")
+        found = (tmp_path / STATUS_FILE).read_bytes() if (tmp_path / STATUS_FILE).exists() else None
+        assert found == contents[-1]
 
 
 def test_secrets_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
