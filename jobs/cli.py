@@ -1,4 +1,4 @@
-"""The command ``maskmill``. Exit status: 0 done, 1 failed work, 2 wrong use, 130 interrupted."""
+"""The command ``maskmill``. Exit status: 0 done, 1 failed work, 2 wrong use, 3 refused, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from jobs.label import Label
 from jobs.lists import Datasets, Recipes
 from jobs.options import FLAT
 from jobs.report import Report
+from jobs.retrain.command import Retrain
 from jobs.runs import Runs
 from jobs.segment import Segment
 from jobs.serve import Serve
@@ -69,6 +70,7 @@ Command = (
     | Annotated[Serve, subcommand("serve")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Benchmark, subcommand("benchmark")]
+    | Annotated[Retrain, subcommand("retrain")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Runs, subcommand("runs")]
     | Annotated[Track, subcommand("track")]
@@ -90,6 +92,7 @@ COMMANDS = (
     "serve",
     "evaluate",
     "benchmark",
+    "retrain",
     "report",
     "runs",
     "track",

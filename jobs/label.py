@@ -9,7 +9,7 @@ import os
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
@@ -176,6 +176,7 @@ class LabelJob:
         verbose: show Ray's own messages.
         tracking: MLflow URI, None for the default, ``off`` for none.
         system_metrics: also track the load of this machine.
+        tags: of the run in MLflow.
     """
 
     source: str
@@ -190,6 +191,7 @@ class LabelJob:
     verbose: bool = False
     tracking: str | None = OFF
     system_metrics: bool = False
+    tags: Mapping[str, str] = field(default_factory=dict)
 
 
 def label_images(
@@ -517,6 +519,7 @@ def _begin_tracking(tracker: Tracker, job: LabelJob, manifest: pa.Table, todo: i
             "ontology": {"hash": job.ontology.hash, "classes": list(job.ontology.names)},
             "output": job.output,
         },
+        tags=job.tags,
         dataset=TrackedDataset(
             source,
             hashlib.sha256(ids.tobytes()).hexdigest(),

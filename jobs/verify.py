@@ -6,7 +6,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -102,38 +102,15 @@ class Verify:
     def _check(
         self, storage: Storage, record: TableRecord, manifest: pa.Table | None, console: Console
     ) -> Verification:
-        from pipeline.table.changed import Images
-        from pipeline.table.verify import check_part, verify
-
-        parts = part_files(storage)
-        check = functools.partial(
-            check_part,
-            storage=storage,
-            num_classes=record.ontology.num_classes,
-            ignore_index=record.ontology.ignore_index,
-            images=Images(manifest) if self.hashes else None,
+        return check_table(
+            storage,
+            record,
+            manifest,
+            console,
+            hashes=self.hashes,
+            workers=self.workers,
+            address=self.address,
         )
-        workers = self.workers
-        if workers is None:
-            workers = (os.cpu_count() or 1) if len(parts) >= ON_RAY_FROM else 0
-        with console.status(f"checking {len(parts):,} files") as status, contextlib.ExitStack() as stack:
-            checked: Iterable[Checked]
-            if workers and parts:
-                from pipeline.cluster.mapping import on_ray
-
-                checked = on_ray(check, parts, workers, address=self.address)
-            else:
-                pool = ThreadPoolExecutor()
-                stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # at once after Ctrl-C
-                checked = pool.map(check, parts)
-            return verify(
-                checked,
-                manifest=manifest,
-                recorded=record.counts,
-                progress=lambda done, rows: status.update(
-                    f"checked {done:,} of {len(parts):,} files, {rows:,} rows"
-                ),
-            )
 
     def _tell(self, storage: Storage, found: Verification, done: list[str]) -> int:
         """Print what is wrong and what was done; the exit status."""
@@ -171,3 +148,60 @@ class Verify:
         if "changed" in remedies:
             advice.append("Label images that have changed again with maskmill label --changed.")
         return advice
+
+
+def check_table(
+    storage: Storage,
+    record: TableRecord,
+    manifest: pa.Table | None,
+    console: Console,
+    *,
+    parts: Sequence[str] | None = None,
+    hashes: bool = False,
+    workers: int | None = None,
+    address: str | None = None,
+) -> Verification:
+    """Look through a label table.
+
+    Args:
+        storage: of the table.
+        record: of the table.
+        manifest: the images that it should have; None if that is not known.
+        console: shows the progress.
+        parts: look through these files only; None is all. The recorded counts are of all.
+        hashes: read every image again.
+        workers: number of Ray tasks that check; 0: this process; None: depends on the number of files.
+        address: of a Ray cluster.
+    """
+    from pipeline.table.changed import Images
+    from pipeline.table.verify import check_part, verify
+
+    whole = parts is None
+    parts = part_files(storage) if parts is None else list(parts)
+    check = functools.partial(
+        check_part,
+        storage=storage,
+        num_classes=record.ontology.num_classes,
+        ignore_index=record.ontology.ignore_index,
+        images=Images(manifest) if hashes else None,
+    )
+    if workers is None:
+        workers = (os.cpu_count() or 1) if len(parts) >= ON_RAY_FROM else 0
+    with console.status(f"checking {len(parts):,} files") as status, contextlib.ExitStack() as stack:
+        checked: Iterable[Checked]
+        if workers and parts:
+            from pipeline.cluster.mapping import on_ray
+
+            checked = on_ray(check, parts, workers, address=address)
+        else:
+            pool = ThreadPoolExecutor()
+            stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # at once after Ctrl-C
+            checked = pool.map(check, parts)
+        return verify(
+            checked,
+            manifest=manifest,
+            recorded=record.counts if whole else {},
+            progress=lambda done, rows: status.update(
+                f"checked {done:,} of {len(parts):,} files, {rows:,} rows"
+            ),
+        )

@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
+from tyro.conf import Suppress
 
 from jobs.console import TrainDisplay, duration, name_run, stderr_console, timed
 from jobs.options import Address, Flag, Maybe, SystemMetrics, Tracking, Verbose
@@ -73,6 +74,7 @@ class TrainOptions:
         overwrite: delete the run in --output and start over.
         register: register the model in MLflow under this name, as challenger; without it, no model is copied
             into MLflow.
+        tags: of the run in MLflow; not an option.
     """
 
     output: str
@@ -83,6 +85,7 @@ class TrainOptions:
     system_metrics: SystemMetrics = False
     address: Address = None
     verbose: Verbose = False
+    tags: Annotated[Mapping[str, str], Suppress] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -327,6 +330,7 @@ def _begin_tracking(
             f"{place_name(prepared.dataset.name)}, to {place_name(storage.uri)}",
         ),
         params={**prepared.params, "workers": workers, "output": options.output},
+        tags=options.tags,
         dataset=prepared.dataset,
     )
 

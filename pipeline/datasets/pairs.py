@@ -38,6 +38,7 @@ def open_pairs(
     ontology: Ontology | str,
     images: str | None = None,
     masks: str | None = None,
+    has_truth: bool = True,
 ) -> MaskDataset:
     """Match images and masks by relative path without extension, or else by file name alone.
 
@@ -50,6 +51,7 @@ def open_pairs(
         ontology: meaning of the ids: an ontology, a built-in name or a YAML file.
         images: folder of images, instead of ``root/images``.
         masks: folder of masks, instead of ``root/masks``.
+        has_truth: False if the masks are labels of a model.
 
     Raises:
         MaskMillError: ``dataset_missing``, ``dataset_invalid``, ``ontology_*``.
@@ -93,7 +95,8 @@ def open_pairs(
     if split == "all":
         for path in sorted(set(mask_files.values()) - set(matched.values())):
             counts.add("mask without an image", path)
-    return MaskDataset(
+    kind = MaskDataset if has_truth else Agreement
+    return kind(
         name="pairs",
         split=PurePosixPath(split).stem,
         classes=classes,
@@ -105,6 +108,15 @@ def open_pairs(
         ids=identity_ids(classes.num_classes, ignore=classes.ignore_index),
         left_out=counts.left_out(),
     )
+
+
+class Agreement(MaskDataset):
+    """Images whose masks are labels of a model, so that figures are agreement with it."""
+
+    @property
+    def has_truth(self) -> bool:
+        """See ``Dataset.has_truth``."""
+        return False
 
 
 def _listed(place: Storage, name: str, images: Mapping[str, str]) -> list[str]:

@@ -112,6 +112,31 @@ def parsed_yaml(data: bytes, where: str, *, code: str) -> Any:
     raise WrongUse(code, f"{reason}.", "Correct the file.")
 
 
+def yaml_lines(data: bytes) -> dict[tuple[str | int, ...], int]:
+    """The line (from 1) of every key and item of a YAML file, by place, such as ``("models", 0, "kind")``.
+
+    Args:
+        data: a file that ``parsed_yaml`` has read.
+    """
+    found: dict[tuple[str | int, ...], int] = {}
+
+    def walk(node: yaml.Node | None, place: tuple[str | int, ...]) -> None:
+        if isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                inner = (*place, index)
+                found[inner] = item.start_mark.line + 1
+                walk(item, inner)
+        elif isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                inner = (*place, str(key.value))
+                found[inner] = key.start_mark.line + 1
+                walk(value, inner)
+
+    text = data.decode("utf-8-sig")
+    walk(yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)), ())
+    return found
+
+
 def check_yaml_depth(text: bytes | str) -> None:
     """Refuse YAML of more than ``DEEPEST`` levels; PyYAML's fast loader ends the process at some thousands.
 

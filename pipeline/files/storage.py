@@ -91,6 +91,22 @@ def _names_user(scheme: str, rest: str) -> bool:
     return bool(colon) and not port.isdigit() and not name.startswith(("[", "arn:"))
 
 
+def placed_beside(folder: str | os.PathLike[str], place: str) -> str:
+    """The canonical URI of a place that a file in a folder names: there its relative paths begin.
+
+    >>> placed_beside("/etc/pets", "photos/")
+    '/etc/pets/photos'
+    >>> placed_beside("/etc/pets", "s3://bucket/photos")
+    's3://bucket/photos'
+
+    Raises:
+        MaskMillError: ``password_in_address``.
+    """
+    text = os.path.expanduser(place)
+    relative = "://" not in text and not text.lower().startswith("file:")
+    return canonical_uri(os.path.join(folder, text) if relative else text)
+
+
 def refuse_secrets(uri: str) -> None:
     """Refuse an address that is stored as it is, if it holds a password or a signature.
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import rel_entr
 
 
 def divergence(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
@@ -19,6 +18,8 @@ def divergence(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     Returns:
         In [0, 1]; NaN if one of them is empty.
     """
+    from scipy.special import rel_entr  # takes half a second, which commands that check their use do not wait
+
     p, q = np.asarray(first, np.float64), np.asarray(second, np.float64)
     if not (p.sum() > 0 and q.sum() > 0):
         return float("nan")

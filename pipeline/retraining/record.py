@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,7 +16,7 @@ from models.errors import MaskMillError, WrongUse, did_you_mean
 from pipeline.files.documents import parsed_yaml, read_document
 from pipeline.files.records import parse_record, read_record
 from pipeline.files.redaction import redact
-from pipeline.files.storage import Storage, open_storage
+from pipeline.files.storage import Storage, open_storage, placed_beside
 
 RECORD_FILE = "retraining.json"
 SCHEMA_VERSION = 1
@@ -60,7 +60,7 @@ class RetrainingRecord(BaseModel):
         created: UTC, ISO 8601.
         models: the registered models, each name once.
         tracking: MLflow's tracking URI, without credentials.
-        digest: of what may not change between ticks.
+        fixed: what may not change between ticks, by name.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -71,7 +71,7 @@ class RetrainingRecord(BaseModel):
     created: str
     models: tuple[RetrainedModel, ...] = Field(min_length=1)
     tracking: Annotated[str, AfterValidator(redact)]
-    digest: str
+    fixed: dict[str, Any] = {}
 
     def model(self, name: str | None) -> RetrainedModel:
         """The model of a name; None is the only one.
@@ -161,4 +161,4 @@ def find_output(place: str | os.PathLike[str]) -> Storage:
             f"{text} names no output of a retraining: {reason}.",
             "Name the configuration of maskmill retrain, or its output.",
         ) from None
-    return open_storage(found.output)
+    return open_storage(placed_beside(folder.uri, found.output))

@@ -37,7 +37,6 @@ def new_output(place: str | Path, *names: str) -> Storage:
             created=now(),
             models=tuple(RetrainedModel(name=name, kind="maskclip-plus") for name in models),
             tracking=tracking,
-            digest="none",
         ),
     )
     return output

@@ -1,0 +1,1 @@
+"""``maskmill retrain``: from new images to a promoted model, a step after the other."""

@@ -1,0 +1,680 @@
+"""The steps of a tick: each calls the job that does the same alone, and says what it made.
+
+The jobs run in this process: a kill then ends them with it, and their leases are free at once; memory and Ray
+are given back between them. Each can be called again whatever an earlier attempt has left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jobs.evaluate import evaluate
+from jobs.export import Export
+from jobs.label import LabelJob, label_images
+from jobs.retrain.page import write_page
+from jobs.retrain.work import (
+    HELD_TRUTH,
+    Work,
+    champion,
+    decision_of,
+    labels_before,
+    measured_on,
+    tell,
+)
+from jobs.train.clipseg import train_clipseg
+from jobs.train.maskclip_plus import COLLAPSED, train_student
+from jobs.train.run import INTERRUPTED, TrainOptions
+from jobs.verify import check_table
+from models.errors import FailedWork, MaskMillError
+from pipeline.datasets.base import Dataset
+from pipeline.evaluation.results import EVALUATION_FILE, EvaluationResult, read_results
+from pipeline.files.storage import Storage, open_storage
+from pipeline.labelling.prepare import clipseg_recipe, student_recipe
+from pipeline.labelling.recipes import LabelRecipe
+from pipeline.ontology.ontology import Ontology
+from pipeline.retraining import registry
+from pipeline.retraining.config import (
+    Model,
+    as_settings,
+    label_recipe,
+    tracking_uri,
+    training_recipe,
+)
+from pipeline.retraining.gate import decide, write_decision
+from pipeline.retraining.intake import (
+    CORPUS_FILE,
+    EXCLUDED_FILE,
+    HELD_FILE,
+    HELD_OUT_FILE,
+    NEW_FILE,
+    Ids,
+    ids_of,
+    joined,
+    look_through,
+    picked,
+    read_images,
+    taken_in,
+    write_images,
+)
+from pipeline.retraining.labels import (
+    LabelSummary,
+    compare_labels,
+    read_labels,
+    summarise_labels,
+    write_labels,
+)
+from pipeline.retraining.measured import read_measured
+from pipeline.retraining.parent import close_parent, open_parent, training_run
+from pipeline.retraining.promotion import promote, refuse
+from pipeline.retraining.registry import Facts, Version
+from pipeline.retraining.state import Step, read_ticks, tick_folder
+from pipeline.table.labels import DATASET_FILE
+from pipeline.table.record import read_table_record
+from pipeline.table.verify import PROBLEMS
+from pipeline.tracking.names import place_name, run_name
+from pipeline.tracking.results import log_result
+from pipeline.tracking.tracker import TrackedDataset, open_tracker
+from pipeline.trained.clipseg import ClipSegRecord
+from pipeline.trained.record import TrainedRecord, read_trained, read_trained_weights
+from pipeline.trained.student import StudentRecord
+
+if TYPE_CHECKING:
+    pass
+
+TABLE, TABLES, HELD_TABLE, CHAMPIONS = "table", "tables", "heldout", "champions"
+LABELLED_FILE = "labelled.parquet"
+"""In a tick's folder: the images that a champion labels in it."""
+PAGE = "report.html"
+_RECORDS: Mapping[str, type[TrainedRecord]] = {"maskclip-plus": StudentRecord, "clipseg": ClipSegRecord}
+
+
+def open_run(work: Work) -> None:
+    """Make sure that the tick has its run in MLflow, and that registry and ledger agree on the champions.
+
+    Raises:
+        MaskMillError: ``tracking_unreachable``; ``champion_changed``; ``registry_taken``.
+    """
+    for model in work.config.models:
+        champion(work, model)
+    if work.runner.tick.mlflow_run is None:
+        uri = tracking_uri(work.config)
+        found = open_parent(work.client, uri, work.config.name, work.run, output=work.storage.uri)
+        work.runner.write(mlflow_run=found)
+
+
+def steps_of(work: Work) -> list[Step]:
+    """The steps of a tick, in order."""
+    steps = [
+        Step(
+            name="intake",
+            work=lambda _again: _intake(work),
+            holds=lambda _outputs: work.storage.exists(work.here(NEW_FILE)),
+        ),
+        Step(
+            name="label",
+            work=lambda _again: _label(work),
+            holds=lambda outputs: _table_digest(outputs["table"]) == outputs["digest"],
+            needs=("intake",),
+            command=_label_command(work),
+        ),
+        Step(
+            name="verify",
+            work=lambda _again: _verify(work),
+            needs=("label",),
+            command=f"maskmill verify {_quoted(work.storage.uri_of(TABLE))}",
+        ),
+    ]
+    for model in work.config.models:
+        steps += _steps_of_model(work, model)
+    promotions = tuple(f"promote {model.folder}" for model in work.config.models)
+    steps.append(
+        Step(
+            name="report",
+            work=lambda _again: _report(work),
+            holds=lambda _outputs: work.storage.exists(work.here(PAGE)),
+            needs=promotions,
+        )
+    )
+    return steps
+
+
+def _steps_of_model(work: Work, model: Model) -> list[Step]:
+    name = model.folder
+    folder = work.storage.uri_of(work.here(name))
+    table = work.runner.outputs("label").get("table", work.storage.uri_of(TABLE))
+    return [
+        Step(
+            name=f"train {name}",
+            work=lambda again: _train(work, model, again=again),
+            holds=lambda outputs: _holds_model(model, outputs),
+            needs=("label", "verify"),
+            command=_command(
+                f"maskmill train {model.kind}",
+                labels=table,
+                recipe=model.recipe,
+                set=as_settings(model.settings),
+                output=folder,
+            ),
+        ),
+        Step(
+            name=f"evaluate {name}",
+            work=lambda _again: _evaluate(work, model),
+            holds=lambda outputs: all(_holds_result(outputs[who]) for who in ("candidate", "champion")),
+            needs=(f"train {name}",),
+            command=_evaluate_command(work, folder),
+        ),
+        Step(
+            name=f"gate {name}",
+            work=lambda _again: _gate(work, model),
+            holds=lambda _outputs: work.storage.exists(work.here(f"{name}-verdict.json")),
+            needs=(f"evaluate {name}",),
+        ),
+        Step(
+            name=f"register {name}",
+            work=lambda _again: _register(work, model),
+            needs=(f"train {name}", f"gate {name}"),
+        ),
+        Step(
+            name=f"promote {name}",
+            work=lambda _again: _promote(work, model),
+            needs=(f"gate {name}", f"register {name}"),
+            once=True,
+        ),
+    ]
+
+
+# --- intake, label, verify ----------------------------------------------------------------------------------
+
+
+def _intake(work: Work) -> dict[str, Any]:
+    found = work.intake()
+    storage = work.storage
+    write_images(storage, work.here(HELD_FILE), found.held)
+    write_images(storage, work.here(NEW_FILE), found.new)
+    if found.excluded.num_rows:
+        write_images(storage, EXCLUDED_FILE, joined([read_images(storage, EXCLUDED_FILE), found.excluded]))
+    work.runner.write(images=found.new.num_rows)
+    return {
+        "images": found.new.num_rows,
+        "held": found.held.num_rows,
+        "excluded": found.excluded.num_rows,
+        "waiting": found.waiting,
+        "digest": _ids_digest(ids_of(found.new)),
+        "lines": list(found.lines),
+    }
+
+
+def _label(work: Work) -> dict[str, Any]:
+    config, storage = work.config, work.storage
+    ticks = list(read_ticks(storage))
+    corpus, held = taken_in(storage, ticks), taken_in(storage, ticks, HELD_FILE)
+    write_images(storage, CORPUS_FILE, corpus)
+    recipe, table, teacher, source = label_recipe(config), TABLE, "", CORPUS_FILE
+    if config.label.by == "champion":
+        version = champion(work, config.models[0])
+        if version is not None:
+            recipe, fingerprint = _recipe_of(work, config.models[0], version)
+            table, teacher = f"{TABLES}/{fingerprint[:16]}", f"{version.name} version {version.number}"
+            source = work.here(LABELLED_FILE)
+            new = ids_of(read_images(storage, work.here(NEW_FILE)))
+            write_images(storage, source, picked(corpus, new, config.when.budget.images))
+    _run_label(work, source, table, recipe)
+    if held.num_rows:
+        write_images(storage, HELD_OUT_FILE, held)
+        _run_label(work, HELD_OUT_FILE, HELD_TABLE, label_recipe(config))
+        _draw_held_out(work)
+    record = read_table_record(storage.uri_of(table))
+    return {
+        "table": storage.uri_of(table),
+        "source": source,
+        "digest": _table_digest(storage.uri_of(table)),
+        "images": record.counts["images"],
+        "failed": record.counts["failed"],
+        "teacher": teacher or f"{recipe.name} ({recipe.model})",
+    }
+
+
+def _run_label(work: Work, source: str, table: str, recipe: LabelRecipe) -> None:
+    config = work.config
+    job = LabelJob(
+        source=work.storage.uri_of(source),
+        ontology=work.classes,
+        recipe=recipe,
+        output=work.storage.uri_of(table),
+        max_failure_rate=config.label.max_failure_rate,
+        address=config.address,
+        verbose=work.verbose,
+        tracking=tracking_uri(config),
+        tags=work.tags(),
+    )
+    if label_images(job, work.console):
+        raise FailedWork(
+            "labelling_failed",
+            f"More than {config.label.max_failure_rate:.1%} of the new images could not be labelled.",
+            f"See which and why: maskmill show {_quoted(work.storage.uri_of(table))}. They stay in the table "
+            "and are not tried again: the same command goes on without them.",
+        )
+
+
+def _draw_held_out(work: Work) -> None:
+    """Write the teacher's labels of the images that are held out as masks, which then stand for the truth."""
+    Export(
+        source=work.storage.uri_of(HELD_TABLE),
+        format="png",
+        output=work.storage.uri_of(HELD_TRUTH),
+        with_images=True,
+        address=work.config.address,
+        verbose=work.verbose,
+    ).run(work.console)
+
+
+def _verify(work: Work) -> dict[str, Any]:
+    """Look at the rows that this tick added; older ones were looked at by theirs."""
+    labelled = work.runner.outputs("label")
+    storage = open_storage(labelled["table"])
+    record = read_table_record(labelled["table"])
+    new = ids_of(read_images(work.storage, work.here(NEW_FILE)))
+    held = ids_of(read_images(work.storage, HELD_OUT_FILE))
+    parts, missing = look_through(storage, new, held, work.dataset)
+    found = check_table(storage, record, None, work.console, parts=parts, address=work.config.address)
+    problems = {PROBLEMS[kind][0]: count for kind, count in found.counts.items()}
+    if missing:
+        problems["new images without a row"] = missing
+    if problems:
+        table = _quoted(labelled["table"])
+        raise FailedWork(
+            "table_damaged",
+            f"{labelled['table']}: {', '.join(f'{count:,} {what}' for what, count in problems.items())}.",
+            f"See them with maskmill verify {table}, mend it with --repair, and run the same command again.",
+        )
+    labels = summarise_labels(labelled["table"])
+    write_labels(work.storage.child(tick_folder(work.run)), labels)
+    before = labels_before(work)
+    drift = None if before is None else compare_labels(before, labels)
+    return {
+        "digest": labels.digest,
+        "rows": found.rows,
+        "quality": labels.mean_quality,
+        "drift": None if drift is None else drift.divergence,
+        "lines": [] if drift is None else drift.sentences(),
+    }
+
+
+# --- train, evaluate, gate ----------------------------------------------------------------------------------
+
+
+def _train(work: Work, model: Model, *, again: bool) -> dict[str, Any]:
+    config, table = work.config, work.runner.outputs("label")["table"]
+    folder = work.storage.uri_of(work.here(model.folder))
+    options = TrainOptions(
+        output=folder,
+        workers=config.workers,
+        # What an earlier attempt learned from other labels is of no use.
+        overwrite=not again and open_storage(folder).exists(),
+        tracking=tracking_uri(config),
+        address=config.address,
+        verbose=work.verbose,
+        tags=work.tags(model=model.folder),
+    )
+    recipe: Any = training_recipe(model)
+    stopped = ""
+    try:
+        if model.kind == "maskclip-plus":
+            status = train_student(table, recipe, options, console=work.console)
+        else:
+            status = train_clipseg(recipe, options, labels=table, console=work.console)
+    except MaskMillError as error:
+        if error.code != COLLAPSED or not open_storage(folder).exists(_RECORDS[model.kind].RECORD_FILE):
+            raise
+        status, stopped = 0, error.message  # the model of the last good step is there: the gate judges it
+    if status == INTERRUPTED:
+        raise KeyboardInterrupt
+    record = read_trained(_RECORDS[model.kind], folder)
+    return {
+        "folder": folder,
+        "fingerprint": record.fingerprint,
+        "steps": record.training.get("iterations"),
+        "stopped": stopped,
+    }
+
+
+def _holds_model(model: Model, outputs: Mapping[str, Any]) -> bool:
+    try:
+        record = read_trained(_RECORDS[model.kind], outputs["folder"])
+        read_trained_weights(record)
+    except MaskMillError:
+        return False
+    return record.fingerprint == outputs["fingerprint"]
+
+
+def _recipe_of(work: Work, model: Model, version: Version) -> tuple[LabelRecipe, str]:
+    """How a champion labels, and the fingerprint of its weights."""
+    into = tempfile.gettempdir() if not work.storage.is_local else work.storage.path(CHAMPIONS)
+    folder = registry.version_folder(work.client, version, model.kind, into)
+    return _labelling(model, folder)[0], read_trained(_RECORDS[model.kind], folder).fingerprint
+
+
+def _labelling(model: Model, folder: str) -> tuple[LabelRecipe, Ontology | None]:
+    """How a trained model labels, and its own classes if it has some."""
+    if model.kind == "maskclip-plus":
+        return student_recipe(folder)
+    return clipseg_recipe(folder), None
+
+
+def _evaluate(work: Work, model: Model) -> dict[str, Any]:
+    dataset = measured_on(work)
+    trained = work.runner.outputs(f"train {model.folder}")
+    place = work.here(f"{model.folder}-evaluation")
+    candidate = _measure(work, model, dataset, trained["folder"], f"{place}/candidate", "candidate")
+    version = champion(work, model)
+    best: dict[str, Any] | None = None
+    if version is not None:
+        into = tempfile.gettempdir() if not work.storage.is_local else work.storage.path(CHAMPIONS)
+        folder = registry.version_folder(work.client, version, model.kind, into)
+        fingerprint = read_trained(_RECORDS[model.kind], folder).fingerprint
+        earlier = _measured_before(work, model, candidate, fingerprint)
+        best = (earlier or _measure(work, model, dataset, folder, f"{place}/champion", "champion")) | {
+            "version": version.number,
+            "reused": earlier is not None,
+        }
+    return {"candidate": candidate, "champion": best}
+
+
+def _measure(work: Work, model: Model, dataset: Dataset, folder: str, place: str, who: str) -> dict[str, Any]:
+    """Measure a model, unless its result is there; returns where that is, and what it is a result of."""
+    record = read_trained(_RECORDS[model.kind], folder)
+    target = work.storage.child(place)
+    if (
+        not target.exists(EVALUATION_FILE)
+        or _result(target).model.weights.get("fingerprint") != record.fingerprint
+    ):
+        target.delete()
+        recipe, own = _labelling(model, folder)
+        words = own or work.classes
+        with _local(target) as output:
+            evaluate(
+                dataset,
+                work.console,
+                recipe=recipe,
+                ontology=words if set(dataset.class_names) <= set(words.names) else None,
+                output=output,
+                boundary=False,
+                pictures=0,
+                address=work.config.address,
+                verbose=work.verbose,
+            )
+    result = _result(target)
+    _track(work, model, target, result, who)
+    return {
+        "folder": target.uri,
+        "sha256": _sha256(target),
+        "fingerprint": record.fingerprint,
+        "bytes": _model_bytes(model, folder),
+        "set": result.dataset.content,
+        "conditions": result.conditions,
+        "miou": result.metrics.get("miou"),
+    }
+
+
+@contextmanager
+def _local(target: Storage) -> Iterator[str]:
+    """A local folder for a result, whose files then go to their place, ``evaluation.json`` last."""
+    if target.is_local:
+        yield target.path()
+        return
+    with tempfile.TemporaryDirectory(prefix="maskmill-") as folder:
+        yield folder
+        made = open_storage(folder)
+        names = made.list(recursive=True)
+        for name in sorted(names, key=lambda name: name == EVALUATION_FILE):
+            target.write_bytes(name, made.read_bytes(name))
+
+
+def _track(work: Work, model: Model, target: Storage, result: EvaluationResult, who: str) -> None:
+    dataset = result.dataset
+    with open_tracker(tracking_uri(work.config), say=lambda _line: None) as tracker:
+        tracker.start(
+            "evaluate",
+            run_name("evaluate", f"{who} {model.folder}", place_name(work.storage.uri)),
+            tags=work.tags(model=model.folder, measured=who),
+            dataset=TrackedDataset(
+                dataset.name, dataset.fingerprint or "", profile={"images": dataset.images}
+            ),
+        )
+        log_result(tracker, target.uri)
+
+
+def _measured_before(
+    work: Work, model: Model, candidate: Mapping[str, Any], fingerprint: str
+) -> dict[str, Any] | None:
+    """An earlier result of the same model on the same set by the same protocol."""
+    for tick in reversed(list(read_ticks(work.storage))):
+        outputs = tick.step(f"evaluate {model.folder}").outputs
+        for who in ("candidate", "champion"):
+            found = outputs.get(who)
+            if found is None:
+                continue
+            same = all(found.get(key) == candidate[key] for key in ("set", "conditions"))
+            if same and found["fingerprint"] == fingerprint and _holds_result(found):
+                return {key: value for key, value in found.items() if key not in ("version", "reused")}
+    return None
+
+
+def _holds_result(found: Mapping[str, Any] | None) -> bool:
+    return found is None or _sha256(open_storage(found["folder"])) == found["sha256"]
+
+
+def _labels_of(work: Work, name: str, version: str) -> LabelSummary | None:
+    """What the labels were that a version was trained on, if a tick of this retraining has made it."""
+    runs = [entry.run for entry in work.ledger.of(name) if entry.version == version and entry.run]
+    return read_labels(work.storage.child(tick_folder(runs[0]))) if runs else None
+
+
+def _model_bytes(model: Model, folder: str) -> int | None:
+    storage = open_storage(folder)
+    with storage.open_file(_RECORDS[model.kind].WEIGHTS_FILE) as file:
+        return file.seek(0, os.SEEK_END)
+
+
+def _gate(work: Work, model: Model) -> dict[str, Any]:
+    found = work.runner.outputs(f"evaluate {model.folder}")
+    best = found["champion"]
+    candidate = read_measured(
+        found["candidate"]["folder"],
+        "candidate",
+        model_bytes=found["candidate"]["bytes"],
+        labels=read_labels(work.storage.child(tick_folder(work.run))),
+    )
+    champion_measured = None
+    if best is not None:
+        champion_measured = read_measured(
+            best["folder"],
+            f"champion version {best['version']}",
+            model_bytes=best["bytes"],
+            labels=_labels_of(work, work.config.registered(model), best["version"]),
+        )
+    decision = decide(candidate, champion_measured, work.config.gate)
+    write_decision(work.storage, work.here(f"{model.folder}-verdict.json"), decision)
+    return {"verdict": decision.verdict, "digest": _digest(decision.model_dump(mode="json"))}
+
+
+# --- register, promote, report ------------------------------------------------------------------------------
+
+
+def _register(work: Work, model: Model) -> dict[str, Any]:
+    name, labelled = work.config.registered(model), work.runner.outputs("label")
+    decision = decision_of(work, model)
+    run_id = training_run(work.client, work.config.name, work.run, model.folder)
+    version = registry.register(
+        work.client,
+        name,
+        work.runner.outputs(f"train {model.folder}")["folder"],
+        Facts(
+            key=f"{work.config.name}/{work.run}/{model.folder}",
+            kind=model.kind,
+            run=work.run,
+            data=work.runner.outputs("intake")["digest"],
+            labels=labelled["digest"],
+            teacher=labelled["teacher"],
+            verdict=decision.verdict,
+            reasons=tuple(decision.sentences()[1:]),
+            page=work.storage.uri_of(work.here(PAGE)),
+        ),
+        run_id=run_id or work.runner.tick.mlflow_run or "",
+        output=work.storage,
+    )
+    return {"name": name, "version": version.number}
+
+
+def _promote(work: Work, model: Model) -> dict[str, Any]:
+    name, decision = work.config.registered(model), decision_of(work, model)
+    version = work.runner.outputs(f"register {model.folder}")["version"]
+    best = work.runner.outputs(f"evaluate {model.folder}")["champion"]
+    verdict = decision.model_dump(mode="json")
+    if decision.promotes:
+        try:
+            entry = promote(
+                work.ledger,
+                work.client,
+                work.lease,
+                name,
+                version,
+                expected=None if best is None else best["version"],
+                verdict=verdict,
+                run=work.run,
+            )
+        except MaskMillError as error:
+            if error.code == "champion_changed":
+                # The next run compares with whoever is champion then.
+                work.runner.reset([f"evaluate {model.folder}", f"gate {model.folder}"])
+            raise
+    else:
+        entry = refuse(work.ledger, work.client, work.lease, name, version, verdict=verdict, run=work.run)
+    tell(
+        work,
+        "promoted" if decision.promotes else "refused",
+        model=name,
+        version=version,
+        previous=None if best is None else best["version"],
+        miou=decision.candidate_miou,
+        champion_miou=decision.champion_miou,
+        reasons=decision.sentences()[1:],
+        page=work.storage.uri_of(work.here(PAGE)),
+    )
+    return {"kind": entry.kind, "sequence": entry.sequence, "version": version}
+
+
+def _report(work: Work) -> dict[str, Any]:
+    text = write_page(work, work.here(PAGE), measured_on(work))
+    metrics: dict[str, float | None] = {
+        "new_images": work.runner.outputs("intake")["images"],
+        "images": work.runner.outputs("label")["images"],
+        "label_drift": work.runner.outputs("verify")["drift"],
+        "label_quality": work.runner.outputs("verify")["quality"],
+    }
+    outcomes = {}
+    for model in work.config.models:
+        decision = decision_of(work, model)
+        outcomes[model.folder] = decision.verdict
+        metrics |= {
+            f"{model.folder}/candidate_miou": decision.candidate_miou,
+            f"{model.folder}/champion_miou": decision.champion_miou,
+            f"{model.folder}/gain": decision.gain,
+            f"{model.folder}/gain_low": decision.low,
+            f"{model.folder}/gain_high": decision.high,
+        }
+    run_id = work.runner.tick.mlflow_run
+    assert run_id is not None, "it is opened before the steps"
+    close_parent(
+        work.client,
+        run_id,
+        work.config.name,
+        metrics=metrics,
+        params={"output": work.storage.uri, "teacher": work.runner.outputs("label")["teacher"]},
+        tags={f"{registry.PREFIX}verdict.{name}": verdict for name, verdict in outcomes.items()},
+        files={PAGE: text},
+        succeeded=True,
+    )
+    return {"page": work.storage.uri_of(work.here(PAGE))}
+
+
+# --- digests and commands -----------------------------------------------------------------------------------
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _ids_digest(ids: Ids) -> str:
+    return hashlib.sha256(np.sort(ids).tobytes()).hexdigest()
+
+
+def _table_digest(table: str) -> str:
+    """Of what is in a label table, as a training records it; "" if there is none."""
+    written = open_storage(table).read_json(DATASET_FILE, None)
+    return "" if written is None else _digest(written)
+
+
+def _sha256(folder: Storage) -> str:
+    """Of an evaluation; "" if there is none."""
+    try:
+        return hashlib.sha256(folder.read_bytes(EVALUATION_FILE)).hexdigest()
+    except FileNotFoundError:
+        return ""
+
+
+def _result(folder: Storage) -> EvaluationResult:
+    found = read_results(folder.uri)[0][1]
+    assert isinstance(found, EvaluationResult)
+    return found
+
+
+def _label_command(work: Work) -> str:
+    config = work.config
+    classes = config.classes if isinstance(config.classes, str) else ", ".join(config.classes or ())
+    return _command(
+        "maskmill label",
+        manifest=work.storage.uri_of(CORPUS_FILE),
+        ontology=config.ontology,
+        classes=classes or None,
+        recipe=config.label.recipe,
+        set=as_settings(config.label.settings),
+        output=work.storage.uri_of(TABLE),
+    )
+
+
+def _evaluate_command(work: Work, folder: str) -> str:
+    asked = work.config.evaluation
+    if asked.dataset is not None:
+        return _command(
+            "maskmill evaluate", model=folder, dataset=asked.dataset, root=asked.root, split=asked.split
+        )
+    truth = work.storage.uri_of(HELD_TRUTH)
+    return _command(
+        "maskmill evaluate",
+        model=folder,
+        images=asked.images or f"{truth}/images",
+        truth=asked.truth or f"{truth}/masks",
+        ontology=asked.ontology or work.config.ontology or f"{truth}/classes.yaml",
+    )
+
+
+def _command(words: str, **options: str | Sequence[str] | None) -> str:
+    """A command as it is typed."""
+    for name, value in options.items():
+        for one in [value] if isinstance(value, str) else value or ():
+            words += f" --{name} {_quoted(one)}"
+    return words
+
+
+def _quoted(text: str) -> str:
+    return shlex.quote(text)
