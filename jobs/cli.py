@@ -24,8 +24,10 @@ from jobs.import_ import Import
 from jobs.label import Label
 from jobs.lists import Datasets, Recipes
 from jobs.options import FLAT
+from jobs.promote import Promote
 from jobs.report import Report
 from jobs.retrain.command import Retrain
+from jobs.rollback import Rollback
 from jobs.runs import Runs
 from jobs.segment import Segment
 from jobs.serve import Serve
@@ -71,6 +73,8 @@ Command = (
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Benchmark, subcommand("benchmark")]
     | Annotated[Retrain, subcommand("retrain")]
+    | Annotated[Promote, subcommand("promote")]
+    | Annotated[Rollback, subcommand("rollback")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Runs, subcommand("runs")]
     | Annotated[Track, subcommand("track")]
@@ -93,6 +97,8 @@ COMMANDS = (
     "evaluate",
     "benchmark",
     "retrain",
+    "promote",
+    "rollback",
     "report",
     "runs",
     "track",

@@ -13,6 +13,7 @@ from PIL import Image
 
 from pipeline.ontology.ontology import load_ontology
 from tests.pipeline.formats.tables import toy_table
+from tests.pipeline.retraining.outputs import new_output
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "ray", "mlflow", "open_clip", "matplotlib", "transformers", "uvicorn", "scipy")
@@ -143,6 +144,18 @@ CASES = {
     "submit serve": "it never ends",
     "runs --limit 0": "--limit 0",
     "runs --compare one": "--compare RUN RUN",
+    "promote nowhere --version 2 --force --why so": "is not the output of maskmill retrain",
+    "promote nowhere --version 2": "for the gate of maskmill retrain to decide",
+    "promote nowhere --version 2 --force": "Add --why TEXT.",
+    "promote nowhere --version 2 --force --why ' '": "Add --why TEXT.",
+    "promote nowhere --version best --force --why so": "--version best",
+    "promote nowhere.yaml --version 2 --force --why so": "There is no nowhere.yaml",
+    "promote nowhere": "--version",
+    "promote retraining --model pet --version 2 --force --why so": "Did you mean pets?",
+    "rollback nowhere": "is not the output of maskmill retrain",
+    "rollback latin.yaml": "latin.yaml:1: not UTF-8",
+    "rollback odd.yaml": "names no output of a retraining",
+    "rollback retraining": "--model pets or --model cars",
     "recipes tyo": "Did you mean toy?",
     "demo --steps 0": "iterations",
     "demo --images 0": "--images 0",
@@ -210,6 +223,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     Image.new("RGB", (4, 4)).save(folder / "own/images/a.png")
     Image.new("L", (3, 2)).save(folder / "own/masks/a.png")
     Image.new("RGB", (4, 4)).save(folder / "coco/val2017/a.png")
+    new_output(folder / "retraining", "pets", "cars", "sqlite:///nowhere.db")
     names = load_ontology("toyworld").names
     (folder / "coco/annotations/instances_val2017.json").write_text(
         json.dumps(
