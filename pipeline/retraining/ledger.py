@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from models.errors import Damaged, FailedWork
 from pipeline.files.records import now, parse_record, read_record
+from pipeline.files.redaction import redact
 from pipeline.files.storage import Storage
 from pipeline.table.lease import Lease, refuse_other_holder
 
@@ -205,7 +206,7 @@ class Ledger:
         why: str | None = None,
         user: str | None = None,
     ) -> Entry:
-        """Add an entry; the arguments are fields of ``Entry``.
+        """Add an entry; the arguments are fields of ``Entry``, of which ``why`` loses its secrets.
 
         Args:
             lease: of ``output``, which must be held still.
@@ -225,7 +226,7 @@ class Ledger:
             previous=previous,
             run=run,
             verdict=None if verdict is None else dict(verdict),
-            why=why,
+            why=None if why is None else redact(why),
             user=user,
             fencing_token=lease.run_id,
         )

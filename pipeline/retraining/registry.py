@@ -43,13 +43,17 @@ CHALLENGER = "challenger"
 PREFIX = "maskmill."
 LEDGER_TAG = PREFIX + "ledger"
 RETRAINING_TAG = PREFIX + "retraining"
+KEY_TAG = PREFIX + "key"
+FINGERPRINT_TAG = PREFIX + "fingerprint"
 MAX_TAG = 5000
 """Characters of a tag's value that every registry of MLflow takes."""
 MAX_DESCRIPTION = 4900
 """Of 5000 that its databases hold."""
 _PAGE = 100  # versions in one answer
+_NO_VERSION = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the second one for what is no number
 _RECORDS: Mapping[ModelKind, type[TrainedRecord]] = {"maskclip-plus": StudentRecord, "clipseg": ClipSegRecord}
-_ARTIFACTS: Mapping[ModelKind, str] = {"maskclip-plus": "artifacts/student", "clipseg": "artifacts/clipseg"}
+_ARTIFACTS: Mapping[ModelKind, str] = {"maskclip-plus": "student", "clipseg": "clipseg"}
+"""The folder below ``artifacts`` of a logged model; see ``pipeline.serving.flavours``."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,6 @@ class Facts:
     def tags(self, folder: TrainedRecord) -> dict[str, str]:
         """As tags of the version, without those that say nothing."""
         values = {
-            "key": self.key,
             "kind": self.kind,
             "run": self.run,
             "data": self.data,
@@ -110,9 +113,10 @@ class Facts:
             "reasons": "\n".join(self.reasons),
             "page": self.page,
             "folder": folder.uri,
-            "fingerprint": folder.fingerprint,
         }
-        return {PREFIX + name: tag_value(value) for name, value in values.items() if value}
+        tags = {PREFIX + name: tag_value(value) for name, value in values.items() if value}
+        # These are compared: they stay as they are.
+        return tags | {KEY_TAG: self.key, FINGERPRINT_TAG: folder.fingerprint}
 
     def description(self, folder: TrainedRecord) -> str:
         """In Markdown, for the registry's page."""
@@ -273,7 +277,7 @@ def set_alias(client: MlflowClient, name: str, which: str, number: str) -> None:
         try:
             client.set_registered_model_alias(name, which, number)
         except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code not in _NO_VERSION:
                 raise
             raise version_missing(name, number) from None
 
@@ -290,7 +294,7 @@ def read_version(client: MlflowClient, name: str, number: str) -> Version:
         try:
             return _version(client.get_model_version(name, number))
         except MlflowException as error:
-            if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            if error.error_code not in _NO_VERSION:
                 raise
             raise version_missing(name, number) from None
 
@@ -334,7 +338,7 @@ def version_folder(client: MlflowClient, version: Version, kind: ModelKind, into
         MaskMillError: ``model_unknown`` if the version is no such model; ``model_damaged`` if its weights are
             not those of its tags; ``tracking_unreachable``.
     """
-    wanted = version.tags.get(PREFIX + "fingerprint")
+    wanted = version.tags.get(FINGERPRINT_TAG)
     place = version.tags.get(PREFIX + "folder")
     if place is not None and _holds(kind, place, wanted):
         return place
@@ -346,7 +350,9 @@ def version_folder(client: MlflowClient, version: Version, kind: ModelKind, into
         target.mkdir(parents=True, exist_ok=True)
         with registry_errors(version.name):
             download_artifacts(
-                artifact_uri=version.source, dst_path=str(target), tracking_uri=client.tracking_uri
+                artifact_uri=f"{version.source.rstrip('/')}/artifacts/{_ARTIFACTS[kind]}",
+                dst_path=str(target),
+                tracking_uri=client.tracking_uri,
             )
         record = read_trained(_RECORDS[kind], folder)
         read_trained_weights(record)
@@ -424,7 +430,7 @@ def _with_key(client: MlflowClient, name: str, key: str) -> Version | None:
         token = None
         while True:
             page = client.search_model_versions(f"name='{name}'", max_results=_PAGE, page_token=token)
-            found += [one for one in page if one.tags.get(PREFIX + "key") == key]
+            found += [one for one in page if one.tags.get(KEY_TAG) == key]
             token = page.token
             if not token:
                 break

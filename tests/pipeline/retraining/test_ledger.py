@@ -39,6 +39,13 @@ def test_what_is_added_is_read_again_and_stays(output: Storage) -> None:
     assert read.of("cars") == (other,)
 
 
+def test_a_reason_is_stored_without_secrets(tmp_path: Path) -> None:
+    output = open_storage(tmp_path)
+    with Lease.acquire(output, on_lost=never) as lease:
+        Ledger(output).append(lease, "forced", "pets", "1", why="see https://me:pa55word@host/x")
+    assert b"pa55word" not in output.read_bytes("ledger/000001.json")
+
+
 def test_of_writers_that_do_not_know_of_each_other_one_gets_the_number(output: Storage) -> None:
     with Lease.acquire(output, on_lost=never) as lease:
         barrier = threading.Barrier(4)

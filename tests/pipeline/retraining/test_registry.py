@@ -86,7 +86,9 @@ def test_a_version_says_what_it_was_made_from(empty: Scene, student: Path) -> No
         assert text is not None and text in found.description
     assert r"\<b\>bold" in found.description and r"falls \| by" in found.description
     model = empty.client.get_registered_model(empty.name)
-    assert model.aliases == {"challenger": version.number}  # no champion: that is for a promotion
+    assert {which: str(number) for which, number in model.aliases.items()} == {
+        "challenger": "1"
+    }  # no champion: that is for a promotion
     assert model.tags["maskmill.ledger"] == empty.output.uri
     assert registry.champion(empty.client, empty.name) is None
     assert registry.alias(empty.client, empty.name, "challenger") == version.number
@@ -102,17 +104,15 @@ def test_registering_again_makes_no_version(empty: Scene, student: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "method",
+    ("method", "after"),
     [
-        "create_registered_model",
-        "create_logged_model",
-        "log_model_artifacts",
-        "finalize_logged_model",
-        "create_model_version",
-        "set_registered_model_alias",
+        ("create_registered_model", True),
+        ("log_model_artifacts", False),
+        ("create_model_version", False),
+        ("create_model_version", True),
+        ("set_registered_model_alias", True),
     ],
 )
-@pytest.mark.parametrize("after", [False, True])
 def test_a_registration_that_is_killed_is_made_once(
     empty: Scene, student: Path, method: str, after: bool
 ) -> None:
@@ -124,7 +124,7 @@ def test_a_registration_that_is_killed_is_made_once(
         registered(empty, student, client=Watched(empty.client, hook))
     version = registered(empty, student)
     (only,) = empty.client.search_model_versions(f"name='{empty.name}'")
-    assert only.version == version.number and only.tags["maskmill.key"] == FACTS.key
+    assert str(only.version) == version.number and only.tags["maskmill.key"] == FACTS.key
     assert registry.alias(empty.client, empty.name, "challenger") == version.number
 
 
