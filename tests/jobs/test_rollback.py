@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,9 +33,9 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
 
 
 @pytest.fixture
-def scene(client: MlflowClient, tmp_path: Path, request: pytest.FixtureRequest) -> Scene:
+def scene(client: MlflowClient, tmp_path: Path) -> Scene:
     """Two versions were promoted, one after the other; there are three."""
-    name = f"pets-{request.node.name[:40]}"
+    name = f"pets-{uuid.uuid4().hex[:8]}"
     scene = Scene(client, name, new_output(tmp_path / "out", name, client.tracking_uri))
     scene.add_versions(3)
     with Lease.acquire(scene.output, on_lost=never) as lease:
