@@ -115,8 +115,7 @@ class Evaluate:
         others: what becomes of classes without a counterpart, with --common: background or ignored; default:
             background if both sides have one.
         limit: use only the first N images, to try things out.
-        output: folder for the result, on a disk that all nodes share if --recipe runs on a cluster; default:
-            a new one below results/.
+        output: folder for the result, on this machine; default: a new one below results/.
         overwrite: replace a result that is already in --output.
         workers: number of Ray tasks that compare; 0: this process alone; default: depends on the number of
             images.

@@ -222,8 +222,11 @@ class Export:
             workers, results = 0, None
             write = functools.partial(_write_group, work=work, plan=plan, fence=fence)
             if self._on_ray(total):
+                from pipeline.cluster.disks import Landmarks, files_of_table
                 from pipeline.cluster.mapping import on_ray
                 from pipeline.cluster.session import ray_session
+                from pipeline.formats import export
+                from pipeline.table.labels import table_files
 
                 say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
                 with timed(console, "starting Ray", status):
@@ -233,7 +236,9 @@ class Export:
                         )
                     )
                 workers = self.workers or workers
-                results = on_ray(write, _groups(plan, workers), workers)
+                files = files_of_table(*table_files(work.source.table), images=work.source.with_images)
+                landmarks = Landmarks.of(files, output=work.output.child(export.OWN_DIR), run_id=run_id)
+                results = on_ray(write, _groups(plan, workers), workers, notice=say, landmarks=landmarks)
             progress = stack.enter_context(counted(console, f"exporting {self.format}", "images", status))
             for counts in results if results is not None else map(write, _groups(plan, 1)):
                 done += counts.rows

@@ -32,6 +32,7 @@ from jobs.options import (
     refuse_missing_file,
 )
 from models.errors import FailedWork, WrongUse
+from pipeline.cluster.disks import Landmarks, require_shared
 from pipeline.cluster.nodes import plan_like, plan_when_joined
 from pipeline.cluster.session import joins_cluster, ray_session, worker_precision
 from pipeline.cluster.signals import signals_held
@@ -397,7 +398,13 @@ def _started(
         )
         if preparing is None:
             preparing = _begin_preparing(thread, job, worker_precision(compute), recorded)
-        yield preparing.result(), compute
+        prepared = preparing.result()
+        require_shared(
+            Landmarks.copies(prepared.files),
+            "The weights of the model are",
+            "Put the model into an object store, or a copy of it on each node in the same place.",
+        )
+        yield prepared, compute
 
 
 def _begin_preparing(

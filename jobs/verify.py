@@ -190,9 +190,18 @@ def check_table(
     with console.status(f"checking {len(parts):,} files") as status, contextlib.ExitStack() as stack:
         checked: Iterable[Checked]
         if workers and parts:
+            from pipeline.cluster.disks import Landmarks, files_of_table
             from pipeline.cluster.mapping import on_ray
 
-            checked = on_ray(check, parts, workers, address=address)
+            files = files_of_table(storage, parts, images=hashes)
+            checked = on_ray(
+                check,
+                parts,
+                workers,
+                address=address,
+                notice=lambda text: console.print(text, highlight=False, soft_wrap=True),
+                landmarks=Landmarks.of(files),
+            )
         else:
             pool = ThreadPoolExecutor()
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # at once after Ctrl-C

@@ -12,12 +12,19 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
+from benchmarks.faults.disks import refuse_without_mounts
+
 RAY = Path(sys.executable).with_name("ray")
+_EMPTY_DISKS = """
+count=$1; shift
+while [ "$count" -gt 0 ]; do mount -t tmpfs tmpfs "$1"; shift; count=$((count - 1)); done
+exec "$@"
+"""
 
 
 def free_port() -> int:
@@ -53,19 +60,36 @@ class Cluster:
         )  # fmt: skip
         self._wait_until_ready(port, page if dashboard else None)
 
-    def add_worker(self, *, cpus: int, gpus: int = 0) -> int:
-        """Start a node and wait until it has joined; its number, for ``kill``."""
+    def add_worker(self, *, cpus: int, gpus: int = 0, blind: Sequence[Path] = ()) -> int:
+        """Start a node and wait until it has joined.
+
+        Args:
+            cpus, gpus: logical ones.
+            blind: folders that the node does not see: it has an empty disk of its own in their places, as a
+                machine without a shared disk. Only root may mount.
+
+        Returns:
+            Its number, for ``kill``.
+
+        Raises:
+            NoDisk: no disk can be mounted here.
+        """
         # A session directory of its own: the nodes would unpack the working_dir over each other.
         folder = self._scratch / f"node{len(self._nodes)}"
         number = self._start(
-            f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--temp-dir={folder}"
-        )
+            f"--address={self.address}", f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--temp-dir={folder}",
+            blind=blind,
+        )  # fmt: skip
         log = self._scratch / f"node{number}.log"
         deadline = time.monotonic() + 120
         while "Ray runtime started" not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.2)
         return number
+
+    def seen_by(self, number: int, place: Path) -> Path:
+        """A path as a node sees it, for tests that look into its own disk."""
+        return Path(f"/proc/{self._nodes[number].pid}/root") / place.relative_to("/")
 
     def works(self, number: int, title: str) -> bool:
         """Whether a node has a process whose title begins like this."""
@@ -88,12 +112,23 @@ class Cluster:
             if node.poll() is None:
                 self.kill(number)
 
-    def _start(self, *arguments: str) -> int:
+    def _start(self, *arguments: str, blind: Sequence[Path] = ()) -> int:
+        if blind:
+            refuse_without_mounts()
+        # A mount namespace of its own; Ray's processes inherit it.
+        apart = ["unshare", "--mount", "sh", "-ec", _EMPTY_DISKS, "sh", str(len(blind)), *map(str, blind)]
         with (self._scratch / f"node{len(self._nodes)}.log").open("wb") as log:
             self._nodes.append(
                 subprocess.Popen(
                     # The agent's port is a fixed number otherwise, and any other Ray on this machine has it.
-                    [RAY, "start", *arguments, f"--dashboard-agent-listen-port={free_port()}", "--block"],
+                    [
+                        *(apart if blind else ()),
+                        RAY,
+                        "start",
+                        *arguments,
+                        f"--dashboard-agent-listen-port={free_port()}",
+                        "--block",
+                    ],
                     env=self.environment,
                     stdout=log,
                     stderr=log,

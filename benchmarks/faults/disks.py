@@ -37,6 +37,21 @@ def mounted(place: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", place], check=True)
 
 
+def refuse_without_mounts() -> None:
+    """Raise ``NoDisk`` where a process cannot have mounts of its own."""
+    try:
+        made = subprocess.run(
+            ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError as error:
+        raise NoDisk(str(error)) from None
+    if made.returncode:
+        raise NoDisk(made.stderr.strip())
+
+
 def fill(filler: Path) -> None:
     """Take all room that is left on a disk."""
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:

@@ -14,7 +14,15 @@ from rich.console import Console
 
 from jobs.console import say_left_out, stderr_console
 from jobs.options import FLAT, Maybe, Settings, Truth, ViewOptions, comma_separated, refuse_missing_file
-from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, recipe_identity, run_training
+from jobs.train.run import (
+    PACKAGES,
+    Finished,
+    Prepared,
+    TrainOptions,
+    places_read,
+    recipe_identity,
+    run_training,
+)
 from models.errors import WrongUse
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.pairs import open_pairs
@@ -213,6 +221,7 @@ def prepare(
             ClipSegTask, make_model, ahead=samples, whiten=recipe.model.whiten, keep=bool(recipe.model.start)
         ),
         samples=samples,
+        reads=places_read((labels,), dataset),
         settings=recipe.loop,
         identity=_identity(recipe, options.output)
         | {"model": model.fingerprint, "data": source.fingerprint}

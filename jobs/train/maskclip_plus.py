@@ -25,7 +25,15 @@ from jobs.options import (
     comma_separated,
     refuse_missing_file,
 )
-from jobs.train.run import PACKAGES, Finished, Prepared, TrainOptions, recipe_identity, run_training
+from jobs.train.run import (
+    PACKAGES,
+    Finished,
+    Prepared,
+    TrainOptions,
+    places_read,
+    recipe_identity,
+    run_training,
+)
 from models.errors import WrongUse, did_you_mean
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.zeroshot import SPLITS
@@ -320,6 +328,7 @@ def _prepare(
     return Prepared(
         make_task=make_task,
         samples=samples,
+        reads=places_read((labels, None if known is None else known.labels), truth),
         settings=recipe.loop,
         identity=recipe_identity(recipe)
         | {

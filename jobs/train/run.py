@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +25,7 @@ from tyro.conf import Suppress
 from jobs.console import TrainDisplay, duration, name_run, stderr_console, timed
 from jobs.options import Address, Flag, Maybe, SystemMetrics, Tracking, Verbose
 from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
+from pipeline.cluster.session import joins_cluster
 from pipeline.files.outputs import check_output_folder
 from pipeline.files.recipes import Recipe
 from pipeline.files.status import StatusFile, settle_status
@@ -41,6 +42,7 @@ from pipeline.training.loop.checkpoints import (
 )
 
 if TYPE_CHECKING:
+    from pipeline.datasets.base import Dataset
     from pipeline.training.loop.checkpoints import Checkpoint
     from pipeline.training.loop.driver import Outcome
     from pipeline.training.loop.protocols import Samples, Task
@@ -69,7 +71,7 @@ class TrainOptions:
 
     Attributes:
         output: folder (or s3://… prefix, without a page) for the model, its checkpoints and its page; on a
-            cluster it must be reachable from all nodes.
+            cluster all nodes must see it, and the training data.
         workers: training processes; default: one per GPU, or this process alone.
         overwrite: delete the run in --output and start over.
         register: register the model in MLflow under this name, as challenger; without it, no model is copied
@@ -105,6 +107,7 @@ class Prepared:
         write_pages: given the local folder of a finished run and the lines of its ``metrics.jsonl``, writes
             ``PAGE`` and its pictures there, ``PAGE`` last, and returns the files.
         commands: commands that use the result, by purpose.
+        reads: some of the files that workers read, by which other nodes show that they see them all.
         log_model: copies the result into MLflow, given run id and registry name; None if it cannot be.
         fallback: error code after which the newest milestone still yields a result.
     """
@@ -119,6 +122,7 @@ class Prepared:
     finish: Callable[[Checkpoint, Mapping[str, Any]], Finished]
     write_pages: Callable[[Path, list[Mapping[str, Any]]], Sequence[str]]
     commands: Mapping[str, str]
+    reads: Sequence[str] = ()
     log_model: Callable[[str, str], str] | None = None
     fallback: str = ""
 
@@ -179,7 +183,7 @@ def run_training(
             f"A model cannot be registered as {options.register} while tracking is off.",
             "Leave --register out, or name an MLflow server: --tracking URI.",
         )
-    on_cluster = bool(options.address or os.environ.get("RAY_ADDRESS"))
+    on_cluster = joins_cluster(options.address)
     _refuse_foreign(storage, result_file, own_entries)
     with timed(console, "reading weights and labels"):
         prepared = prepare()
@@ -358,6 +362,8 @@ def _train(
         with _compute(options, lease, display) as compute:
             from pipeline.training.loop.driver import train
 
+            if compute.workers:
+                _refuse_unshared(prepared, storage, lease)
             if options.overwrite:
                 # Only now that weights, labels and Ray are known to be available.
                 for entry in own_entries:
@@ -399,7 +405,7 @@ def _train(
 @contextlib.contextmanager
 def _compute(options: TrainOptions, lease: Lease, display: TrainDisplay) -> Iterator[TrainingCompute]:
     """Plan the run's compute; start or join Ray only if there are workers."""
-    from pipeline.cluster.session import joins_cluster, ray_session
+    from pipeline.cluster.session import ray_session
     from pipeline.training.loop.resources import plan_in_process, plan_training
 
     here = None if joins_cluster(options.address) else plan_in_process(options.workers)
@@ -415,6 +421,33 @@ def _compute(options: TrainOptions, lease: Lease, display: TrainDisplay) -> Iter
         plan=functools.partial(plan_training, workers=options.workers),
     ) as compute:
         yield compute
+
+
+def _refuse_unshared(prepared: Prepared, storage: Storage, lease: Lease) -> None:
+    """Refuse to train on nodes that do not see the data, or the output.
+
+    Raises:
+        MaskMillError: ``disk_not_shared``.
+    """
+    from pipeline.cluster.disks import Landmarks, require_shared
+
+    where = (
+        "Put it into an object store (s3://…) or on a disk that all nodes share, or train without a cluster."
+    )
+    require_shared(Landmarks.of(prepared.reads), "The training data is", where)
+    require_shared(Landmarks.of((), output=storage, run_id=lease.run_id), "The output is", where)
+
+
+def places_read(tables: Iterable[str | None], truth: Dataset | None = None) -> list[str]:
+    """``Prepared.reads`` of a training on label tables, of which some may be None, and on a dataset."""
+    from pipeline.cluster.disks import files_of_table
+    from pipeline.table.labels import table_files
+
+    places = [
+        place for table in tables if table for place in files_of_table(*table_files(table), images=True)
+    ]
+    samples = () if truth is None else truth.samples
+    return places + [place for sample in samples for place in (sample.image, sample.truth) if place]
 
 
 def _finish(

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from models.errors import Damaged, FailedWork, WrongUse
+from pipeline.cluster.disks import Landmarks, files_of_table
 from pipeline.cluster.mapping import on_ray
 from pipeline.datasets.base import Dataset, LeftOut, Sample
 from pipeline.files.storage import Storage, canonical_uri
@@ -350,6 +351,12 @@ def read_labels(
     return found
 
 
+def _landmarks(work: Plan, dataset: Dataset) -> Landmarks:
+    """Of the table and of the truth."""
+    truth = [place for sample in dataset.samples for place in (sample.truth, sample.image) if place]
+    return Landmarks.of(files_of_table(work.storage, work.parts, images=False)).and_of(truth)
+
+
 def evaluate_table(
     table: Storage | str,
     dataset: Dataset,
@@ -398,7 +405,11 @@ def evaluate_table(
         SegmentationStatistics.zero(len(dataset.class_names)), missing=work.missing, others=work.others
     )
     score = functools.partial(score_part, **settings)
-    scored = on_ray(score, work.parts, workers, notice=notice) if workers else map(score, work.parts)
+    scored: Iterable[Evaluation] = (
+        on_ray(score, work.parts, workers, notice=notice, landmarks=_landmarks(work, dataset))
+        if workers
+        else map(score, work.parts)
+    )
     for found in scored:
         total.statistics = total.statistics + found.statistics
         total.images += found.images

@@ -5,6 +5,9 @@ not track finished work: it labels everything it receives.
 
 On a cluster, nodes are lost and join. If a run cannot go on as planned, or there is much more to use than
 planned for, the flow ends, and another one with a new plan labels what is left.
+
+Images and outputs on a disk that only the driver's node has are read and written there; labelling itself runs
+on all nodes (``pipeline.cluster.disks``).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import functools
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,11 +26,13 @@ from ray.data.block import BlockMetadata
 from ray.data.exceptions import SystemException
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from models.errors import FailedWork, MaskMillError
+from models.errors import FailedWork, MaskMillError, WrongUse
+from pipeline.cluster.disks import ANYWHERE, NOT_SHARED, Landmarks, Place, find_place, own_cores
 from pipeline.cluster.nodes import NodesChanged, NodeWatch, stop_when_changed
 from pipeline.cluster.progress import Progress
 from pipeline.cluster.resources import Compute
 from pipeline.cluster.signals import signals_held
+from pipeline.corpus.manifest import ADDRESS
 from pipeline.files.faults import explain, one_line
 from pipeline.files.images import ImageSettings
 from pipeline.labelling.attempts import AttemptBook
@@ -64,6 +69,14 @@ def part_sizes(count: int, workers: int) -> list[int]:
                 count -= part
         size = min(2 * size, largest)
     return sizes
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where images are read, and where the table is written."""
+
+    read: Place = ANYWHERE
+    write: Place = ANYWHERE
 
 
 @dataclass(frozen=True)
@@ -118,29 +131,50 @@ def run_labelling(
         progress = progress.plus(**row, failures=failures, at_s=time.monotonic() - began)
         report(progress)
 
+    alone = False
     while True:
-        make_flow = functools.partial(_flow, todo, make_labeller, image_settings, write, compute)
         try:
+            places = _Places() if replanning is None else _find_places(todo, write, replanning.notice, alone)
+            make_flow = functools.partial(_flow, todo, make_labeller, image_settings, write, compute, places)
             if replanning is None:
-                _run(make_flow, count, stop=[])
+                _run(make_flow, count, places, stop=[])
             else:
                 with NodeWatch(compute, replanning.notice) as watch:
-                    _run(make_flow, count, stop=watch.reasons, finished=watch.part_finished)
+                    _run(make_flow, count, places, stop=watch.reasons, finished=watch.part_finished)
             return progress
         except NodesChanged as change:
             assert replanning is not None
-            replanning.notice(f"{change}: starting the workers anew on those that are there")
-            compute = replanning.plan(compute)
-            todo = replanning.unfinished(todo)
-            # What was committed while the flow ended was not reported.
-            progress = replace(progress, done=total - todo.num_rows)
+            why = str(change)
         except Exception as error:  # Ray Data wraps what happened in types of its own
-            raise explain(error) or fault_in_run(error) from error
+            told = explain(error) or fault_in_run(error)
+            if replanning is None or told.code != NOT_SHARED or isinstance(told, WrongUse):
+                raise told from error
+            # For good: a landmark that somebody changes would end each flow.
+            alone = True
+            why = "another node does not see local files as they were, which are now left to this one"
+        replanning.notice(f"{why}: starting the workers anew on those that are there")
+        compute = replanning.plan(compute)
+        todo = replanning.unfinished(todo)
+        # What was committed while the flow ended was not reported.
+        progress = replace(progress, done=total - todo.num_rows)
+
+
+def _find_places(todo: pa.Table, write: Write, notice: Callable[[str], None], alone: bool) -> _Places:
+    addresses = todo["uri"].to_pylist()
+    if ADDRESS in todo.column_names:
+        addresses = [own or uri for own, uri in zip(todo[ADDRESS].to_pylist(), addresses, strict=True)]
+    images = Landmarks.of(addresses)
+    output = Landmarks.of((), output=write.storage, run_id=write.run_id)
+    return _Places(
+        find_place(images, "images are read", notice, alone=alone),
+        find_place(output, "labels are written", notice, alone=alone),
+    )
 
 
 def _run(
     make_flow: Callable[[], ray.data.Dataset],
     count: Callable[[dict[str, Any]], None],
+    places: _Places,
     *,
     stop: list[str],
     finished: Callable[[], None] = lambda: None,
@@ -150,7 +184,7 @@ def _run(
     Raises:
         NodesChanged: ``stop`` has got a reason.
     """
-    _configure(stop)
+    _configure(stop, places)
     with signals_held():  # the destructor of a half-made Dataset prints a traceback
         flow = make_flow()
     for part in flow.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -165,19 +199,25 @@ def _flow(
     image_settings: ImageSettings,
     write: Write,
     compute: Compute,
+    places: _Places,
 ) -> ray.data.Dataset:
     """The stages. Each block is a decoded part of the manifest, or a piece of a large one."""
     attempts = _shared_attempts()
     parts = _Parts(
-        todo, part_sizes(todo.num_rows, compute.actors * compute.calls), Decode(image_settings, attempts)
+        todo,
+        part_sizes(todo.num_rows, compute.actors * compute.calls),
+        places.read.guarded(Decode(image_settings, attempts)),
     )
+    # The driver's node has other work, too: the driver, and on a head the control plane.
+    decoders = compute.decoders if places.read.node is None else max(1, own_cores() // 2)
+    writers = compute.writers if places.write.node is None else max(1, own_cores() // 4)
     stage: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
     return (
         ray.data.read_datasource(
             parts,
             override_num_blocks=len(parts.sizes),
-            num_cpus=compute.task_cpus,
-            concurrency=compute.decoders,
+            **places.read.task_options(compute.task_cpus),
+            concurrency=decoders,
         )
         .map_batches(
             Label,
@@ -193,10 +233,10 @@ def _flow(
             ),
         )
         .map_batches(
-            write,
+            places.write.guarded(write),
             **stage,
-            num_cpus=compute.task_cpus,
-            compute=ray.data.TaskPoolStrategy(size=compute.writers),
+            **places.write.task_options(compute.task_cpus),
+            compute=ray.data.TaskPoolStrategy(size=writers),
         )
     )
 
@@ -232,7 +272,9 @@ class _Parts(ray.data.Datasource):
         sizes: images in each part.
     """
 
-    def __init__(self, todo: pa.Table, sizes: Sequence[int], decode: Decode) -> None:
+    def __init__(
+        self, todo: pa.Table, sizes: Sequence[int], decode: Callable[[pa.Table], Iterable[pa.Table]]
+    ) -> None:
         super().__init__()
         self.sizes = sizes
         self._todo = todo
@@ -257,8 +299,12 @@ class _Parts(ray.data.Datasource):
         ]
 
 
-def _configure(stop: list[str]) -> None:
+def _configure(stop: list[str], places: _Places) -> None:
     context = ray.data.DataContext.get_current()
+    # By default, as many decoded images wait as all nodes have room for; these wait on one of them.
+    context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+        object_store_memory=None if places.read.node is None else _object_store(places.read.node) / 2
+    )
     context.custom_execution_callback_classes = [stop_when_changed(stop)]
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -269,6 +315,12 @@ def _configure(stop: list[str]) -> None:
     if logging.getLogger("ray").getEffectiveLevel() > logging.INFO:
         # Its errors are raised and reported in one line; -v shows the rest.
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+
+
+def _object_store(node: str) -> float:
+    return float(
+        next(each["Resources"]["object_store_memory"] for each in ray.nodes() if each["NodeID"] == node)
+    )
 
 
 def fault_in_run(error: Exception) -> MaskMillError:

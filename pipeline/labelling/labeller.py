@@ -93,11 +93,13 @@ class PreparedLabeller:
         settings: settings of the run; ``precision`` is never "auto".
         weights: ``model``, ``pretrained`` and ``fingerprint``; for a student also ``text``, the same three of
             the CLIP that embeds its class names.
+        files: local files that ``build`` reads, other than downloads, which every machine gets by itself.
     """
 
     make: Callable[[LabellerSettings], Labeller]
     settings: LabellerSettings
     weights: dict[str, Any]
+    files: tuple[str, ...] = ()
 
     @property
     def precision(self) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from models.errors import MaskMillError, WrongUse
-from pipeline.files.storage import cache_dir, canonical_uri
+from pipeline.files.storage import cache_dir, canonical_uri, is_remote
 from pipeline.labelling.clipseg.options import RELEASED
 from pipeline.labelling.labeller import LabellerSettings, PreparedLabeller
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe, parse_settings
@@ -129,7 +129,8 @@ def _prepare_maskclip(
         reading=recipe.maskclip,
     )
     weights = {"model": recipe.model, "pretrained": recipe.pretrained, "fingerprint": source.fingerprint}
-    return PreparedLabeller(make, settings, weights)
+    named = Path(recipe.pretrained or "").expanduser().is_file() or recipe.model.startswith("local-dir:")
+    return PreparedLabeller(make, settings, weights, (str(source.path),) if named else ())
 
 
 def _prepare_student(
@@ -162,7 +163,8 @@ def _prepare_student(
         "fingerprint": record.fingerprint,
         "text": {name: record.text[name] for name in ("model", "pretrained", "fingerprint")},
     }
-    return PreparedLabeller(make, settings, weights)
+    files = () if is_remote(record.uri) else (f"{record.uri}/{record.RECORD_FILE}",)
+    return PreparedLabeller(make, settings, weights, files)
 
 
 def _prepare_clipseg(
@@ -202,7 +204,8 @@ def _prepare_clipseg(
         resolution=resolution,
     )
     described = {"model": recipe.model, "pretrained": weights.weights, "fingerprint": model.fingerprint}
-    return PreparedLabeller(make, settings, described)
+    files = (weights.weights,) if Path(weights.weights).exists() else ()
+    return PreparedLabeller(make, settings, described, files)
 
 
 # --- recipes of trained models ------------------------------------------------------------------------------

@@ -296,8 +296,8 @@ class Write:
         num_classes: int,
         replacing: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        self._storage = storage
-        self._run_id = run_id
+        self.storage = storage
+        self.run_id = run_id
         self._ignore_index = ignore_index
         self._replacing = np.empty(0, np.int64) if replacing is None else replacing
         self._dtype = label_dtype(num_classes)
@@ -312,13 +312,13 @@ class Write:
         rows = pa.Table.from_pylist([self._row(row) for row in table.to_pylist()], schema=labels.LABEL_SCHEMA)
         old = np.isin(rows["id"].to_numpy(), self._replacing)
         try:
-            refuse_other_holder(self._storage, self._run_id)
+            refuse_other_holder(self.storage, self.run_id)
             for folder, chosen in ((LABELS_DIR, ~old), (RELABELLED_DIR, old)):
                 if chosen.any():
-                    write_part(self._storage, rows.filter(pa.array(chosen)), folder)
+                    write_part(self.storage, rows.filter(pa.array(chosen)), folder)
         except OSError as error:
             # Told here, while the error still knows its path.
-            raise explain(error, self._storage.uri) or error from error
+            raise explain(error, self.storage.uri) or error from error
         report = {
             "done": rows.num_rows,
             "failures": [status for status in rows["status"].to_pylist() if status != labels.OK],

@@ -70,6 +70,7 @@ def test_the_job_runs_unchanged_on_a_cluster(cluster: Cluster, toy_images: Path,
     status, said = submit(cluster, *command, on_line=join)
     assert joined and status == 0, said
     assert "succeeded" in said
+    assert "images are read on any node" in said and "labels are written on any node" in said
     uris = [
         uri
         for part in (output / "labels").glob("*.parquet")

@@ -299,7 +299,8 @@ def _trained(
         label_images(LabelJob(source=source, ontology=ontology, recipe=RECIPES["toy"], output=table), console)
     status = train_clipseg(
         CLIPSEG_RECIPES.load("toy", changes),
-        TrainOptions(output=str(output), tracking=OFF),
+        # So small that they are trained in this process, also if there is a cluster.
+        TrainOptions(output=str(output), workers=0, address="local", tracking=OFF),
         labels=table,
         dataset=open_toyworld(split=split, count=count) if variant.truth else None,
         console=console,

@@ -163,7 +163,8 @@ def _measure_seed(
         status = maskclip_plus.train_student(
             str(table),
             recipe,
-            TrainOptions(output=str(output), tracking=OFF),
+            # So small that they are trained in this process, also if there is a cluster.
+            TrainOptions(output=str(output), workers=0, address="local", tracking=OFF),
             truth=None if form == "annotation-free" else truth,
             console=console,
         )
