@@ -220,8 +220,9 @@ def register(
 ) -> Version:
     """Register a trained model as a new version, with the alias ``challenger``.
 
-    A version with the same key is not made again, whenever the first call was killed. Files that it had sent
-    to MLflow without making a version stay there as a logged model.
+    A version with the same key and weights is not made again, whenever the first call was killed; its tags
+    are brought up to date. Files that a killed call had sent to MLflow without making a version stay there as
+    a logged model.
 
     Args:
         client: of ``connect_registry``.
@@ -237,17 +238,25 @@ def register(
     """
     claim(client, name, output)
     record = read_trained(_RECORDS[facts.kind], folder)
-    found = _with_key(client, name, facts.key)
+    own = (facts.key, record.fingerprint)
+    found = _find(client, name, *own)
     if found is None:
         with registry_errors(name):
             _log(client, name, record, facts, run_id)
-        found = _with_key(client, name, facts.key)
+        found = _find(client, name, *own)
     if found is None:
         raise FailedWork(
             "tracking_unreachable",
             f"MLflow has taken a new version of {name}, and does not list it.",
             "Look at the server's log, and run the same command again.",
         )
+    changed = {tag: text for tag, text in facts.tags(record).items() if found.tags.get(tag) != text}
+    if changed:
+        with registry_errors(name):
+            client.update_model_version(name, found.number, facts.description(record))
+            for tag, text in changed.items():
+                client.set_model_version_tag(name, found.number, tag, text)
+        found = read_version(client, name, found.number)
     if alias(client, name, CHALLENGER) != found.number:
         set_alias(client, name, CHALLENGER, found.number)
     return found
@@ -423,14 +432,15 @@ def _already_there() -> Iterator[None]:
             raise
 
 
-def _with_key(client: MlflowClient, name: str, key: str) -> Version | None:
-    """The version with a key; the first, should there be several."""
+def _find(client: MlflowClient, name: str, key: str, fingerprint: str) -> Version | None:
+    """The version with a key and weights; the first, should there be several."""
+    wanted = {KEY_TAG: key, FINGERPRINT_TAG: fingerprint}
     found = []
     with registry_errors(name):
         token = None
         while True:
             page = client.search_model_versions(f"name='{name}'", max_results=_PAGE, page_token=token)
-            found += [one for one in page if one.tags.get(KEY_TAG) == key]
+            found += [one for one in page if wanted.items() <= one.tags.items()]
             token = page.token
             if not token:
                 break

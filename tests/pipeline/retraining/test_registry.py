@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shutil
 import uuid
@@ -101,6 +102,24 @@ def test_registering_again_makes_no_version(empty: Scene, student: Path) -> None
     assert (first.number, other.number) == ("1", "2")
     assert registered(empty, student) == first  # the challenger is the one that was asked for
     assert registry.alias(empty.client, empty.name, "challenger") == "1"
+
+
+def test_a_verdict_that_has_changed_is_told(empty: Scene, student: Path) -> None:
+    first = registered(empty, student)
+    again = registered(empty, student, dataclasses.replace(FACTS, verdict="refuse", reasons=("too slow",)))
+    assert again.number == first.number and again.tags["maskmill.verdict"] == "refuse"
+    found = empty.client.get_model_version(empty.name, again.number)
+    assert found.tags["maskmill.reasons"] == "too slow" and "too slow" in found.description
+
+
+def test_other_weights_under_the_same_key_are_another_version(
+    empty: Scene, student: Path, tmp_path: Path
+) -> None:
+    first = registered(empty, student)
+    toy_student(tmp_path / "again", width=16)
+    again = registered(empty, tmp_path / "again")
+    assert (first.number, again.number) == ("1", "2")
+    assert again.tags["maskmill.fingerprint"] == read_student_record(tmp_path / "again").fingerprint
 
 
 @pytest.mark.parametrize(
