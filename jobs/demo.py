@@ -1,46 +1,60 @@
-"""``maskmill demo``: label, train and evaluate, offline, on the embedded toy world."""
+"""``maskmill demo``: label, train, evaluate and promote, offline, on the embedded toy world."""
 
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import yaml
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from jobs.console import timed
 from jobs.evaluate import evaluate
-from jobs.label import LabelJob, label_images
+from jobs.retrain.command import PROMOTED, REFUSED, retrain
 from jobs.show import Show
-from jobs.train.maskclip_plus import train_student
-from jobs.train.run import TrainOptions
 from models.errors import WrongUse
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.pairs import open_pairs
-from pipeline.evaluation.results import EvaluationResult
+from pipeline.evaluation.results import EvaluationResult, read_results
 from pipeline.files.outputs import check_output_folder
-from pipeline.labelling.prepare import student_recipe
 from pipeline.labelling.recipes import RECIPES, LabelRecipe
 from pipeline.metrics.names import percent
 from pipeline.ontology.ontology import load_ontology
 from pipeline.report.student_page import write_student_page
 from pipeline.report.training_page import PAGE, SHEET, Score
-from pipeline.tracking.tracker import OFF
+from pipeline.retraining.config import EXAMPLE_FILE, Retraining, read_config
 from pipeline.trained.student import read_student_record
 from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
 
 MARKER = "made-by-maskmill-demo.txt"
 TRUTH_SEED = 1
 """Offset between the seed of the unlabelled scenes and that of the test scenes."""
+EARLY = 5
+"""One in so many scenes is there from the beginning."""
+SHORT = 10
+"""The first training is so many times shorter."""
+ENOUGH = 30
+"""Test scenes that the gate asks for, if there are as many."""
+_ABOUT = """\
+# What the demo runs. With more scenes in images/, maskmill retrain goes on from here.
+# maskmill retrain --init explains every field.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """Run the whole pipeline on the embedded toy world, offline: label, train a student, evaluate, show.
+    """Run the whole pipeline on the embedded toy world, offline: label, train, evaluate, promote, show.
+
+    Scenes arrive twice, as they would for a scheduler: a student that is trained on the first ones for a
+    short time becomes champion, until the one that is trained on all of them takes its place.
 
     Attributes:
         output: folder for all results; an earlier demo there is replaced.
@@ -59,54 +73,70 @@ class Demo:
     steps: int = 1000
 
     def run(self, console: Console | None = None) -> int:
-        """Draw scenes, label them, train a student on the labels, evaluate both models on held-out scenes.
+        """Draw scenes, label them, train students, evaluate them and their teacher, promote the better one.
 
         Raises:
             MaskMillError: ``output_not_ours`` if the folder holds other files; ``wrong_use``.
         """
-        recipe = MASKCLIP_PLUS_RECIPES.load("toy", [f"iterations={self.steps}"])
-        for name in ("images", "size", "test"):
-            if getattr(self, name) < 1:
+        MASKCLIP_PLUS_RECIPES.load("toy", [f"iterations={self.steps}"])
+        for name, least in (("images", 2), ("size", 1), ("test", 1)):
+            if getattr(self, name) < least:
                 raise WrongUse(
-                    "wrong_use", f"--{name} {getattr(self, name)} is too small.", "Give 1 or more."
+                    "wrong_use", f"--{name} {getattr(self, name)} is too small.", f"Give {least} or more."
                 )
         output = self.output
         empty_folder(output)
         console = console or Console()
-        images, table, student = output / "images", output / "table", output / "student"
-        test, results = output / "test", output / "results"
-        ontology = load_ontology("toyworld")
+        images, test, results = output / "images", output / "test", output / "results"
+        early = max(1, self.images // EARLY)
         _title(
             console,
             f"1. Draw {self.images} unlabelled scenes of the toy world, and {self.test} with their true maps",
         )
         with timed(console, "drawing the scenes"):
-            _draw(images, None, count=self.images, size=self.size, seed=self.seed)
-            _draw(
-                test / "images", test / "truth", count=self.test, size=self.size, seed=self.seed + TRUTH_SEED
-            )
-        truth = open_pairs(images=str(test / "images"), masks=str(test / "truth"), ontology=ontology)
-
-        _title(console, "2. maskmill label: class names in, pseudo-labels out")
-        job = LabelJob(source=str(images), ontology=ontology, recipe=RECIPES["toy"], output=str(table))
-        status = label_images(job, console)
-        if status:
-            return status
-
-        _title(console, "3. maskmill train maskclip-plus: a student learns from the pseudo-labels")
-        status = train_student(
-            str(table),
-            recipe,
-            TrainOptions(output=str(student), tracking=OFF),
-            console=console,
+            scenes, _ = _draw(self.images, self.size, self.seed)
+            _save(images, scenes[:early])
+            for name, pictures in zip(
+                ("images", "truth"), _draw(self.test, self.size, self.seed + TRUTH_SEED), strict=True
+            ):
+                _save(test / name, pictures)
+        truth = open_pairs(
+            images=str(test / "images"), masks=str(test / "truth"), ontology=load_ontology("toyworld")
         )
-        if status:
+        config = self._configuration()
+
+        _title(
+            console,
+            f"2. maskmill retrain: {early} scenes have arrived; label them, train a student briefly",
+        )
+        briefly = {"settings": {"iterations": max(1, self.steps // SHORT)}}
+        models = tuple(model.model_copy(update=briefly) for model in config.models)
+        status = retrain(config.model_copy(update={"models": models}), console)
+        if status not in (PROMOTED, REFUSED):
             return status
 
-        _title(console, "4. maskmill evaluate: teacher and student against the true maps")
+        _title(
+            console,
+            f"3. maskmill retrain: {self.images - early} more have arrived; label them, train on all, "
+            "compare with the champion",
+        )
+        _save(images, scenes[early:], start=early)
+        status = retrain(config, console)
+        if status not in (PROMOTED, REFUSED):
+            return status
+        tick = "retraining/runs/0002"
+        table, student = output / "table", output / "student"
+        table.symlink_to("retraining/table")
+        student.symlink_to(f"{tick}/student")
+        results.mkdir()
+        (results / "student").symlink_to(f"../{tick}/student-evaluation/candidate")
+
+        _title(console, "4. maskmill evaluate: the teacher against the true maps, beside the student")
+        measured = read_results(results / "student")[0][1]
+        assert isinstance(measured, EvaluationResult), "the retraining has measured it"
         found = {
             "teacher": _evaluate(truth, RECIPES["toy"], results / "teacher", console),
-            "student": _evaluate(truth, student_recipe(str(student))[0], results / "student", console),
+            "student": measured,
         }
         _print_scores(found, console)
         record = read_student_record(student)
@@ -124,13 +154,36 @@ class Demo:
             )
         Show(table=str(table), output=output / "gallery.html").run(Console(quiet=True))
         lines = [
-            f"Side by side:      {(student / PAGE).resolve().as_uri()}",
+            f"Side by side:      {(student / PAGE).absolute().as_uri()}",
+            f"Why promoted:      {(output / tick / 'report.html').absolute().as_uri()}",
             f"One picture:       {student / SHEET}",
             f"All pseudo-labels: {(output / 'gallery.html').resolve().as_uri()}",
-            f"Label with it:     maskmill label --model {student} --images DIR --output OUT",
+            f"Label with it:     maskmill label --model {_quoted(student)} --images DIR --output OUT",
+            f"Go back:           maskmill rollback {_quoted(output / 'retraining')}",
         ]
         console.print("\n".join(lines), soft_wrap=True, highlight=False)
         return 0
+
+    def _configuration(self) -> Retraining:
+        """Write the configuration of the retraining, and read it as the command does."""
+        file = self.output / EXAMPLE_FILE
+        written = {
+            "name": "toyworld",
+            "output": "retraining",
+            "images": "images",
+            "ontology": "toyworld",
+            "tracking": "sqlite:///mlruns.db",
+            "label": {"recipe": "toy"},
+            "models": [{"kind": "maskclip-plus", "recipe": "toy", "set": {"iterations": self.steps}}],
+            "evaluation": {"images": "test/images", "truth": "test/truth"},
+            "gate": {"min_images": max(2, min(self.test, ENOUGH))},
+        }
+        file.write_text(_ABOUT + yaml.safe_dump(written, sort_keys=False))
+        return read_config(file)
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(os.fspath(path))
 
 
 def _title(console: Console, text: str) -> None:
@@ -156,16 +209,18 @@ def empty_folder(output: Path) -> None:
     (output / MARKER).write_text("maskmill demo made this folder and replaces it when it runs again.\n")
 
 
-def _draw(images: Path, truth: Path | None, *, count: int, size: int, seed: int) -> None:
+def _draw(count: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scenes, uint8 (N, H, W, 3), and their true maps, (N, H, W)."""
     from pipeline.toyworld.scenes import generate
 
-    images.mkdir(parents=True)
     scenes, maps, _captions = generate(seed, count, size)
-    for index, (scene, ids) in enumerate(zip(scenes, maps, strict=True)):
-        Image.fromarray(scene).save(images / f"scene_{index:04d}.png")
-        if truth is not None:
-            truth.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(ids).save(truth / f"scene_{index:04d}.png")
+    return np.asarray(scenes), np.asarray(maps)
+
+
+def _save(folder: Path, pictures: np.ndarray, *, start: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, picture in enumerate(pictures, start):
+        Image.fromarray(picture).save(folder / f"scene_{index:04d}.png")
 
 
 def _evaluate(truth: Dataset, recipe: LabelRecipe, folder: Path, console: Console) -> EvaluationResult:

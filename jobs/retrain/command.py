@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from rich.console import Console
 from tyro.conf import Positional, arg
@@ -24,6 +24,7 @@ from models.errors import FailedWork, MaskMillError, WrongUse
 from pipeline.cluster.session import joins_cluster
 from pipeline.cluster.signals import interrupt
 from pipeline.corpus.manifest import build_manifest
+from pipeline.datasets.base import Dataset
 from pipeline.files.outputs import check_output_folder
 from pipeline.files.recipes import changed_fields
 from pipeline.files.records import now
@@ -42,7 +43,6 @@ from pipeline.retraining.intake import (
     EXCLUDED_FILE,
     HELD_FILE,
     NO_IMAGES,
-    Ids,
     Intake,
     begins,
     choose,
@@ -57,14 +57,19 @@ from pipeline.retraining.intake import (
     without,
     write_images,
 )
-from pipeline.retraining.record import RetrainedModel, RetrainingRecord, create_retraining
+from pipeline.retraining.record import (
+    RECORD_FILE,
+    RetrainedModel,
+    RetrainingRecord,
+    create_retraining,
+    read_retraining,
+)
 from pipeline.retraining.state import Runner, StepState, Tick, lost_output, read_ticks
 from pipeline.table.lease import Lease, refuse_other_holder
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 PROMOTED, REFUSED = 0, 3
+OWN_ENTRIES = ("table", "tables", "heldout", "heldout-truth", "runs", "ledger", "corpus.parquet")
+"""What a retraining writes into its output."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,16 +117,17 @@ def retrain(config: Retraining, console: Console, *, verbose: bool = False, aban
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
     check_output_folder(config.output)
     storage = open_storage(config.output)
+    dataset = open_evaluation(config)
     with Lease.acquire(
         storage, on_lost=stop_at_once, cluster=joins_cluster(config.address), notice=say
     ) as lease:
-        record = _claimed(config, storage)
+        record = _record_of(config, storage)
         ticks = list(read_ticks(storage))
         unfinished = ticks[-1] if ticks and ticks[-1].outcome is None else None
         fence = functools.partial(refuse_other_holder, storage, lease.run_id)
         if abandon:
             return _abandon(storage, unfinished, fence, say)
-        loop = _Loop(config, storage, lease, record, ticks, console, say, verbose)
+        loop = _Loop(config, dataset, storage, lease, record, ticks, console, say, verbose)
         if unfinished is not None:
             step = unfinished.at
             say(f"Going on with tick {unfinished.run}, at step {step.name if step else 'intake'}.")
@@ -130,20 +136,27 @@ def retrain(config: Retraining, console: Console, *, verbose: bool = False, aban
         if found is None:
             say(f"Nothing to do for {config.name}: {why}.")
             return 0
+        create_retraining(storage, record)
         number = f"{int(ticks[-1].run) + 1 if ticks else 1:04}"
         return loop.tick(Tick(run=number, created=now()), found)
 
 
-def _claimed(config: Retraining, storage: Storage) -> RetrainingRecord:
-    """The record of the output, made if there is none.
+def _record_of(config: Retraining, storage: Storage) -> RetrainingRecord:
+    """The record of the output, or the one to write if it is a new one.
 
     Raises:
-        MaskMillError: ``output_differs``; ``output_not_ours``.
+        MaskMillError: ``output_differs``, ``output_not_ours``; as ``read_retraining``.
     """
     fixed = config.fixed()
-    record = create_retraining(
-        storage,
-        RetrainingRecord(
+    if not storage.exists(RECORD_FILE):
+        foreign = [entry for entry in OWN_ENTRIES if storage.exists(entry)]
+        if foreign:
+            raise WrongUse(
+                "output_not_ours",
+                f"{storage.uri} has {', '.join(foreign)}, and no {RECORD_FILE} that says whose they are.",
+                "Name another output.",
+            )
+        return RetrainingRecord(
             id=uuid.uuid4().hex,
             name=config.name,
             created=now(),
@@ -152,8 +165,8 @@ def _claimed(config: Retraining, storage: Storage) -> RetrainingRecord:
             ),
             tracking=redact(tracking_uri(config)),
             fixed=fixed,
-        ),
-    )
+        )
+    record = read_retraining(storage)
     differing = changed_fields(record.fixed, fixed)
     if differing:
         raise WrongUse(
@@ -170,6 +183,13 @@ def _abandon(
     if unfinished is None:
         say("There is no unfinished tick.")
         return 0
+    concluded = [step.name for step in unfinished.steps if step.name.startswith("promote ") and step.outputs]
+    if concluded:
+        raise WrongUse(
+            "wrong_use",
+            f"Tick {unfinished.run} has its verdict already: {', '.join(concluded)} is done.",
+            "Run it again without --abandon: little is left to do. To undo a promotion: maskmill rollback.",
+        )
     Runner(storage, unfinished, fence=fence).write(outcome="abandoned", finished=now())
     say(f"Tick {unfinished.run} is given up; its images are new again.")
     return 0
@@ -181,6 +201,7 @@ class _Loop:
     def __init__(
         self,
         config: Retraining,
+        dataset: Dataset | None,
         storage: Storage,
         lease: Lease,
         record: RetrainingRecord,
@@ -190,6 +211,7 @@ class _Loop:
         verbose: bool,
     ) -> None:
         self._config = config
+        self._dataset = dataset
         self._storage = storage
         self._lease = lease
         self._record = record
@@ -203,42 +225,39 @@ class _Loop:
 
     # --- what is new ---
 
-    def look(self, *, decided: bool = False) -> tuple[Intake | None, str]:
+    def look(self, begun: str | None = None) -> tuple[Intake | None, str]:
         """What a tick would take in, or None and why there is none.
 
         Args:
-            decided: the tick has begun: take in whatever there is.
+            begun: number of a tick that has begun: take in whatever there is, but for it.
         """
         config, storage = self._config, self._storage
+        ticks = [tick for tick in self._ticks if tick.run != begun]
         manifest = build_manifest(config.images, notice=self._say)
         refuse_signed(manifest)
-        dataset = open_evaluation(config)
-        held = ids_of(taken_in(storage, self._ticks, HELD_FILE))
-        new = self._new(manifest, held, evaluation_ids(dataset))
-        last = next((tick.finished for tick in reversed(self._ticks) if tick.outcome != "abandoned"), None)
+        held = ids_of(taken_in(storage, ticks, HELD_FILE))
+        excluded = ids_of(read_images(storage, EXCLUDED_FILE))
+        new = manifest
+        for ids in (ids_of(taken_in(storage, ticks)), held, evaluation_ids(self._dataset), excluded):
+            new = without(new, ids)
+        last = next((tick.finished for tick in reversed(ticks) if tick.outcome != "abandoned"), None)
         starts, why = begins(new.num_rows, last, config.when, at=clock())
-        if not starts and not decided:
+        if not starts and begun is None:
             return None, why
         found = choose(
             new,
             budget=config.when.budget.images,
             hold_out=config.evaluation.hold_out,
             held_before=len(held),
-            copies=find_copies(dataset),
+            copies=find_copies(self._dataset),
         )
         starts, why = begins(found.new.num_rows + found.waiting, last, config.when, at=clock())
-        if decided or (starts and found.new.num_rows):
+        if begun is not None or (starts and found.new.num_rows):
             return found, ""
         if found.excluded.num_rows:  # they need not be read again
             known = joined([read_images(storage, EXCLUDED_FILE), found.excluded])
             write_images(storage, EXCLUDED_FILE, known)
         return None, "; ".join([why or "too few new images to train on", *found.lines])
-
-    def _new(self, manifest: pa.Table, held: Ids, measured: Ids) -> pa.Table:
-        excluded = ids_of(read_images(self._storage, EXCLUDED_FILE))
-        for ids in (ids_of(taken_in(self._storage, self._ticks)), held, measured, excluded):
-            manifest = without(manifest, ids)
-        return manifest
 
     # --- a tick ---
 
@@ -250,13 +269,14 @@ class _Loop:
         runner = Runner(self._storage, tick, fence=fence, began=self._began, ended=self._ended)
         work = Work(
             self._config,
+            self._dataset,
             self._record,
             self._storage,
             self._lease,
             runner,
             self._console,
             self._say,
-            lambda: found or self.look(decided=True)[0] or Intake(NO_IMAGES, NO_IMAGES, NO_IMAGES),
+            lambda: found or self.look(tick.run)[0] or Intake(NO_IMAGES, NO_IMAGES, NO_IMAGES),
             self._verbose,
         )
         began = time.monotonic()

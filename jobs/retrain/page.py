@@ -132,7 +132,8 @@ def _judged(work: Work, model: Model, dataset: Dataset) -> Judged:
         confidence=work.config.gate.confidence,
         delta=work.config.gate.delta,
         checks=[
-            Check(reason.check.replace("_", " "), reason.passed, reason.text) for reason in decision.reasons
+            Check(reason.check.replace("_", " "), reason.passed, reason.text[:1].upper() + reason.text[1:])
+            for reason in decision.reasons
         ],
         classes=[
             ClassBars(entry.name, entry.color, entry.iou, ious.get(entry.name)) for entry in candidate.classes

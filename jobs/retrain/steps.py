@@ -13,6 +13,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -78,7 +79,7 @@ from pipeline.retraining.promotion import promote, refuse
 from pipeline.retraining.registry import Facts, Version
 from pipeline.retraining.state import Step, read_ticks, tick_folder
 from pipeline.table.labels import DATASET_FILE
-from pipeline.table.record import read_table_record
+from pipeline.table.record import find_table_record, read_table_record
 from pipeline.table.verify import PROBLEMS
 from pipeline.tracking.names import place_name, run_name
 from pipeline.tracking.results import log_result
@@ -104,6 +105,7 @@ def open_run(work: Work) -> None:
         MaskMillError: ``tracking_unreachable``; ``champion_changed``; ``registry_taken``.
     """
     for model in work.config.models:
+        registry.refuse_other_owner(work.client, work.config.registered(model), work.storage)
         champion(work, model)
     if work.runner.tick.mlflow_run is None:
         uri = tracking_uri(work.config)
@@ -393,11 +395,10 @@ def _measure(work: Work, model: Model, dataset: Dataset, folder: str, place: str
     """Measure a model, unless its result is there; returns where that is, and what it is a result of."""
     record = read_trained(_RECORDS[model.kind], folder)
     target = work.storage.child(place)
-    if (
-        not target.exists(EVALUATION_FILE)
-        or _result(target).model.weights.get("fingerprint") != record.fingerprint
-    ):
-        target.delete()
+    begun = find_table_record(target.child("labels"))
+    if begun is not None and begun.weights["fingerprint"] != record.fingerprint:
+        target.delete()  # of a model that was trained anew since
+    if not target.exists(EVALUATION_FILE):
         recipe, own = _labelling(model, folder)
         words = own or work.classes
         with _local(target) as output:
@@ -419,6 +420,7 @@ def _measure(work: Work, model: Model, dataset: Dataset, folder: str, place: str
         "sha256": _sha256(target),
         "fingerprint": record.fingerprint,
         "bytes": _model_bytes(model, folder),
+        "network": _digest(record.config),
         "set": result.dataset.content,
         "conditions": result.conditions,
         "miou": result.metrics.get("miou"),
@@ -456,14 +458,17 @@ def _track(work: Work, model: Model, target: Storage, result: EvaluationResult, 
 def _measured_before(
     work: Work, model: Model, candidate: Mapping[str, Any], fingerprint: str
 ) -> dict[str, Any] | None:
-    """An earlier result of the same model on the same set by the same protocol."""
+    """An earlier result of the same model on the same images under the same conditions.
+
+    Of a candidate with another network it is measured again: times of different days cannot be compared.
+    """
     for tick in reversed(list(read_ticks(work.storage))):
         outputs = tick.step(f"evaluate {model.folder}").outputs
         for who in ("candidate", "champion"):
             found = outputs.get(who)
             if found is None:
                 continue
-            same = all(found.get(key) == candidate[key] for key in ("set", "conditions"))
+            same = all(found.get(key) == candidate[key] for key in ("set", "conditions", "network"))
             if same and found["fingerprint"] == fingerprint and _holds_result(found):
                 return {key: value for key, value in found.items() if key not in ("version", "reused")}
     return None
@@ -502,6 +507,9 @@ def _gate(work: Work, model: Model) -> dict[str, Any]:
             model_bytes=best["bytes"],
             labels=_labels_of(work, work.config.registered(model), best["version"]),
         )
+        if best["network"] == found["candidate"]["network"]:
+            # It takes as long: a difference is that of the load of the machine.
+            champion_measured = replace(champion_measured, seconds_per_image=None)
     decision = decide(candidate, champion_measured, work.config.gate)
     write_decision(work.storage, work.here(f"{model.folder}-verdict.json"), decision)
     return {"verdict": decision.verdict, "digest": _digest(decision.model_dump(mode="json"))}

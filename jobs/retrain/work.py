@@ -16,7 +16,7 @@ from pipeline.datasets.pairs import open_pairs
 from pipeline.files.storage import Storage
 from pipeline.ontology.ontology import Ontology
 from pipeline.retraining import registry
-from pipeline.retraining.config import Model, Retraining, load_classes, open_evaluation, tracking_uri
+from pipeline.retraining.config import Model, Retraining, load_classes, tracking_uri
 from pipeline.retraining.gate import Decision, read_decision
 from pipeline.retraining.intake import Intake
 from pipeline.retraining.labels import LabelSummary, read_labels
@@ -41,6 +41,7 @@ class Work:
 
     Attributes:
         config: the configuration.
+        dataset: the images with truth; None if images are held out instead.
         record: of the output.
         storage: the output.
         lease: of the output.
@@ -52,6 +53,7 @@ class Work:
     """
 
     config: Retraining
+    dataset: Dataset | None
     record: RetrainingRecord
     storage: Storage
     lease: Lease
@@ -87,11 +89,6 @@ class Work:
     def classes(self) -> Ontology:
         """What is labelled."""
         return load_classes(self.config)
-
-    @functools.cached_property
-    def dataset(self) -> Dataset | None:
-        """The images with truth; None if images are held out instead."""
-        return open_evaluation(self.config)
 
     def tags(self, **more: str) -> dict[str, str]:
         """Tags of a job's run in MLflow."""

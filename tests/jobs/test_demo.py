@@ -32,6 +32,11 @@ def test_demo_labels_trains_evaluates_and_shows(
     assert "IoU of every class" in text
     with Image.open(output / "student" / "preview.png") as sheet:
         assert sheet.width > 1000
+    # The first student was there before, and the second one was judged beside it.
+    assert "toyworld version 1 is champion." in done.stdout
+    verdict = (output / "retraining" / "runs" / "0002" / "report.html").read_text()
+    assert "against champion version 1" in verdict
+    assert f"maskmill rollback {output / 'retraining'}" in done.stdout
 
 
 def test_the_demo_replaces_its_own_folder_only(tmp_path: Path) -> None:

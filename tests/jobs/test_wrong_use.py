@@ -159,6 +159,18 @@ CASES = {
     "recipes tyo": "Did you mean toy?",
     "demo --steps 0": "iterations",
     "demo --images 0": "--images 0",
+    # retrain
+    "retrain": "maskmill retrain --init retrain.yaml",
+    "retrain nowhere.yaml": "There is no configuration nowhere.yaml",
+    "retrain odd.yaml": "odd.yaml: name: is missing",
+    "retrain latin.yaml": "latin.yaml:1: not UTF-8",
+    "retrain folder.yaml": "is a folder, not a file",
+    "retrain --init odd.yaml": "odd.yaml is there already",
+    "retrain retrain-1.yaml": "retrain-1.yaml:1: labl: there is no such field. Did you mean label?",
+    "retrain retrain-2.yaml": "retrain-2.yaml: There is no recipe 'maskclp'",
+    "retrain retrain-3.yaml": "There are no images in",
+    "retrain retrain-4.yaml": "there is no",
+    "retrain retrain-5.yaml": "photos/cat.jpg is a file",
     # what the parser refuses
     "label --images photos": "--output",
     "label --outptu out": "--output",
@@ -218,6 +230,26 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     (folder / "deep.yaml").write_text("name: " + "[" * 100_000)
     (folder / "folder.yaml").mkdir()
     (folder / "odd.yaml").write_text("classes:\n  - {name: cat, synonyms: kitty}\n")
+    for number, line in enumerate(
+        (
+            "labl: {recipe: toy}",
+            "label: {recipe: maskclp}",
+            "evaluation: {images: nothing, truth: nothing}",
+            "images: nothing",
+            "output: photos/cat.jpg",
+        ),
+        1,
+    ):
+        usual = {
+            "name": "name: pets",
+            "output": "output: out",
+            "images": "images: photos",
+            "classes": "classes: cat",
+            "models": "models: [{kind: clipseg}]",
+            "evaluation": "evaluation: {hold_out: 0.5}",
+        }
+        lines = [line, *(text for key, text in usual.items() if not line.startswith(f"{key}:"))]
+        (folder / f"retrain-{number}.yaml").write_text("\n".join(lines))
     for place in ("own/images", "own/masks", "coco/annotations", "coco/val2017"):
         (folder / place).mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(folder / "own/images/a.png")

@@ -1,0 +1,268 @@
+"""Whole ticks on the toy world: promoted, nothing new, killed in the training, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from pipeline.files.storage import open_storage
+from pipeline.retraining.gate import read_decision
+from pipeline.retraining.ledger import Ledger
+from pipeline.retraining.state import Tick, read_tick, run_names
+from pipeline.table.labels import read_ids
+from pipeline.toyworld.scenes import generate
+
+ROOT = Path(__file__).resolve().parents[3]
+SIZE = 48
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@dataclass
+class World:
+    """Scenes that arrive, scenes with truth, and a configuration."""
+
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "retrain.yaml"
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "out"
+
+    def arrive(self, count: int, seed: int) -> None:
+        (self.folder / "photos").mkdir(exist_ok=True)
+        for index, scene in enumerate(generate(seed, count, SIZE).images):
+            Image.fromarray(scene).save(self.folder / "photos" / f"{seed}_{index:02}.png")
+
+    def write(self, **changes: Any) -> None:
+        self.config |= changes
+        self.file.write_text(yaml.safe_dump(self.config))
+
+    def tick(self, run: str) -> Tick:
+        return read_tick(open_storage(self.output), run)
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(open_storage(self.output))
+
+
+def training(iterations: int, **more: Any) -> list[dict[str, Any]]:
+    knobs = {"iterations": iterations, "batch_size": 4, "width": 8, **more}
+    knobs |= {"augment.scale": [SIZE, SIZE], "crop": [SIZE, SIZE], "log_every": 2}
+    return [{"kind": "maskclip-plus", "recipe": "toy", "set": knobs}]
+
+
+@dataclass
+class Story:
+    """What was seen while the ticks ran."""
+
+    world: World
+    first: subprocess.CompletedProcess[str]
+    killed: Tick
+    second_holder: subprocess.CompletedProcess[str]
+    holder: int
+    resumed: subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def story(
+    tmp_path_factory: pytest.TempPathFactory,
+    maskmill_environment: dict[str, str],
+    maskmill: Run,
+) -> Iterator[Story]:
+    world = World(
+        tmp_path_factory.mktemp("retraining"),
+        {
+            "name": "toys",
+            "output": "out",
+            "images": "photos",
+            "ontology": "toyworld",
+            "tracking": "sqlite:///runs.db",
+            "label": {"recipe": "toy"},
+            "evaluation": {"images": "test/images", "truth": "test/masks"},
+            "gate": {"min_images": 2, "max_seconds_ratio": None},
+        },
+    )
+    found = generate(5, 6, SIZE)
+    for name, maps in (("images", found.images), ("masks", found.labels)):
+        (world.folder / "test" / name).mkdir(parents=True)
+        for index, pixels in enumerate(maps):
+            Image.fromarray(pixels).save(world.folder / "test" / name / f"{index}.png")
+    world.arrive(8, 6)
+    # An evaluation image under another name, and another one by its own address.
+    shutil.copy(world.folder / "test/images/3.png", world.folder / "photos/copy.png")
+    world.write(models=training(8))
+    first = maskmill("retrain", world.file)
+
+    world.arrive(4, 7)
+    world.write(models=training(60, checkpoint_every=2), gate=world.config["gate"] | {"min_miou": 0.99})
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "jobs.cli", "retrain", str(world.file)],
+        cwd=ROOT,
+        env=maskmill_environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoint = world.output / "runs/0002/student/checkpoints/step-0000004/manifest.json"
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists() and driver.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(driver.pid, signal.SIGSTOP)
+    other = maskmill("retrain", world.file)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.communicate()
+    killed = world.tick("0002")
+    resumed = maskmill("retrain", world.file)
+    yield Story(world, first, killed, other, driver.pid, resumed)
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+
+def test_the_first_candidate_is_promoted(story: Story) -> None:
+    done, world = story.first, story.world
+    assert done.returncode == 0, done.stderr
+    assert "toys version 1 is champion." in done.stderr
+    assert "copies of evaluation images" in done.stderr and "copy.png" in done.stderr
+    tick = world.tick("0001")
+    assert tick.outcome == "promoted" and tick.images == 8
+    assert [(step.state, step.attempts) for step in tick.steps] == [("done", 1)] * 9
+    assert [(entry.kind, entry.version) for entry in world.ledger.entries()[:2]] == [
+        ("promoting", "1"),
+        ("promoted", "1"),
+    ]
+    page = (world.output / "runs/0001/report.html").read_text()
+    assert "Promoted" in page and "there was no champion" in page
+    assert page.count("<figcaption>candidate</figcaption>") == 4
+    # What the jobs said is kept, and does not fill the terminal.
+    assert "Labelled 8 images" in (world.output / "runs/0001/logs/label-1.txt").read_text()
+    assert "Labelled 8 images" not in done.stderr
+
+
+def test_a_second_run_is_told_who_has_the_output(story: Story) -> None:
+    other = story.second_holder
+    assert other.returncode == 1
+    assert f"process {story.holder} on" in other.stderr and "output_in_use" in other.stderr
+
+
+def test_a_killed_tick_goes_on_in_its_training(story: Story) -> None:
+    assert story.killed.outcome is None
+    assert (
+        story.killed.step("label").state == "done" and story.killed.step("train student").state == "running"
+    )
+    done, tick = story.resumed, story.world.tick("0002")
+    assert "Going on with tick 0002, at step train student." in done.stderr
+    attempts = {step.name: step.attempts for step in tick.steps}
+    assert attempts.pop("train student") == 2 and set(attempts.values()) == {1}
+    log = (story.world.output / "runs/0002/logs/train-student-2.txt").read_text()
+    assert "resumed from step" in log
+    # Every image has one row, and no evaluation image has any.
+    ids = read_ids(open_storage(story.world.output / "table"))
+    assert len(ids) == len(set(ids.tolist())) == 12
+
+
+def test_a_candidate_that_is_not_good_enough_is_refused(story: Story) -> None:
+    done, world = story.resumed, story.world
+    assert done.returncode == 3, done.stderr
+    assert "toys version 2 is refused." in done.stderr and "at least 99.00 % is asked for" in done.stderr
+    decision = read_decision(open_storage(world.output), "runs/0002/student-verdict.json")
+    assert decision is not None and not decision.promotes and decision.champion == "champion version 1"
+    assert world.tick("0002").outcome == "refused"
+    assert world.ledger.current("toys") == "1"
+    assert [entry.kind for entry in world.ledger.entries()] == ["promoting", "promoted", "refused"]
+    # The champion was measured on these images before.
+    outputs = world.tick("0002").step("evaluate student").outputs
+    assert outputs["champion"]["reused"] and "/runs/0001/" in outputs["champion"]["folder"]
+    page = (world.output / "runs/0002/report.html").read_text()
+    assert "Refused" in page and "against champion version 1" in page
+    assert page.count("<figcaption>champion</figcaption>") == 4
+
+
+def test_the_registry_says_what_each_version_is(story: Story) -> None:
+    from pipeline.tracking.destination import connect
+
+    client = connect(f"sqlite:///{story.world.folder}/runs.db")
+    model = client.get_registered_model("toys")
+    assert {name: str(version) for name, version in model.aliases.items()} == {
+        "champion": "1",
+        "challenger": "2",
+    }
+    tags = client.get_model_version("toys", "2").tags
+    assert tags["maskmill.verdict"] == "refuse" and "99.00 %" in tags["maskmill.reasons"]
+    assert tags["maskmill.key"] == "toys/0002/student" and tags["maskmill.teacher"] == "toy (toyclip)"
+    assert tags["maskmill.page"].endswith("/runs/0002/report.html")
+
+    parents = client.search_runs([client.get_experiment_by_name("maskmill-retrain").experiment_id])
+    assert len(parents) == 2 and {run.info.status for run in parents} == {"FINISHED"}
+    second = next(run for run in parents if run.data.tags["maskmill.tick"] == "0002")
+    assert {"student/candidate_miou", "student/champion_miou", "student/gain", "label_drift"} <= set(
+        second.data.metrics
+    )
+    assert second.data.tags["maskmill.verdict.student"] == "refuse"
+    for kind, count in (("label", 1), ("train", 2), ("evaluate", 1)):
+        experiment = client.get_experiment_by_name(f"maskmill-{kind}").experiment_id
+        runs = client.search_runs([experiment], "tags.`maskmill.tick` = '0002'")
+        assert len(runs) == count, kind
+        assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {second.info.run_id}
+
+
+def test_without_new_images_it_ends_at_once(story: Story, maskmill: Run) -> None:
+    before = {path: path.stat().st_mtime_ns for path in story.world.output.rglob("*")}
+    done = maskmill("retrain", story.world.file)
+    assert done.returncode == 0 and "Nothing to do for toys: no new images." in done.stderr
+    after = {path: path.stat().st_mtime_ns for path in story.world.output.rglob("*")}
+    changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    assert changed <= {"out"}  # the folder that held the lease
+    code = (
+        "import sys; from jobs.cli import main\n"
+        f"try: main(['retrain', {str(story.world.file)!r}])\n"
+        "except SystemExit as end: print(end.code)\n"
+        "print(sorted({'torch', 'ray', 'mlflow', 'open_clip', 'scipy', 'matplotlib'} & set(sys.modules)))"
+    )
+    light = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert light.stdout.split() == ["0", "[]"]
+
+
+def test_a_few_new_images_wait(story: Story, maskmill_here: Run) -> None:
+    world = World(story.world.folder, dict(story.world.config))
+    world.arrive(1, 8)
+    try:
+        world.write(when={"min_new": 5})
+        done = maskmill_here("retrain", world.file)
+        assert done.returncode == 0 and "1 new image, and a tick waits for 5" in done.stderr
+        assert run_names(open_storage(world.output)) == ["0001", "0002"]
+    finally:
+        (world.folder / "photos/8_00.png").unlink()
+        story.world.write()
+
+
+def test_another_retraining_cannot_have_the_output(story: Story, maskmill_here: Run) -> None:
+    world = World(story.world.folder, dict(story.world.config))
+    try:
+        world.write(name="others")
+        done = maskmill_here("retrain", world.file)
+        assert done.returncode == 2 and "output_differs" in done.stderr
+        assert "name: toys there, others here" in done.stderr
+    finally:
+        story.world.write()
+
+
+def test_the_status_is_that_of_the_last_tick(story: Story) -> None:
+    status = json.loads((story.world.output / "status.json").read_text())
+    assert status["job"] == "retrain" and status["finished"] == "ok" and "refused" in status["message"]
