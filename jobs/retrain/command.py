@@ -83,19 +83,22 @@ class Retrain:
         config: the configuration, a YAML file; --init writes one that explains every field.
         init: write a configuration to fill in, and do nothing else.
         abandon: give up a tick that was not finished; the next one takes its images in again.
+        accept_refusal: exit with 0 if a candidate was refused, for a scheduler that takes every other status
+            for a failure and tries again.
         verbose: also show what the jobs and Ray say.
     """
 
     config: Annotated[Positional[str], arg(metavar="CONFIG"), NO_HINT] = EXAMPLE_FILE
     init: Flag = False
     abandon: Flag = False
+    accept_refusal: Flag = False
     verbose: Verbose = False
 
     def run(self, console: Console | None = None) -> int:
         """Do one tick, or go on with one.
 
         Returns:
-            0 promoted, or nothing new; 3 refused.
+            0 promoted, or nothing new; 3 refused, unless that is accepted.
 
         Raises:
             MaskMillError: for anything the user can fix.
@@ -109,7 +112,9 @@ class Retrain:
                 highlight=False,
             )
             return 0
-        return retrain(read_config(self.config), console, verbose=self.verbose, abandon=self.abandon)
+        config = read_config(self.config)
+        status = retrain(config, console, verbose=self.verbose, abandon=self.abandon)
+        return PROMOTED if self.accept_refusal and status == REFUSED else status
 
 
 def retrain(config: Retraining, console: Console, *, verbose: bool = False, abandon: bool = False) -> int:
