@@ -398,7 +398,7 @@ def registry_errors(name: str) -> Iterator[None]:
     except Exception as error:
         raise FailedWork(
             "tracking_unreachable",
-            f"MLflow does not answer for the registered model {name}: {reason(error)}.",
+            f"MLflow failed for the registered model {name}: {reason(error)}.",
             "Start the server, or check its address (--tracking, or MLFLOW_TRACKING_URI), and run the same "
             "command again: it goes on where it was.",
         ) from None

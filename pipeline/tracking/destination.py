@@ -129,6 +129,8 @@ def reason(error: BaseException) -> str:
     low = f"{type(error).__name__}: {text}".lower()
     for sign, short in (
         ("connection refused", "connection refused"),
+        ("connection aborted", "the connection broke"),
+        ("connection reset", "the connection broke"),
         ("timed out", "no answer in time"),
         ("name or service not known", "unknown host"),
         ("failed to resolve", "unknown host"),

@@ -264,10 +264,15 @@ def test_on_a_server(server: Server, student: Path, tmp_path: Path) -> None:
     assert found is not None and found == version
     server.kill()
     try:
-        with pytest.raises(MaskMillError) as caught, pytest.MonkeyPatch.context() as patch:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-            registry.champion(client, scene.name)
-        assert caught.value.code == "tracking_unreachable" and "connection refused" in caught.value.message
+            for said in (
+                "refused|broke",
+                "connection refused",
+            ):  # the first one by a connection that was open
+                with pytest.raises(MaskMillError, match=said) as caught:
+                    registry.champion(client, scene.name)
+                assert caught.value.code == "tracking_unreachable"
     finally:
         server.start()
 
