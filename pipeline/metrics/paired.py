@@ -24,7 +24,7 @@ from pipeline.metrics.ratios import mean_of_defined, ratio
 Pixels = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-_ENTRIES = 1 << 22
+BLOCK_ENTRIES = 1 << 22
 """Most entries of a block: 32 MiB of float64."""
 
 
@@ -101,7 +101,7 @@ def paired_bootstrap(
     means, by_class = [], []
     for draws in _draws(rng, images, resamples):
         sums = np.zeros((len(draws), len(counts), classes))
-        step = max(1, _ENTRIES // (len(counts) * max(1, classes)))
+        step = max(1, BLOCK_ENTRIES // (len(counts) * max(1, classes)))
         for start in range(0, images, step):
             # Whole numbers below 2**53: a product of float64 is exact, and much faster than one of integers.
             block = np.stack([part[start : start + step] for part in counts], axis=1).astype(np.float64)
@@ -117,7 +117,7 @@ def paired_bootstrap(
 def _draws(rng: np.random.Generator, images: int, resamples: int) -> Iterator[Floats]:
     """How often each image is drawn, float64 (r, N), in blocks of resamples."""
     # The block's size does not change what is drawn: the generator goes through the resamples in order.
-    step = max(1, _ENTRIES // images)
+    step = max(1, BLOCK_ENTRIES // images)
     for start in range(0, resamples, step):
         count = min(step, resamples - start)
         drawn = rng.integers(0, images, (count, images))
