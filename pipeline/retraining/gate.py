@@ -45,7 +45,8 @@ class GatePolicy(Settings):
     min_miou: Share = 0.0
     """Mean IoU that a candidate must reach, whether there is a champion or not."""
     class_fall: Share = 0.05
-    """No class may fall by more than this, unless its interval reaches up to no fall at all."""
+    """No class may fall by more than this, unless that may be luck: an interval for all classes at once
+    reaches up to no fall."""
     class_pixels: Annotated[int, Field(ge=1)] = 1000
     """True pixels from which a class is judged by itself."""
     class_images: Annotated[int, Field(ge=2)] = 10
@@ -180,6 +181,13 @@ def decide(candidate: Measured, champion: Measured | None, policy: GatePolicy) -
     """Whether the candidate may take the champion's place, and why.
 
     The order of the images does not matter, and the same input always gives the same decision.
+
+    How often luck decides (200 images, 6 classes, intervals 2.2 points wide; ``world`` in the tests of this
+    module): a model that is 0.8 points worse was promoted in 0 of 60 worlds, one that is as good in 18 % of
+    them, one that is 0.9 points better in 77 %, and one that is 1.7 or more points better in 98 % or more. An
+    equally good model may pass: what the interval rules out is a loss of more than ``delta``. No class of
+    them was found to fall; with an interval for each class by itself instead of one for all at once, a good
+    model of 21 classes would be refused for a class that did not fall in up to half of the cases.
 
     Args:
         candidate: the new model.
@@ -398,7 +406,7 @@ def _class_falls(candidate: Measured, champion: Measured, gains: Gains, policy: 
         iou_of_counts(pixels, one.predicted.sum(0), one.correct.sum(0)) for one in (candidate, champion)
     )
     judged = (pixels >= policy.class_pixels) & ((candidate.truth > 0).sum(0) >= policy.class_images)
-    _, high = gains.class_intervals(policy.confidence)
+    high = gains.class_highs(ours - theirs, judged, policy.confidence)
     fell = [at for at in np.flatnonzero(judged) if theirs[at] - ours[at] > policy.class_fall and high[at] < 0]
     rare = int((pixels > 0).sum() - judged.sum())
     figures = {"judged": float(judged.sum()), "too_rare": float(rare)}

@@ -98,17 +98,27 @@ def test_swapped_models_have_the_opposite_gain_in_every_resample(seed: int, imag
     assert not np.nan_to_num(same.mean).any()
 
 
-def test_intervals_are_quantiles_of_what_is_defined() -> None:
-    rng = np.random.default_rng(0)
-    mean = rng.normal(0.02, 0.01, 5000)
-    classes = np.stack([mean, np.full(5000, np.nan), np.where(np.arange(5000) < 4000, mean, np.nan)], axis=1)
-    gains = Gains(mean, classes)
-    low, high = gains.interval(0.9)
+def test_an_interval_is_made_of_quantiles() -> None:
+    mean = np.random.default_rng(0).normal(0.02, 0.01, 5000)
+    low, high = Gains(np.append(mean, np.nan), np.empty((5001, 0))).interval(0.9)
     assert low == pytest.approx(norm.ppf(0.05, 0.02, 0.01), abs=1e-3)
     assert high == pytest.approx(norm.ppf(0.95, 0.02, 0.01), abs=1e-3)
-    lows, highs = gains.class_intervals(0.9)
-    assert (lows[0], highs[0]) == (low, high) and np.isnan(lows[1]) and np.isnan(highs[1])
-    assert lows[2] == np.quantile(mean[:4000], (1 - 0.9) / 2)
+    assert np.isnan(Gains(np.full(5, np.nan), np.empty((5, 0))).interval(0.9)).all()
+
+
+def test_upper_ends_hold_for_all_classes_at_once() -> None:
+    rng = np.random.default_rng(1)
+    errors = np.linspace(0.01, 0.1, 50)
+    resampled = rng.normal(0, errors, (20_000, 50))
+    judged = np.arange(50) != 7
+    highs = Gains(resampled.mean(1), resampled).class_highs(np.zeros(50), judged, 0.95)
+    assert np.isnan(highs[7])
+    # Of independent normal deviations the largest is known.
+    assert highs[judged] / errors[judged] == pytest.approx(norm.ppf(0.975 ** (1 / 49)), rel=0.03)
+    (one,) = Gains(resampled[:, 0], resampled[:, :1]).class_highs(np.zeros(1), np.ones(1, bool), 0.95)
+    assert one == pytest.approx(1.96 * 0.01, rel=0.03)
+    alike = Gains(np.zeros(9), np.zeros((9, 2))).class_highs(np.zeros(2), np.ones(2, bool), 0.95)
+    assert alike.tolist() == [0, 0]
 
 
 def test_the_interval_covers_the_true_difference_as_often_as_it_says() -> None:
