@@ -18,6 +18,7 @@ from tyro.conf import Positional, arg
 
 from jobs.console import duration, stderr_console
 from jobs.options import Flag, Maybe, Repeated
+from jobs.retrain.command import Retrain
 from models.errors import WrongUse
 from pipeline.cluster.submission import (
     JobClient,
@@ -26,6 +27,7 @@ from pipeline.cluster.submission import (
     working_directory,
 )
 from pipeline.files.redaction import MASK, command_line, redact
+from pipeline.retraining.config import parse_config
 
 if TYPE_CHECKING:
     from pipeline.cluster.submission import Job
@@ -55,7 +57,8 @@ class Submit:
 
     Attributes:
         job: the command, with its options.
-        address: of the cluster's dashboard, http://HEAD:8265; default: the one in RAY_ADDRESS.
+        address: of the cluster's dashboard, http://HEAD:8265; default: the one in
+            RAY_API_SERVER_ADDRESS, else in RAY_ADDRESS.
         follow: show what the job writes until it ends.
         again: submit a job that has succeeded once more, such as for new images. One that runs is followed.
         status: tell how a job is, by the id that submit prints.
@@ -178,7 +181,7 @@ class Submit:
         if not address:
             raise WrongUse(
                 "wrong_use",
-                "Which cluster? Neither --address nor RAY_ADDRESS is set.",
+                "Which cluster? Neither --address nor RAY_API_SERVER_ADDRESS is set.",
                 "Give --address http://127.0.0.1:8265, with a tunnel to it (ray dashboard cluster.yaml).",
             )
         if not re.match(r"https?://[^/\s]+/*$", address):
@@ -226,7 +229,7 @@ class Submit:
             MaskMillError: ``wrong_use`` for a path that the cluster cannot see.
         """
         found: dict[str, Path] = {}
-        for name, value in _named(parsed):
+        for name, value in (*_named(parsed), *_configured(parsed)):
             local = Path(value).expanduser()
             if "://" in value or (name not in DATA and not local.exists()):
                 continue
@@ -305,6 +308,20 @@ def _named(parsed: object) -> Iterator[tuple[str, str]]:
                 text = str(one)
                 pair = entry.name in PAIRS and "://" not in text
                 yield entry.name, text.rpartition("=")[2] if pair else text
+
+
+def _configured(parsed: object) -> Iterator[tuple[str, str]]:
+    """(name, value) of the data that the configuration of a retraining names.
+
+    Raises:
+        MaskMillError: ``config_invalid``.
+    """
+    if isinstance(parsed, Retrain) and Path(parsed.config).is_file():
+        file = Path(parsed.config)
+        config = parse_config(file.read_bytes(), str(file), folder=file.resolve().parent)
+        yield from (("output", config.output), ("images", config.images))
+        measured = {name: getattr(config.evaluation, name) for name in ("images", "truth", "root")}
+        yield from ((name, value) for name, value in measured.items() if value is not None)
 
 
 def _untracked(parsed: object) -> bool:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,10 +12,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Annotated, get_args, get_origin, get_type_hints
 
+import boto3
 import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.faults.clusters import Cluster, running_cluster
+from benchmarks.faults.object_store import object_store
 from jobs.cli import parse
 from jobs.submit import VALUED, Submit, job_apart
 from models.errors import MaskMillError
@@ -124,6 +127,8 @@ def test_the_code_is_not_replaced(tmp_path: Path) -> None:
         (("evaluate", "--dataset", "voc20", "--root", "photos", "--labels", "s3://b/t"), "root photos"),
         (("benchmark", "maskclip", "--root", "voc20=photos", "--output", "s3://b/o"), "roots photos"),
         (("train", "clipseg", "--labels", "s3://b/t", "--output", "out"), "output out"),
+        (("retrain", "retrain.yaml"), "the output "),
+        (("retrain", "broken.yaml"), "broken.yaml"),
         (("--include", "/etc/passwd", *LABEL), "/etc/passwd"),
         (("--include", "nowhere", *LABEL), "nowhere"),
         (("--include", ".", *LABEL), "below this one"),
@@ -149,6 +154,11 @@ def test_wrong_uses_are_told_before_anything_is_sent(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
     (tmp_path / "photos").mkdir()
+    for name, output in (("retrain.yaml", "retraining/"), ("broken.yaml", "5")):
+        (tmp_path / name).write_text(
+            f"name: pets\noutput: {output}\nimages: s3://b/photos\nclasses: cat\n"
+            "models: [{kind: maskclip-plus}]\nevaluation: {hold_out: 0.1}\n"
+        )
     done = maskmill_here(
         "submit",
         *arguments,
@@ -157,7 +167,7 @@ def test_wrong_uses_are_told_before_anything_is_sent(
     )
     assert done.returncode == 2 and said in done.stderr, done.stderr
     assert "hunter2" not in done.stderr + done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.yaml", "photos", "retrain.yaml"]
 
 
 def test_the_jobs_own_parser_checks_the_job(maskmill_here: Run) -> None:
@@ -191,9 +201,13 @@ def test_what_is_no_ray_is_told(maskmill_here: Run) -> None:
 
 @pytest.fixture(scope="module")
 def cluster(maskmill_environment: dict[str, str]) -> Iterator[Cluster]:
+    """A cluster whose machines reach an object store, and no workers yet."""
     # As on real machines, where the environment of the packages is activated before Ray starts.
     path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    with running_cluster(maskmill_environment | path, dashboard=True) as running:
+    with (
+        object_store() as store,
+        running_cluster(maskmill_environment | path | store, dashboard=True) as running,
+    ):
         yield running
 
 
@@ -268,7 +282,7 @@ def test_a_job_is_submitted_once_followed_stopped_and_submitted_again(
     assert status == 0 and f"Submitted {name}-3." in told and "Nothing new" in said
 
     # A job's own exit status, of a job that fails.
-    status, said, told = submit("show", "s3://me/nothing", AWS_ENDPOINT_URL="http://127.0.0.1:1")
+    status, said, told = submit("show", "s3://nothing/nothing")
     assert status != 0 and f"it has failed with exit status {status}" in told, said + told
 
     status, _, told = submit("--status", "nothing-like-it")
@@ -277,3 +291,42 @@ def test_a_job_is_submitted_once_followed_stopped_and_submitted_again(
         status, _, told = submit(*job, **token)
         assert status == 1 and "token_refused" in told and "Traceback" not in told, told
         assert cluster.environment["RAY_AUTH_TOKEN"] not in told
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_the_readme_word_by_word(cluster: Cluster, toy_images: Path, tmp_path: Path) -> None:
+    """Its commands, but for a cloud: another address, the bundled model and no download, its own home."""
+    section = (ROOT / "README.md").read_text().split("\n## On a cluster\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```sh\n(.*?)```", section, flags=re.DOTALL)
+    lines = [line.partition("  #")[0] for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    kept = [line for line in lines if not line.startswith(("ray up", "ray dashboard", "RAY_AUTH_MODE"))]
+    assert [line.split()[0] for line in kept] == ["ray", "export", "export", "maskmill", "ray"]
+    assert "http://127.0.0.1:8265" in kept[2]
+    kept = [line.replace("http://127.0.0.1:8265", cluster.dashboard) for line in kept]
+    # One worker at least, if the test above did not start it.
+    cluster.add_worker(cpus=4)
+    store = boto3.client("s3")
+    store.create_bucket(Bucket="bucket")
+    for path in sorted(toy_images.iterdir())[:4]:
+        store.upload_file(str(path), "bucket", f"photos/{path.name}")
+    script = "\n".join(
+        f"{line} --recipe toy" if "label" in line else line for line in ["set -e", "umask 022", *kept]
+    )
+
+    # The token of the cluster is in the environment, which takes precedence over the file that is made here.
+    done = subprocess.run(
+        ["/bin/sh", "-c", script],
+        cwd=ROOT,
+        env=cluster.environment | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / ".ray/auth_token").stat().st_mode & 0o777 == 0o600
+    assert "Submitted maskmill-label-pets-" in done.stderr
+    assert "Labelled 4 images" in done.stdout and "Nothing new" in done.stdout, done.stdout
+    parts = store.list_objects_v2(Bucket="bucket", Prefix="pets/labels/")["Contents"]
+    assert sum(part["Key"].endswith(".parquet") for part in parts) >= 1

@@ -279,7 +279,15 @@ def test_the_schedule_may_read_and_make_ray_jobs_and_nothing_else() -> None:
     ]
     binding = one("retrain-gpu", "RoleBinding")
     assert binding["roleRef"]["name"] == "maskmill-schedule"
-    assert [subject["name"] for subject in binding["subjects"]] == ["maskmill-schedule"]
+    # Kubernetes refuses an account without its namespace here, whatever its schema says.
+    assert binding["subjects"] == [
+        {"kind": "ServiceAccount", "name": "maskmill-schedule", "namespace": "maskmill"}
+    ]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_everything_is_in_one_namespace(overlay: str) -> None:
+    assert {manifest["metadata"]["namespace"] for manifest in manifests(overlay)} == {"maskmill"}
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
