@@ -21,7 +21,7 @@ from PIL import Image
 from pipeline.files.storage import open_storage
 from pipeline.retraining.gate import read_decision
 from pipeline.retraining.ledger import Ledger
-from pipeline.retraining.state import Tick, read_tick, run_names
+from pipeline.retraining.state import Tick, read_tick
 from pipeline.table.labels import read_ids
 from pipeline.toyworld.scenes import generate
 
@@ -237,30 +237,6 @@ def test_without_new_images_it_ends_at_once(story: Story, maskmill: Run) -> None
     )
     light = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert light.stdout.split() == ["0", "[]"]
-
-
-def test_a_few_new_images_wait(story: Story, maskmill_here: Run) -> None:
-    world = World(story.world.folder, dict(story.world.config))
-    world.arrive(1, 8)
-    try:
-        world.write(when={"min_new": 5})
-        done = maskmill_here("retrain", world.file)
-        assert done.returncode == 0 and "1 new image, and a tick waits for 5" in done.stderr
-        assert run_names(open_storage(world.output)) == ["0001", "0002"]
-    finally:
-        (world.folder / "photos/8_00.png").unlink()
-        story.world.write()
-
-
-def test_another_retraining_cannot_have_the_output(story: Story, maskmill_here: Run) -> None:
-    world = World(story.world.folder, dict(story.world.config))
-    try:
-        world.write(name="others")
-        done = maskmill_here("retrain", world.file)
-        assert done.returncode == 2 and "output_differs" in done.stderr
-        assert "name: toys there, others here" in done.stderr
-    finally:
-        story.world.write()
 
 
 def test_the_status_is_that_of_the_last_tick(story: Story) -> None:
