@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.metrics.confusion import confusion_matrix, mean_iou
+from pipeline.retraining.measured import read_measured
 from pipeline.table.labels import decode_mask, iter_rows
 from pipeline.toyworld import scenes as toyworld
 
@@ -87,6 +88,9 @@ def test_a_recipe_labels_a_benchmark_first_and_the_same_command_does_not_overwri
     record = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert record["dataset"]["split"] == "seed-31" and record["images"]["evaluated"] == 6
     assert record["metrics"]["miou"] > 0.3 and record["metrics"]["boundary_miou"] is None
+    measured = read_measured(tmp_path / "out", "candidate")
+    assert measured.truth.sum(0).tolist() == [sum(row) for row in record["confusion"]]
+    assert measured.has_truth and (measured.seconds_per_image or 0) > 0
     again = maskmill_joined(*command, "--output", tmp_path / "out")
     assert again.returncode == 2 and "output_exists" in again.stderr
 
