@@ -384,17 +384,25 @@ def _started(
     # On a cluster, "auto" depends on the machines that do the work.
     asks_cluster = precision == "auto" and joins_cluster(job.address)
     with contextlib.ExitStack() as stack:
-        thread = ThreadPoolExecutor(1)
+        thread = ThreadPoolExecutor(1, "embedding")
         stack.callback(thread.shutdown, wait=False)  # do not wait for it after Ctrl-C
-        display.stage("reading weights")
-        preparing = None if asks_cluster else _begin_preparing(thread, job, precision, recorded)
-        display.stage("embedding class names, starting Ray")
-        status.begin()
+        preparing: Future[PreparedLabeller] | None = None
+
+        def begin() -> None:
+            nonlocal preparing
+            display.stage("reading weights")
+            if not asks_cluster:
+                preparing = _begin_preparing(thread, job, precision, recorded)
+            display.stage("embedding class names, starting Ray")
+            status.begin()
+
         if not job.verbose:
             # Ray prints there that a process died; the run goes on, or ends with words of its own.
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         compute = stack.enter_context(
-            ray_session(lease.run_id, address=job.address, verbose=job.verbose, notice=display.say)
+            ray_session(
+                lease.run_id, address=job.address, verbose=job.verbose, notice=display.say, begin=begin
+            )
         )
         if preparing is None:
             preparing = _begin_preparing(thread, job, worker_precision(compute), recorded)

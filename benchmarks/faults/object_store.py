@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
-from unittest import mock
 from urllib.parse import urlsplit
 
 import fsspec
@@ -28,23 +27,46 @@ def object_store() -> Iterator[dict[str, str]]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
-    environment = {
+    reached = {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "AWS_ACCESS_KEY_ID": "not-a-real-key",
         "AWS_SECRET_ACCESS_KEY": "not-a-real-secret",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     try:
-        with reached_by(environment):
-            yield environment
+        with reached_by(reached):
+            yield reached
     finally:
         server.stop()
 
 
 @contextlib.contextmanager
-def reached_by(environment: Mapping[str, str]) -> Iterator[None]:
+def changed_environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Change environment variables of this process, and at the end undo whatever has changed since.
+
+    ``mock.patch.dict`` would remove and make again all variables while threads look some up, which can crash
+    before glibc 2.41 (see ``pipeline.cluster.session.ray_session``).
+    """
+    before = dict(os.environ)
+
+    def change(to: Mapping[str, str]) -> None:
+        for name, value in to.items():
+            if os.environ.get(name) != value:
+                os.environ[name] = value
+
+    change(values)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        change(before)
+
+
+@contextlib.contextmanager
+def reached_by(values: Mapping[str, str]) -> Iterator[None]:
     """Make this process reach an object store."""
-    with mock.patch.dict(os.environ, environment):
+    with changed_environment(values):
         # fsspec keeps its clients, and with them the address of the server they were made for.
         fsspec.filesystem("s3").clear_instance_cache()
         yield
@@ -123,15 +145,15 @@ class FaultyStore:
 
 
 @contextlib.contextmanager
-def faulty_object_store(environment: Mapping[str, str]) -> Iterator[tuple[FaultyStore, dict[str, str]]]:
+def faulty_object_store(reached: Mapping[str, str]) -> Iterator[tuple[FaultyStore, dict[str, str]]]:
     """A faulty server before an object store, and the environment that reaches the store through it.
 
     Args:
-        environment: that of ``object_store``.
+        reached: the environment of ``object_store``.
     """
-    store = FaultyStore(environment["AWS_ENDPOINT_URL"])
+    store = FaultyStore(reached["AWS_ENDPOINT_URL"])
     # The drivers' own patience is not what is tested.
-    through = {**environment, "AWS_ENDPOINT_URL": store.url, "AWS_MAX_ATTEMPTS": "1"}
+    through = {**reached, "AWS_ENDPOINT_URL": store.url, "AWS_MAX_ATTEMPTS": "1"}
     try:
         with reached_by(through):
             yield store, through

@@ -39,6 +39,15 @@ returns the memory of large tensors to the system at once, and the next image fa
 which takes a fifth of the time of a ViT-B/16. See "Memory Allocation Tunables" in the glibc manual;
 ``hugetlb`` needs glibc 2.35."""
 
+WRITTEN_BY_LIBRARIES = {
+    "RAY_CLIENT_MODE": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "PYTHONBREAKPOINT": "pdb.set_trace",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment variables that Ray and open_clip set while threads run, with the values that they set, or that
+mean the same as none."""
+
 REACH_S = 20.0
 """Timeout for connecting to a cluster."""
 
@@ -66,8 +75,13 @@ def ray_session(
     verbose: bool,
     notice: Callable[[str], None] = lambda _text: None,
     plan: Plan[Any] = plan_compute,
+    begin: Callable[[], object] = lambda: None,
 ) -> Iterator[Any]:
     """Join or start Ray for one run, and yield the plan for its nodes.
+
+    Every environment variable of the run is made before ``begin``. In glibc before 2.41, a new variable moves
+    the environment, and compiled code (torch, gRPC, the resolver) that looks up a variable in another thread
+    at that moment crashes. A variable that exists already is replaced in place.
 
     Args:
         run_id: set in the environment of every process of the run (``pipeline.table.lease.end_orphans``).
@@ -76,6 +90,7 @@ def ray_session(
         verbose: show Ray's log.
         notice: called with what the user should know: the cluster that is joined, what the run waits for.
         plan: makes the yielded plan from the nodes.
+        begin: called when the environment is complete, before Ray starts: it may start threads.
 
     Raises:
         MaskMillError: ``cluster_unreachable``; ``no_ray_folder`` if a local Ray has no place for its sockets;
@@ -85,7 +100,7 @@ def ray_session(
     # Each prestarted worker process costs a core-second, which is a lot on a laptop.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_enable_worker_prestart", "0")
-    for name, value in WORKER_MALLOC.items():
+    for name, value in (WORKER_MALLOC | WRITTEN_BY_LIBRARIES).items():
         os.environ.setdefault(name, value)
     if not verbose:
         # At lower levels, every run prints a warning about the arguments of pool actors.
@@ -93,6 +108,8 @@ def ray_session(
     os.environ[RUN_ID_VARIABLE] = run_id
     with contextlib.ExitStack() as stack:
         if joins_cluster(address):
+            stack.enter_context(_variables({"RAY_gcs_server_port_wait_time_s": str(JOIN_TRIES)}))
+            begin()
             with signals_held():
                 _join(address or os.environ["RAY_ADDRESS"], verbose=verbose, notice=notice)
                 stack.callback(_end_ray)
@@ -100,6 +117,7 @@ def ray_session(
             return
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         stack.enter_context(_private_place())
+        begin()
         with signals_held():
             _start(run_id, slots=max(LOCAL_SLOTS, 2 * cores), verbose=verbose, notice=notice)
             stack.callback(_end_ray)
@@ -179,8 +197,7 @@ def _join(address: str, *, verbose: bool, notice: Callable[[str], None]) -> None
 
     try:
         _reach(address)
-        with _variables({"RAY_gcs_server_port_wait_time_s": str(JOIN_TRIES)}):
-            _init({"address": address}, verbose=verbose)
+        _init({"address": address}, verbose=verbose)
     except Exception as error:
         raise FailedWork(
             "cluster_unreachable",

@@ -9,12 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 from PIL import Image
 
-from benchmarks.faults.object_store import FaultyStore, faulty_object_store, object_store
+from benchmarks.faults.object_store import FaultyStore, changed_environment, faulty_object_store, object_store
 from jobs.cli import main
 from pipeline.toyworld import scenes as toyworld
 
@@ -71,12 +70,12 @@ def maskmill_here(
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run the command in this process, which has imported already what takes seconds to import."""
 
-    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
         given = [*map(str, arguments)]
         out, err = io.StringIO(), io.StringIO()
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         with (
-            mock.patch.dict(os.environ, maskmill_environment | environment),
+            changed_environment(maskmill_environment | more),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):

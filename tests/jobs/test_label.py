@@ -202,6 +202,43 @@ def test_overwriting_keeps_the_old_table_until_the_new_one_can_be_made(
     assert old.keys() == new.keys() and old != new
 
 
+WATCHED = """
+import os, sys, threading
+late = []
+def hook(event, arguments):
+    if event == "os.putenv" and os.fsdecode(arguments[0]) not in os.environ:
+        threads = [thread.name for thread in threading.enumerate()]
+        if threading.current_thread() is threading.main_thread() and "embedding_0" in threads:
+            late.append(os.fsdecode(arguments[0]))
+sys.addaudithook(hook)
+from jobs.cli import main
+try:
+    main()
+finally:
+    print("new variables:", late)
+"""
+
+
+def test_no_variable_is_new_while_names_are_embedded(
+    toy_images: Path, maskmill_environment: dict[str, str], tmp_path: Path
+) -> None:
+    """torch looks up variables there, and would crash while a new one moves the environment."""
+    images = tmp_path / "images"
+    images.mkdir()
+    shutil.copy(sorted(toy_images.iterdir())[0], images)
+    made = ("RAY_", "MASKMILL_RUN", "GLIBC_", "TOKENIZERS_", "PYTHONBREAKPOINT")  # in this process, perhaps
+    kept = {name: value for name, value in maskmill_environment.items() if not name.startswith(made)}
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED, *map(str, toy(images, tmp_path / "table"))],
+        cwd=ROOT,
+        env=kept,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0 and "new variables: []" in done.stdout, done.stdout + done.stderr
+
+
 def test_foreign_folders_are_left_alone(maskmill_here: Run, toy_images: Path, tmp_path: Path) -> None:
     (tmp_path / "labels").mkdir()
     theirs = tmp_path / "labels" / "mine.parquet"

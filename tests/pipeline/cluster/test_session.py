@@ -40,6 +40,23 @@ with ray_session("a-stranger", address=sys.argv[1], verbose=False, notice=print)
     print("came in")
 """
 
+LATE_VARIABLES = """
+import os, sys
+late = None
+def hook(event, arguments):
+    if late is not None and event == "os.putenv" and os.fsdecode(arguments[0]) not in os.environ:
+        late.append(os.fsdecode(arguments[0]))
+sys.addaudithook(hook)
+def begin():
+    global late
+    late = []
+from pipeline.cluster.session import ray_session
+with ray_session("a-run", address=sys.argv[1] or None, verbose=False, begin=begin):
+    import ray
+    assert ray.is_initialized()
+print(late)
+"""
+
 
 def environment(home: Path, **more: str) -> dict[str, str]:
     """Of a user without a cluster, whose home folder is empty."""
@@ -63,6 +80,21 @@ def private_ray(**settings: str) -> Iterator[tuple[psutil.Process, str]]:
         yield psutil.Process(holder.pid), address
         holder.stdin.close()
         assert holder.wait(60) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("joins", [False, True])
+def test_no_variable_is_new_once_threads_may_run(tmp_path: Path, shared_ray: str, joins: bool) -> None:
+    """A thread that looks up a variable while a new one moves the environment can crash."""
+    given = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")} if joins else {}
+    done = subprocess.run(
+        [sys.executable, "-c", LATE_VARIABLES, shared_ray if joins else ""],
+        env=environment(tmp_path, **given),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr
 
 
 @pytest.mark.slow
