@@ -32,6 +32,7 @@ from jobs.runs import Runs
 from jobs.segment import Segment
 from jobs.serve import Serve
 from jobs.show import Show
+from jobs.status import ShowStatus
 from jobs.submit import Submit, job_apart
 from jobs.track import Track
 from jobs.train.clipseg import TrainClipSeg
@@ -82,6 +83,7 @@ Command = (
     | Annotated[Recipes, subcommand("recipes")]
     | Annotated[Demo, subcommand("demo")]
     | Annotated[Submit, subcommand("submit")]
+    | Annotated[ShowStatus, subcommand("status")]
 )
 
 
@@ -106,6 +108,7 @@ COMMANDS = (
     "recipes",
     "demo",
     "submit",
+    "status",
 )
 TRAININGS = ("maskclip-plus", "clipseg")
 

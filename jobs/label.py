@@ -33,6 +33,7 @@ from jobs.options import (
 )
 from models.errors import FailedWork, WrongUse
 from pipeline.cluster.disks import Landmarks, require_shared
+from pipeline.cluster.metrics import LabellingMetrics
 from pipeline.cluster.nodes import plan_like, plan_when_joined
 from pipeline.cluster.session import joins_cluster, ray_session, worker_precision
 from pipeline.cluster.signals import signals_held
@@ -251,7 +252,9 @@ def label_images(
                         write_table_record(storage, _new_record(job, prepared))
                     display.stage(f"starting {_workers(compute)}")
                     startup_s = time.monotonic() - began
-                    report = _reporting(display, tracker, status)
+                    slots = compute.actors * compute.calls
+                    metrics = LabellingMetrics(lease.run_id, work.todo.num_rows, slots)
+                    report = _reporting(display, tracker, status, metrics)
                     progress = _label(job, storage, lease, table, work, prepared, compute, display, report)
                     startup_s += progress.first_s or 0.0
                     display.stage("stopping Ray")
@@ -511,13 +514,16 @@ def _new_record(job: LabelJob, prepared: PreparedLabeller) -> TableRecord:
     )
 
 
-def _reporting(display: LabelDisplay, tracker: Tracker, status: StatusFile) -> Callable[[Progress], None]:
-    """Show progress, and log a sample of it."""
+def _reporting(
+    display: LabelDisplay, tracker: Tracker, status: StatusFile, metrics: LabellingMetrics
+) -> Callable[[Progress], None]:
+    """Show progress, and record it."""
     log = ProgressLog(tracker)
 
     def report(progress: Progress) -> None:
         display.update(progress)
         log.update(progress)
+        metrics.update(progress)
         status.update(mlflow_run=tracker.run_id)
 
     return report

@@ -351,6 +351,7 @@ def _train(
     console: Console,
 ) -> tuple[Outcome | None, MaskMillError | None]:
     """Run the loop; returns its outcome, or the error after which there is still a result."""
+    from pipeline.cluster.metrics import TrainingMetrics
     from pipeline.cluster.session import joins_cluster
 
     name_run(console, lease.run_id)
@@ -373,9 +374,12 @@ def _train(
             display.begin(prepared.settings.iterations, "starting the workers")
 
             status.begin()
+            metrics = TrainingMetrics(f"train {kind}", lease.run_id) if compute.workers else None
 
             def report(line: dict[str, Any]) -> None:
                 display.update(line)
+                if metrics is not None:
+                    metrics.update(line)
                 status.update(mlflow_run=tracker.run_id)
                 tracker.log_metrics(
                     {key: value for key, value in line.items() if key != "step"}, step=line["step"]

@@ -24,6 +24,9 @@ class Progress:
         first_s, last_s: seconds from the start of the flow to the first and the latest rows, if any.
         first_done: rows in the first report; the steady rate excludes them.
         decode_s, label_s, encode_s: seconds of work, summed over all workers of the stage.
+        fetch_s: part of ``decode_s`` spent waiting for bytes.
+        write_s: part of ``encode_s`` spent on the storage.
+        batches: calls of the model.
     """
 
     done: int = 0
@@ -34,6 +37,9 @@ class Progress:
     decode_s: float = 0.0
     label_s: float = 0.0
     encode_s: float = 0.0
+    fetch_s: float = 0.0
+    write_s: float = 0.0
+    batches: float = 0.0
 
     @property
     def rate(self) -> float | None:
@@ -51,6 +57,9 @@ class Progress:
         decode_s: float,
         label_s: float,
         encode_s: float,
+        fetch_s: float = 0.0,
+        write_s: float = 0.0,
+        batches: float = 0.0,
     ) -> Progress:
         """The progress after ``done`` more rows, written ``at_s`` seconds after the start of the flow."""
         merged = dict(self.failures)
@@ -65,6 +74,9 @@ class Progress:
             decode_s=self.decode_s + decode_s,
             label_s=self.label_s + label_s,
             encode_s=self.encode_s + encode_s,
+            fetch_s=self.fetch_s + fetch_s,
+            write_s=self.write_s + write_s,
+            batches=self.batches + batches,
         )
 
 

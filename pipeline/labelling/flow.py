@@ -221,7 +221,11 @@ def _flow(
         )
         .map_batches(
             Label,
-            fn_constructor_args=(functools.partial(make_labeller, threads=compute.threads), attempts),
+            fn_constructor_args=(
+                functools.partial(make_labeller, threads=compute.threads),
+                attempts,
+                write.run_id,
+            ),
             # With GPUs, Ray Data requires a number: enough rows to fill batches of one image size.
             **stage | ({"batch_size": LARGEST_PART} if compute.gpus else {}),
             num_cpus=compute.cpus,

@@ -26,6 +26,7 @@ from pipeline.files import corruptions, images
 from pipeline.files.faults import explain
 from pipeline.files.fetch import fetch, file_version, max_bytes
 from pipeline.files.images import ImageSettings
+from pipeline.files.logs import run_log
 from pipeline.files.storage import Storage
 from pipeline.labelling.attempts import (
     IMAGE_DEATHS,
@@ -56,6 +57,7 @@ _DECODED = pa.schema(
         ("network_height", pa.int32()),
         ("network_width", pa.int32()),
         ("decode_s", pa.float32()),
+        ("fetch_s", pa.float32()),
     ]
 )
 _LABELLED = pa.schema(
@@ -64,7 +66,9 @@ _LABELLED = pa.schema(
         ("labels", pa.binary()),
         ("confidence", pa.binary()),
         ("decode_s", pa.float32()),
+        ("fetch_s", pa.float32()),
         ("label_s", pa.float32()),
+        ("batches", pa.float32()),
     ]
 )
 _WRITTEN = pa.schema(
@@ -74,6 +78,9 @@ _WRITTEN = pa.schema(
         ("decode_s", pa.float64()),
         ("label_s", pa.float64()),
         ("encode_s", pa.float64()),
+        ("fetch_s", pa.float64()),
+        ("write_s", pa.float64()),
+        ("batches", pa.float64()),
     ]
 )
 
@@ -114,6 +121,7 @@ class Decode:
                 start = time.perf_counter()
                 row = self._alone(entry, fetch) if careful else self._row(entry, fetch)
                 row["decode_s"] = time.perf_counter() - start
+                row["fetch_s"] = row["fetch_s"] or 0.0
                 rows.append(row)
                 size += len(row["pixels"] or b"")
                 if size >= _CHUNK_BYTES:
@@ -154,7 +162,9 @@ class Decode:
         row_id = entry["id"]
         row: dict[str, Any] = dict.fromkeys(_DECODED.names) | {"id": row_id, "uri": entry["uri"]}
         try:
+            start = time.perf_counter()
             fetched = fetch()
+            row["fetch_s"] = time.perf_counter() - start
             row["version"] = fetched.version
             if fetched.error is not None:
                 raise fetched.error
@@ -179,10 +189,20 @@ class Decode:
 
 
 class Label:
-    """Decoded images → raw label and confidence maps, on one actor."""
+    """Decoded images → raw label and confidence maps, on one actor.
 
-    def __init__(self, make_labeller: Callable[[], Labeller], attempts: Attempts | None = None) -> None:
+    Args:
+        make_labeller: builds the Labeller.
+        attempts: which parts and images have killed processes.
+        run_id: this run, for the log.
+    """
+
+    def __init__(
+        self, make_labeller: Callable[[], Labeller], attempts: Attempts | None = None, run_id: str = ""
+    ) -> None:
+        began = time.perf_counter()
         self._labeller = make_labeller()
+        run_log(run_id).info("label: model ready in %.1f s", time.perf_counter() - began)
         self._attempts = attempts or AttemptBook()
         self._turns = Turns()
         self._succeeded = self._failed = 0
@@ -218,7 +238,7 @@ class Label:
                         outcomes = self._outcomes(batch, sizes)
                 label_s = (time.perf_counter() - start) / len(chosen)
                 for index, outcome in zip(chosen, outcomes, strict=True):
-                    row = _common_fields(columns, index) | {"label_s": label_s}
+                    row = _common_fields(columns, index) | {"label_s": label_s, "batches": 1 / len(chosen)}
                     if isinstance(outcome, Prediction):
                         row["labels"] = outcome.labels.tobytes()
                         row["confidence"] = outcome.confidence.tobytes()
@@ -272,8 +292,8 @@ class Label:
 
 
 def _common_fields(columns: dict[str, list[Any]], index: int) -> dict[str, Any]:
-    row = {name: columns[name][index] for name in (*_KNOWN, "decode_s")}
-    return row | {"labels": None, "confidence": None, "label_s": 0.0}
+    row = {name: columns[name][index] for name in (*_KNOWN, "decode_s", "fetch_s")}
+    return row | {"labels": None, "confidence": None, "label_s": 0.0, "batches": 0.0}
 
 
 class Write:
@@ -310,6 +330,7 @@ class Write:
         """
         start = time.perf_counter()
         rows = pa.Table.from_pylist([self._row(row) for row in table.to_pylist()], schema=labels.LABEL_SCHEMA)
+        encoded = time.perf_counter()
         old = np.isin(rows["id"].to_numpy(), self._replacing)
         try:
             refuse_other_holder(self.storage, self.run_id)
@@ -319,13 +340,17 @@ class Write:
         except OSError as error:
             # Told here, while the error still knows its path.
             raise explain(error, self.storage.uri) or error from error
-        report = {
+        report: dict[str, Any] = {
             "done": rows.num_rows,
             "failures": [status for status in rows["status"].to_pylist() if status != labels.OK],
             "decode_s": sum(table["decode_s"].to_pylist()),
             "label_s": sum(table["label_s"].to_pylist()),
             "encode_s": time.perf_counter() - start,
+            "fetch_s": sum(table["fetch_s"].to_pylist()),
+            "write_s": time.perf_counter() - encoded,
+            "batches": sum(table["batches"].to_pylist()),
         }
+        run_log(self.run_id).info("write: %d rows, %d failed", rows.num_rows, len(report["failures"]))
         return pa.Table.from_pylist([report], schema=_WRITTEN)
 
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -276,6 +276,11 @@ def refuse_other_holder(storage: Storage, run_id: str) -> None:
         )
 
 
+def read_holder(storage: Storage) -> Holder | None:
+    """Who holds the lease of an output, dead or alive; None if nobody does."""
+    return _parsed(_content(storage))
+
+
 def _taken_over(storage: Storage) -> str:
     current = _parsed(_content(storage))
     by = f"process {current.pid} on {current.host}" if current else "another run, or removed"

@@ -26,6 +26,18 @@ def test_progress_sums_what_parts_report() -> None:
     assert (progress.done, progress.first_done, progress.first_s, progress.last_s) == (8, 3, 2.0, 4.0)
     assert progress.failures == {"empty": 3, "not_found": 1}
     assert (progress.decode_s, progress.label_s, progress.encode_s) == (1.5, 2.0, 0.5)
+    more = progress.plus(
+        done=1,
+        failures={},
+        at_s=5.0,
+        decode_s=0.5,
+        label_s=0.0,
+        encode_s=0.5,
+        fetch_s=0.25,
+        write_s=0.125,
+        batches=0.5,
+    )  # fmt: skip
+    assert (more.fetch_s, more.write_s, more.batches) == (0.25, 0.125, 0.5)
     assert progress.rate == 2.5
 
 

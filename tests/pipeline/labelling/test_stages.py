@@ -294,7 +294,7 @@ def test_the_longest_sides_are_labelled_and_longer_ones_are_rows(
 def test_a_full_disk_is_told_with_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pa.Table.from_pylist(
         [{"id": 1, "uri": "/x", "sha256": bytes(32), "height": 1, "width": 1, "status": "empty", "error": "x",
-          "version": None, "decode_s": 0.0, "label_s": 0.0}]
+          "version": None, "decode_s": 0.0, "fetch_s": 0.0, "label_s": 0.0, "batches": 1.0}]
     )  # fmt: skip
     write = _write(open_storage(tmp_path))
 
@@ -335,7 +335,7 @@ def test_masks_are_as_wide_as_their_ids(tmp_path: Path, num_classes: int, ignore
         [
             {"id": 1, "uri": "/x", "sha256": bytes(32), "height": 1, "width": 2, "status": "ok",
              "labels": mask.tobytes(), "version": None, "confidence": bytes([200, 9]),
-             "decode_s": 0.0, "label_s": 0.0}
+             "decode_s": 0.0, "fetch_s": 0.0, "label_s": 0.0, "batches": 1.0}
         ]
     )  # fmt: skip
     storage = open_storage(tmp_path)
