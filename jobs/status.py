@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel
 from rich.console import Console
 from tyro.conf import Positional, arg
 
 from jobs.console import duration, time_left
 from jobs.options import Flag, Maybe, Tracking
 from models.errors import WrongUse
-from pipeline.files.records import parse_record
 from pipeline.files.status import Status, read_status
 from pipeline.files.storage import Storage, canonical_uri, is_remote, open_storage
 from pipeline.retraining.ledger import LEDGER_FOLDER, Entry, Ledger, replay
+from pipeline.retraining.state import Tick, read_tick, run_names
 from pipeline.table.labels import OK
 from pipeline.table.lease import LEASE_TTL_S, Holder, read_holder
 from pipeline.table.record import TableRecord, find_table_record
@@ -28,32 +27,10 @@ from pipeline.table.record import TableRecord, find_table_record
 SCHEMA_VERSION = 1
 PLACES = ("", ".maskmill")
 """Where an output keeps its status and its lease: an export keeps them apart from its files."""
-RUNS_GLOB = "runs/*/state.json"
 _RUN_ID = re.compile(r"[0-9a-f]{8,32}", re.IGNORECASE)
 _AGAIN = "Run the same command again to go on."
 
 State = Literal["running", "finished", "failed", "stopped", "dead", "idle"]
-
-
-class Step(BaseModel):
-    """A step of a tick: its name, and whether it is pending, running, done or failed."""
-
-    name: str
-    state: str
-
-
-class Tick(BaseModel):
-    """What is shown of ``runs/0007/state.json``.
-
-    Attributes:
-        run: number of the tick.
-        outcome: promoted, refused or abandoned; None while it is unfinished.
-        steps: in order.
-    """
-
-    run: str
-    outcome: str | None = None
-    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,7 +96,7 @@ class Found:
             "retraining": None
             if self.tick is None and not self.entries
             else {
-                "tick": None if self.tick is None else self.tick.model_dump(),
+                "tick": None if self.tick is None else self.tick.model_dump(mode="json"),
                 "champions": _champions(self.entries),
                 "last": self.entries[-1].model_dump(mode="json") if self.entries else None,
             },
@@ -202,13 +179,13 @@ def look(storage: Storage) -> Found:
         within = storage.child(place) if place else storage
         status = status or read_status(within)
         holder = holder or read_holder(within)
-    ticks = sorted(storage.glob(RUNS_GLOB))
+    ticks = run_names(storage)
     found = Found(
         storage.uri,
         status,
         holder,
         find_table_record(storage),
-        _tick(storage, ticks[-1]) if ticks else None,
+        read_tick(storage, ticks[-1]) if ticks else None,
         Ledger(storage).entries() if storage.exists(LEDGER_FOLDER) else (),
     )
     if not any((found.status, found.holder, found.table, found.tick, found.entries)):
@@ -218,12 +195,6 @@ def look(storage: Storage) -> Found:
             "Give the --output of a command, or the id of a run (maskmill runs).",
         )
     return found
-
-
-def _tick(storage: Storage, name: str) -> Tick:
-    record, place = storage.read_json(name), storage.uri_of(name)
-    remedy = "Restore the file from a copy; maskmill retrain says what else can be done."
-    return parse_record(Tick, record, place, code="json_invalid", remedy=remedy)
 
 
 def described(found: Found) -> Iterator[str]:
@@ -306,7 +277,7 @@ def _age(found: Found, status: Status) -> str:
 def _retraining(found: Found) -> Iterator[str]:
     tick = found.tick
     if tick is not None:
-        at = next((step for step in tick.steps if step.state != "done"), None)
+        at = tick.at
         done = sum(step.state == "done" for step in tick.steps)
         now = tick.outcome or ("between steps" if at is None else f"step {at.name} ({at.state})")
         yield f"  tick         {tick.run}: {now}, {done} of {len(tick.steps)} steps done"

@@ -17,7 +17,7 @@ from typing import Annotated
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from jobs.console import duration, stderr_console, stop_at_once
+from jobs.console import duration, name_run, stderr_console, stop_at_once
 from jobs.options import NO_HINT, Flag, Verbose
 from jobs.retrain.work import Work, decision_of, tell
 from models.errors import FailedWork, MaskMillError, WrongUse
@@ -287,6 +287,8 @@ class _Loop:
         began = time.monotonic()
         run_id = self._lease.run_id
         with StatusFile(self._storage, "retrain", run_id, fence=fence, notice=self._say) as self._status:
+            self._status.begin()
+            name_run(self._console, run_id)
             try:
                 with self._within_hours():
                     runner.write()

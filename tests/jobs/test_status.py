@@ -100,7 +100,7 @@ def test_a_run_that_has_just_begun_is_not_taken_for_the_one_before(maskmill_here
 
 def test_a_retraining_says_its_tick_and_its_champion(maskmill_here: Run, tmp_path: Path) -> None:
     output = open_storage(tmp_path / "loop")
-    output.write_json("runs/0001/state.json", {"run": "0001", "outcome": "promoted", "steps": []})
+    output.write_json("runs/0001/state.json", {"run": "0001", "outcome": "promoted", "created": "earlier"})
     steps = [{"name": "intake", "state": "done"}, {"name": "train pets", "state": "running"}]
     output.write_json("runs/0002/state.json", {"run": "0002", "steps": steps, "created": "later"})
     with Lease.acquire(output, on_lost=lambda _reason: None) as lease:
