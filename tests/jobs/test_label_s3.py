@@ -42,6 +42,9 @@ def test_from_s3_to_s3(
     assert not storage.exists("lease.json")
     record = storage.read_json("dataset.json")
     assert record["counts"]["labelled"] == 10
+    told = storage.read_json("status.json")
+    assert (told["finished"], told["done"], told["failures"]) == ("ok", 11, {"not_an_image": 1})
+    assert s3["AWS_SECRET_ACCESS_KEY"] not in str(told)
     assert s3["AWS_SECRET_ACCESS_KEY"] not in str(record)
 
     # A folder marker, as consoles make them, is no image and no part.
