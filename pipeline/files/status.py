@@ -228,6 +228,7 @@ class StatusFile:
             try:
                 if not known:
                     before, known = read_status(self._storage), True
+                    self._tidy()
                 self._fence()
                 with self._lock:
                     status = self._status
@@ -245,6 +246,13 @@ class StatusFile:
             if over:
                 return
             self._over.wait(self._every_s)
+
+    def _tidy(self) -> None:
+        """Remove what a kill in the middle of a write left; objects appear whole."""
+        if self._storage.is_local:
+            for name in self._storage.list():
+                if name.startswith(f".{STATUS_FILE}.") and name.endswith(".tmp"):
+                    self._storage.delete(name)
 
 
 def settle_status(storage: Storage) -> None:

@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks.faults.runs import Command
+from pipeline.files.status import STATUS_FILE
 from pipeline.files.storage import Storage, open_storage
 from pipeline.formats.export import Export, finish, make_plan, new_export, write_part
 from pipeline.formats.registry import make_format
@@ -22,7 +23,9 @@ from tests.pipeline.formats.tables import toy_table
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """All files of an export, without what its latest run says of itself."""
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if path.name != STATUS_FILE}
 
 
 @pytest.mark.slow

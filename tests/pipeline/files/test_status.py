@@ -179,6 +179,19 @@ def test_a_killed_process_is_known_for_dead(tmp_path: Path) -> None:
         job.send_signal(signal.SIGKILL)
         job.wait()
     assert (shown(storage).finished, shown(storage).life()) == (None, "dead")
+    (tmp_path / f".{STATUS_FILE}.0123456789abcdef.tmp").write_text("{")  # killed while it wrote
+    with StatusFile(storage, "label", "the-next-run") as status:
+        status.begin()
+    assert [path.name for path in tmp_path.iterdir()] == [STATUS_FILE]
+
+
+def test_work_that_turns_out_to_be_done_is_told(tmp_path: Path) -> None:
+    storage = open_storage(tmp_path)
+    with StatusFile(storage, "label", RUN) as status:
+        status.begin()
+    record = json.loads((tmp_path / STATUS_FILE).read_text()) | {"finished": None, "process_started": 1.0}
+    storage.write_json(STATUS_FILE, record)
+    assert shown(storage).life() == "dead"
     settle_status(storage)
     assert shown(storage).finished == "ok"
 
