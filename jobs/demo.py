@@ -39,8 +39,8 @@ TRUTH_SEED = 1
 """Offset between the seed of the unlabelled scenes and that of the test scenes."""
 EARLY = 5
 """One in so many scenes is there from the beginning."""
-SHORT = 10
-"""The first training is so many times shorter."""
+SHORT, SHORTEST = 10, 40
+"""The first training is so many times shorter, but has so many steps."""
 ENOUGH = 30
 """Test scenes that the gate asks for, if there are as many."""
 _ABOUT = """\
@@ -109,7 +109,8 @@ class Demo:
             console,
             f"2. maskmill retrain: {early} scenes have arrived; label them, train a student briefly",
         )
-        briefly = {"settings": {"iterations": max(1, self.steps // SHORT)}}
+        short = min(self.steps, max(SHORTEST, self.steps // SHORT))
+        briefly = {"settings": {"iterations": short}}
         models = tuple(model.model_copy(update=briefly) for model in config.models)
         status = retrain(config.model_copy(update={"models": models}), console)
         if status not in (PROMOTED, REFUSED):

@@ -18,7 +18,7 @@ def test_demo_labels_trains_evaluates_and_shows(
     maskmill: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     output = tmp_path / "demo"
-    small = ("--images", 16, "--test", 8, "--steps", 20)
+    small = ("--images", 16, "--test", 8, "--steps", 40)
     done = maskmill("demo", "--output", output, *small)
     assert done.returncode == 0, done.stderr
     found = re.search(r"mIoU\W+(\d+\.\d)\W+(\d+\.\d)", done.stdout)

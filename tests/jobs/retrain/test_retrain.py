@@ -96,7 +96,14 @@ def story(
             "tracking": "sqlite:///runs.db",
             "label": {"recipe": "toy"},
             "evaluation": {"images": "test/images", "truth": "test/masks"},
-            "gate": {"min_images": 2, "max_seconds_ratio": None},
+            # A student of a few steps is no good, which is not what is tested here.
+            "gate": {
+                "min_images": 2,
+                "min_classes": 0,
+                "max_excess": 1,
+                "max_divergence": 1,
+                "max_label_drift": None,
+            },
         },
     )
     found = generate(5, 6, SIZE)
