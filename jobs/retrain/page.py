@@ -192,7 +192,8 @@ def _cards(dataset: Dataset, candidate: str, champion: str | None) -> list[Card]
     cards = []
     for name in chosen:
         sample = samples[name]
-        pictures = [("image", dataset.image(sample)), ("truth", colorize(dataset.truth(sample), palette))]
+        masks = "truth" if dataset.has_truth else "teacher"
+        pictures = [("image", dataset.image(sample)), (masks, colorize(dataset.truth(sample), palette))]
         pictures += [(who, colorize(found[name], palette)) for who, found in maps.items() if name in found]
         said = f"{name}: IoU {100 * ours[name]:.0f}"
         if champion is not None:
