@@ -52,7 +52,7 @@ def plan_when_joined(plan: Plan[P], notice: Callable[[str], None]) -> P:
     """Wait for the nodes of a cluster that may still be booting, and return the plan for them.
 
     Raises:
-        MaskMillError: ``cluster_too_small`` after ``NODES_WAIT_S``.
+        MaskMillError: ``cluster_too_small`` after ``NODES_WAIT_S``; what else the plan raises, at once.
     """
     import ray
 
@@ -62,8 +62,8 @@ def plan_when_joined(plan: Plan[P], notice: Callable[[str], None]) -> P:
         try:
             planned = plan(live_nodes(), cores=None)
             break
-        except MaskMillError:
-            if time.monotonic() > deadline:
+        except MaskMillError as error:
+            if error.code != "cluster_too_small" or time.monotonic() > deadline:
                 raise
         if wanted is None:
             notice("waiting for the cluster's worker nodes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 
 import pytest
@@ -10,8 +11,9 @@ import ray
 
 from models.errors import MaskMillError
 from pipeline.cluster import nodes as cluster_nodes
-from pipeline.cluster.nodes import NodesChanged, NodeWatch, plan_like, stop_when_changed
+from pipeline.cluster.nodes import NodesChanged, NodeWatch, plan_like, plan_when_joined, stop_when_changed
 from pipeline.cluster.resources import plan_compute
+from pipeline.training.loop.resources import plan_training
 
 CPUS = [(0.0, 0.0), (4.0, 0.0), (4.0, 0.0), (4.0, 0.0)]
 GPUS = [(0.0, 0.0), (8.0, 1.0), (8.0, 1.0), (8.0, 1.0)]
@@ -104,3 +106,11 @@ def test_an_execution_ends_once_there_is_a_reason() -> None:
     reasons.append("gone")
     with pytest.raises(NodesChanged, match="gone"):
         callback.on_execution_step(None)
+
+
+def test_what_more_nodes_would_not_change_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", list)
+    told: list[str] = []
+    with pytest.raises(MaskMillError, match="--workers 0 trains in this process"):
+        plan_when_joined(functools.partial(plan_training, workers=0), told.append)
+    assert not told
