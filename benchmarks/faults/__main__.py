@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output", type=Path, default=Path("results/faults.jsonl"), help="file of what was counted"
     )
     arguments = parser.parse_args(given)
-    ledger = Ledger(arguments.output)
+    ledger = Ledger(arguments.output, Entry)
     with tempfile.TemporaryDirectory(prefix="maskmill-faults-", ignore_cleanup_errors=True) as scratch:
         world = World(Path(scratch))
         try:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(bad or bool(impossible))
 
 
-def _inject(world: World, ledger: Ledger, arguments: argparse.Namespace) -> dict[str, str]:
+def _inject(world: World, ledger: Ledger[Entry], arguments: argparse.Namespace) -> dict[str, str]:
     """Inject what is missing, in turns; returns why kinds cannot be injected here."""
     began = time.monotonic()
     impossible: dict[str, str] = {}

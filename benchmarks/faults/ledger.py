@@ -7,8 +7,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
-HEADINGS = ("kind", "times", "lost", "doubled", "wrong", "hung", "seconds each")
+LOSSES = ("lost", "doubled", "wrong", "hung")
+"""Fields of an entry that a table sums."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +39,32 @@ class Entry:
     notes: list[str] = field(default_factory=list)
 
 
-class Ledger:
+AnyEntry = TypeVar("AnyEntry", bound=Entry)
+
+
+class Ledger(Generic[AnyEntry]):
     """The entries of a benchmark, in a file.
 
     Args:
         path: of the file.
+        kind: of the entries.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: type[AnyEntry]) -> None:
         self._path = path
+        self._kind = kind
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[AnyEntry]:
         """All so far; a line that a kill cut off does not count."""
         if not self._path.exists():
             return []
         found = []
         for line in self._path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
-                found.append(Entry(**json.loads(line)))
+                found.append(self._kind(**json.loads(line)))
         return found
 
-    def add(self, entry: Entry) -> None:
+    def add(self, entry: AnyEntry) -> None:
         """Save an entry."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         whole = not self._path.exists() or self._path.read_bytes()[-1:] in (b"", b"\n")
@@ -65,13 +72,14 @@ class Ledger:
             file.write(("" if whole else "\n") + json.dumps(asdict(entry)) + "\n")
 
 
-def table(entries: Sequence[Entry], kinds: Sequence[str]) -> str:
+def table(entries: Sequence[Entry], kinds: Sequence[str], losses: Sequence[str] = LOSSES) -> str:
     """Markdown: a row for each kind and one for all."""
-    lines = [f"| {' | '.join(HEADINGS)} |", "|" + "---|" * len(HEADINGS)]
+    headings = ["kind", "times", *losses, "seconds each"]
+    lines = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
     for kind in [*kinds, "all"]:
         chosen = [entry for entry in entries if kind in (entry.kind, "all")]
         times = sum(entry.times for entry in chosen)
-        sums = [sum(getattr(entry, name) for entry in chosen) for name in HEADINGS[2:6]]
+        sums = [sum(getattr(entry, name) for entry in chosen) for name in losses]
         each = sum(entry.seconds for entry in chosen) / max(times, 1)
         cells = [kind.replace("_", " "), *map(str, [times, *sums]), f"{each:.1f}"]
         lines.append(f"| {' | '.join(cells if kind != 'all' else [f'**{cell}**' for cell in cells])} |")

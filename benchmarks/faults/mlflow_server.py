@@ -18,13 +18,19 @@ class Server:
 
     Args:
         folder: for its database and its log.
+        port: default: a free one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, port: int | None = None) -> None:
         self.folder = folder
-        self.port = free_port()
+        self.port = port or free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def runs(self) -> bool:
+        """Whether it was started and not killed."""
+        return self._process is not None
 
     def start(self) -> None:
         """Start it, and wait until it answers."""

@@ -24,9 +24,13 @@ class ThreeNodes:
         self.cluster = cluster
         self._workers = [cluster.add_worker(cpus=CPUS) for _ in range(2)]
 
+    def working(self, title: str) -> list[int]:
+        """Numbers of those that have a process with such a title."""
+        return [number for number in self._workers if self.cluster.works(number, title)]
+
     def lose(self, title: str, rng: random.Random) -> bool:
         """Kill one that has a process with such a title; returns whether there was one."""
-        working = [number for number in self._workers if self.cluster.works(number, title)]
+        working = self.working(title)
         if not working:
             return False
         lost = rng.choice(working)

@@ -19,6 +19,21 @@ LIMIT_S = 900.0
 """A command that has not ended after this time hangs."""
 
 
+def plain(cache: Path) -> dict[str, str]:
+    """Environment of commands: a cache of their own, faults from inside possible; no cluster."""
+    return {
+        "PYTHONPATH": f"{HOOKS}{os.pathsep}{ROOT}",
+        "MASKMILL_CACHE": str(cache),
+        "RAY_ADDRESS": "",
+        # At Ray's own 15, workers starve beside anything else on this machine.
+        "RAY_worker_niceness": "5",
+        # Ray takes a raylet for dead after five times this period, 15 s by default, and ends what has
+        # lost the head of its cluster after the second number, 60 s by default.
+        "RAY_health_check_period_ms": "1000",
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+    }
+
+
 class Hung(Exception):
     """A command did not end in time; the text says which, and what it said last."""
 
@@ -34,9 +49,12 @@ class Command:
         arguments: of ``maskmill``.
         environment: of the processes.
         log: file that gets what it says, after what is there already.
+        folder: where it runs.
     """
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[str], environment: Mapping[str, str], log: Path, folder: Path = ROOT
+    ) -> None:
         self.arguments = list(arguments)
         self._log = log
         self._from = log.stat().st_size if log.exists() else 0
@@ -44,7 +62,7 @@ class Command:
         with log.open("ab") as out:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "jobs.cli", *self.arguments],
-                cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
                 start_new_session=True,
             )  # fmt: skip
         self.driver = psutil.Process(self._process.pid)

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.faults.clusters import standing_ray
-from benchmarks.faults.runs import HOOKS, ROOT, Command, Unexpected
+from benchmarks.faults.runs import Command, Unexpected, plain
 from pipeline.files.storage import Storage, open_storage
 from pipeline.toyworld import scenes as toyworld
 
@@ -121,22 +121,7 @@ class World:
     @property
     def environment(self) -> dict[str, str]:
         """Of the commands: nothing tracked, a cache of their own, faults from inside possible; no cluster."""
-        return (
-            os.environ
-            | self._token
-            | {
-                "PYTHONPATH": f"{HOOKS}{os.pathsep}{ROOT}",
-                "MASKMILL_CACHE": str(self.scratch / "cache"),
-                "MLFLOW_TRACKING_URI": "off",
-                "RAY_ADDRESS": "",
-                # At Ray's own 15, workers starve beside anything else on this machine.
-                "RAY_worker_niceness": "5",
-                # Ray takes a raylet for dead after five times this period, 15 s by default, and ends what has
-                # lost the head of its cluster after the second number, 60 s by default.
-                "RAY_health_check_period_ms": "1000",
-                "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
-            }
-        )
+        return os.environ | self._token | plain(self.scratch / "cache") | {"MLFLOW_TRACKING_URI": "off"}
 
     @property
     def standing(self) -> tuple[str, psutil.Process]:

@@ -22,7 +22,7 @@ def entry(first: int, times: int, lost: int = 0) -> Entry:
 
 
 def test_what_was_counted_outlives_a_kill(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "new" / "faults.jsonl")
+    ledger = Ledger(tmp_path / "new" / "faults.jsonl", Entry)
     assert ledger.entries() == []
     ledger.add(entry(0, 3))
     file = tmp_path / "new" / "faults.jsonl"
