@@ -6,12 +6,16 @@ import copy
 import importlib.resources
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
+
+from jobs.cli import parse
+from jobs.submit import Submit
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRETS = [
@@ -99,6 +103,27 @@ def test_every_node_wants_the_token(config: dict[str, Any]) -> None:
         (start,) = [command for command in commands if "ray start" in command]
         assert "export RAY_AUTH_MODE=token && " in start.split("ray start")[0]
     assert "chmod 600 /home/ubuntu/.ray/auth_token" in config["setup_commands"]
+
+
+def test_the_commands_in_its_comments_are_understood(text: str) -> None:
+    lines = re.findall(r"^#   (maskmill submit .*)$", text, flags=re.MULTILINE)
+    jobs = []
+    for line in lines:
+        command = parse(shlex.split(line)[1:])
+        assert isinstance(command, Submit)
+        jobs.append(type(parse(command.job)).__name__)
+    assert jobs == ["Label", "Retrain"]
+
+
+def test_the_sizes_follow_from_what_was_measured(text: str) -> None:
+    results = (ROOT / "benchmarks/results/epyc-bf16-2cores.md").read_text()
+    bare, job = (
+        float(re.search(rf"^\| {row}[^|]*\| ([\d.]+) \|", results, flags=re.MULTILINE)[1])  # type: ignore[index]
+        for row in (r"\(a\) bare loop", r"\(b\) whole job")
+    )
+    share = f"{2 / job - 2 / bare:.2f}"  # of one of two vCPUs
+    for place in (text, (ROOT / "docs/cluster.md").read_text()):
+        assert re.search(rf"\b{share} (x|×) the GPU's images/s", place)
 
 
 def test_the_requirements_start_a_cluster_on_aws() -> None:

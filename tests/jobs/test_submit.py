@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -211,10 +213,56 @@ def cluster(maskmill_environment: dict[str, str]) -> Iterator[Cluster]:
         yield running
 
 
+class Tunnel:
+    """Passes connections on to a dashboard, as ``ray dashboard`` does, and loses them when asked to."""
+
+    def __init__(self, dashboard: str) -> None:
+        host, _, port = dashboard.removeprefix("http://").partition(":")
+        open_now = self._open = set[socket.socket]()
+
+        def pass_on(source: socket.socket, sink: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while data := source.recv(65536):
+                    sink.sendall(data)
+            with contextlib.suppress(OSError):
+                sink.shutdown(socket.SHUT_RDWR)
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                with socket.create_connection((host, int(port))) as far:
+                    open_now.update((self.request, far))
+                    back = threading.Thread(target=pass_on, args=(far, self.request), daemon=True)
+                    back.start()
+                    pass_on(self.request, far)
+                    back.join()
+
+        self._server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._server.block_on_close = False
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def lose_connections(self) -> None:
+        for connection in [*self._open]:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def tunnel(cluster: Cluster) -> Iterator[Tunnel]:
+    opened = Tunnel(cluster.dashboard)
+    yield opened
+    opened.close()
+
+
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_a_job_is_submitted_once_followed_stopped_and_submitted_again(
-    cluster: Cluster, maskmill_environment: dict[str, str], toy_images: Path, tmp_path: Path
+    cluster: Cluster, tunnel: Tunnel, toy_images: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "classes.yaml").write_text((ROOT / "pipeline/ontology/builtin/toyworld.yaml").read_text())
     output = tmp_path / "table"
@@ -243,16 +291,19 @@ def test_a_job_is_submitted_once_followed_stopped_and_submitted_again(
     status, _, told = submit("--no-follow", *job)
     assert status == 0 and "MB: the code, classes.yaml." in told, told
     name = told.split("Submitted ")[1].split(".\n")[0]
-    with start(*job) as follower:
+    waiting = "waiting for the cluster's worker nodes"
+    with start("--address", tunnel.address, *job) as follower:
         assert follower.stdout is not None
         for line in follower.stdout:
-            if "waiting for the cluster's worker nodes" in line:
+            if waiting in line:
                 break
+        tunnel.lose_connections()  # it takes up the log where it broke off
         status, said, _ = submit("--status", name)
         assert status == 0 and f"{name}: it runs (" in said and "label --images" in said, said
         status, _, told = submit("--stop", name)
         assert status == 0 and f"{name} was stopped." in told
-        _, told = follower.communicate(timeout=120)
+        rest, told = follower.communicate(timeout=120)
+    assert waiting not in rest
     assert follower.returncode == 130 and f"{name} is there already: it runs" in told, told
     assert "Submitted" not in told and f"{name}: it was stopped" in told
     status, said, _ = submit("--status", name)
