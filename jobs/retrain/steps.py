@@ -106,11 +106,24 @@ def open_run(work: Work) -> None:
     """
     for model in work.config.models:
         registry.refuse_other_owner(work.client, work.config.registered(model), work.storage)
-        champion(work, model)
+        _measure_anew(work, model, champion(work, model))
     if work.runner.tick.mlflow_run is None:
         uri = tracking_uri(work.config)
         found = open_parent(work.client, uri, work.config.name, work.run, output=work.storage.uri)
         work.runner.write(mlflow_run=found)
+
+
+def _measure_anew(work: Work, model: Model, version: Version | None) -> None:
+    """Have candidate and champion compared again if another version is champion since."""
+    measured = work.runner.outputs(f"evaluate {model.folder}")
+    if not measured or work.runner.tick.step(f"promote {model.folder}").state == "done":
+        return
+    known = {
+        None if measured["champion"] is None else measured["champion"]["version"],
+        work.runner.outputs(f"register {model.folder}").get("version"),  # a kill after the alias moved
+    }
+    if (None if version is None else version.number) not in known:
+        work.runner.reset([f"evaluate {model.folder}", f"gate {model.folder}"])
 
 
 def steps_of(work: Work) -> list[Step]:
@@ -137,13 +150,13 @@ def steps_of(work: Work) -> list[Step]:
     ]
     for model in work.config.models:
         steps += _steps_of_model(work, model)
-    promotions = tuple(f"promote {model.folder}" for model in work.config.models)
+    verdicts = [f"{kind} {model.folder}" for model in work.config.models for kind in ("gate", "promote")]
     steps.append(
         Step(
             name="report",
             work=lambda _again: _report(work),
             holds=lambda _outputs: work.storage.exists(work.here(PAGE)),
-            needs=promotions,
+            needs=verdicts,
         )
     )
     return steps
@@ -360,9 +373,14 @@ def _holds_model(model: Model, outputs: Mapping[str, Any]) -> bool:
 
 def _recipe_of(work: Work, model: Model, version: Version) -> tuple[LabelRecipe, str]:
     """How a champion labels, and the fingerprint of its weights."""
-    into = tempfile.gettempdir() if not work.storage.is_local else work.storage.path(CHAMPIONS)
-    folder = registry.version_folder(work.client, version, model.kind, into)
+    folder = _folder_of(work, model, version)
     return _labelling(model, folder)[0], read_trained(_RECORDS[model.kind], folder).fingerprint
+
+
+def _folder_of(work: Work, model: Model, version: Version) -> str:
+    """The folder of a version, downloaded from the registry if its own is gone."""
+    into = work.storage.path(CHAMPIONS) if work.storage.is_local else tempfile.gettempdir()
+    return registry.version_folder(work.client, version, model.kind, into)
 
 
 def _labelling(model: Model, folder: str) -> tuple[LabelRecipe, Ontology | None]:
@@ -380,8 +398,7 @@ def _evaluate(work: Work, model: Model) -> dict[str, Any]:
     version = champion(work, model)
     best: dict[str, Any] | None = None
     if version is not None:
-        into = tempfile.gettempdir() if not work.storage.is_local else work.storage.path(CHAMPIONS)
-        folder = registry.version_folder(work.client, version, model.kind, into)
+        folder = _folder_of(work, model, version)
         fingerprint = read_trained(_RECORDS[model.kind], folder).fingerprint
         earlier = _measured_before(work, model, candidate, fingerprint)
         best = (earlier or _measure(work, model, dataset, folder, f"{place}/champion", "champion")) | {
