@@ -118,8 +118,7 @@ class Demo:
 
         _title(
             console,
-            f"3. maskmill retrain: {self.images - early} more have arrived; label them, train on all, "
-            "compare with the champion",
+            f"3. maskmill retrain: {self.images - early} more have arrived; train on all, and compare",
         )
         _save(images, scenes[early:], start=early)
         status = retrain(config, console)

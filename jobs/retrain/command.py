@@ -376,6 +376,8 @@ class _Loop:
     def _ended(self, step: StepState) -> None:
         what = step.message if step.state == "failed" else _in_words(step)
         mark = {"done": "", "failed": "FAILED: ", "pending": "stopped: "}.get(step.state, "")
+        if step.state == "done":
+            self._status.update(done=self._names.index(step.name) + 1)
         took = duration(step.seconds or 0)
         self._say(f"{time.strftime('%H:%M:%S')} {step.name:<20} {took:>8}  {mark}{what}".rstrip())
 
