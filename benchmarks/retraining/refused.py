@@ -18,7 +18,7 @@ from pipeline.table.labels import LABEL_SCHEMA, decode_confidence, decode_mask, 
 from pipeline.toyworld.captions import CLASSES
 
 Rows = list[dict[str, Any]]
-LOST_CLASS = "water"
+LOST_CLASS = "orange"
 LONGER = 3 * MANY
 """Steps of a candidate that is better on the whole, although it has lost a class."""
 _MAPS = ("mask", "confidence", "segments", "quality")

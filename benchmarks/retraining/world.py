@@ -45,6 +45,8 @@ FEW, MANY = 50, 110
 CPUS = 3
 BEFORE, AFTER = "before", "after"
 """The retraining with a champion and new images; and after an undisturbed tick that promotes another one."""
+LATE = (*(step_name(step) for step in ("evaluate", "gate", "register", "promote", "report")), AFTER)
+"""From these on nothing is labelled to be trained on, and no cluster is needed."""
 NOTHING: Mapping[str, str] = MappingProxyType({})
 _MOVES = """
 CREATE TABLE observed_moves (id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT, alias TEXT, version INTEGER);
@@ -126,6 +128,9 @@ class World:
             caught = [step for step in steps[: steps.index(state) + 1] if self._has(step)]
             state = caught[-1] if caught else BEFORE
         self._restore(state)
+        if state in LATE:
+            # In a cluster, the lease of a run that was killed is waited for, a minute each time.
+            self.configure(MANY, address="local")
 
     @property
     def reference(self) -> Result:
