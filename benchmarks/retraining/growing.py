@@ -6,7 +6,6 @@ After each tick both are measured on scenes that no training saw, of all that ha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from benchmarks.retraining.luck import miou
 from benchmarks.retraining.world import NAME, SIZE, World, png
 from pipeline.files.storage import open_storage
+from pipeline.retraining.measured import read_measured
 from pipeline.retraining.registry import PREFIX
 from pipeline.toyworld.captions import CLASSES
 from pipeline.toyworld.scenes import Scene, scene
@@ -26,6 +27,7 @@ NEW_CLASS = "brick"
 ARRIVE, MEASURED = 60, 40
 """Scenes in each tick: to train on, and more to measure on."""
 STEPS = 250
+"""Of the training, for each tick so far: it goes through its images as often, however many there are."""
 DUSK = 0.75
 """Brightness at dusk."""
 
@@ -74,7 +76,7 @@ def scenes_of(
 
 
 @dataclass(frozen=True)
-class Measured:
+class After:
     """After a tick.
 
     Attributes:
@@ -91,11 +93,10 @@ class Measured:
     first: float
 
 
-def grow(world: World) -> list[Measured]:
+def grow(world: World) -> list[After]:
     """Three ticks; what was measured after each."""
-    world.configure(STEPS)
     world.server.start()
-    found: list[Measured] = []
+    found: list[After] = []
     for number, stage in enumerate(STAGES, 1):
         place, truth = open_storage(world.images), open_storage(world.truth)
         for index, (image, _) in enumerate(scenes_of(stage, 20 + number, ARRIVE)):
@@ -103,13 +104,14 @@ def grow(world: World) -> list[Measured]:
         for index, (image, labels) in enumerate(scenes_of(stage, 30 + number, MEASURED)):
             truth.write_bytes(f"images/{number}-{index:04}.png", png(image))
             truth.write_bytes(f"masks/{number}-{index:04}.png", png(labels))
+        world.configure(STEPS * number)
         tick = world.tick()
         tick.expect(0, 3)
         version = world.champion
         assert version is not None, tick.said
         run = world.client.get_model_version(NAME, version).tags[f"{PREFIX}run"]
         found.append(
-            Measured(
+            After(
                 stage.title,
                 world.at(f"{number:04}").outcome or "unfinished",
                 version,
@@ -122,17 +124,17 @@ def grow(world: World) -> list[Measured]:
 
 
 def _miou(world: World, run: str, name: str) -> float:
-    """Mean IoU of the model of a tick on all that was seen so far."""
+    """Mean IoU of the model of a tick on all that was seen so far, over the classes in it."""
     output = world.now / "measured" / name
     world.run(
         "evaluate", "--model", f"{world.output}/runs/{run}/student", "--images", f"{world.truth}/images",
         "--truth", f"{world.truth}/masks", "--ontology", "toyworld", "--output", output, "--no-boundary",
         "--tracking", "off",
     ).expect(0)  # fmt: skip
-    return float(json.loads((output / "evaluation.json").read_text())["metrics"]["miou"])
+    return miou(read_measured(output, name))
 
 
-def table(found: Sequence[Measured]) -> str:
+def table(found: Sequence[After]) -> str:
     """Markdown."""
     lines = [
         "| tick | what is new | outcome | champion | mIoU of the champion | of the first model |",
@@ -146,7 +148,7 @@ def table(found: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def draw(found: Sequence[Measured], file: Path) -> None:
+def draw(found: Sequence[After], file: Path) -> None:
     """A chart of both models, below scenes of each tick."""
     from matplotlib.figure import Figure
 

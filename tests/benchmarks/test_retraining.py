@@ -10,7 +10,7 @@ import pytest
 from benchmarks.faults.ledger import LOSSES, Ledger, table
 from benchmarks.retraining.__main__ import Counted, run_case, run_cases
 from benchmarks.retraining.cases import CASES
-from benchmarks.retraining.growing import HALF, NEW_CLASS, STAGES, Measured, draw, scenes_of
+from benchmarks.retraining.growing import HALF, NEW_CLASS, STAGES, After, draw, scenes_of
 from benchmarks.retraining.growing import table as growing_table
 from benchmarks.retraining.judging import Cost
 from benchmarks.retraining.luck import luck, miou
@@ -116,7 +116,7 @@ def test_each_stage_brings_what_was_not_there(tmp_path: Path) -> None:
         for stage in STAGES
     ]
     assert classes[0] <= set(HALF) and classes[1] <= set(HALF) and NEW_CLASS in classes[2] - set(HALF)
-    found = [Measured(stage.title, "promoted", "1", 0.5, 0.4) for stage in STAGES]
+    found = [After(stage.title, "promoted", "1", 0.5, 0.4) for stage in STAGES]
     assert growing_table(found).count("50.0 | 40.0") == 3
     draw(found, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
