@@ -128,8 +128,8 @@ def read_status(storage: Storage, name: str = STATUS_FILE) -> Status | None:
 class StatusFile:
     """Keeps ``status.json`` of a running job: ``with StatusFile(storage, "label", run_id) as status``.
 
-    Nothing is written before ``begin``, and a command that is refused (``WrongUse``) leaves what was there
-    before. A file of that name that is no status is somebody else's, and left alone.
+    Nothing is written before ``begin``. A command that is refused (``WrongUse``), or that fails before it has
+    made anything, leaves what was there before. A file of that name that is no status is somebody else's, and left alone.
 
     Args:
         storage: the output, which this run owns while the context is open.
@@ -232,7 +232,7 @@ class StatusFile:
                 self._fence()
                 with self._lock:
                     status = self._status
-                if not self._refused:
+                if not (self._refused or (over and before is None and self._made_nothing(status))):
                     _write(self._storage, status)
                 elif before is None:
                     self._storage.delete(STATUS_FILE)
@@ -246,6 +246,11 @@ class StatusFile:
             if over:
                 return
             self._over.wait(self._every_s)
+
+    def _made_nothing(self, status: Status) -> bool:
+        """Whether a job that failed or was stopped leaves nothing but this file (and its lease, which goes)."""
+        there = {name.rstrip("/") for name in self._storage.glob("*")}
+        return status.finished != "ok" and there <= {STATUS_FILE, "lease.json"}
 
     def _tidy(self) -> None:
         """Remove what a kill in the middle of a write left; objects appear whole."""
