@@ -129,7 +129,8 @@ class StatusFile:
     """Keeps ``status.json`` of a running job: ``with StatusFile(storage, "label", run_id) as status``.
 
     Nothing is written before ``begin``. A command that is refused (``WrongUse``), or that fails before it has
-    made anything, leaves what was there before. A file of that name that is no status is somebody else's, and left alone.
+    made anything, leaves what was there before. A file of that name that is no status is somebody else's, and
+    left alone.
 
     Args:
         storage: the output, which this run owns while the context is open.
@@ -157,7 +158,7 @@ class StatusFile:
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
-        self._refused = False
+        self._refused = self._failed = False
         self._status = Status(
             job=job,
             run_id=run_id,
@@ -208,7 +209,7 @@ class StatusFile:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._refused = isinstance(error, WrongUse)
+        self._refused, self._failed = isinstance(error, WrongUse), error is not None
         if self._status.finished is None or error is not None:
             self.finish(*_end(error), error=_code(error))
         self._over.set()
@@ -232,7 +233,7 @@ class StatusFile:
                 self._fence()
                 with self._lock:
                     status = self._status
-                if not (self._refused or (over and before is None and self._made_nothing(status))):
+                if not (self._refused or (over and before is None and self._made_nothing())):
                     _write(self._storage, status)
                 elif before is None:
                     self._storage.delete(STATUS_FILE)
@@ -247,10 +248,10 @@ class StatusFile:
                 return
             self._over.wait(self._every_s)
 
-    def _made_nothing(self, status: Status) -> bool:
-        """Whether a job that failed or was stopped leaves nothing but this file (and its lease, which goes)."""
+    def _made_nothing(self) -> bool:
+        """Whether a job that failed leaves nothing but this file, and its lease, which goes."""
         there = {name.rstrip("/") for name in self._storage.glob("*")}
-        return status.finished != "ok" and there <= {STATUS_FILE, "lease.json"}
+        return self._failed and there <= {STATUS_FILE, "lease.json"}
 
     def _tidy(self) -> None:
         """Remove what a kill in the middle of a write left; objects appear whole."""

@@ -63,6 +63,7 @@ def test_a_job_says_what_it_does_and_how_it_ended(tmp_path: Path) -> None:
 )
 def test_an_end_is_told(tmp_path: Path, error: BaseException, outcome: str, code: str | None) -> None:
     storage = open_storage(tmp_path)
+    storage.write_bytes("labels/part.parquet", b"a result")
     with pytest.raises(type(error)), StatusFile(storage, "label", RUN) as status:
         status.begin()
         status.finish("ok", "too early")
@@ -70,6 +71,20 @@ def test_an_end_is_told(tmp_path: Path, error: BaseException, outcome: str, code
     ended = shown(storage)
     assert (ended.finished, ended.error) == (outcome, code)
     assert ended.message and ended.message != "too early"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), FailedWork("disk_full", "No room.", "Make some.")])
+def test_a_job_that_made_nothing_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    storage = open_storage(tmp_path)
+    storage.write_bytes("lease.json", b"{}")
+    with pytest.raises(type(error)), StatusFile(storage, "label", RUN, every_s=0.01) as status:
+        status.begin()
+        end = time.monotonic() + 30
+        while not storage.exists(STATUS_FILE) and time.monotonic() < end:
+            time.sleep(0.01)
+        assert shown(storage).finished is None
+        raise error
+    assert not storage.exists(STATUS_FILE)
 
 
 def test_a_refused_command_leaves_nothing(tmp_path: Path) -> None:
