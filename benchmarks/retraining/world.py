@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -375,7 +376,9 @@ class Worlds:
     def nodes(self) -> tuple[ThreeNodes, World]:
         """The same by ``maskmill submit`` on a cluster: a head without work, and two workers."""
         if self._nodes is None:
-            paced = {**plain(self._scratch / "cache"), **self.store, "FAULTS_PACE_S": "0.3"}
+            # A job of the cluster is started by the first Python of the path.
+            path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+            paced = {**plain(self._scratch / "cache"), **self.store, "FAULTS_PACE_S": "0.3", "PATH": path}
             cluster = self._open.enter_context(running_cluster(paced, dashboard=True))
             joins = {name: cluster.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
             world = World(self._scratch / "nodes", {**self.store, **joins}, bucket="nodes")
