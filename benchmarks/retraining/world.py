@@ -84,6 +84,7 @@ class World:
         self._scratch = scratch
         self._reference: Result | None = None
         self._numbers = itertools.count()
+        self._commands: list[Command] = []
         self.now = scratch / "now"
         self.now.mkdir(parents=True, exist_ok=True)
         self._bucket = bucket
@@ -102,7 +103,10 @@ class World:
             boto3.client("s3").create_bucket(Bucket=bucket)
 
     def close(self) -> None:
-        """Stop the server."""
+        """Stop the server, and commands that a benchmark which was stopped has left."""
+        for command in self._commands:
+            if command.runs:
+                command.end()
         self.server.kill()
 
     # --- how it stands ---
@@ -246,7 +250,9 @@ class World:
     def run(self, *arguments: object, environment: Mapping[str, str] = NOTHING) -> Command:
         """Start a command where the configuration is."""
         log = self._scratch / f"log-{next(self._numbers)}"
-        return Command([*map(str, arguments)], self.environment | dict(environment), log, self.now)
+        command = Command([*map(str, arguments)], self.environment | dict(environment), log, self.now)
+        self._commands.append(command)
+        return command
 
     def tick(self) -> Command:
         """Start a tick."""
