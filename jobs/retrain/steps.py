@@ -74,7 +74,7 @@ from pipeline.retraining.labels import (
     write_labels,
 )
 from pipeline.retraining.measured import read_measured
-from pipeline.retraining.parent import close_parent, open_parent, training_run
+from pipeline.retraining.parent import close_parent, job_run, open_parent
 from pipeline.retraining.promotion import promote, refuse
 from pipeline.retraining.registry import Facts, Version
 from pipeline.retraining.state import Step, read_ticks, tick_folder
@@ -459,12 +459,16 @@ def _local(target: Storage) -> Iterator[str]:
 
 
 def _track(work: Work, model: Model, target: Storage, result: EvaluationResult, who: str) -> None:
+    """Track a result, unless an earlier attempt has done so."""
+    told = {"model": model.folder, "measured": who, "result": _sha256(target)}
+    if job_run(work.client, "evaluate", work.config.name, work.run, finished=True, **told):
+        return
     dataset = result.dataset
     with open_tracker(tracking_uri(work.config), say=lambda _line: None) as tracker:
         tracker.start(
             "evaluate",
             run_name("evaluate", f"{who} {model.folder}", place_name(work.storage.uri)),
-            tags=work.tags(model=model.folder, measured=who),
+            tags=work.tags(**told),
             dataset=TrackedDataset(
                 dataset.name, dataset.fingerprint or "", profile={"images": dataset.images}
             ),
@@ -538,7 +542,7 @@ def _gate(work: Work, model: Model) -> dict[str, Any]:
 def _register(work: Work, model: Model) -> dict[str, Any]:
     name, labelled = work.config.registered(model), work.runner.outputs("label")
     decision = decision_of(work, model)
-    run_id = training_run(work.client, work.config.name, work.run, model.folder)
+    run_id = job_run(work.client, "train", work.config.name, work.run, model=model.folder)
     version = registry.register(
         work.client,
         name,

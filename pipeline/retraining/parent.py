@@ -95,20 +95,34 @@ def close_parent(
         client.set_terminated(run_id, "FINISHED" if succeeded else "FAILED")
 
 
-def training_run(client: MlflowClient, name: str, run: str, model: str) -> str | None:
-    """The newest run that trained a model of a tick; None if it did not reach MLflow.
+def job_run(
+    client: MlflowClient, kind: str, name: str, run: str, *, finished: bool = False, **tags: str
+) -> str | None:
+    """The newest run that a job of a tick has made; None if there is none, or it did not reach MLflow.
+
+    Args:
+        client: of ``open_parent``.
+        kind: of the job: ``train``, ``evaluate``.
+        name: of the retraining.
+        run: number of the tick.
+        finished: only a run that has ended well.
+        tags: what else the run must have been told, such as ``model``.
 
     Raises:
         MaskMillError: ``tracking_unreachable``.
     """
     with registry_errors(name):
-        experiment = client.get_experiment_by_name(f"{EXPERIMENT_PREFIX}train")
+        experiment = client.get_experiment_by_name(f"{EXPERIMENT_PREFIX}{kind}")
         if experiment is None:
             return None
-        wanted = {**tick_tags(name, run), f"{PREFIX}model": model}
-        query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in wanted.items())
+        wanted = tick_tags(name, run) | {f"{PREFIX}{tag}": value for tag, value in tags.items()}
+        query = [f"tags.`{tag}` = '{value}'" for tag, value in wanted.items()]
+        query += ["attributes.status = 'FINISHED'"] if finished else []
         found = client.search_runs(
-            [experiment.experiment_id], query, max_results=1, order_by=["attributes.start_time DESC"]
+            [experiment.experiment_id],
+            " and ".join(query),
+            max_results=1,
+            order_by=["attributes.start_time DESC"],
         )
         return str(found[0].info.run_id) if found else None
 
