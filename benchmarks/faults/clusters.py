@@ -95,7 +95,7 @@ class Cluster:
         """Whether a node has a process whose title begins like this."""
         for process in psutil.Process(self._nodes[number].pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
-                if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
+                if "".join(process.cmdline()[:1]).startswith(title):
                     return True
         return False
 
