@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.retraining.world import AFTER, SIZE, World, png
+from benchmarks.retraining.world import SIZE, World, png
 from pipeline.retraining.gate import GatePolicy, decide
 from pipeline.retraining.measured import Measured, read_measured
 from pipeline.toyworld.scenes import generate
@@ -87,7 +87,7 @@ def luck(
 
 def students(world: World) -> list[Measured]:
     """Train students on the labels of a retraining, and measure them on many images."""
-    world.begin(AFTER)
+    world.begin()
     many = world.now / "many"
     scenes, masks, _ = generate(77, MANY, SIZE)
     for folder, pictures in (("images", scenes), ("masks", masks)):
