@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.faults.world import OWN
 from benchmarks.retraining.world import SIZE, World, png
 from pipeline.retraining.gate import GatePolicy, decide
 from pipeline.retraining.measured import Measured, read_measured
@@ -101,10 +102,12 @@ def students(world: World) -> list[Measured]:
             "train", "maskclip-plus", "--labels", f"{world.output}/table", "--output", student,
             "--workers", "0",
             "--recipe", "toy", *world.settings(steps), "--set", f"seed={seed}", "--tracking", "off",
+            environment=OWN,
         ).expect(0)  # fmt: skip
         world.run(
             "evaluate", "--model", student, "--images", many / "images", "--truth", many / "masks",
             "--ontology", "toyworld", "--output", result, "--no-boundary", "--tracking", "off",
+            environment=OWN,
         ).expect(0)  # fmt: skip
         found.append(read_measured(result, student.name))
     return found
