@@ -161,13 +161,13 @@ class Evaluate:
         say_left_out(console, dataset)
         for line in [] if self.labels is None else self.seen.keep(self.labels, view):
             console.print(line, highlight=False, soft_wrap=True)
-        claim_folder(output, overwrite=False)
         run_id = uuid.uuid4().hex
-        name_run(console, run_id)
         with (
-            StatusFile(open_storage(output), "evaluate", run_id) as status,
             open_tracker(self.tracking, waiting=functools.partial(timed, console)) as tracker,
+            StatusFile(open_storage(output), "evaluate", run_id) as status,
         ):
+            claim_folder(output, overwrite=False)
+            name_run(console, run_id)
             status.begin()
             tracker.start(
                 "evaluate",

@@ -18,6 +18,8 @@ from jobs.cli import main
 from pipeline.toyworld import scenes as toyworld
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = dict(os.environ)
+"""As it was before any test changed it: fixtures may stand when ``maskmill_environment`` is made."""
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +35,7 @@ def toy_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def maskmill_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment of the command: the project importable, text cache of its own, nothing tracked."""
-    return os.environ | {
+    return ENVIRONMENT | {
         "PYTHONPATH": str(ROOT),
         "MASKMILL_CACHE": str(tmp_path_factory.mktemp("cache")),
         "RAY_ADDRESS": "",

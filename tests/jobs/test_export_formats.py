@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.files.images import decode
+from pipeline.files.status import STATUS_FILE
 from pipeline.files.storage import Storage
 from pipeline.formats.registry import find_reader, readable
 from pipeline.table.labels import OK, decode_mask, iter_rows
@@ -28,6 +29,12 @@ def table(tmp_path_factory) -> Storage:
 def truth(table) -> dict[str, np.ndarray]:
     rows = iter_rows(table, ["uri", "status", "mask"])
     return {Path(row["uri"]).stem: decode_mask(row["mask"]["bytes"]) for row in rows if row["status"] == OK}
+
+
+def files(output: Path) -> dict[Path, bytes]:
+    """All files of an export but its status, which tells times."""
+    found = (path for path in output.rglob("*") if path.is_file() and path.name != STATUS_FILE)
+    return {path: path.read_bytes() for path in found}
 
 
 @pytest.mark.parametrize("name", readable())
@@ -62,10 +69,10 @@ def test_labels_and_images_come_back(tmp_path, maskmill_here, table, truth, name
         assert decode(data).shape[:2] == sample.labels.shape
     assert {sample.split for sample in found.values()} == {"train", "val"}
 
-    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    before = files(output)
     done = maskmill_here(*command, "--overwrite")
     assert done.returncode == 0, done.stderr
-    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+    assert files(output) == before
 
 
 def test_load_dataset_opens_images_and_masks(tmp_path, monkeypatch, maskmill_here, table, truth):

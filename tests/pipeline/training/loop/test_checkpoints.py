@@ -33,6 +33,7 @@ def s3() -> Iterator[None]:
     patch.setenv("AWS_ACCESS_KEY_ID", "test")
     patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    fsspec.filesystem("s3").clear_instance_cache()  # earlier clients know no credentials
     fsspec.filesystem("s3", use_listings_cache=False).mkdir("checkpoint-bucket")
     yield
     fsspec.filesystem("s3").clear_instance_cache()
