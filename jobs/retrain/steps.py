@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from jobs.verify import check_table
 from models.errors import FailedWork, MaskMillError
 from pipeline.datasets.base import Dataset
 from pipeline.evaluation.results import EVALUATION_FILE, EvaluationResult, read_results
-from pipeline.files.storage import Storage, open_storage
+from pipeline.files.storage import Storage, cache_dir, open_storage
 from pipeline.labelling.prepare import clipseg_recipe, student_recipe
 from pipeline.labelling.recipes import LabelRecipe
 from pipeline.ontology.ontology import Ontology
@@ -87,9 +87,6 @@ from pipeline.tracking.tracker import TrackedDataset, open_tracker
 from pipeline.trained.clipseg import ClipSegRecord
 from pipeline.trained.record import TrainedRecord, read_trained, read_trained_weights
 from pipeline.trained.student import StudentRecord
-
-if TYPE_CHECKING:
-    pass
 
 TABLE, TABLES, HELD_TABLE, CHAMPIONS = "table", "tables", "heldout", "champions"
 LABELLED_FILE = "labelled.parquet"
@@ -379,7 +376,7 @@ def _recipe_of(work: Work, model: Model, version: Version) -> tuple[LabelRecipe,
 
 def _folder_of(work: Work, model: Model, version: Version) -> str:
     """The folder of a version, downloaded from the registry if its own is gone."""
-    into = work.storage.path(CHAMPIONS) if work.storage.is_local else tempfile.gettempdir()
+    into = work.storage.path(CHAMPIONS) if work.storage.is_local else cache_dir() / CHAMPIONS
     return registry.version_folder(work.client, version, model.kind, into)
 
 
