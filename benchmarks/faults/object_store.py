@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import logging
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,26 +19,44 @@ Fault = tuple[int, str] | Literal["cut"] | None
 """The status and the code of S3 to answer with, or "cut": half of the true answer."""
 
 
+SERVER = """
+import logging, sys
+from moto.server import ThreadedMotoServer
+logging.getLogger("werkzeug").setLevel(logging.WARNING)  # it prints every request
+server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+server.start()
+print(*server.get_host_and_port(), flush=True)
+sys.stdin.read()
+"""
+"""Serves until its standard input is closed, which the end of its parent does too."""
+
+
 @contextlib.contextmanager
 def object_store() -> Iterator[dict[str, str]]:
-    """An empty object store; the environment that reaches it, which is also set in this process."""
-    from moto.server import ThreadedMotoServer
+    """An empty object store; the environment that reaches it, which is also set in this process.
 
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # it prints every request
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    reached = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "not-a-real-key",
-        "AWS_SECRET_ACCESS_KEY": "not-a-real-secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    try:
-        with reached_by(reached):
-            yield reached
-    finally:
-        server.stop()
+    It has a process to itself: all stores of one process would share their buckets.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdin is not None and server.stdout is not None
+        host, port = server.stdout.readline().split()
+        reached = {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "not-a-real-key",
+            "AWS_SECRET_ACCESS_KEY": "not-a-real-secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        try:
+            with reached_by(reached):
+                yield reached
+        finally:
+            server.stdin.close()
+            try:
+                server.wait(10)
+            except subprocess.TimeoutExpired:
+                server.kill()
 
 
 @contextlib.contextmanager

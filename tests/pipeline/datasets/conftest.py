@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -67,25 +66,3 @@ def coco_tiny() -> Path:
     if not folder.is_dir():
         pytest.skip("the real COCO subset is not on this machine")
     return folder
-
-
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """URI of an empty bucket of a real S3 server on loopback."""
-    server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    one = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    one.start()
-    host, port = one.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    # fsspec keeps its clients, and with them the address of the server they were made for.
-    fsspec.filesystem("s3").clear_instance_cache()
-    fsspec.filesystem("s3", use_listings_cache=False).mkdir("sets")
-    yield "s3://sets"
-    fsspec.filesystem("s3").clear_instance_cache()
-    one.stop()

@@ -164,20 +164,20 @@ def test_raw_coco_ids_agree_with_the_category_list() -> None:
 
 
 def test_s3_lists_folders_instead_of_asking_for_files(
-    s3: str, write: Write, monkeypatch: pytest.MonkeyPatch
+    bucket: str, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [f"img_{number:03d}" for number in range(12)]
     files: dict[str, Any] = {f"voc/JPEGImages/{name}.jpg": JPG for name in names}
     files |= {f"voc/SegmentationClass/{name}.png": VOC["SegmentationClass/2007_a.png"] for name in names}
-    write(s3, files | {"voc/ImageSets/Segmentation/val.txt": "\n".join(names)})
+    write(bucket, files | {"voc/ImageSets/Segmentation/val.txt": "\n".join(names)})
 
     asked: list[str] = []
     exists = Storage.exists
     monkeypatch.setattr(Storage, "exists", lambda self, name="": asked.append(name) or exists(self, name))
-    dataset = open_dataset("voc20", root=f"{s3}/voc")
+    dataset = open_dataset("voc20", root=f"{bucket}/voc")
     assert asked == ["JPEGImages"]
     assert [sample.name for sample in dataset.samples] == names
-    assert dataset.samples[0].image == f"{s3}/voc/JPEGImages/img_000.jpg"
+    assert dataset.samples[0].image == f"{bucket}/voc/JPEGImages/img_000.jpg"
     image, truth = dataset.image_and_truth(dataset.samples[3])
     assert image.shape == (2, 3, 3)
     np.testing.assert_array_equal(truth, grid(255, 0, 19, 255, 4, 255))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import socket
 import threading
@@ -14,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import boto3
 import fsspec
 import numpy as np
 import pytest
@@ -60,35 +60,18 @@ def test_fetch_codes(tmp_path: Path, uri: str, code: str) -> None:
     assert caught.value.code == code
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Any:
-    """An S3 server of its own with one public-enough object."""
-    boto3 = pytest.importorskip("boto3")
-    server_module = pytest.importorskip("moto.server", reason="moto with flask is not installed")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = server_module.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_ENDPOINT_URL", url)
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="photos")
-        client.put_object(Bucket="photos", Key="a/b.png", Body=b"0123456789")
-        # fsspec keeps its clients, and with them the address of the server they were made for.
-        fsspec.filesystem("s3").clear_instance_cache()
-        yield "s3://photos"
-        fsspec.filesystem("s3").clear_instance_cache()
-    server.stop()
+@pytest.fixture
+def photos(bucket: str) -> str:
+    """URI of a folder of an object store with one object."""
+    name = bucket.removeprefix("s3://").partition("/")[0]
+    boto3.client("s3").put_object(Bucket=name, Key="a/b.png", Body=b"0123456789")
+    return f"s3://{name}"
 
 
-def test_s3(bucket: str) -> None:
-    assert fetch(f"{bucket}/a/b.png") == b"0123456789"
-    assert fetch(f"{bucket}/a/b.png", start=2, length=3) == b"234"
-    for missing in (f"{bucket}/a/c.png", "s3://no-such-bucket/a.png"):
+def test_s3(photos: str) -> None:
+    assert fetch(f"{photos}/a/b.png") == b"0123456789"
+    assert fetch(f"{photos}/a/b.png", start=2, length=3) == b"234"
+    for missing in (f"{photos}/a/c.png", "s3://no-such-bucket/a.png"):
         with pytest.raises(ImageError) as caught:
             fetch(missing)
         assert caught.value.code == "not_found"
@@ -253,14 +236,13 @@ def test_a_read_that_never_returns_is_given_up(tmp_path: Path, monkeypatch: pyte
     assert error.code == "unavailable"
 
 
-def test_objects_in_pieces(bucket: str) -> None:
-    boto3 = pytest.importorskip("boto3")
+def test_objects_in_pieces(photos: str) -> None:
     client = boto3.client("s3")
     for size in (0, 8 << 20, (16 << 20) + 5):
         body = np.random.default_rng(size).bytes(size)
-        client.put_object(Bucket="photos", Key="pieces", Body=body)
-        assert fetch(f"{bucket}/pieces") == body
-    assert fetch_error(f"{bucket}/pieces", max_bytes=9_000_000).code == "too_many_bytes"
+        client.put_object(Bucket=photos.removeprefix("s3://"), Key="pieces", Body=body)
+        assert fetch(f"{photos}/pieces") == body
+    assert fetch_error(f"{photos}/pieces", max_bytes=9_000_000).code == "too_many_bytes"
 
 
 @pytest.mark.parametrize("uri", ["s3://key:hunter2@photos/a.png", "https://hunter2@host/a.png"])

@@ -23,23 +23,8 @@ from pipeline.table.labels import LABEL_SCHEMA, ok_row, read_ids, summarise
 
 
 @pytest.fixture(scope="module")
-def s3_server():
-    server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    patch = pytest.MonkeyPatch()
-    one = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    one.start()
-    host, port = one.get_host_and_port()
-    patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    patch.setenv("AWS_ACCESS_KEY_ID", "test")
-    patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    fsspec.filesystem("s3").clear_instance_cache()  # earlier clients know no credentials
-    fs = fsspec.filesystem("s3", use_listings_cache=False)
-    fs.mkdir("bucket")
-    yield
-    fsspec.filesystem("s3").clear_instance_cache()
-    patch.undo()
-    one.stop()
+def s3_server(s3_server: None) -> None:
+    fsspec.filesystem("s3", use_listings_cache=False).mkdir("bucket")
 
 
 @pytest.fixture(params=["local", "memory", "s3"])

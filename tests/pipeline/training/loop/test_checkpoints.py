@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 import torch
@@ -20,25 +19,6 @@ from pipeline.training.loop import rng
 from pipeline.training.loop.checkpoints import BrokenCheckpoint, CheckpointStore, folder_name
 
 RECORD = {"iterations": 9, "learning_rate": 0.1}
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[None]:
-    server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    patch = pytest.MonkeyPatch()
-    one = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    one.start()
-    host, port = one.get_host_and_port()
-    patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    patch.setenv("AWS_ACCESS_KEY_ID", "test")
-    patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    fsspec.filesystem("s3").clear_instance_cache()  # earlier clients know no credentials
-    fsspec.filesystem("s3", use_listings_cache=False).mkdir("checkpoint-bucket")
-    yield
-    fsspec.filesystem("s3").clear_instance_cache()
-    patch.undo()
-    one.stop()
 
 
 @pytest.fixture
@@ -64,10 +44,8 @@ def write(store: CheckpointStore, step: int, **options: Any) -> str:
 
 @pytest.mark.parametrize("place", ["local", "s3"])
 def test_round_trip(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if place == "s3":
-        request.getfixturevalue("s3")
     store = CheckpointStore(
-        open_storage(tmp_path / "run" if place == "local" else "s3://checkpoint-bucket/run")
+        open_storage(tmp_path / "run" if place == "local" else request.getfixturevalue("bucket"))
     )
     fingerprint = write(store, 3)
     write(store, 12)

@@ -8,11 +8,10 @@ import io
 import pickle
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -409,27 +408,9 @@ def test_images_with_rare_classes_are_repeated(table: str, truth: Any, zero_shot
 # --- S3 ---
 
 
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    server = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    one = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    one.start()
-    host, port = one.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3").clear_instance_cache()  # clients keep the address of their server
-    fsspec.filesystem("s3", use_listings_cache=False).mkdir("training")
-    yield "s3://training"
-    fsspec.filesystem("s3").clear_instance_cache()
-    one.stop()
-
-
-def test_s3(s3: str) -> None:
-    root = open_storage(f"{s3}/run/table")
-    images = open_storage(f"{s3}/run/images")
+def test_s3(bucket: str) -> None:
+    root = open_storage(f"{bucket}/run/table")
+    images = open_storage(f"{bucket}/run/images")
     data = [png(toyworld.scene(SEED, index, SIZE).image) for index in range(3)]
     for index, encoded in enumerate(data):
         images.write_bytes(f"scene_{index:06d}.png", encoded)
