@@ -35,7 +35,7 @@ from pipeline.cluster.signals import signals_held
 from pipeline.corpus.manifest import ADDRESS
 from pipeline.files.faults import explain, one_line
 from pipeline.files.images import ImageSettings
-from pipeline.labelling.attempts import AttemptBook
+from pipeline.labelling.attempts import AttemptBook, Attempts
 from pipeline.labelling.labeller import Labeller
 from pipeline.labelling.stages import Decode, Label, Write
 
@@ -202,7 +202,7 @@ def _flow(
     places: _Places,
 ) -> ray.data.Dataset:
     """The stages. Each block is a decoded part of the manifest, or a piece of a large one."""
-    attempts = _shared_attempts()
+    attempts = shared_attempts()
     parts = _Parts(
         todo,
         part_sizes(todo.num_rows, compute.actors * compute.calls),
@@ -261,10 +261,12 @@ class _SharedAttempts:
         self._actor.end.remote(key)
 
 
-def _shared_attempts() -> _SharedAttempts:
+def shared_attempts() -> Attempts:
+    """A book for all processes of a run. If it is killed, an empty one takes its place."""
     # On the driver's node: others may be lost.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return _SharedAttempts(ray.remote(num_cpus=0, scheduling_strategy=here)(AttemptBook).remote())
+    options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+    return _SharedAttempts(ray.remote(**options)(AttemptBook).remote())
 
 
 class _Parts(ray.data.Datasource):

@@ -282,8 +282,11 @@ def read_holder(storage: Storage) -> Holder | None:
 
 
 def _taken_over(storage: Storage) -> str:
-    current = _parsed(_content(storage))
-    by = f"process {current.pid} on {current.host}" if current else "another run, or removed"
+    content = _content(storage)
+    if content is None:
+        return f"Somebody has removed {LEASE_FILE} from {storage.uri}, or the whole of it."
+    current = _parsed(content)
+    by = f"process {current.pid} on {current.host}" if current else "another run"
     return f"The lease of {storage.uri} was taken over by {by}."
 
 

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.data.exceptions import omit_traceback_stdout
 
-from pipeline.labelling.flow import FIRST_PART, LARGEST_PART, USUAL_PART, fault_in_run, part_sizes
+from pipeline.cluster.session import ray_session
+from pipeline.labelling.flow import (
+    FIRST_PART,
+    LARGEST_PART,
+    USUAL_PART,
+    fault_in_run,
+    part_sizes,
+    shared_attempts,
+)
 
 
 @given(st.integers(0, 20_000), st.integers(1, 64))
@@ -38,3 +47,24 @@ def test_a_fault_inside_ray_data_is_told_by_its_own_name() -> None:
     with pytest.raises(KeyError) as caught:
         execute()
     assert "KeyError: 'no such operator'" in fault_in_run(caught.value).message
+
+
+@pytest.mark.cluster
+def test_a_book_of_attempts_that_is_killed_is_replaced(shared_ray: str) -> None:
+    with ray_session("test-flow", address=shared_ray, verbose=False):
+        book = shared_attempts()
+        assert [book.begin("a"), book.begin("a")] == [0, 1]
+        (process,) = [one for one in psutil.process_iter() if _is_book(one, shared_ray)]
+        process.kill()
+        process.wait(20)
+        book.end("a")
+        assert [book.begin("a"), book.begin("a")] == [0, 1]
+
+
+def _is_book(process: psutil.Process, address: str) -> bool:
+    try:
+        raylet = process.parent()
+        is_book = "".join(process.cmdline()[:1]).startswith("ray::AttemptBook")
+        return is_book and raylet is not None and any(address in word for word in raylet.cmdline())
+    except psutil.Error:
+        return False

@@ -234,7 +234,7 @@ def test_heartbeat_and_loss(tmp_path: Path, where: str, request: pytest.FixtureR
 
 def test_without_a_lease_nothing_may_be_committed(tmp_path: Path) -> None:
     """Another run may have come and gone."""
-    with pytest.raises(MaskMillError, match="or removed"):
+    with pytest.raises(MaskMillError, match=f"removed {LEASE_FILE} from"):
         refuse_other_holder(open_storage(tmp_path), "a-run")
 
 
