@@ -12,6 +12,8 @@ from tyro.conf import Positional, arg
 from models.errors import WrongUse, did_you_mean
 from models.settings import as_written
 from pipeline.files.recipes import Recipe, RecipeBook, describe
+from pipeline.labelling.lineage import licence, lineage
+from pipeline.labelling.recipes import LabelRecipe
 
 WIDTH = 92
 """Text width in columns."""
@@ -71,6 +73,8 @@ class Recipes:
                 _print(console, f"maskmill {command} --recipe …")
                 for name, recipe in book.recipes.items():
                     _print(console, f"  {name:36} {_summary(recipe, book, WIDTH)}")
+                for weights, names in _by_weights(book).items():
+                    _print(console, f"  {weights}: {', '.join(names)}")
                 _print(console, "")
             _print(console, "Every field of one: maskmill recipes NAME. Change one: --set FIELD=VALUE.")
             return 0
@@ -100,6 +104,20 @@ def _books() -> dict[str, RecipeBook[Any]]:
     }
 
 
+def _weights(recipe: LabelRecipe) -> str:
+    """What the weights have seen, and their terms."""
+    return f"weights: {lineage(recipe)}; licence: {licence(recipe)}"
+
+
+def _by_weights(book: RecipeBook[Any]) -> dict[str, list[str]]:
+    """Names of label recipes by what their weights have seen; training takes the weights of its table."""
+    groups: dict[str, list[str]] = {}
+    for name, recipe in book.recipes.items():
+        if isinstance(recipe, LabelRecipe):
+            groups.setdefault(_weights(recipe), []).append(name)
+    return groups
+
+
 def _summary(recipe: Recipe, book: RecipeBook[Any], width: int) -> str:
     """The settings in which the recipe differs from the default one, cut to one line."""
     if recipe.name == book.default:
@@ -115,6 +133,8 @@ def _summary(recipe: Recipe, book: RecipeBook[Any], width: int) -> str:
 
 def _explain(console: Console, command: str, recipe: Recipe) -> None:
     _print(console, f"maskmill {command} --recipe {recipe.name}")
+    if isinstance(recipe, LabelRecipe):
+        _print(console, _weights(recipe))
     for field in describe(recipe):
         default = "" if field.value == field.default else f"    (default: {as_written(field.default)})"
         _print(console, f"\n  {field.name} = {as_written(field.value)}{default}")

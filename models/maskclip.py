@@ -9,13 +9,14 @@ The order is the reference's: cosines, prompt denoising, key smoothing, then res
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.clip.heads import Dense, dense_encoder
+from models.clip.dense import Dense, dense_encoder
+from models.clip.heads.base import HeadOptions
 from models.clip.loading import Clip
 from models.clip.text import TextClassifier, row_table
 from models.errors import WrongUse
@@ -60,7 +61,14 @@ class MaskClip:
         self.text = text
         self.config = config
         keys = config.ks_source if config.ks_threshold > 0 else None
-        self.encoder = dense_encoder(clip.visual, head=config.head, profile=config.profile, keys=keys)
+        self.encoder = dense_encoder(
+            clip.visual,
+            head=config.head,
+            profile=config.profile,
+            keys=keys,
+            positions=config.positions,
+            options=HeadOptions(config.sigma, config.alpha),
+        )
         exact = torch.float64 if clip.dtype == torch.float64 else torch.float32
         mean, std = (
             (IMAGENET_MEAN, IMAGENET_STD) if config.image_stats == "imagenet" else (clip.mean, clip.std)
@@ -91,11 +99,14 @@ class MaskClip:
 
         Returns:
             fp32 (B, C, h, w), or fp64 for an fp64 CLIP, on the CLIP's device: cosines, with ``DENIED`` for
-            removed classes; with key smoothing, its unnormalised scores.
+            removed classes; with key smoothing, its unnormalised scores. With windows averaged by pixels the
+            grid is that of the image's pixels.
         """
         if images.device.type == "cpu" and self.clip.device.type == "cpu" and len(images) > 1:
             return torch.cat([self.grid_scores(image[None]) for image in images])
         images = (images.to(self.clip.device) - self._mean) / self._std
+        if self.config.windows == "pixels":
+            return self._refine(self._pixel_windows(images), None)
         if self.config.window:
             return self._refine(*self._windows(images))
         return self.scores(self.encoder(images))
@@ -145,6 +156,10 @@ class MaskClip:
         norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
         return torch.einsum("pd,bdhw->bphw", self._rows, features) / norm
 
+    def _unit(self, features: Tensor) -> Tensor:
+        """Features (B, D, h, w) of length 1."""
+        return F.normalize(features.to(self._rows.dtype), dim=1)
+
     def _merge(self, cosines: Tensor) -> Tensor:
         """(B, P, h, w) -> (B, C, h, w), the maximum over each class's rows."""
         if self._row_table.shape[1] == 1:
@@ -155,31 +170,65 @@ class MaskClip:
         """Cosines and keys on the whole image's grid, averaged where windows overlap.
 
         The image is padded to whole cells, and the last window of each row or column is aligned with its end,
-        so all windows have the same size and lie on the grid. PD and KS run on the assembled image.
+        so all windows have the same size and lie on the grid. PD and KS run on the assembled image. With
+        ``splice`` features are averaged, of length 1 each, and cosines taken of the result.
         """
-        stride, step = self.encoder.stride, self.config.window_stride
+        stride, splice = self.encoder.stride, self.config.windows == "splice"
         images = F.pad(images, (0, -images.shape[-1] % stride, 0, -images.shape[-2] % stride))
-        (tops, height), (lefts, width) = (_spans(n, self.config.window, step) for n in images.shape[-2:])
         h, w = images.shape[-2] // stride, images.shape[-1] // stride
-        cosines = images.new_zeros(len(images), len(self._rows), h, w)
+        parts: Tensor | None = None
         keys: Tensor | None = None
         count = images.new_zeros(h, w)
+        for rows, columns in self._places(images):
+            dense: Dense = self.encoder(images[..., rows, columns])
+            cell = (
+                ...,
+                slice(rows.start // stride, rows.stop // stride),
+                slice(columns.start // stride, columns.stop // stride),
+            )
+            part = (
+                self._unit(dense.features)
+                if self.config.windows == "splice"
+                else self._cosines(dense.features)
+            )
+            if parts is None:
+                parts = images.new_zeros(len(images), part.shape[1], h, w)
+            parts[cell] += part
+            count[cell] += 1
+            if dense.keys is not None:
+                if keys is None:
+                    keys = images.new_zeros(len(images), dense.keys.shape[-1], h, w)
+                keys[cell] += dense.keys.transpose(1, 2).unflatten(2, part.shape[-2:])
+        assert parts is not None, "an image has at least one window"
+        cosines = self._cosines(parts) if splice else parts / count
+        return cosines, None if keys is None else (keys / count).flatten(2).transpose(1, 2)
+
+    def _pixel_windows(self, images: Tensor) -> Tensor:
+        """Cosines (B, P, H, W) at pixels, averaged where windows overlap, as mmseg does it.
+
+        A window's cosines are resized to its pixels before they are averaged. The last window of each row or
+        column is moved back to the image's end, which need not lie on the grid.
+        """
+        cosines = images.new_zeros(len(images), len(self._rows), *images.shape[-2:])
+        count = images.new_zeros(images.shape[-2:])
+        stride = self.encoder.stride
+        for rows, columns in self._places(images):
+            part = self._cosines(self.encoder(images[..., rows, columns]).features)
+            # An image smaller than a window may end within a cell.
+            whole = (part.shape[-2] * stride, part.shape[-1] * stride)
+            part = F.interpolate(part, whole, mode="bilinear", align_corners=False)
+            cosines[..., rows, columns] += part[..., : rows.stop - rows.start, : columns.stop - columns.start]
+            count[rows, columns] += 1
+        return cosines / count
+
+    def _places(self, images: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Rows and columns of every window of images (B, 3, H, W)."""
+        (tops, height), (lefts, width) = (
+            _spans(side, self.config.window, self.config.window_stride) for side in images.shape[-2:]
+        )
         for top in tops:
             for left in lefts:
-                dense: Dense = self.encoder(images[..., top : top + height, left : left + width])
-                cell = (
-                    ...,
-                    slice(top // stride, (top + height) // stride),
-                    slice(left // stride, (left + width) // stride),
-                )
-                cosines[cell] += self._cosines(dense.features)
-                count[cell] += 1
-                if dense.keys is not None:
-                    if keys is None:
-                        keys = images.new_zeros(len(images), dense.keys.shape[-1], h, w)
-                    keys[cell] += dense.keys.transpose(1, 2).unflatten(2, (height // stride, width // stride))
-        cosines = cosines / count
-        return cosines, None if keys is None else (keys / count).flatten(2).transpose(1, 2)
+                yield slice(top, top + height), slice(left, left + width)
 
 
 def per_channel(values: Sequence[float], like: Tensor) -> Tensor:

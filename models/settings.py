@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -17,16 +17,15 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from models.errors import MaskMillError, WrongUse
+from models.catalogue import HEADS
+from models.errors import MaskMillError, WrongUse, did_you_mean
 
-HeadName = Literal["maskclip", "value", "plain"]
-"""Dense heads; ``models.clip.heads`` computes them."""
-KEYLESS_HEADS: tuple[HeadName, ...] = ("plain",)
-"""Those without keys, which key smoothing needs."""
 ImageStats = Literal["imagenet", "clip"]
 Profile = Literal["reference", "weights"]
 KeyAxis = Literal["token", "channel"]
 KeySource = Literal["projected", "raw"]
+Positions = Literal["exact", "offset"]
+WindowRule = Literal["cells", "pixels", "splice"]
 
 
 class Neutral:
@@ -122,12 +121,32 @@ def value_at(fields: Mapping[str, Any], path: str) -> Any:
     return value
 
 
+def _known(field: str, name: str, known: Sequence[str]) -> str:
+    """The name, if it is one of the known.
+
+    Raises:
+        MaskMillError: ``setting_invalid``.
+    """
+    if name not in known:
+        raise WrongUse(
+            "setting_invalid",
+            f"{field} cannot be {as_written(name)}.",
+            f"{did_you_mean(name, known)}Known: {', '.join(known)}.",
+        )
+    return name
+
+
 class MaskClipSettings(Settings):
     """How MaskCLIP reads a CLIP (arXiv 2112.01071); the defaults are those of the paper's MaskCLIP rows."""
 
-    head: HeadName = "maskclip"
-    """How the last block is read: ``maskclip`` as by the paper's code, ``value`` without its residual and
-    MLP, ``plain`` unmodified."""
+    head: str = "maskclip"
+    """How the last block is read: ``maskclip`` as by the paper's code, ``value`` without residual and MLP,
+    ``plain`` unmodified, or with another attention: ``qq`` (ClearCLIP), ``kk``, ``sclip``, ``nn`` (NACLIP),
+    ``pa`` (PEARL), ``sc`` (SC-CLIP)."""
+    sigma: Annotated[float, Field(gt=0)] = 5.0
+    """For head ``nn``: how far near is, in patches."""
+    alpha: Annotated[float, Field(ge=0)] = 0.08
+    """For head ``pa``: the share of k·k; its paper takes 0.3 for ADE20K and Cityscapes."""
     image_stats: ImageStats = "imagenet"
     """Normalise images with ``imagenet`` statistics, as the paper's code does, or with ``clip``'s own."""
     profile: Profile = "reference"
@@ -137,6 +156,12 @@ class MaskClipSettings(Settings):
     """Side of square sliding windows in pixels, a multiple of the grid stride; 0 is the whole image."""
     window_stride: Annotated[int, Field(ge=0)] = 0
     """Step between windows in pixels, a multiple of the grid stride."""
+    windows: WindowRule = "cells"
+    """Overlapping windows: average scores per grid ``cells``; per ``pixels``, as MaskCLIP's successors do; or
+    ``splice``, average features per grid cell."""
+    positions: Positions = "exact"
+    """How a ViT's position table is resized: ``exact``, or with the ``offset`` of 0.1 cells that MaskCLIP's
+    successors have."""
     ks_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Key smoothing of pixels below this confidence (section 3.3; the paper's "+KS" is 1); 0 is off."""
     ks_axis: KeyAxis = "token"
@@ -150,9 +175,34 @@ class MaskClipSettings(Settings):
     temperature: Annotated[float, Field(gt=0)] = 100.0
     """Multiplies cosines before every softmax, the confidence included."""
 
+    @field_validator("head")
+    @classmethod
+    def _known_head(cls, head: str) -> str:
+        return _known("head", head, tuple(HEADS))
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.head in KEYLESS_HEADS and self.ks_threshold:
+        for name, entry in HEADS.items():
+            for knob in entry.settings if name != self.head else ():
+                if getattr(self, knob) != type(self).model_fields[knob].default:
+                    raise WrongUse(
+                        "setting_invalid",
+                        f"{knob} means nothing to head {self.head}.",
+                        f"It is a setting of head={name}; leave it out.",
+                    )
+        if not self.window and self.windows != "cells":
+            raise WrongUse(
+                "setting_invalid",
+                f"windows={self.windows} says how windows are put together, and window is 0.",
+                "Set window=224 and window_stride=112, or leave windows out.",
+            )
+        if self.windows == "pixels" and self.ks_threshold:
+            raise WrongUse(
+                "setting_invalid",
+                "key smoothing works on grid cells, and windows=pixels has none.",
+                "Set windows=cells, or ks_threshold=0.",
+            )
+        if not HEADS[self.head].keys and self.ks_threshold:
             raise WrongUse(
                 "setting_invalid",
                 f"key smoothing (ks_threshold {self.ks_threshold:g}) needs keys; head {self.head} has none.",

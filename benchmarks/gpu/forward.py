@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.bench import Bench, first_line, random_images, random_text
-from models.clip.heads import VitDense
+from models.clip.dense import VitDense
 from models.clip.loading import load_clip
 from models.maskclip import MaskClip
 from models.settings import MaskClipSettings

@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.clip.heads import HEADS
 from models.clip.loading import Clip
 from models.clip.text import build_text_classifier
 from models.labelmap import label_map
@@ -25,6 +24,9 @@ from pipeline.toyworld import scenes as toyworld
 
 TEMPLATES = "toyworld"
 """The prompt templates behind the numbers of the card."""
+
+CARD_HEADS = ("maskclip", "value", "plain")
+"""Heads on the card; `maskmill benchmark toyworld` measures all."""
 
 PHRASES = (*toyphrases.PATTERN_WORDS, *toyphrases.COLOUR_WORDS)
 
@@ -82,7 +84,7 @@ def evaluate(clip: Clip, *, seed: int, scenes: int, sizes: Sequence[int]) -> Sco
                 clip, build_text_classifier(clip, phrases, templates=("a photo of {}", "{}")), config
             )
             _words(words, images, made.labels, scores)
-        for head in HEADS:
+        for head in CARD_HEADS:
             labeller = MaskClip(
                 clip, text, MaskClipSettings(head=head, image_stats="clip", profile="weights")
             )

@@ -19,7 +19,7 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.clip.heads import ResNetDense, VitDense, dense_encoder
+from models.clip.dense import ResNetDense, VitDense, dense_encoder
 from models.clip.weights import WeightSource, check_supported, find_weights, read_state
 from models.errors import WrongUse
 
@@ -127,7 +127,7 @@ class Clip:
     def activations(self, images: Tensor, layers: Sequence[int]) -> Activations:
         """Compute the outputs of residual blocks at any image size.
 
-        Images are padded and the position table is resized as for dense features (``models.clip.heads``).
+        Images are padded and the position table is resized as for dense features (``models.clip.dense``).
         Blocks behind the deepest requested one do not run.
 
         Args:

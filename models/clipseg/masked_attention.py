@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.clip.heads import VitDense, dense_encoder
+from models.clip.dense import VitDense, dense_encoder
 from models.clip.loading import Clip
 from models.errors import WrongUse
 

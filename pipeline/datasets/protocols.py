@@ -2,8 +2,9 @@
 
 ``seed`` follows the code of MaskCLIP (arXiv 2112.01071): the whole image at a size per dataset, ImageNet
 statistics, 85 templates, exact GELU. ``unified`` is shared by its training-free successors (SCLIP, arXiv
-2312.01597; NACLIP and later): windows of 224 pixels at stride 112, CLIP's statistics, 80 templates, softmax
-scale 40. The same MaskCLIP with ViT-B/16 scores 49.5 on Pascal VOC under ``seed`` and 74.9 under ``unified``.
+2312.01597; NACLIP and later): windows of 224 pixels at stride 112 put together by pixels as mmseg does it,
+CLIP's statistics, 80 templates, softmax scale 40. The same MaskCLIP with ViT-B/16 scores 49.5 on Pascal VOC
+under ``seed`` and 74.9 under ``unified``.
 
 Differences from the successors' tables remain: they use their own class names (synonyms such as "person in
 shirt"), and some tune the softmax scale per dataset.
@@ -37,6 +38,8 @@ class Protocol:
         profile: as in the label recipe.
         window: side in pixels, 0 for the whole image.
         window_stride: pixels.
+        windows: how they are put together, as in the label recipe.
+        positions: as in the label recipe.
         temperature: factor applied to the cosines before the softmax.
     """
 
@@ -50,6 +53,8 @@ class Protocol:
     profile: Literal["reference", "weights"]
     window: int
     window_stride: int
+    windows: Literal["cells", "pixels"]
+    positions: Literal["exact", "offset"]
     temperature: float
 
     def recipe_overrides(self) -> dict[str, Any]:
@@ -62,6 +67,8 @@ class Protocol:
             "maskclip.profile": self.profile,
             "maskclip.window": self.window,
             "maskclip.window_stride": self.window_stride,
+            "maskclip.windows": self.windows,
+            "maskclip.positions": self.positions,
             "maskclip.temperature": self.temperature,
         }
 
@@ -69,7 +76,8 @@ class Protocol:
 def _seed(dataset: str, scale: tuple[int, int], background: Literal["none", "ignored"]) -> Protocol:
     return Protocol(
         name="seed", dataset=dataset, scale=scale, background=background, templates="openai85",
-        image_stats="imagenet", profile="reference", window=0, window_stride=0, temperature=100.0,
+        image_stats="imagenet", profile="reference", window=0, window_stride=0,
+        windows="cells", positions="exact", temperature=100.0,
     )  # fmt: skip
 
 
@@ -79,7 +87,7 @@ def _unified(
     return Protocol(
         name="unified", dataset=dataset, scale=(2048, short_side), background=background,
         background_threshold=threshold, templates="imagenet80", image_stats="clip", profile="weights",
-        window=224, window_stride=112, temperature=40.0,
+        window=224, window_stride=112, windows="pixels", positions="offset", temperature=40.0,
     )  # fmt: skip
 
 

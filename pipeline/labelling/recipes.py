@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
+from models.catalogue import HEADS
+from models.clip.templates import get_templates
 from models.errors import WrongUse
 from models.settings import NEUTRAL, MaskClipSettings
 from pipeline.files.images import ImageSettings
@@ -41,6 +43,9 @@ class LabelRecipe(Recipe):
     """``auto`` is bf16 where the processor computes it natively (fp16 on older GPUs), else fp32."""
     batch_size: Annotated[int, Field(ge=0, le=4096), NEUTRAL] = 0
     """Images per forward pass; 0 chooses 1 on a CPU, 16 on a GPU."""
+    templates: str | None = None
+    """Prompt templates for classes that come without: a name such as ``imagenet80``; null is the model's own
+    (the paper's ``openai85``, or a student's)."""
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Pixels with less confidence become ``ignore_index``; a class's own threshold takes precedence."""
 
@@ -52,6 +57,8 @@ class LabelRecipe(Recipe):
                 f"the settings clipseg.… mean nothing to {self.model}.",
                 "Leave them out, or begin with --recipe clipseg.",
             )
+        if self.templates is not None:
+            get_templates(self.templates)
         return self
 
     def differences(self, recorded: Recipe) -> list[str]:
@@ -59,6 +66,27 @@ class LabelRecipe(Recipe):
         if self.precision == "auto" and isinstance(recorded, LabelRecipe) and recorded.precision != "auto":
             return self.replace(precision=recorded.precision).differences(recorded)
         return super().differences(recorded)
+
+
+UNIFIED = LabelRecipe(
+    name="unified",
+    images=ImageSettings(scale=(2048, 336)),
+    maskclip=MaskClipSettings(
+        window=224,
+        window_stride=112,
+        windows="pixels",
+        positions="offset",
+        image_stats="clip",
+        profile="weights",
+        temperature=40.0,
+    ),
+    templates="imagenet80",
+)
+"""The protocol that MaskCLIP's successors share (SCLIP, NACLIP and later)."""
+
+
+def _unified(head: str) -> LabelRecipe:
+    return UNIFIED.replace(name=f"unified-{head}", maskclip=UNIFIED.maskclip.replace(head=head))
 
 
 _WHOLE_352 = ImageSettings(scale=(352, 352), keep_ratio=False, resize="antialias")
@@ -76,6 +104,9 @@ LABEL_RECIPES = RecipeBook(
             images=ImageSettings(scale=(2048, 336)),
             maskclip=MaskClipSettings(window=224, window_stride=112, image_stats="clip", profile="weights"),
         ),
+        # The heads of MaskCLIP's successors, as their tables measure them.
+        _unified("maskclip"),
+        *(_unified(head) for head in HEADS if head not in ("maskclip", "value", "plain")),
         # CLIPSeg with a list of prompts; pixels that no class claims are background.
         LabelRecipe(
             name="clipseg",
@@ -146,6 +177,8 @@ def templates_for(recipe: LabelRecipe, own: Ontology | None) -> str | Sequence[s
         recipe: of the model.
         own: the classes of a student.
     """
+    if recipe.templates is not None:
+        return recipe.templates
     if recipe.model == "toyclip":
         return "toyworld"
     return own.templates if own is not None else "openai85"

@@ -61,10 +61,12 @@ def test_recipes_are_listed_and_explained(maskmill_here: Run) -> None:
     listed = maskmill_here("recipes").stdout
     for book in (LABEL_RECIPES, MASKCLIP_PLUS_RECIPES, CLIPSEG_RECIPES):
         assert all(f"  {name}" in listed for name in book.recipes)
-    assert len(listed.splitlines()) < 40
+    assert len(listed.splitlines()) < 50
+    assert "weights: a teacher saw annotated masks; licence: permissive: clipseg, clipseg-zero-shot" in listed
     explained = maskmill_here("recipes", "toy").stdout
     for command in ("label", "train maskclip-plus", "train clipseg"):
         assert f"maskmill {command} --recipe toy" in explained
+    assert "weights: image-text only; licence: permissive" in explained
     assert "head = value" in explained and "loop.iterations = 450" in explained
     unknown = maskmill_here("recipes", "tyo")
     assert unknown.returncode == 2 and "toy-zero-shot" in unknown.stderr

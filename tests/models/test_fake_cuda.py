@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.clip.heads import dense_encoder
+from models.catalogue import HEADS
+from models.clip.dense import dense_encoder
 from models.clip.loading import Clip, Towers, load_source
 from models.clip.text import TextClassifier, build_text_classifier
 from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource
@@ -113,10 +114,8 @@ def test_waits_of_the_host_are_noted(gpu: FakeGpu) -> None:
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
 def test_dense_heads(gpu: FakeGpu, config: dict[str, Any], precision: str) -> None:
     tower = clip(config, precision)
-    for head, profile, keys in itertools.product(
-        ("maskclip", "value", "plain"), ("reference", "weights"), (None, "projected", "raw")
-    ):
-        if head == "plain" and keys:
+    for head, profile, keys in itertools.product(HEADS, ("reference", "weights"), (None, "projected", "raw")):
+        if (keys and not HEADS[head].keys) or (config is RESNET and HEADS[head].vit_only):
             continue
         encoder = dense_encoder(tower.visual, head=head, profile=profile, keys=keys)
         gpu.waits.clear()
@@ -136,6 +135,8 @@ def test_dense_heads(gpu: FakeGpu, config: dict[str, Any], precision: str) -> No
         {"ks_threshold": 1.0, "pd_threshold": 0.5},
         {"ks_threshold": 0.9, "ks_axis": "channel", "ks_source": "raw"},
         {"window": 64, "window_stride": 32},
+        {"window": 64, "window_stride": 32, "windows": "pixels", "positions": "offset"},
+        {"window": 64, "window_stride": 32, "windows": "splice"},
         {"window": 64, "window_stride": 32, "ks_threshold": 1.0, "pd_threshold": 0.5},
     ],
     ids=str,

@@ -5,6 +5,7 @@ The re-derivation works on the tensors of the state dict alone, in fp64, and sha
 
 from __future__ import annotations
 
+import contextlib
 import math
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from models.clip.heads import Dense, dense_encoder
+from models.clip.dense import Dense, dense_encoder
 from models.clip.loading import Clip, load_clip
 from models.clip.text import TextClassifier, build_text_classifier
 from models.errors import MaskMillError
@@ -377,6 +378,63 @@ def test_windows_average_where_they_overlap(window: int, step: int) -> None:
     assert (scores[0] - total / count).abs().max() < 1e-10
 
 
+def starts(length: int, window: int, step: int) -> list[int]:
+    """mmseg's: as many steps as are needed, each start moved back so that its window ends in the image."""
+    count = max(length - window + step - 1, 0) // step + 1
+    return [max(min(i * step + window, length) - window, 0) for i in range(count)]
+
+
+@pytest.mark.parametrize("size", [(70, 101), (96, 64), (40, 83)])
+@pytest.mark.parametrize("head", ["maskclip", "sc"])
+def test_windows_by_pixels_are_mmsegs(size: tuple[int, int], head: str) -> None:
+    """The last window ends at the image's border, on the grid or not; 40 rows are fewer than a window's."""
+    clip, images, rows = small_clip(), photographs(*size), unit_rows(6, 32)
+    window, step = 48, 24
+    config = MaskClipSettings(
+        head=head, profile="weights", window=window, window_stride=step, windows="pixels"
+    )
+    scores = MaskClip(clip, classifier(rows), config).grid_scores(images)
+    assert scores.shape == (2, 6, *size)
+    normalised = (images.double() - MEAN[:, None, None]) / STD[:, None, None]
+    encoder = dense_encoder(clip.visual, head=head)
+    total, count = torch.zeros(2, 6, *size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+    for top in starts(size[0], window, step):
+        for left in starts(size[1], window, step):
+            crop = normalised[:, :, top : top + window, left : left + window]
+            part = reference_scores(encoder(crop).features, None, rows)
+            y, x = crop.shape[-2:]
+            part = F.interpolate(part, scale_factor=8, mode="bilinear", align_corners=False)[:, :, :y, :x]
+            total[:, :, top : top + y, left : left + x] += part
+            count[top : top + y, left : left + x] += 1
+    assert (scores - total / count).abs().max() < 1e-10
+
+
+def test_spliced_windows_average_unit_features() -> None:
+    clip, images, rows = small_clip(), photographs(72, 104, batch=1), unit_rows(6, 32)
+    config = MaskClipSettings(profile="weights", window=48, window_stride=24, windows="splice")
+    scores = MaskClip(clip, classifier(rows), config).grid_scores(images)
+    normalised = (images.double() - MEAN[:, None, None]) / STD[:, None, None]
+    total = torch.zeros(1, 32, 9, 13, dtype=torch.float64)
+    for top in starts(72, 48, 24):
+        for left in starts(104, 48, 24):
+            crop = normalised[:, :, top : top + 48, left : left + 48]
+            features, _ = reference_vit(visual_state(clip), crop, patch=8, heads=4, reference=False)
+            features = features / features.square().sum(1, keepdim=True).sqrt()
+            total[..., top // 8 : top // 8 + 6, left // 8 : left // 8 + 6] += features
+    expected = reference_scores(total, None, rows)
+    assert (scores - expected).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("windows", ["pixels", "splice"])
+def test_windows_put_together_need_windows(windows: str) -> None:
+    with pytest.raises(MaskMillError, match="window is 0"):
+        MaskClipSettings(windows=windows)
+    with (
+        pytest.raises(MaskMillError, match="grid cells") if windows == "pixels" else contextlib.nullcontext()
+    ):
+        MaskClipSettings(windows=windows, window=224, window_stride=112, ks_threshold=1.0)
+
+
 def test_one_window_over_everything_is_the_whole_image() -> None:
     clip, images, text = small_clip(), photographs(72, 72), classifier(unit_rows(6, 32))
     knobs = {"ks_threshold": 1.0, "pd_threshold": 0.3}
@@ -385,6 +443,11 @@ def test_one_window_over_everything_is_the_whole_image() -> None:
         images
     )
     assert (whole - windowed).abs().max() / whole.abs().max() < 1e-12
+    whole = MaskClip(clip, text).grid_scores(images)
+    spliced = MaskClip(
+        clip, text, MaskClipSettings(window=80, window_stride=40, windows="splice")
+    ).grid_scores(images)
+    assert (whole - spliced).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
+from models.catalogue import HEADS
 from models.clip.templates import get_templates
 from models.errors import MaskMillError
 from pipeline.datasets.cocoobject import coco_object_ontology
@@ -14,7 +15,7 @@ from pipeline.datasets.oneshot import BENCHMARKS, class_areas, draw_episodes
 from pipeline.datasets.protocols import PROTOCOLS, Protocol, check_comparable, get_protocol
 from pipeline.datasets.registry import DATASETS, open_dataset
 from pipeline.datasets.zeroshot import SPLITS, zero_shot_split
-from pipeline.labelling.recipes import RECIPES, change_recipe
+from pipeline.labelling.recipes import RECIPES, change_recipe, templates_for
 from pipeline.ontology.ontology import load_ontology
 from pipeline.toyworld import scenes as toyworld
 
@@ -62,9 +63,12 @@ def test_scales(dataset: str, name: str, scale: tuple[int, int], size: tuple[int
 
 def test_recipes_of_the_project_are_the_protocols() -> None:
     assert RECIPES["maskclip"].effective().items() >= _listed(get_protocol("voc20", "seed")).items()
-    windows = _listed(get_protocol("voc20", "unified"))
-    del windows["maskclip.temperature"]  # the recipe leaves it at 100: labels do not change, confidences do
-    assert RECIPES["maskclip-windows"].effective().items() >= windows.items()
+    wanted = _listed(get_protocol("voc20", "unified"))
+    unified = [recipe for name, recipe in RECIPES.items() if name.startswith("unified-")]
+    assert len(unified) == len(HEADS) - 2, "all heads but value and plain"
+    for recipe in unified:
+        assert recipe.effective().items() >= wanted.items()
+        assert templates_for(recipe, None) == get_protocol("voc20", "unified").templates
 
 
 def _listed(protocol: Protocol) -> dict[str, object]:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import open_clip
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.testing import assert_equal
 from PIL import Image
+from safetensors.torch import save_file
 
 from jobs.label import LabelJob, label_images
 from models.clip.loading import load_clip
@@ -255,3 +257,26 @@ def test_a_trained_clipseg_labels_at_the_sizes_of_its_training(
     labeller = prepare_labeller(recipe, TOYWORLD, precision="fp32").build(precision="fp32")
     labelled = labeller.label([np.zeros((*scale, 3), np.uint8)], [(40, 50)])
     assert labelled[0].labels.shape == (40, 50)
+
+
+def test_heads_are_checked_against_the_tower(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MASKMILL_CACHE", str(tmp_path))
+    with pytest.raises(MaskMillError, match="a ResNet has no such blocks"):
+        prepare_labeller(LabelRecipe(model="RN50", pretrained="random:0", maskclip={"head": "sc"}), TOYWORLD)
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 32, "layers": 24, "width": 16, "head_width": 8, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    deep = open_clip.CLIP(**config)
+    save_file(deep.state_dict(), folder / "open_clip_model.safetensors")
+    for head, warned in (("maskclip", True), ("value", True), ("nn", False), ("sc", False)):
+        caplog.clear()
+        recipe = LabelRecipe(model=f"local-dir:{folder}", pretrained=None, maskclip={"head": head})
+        prepare_labeller(recipe, TOYWORLD)
+        assert ("a tower of 24 blocks" in caplog.text) == warned, head

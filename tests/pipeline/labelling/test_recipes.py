@@ -103,10 +103,12 @@ def test_the_hash_counts_every_field_that_changes_the_result() -> None:
         "maskclip.temperature": 9.0, "clipseg.clip": "a:b", "clipseg.extract_layers": [1],
         "clipseg.prefix": "plain", "clipseg.text_weight": 0.1, "clipseg.visual_prompt": "crop",
         "clipseg.example_size": 9, "clipseg.background": "words", "clipseg.background_factor": 1.0,
-        "precision": "fp32", "min_confidence": 0.1,
+        "precision": "fp32", "min_confidence": 0.1, "templates": "simple", "maskclip.sigma": 2.0,
+        "maskclip.alpha": 0.3, "maskclip.windows": "splice", "maskclip.positions": "offset",
     }  # fmt: skip
+    needs = {"maskclip.sigma": {"maskclip.head": "nn"}, "maskclip.alpha": {"maskclip.head": "pa"}}
     assert set(others) == {field.name for field in describe(base) if field.changes_result}
-    hashes = {change_recipe(base, {key: value}).hash for key, value in others.items()}
+    hashes = {change_recipe(base, {key: value, **needs.get(key, {})}).hash for key, value in others.items()}
     assert len(hashes) == len(others)
     assert base.hash not in hashes
     assert base.replace(name="y", batch_size=3).hash == base.hash

@@ -1,11 +1,7 @@
-"""Dense heads: features from the last block of CLIP's visual tower.
+"""Dense features from CLIP's visual tower, read by one of the heads in ``models.clip.heads``.
 
-To add a head, write one function per kind of tower with the signatures in ``Head``, enter them in ``HEADS``
-at the end of this module, and add the name to ``HeadName`` in ``models.settings``; recipes, tables and
-benchmarks pick it up from there. ``_value_vit`` is a short example. The heads share everything before the
-last block and the projection behind it.
-
-The computation runs on open_clip's own modules and never changes a parameter.
+The heads share everything before the last block and the projection behind it. The computation runs on
+open_clip's own modules and never changes a parameter.
 
 Shapes: B batch, D embedding channels, H W pixels, h w grid, L = h*w, N = 1 + L tokens, W_ tower width, K key
 channels.
@@ -16,21 +12,31 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import Tensor, nn
 
+from models.catalogue import HEADS, check_resnet_head
+from models.clip.heads.base import (
+    KEY,
+    USUAL,
+    Head,
+    HeadOptions,
+    ResNetLayer,
+    VitLayer,
+    after_mixing,
+    in_projection,
+    load_head,
+)
+from models.clip.heads.value import attention_pool
 from models.errors import WrongUse
-from models.settings import KEYLESS_HEADS, HeadName, KeySource, Profile
+from models.settings import KeySource, Positions, Profile
 
 _TABLES_KEPT = 16  # position tables, one per grid; 2 MB each for a ViT-B/16 at 512x683 in bf16
-_KEY, _VALUE = 1, 2  # places in the packed q, k, v
 
 
 class Dense(NamedTuple):
@@ -45,38 +51,29 @@ class Dense(NamedTuple):
     keys: Tensor | None
 
 
-@dataclass(frozen=True)
-class Head:
-    """One way to read the last layer.
-
-    Attributes:
-        vit: (last residual block, its input (B, N, W_), class token first) -> patches (B, L, W_), the input
-            of the tower's final norm and projection.
-        resnet: (attention pool, output of layer4 (B, L, W_)) -> embeddings (B, L, D).
-    """
-
-    vit: Callable[[Any, Tensor], Tensor]
-    resnet: Callable[[AttentionPool2d, Tensor], Tensor]
-
-
 def dense_encoder(
     visual: nn.Module,
     *,
-    head: HeadName = "maskclip",
+    head: str = "maskclip",
     profile: Profile = "weights",
     keys: KeySource | None = None,
+    positions: Positions = "exact",
+    options: HeadOptions = USUAL,
 ) -> VitDense | ResNetDense:
     """Wrap a visual tower of open_clip to compute dense features at any image size.
 
     Args:
         visual: ``VisionTransformer`` with a class token, or ``ModifiedResNet``; shared, never changed.
-        head: a name in ``HEADS``.
+        head: a name in ``models.catalogue.HEADS``.
         profile: ``weights`` runs the tower as it was trained. ``reference`` runs a ViT as the MaskCLIP code
             does: exact (erf) GELU and LayerNorm eps 1e-6, on copies of the modules that share every
             parameter. A ResNet has neither, so the profile makes no difference there.
         keys: also return the keys of the last attention, for key smoothing: ``projected`` through the output
             projection, as in the reference code, or ``raw``. A ResNet has only raw keys and returns those
             either way.
+        positions: how a ViT's position table is resized; see ``VitDense.position_table``. A ResNet's is not
+            used.
+        options: settings of single heads.
 
     Raises:
         MaskMillError: ``setting_invalid``, ``model_unsupported``.
@@ -87,16 +84,18 @@ def dense_encoder(
         )
     if profile not in ("reference", "weights"):
         raise WrongUse("setting_invalid", f"There is no profile {profile!r}.", "Use reference or weights.")
-    if keys is not None and head in KEYLESS_HEADS:
+    if keys is not None and not HEADS[head].keys:
         raise WrongUse(
             "setting_invalid",
             f"Key smoothing needs the keys of the last attention, which the head {head!r} does not give.",
             "Use the head maskclip, or set the key smoothing threshold to 0.",
         )
     if isinstance(visual, ModifiedResNet):
-        return ResNetDense(visual, HEADS[head], keys)
+        check_resnet_head(head)
+        return ResNetDense(visual, load_head(head), keys, options)
     if isinstance(visual, VisionTransformer) and visual.attn_pool is None:
-        return VitDense(reference_view(visual) if profile == "reference" else visual, HEADS[head], keys)
+        tower = reference_view(visual) if profile == "reference" else visual
+        return VitDense(tower, load_head(head), keys, positions, options)
     raise WrongUse(
         "model_unsupported",
         f"A {type(visual).__name__} has no class token and patch tokens that MaskMill could read.",
@@ -127,11 +126,21 @@ class VitDense(nn.Module):
     h = ceil(H / patch), w = ceil(W / patch).
     """
 
-    def __init__(self, visual: VisionTransformer, head: Head, keys: KeySource | None) -> None:
+    def __init__(
+        self,
+        visual: VisionTransformer,
+        head: Head,
+        keys: KeySource | None,
+        positions: Positions,
+        options: HeadOptions,
+    ) -> None:
         super().__init__()
         self.visual = visual
         self._head = head
+        self._layers = head.layers(len(visual.transformer.resblocks))
         self._keys = keys
+        self._positions = positions
+        self._options = options
         self._tables: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
         self._tables_lock = threading.Lock()  # several threads may label images
 
@@ -168,10 +177,15 @@ class VitDense(nn.Module):
         h, w = images.shape[-2] // self.stride, images.shape[-1] // self.stride
         blocks = list(self.visual.transformer.resblocks)
         x = self.tokens(images, positions)
-        for block in blocks[:-1]:
+        outputs = {}
+        for index, block in enumerate(blocks[:-1]):
             x = block(x)
-        features = self._project(self.visual.ln_post(self._head.vit(blocks[-1], x)))
-        keys = None if self._keys is None else _keys_vit(blocks[-1], x, self._keys)
+            if index in self._layers:
+                outputs[index] = x
+        earlier = tuple(outputs[index] for index in self._layers)
+        layer = VitLayer(blocks[-1], x, (h, w), earlier, self._options)
+        features = self._project(self.visual.ln_post(self._head.vit(layer)))
+        keys = None if self._keys is None else _keys(layer, self._keys)
         return Dense(features.transpose(1, 2).unflatten(2, (h, w)), keys)
 
     def image_embedding(self, images: Tensor) -> Tensor:
@@ -201,6 +215,9 @@ class VitDense(nn.Module):
         The grid part is resized bicubically, align_corners False, without antialiasing. The reference skips
         this whenever the token *count* is the native one, so it reads a 7x28 grid with the 14x14 table. That
         is a bug; here the grid decides.
+
+        With positions ``offset`` a side of n cells is sampled as if the table were enlarged by (n + 0.1) over
+        its own side, not n over it. This was DINO's way around rounding; MaskCLIP's successors took it over.
         """
         native = self.visual.positional_embedding
         if grid == tuple(self.visual.grid_size):
@@ -212,7 +229,11 @@ class VitDense(nn.Module):
         exact = native.dtype if native.dtype == torch.float64 else torch.float32
         with torch.no_grad():
             square = native[1:].to(exact).unflatten(0, self.visual.grid_size).permute(2, 0, 1)[None]
-            square = F.interpolate(square, size=grid, mode="bicubic", align_corners=False, antialias=False)
+            how: dict[str, Any] = {"size": grid}
+            if self._positions == "offset":
+                own = self.visual.grid_size
+                how = {"scale_factor": ((grid[0] + 0.1) / own[0], (grid[1] + 0.1) / own[1])}
+            square = F.interpolate(square, **how, mode="bicubic", align_corners=False, antialias=False)
             table = torch.cat([native[:1], square[0].flatten(1).T.to(native.dtype)])
         with self._tables_lock:
             self._tables[grid] = table
@@ -239,11 +260,15 @@ class ResNetDense(nn.Module):
 
     stride = 32
 
-    def __init__(self, visual: ModifiedResNet, head: Head, keys: KeySource | None) -> None:
+    def __init__(
+        self, visual: ModifiedResNet, head: Head, keys: KeySource | None, options: HeadOptions
+    ) -> None:
         super().__init__()
+        assert head.resnet is not None, "checked by dense_encoder"
         self.visual = visual
-        self._head = head
+        self._read = head.resnet
         self._keys = keys
+        self._options = options
 
     def forward(self, images: Tensor) -> Dense:
         """Dense features of normalised images.
@@ -253,7 +278,9 @@ class ResNetDense(nn.Module):
         """
         x = self._trunk(images)
         pool, tokens = self.visual.attnpool, x.flatten(2).transpose(1, 2)
-        features = self._head.resnet(pool, tokens).transpose(1, 2).unflatten(2, x.shape[-2:])
+        grid = (x.shape[-2], x.shape[-1])
+        read = self._read(ResNetLayer(pool, tokens, grid, self._options))
+        features = read.transpose(1, 2).unflatten(2, grid)
         return Dense(features, None if self._keys is None else pool.k_proj(tokens))
 
     def image_embedding(self, images: Tensor) -> Tensor:
@@ -266,7 +293,7 @@ class ResNetDense(nn.Module):
             square = native[1:].unflatten(0, (side, side)).permute(2, 0, 1)[None]
             square = F.interpolate(square, size=x.shape[-2:], mode="bicubic", align_corners=False)
             native = torch.cat([native[:1], square[0].flatten(1).T])
-        return _attention_pool(pool, x.flatten(2).transpose(1, 2), native)[:, 0]
+        return attention_pool(pool, x.flatten(2).transpose(1, 2), native)[:, 0]
 
     def _trunk(self, images: Tensor) -> Tensor:
         visual = self.visual
@@ -275,79 +302,7 @@ class ResNetDense(nn.Module):
         return visual.layer4(visual.layer3(visual.layer2(visual.layer1(x))))
 
 
-# --- heads --------------------------------------------------------------------------------------------------
-
-
-def _plain_vit(block: Any, x: Tensor) -> Tensor:
-    return block(x)[:, 1:]
-
-
-def _plain_resnet(pool: AttentionPool2d, x: Tensor) -> Tensor:
-    # The reference's baseline keeps the mean token in the attention and omits the positions.
-    return _attention_pool(pool, x, None)[:, 1:]
-
-
-def _value_vit(block: Any, x: Tensor) -> Tensor:
-    patches = block.ln_1(x[:, 1:])
-    return _after_mixing(block, _in_projection(block, patches, _VALUE))
-
-
-def _value_resnet(pool: AttentionPool2d, x: Tensor) -> Tensor:
-    return pool.c_proj(pool.v_proj(x))
-
-
-def _maskclip_vit(block: Any, x: Tensor) -> Tensor:
-    # From here on tokens do not interact, so the class token can be dropped.
-    z = x[:, 1:] + block.ls_1(_value_vit(block, x))
-    return z + block.ls_2(block.mlp(block.ln_2(z)))
-
-
-def _keys_vit(block: Any, x: Tensor, source: KeySource) -> Tensor:
+def _keys(layer: VitLayer, source: KeySource) -> Tensor:
     """Keys (B, L, W_) of the patches in the last attention, raw or through the output projection."""
-    key = _in_projection(block, block.ln_1(x[:, 1:]), _KEY)
-    return _after_mixing(block, key) if source == "projected" else key
-
-
-def _in_projection(block: Any, y: Tensor, part: int) -> Tensor:
-    """Queries, keys or values (B, L, W_) of a block; rows are packed in the order q, k, v."""
-    attention = block.attn
-    width = attention.in_proj_weight.shape[1]
-    rows = slice(part * width, (part + 1) * width)
-    bias = None if attention.in_proj_bias is None else attention.in_proj_bias[rows]
-    return F.linear(y, attention.in_proj_weight[rows], bias)
-
-
-def _after_mixing(block: Any, x: Tensor) -> Tensor:
-    """Map attention outputs (B, L, W_): output projection, plus the scaling and norms of custom blocks."""
-    attention = block.attn
-    head_scale = getattr(attention, "head_scale", None)
-    if head_scale is not None:
-        x = (x.unflatten(-1, (attention.num_heads, -1)) * head_scale.flatten()[:, None]).flatten(-2)
-    if hasattr(attention, "ln_inner"):
-        x = attention.ln_inner(x)
-    x = attention.out_proj(x)
-    return block.ln_attn(x) if hasattr(block, "ln_attn") else x
-
-
-def _attention_pool(pool: AttentionPool2d, x: Tensor, positions: Tensor | None) -> Tensor:
-    """All outputs (B, 1 + L, D) of the attention pool on (B, L, W_), the mean token's first."""
-    x = torch.cat([x.mean(1, keepdim=True), x], dim=1)
-    if positions is not None:
-        x = x + positions.to(x.dtype)
-    split = [
-        proj(x).unflatten(-1, (pool.num_heads, -1)).transpose(1, 2)
-        for proj in (pool.q_proj, pool.k_proj, pool.v_proj)
-    ]
-    mixed = F.scaled_dot_product_attention(split[0], split[1], split[2])
-    return pool.c_proj(mixed.transpose(1, 2).flatten(-2))
-
-
-HEADS: dict[HeadName, Head] = {
-    "maskclip": Head(_maskclip_vit, _value_resnet),
-    "value": Head(_value_vit, _value_resnet),
-    "plain": Head(_plain_vit, _plain_resnet),
-}
-"""Dense heads by name. ``maskclip`` (arXiv 2112.01071, §3.2) removes the mixing of tokens from the last
-attention: each token keeps its own value, sent through the output projection. As in the reference code, a ViT
-keeps the block's residual and MLP. ``value`` drops both, as in the paper's text and several later methods; on
-a ResNet the two heads are the same. ``plain`` reads the tokens of the unmodified CLIP."""
+    key = in_projection(layer.block, layer.block.ln_1(layer.tokens[:, 1:]), KEY)
+    return after_mixing(layer.block, key) if source == "projected" else key

@@ -1,0 +1,100 @@
+"""Dense heads and refiners by name: the one place where a name stands, importable without torch.
+
+An entry says where the code is (``module:object``, for ``pkgutil.resolve_name``), what the thing is called in
+tables, and which settings of ``MaskClipSettings`` only it reads. Recipes, benchmarks and tests go through
+these tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from models.errors import WrongUse
+
+
+class HeadEntry(NamedTuple):
+    """One way to read the last block of a visual tower.
+
+    Attributes:
+        title: for tables.
+        code: of a ``models.clip.heads.base.Head``.
+        keys: whether it leaves the keys of the last attention as they are, which key smoothing needs.
+        vit_only: whether it means nothing to a ResNet.
+        own_values: every token keeps its own value. On a tower of ``DEEP`` blocks or more that fails: its
+            tokens are no longer local.
+        settings: settings that only this head reads.
+    """
+
+    title: str
+    code: str
+    keys: bool = True
+    vit_only: bool = False
+    own_values: bool = False
+    settings: tuple[str, ...] = ()
+
+
+class RefinerEntry(NamedTuple):
+    """One way to refine class scores by the image.
+
+    Attributes:
+        title: for tables.
+        code: of a ``models.clip.refiners.base.Refiner``.
+        steps: iterations by default.
+    """
+
+    title: str
+    code: str
+    steps: int
+
+
+DEEP = 24
+"""Blocks of a tower on which heads of own values fail: MaskCLIP's published mean of eight datasets is 30.3
+with ViT-B/16 and 13.9 with ViT-L/14."""
+
+HEADS: Mapping[str, HeadEntry] = {
+    "maskclip": HeadEntry(
+        "MaskCLIP, as the reference's code (residual and MLP kept)",
+        "models.clip.heads.value:MASKCLIP",
+        own_values=True,
+    ),
+    "value": HeadEntry("MaskCLIP, value path alone", "models.clip.heads.value:VALUE", own_values=True),
+    "plain": HeadEntry("unmodified CLIP", "models.clip.heads.value:PLAIN", keys=False),
+    "qq": HeadEntry("q·q attention (ClearCLIP)", "models.clip.heads.attention:QQ"),
+    "kk": HeadEntry("k·k attention", "models.clip.heads.attention:KK"),
+    "sclip": HeadEntry("q·q plus k·k attention (SCLIP)", "models.clip.heads.attention:SCLIP"),
+    "nn": HeadEntry(
+        "k·k attention to near patches (NACLIP)", "models.clip.heads.attention:NN", settings=("sigma",)
+    ),
+    "pa": HeadEntry(
+        "keys turned towards queries (PEARL)", "models.clip.heads.procrustes:PA", settings=("alpha",)
+    ),
+    "sc": HeadEntry("self-calibrated attention (SC-CLIP)", "models.clip.heads.calibrated:SC", vit_only=True),
+}
+"""Dense heads. ``maskclip`` (arXiv 2112.01071, §3.2) removes the mixing of tokens from the last attention:
+each token keeps its own value, sent through the output projection. As in the reference code, a ViT keeps the
+block's residual and MLP. ``value`` drops both, as in the paper's text; on a ResNet the two are the same.
+``plain`` reads the tokens of the unmodified CLIP. The others let tokens that are alike mix: see their
+modules."""
+
+REFINERS: Mapping[str, RefinerEntry] = {
+    "pamr": RefinerEntry("pixel-adaptive mean (PAMR)", "models.clip.refiners.pamr:PAMR", 10),
+    "tlp": RefinerEntry("edge-aware smoothing on cells (PEARL's TLP)", "models.clip.refiners.tlp:TLP", 25),
+    "lposs+": RefinerEntry("propagation among pixels (LPOSS+)", "models.clip.refiners.lposs:LPOSS_PLUS", 10),
+}
+"""Refiners of class scores. ``none`` is not among them."""
+
+
+def check_resnet_head(name: str) -> None:
+    """Refuse a head that does not exist for ResNets.
+
+    Raises:
+        MaskMillError: ``setting_invalid``.
+    """
+    if HEADS[name].vit_only:
+        possible = ", ".join(other for other, entry in HEADS.items() if not entry.vit_only)
+        raise WrongUse(
+            "setting_invalid",
+            f"The head {name} reads several blocks of a ViT; a ResNet has no such blocks.",
+            f"Use a ViT, or one of the heads {possible}.",
+        )
