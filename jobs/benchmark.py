@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 TOYWORLD, CONCEPTS = "toyworld", "concepts"
 TOY_SECTIONS = (
-    "heads", "refinement", "sizes", "corruptions", "words", "vocabulary", "students", "prompts"
+    "heads", "refinement", "refiners", "sizes", "corruptions", "words", "vocabulary", "students", "prompts"
 )  # fmt: skip
 """Sections that ``--row`` selects: functions in ``toyworld.labelling``, and the two trainings."""
 TOY_SEEDS = (11, 12, 13, 14, 15)

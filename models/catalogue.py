@@ -41,11 +41,13 @@ class RefinerEntry(NamedTuple):
         title: for tables.
         code: of a ``models.clip.refiners.base.Refiner``.
         steps: iterations by default.
+        settings: settings that only some refiners read, and this one does.
     """
 
     title: str
     code: str
     steps: int
+    settings: tuple[str, ...] = ("refine_classes", "refine_pixels")
 
 
 DEEP = 24
@@ -79,7 +81,9 @@ modules."""
 
 REFINERS: Mapping[str, RefinerEntry] = {
     "pamr": RefinerEntry("pixel-adaptive mean (PAMR)", "models.clip.refiners.pamr:PAMR", 10),
-    "tlp": RefinerEntry("edge-aware smoothing on cells (PEARL's TLP)", "models.clip.refiners.tlp:TLP", 25),
+    "tlp": RefinerEntry(
+        "edge-aware smoothing on cells (PEARL's TLP)", "models.clip.refiners.tlp:TLP", 25, ("refine_cells",)
+    ),
     "lposs+": RefinerEntry("propagation among pixels (LPOSS+)", "models.clip.refiners.lposs:LPOSS_PLUS", 10),
 }
 """Refiners of class scores. ``none`` is not among them."""

@@ -36,6 +36,18 @@ _MATRIX = 1 << 18  # values
 _NEGLIGIBLE = 30.0  # nats: a class this far below another one everywhere adds under 1e-13 to a softmax
 
 
+class Subset(NamedTuple):
+    """Which classes scores are of, if not of all.
+
+    Attributes:
+        ids: int64 (K,), ascending.
+        num_classes: of all.
+    """
+
+    ids: Tensor
+    num_classes: int
+
+
 def label_map(
     scores: Tensor,
     *,
@@ -44,6 +56,7 @@ def label_map(
     temperature: float | None = 100.0,
     thresholds: Tensor | None = None,
     ignore_index: int = 255,
+    subset: Subset | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Label every pixel with its best class.
 
@@ -59,6 +72,7 @@ def label_map(
             chosen class's share of the positive scores.
         thresholds: (C,); pixels with a confidence below their class's threshold get ``ignore_index``.
         ignore_index: at least C.
+        subset: the classes that the scores are of; thresholds are still those of all C.
 
     Returns:
         labels (H, W), uint8, or uint16 with more than 254 classes or ``ignore_index`` above 255; confidence
@@ -67,13 +81,16 @@ def label_map(
     Raises:
         MaskMillError: ``labelling_failed``.
     """
-    assert ignore_index >= len(scores), "the ignore index must not be a class"
+    classes = len(scores) if subset is None else subset.num_classes
+    assert ignore_index >= classes, "the ignore index must not be a class"
     limits = None
     if thresholds is not None:
         limits = thresholds.to(scores.device, torch.float32, non_blocking=True)
     # Everything runs in one thread: on a busy machine a single parallel operation costs as much as the map.
     with torch.inference_mode(), _one_thread(scores.device):
-        return _tiled(scores, network_size, image_size, temperature, limits, ignore_index)
+        if subset is not None and limits is not None:
+            limits = limits[subset.ids]
+        return _tiled(scores, network_size, image_size, temperature, limits, ignore_index, subset)
 
 
 def _tiled(
@@ -83,6 +100,7 @@ def _tiled(
     temperature: float | None,
     limits: Tensor | None,
     ignore_index: int,
+    subset: Subset | None,
 ) -> tuple[Tensor, Tensor]:
     classes, h, w = scores.shape
     device = scores.device
@@ -91,7 +109,8 @@ def _tiled(
     if temperature is not None:
         scores = scores * temperature  # once here rather than per pixel; the order of classes stays
     limits = None if limits is None else limits[kept]
-    wide = classes > 254 or ignore_index > 255
+    wide = (classes if subset is None else subset.num_classes) > 254 or ignore_index > 255
+    kept = kept if subset is None else subset.ids[kept]
     ids = kept.to(torch.int32) if wide else kept.to(torch.uint8)
 
     height, width = image_size

@@ -18,9 +18,10 @@ from torch import Tensor
 from models.clip.dense import Dense, dense_encoder
 from models.clip.heads.base import HeadOptions
 from models.clip.loading import Clip
+from models.clip.refiners.base import Bounds, Refined, refine
 from models.clip.text import TextClassifier, row_table
 from models.errors import WrongUse
-from models.labelmap import label_map
+from models.labelmap import Subset, label_map
 from models.settings import KeyAxis, MaskClipSettings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -126,14 +127,60 @@ class MaskClip:
         Raises:
             MaskMillError: ``labelling_failed``.
         """
-        height, width = image.shape[-2:]
-        return label_map(
-            self.grid_scores(image[None])[0].float(),
-            network_size=(height, width),
-            image_size=size or (height, width),
-            temperature=self.confidence_temperature,
+        scores = self.grid_scores(image[None])[0]
+        return self.label_scores(
+            image,
+            scores,
+            size or (image.shape[-2], image.shape[-1]),
             ignore_index=max(255, self.text.num_classes),
         )
+
+    def label_scores(
+        self,
+        image: Tensor,
+        scores: Tensor,
+        size: tuple[int, int],
+        *,
+        thresholds: Tensor | None = None,
+        ignore_index: int = 255,
+    ) -> tuple[Tensor, Tensor]:
+        """``label`` with the scores (C, h, w) of the image, refined as the settings say.
+
+        Args:
+            image: as in ``label``.
+            scores: of ``grid_scores``.
+            size: (H, W) of the result.
+            thresholds, ignore_index: see ``models.labelmap.label_map``.
+        """
+        network, subset = (image.shape[-2], image.shape[-1]), None
+        if self.config.refine != "none":
+            refined = self.refine(image[None], scores[None], size)
+            scores, network = refined.scores[0], size
+            if refined.classes is not None:
+                subset = Subset(refined.classes[0], self.text.num_classes)
+        return label_map(
+            scores.float(),
+            network_size=network,
+            image_size=size,
+            temperature=self.confidence_temperature,
+            thresholds=thresholds,
+            ignore_index=ignore_index,
+            subset=subset,
+        )
+
+    def refine(self, images: Tensor, scores: Tensor, size: tuple[int, int]) -> Refined:
+        """Refine scores by their images, as the settings say; without a refiner they stay as they are.
+
+        Args:
+            images: uint8 (B, 3, H, W) RGB at the network's input size.
+            scores: (B, C, h, w), from ``grid_scores``.
+            size: of the images themselves.
+        """
+        config = self.config
+        if config.refine == "none":
+            return Refined(scores, None)
+        bounds = Bounds(config.refine_steps, config.refine_classes, config.refine_pixels, config.refine_cells)
+        return refine(config.refine, images, scores, size, bounds)
 
     def scores(self, dense: Dense) -> Tensor:
         """``grid_scores`` from the output of ``self.encoder``."""

@@ -17,7 +17,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from models.catalogue import HEADS
+from models.catalogue import HEADS, REFINERS
 from models.errors import MaskMillError, WrongUse, did_you_mean
 
 ImageStats = Literal["imagenet", "clip"]
@@ -175,6 +175,24 @@ class MaskClipSettings(Settings):
     temperature: Annotated[float, Field(gt=0)] = 100.0
     """Multiplies cosines before every softmax, the confidence included."""
 
+    refine: str = "none"
+    """Refine scores by the image at its own size: ``pamr``, ``tlp`` (PEARL's, on cells), ``lposs+`` (pixels),
+    or ``none``."""
+    refine_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of the refiner; 0 is its own number: 10, 25 and 10."""
+    refine_classes: Annotated[int, Field(ge=1)] = 32
+    """For ``pamr`` and ``lposs+``: refine an image's likeliest classes only, and choose among them; bounds
+    memory."""
+    refine_pixels: Annotated[int, Field(ge=1)] = 1 << 19
+    """For ``pamr`` and ``lposs+``: larger images are refined at this number of pixels; bounds memory."""
+    refine_cells: Annotated[int, Field(ge=1)] = 80
+    """For ``tlp``: cells along each side; its paper takes 224 for Cityscapes."""
+
+    @field_validator("refine")
+    @classmethod
+    def _known_refiner(cls, refine: str) -> str:
+        return _known("refine", refine, ("none", *REFINERS))
+
     @field_validator("head")
     @classmethod
     def _known_head(cls, head: str) -> str:
@@ -182,14 +200,18 @@ class MaskClipSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for name, entry in HEADS.items():
-            for knob in entry.settings if name != self.head else ():
-                if getattr(self, knob) != type(self).model_fields[knob].default:
-                    raise WrongUse(
-                        "setting_invalid",
-                        f"{knob} means nothing to head {self.head}.",
-                        f"It is a setting of head={name}; leave it out.",
-                    )
+        self._refuse_useless("head", self.head, {name: entry.settings for name, entry in HEADS.items()})
+        self._refuse_useless(
+            "refine",
+            self.refine,
+            {name: ("refine_steps", *entry.settings) for name, entry in REFINERS.items()},
+        )
+        if self.refine != "none" and self.ks_threshold:
+            raise WrongUse(
+                "setting_invalid",
+                f"refine={self.refine} refines cosines, and key smoothing leaves none.",
+                "Set refine=none, or ks_threshold=0.",
+            )
         if not self.window and self.windows != "cells":
             raise WrongUse(
                 "setting_invalid",
@@ -215,6 +237,18 @@ class MaskClipSettings(Settings):
                 f"Set window_stride={max(1, self.window // 2)}." if self.window else "Set window_stride=0.",
             )
         return self
+
+    def _refuse_useless(self, field: str, name: str, settings: Mapping[str, tuple[str, ...]]) -> None:
+        """Refuse a setting of other heads or refiners than the chosen one."""
+        for knob in dict.fromkeys(knob for some in settings.values() for knob in some):
+            changed = getattr(self, knob) != type(self).model_fields[knob].default
+            if changed and knob not in settings.get(name, ()):
+                users = " or ".join(f"{field}={other}" for other, some in settings.items() if knob in some)
+                raise WrongUse(
+                    "setting_invalid",
+                    f"{knob} means nothing to {field} {name}.",
+                    f"It is a setting of {users}; leave it out.",
+                )
 
 
 class ClipSegConfig(Settings):

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ class BaseLabeller(ABC):
         return other
 
     @abstractmethod
-    def scores(self, images: Tensor) -> Iterable[Tensor]:
+    def scores(self, images: Tensor) -> Iterable[Any]:
         """Compute the class scores of a batch.
 
         Args:
@@ -64,7 +64,7 @@ class BaseLabeller(ABC):
         """
 
     def label_of(
-        self, scores: Tensor, network_size: tuple[int, int], size: tuple[int, int]
+        self, scores: Any, network_size: tuple[int, int], size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """Labels and uint8 confidence (H, W) of one image, from the class with the best score.
 
@@ -106,7 +106,7 @@ class BaseLabeller(ABC):
             for labels, confidence in found
         ]
 
-    def _each_score(self, images: Sequence[np.ndarray]) -> Iterator[Tensor]:
+    def _each_score(self, images: Sequence[np.ndarray]) -> Iterator[Any]:
         if self.device.type == "cpu":
             for image in images:
                 yield from self.scores(_batch([image]))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from models.clip.loading import load_clip
@@ -10,6 +14,13 @@ from models.maskclip import MaskClip
 from models.settings import MaskClipSettings
 from pipeline.labelling.base import BaseLabeller
 from pipeline.labelling.labeller import LabellerSettings
+
+
+class Scored(NamedTuple):
+    """Scores (C, h, w) and the image uint8 (3, Hn, Wn) that they are of."""
+
+    scores: Tensor
+    image: Tensor
 
 
 class MaskClipLabeller(BaseLabeller):
@@ -50,6 +61,19 @@ class MaskClipLabeller(BaseLabeller):
         self._maskclip = MaskClip(self._maskclip.clip, text, self._maskclip.config)
         self._take_classes(text.num_classes)
 
-    def scores(self, images: Tensor) -> Tensor:
-        """See ``BaseLabeller.scores``: cosines, unless the settings say otherwise."""
-        return self._maskclip.grid_scores(images)
+    def scores(self, images: Tensor) -> Iterator[Scored]:
+        """See ``BaseLabeller.scores``: cosines, unless the settings say otherwise, with their images."""
+        return map(Scored, self._maskclip.grid_scores(images), images)
+
+    def label_of(
+        self, scores: Scored, network_size: tuple[int, int], size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """See ``BaseLabeller.label_of``; scores are refined by the image if the settings say so."""
+        thresholds = self.settings.thresholds
+        return self._maskclip.label_scores(
+            scores.image,
+            scores.scores,
+            size,
+            thresholds=torch.tensor(thresholds) if any(thresholds) else None,
+            ignore_index=self.settings.ignore_index,
+        )

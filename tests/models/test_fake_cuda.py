@@ -117,6 +117,8 @@ def test_dense_heads(gpu: FakeGpu, config: dict[str, Any], precision: str) -> No
     for head, profile, keys in itertools.product(HEADS, ("reference", "weights"), (None, "projected", "raw")):
         if (keys and not HEADS[head].keys) or (config is RESNET and HEADS[head].vit_only):
             continue
+        if head != "maskclip" and (profile, keys) != ("weights", None):
+            continue  # profile and keys have nothing to do with the head
         encoder = dense_encoder(tower.visual, head=head, profile=profile, keys=keys)
         gpu.waits.clear()
         dense = encoder(torch.zeros(2, 3, 70, 90, device=CUDA))
@@ -137,6 +139,9 @@ def test_dense_heads(gpu: FakeGpu, config: dict[str, Any], precision: str) -> No
         {"window": 64, "window_stride": 32},
         {"window": 64, "window_stride": 32, "windows": "pixels", "positions": "offset"},
         {"window": 64, "window_stride": 32, "windows": "splice"},
+        {"refine": "pamr", "refine_classes": 3, "refine_pixels": 4000},
+        {"refine": "tlp", "refine_cells": 9},
+        {"refine": "lposs+", "refine_classes": 3, "refine_steps": 1},
         {"window": 64, "window_stride": 32, "ks_threshold": 1.0, "pd_threshold": 0.5},
     ],
     ids=str,
@@ -148,6 +153,8 @@ def test_maskclip(gpu: FakeGpu, settings: dict[str, Any], precision: str) -> Non
         gpu.waits.clear()
         scores = model.grid_scores(images)
         assert on_gpu(scores) and scores.shape[:2] == (2, CLASSES) and scores.dtype == torch.float32
+        assert not gpu.waits
+        assert on_gpu(model.refine(images, scores, (80, 90)).scores)
         assert not gpu.waits
     assert on_gpu(model.grid_scores(pictures(1, 3, 96, 130))), "images from the host"
     assert all(on_gpu(found) and found.shape == (80, 90) for found in model.label(images[0], size=(80, 90)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -24,6 +25,9 @@ from models.errors import MaskMillError
 from models.labelmap import label_map
 from models.maskclip import DENIED, MaskClip, key_smoothing, prompt_denoising
 from models.settings import MaskClipSettings
+from pipeline.labelling.labeller import LabellerSettings
+from pipeline.labelling.maskclip import MaskClipLabeller
+from pipeline.toyworld.scenes import generate
 
 MEAN = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float64)
 STD = torch.tensor([58.395, 57.12, 57.375], dtype=torch.float64)
@@ -542,3 +546,33 @@ def test_an_image_to_a_mask() -> None:
         assert labels.dtype == confidence.dtype == torch.uint8 and labels.shape == (96, 128)
         assert (labels == scores.argmax(0)).double().mean() > 0.999  # but for ties
         assert maskclip.label(image, size=(50, 61))[0].shape == (50, 61)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"refine": "pamr"}, {"refine": "lposs+", "refine_steps": 4}, {"refine": "tlp"}]
+)
+def test_refined_labels(settings: dict[str, Any]) -> None:
+    """Refined at the image's own size, whatever the network's, and among some of the classes."""
+    clip = load_clip("toyclip", "bundled")
+    names = ["grass", "sky", "zebra", "sand", "brick", "wood", "leaf"]
+    text = build_text_classifier(clip, [[name] for name in names], templates="toyworld")
+    made = generate(3, 1, 96).images[0]
+    image, size = torch.from_numpy(made).permute(2, 0, 1), (120, 90)
+    if settings["refine"] != "tlp":
+        settings = settings | {"refine_classes": 3}
+    config = MaskClipSettings(head="value", image_stats="clip", profile="weights", **settings)
+    maskclip = MaskClip(clip, text, config)
+    labels, confidence = maskclip.label(image, size=size)
+    scores, classes = maskclip.refine(image[None], maskclip.grid_scores(image[None]), size)
+    ids = torch.arange(7) if classes is None else classes[0]
+    assert len(ids) == (7 if settings["refine"] == "tlp" else 3)
+    scores = F.interpolate(scores, size, mode="bilinear", align_corners=False)[0]
+    best = (100 * scores).softmax(0).max(0)
+    assert (ids[best.indices] == labels).double().mean() > 0.999
+    assert (255 * best.values - confidence).abs().max() < 1
+    plain = MaskClip(clip, text, MaskClipSettings(head="value", image_stats="clip", profile="weights"))
+    assert 0.5 < (plain.label(image, size=size)[0] == labels).double().mean() < 1
+    labeller = MaskClipLabeller(
+        LabellerSettings(num_classes=7), model="toyclip", pretrained="bundled", text=text, reading=config
+    )
+    assert np.array_equal(labeller.label([made], [size])[0].labels, labels.numpy())

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jobs.benchmarks.rows import claim, interval, row
-from models.catalogue import HEADS
+from models.catalogue import HEADS, REFINERS
 from models.device import best_device, native_precision
 from models.settings import MaskClipSettings
 from pipeline.evaluation.results import Claim, Section
@@ -229,6 +229,32 @@ def refinement(bench: Bench) -> tuple[Section, list[Claim]]:
             ("Prompt denoising", "+ prompt denoising"),
             ("Key smoothing with prompt denoising", "+ both"),
         )
+    ]
+
+
+def refiners(bench: Bench) -> tuple[Section, list[Claim]]:
+    """Refinement by the image, of the toy's own head and of MaskCLIP's."""
+    options: dict[str, tuple[str, dict[str, Any]]] = {
+        "none": ("not refined", {}),
+        **{name: (entry.title, {"refine": name}) for name, entry in REFINERS.items()},
+        "pamr, 20 steps": ("pixel-adaptive mean (PAMR), 20 steps", {"refine": "pamr", "refine_steps": 20}),
+    }
+    conditions = {
+        (head, name): Condition(f"{head}: {title}", {"head": head, **settings})
+        for head in ("value", "nn")
+        for name, (title, settings) in options.items()
+    }
+    section = bench.section(
+        "refiners",
+        "Refinement by the image",
+        list(conditions.values()),
+        note="Scores are refined at the image's own size. Toy things have sharp edges and fine textures: "
+        "refiners that follow colours alone see textures as edges.",
+    )
+    base = bench.runs(conditions["value", "none"])["miou"]
+    return section, [
+        claim(f"{entry.title} raises mIoU", "MaskMill", bench.runs(conditions["value", name])["miou"], base)
+        for name, entry in REFINERS.items()
     ]
 
 

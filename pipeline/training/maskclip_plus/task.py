@@ -75,9 +75,12 @@ def online_guesses(teacher: MaskClip, images: Tensor) -> Guesses:
         images: uint8 (B, 3, S, T) RGB.
     """
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        scores = teacher.grid_scores(images)
-        scores = F.interpolate(scores, images.shape[-2:], mode="bilinear", align_corners=False)
+        size = (images.shape[-2], images.shape[-1])
+        scores, classes = teacher.refine(images, teacher.grid_scores(images), size)
+        scores = F.interpolate(scores, size, mode="bilinear", align_corners=False)
         best, index = scores.max(1)
+        if classes is not None:
+            index = classes.gather(1, index.flatten(1)).view_as(index)
         temperature = teacher.confidence_temperature
         if temperature is None:  # key smoothing: share of the scores, as in models.labelmap
             confidence = best.clamp_min(0) / scores.clamp_min(0).sum(1).clamp_min(1e-30)

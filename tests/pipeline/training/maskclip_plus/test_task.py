@@ -18,7 +18,7 @@ from torch import nn
 
 from models.clip.text import TextClassifier
 from models.errors import MaskMillError
-from models.labelmap import label_map
+from models.labelmap import Subset, label_map
 from models.settings import MaskClipSettings, StudentConfig
 from models.student.batchnorm import synchronise_batchnorm
 from models.student.deeplab import DeepLab
@@ -360,11 +360,18 @@ def test_labels_beyond_the_classes_are_reported():
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"pd_threshold": 0.5}, {"ks_threshold": 1.0, "ks_axis": "channel", "pd_threshold": 0.3}]
+    "config",
+    [
+        {},
+        {"pd_threshold": 0.5},
+        {"ks_threshold": 1.0, "ks_axis": "channel", "pd_threshold": 0.3},
+        {"refine": "pamr", "refine_classes": 3},
+    ],
 )
 def test_online_teacher_guesses_among_the_guessable_classes_only(config):
     # Imported here because the subprocesses of another test would spend seconds on it.
     from models.clip.loading import load_clip
+    from models.clip.refiners.base import Bounds, refine
     from models.clip.text import build_text_classifier
     from models.maskclip import IMAGENET_MEAN, IMAGENET_STD, MaskClip, key_smoothing, prompt_denoising
 
@@ -385,7 +392,7 @@ def test_online_teacher_guesses_among_the_guessable_classes_only(config):
     labels = torch.full((2, 64, 64), GUESS)
     guesses = online_guesses(teacher, images)
 
-    whole = MaskClip(clip, text, MaskClipSettings(**{**config, "pd_threshold": 0.0, "ks_threshold": 0.0}))
+    whole = MaskClip(clip, text, MaskClipSettings(ks_axis=config.get("ks_axis", "token")))
     scores = whole.grid_scores(images)[:, list(guessable)]
     scores = prompt_denoising(scores, config.get("pd_threshold", 0.0))
     if "ks_threshold" in config:
@@ -395,8 +402,17 @@ def test_online_teacher_guesses_among_the_guessable_classes_only(config):
             keys = with_keys.encoder((images / 255 - mean) / std).keys
         scores = key_smoothing(scores, keys, config["ks_threshold"], axis=config["ks_axis"])
     for image in range(2):
+        if "refine" in config:
+            one = refine(
+                "pamr", images[image : image + 1], scores[image : image + 1], (64, 64), Bounds(classes=3)
+            )
+            assert one.classes is not None
+            refined, subset = one.scores[0], Subset(one.classes[0], len(guessable))
+        else:
+            refined, subset = scores[image], None
         chosen, confidence = label_map(
-            scores[image],
+            refined,
+            subset=subset,
             network_size=(64, 64),
             image_size=(64, 64),
             temperature=None if "ks_threshold" in config else 100.0,
