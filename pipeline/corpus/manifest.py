@@ -22,15 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import WrongUse
-from pipeline.corpus.sources import (
+from pipeline.corpus.sources.find import find_images
+from pipeline.corpus.sources.found import (
     OPTIONAL_COLUMNS,
     ImageList,
     bad_list,
     bad_manifest,
     describe_left_out,
-    find_images,
-    read_parquet,
 )
+from pipeline.corpus.sources.parquet import read_parquet
 from pipeline.files.redaction import without_signature
 from pipeline.files.storage import canonical_uri, open_storage
 
@@ -49,9 +49,12 @@ def build_manifest(
             - a folder, local or remote (``s3://bucket/prefix``): searched recursively, sorted; hidden names
               are skipped; symbolic links are followed, but no folder is entered twice;
             - a glob (``photos/**/*.jpg``); matching local folders are searched as above;
-            - a list: ``.txt`` with a path or URI per line (# starts a comment line), or ``.csv``/``.parquet``
-              with a column ``uri`` and optionally offset, length, width, height; relative paths are relative
-              to the list's folder;
+            - a list: ``.txt`` with a path or URI per line (# starts a comment line), ``.csv``/``.parquet``
+              with a column ``uri`` and optionally offset, length, width, height, or ``.jsonl`` with an object
+              per line; relative paths are relative to the list's folder;
+            - COCO's ``.json``;
+            - ``.tar`` archives, as of WebDataset: one, a glob, or a folder with no images beside them;
+            - Parquet with the images themselves, as of Hugging Face: likewise;
             - an existing manifest (Parquet with ``id``), which is checked;
             - a single image.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from models.errors import WrongUse
-from pipeline.corpus.sources import IMAGE_EXTENSIONS
+from pipeline.corpus.sources.found import IMAGE_EXTENSIONS
 from pipeline.datasets.base import (
     Counts,
     MaskDataset,

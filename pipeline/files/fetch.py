@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pipeline.files.containers import inside, member_range, read_cell
 from pipeline.files.images import MAX_PIXELS, ImageError
 from pipeline.files.redaction import redact, without_signature
 
@@ -42,13 +43,15 @@ def file_version(uri: str) -> str | None:
     """What tells a file from a later one of the same name, without reading it.
 
     Args:
-        uri: as for :func:`fetch`.
+        uri: as for :func:`fetch`. What is inside a file changes with it.
 
     Returns:
         Its size in bytes, and the ETag of an object or the time of the last change; None if there is no such
         file, or its storage cannot tell.
     """
     try:
+        held = inside(uri)
+        uri = uri if held is None else held.file
         if not _REMOTE.match(uri):
             status = os.stat(uri)
             return f"{status.st_size} {status.st_mtime_ns}"
@@ -79,7 +82,9 @@ def fetch(
     """Read a file or object, or a range of its bytes.
 
     Args:
-        uri: a local path, or a URL of any scheme that fsspec knows (``s3://``, ``gs://``, ``file://``, …).
+        uri: a local path, or a URL of any scheme that fsspec knows (``s3://``, ``gs://``, ``file://``, …);
+            with ``#…`` behind it what is in a tar archive or a Parquet file, see
+            ``pipeline.files.containers``. The range of a member of an archive is that in the archive.
         start: the first byte to read.
         length: number of bytes; None reads to the end.
         max_bytes: larger files are not read.
@@ -99,7 +104,7 @@ def fetch(
     """
     if length is not None and length > max_bytes:
         raise _too_many(length, max_bytes)
-    chunks = _chunks(uri, start, length, max_bytes)
+    chunks = _contained(uri, start, length, max_bytes) or _chunks(uri, start, length, max_bytes)
     for attempt in range(attempts):
         try:
             return _gather(chunks, max_bytes, patience)
@@ -117,6 +122,32 @@ def fetch(
 
 class _Stalled(TimeoutError):
     """Nothing arrived for too long."""
+
+
+def _contained(uri: str, start: int, length: int | None, most: int) -> Callable[[], Iterator[bytes]] | None:
+    """As ``_chunks``, for what is inside a file; None if the address is that of a file."""
+    held = inside(uri)
+    if held is None:
+        return None
+    if held.kind == "parquet":
+
+        def cell() -> Iterator[bytes]:
+            data = read_cell(held.file, held.inside)
+            yield data[start : None if length is None else start + length]
+
+        return cell
+
+    def member() -> Iterator[bytes]:
+        if length is not None:
+            first, size = start, length
+        else:
+            first, size = member_range(held.file, held.inside)
+            if size > most:
+                raise _too_many(size, most)
+            first, size = first + start, max(0, size - start)
+        yield from _chunks(held.file, first, size, most)()
+
+    return member
 
 
 def _chunks(uri: str, start: int, length: int | None, most: int) -> Callable[[], Iterator[bytes]]:

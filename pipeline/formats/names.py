@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import WrongUse
-from pipeline.corpus.sources import IMAGE_EXTENSIONS
+from pipeline.corpus.sources.found import IMAGE_EXTENSIONS
 from pipeline.files.storage import is_remote
 
 Keys = npt.NDArray[np.int64]

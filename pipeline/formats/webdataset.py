@@ -22,7 +22,7 @@ from urllib.parse import unquote
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from models.errors import MaskMillError, WrongUse
-from pipeline.corpus.sources import IMAGE_EXTENSIONS
+from pipeline.corpus.sources.found import IMAGE_EXTENSIONS
 from pipeline.files.documents import first_problem, parsed_json, read_document, refuse_no_file
 from pipeline.files.fetch import max_bytes
 from pipeline.files.images import MAX_PIXELS

@@ -385,7 +385,7 @@ def good(count: int = 2) -> dict[str, list]:
         ({**good(), "uri": ["/d/0.jpg", None]}, "1 empty"),
         ({k: v + v[:1] for k, v in good().items()}, "'/d/0.jpg' appears twice"),
         ({"id": [stable_id("d.jpg")], "uri": ["d.jpg"]}, "not canonical"),
-        ({"id": [1]}, "no column 'uri' (columns: id)"),
+        ({"id": [1]}, "no column 'uri' and none of images (columns: id)"),
         ({"id": pa.array([], pa.int64()), "uri": pa.array([], pa.string())}, "no rows"),
         ({**good(), "offset": ["x", "y"]}, "column 'offset' is string"),
     ],
