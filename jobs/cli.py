@@ -23,6 +23,7 @@ from jobs.export import Export
 from jobs.import_ import Import
 from jobs.label import Label
 from jobs.lists import Datasets, Recipes
+from jobs.manifest import MakeManifest
 from jobs.options import FLAT
 from jobs.promote import Promote
 from jobs.report import Report
@@ -64,6 +65,7 @@ class Train:
 
 Command = (
     Annotated[Label, subcommand("label")]
+    | Annotated[MakeManifest, subcommand("manifest")]
     | Annotated[Show, subcommand("show")]
     | Annotated[Verify, subcommand("verify")]
     | Annotated[Train, subcommand("train")]
@@ -89,6 +91,7 @@ Command = (
 
 COMMANDS = (
     "label",
+    "manifest",
     "show",
     "verify",
     "train",

@@ -29,6 +29,7 @@ from jobs.options import (
     Tracking,
     Verbose,
     exactly_one,
+    refuse_less_than_one,
     refuse_missing_file,
 )
 from models.errors import FailedWork, WrongUse
@@ -38,6 +39,7 @@ from pipeline.cluster.nodes import plan_like, plan_when_joined
 from pipeline.cluster.session import joins_cluster, ray_session, worker_precision
 from pipeline.cluster.signals import signals_held
 from pipeline.corpus.manifest import ADDRESS, build_manifest
+from pipeline.corpus.selection import some_of
 from pipeline.files.fetch import fetch
 from pipeline.files.images import ImageError
 from pipeline.files.outputs import check_output_folder
@@ -83,8 +85,11 @@ class Label:
     Run the same command again to resume after a crash or to label new images.
 
     Attributes:
-        images: folder, glob ("photos/*.jpg") or list file (.txt, one path or URI per line) of images.
-        manifest: manifest in Parquet (columns id, uri), instead of --images.
+        images: folder, glob ("photos/*.jpg"), list file (.txt, one path or URI per line; .csv, .jsonl,
+            .parquet), COCO's .json, .tar archives (WebDataset), or Parquet files with images.
+        manifest: manifest in Parquet (columns id, uri), instead of --images; maskmill manifest makes one.
+        limit: for a try: only the first N images. Run again without it for the others.
+        sample: for a try: only N images at random; a larger sample holds a smaller one.
         output: folder (or s3://… prefix) for the label table.
         classes: class names, separated by commas: "cat, dog, grass". Everything else becomes "background".
         ontology: YAML file of classes, or a built-in name (voc21, context59, …), instead of --classes.
@@ -99,6 +104,8 @@ class Label:
 
     images: Maybe[str] = None
     manifest: Maybe[str] = None
+    limit: Maybe[int] = None
+    sample: Maybe[int] = None
     output: str
     classes: Maybe[str] = None
     ontology: Maybe[str] = None
@@ -123,6 +130,7 @@ class Label:
                 raise WrongUse(
                     "wrong_use", f"{option} {share} is not between 0 and 1.", "Give a share, such as 0.05."
                 )
+        refuse_less_than_one(limit=self.limit, sample=self.sample)
         if self.overwrite and (self.changed or self.retry_failed is not None):
             raise WrongUse(
                 "wrong_use",
@@ -134,6 +142,8 @@ class Label:
             recipe = change_recipe(recipe, {"min_confidence": self.min_confidence})
         job = LabelJob(
             source=source,
+            limit=self.limit,
+            sample=self.sample,
             ontology=self._ontology(recipe, own),
             recipe=recipe,
             output=self.output,
@@ -167,6 +177,8 @@ class LabelJob:
 
     Attributes:
         source: folder, glob, list file or manifest of the images.
+        limit: only so many of them, from the first.
+        sample: only so many of them, at random.
         ontology: the classes.
         recipe: every setting that changes the labels.
         output: folder or object-store prefix for the table.
@@ -193,6 +205,8 @@ class LabelJob:
     verbose: bool = False
     tracking: str | None = OFF
     system_metrics: bool = False
+    limit: int | None = None
+    sample: int | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -221,7 +235,7 @@ def label_images(
         job.tracking, system_metrics=job.system_metrics, waiting=functools.partial(timed, console)
     )
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
-    manifest = build_manifest(job.source, notice=say)
+    manifest = some_of(build_manifest(job.source, notice=say), limit=job.limit, sample=job.sample)
     with Lease.acquire(
         storage, on_lost=stop_at_once, cluster=joins_cluster(job.address), notice=say
     ) as lease:

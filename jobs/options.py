@@ -370,6 +370,18 @@ def exactly_one(first: str, one: T | None, second: str, other: T | None, *, comm
     raise WrongUse("wrong_use", f"Give either {first} or {second}{both}.", f"See maskmill {command} --help.")
 
 
+def refuse_less_than_one(**options: int | None) -> None:
+    """Refuse numbers of things that are given and below 1.
+
+    Raises:
+        MaskMillError: ``wrong_use``.
+    """
+    for name, number in options.items():
+        if number is not None and number < 1:
+            option = f"--{name.replace('_', '-')}"
+            raise WrongUse("wrong_use", f"{option} {number} is less than 1.", "Give a positive number.")
+
+
 def comma_separated(text: str) -> tuple[str, ...]:
     """The names in ``"cow, motorbike"``, each once."""
     return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))

@@ -79,9 +79,10 @@ def tar_members(uri: str) -> Iterator[Member]:
             with tarfile.open(fileobj=file, mode="r:", bufsize=_BLOCK) as archive:
                 end = 0
                 for entry in archive:
-                    end = entry.offset_data + (-(-entry.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+                    end = entry.offset_data
                     if not entry.isreg() or entry.issparse():
                         continue
+                    end += -(-entry.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                     if entry.offset_data + entry.size > size:
                         raise DamagedShard(f"it ends within {entry.name}")
                     yield Member(entry.name, entry.offset_data, entry.size)

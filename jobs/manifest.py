@@ -1,0 +1,96 @@
+"""``maskmill manifest``: images → a Parquet file that lists them, with their ids."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Annotated
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from jobs.console import counted, stderr_console
+from jobs.options import Flag, Maybe, refuse_less_than_one
+from models.errors import WrongUse
+from pipeline.corpus.manifest import ADDRESS, build_manifest, read_manifest, write_manifest
+from pipeline.corpus.selection import distinct, some_of
+from pipeline.files.storage import Storage, canonical_uri, open_storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeManifest:
+    """List images once, with their ids, for maskmill label --manifest.
+
+    If --output is there already, what is new is added to it; what it lists stays.
+
+    Attributes:
+        images: folder, glob, list file (.txt, .csv, .jsonl, .parquet), COCO's .json, .tar archives, or
+            Parquet files with images.
+        output: Parquet file.
+        limit: only the first N images.
+        sample: only N images at random; a larger sample holds a smaller one.
+        seed: of the random choice.
+        dedupe: read all images, and list equal ones once; OUTPUT.duplicates.csv names the others.
+    """
+
+    images: Annotated[Positional[str], arg(metavar="IMAGES")]
+    output: str
+    limit: Maybe[int] = None
+    sample: Maybe[int] = None
+    seed: int = 0
+    dedupe: Flag = False
+
+    def run(self, console: Console | None = None) -> int:
+        """Write the manifest, and print how many images are in it.
+
+        Raises:
+            MaskMillError: ``wrong_use``, ``source_missing``, ``source_invalid``, ``storage_unreachable``.
+        """
+        console = console or stderr_console()
+        say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+        refuse_less_than_one(limit=self.limit, sample=self.sample)
+        place = canonical_uri(self.output)
+        folder, name = open_storage(place.rpartition("/")[0] or "/"), PurePosixPath(place).name
+        if not name.endswith(".parquet"):
+            raise WrongUse("wrong_use", f"--output {self.output} is no Parquet file.", "Write NAME.parquet.")
+        before = read_manifest(place) if folder.exists(name) else None
+        found = build_manifest(self.images, notice=say)
+        manifest = some_of(found, limit=self.limit, sample=self.sample, seed=self.seed)
+        if before is not None:
+            manifest = _added(before, manifest)
+        if self.dedupe:
+            with counted(console, "reading images", "images") as report:
+                once = distinct(manifest, lambda done: report(done, manifest.num_rows))
+            manifest = once.manifest
+            _report_copies(folder, name, once.copies)
+            if once.copies:
+                say(f"{len(once.copies):,} equal to others, named in {place}.duplicates.csv")
+            if once.unreadable:
+                say(f"{once.unreadable:,} could not be read; they stay, and label records why")
+        if ADDRESS in manifest.column_names:
+            say("Signatures of addresses are not stored: label these images from their list, with --images.")
+        write_manifest(manifest, place)
+        known = before.num_rows if before is not None else 0
+        more = f", {manifest.num_rows - known:,} more than before" if before is not None else ""
+        say(f"{manifest.num_rows:,} images in {place}{more}")
+        say(f"Label them:  maskmill label --manifest {self.output} --classes … --output …")
+        return 0
+
+
+def _added(before: pa.Table, found: pa.Table) -> pa.Table:
+    """A manifest, and behind it what another has besides."""
+    new = found.filter(pc.invert(pc.is_in(found["id"], value_set=before["id"].combine_chunks())))
+    return pa.concat_tables([before, new], promote_options="default")
+
+
+def _report_copies(folder: Storage, name: str, copies: Sequence[tuple[str, str]]) -> None:
+    rows = io.StringIO()
+    csv.writer(rows).writerows([("uri", "equal_to"), *copies])
+    if copies:
+        folder.write_bytes(f"{name}.duplicates.csv", rows.getvalue().encode())

@@ -1,0 +1,95 @@
+"""A part of a manifest for a try before the big run, and manifests without copies of the same image."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.corpus.manifest import ADDRESS
+from pipeline.files.fetch import fetch
+from pipeline.files.images import ImageError
+
+_READ_AT_ONCE = 16
+
+
+def some_of(
+    manifest: pa.Table, *, limit: int | None = None, sample: int | None = None, seed: int = 0
+) -> pa.Table:
+    """The first images of a manifest, or some at random, in its order.
+
+    Ids are hashes, so an image's place in the random order depends on its id and the seed alone: a larger
+    sample holds a smaller one, and that of a corpus that has grown holds many of the same images.
+
+    Args:
+        manifest: as ``build_manifest`` returns it.
+        limit: number of images from its beginning.
+        sample: number of images at random.
+        seed: of the random order.
+    """
+    if limit is not None:
+        manifest = manifest.slice(0, limit)
+    if sample is None or sample >= manifest.num_rows:
+        return manifest
+    # Multiplication by an odd number is a one-to-one map of the 64-bit integers.
+    factor = np.uint64(random.Random(seed).getrandbits(64) | 1)
+    with np.errstate(over="ignore"):
+        order = manifest["id"].to_numpy().view(np.uint64) * factor
+    chosen = np.argpartition(order, sample - 1)[:sample] if sample else np.empty(0, np.int64)
+    return manifest.take(pa.array(np.sort(chosen)))
+
+
+class Distinct(NamedTuple):
+    """A manifest that has each content once.
+
+    Attributes:
+        manifest: what is left: of equal images the first, and all that cannot be read.
+        copies: pairs of URIs: what was left out, and what it is equal to.
+        unreadable: number of images that could not be read.
+    """
+
+    manifest: pa.Table
+    copies: list[tuple[str, str]]
+    unreadable: int
+
+
+def distinct(manifest: pa.Table, progress: Callable[[int], object] = lambda _done: None) -> Distinct:
+    """Read all images, and leave out those whose bytes are equal to those of an earlier one.
+
+    Args:
+        manifest: as ``build_manifest`` returns it.
+        progress: called with the number of images read so far.
+    """
+    first: dict[bytes, int] = {}
+    kept: list[int] = []
+    copies: list[tuple[str, str]] = []
+    unreadable = 0
+    uris = manifest["uri"].to_pylist()
+    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+        for start in range(0, manifest.num_rows, 1000):
+            rows = manifest.slice(start, 1000).to_pylist()
+            for at, digest in enumerate(pool.map(_digest, rows), start=start):
+                earlier = at if digest is None else first.setdefault(digest, at)
+                unreadable += digest is None
+                if earlier == at:
+                    kept.append(at)
+                else:
+                    copies.append((uris[at], uris[earlier]))
+            progress(start + len(rows))
+    return Distinct(manifest.take(pa.array(kept, pa.int64())), copies, unreadable)
+
+
+def _digest(row: dict[str, object]) -> bytes | None:
+    start, length = row.get("offset"), row.get("length")
+    assert start is None or isinstance(start, int)
+    assert length is None or isinstance(length, int)
+    try:
+        data = fetch(str(row.get(ADDRESS) or row["uri"]), start=start or 0, length=length)
+    except ImageError:
+        return None
+    return hashlib.sha256(data).digest()

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from pipeline.corpus.manifest import build_manifest, stable_id
+from pipeline.corpus.selection import distinct, some_of
+
+
+def manifest(count: int) -> pa.Table:
+    uris = [f"/photos/{number}.jpg" for number in range(count)]
+    return pa.table({"id": [stable_id(uri) for uri in uris], "uri": uris})
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_larger_sample_holds_a_smaller_one(seed: int) -> None:
+    whole = manifest(3000)
+    sizes = (1, 30, 300, 2999)
+    samples = [set(some_of(whole, sample=size, seed=seed)["id"].to_pylist()) for size in sizes]
+    assert [len(sample) for sample in samples] == list(sizes)
+    assert all(small < large for small, large in zip(samples, samples[1:], strict=False))
+    # Of a corpus twice as large about half is new: 150 of 300, give or take six standard deviations.
+    grown = set(some_of(manifest(6000), sample=300, seed=seed)["id"].to_pylist())
+    assert 100 < len(samples[2] & grown) < 200
+
+
+def test_a_sample_is_even_and_in_order() -> None:
+    chosen = some_of(manifest(4000), sample=400)["uri"].to_pylist()
+    numbers = [int(uri.split("/")[-1].split(".")[0]) for uri in chosen]
+    assert numbers == sorted(numbers)
+    quarters = [
+        sum(1000 * quarter <= number < 1000 * (quarter + 1) for number in numbers) for quarter in range(4)
+    ]
+    assert all(60 < quarter < 140 for quarter in quarters)
+    assert set(numbers) != {
+        int(u.split("/")[-1][:-4]) for u in some_of(manifest(4000), sample=400, seed=1)["uri"].to_pylist()
+    }
+
+
+def test_limits() -> None:
+    whole = manifest(5)
+    assert some_of(whole).equals(whole) and some_of(whole, sample=9, limit=9).equals(whole)
+    assert some_of(whole, limit=2)["uri"].to_pylist() == ["/photos/0.jpg", "/photos/1.jpg"]
+    assert some_of(whole, limit=2, sample=1).num_rows == 1
+
+
+def test_equal_images_are_kept_once(tmp_path: Path) -> None:
+    for name, data in {"a": b"x", "b": b"y", "c": b"x", "d": b"x", "e": b""}.items():
+        (tmp_path / f"{name}.jpg").write_bytes(data)
+    whole = build_manifest(tmp_path)
+    (tmp_path / "b.jpg").unlink()
+    reported: list[int] = []
+    found = distinct(whole, reported.append)
+    names = [uri.rpartition("/")[2] for uri in found.manifest["uri"].to_pylist()]
+    assert names == ["a.jpg", "b.jpg", "e.jpg"] and found.unreadable == 1 and reported == [5]
+    assert found.copies == [(f"{tmp_path}/{name}.jpg", f"{tmp_path}/a.jpg") for name in "cd"]
