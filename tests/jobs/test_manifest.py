@@ -109,6 +109,7 @@ def test_equal_images_get_equal_masks_from_every_source(
     assert len(seen[0]) == 3 and all(masks == seen[0] for masks in seen)
 
 
+@pytest.mark.slow
 def test_a_try_is_part_of_the_whole(maskmill_joined: Run, toy_images: Path, tmp_path: Path) -> None:
     label = (
         "label", "--images", str(toy_images), "--ontology", "toyworld", "--recipe", "toy",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +21,7 @@ def test_a_larger_sample_holds_a_smaller_one(seed: int) -> None:
     sizes = (1, 30, 300, 2999)
     samples = [set(some_of(whole, sample=size, seed=seed)["id"].to_pylist()) for size in sizes]
     assert [len(sample) for sample in samples] == list(sizes)
-    assert all(small < large for small, large in zip(samples, samples[1:], strict=False))
+    assert all(small < large for small, large in itertools.pairwise(samples))
     # Of a corpus twice as large about half is new: 150 of 300, give or take six standard deviations.
     grown = set(some_of(manifest(6000), sample=300, seed=seed)["id"].to_pylist())
     assert 100 < len(samples[2] & grown) < 200
