@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.faults.clusters import RAY, Cluster, running_cluster
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -106,6 +106,7 @@ def test_labels_are_those_of_one_machine(apart: Apart, table: Path, maskmill_joi
     assert {row["status"] for row in rows(table)} == {"ok"}
 
 
+@pytest.mark.long
 def test_an_evaluation_is_that_of_one_machine(apart: Apart, maskmill_joined) -> None:
     results = {}
     for name, run in (("apart", apart.run), ("here", maskmill_joined)):

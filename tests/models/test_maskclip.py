@@ -224,8 +224,8 @@ Case = tuple[Clip, str, Tensor, Dense, Tensor, Tensor]
     params=[
         ("vit", "reference", SIZES[0]),
         ("vit", "weights", SIZES[1]),
-        pytest.param(("vit", "reference", SIZES[1]), marks=pytest.mark.slow),
-        pytest.param(("vit", "weights", SIZES[0]), marks=pytest.mark.slow),
+        pytest.param(("vit", "reference", SIZES[1]), marks=pytest.mark.long),
+        pytest.param(("vit", "weights", SIZES[0]), marks=pytest.mark.long),
         ("resnet", "weights", SIZES[0]),
         ("resnet", "weights", SIZES[1]),
     ],

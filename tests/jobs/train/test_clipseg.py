@@ -205,7 +205,7 @@ def test_a_stopped_run_resumes_to_the_same_model(
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_workers_start_from_trained_weights(trained: Path, shared_ray: str, tmp_path: Path) -> None:
     settings = (
         f"start={trained}", "clip=none", "iterations=2", "learning_rate=1e-4", "min_learning_rate=1e-5",

@@ -219,7 +219,7 @@ def test_large_batches_wait_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loaders", [1, 3])
+@pytest.mark.parametrize("loaders", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_a_killed_loader_is_replaced(tmp_path: Path, loaders: int) -> None:
     samples = Suicidal(8, folder=str(tmp_path), times=1)
     notices: list[str] = []
