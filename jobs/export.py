@@ -25,15 +25,14 @@ from pipeline.formats.registry import FORMATS, make_format
 from pipeline.table.record import TableRecord, find_table_record, read_table_record
 
 if TYPE_CHECKING:
-    from pipeline.formats.export import Export as Work
-    from pipeline.formats.export import ExportRecord, PartCounts, Plan
+    from pipeline.formats.plan import Plan
+    from pipeline.formats.record import Export as Work
+    from pipeline.formats.record import ExportRecord
 
 OF_STUDENTS = ("onnx", "torch")
 """Names of ``pipeline.trained.export.EXPORTERS``, which needs torch."""
 ON_RAY_FROM = 5_000
 """Images from which Ray works at an export on this machine: it takes seconds to start."""
-ROWS_AT_ONCE = 512
-"""Rows that a task writes at least, if there are many: a task costs Ray milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,23 +126,26 @@ class Export:
 
     def _export_table(self, table: TableRecord, console: Console) -> int:
         from pipeline.formats import export
+        from pipeline.formats.marks import OWN_DIR
+        from pipeline.formats.plan import make_plan
+        from pipeline.formats.record import check_output, find_export, write_record
 
         began = time.monotonic()
         work = self._prepared(table)
-        export.check_output(work, overwrite=self.overwrite)
+        check_output(work, overwrite=self.overwrite)
         say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
         for line in self.seen.keep(self.source, work.source.view):
             say(line)
         from pipeline.table.lease import Lease, refuse_other_holder
 
-        own = work.output.child(export.OWN_DIR)
+        own = work.output.child(OWN_DIR)
         with ExitStack() as stack:
             lease = stack.enter_context(
                 Lease.acquire(own, on_lost=stop_at_once, cluster=joins_cluster(self.address), notice=say)
             )
             fence = functools.partial(refuse_other_holder, own, lease.run_id)
-            export.check_output(work, overwrite=self.overwrite)
-            there = export.find_export(work.output)
+            check_output(work, overwrite=self.overwrite)
+            there = find_export(work.output)
             if there is not None and self.overwrite:
                 with timed(console, "deleting the old export"):
                     export.delete_export(work.output, fence=fence)
@@ -151,7 +153,7 @@ class Export:
             if there is not None and not there.complete:
                 export.discard_leftovers(work.output)
             with counted(console, "looking through the table", "files") as progress:
-                plan = export.make_plan(work, progress=progress)
+                plan = make_plan(work, progress=progress)
             rows = sum(plan.parts[name].rows for name in plan.todo)
             if there is not None and there.complete and not plan.todo:
                 settle_status(own)
@@ -160,7 +162,7 @@ class Export:
             status = stack.enter_context(StatusFile(own, "export", lease.run_id, fence=fence, notice=say))
             status.begin()
             name_run(console, lease.run_id)
-            export.write_record(work.output, work.record)
+            write_record(work.output, work.record)
             if plan.done:
                 say(f"Going on: {rows:,} of {plan.rows:,} rows are left to do.")
             self._write_parts(work, plan, lease.run_id, fence, status, console)
@@ -180,7 +182,7 @@ class Export:
             MaskMillError: for anything that is wrong with it, before anything is made.
         """
         from pipeline.corpus.manifest import build_manifest
-        from pipeline.formats.export import new_export
+        from pipeline.formats.record import new_export
         from pipeline.formats.samples import Source
         from pipeline.table.changed import Images
 
@@ -216,16 +218,20 @@ class Export:
         console: Console,
     ) -> None:
         """Write what is to do, in this process or on Ray."""
+        from pipeline.formats.parts import write_part
+
         total = sum(plan.parts[name].rows for name in plan.todo)
         done = 0
         with ExitStack() as stack:
             workers, results = 0, None
-            write = functools.partial(_write_group, work=work, plan=plan, fence=fence)
+            write = functools.partial(
+                write_part, export=work, plan=plan, fence=fence, sync=joins_cluster(self.address)
+            )
             if self._on_ray(total):
                 from pipeline.cluster.disks import Landmarks, files_of_table
                 from pipeline.cluster.mapping import on_ray
                 from pipeline.cluster.session import ray_session
-                from pipeline.formats import export
+                from pipeline.formats.marks import OWN_DIR
                 from pipeline.table.labels import table_files
 
                 say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
@@ -237,10 +243,10 @@ class Export:
                     )
                 workers = self.workers or workers
                 files = files_of_table(*table_files(work.source.table), images=work.source.with_images)
-                landmarks = Landmarks.of(files, output=work.output.child(export.OWN_DIR), run_id=run_id)
-                results = on_ray(write, _groups(plan, workers), workers, notice=say, landmarks=landmarks)
+                landmarks = Landmarks.of(files, output=work.output.child(OWN_DIR), run_id=run_id)
+                results = on_ray(write, plan.todo, workers, notice=say, landmarks=landmarks)
             progress = stack.enter_context(counted(console, f"exporting {self.format}", "images", status))
-            for counts in results if results is not None else map(write, _groups(plan, 1)):
+            for counts in results if results is not None else map(write, plan.todo):
                 done += counts.rows
                 progress(done, total)
 
@@ -252,7 +258,8 @@ class Export:
         )
 
     def _summary(self, work: Work, record: ExportRecord, rows: int, took: float) -> Iterator[str]:
-        from pipeline.formats.export import EXPORT_FILE, LEFT_OUT_FILE
+        from pipeline.formats.export import LEFT_OUT_FILE
+        from pipeline.formats.record import EXPORT_FILE
 
         images = sum(record.images.values())
         splits = ", ".join(f"{count:,} {split}" for split, count in record.images.items())
@@ -272,31 +279,6 @@ class Export:
         if hint:
             yield f"Use it:        {hint.format(output=self.output)}"
         yield f"Train on them: maskmill train maskclip-plus --labels {self.source} --output student"
-
-
-def _write_group(names: str, *, work: Work, plan: Plan, fence: Callable[[], None]) -> PartCounts:
-    """Write some parts, whose names are separated by blanks; their counts together."""
-    from pipeline.formats.export import PartCounts, write_part
-
-    total = PartCounts()
-    for name in names.split():
-        total.add(write_part(name, export=work, plan=plan, fence=fence))
-    return total
-
-
-def _groups(plan: Plan, workers: int) -> list[str]:
-    """The parts to do in groups of ``ROWS_AT_ONCE``, or smaller ones if there are not enough for all."""
-    rows = sum(plan.parts[name].rows for name in plan.todo)
-    enough = min(ROWS_AT_ONCE, rows // (4 * workers))
-    groups: list[list[str]] = []
-    size = enough
-    for name in plan.todo:
-        if size >= enough:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += plan.parts[name].rows
-    return [" ".join(group) for group in groups]
 
 
 def _count_cpus(nodes: Sequence[tuple[float, float]], *, cores: int | None) -> int:

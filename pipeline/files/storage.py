@@ -12,7 +12,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ import fsspec
 import platformdirs
 
 from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
-from models.files import new_file, staged_file, write_file
+from models.files import new_file, staged_file, write_file, write_unsynced
 from pipeline.files.faults import unreachable
 from pipeline.files.redaction import MASK, redact, without_signature
 
@@ -163,10 +163,12 @@ class Storage:
         """Path within ``fs`` (and within ``arrow_filesystem()``) of a relative name."""
         if not name:
             return self.root
-        pure = PurePosixPath(name)
-        if not pure.parts or pure.is_absolute() or ".." in pure.parts:
-            raise ValueError(f"not a name inside the storage: {name}")
-        return f"{self.root.rstrip('/')}/{pure}"
+        if not {"", ".", ".."}.isdisjoint(name.split("/")):  # few have: pathlib takes its time
+            pure = PurePosixPath(name)
+            if not pure.parts or pure.is_absolute() or ".." in pure.parts:
+                raise ValueError(f"not a name inside the storage: {name}")
+            name = str(pure)
+        return f"{self.root.rstrip('/')}/{name}"
 
     def uri_of(self, name: str = "") -> str:
         """Canonical URI of a relative name."""
@@ -222,6 +224,18 @@ class Storage:
                 write_file(Path(self.path(name)), data)
             else:
                 self._put(name, data, "overwrite")
+
+    def write_unsynced(self, files: Sequence[tuple[str, bytes]]) -> None:
+        """Put files in place as ``write_bytes`` does, but without making sure of a disk.
+
+        See ``models.files.write_unsynced``. An object store has what it has said to have.
+        """
+        if not self.is_local:
+            for name, data in files:
+                self.write_bytes(name, data)
+            return
+        with storage_errors(self.uri):
+            write_unsynced([(self.path(name), data) for name, data in files])
 
     @contextlib.contextmanager
     def new_file(self, name: str) -> Iterator[IO[bytes]]:

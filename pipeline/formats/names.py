@@ -10,6 +10,7 @@ If images are added to an export, those that are there keep their names: what is
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from array import array
@@ -149,6 +150,7 @@ def _suffix(file: str) -> str:
     return suffix if suffix.lower() in IMAGE_EXTENSIONS else ""
 
 
+@functools.lru_cache(maxsize=1024)  # folders have many images
 def safe(component: str) -> str:
     """A component of a path that every disk takes and no program misunderstands.
 

@@ -4,39 +4,81 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
+from zlib import crc32
 
 from pipeline.files.storage import Storage
 
 WRITERS = 16
-"""A file costs a disk milliseconds to make sure of, and an object store a round trip; many side by side cost
+"""Making sure of a file costs a disk milliseconds, and an object store a round trip; many side by side cost
 hardly more than one."""
+SMALL = 64 << 10
+"""Bytes of a file that a disk is not made sure of at once: that takes longer than to write it."""
+FILES_AT_ONCE = 16
+"""Small files that a thread is woken for."""
 MOST_WAITING = 256
 MOST_BYTES = 64 << 20
 
 
 class Writes:
-    """What is being written; leaving it waits for all of it, and raises what went wrong."""
+    """What is being written; leaving it waits for all of it, and raises what went wrong.
 
-    def __init__(self) -> None:
+    Small files on a disk are written without making sure of it, and their checksums kept, so that it can be
+    found out later whether they are there.
+
+    Args:
+        storage: where to.
+        sync: make sure of small files too.
+
+    Attributes:
+        names: of all files, relative to the storage.
+        sums: CRC-32 of each file that the disk was not made sure of, None for the others.
+    """
+
+    def __init__(self, storage: Storage, *, sync: bool) -> None:
         self.names: list[str] = []
+        self.sums: list[int | None] = []
+        self._largest = SMALL if storage.is_local and not sync else -1
+        self._storage = storage
         self._pool = ThreadPoolExecutor(WRITERS)
-        self._waiting: deque[tuple[Future[None], int]] = deque()
-        self._bytes = 0
+        self._small: list[tuple[str, bytes]] = []
+        self._waiting: deque[tuple[Future[None], int, int]] = deque()
+        self._files = self._bytes = 0
 
-    def write(self, storage: Storage, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes) -> None:
         """Write a file soon; waits while too much is waiting."""
-        while self._waiting and (len(self._waiting) >= MOST_WAITING or self._bytes > MOST_BYTES):
+        if len(data) > self._largest:
+            self.add(name)
+            self._submit(1, len(data), self._storage.write_bytes, name, data)
+            return
+        self.add(name, crc32(data))
+        self._small.append((name, data))
+        if len(self._small) >= FILES_AT_ONCE:
+            self._submit_small()
+
+    def add(self, name: str, checksum: int | None = None) -> None:
+        """Remember a file."""
+        self.names.append(name)
+        self.sums.append(checksum)
+
+    def _submit_small(self) -> None:
+        files, self._small = self._small, []
+        self._submit(len(files), SMALL * len(files), self._storage.write_unsynced, files)
+
+    def _submit(self, files: int, size: int, write: Callable[..., None], *arguments: Any) -> None:
+        while self._waiting and (self._files >= MOST_WAITING or self._bytes > MOST_BYTES):
             self._settle_first()
-        self._waiting.append((self._pool.submit(storage.write_bytes, name, data), len(data)))
-        self._bytes += len(data)
+        self._waiting.append((self._pool.submit(write, *arguments), files, size))
+        self._files += files
+        self._bytes += size
 
     def _settle_first(self) -> None:
-        future, size = self._waiting.popleft()
+        future, files, size = self._waiting.popleft()
+        self._files -= files
         self._bytes -= size
         future.result()
 
@@ -50,6 +92,8 @@ class Writes:
         traceback: TracebackType | None,
     ) -> None:
         try:
+            if error is None and self._small:
+                self._submit_small()
             while error is None and self._waiting:
                 self._settle_first()
         finally:
@@ -62,10 +106,10 @@ class Outbox(Storage):
 
     Attributes:
         writes: shared with the storages of its folders.
-        folder: of this storage within the first one.
+        folder: of this storage within that of ``writes``.
     """
 
-    writes: Writes = field(default_factory=Writes)
+    writes: Writes
     folder: str = ""
 
     @classmethod
@@ -80,12 +124,11 @@ class Outbox(Storage):
     def write_bytes(self, name: str, data: bytes) -> None:
         """See the class."""
         self.path(name)  # refuses names that lead out, at once
-        self.writes.names.append(f"{self.folder}{name}")
-        self.writes.write(Storage(self.uri, self.fs, self.root), name, data)
+        self.writes.write(f"{self.folder}{name}", data)
 
     @contextlib.contextmanager
     def new_file(self, name: str) -> Iterator[IO[bytes]]:
         """See ``Storage``; the file is there at the end."""
-        self.writes.names.append(f"{self.folder}{name}")
+        self.writes.add(f"{self.folder}{name}")
         with super().new_file(name) as file:
             yield file

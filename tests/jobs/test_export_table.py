@@ -15,7 +15,10 @@ from pycocotools.cocoeval import COCOeval
 from benchmarks.faults.runs import Command
 from pipeline.files.status import STATUS_FILE
 from pipeline.files.storage import Storage, open_storage
-from pipeline.formats.export import Export, finish, make_plan, new_export, write_part
+from pipeline.formats.export import finish
+from pipeline.formats.parts import write_part
+from pipeline.formats.plan import make_plan
+from pipeline.formats.record import Export, new_export
 from pipeline.formats.registry import make_format
 from pipeline.formats.samples import Source
 from pipeline.table.record import read_table_record

@@ -18,19 +18,11 @@ from models.errors import MaskMillError
 from pipeline.corpus.manifest import stable_id
 from pipeline.files.images import decode
 from pipeline.files.storage import Storage, open_storage
-from pipeline.formats.export import (
-    Export,
-    check_output,
-    delete_export,
-    discard_leftovers,
-    find_export,
-    finish,
-    make_plan,
-    new_export,
-    write_part,
-    write_record,
-)
+from pipeline.formats.export import delete_export, discard_leftovers, finish
+from pipeline.formats.parts import write_part
+from pipeline.formats.plan import make_plan
 from pipeline.formats.png import Png, read_png
+from pipeline.formats.record import Export, check_output, find_export, new_export, write_record
 from pipeline.formats.samples import Source, split_of
 from pipeline.table.changed import Images
 from pipeline.table.committed import write_part as write_rows
@@ -106,6 +98,57 @@ def test_an_export_goes_on_and_grows_and_is_the_same_as_one_in_one_go(tmp_path: 
         "masks/scene_000",
     ]
     assert len(list(read_png(str(tmp_path / "out")).samples)) == 18
+
+
+def test_small_files_that_a_machine_lost_are_written_again(tmp_path: Path) -> None:
+    """They are not made sure of one by one; the whole export is, at its end."""
+    table, output = toy_table(tmp_path / "table", 16), open_storage(tmp_path / "out")
+    work = prepared(table, output)
+    plan = make_plan(work)
+    write_record(output, work.record)
+    for name in plan.todo[:3]:
+        write_part(name, export=work, plan=plan)
+    output.write_bytes("masks/scene_001.png", b"")
+    output.delete("masks/scene_009.png")
+    assert make_plan(work).todo == [plan.todo[0], plan.todo[2], plan.todo[3]]
+    assert export(table, output)[1] == [plan.todo[0], plan.todo[2], plan.todo[3]]
+    assert len(list(read_png(str(tmp_path / "out")).samples)) == 15
+    assert make_plan(work).todo == []
+
+
+def test_files_of_large_tables_share_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.formats.plan.PARTS_AT_LEAST", 2)
+    table, output = toy_table(tmp_path / "table", 20), open_storage(tmp_path / "out")
+    work = prepared(table, output)
+    plan = make_plan(work)
+    assert {name: len(part.files) for name, part in plan.parts.items()} == {"00000": 3, "00003": 2}
+    write_record(output, work.record)
+    write_part("00003", export=work, plan=plan)
+    add_rows(table, ["/toy/new.jpg", "/toy/bad.jpg"], seed=5)
+    record, done = export(table, output)
+    assert done == ["00000", "00005"] and record.images == {"train": 20}
+    found = {sample.uri: sample for sample in read_png(str(tmp_path / "out")).samples}
+    rows = {row["uri"]: row for row in iter_rows(table) if row["status"] == OK}
+    assert found.keys() == rows.keys()
+    for uri, row in rows.items():
+        assert np.array_equal(found[uri].labels, decode_mask(row["mask"]["bytes"]))
+
+
+def test_an_export_of_older_versions_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each file was a part, and was made sure of."""
+    table, output = toy_table(tmp_path / "table", 20), open_storage(tmp_path / "out")
+    export(table, output)
+    kept = output.read_json(".maskmill/plan.json")
+    for entry in kept["parts"]:
+        del entry["part"]
+    output.write_json(".maskmill/plan.json", kept)
+    for name in output.list(".maskmill/parts"):
+        head, *lines = output.read_bytes(name).splitlines()
+        older = {key: value for key, value in json.loads(head).items() if key != "sums"}
+        output.write_bytes(name, b"\n".join([json.dumps(older).encode(), *lines, b""]))
+    output.delete(".maskmill/parts/00001.jsonl")
+    monkeypatch.setattr("pipeline.formats.plan.PARTS_AT_LEAST", 2)
+    assert export(table, output)[1] == ["00001"]
 
 
 def test_images_that_have_changed_or_gone_are_left_out_until_they_are_back(tmp_path: Path) -> None:
