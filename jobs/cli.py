@@ -18,7 +18,7 @@ from tyro.conf import subcommand
 
 from jobs.benchmark import Benchmark
 from jobs.demo import Demo
-from jobs.evaluate import Evaluate
+from jobs.evaluate.command import Evaluate
 from jobs.export import Export
 from jobs.import_ import Import
 from jobs.label import Label

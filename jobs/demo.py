@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.console import timed
-from jobs.evaluate import evaluate
+from jobs.evaluate.compare import evaluate
 from jobs.retrain.command import PROMOTED, REFUSED, retrain
 from jobs.show import Show
 from models.errors import WrongUse

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import COMMANDS, TRAININGS, Train, check_command, parse
-from jobs.evaluate import Evaluate
+from jobs.evaluate.command import Evaluate
 from jobs.label import Label
 from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
 

@@ -19,7 +19,8 @@ from jobs.benchmarks.tables import (
     random_weights,
     why_not_measured,
 )
-from jobs.evaluate import evaluate, protocol_recipe
+from jobs.evaluate.compare import evaluate
+from jobs.evaluate.protocol import protocol_recipe
 from models.errors import MaskMillError, WrongUse, did_you_mean
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.protocols import PROTOCOLS, get_protocol

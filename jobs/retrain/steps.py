@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.evaluate import evaluate
+from jobs.evaluate.compare import evaluate
 from jobs.export import Export
 from jobs.label import LabelJob, label_images
 from jobs.retrain.page import write_page

@@ -1,0 +1,1 @@
+"""``maskmill evaluate``: the command, the comparison, the protocol it follows, and what it prints."""
