@@ -3,7 +3,7 @@
 A format is a frozen dataclass (its fields are its options) in a module of its own, which writes an export in
 two steps, so that workers write side by side and an interrupted export goes on:
 
-1. ``write_part``, once for each file of the table, on any worker: writes what belongs to these images
+1. ``write_part``, once for some files of the table, on any worker: writes what belongs to these images
    alone (masks, shards) and returns a JSON-serialisable entry for each.
 2. ``finish``, once: writes what names them all (annotation files, lists) from the entries, which are
    streamed and never held at once.
@@ -14,7 +14,8 @@ carry label maps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -53,6 +54,36 @@ class Sample:
     labels: Labels
     confidence: Confidence | None = None
     image: bytes | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadSample:
+    """An image of a dataset that is read, whose label map is read when it is first asked for.
+
+    So one that cannot be read keeps no reader from the next, and workers read side by side.
+
+    Attributes:
+        read: reads the labels.
+        number, id, name, uri, suffix, split, image: see ``Sample``.
+    """
+
+    number: int
+    id: int
+    name: str
+    uri: str
+    suffix: str
+    split: str = "train"
+    read: Callable[[], Labels]
+    image: bytes | None = None
+
+    @functools.cached_property
+    def labels(self) -> Labels:
+        """See ``Sample``.
+
+        Raises:
+            MaskMillError: ``dataset_invalid`` or ``mask_invalid``, naming the file.
+        """
+        return self.read()
 
 
 @dataclass
@@ -103,7 +134,7 @@ class Format(Protocol):
 
         Args:
             part: name of the part, unique and stable, fit for a file name, such as "00012".
-            samples: the labelled images of one file of the table.
+            samples: the labelled images of a part of the table.
             ontology: the classes of the labels.
             output: the export; files are put there atomically, with ``write_bytes`` or ``new_file``. They are
                 written in the background, and are all there once the part is done: do not read them back.
@@ -136,5 +167,5 @@ class Imported:
     """
 
     ontology: Ontology
-    samples: Iterable[Sample]
+    samples: Iterable[Sample | ReadSample]
     count: int | None = None

@@ -14,6 +14,7 @@ image's folder, and "all" for images in none.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ import numpy as np
 from models.errors import WrongUse
 from pipeline.files.documents import decoded, read_document
 from pipeline.files.storage import Storage, open_storage
-from pipeline.formats.base import Entry, Imported, Sample, Written
+from pipeline.formats.base import Entry, Imported, ReadSample, Sample, Written
 from pipeline.formats.classes import FoundClass, hex_color, ontology_of
 from pipeline.formats.escapes import escape, percent, unescape
 from pipeline.formats.labelmap import VOID, to_indices
@@ -197,7 +198,7 @@ class _Samples:
     ids: Mapping[int, int]
     images: str | None
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[ReadSample]:
         pictures = open_storage(self.images) if self.images is not None else self.storage.child(IMAGES)
         ending = f"_{TRUTH}_labelIds.png"
         number = 0
@@ -209,13 +210,16 @@ class _Samples:
             city, _, stem = rest.rpartition("/")
             mask = self.storage.uri_of(path)
             uri = pictures.uri_of(f"{below}_{IMAGES}.png")
-            yield Sample(
+            yield ReadSample(
                 number=number,
                 id=number,
                 name=_sample_name(city, stem),
                 uri=uri,
                 suffix=suffix_of(uri),
                 split=unescape(split),
-                labels=cast(Labels, relabel(read_mask(mask), self.ids, classes=self.ontology, where=mask)),
+                read=functools.partial(self._labels, mask),
             )
             number += 1
+
+    def _labels(self, mask: str) -> Labels:
+        return cast(Labels, relabel(read_mask(mask), self.ids, classes=self.ontology, where=mask))

@@ -16,6 +16,7 @@ else ignored.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -25,7 +26,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from pipeline.files.storage import Storage, open_storage
-from pipeline.formats.base import Entry, Imported, Loss, Sample, Written
+from pipeline.formats.base import Entry, Imported, Loss, ReadSample, Sample, Written
 from pipeline.formats.classes import CLASSES_FILE, ontology_of, read_classes, write_classes
 from pipeline.formats.cocolike import (
     CocoAnnotation,
@@ -263,12 +264,14 @@ class _Samples:
     ontology: Ontology
     class_ids: dict[int, int]
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[ReadSample]:
         number = 0
         for split in self.splits:
             of_image = split.by_image()
             for image_id, image in split.images.items():
-                yield split.sample(number, image, self._drawn(image, of_image.pop(image_id), split))
+                yield split.sample(
+                    number, image, functools.partial(self._drawn, image, of_image.pop(image_id), split)
+                )
                 number += 1
 
     def _drawn(

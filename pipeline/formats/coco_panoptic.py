@@ -9,6 +9,7 @@ What it shares with its relatives is in ``cocolike``.
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from pydantic import Field
 from pipeline.files.fetch import fetch
 from pipeline.files.images import ImageError
 from pipeline.files.storage import Storage, open_storage
-from pipeline.formats.base import Entry, Imported, Loss, Sample, Written
+from pipeline.formats.base import Entry, Imported, Loss, ReadSample, Sample, Written
 from pipeline.formats.classes import ontology_of
 from pipeline.formats.cocolike import (
     CocoImage,
@@ -209,7 +210,7 @@ class _Samples:
     splits: list[CocoSplit]
     ontology: Ontology
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[ReadSample]:
         number = 0
         for split in self.splits:
             class_ids = {category: class_id for class_id, category in enumerate(split.classes)}
@@ -223,8 +224,9 @@ class _Samples:
                         f"{what} is of image {one.image_id}, which the file does not list",
                     )
                 file = f"{split.name.removesuffix('.json')}/{refuse_outside(one.file_name, split.where)}"
-                labels = self._labels(split.place.uri_of(file), image, one.segments_info, class_ids, split)
-                yield split.sample(number, image, labels)
+                mask = split.place.uri_of(file)
+                read = functools.partial(self._labels, mask, image, one.segments_info, class_ids, split)
+                yield split.sample(number, image, read)
                 number += 1
 
     def _labels(

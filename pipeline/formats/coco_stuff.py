@@ -9,6 +9,7 @@ have a palette for up to 255 classes, else 16 bits. What it shares with its rela
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipeline.files.storage import Storage, open_storage
-from pipeline.formats.base import Entry, Imported, Sample, Written
+from pipeline.formats.base import Entry, Imported, ReadSample, Sample, Written
 from pipeline.formats.classes import ontology_of
 from pipeline.formats.cocolike import (
     CocoAnnotation,
@@ -132,12 +133,14 @@ class _Samples:
     splits: list[CocoSplit]
     ontology: Ontology
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[ReadSample]:
         number = 0
         for split in self.splits:
             of_image = split.by_image()
             for image_id, image in split.images.items():
-                yield split.sample(number, image, self._drawn(image, of_image.pop(image_id), split))
+                yield split.sample(
+                    number, image, functools.partial(self._drawn, image, of_image.pop(image_id), split)
+                )
                 number += 1
 
     def _drawn(

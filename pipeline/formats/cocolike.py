@@ -11,7 +11,7 @@ the image was labelled from.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Annotated, Any, TypeVar
@@ -22,7 +22,7 @@ from models.errors import MaskMillError, WrongUse
 from pipeline.files.documents import first_problem, parsed_json, read_document
 from pipeline.files.images import MAX_PIXELS
 from pipeline.files.storage import Storage, is_remote, open_storage
-from pipeline.formats.base import Sample
+from pipeline.formats.base import ReadSample, Sample
 from pipeline.formats.classes import FoundClass
 from pipeline.formats.names import refuse_outside, suffix_of
 from pipeline.table.statistics import Labels
@@ -147,21 +147,21 @@ class CocoSplit:
             found[one.image_id].append((place, one))
         return found
 
-    def sample(self, number: int, image: CocoImage, labels: Labels) -> Sample:
+    def sample(self, number: int, image: CocoImage, read: Callable[[], Labels]) -> ReadSample:
         """A sample of this split."""
         file = refuse_outside(image.file_name, self.where)
         if self.folder is None and image.coco_url and _is_address(image.coco_url):
             uri = image.coco_url
         else:
             uri = (self.folder or self.place).uri_of(file)
-        return Sample(
+        return ReadSample(
             number=number,
             id=number,
             name=file.removesuffix(PurePosixPath(file).suffix),
             uri=uri,
             suffix=suffix_of(file),
             split=self.split,
-            labels=labels,
+            read=read,
         )
 
 

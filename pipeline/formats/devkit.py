@@ -8,6 +8,7 @@ labelmap.txt
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pipeline.files.documents import decoded, read_document
 from pipeline.files.fetch import fetch
 from pipeline.files.images import ImageError
 from pipeline.files.storage import Storage, open_storage
-from pipeline.formats.base import Entry, Imported, Sample
+from pipeline.formats.base import Entry, Imported, ReadSample
 from pipeline.formats.escapes import escape, unescape
 from pipeline.formats.labelmap import VOID, LabelMap, read_labelmap
 from pipeline.formats.masks import decode_ids, relabel, unreadable
@@ -113,7 +114,7 @@ class _Samples:
     lists: tuple[str, ...]
     images: str | None
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[ReadSample]:
         pictures = open_storage(self.images) if self.images is not None else self.storage.child(IMAGES)
         found = image_paths(pictures)
         seen: set[str] = set()
@@ -127,14 +128,16 @@ class _Samples:
                 seen.add(line)
                 image = found.get(line)
                 uri = pictures.uri_of(image if image is not None else f"{line}.jpg")
-                yield Sample(
+                yield ReadSample(
                     number=number,
                     id=number,
                     name=unescape(line),
                     uri=uri,
                     suffix=suffix_of(uri),
                     split=unescape(split),
-                    labels=read_class_mask(self.storage.uri_of(f"{MASKS}/{line}.png"), self.labels),
+                    read=functools.partial(
+                        read_class_mask, self.storage.uri_of(f"{MASKS}/{line}.png"), self.labels
+                    ),
                 )
                 number += 1
 

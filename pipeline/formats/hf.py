@@ -12,6 +12,7 @@ names of all.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ from models.errors import MaskMillError, WrongUse
 from pipeline.files.documents import parsed_json, parsed_yaml, read_document, refuse_no_file
 from pipeline.files.faults import says_damage
 from pipeline.files.storage import Storage, is_remote, open_storage
-from pipeline.formats.base import Entry, Imported, Sample, Written
+from pipeline.formats.base import Entry, Imported, ReadSample, Sample, Written
 from pipeline.formats.classes import (
     CLASSES_FILE,
     FoundClass,
@@ -307,18 +308,14 @@ class _Samples:
         ids = identity_ids(self.ontology.num_classes, ignore=self.ontology.ignore_index)
         object.__setattr__(self, "_ids", ids)
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[ReadSample]:
         number = 0
         for split, file in self.files:
             for row, values in enumerate(_rows(self.place, file)):
                 yield self._sample(number, split, f"{self.place.uri_of(file)}: row {row}", values)
                 number += 1
 
-    def _sample(self, number: int, split: str, where: str, row: dict[str, Any]) -> Sample:
-        mask = row["mask"].get("bytes") if isinstance(row["mask"], dict) else None
-        if not isinstance(mask, bytes):
-            raise _invalid(where, "it has no mask")
-        labels = relabel(decode_ids(mask, where), self._ids, classes=self.ontology, where=where)
+    def _sample(self, number: int, split: str, where: str, row: dict[str, Any]) -> ReadSample:
         image = row["image"] if isinstance(row["image"], dict) else {}
         path = str(image.get("path") or "")
         uri = row["uri"] or (path if is_remote(path) or path.startswith("/") else "")
@@ -327,16 +324,22 @@ class _Samples:
         refuse_outside(name, where)
         if self.images is not None:
             uri = open_storage(self.images).uri_of(f"{name}{suffix}")
-        return Sample(
+        return ReadSample(
             number=number,
             id=number,
             name=name,
             uri=uri or f"{where}{suffix}",
             suffix=suffix,
             split=split,
-            labels=cast(Labels, labels),
+            read=functools.partial(self._labels, row["mask"], where),
             image=image.get("bytes"),
         )
+
+    def _labels(self, cell: Any, where: str) -> Labels:
+        mask = cell.get("bytes") if isinstance(cell, dict) else None
+        if not isinstance(mask, bytes):
+            raise _invalid(where, "it has no mask")
+        return cast(Labels, relabel(decode_ids(mask, where), self._ids, classes=self.ontology, where=where))
 
 
 def _rows(place: Storage, name: str) -> Iterator[dict[str, Any]]:

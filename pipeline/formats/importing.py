@@ -1,7 +1,8 @@
 """Datasets with label maps into label tables: true labels, as rows like those of a labelling.
 
-An image that cannot be read, or whose labels have another size, is a row with a status. Images that the
-dataset holds itself, rather than their addresses, are written to ``imported_images/`` of the table.
+An image that cannot be read, or whose labels cannot be read or have another size, is a row with a status.
+Labels are read in the threads that read the images. Images that the dataset holds itself, rather than their
+addresses, are written to ``imported_images/`` of the table.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
+from models.errors import MaskMillError
 from pipeline.corpus.manifest import stable_id
 from pipeline.files.fetch import fetch, file_version
 from pipeline.files.images import ImageError, decode, use_one_thread
 from pipeline.files.redaction import without_signature
 from pipeline.files.storage import Storage, canonical_uri
-from pipeline.formats.base import Sample
+from pipeline.formats.base import ReadSample, Sample
 from pipeline.formats.names import safe
 from pipeline.table.committed import Ids, write_part
 from pipeline.table.labels import LABEL_SCHEMA, failed_row, ok_row
@@ -31,12 +33,14 @@ IMAGES_DIR: Final = "imported_images"
 ROWS_A_PART: Final = 256
 SIZE_DIFFERS: Final = "mask_invalid"
 """Status of an image whose labels have another size."""
+UNREADABLE: Final = ("dataset_invalid", "mask_invalid")
+"""Errors of reading a label map that are of this image alone; they become its status."""
 _AT_ONCE = 8
 """Images in memory."""
 
 
 def import_samples(
-    samples: Iterable[Sample],
+    samples: Iterable[Sample | ReadSample],
     table: Storage,
     *,
     ignore_index: int,
@@ -90,13 +94,13 @@ def import_samples(
     return repeated
 
 
-def _chunks(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+def _chunks(samples: Iterable[Sample | ReadSample], size: int) -> Iterator[list[Sample | ReadSample]]:
     source = iter(samples)
     while chunk := list(itertools.islice(source, size)):
         yield chunk
 
 
-def _place(sample: Sample, table: Storage) -> tuple[str, str]:
+def _place(sample: Sample | ReadSample, table: Storage) -> tuple[str, str]:
     """Where the image is, and its address in the table, which has no signature."""
     if sample.image is not None:
         name = safe(sample.name.rpartition("/")[2])
@@ -108,7 +112,7 @@ def _place(sample: Sample, table: Storage) -> tuple[str, str]:
 
 
 def _row(
-    sample: Sample, address: str, uri: str, row_id: int, *, table: Storage, ignore_index: int
+    sample: Sample | ReadSample, address: str, uri: str, row_id: int, *, table: Storage, ignore_index: int
 ) -> dict[str, Any]:
     version = None
     sha256 = None
@@ -131,7 +135,12 @@ def _row(
         "width": width,
         "version": version,
     }
-    labels = sample.labels
+    try:
+        labels = sample.labels
+    except MaskMillError as error:
+        if error.code not in UNREADABLE:  # a storage that is out of reach is no fault of the mask
+            raise
+        return failed_row(**known, status=error.code, error=error.message)
     if labels.shape != (height, width):
         sizes = f"labels of {labels.shape[0]} x {labels.shape[1]}, upright image of {height} x {width} pixels"
         return failed_row(**known, status=SIZE_DIFFERS, error=sizes)

@@ -13,6 +13,7 @@ elsewhere keep their addresses.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -30,7 +31,7 @@ from models.errors import WrongUse
 from pipeline.files.documents import decoded, first_problem, read_document
 from pipeline.files.images import MAX_PIXELS
 from pipeline.files.storage import Storage, is_remote, open_storage
-from pipeline.formats.base import Entry, Imported, Sample, Written
+from pipeline.formats.base import Entry, Imported, ReadSample, Sample, Written
 from pipeline.formats.brush import decode_brush, encode_brush
 from pipeline.formats.classes import FoundClass, hex_color, ontology_of
 from pipeline.formats.jsonfile import encode
@@ -278,7 +279,7 @@ class _Samples:
         ids = {name: number for number, name in enumerate(self.ontology.names)}
         return ids if self.ignored is None else {**ids, self.ignored: self.ontology.ignore_index}
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[ReadSample]:
         where = self.storage.uri_of(self.file)
         for number, raw in enumerate(_listed(self.storage, self.file)):
             title = f"{where}: task {number + 1}"
@@ -288,14 +289,14 @@ class _Samples:
                 raise _invalid(title, first_problem(error)) from None
             name = task.data.name or _name_of(task.data.image)
             uri = self._uri(task.data, name, title)
-            yield Sample(
+            yield ReadSample(
                 number=number,
                 id=number,
                 name=name,
                 uri=uri,
                 suffix=suffix_of(uri),
                 split=task.data.split,
-                labels=self._labels(task, uri, title),
+                read=functools.partial(self._labels, task, uri, title),
             )
 
     def _uri(self, data: _Data, name: str, title: str) -> str:

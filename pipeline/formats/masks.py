@@ -163,5 +163,5 @@ def unreadable(uri: str, why: str) -> MaskMillError:
     return WrongUse(
         "dataset_invalid",
         f"{uri} cannot be read: {why}.",
-        "Get this file again; a dataset is read whole or not at all.",
+        "Get this file again, or leave its image out.",
     )

@@ -10,15 +10,16 @@ train.txt …       names by split, a line each
 from __future__ import annotations
 
 import csv
+import functools
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import IO, BinaryIO, ClassVar, cast
 
 from models.errors import WrongUse
 from pipeline.files.storage import Storage, open_storage
-from pipeline.formats.base import Entry, Imported, Sample, Written
+from pipeline.formats.base import Entry, Imported, ReadSample, Sample, Written
 from pipeline.formats.classes import CLASSES_FILE, read_classes, write_classes
 from pipeline.formats.masks import identity_ids, read_mask, relabel
 from pipeline.formats.names import refuse_outside, suffix_of
@@ -108,12 +109,11 @@ class _Samples:
     ontology: Ontology
     images: str | None
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[ReadSample]:
         ids = identity_ids(self.ontology.num_classes, ignore=self.ontology.ignore_index)
         where = self.storage.uri_of(IMAGES_FILE)
         for number, row in enumerate(_rows(self.storage)):
             mask = self.storage.uri_of(refuse_outside(row["mask"], where))
-            labels = cast(Labels, relabel(read_mask(mask), ids, classes=self.ontology, where=mask))
             image = row["image"]
             if self.images is not None:
                 uri = open_storage(self.images).uri_of(
@@ -121,15 +121,18 @@ class _Samples:
                 )
             else:
                 uri = self.storage.uri_of(refuse_outside(image, where)) if image else row["uri"]
-            yield Sample(
+            yield ReadSample(
                 number=number,
                 id=number,
                 name=row["name"],
                 uri=uri,
                 suffix=suffix_of(uri),
                 split=row["split"],
-                labels=labels,
+                read=functools.partial(self._labels, mask, ids),
             )
+
+    def _labels(self, mask: str, ids: Mapping[int, int]) -> Labels:
+        return cast(Labels, relabel(read_mask(mask), ids, classes=self.ontology, where=mask))
 
 
 def _rows(storage: Storage) -> Iterator[dict[str, str]]:

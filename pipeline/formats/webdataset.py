@@ -10,6 +10,7 @@ last component are written as %2E: the format ends keys at the first dot. The JS
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 import tarfile
@@ -27,7 +28,7 @@ from pipeline.files.documents import first_problem, parsed_json, read_document, 
 from pipeline.files.fetch import max_bytes
 from pipeline.files.images import MAX_PIXELS
 from pipeline.files.storage import Storage, open_storage
-from pipeline.formats.base import Entry, Imported, Sample, Written
+from pipeline.formats.base import Entry, Imported, ReadSample, Sample, Written
 from pipeline.formats.classes import read_classes, write_classes
 from pipeline.formats.jsonfile import encode
 from pipeline.formats.masks import decode_ids, identity_ids, relabel
@@ -182,7 +183,7 @@ class _Samples:
     shards: dict[str, list[_Shard]]
     images: str | None
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[ReadSample]:
         number = 0
         for split, shards in self.shards.items():
             for shard in shards:
@@ -197,23 +198,15 @@ class _Samples:
                         f"it holds {number - first:,} images, and {SHARDS_FILE} says {shard.nsamples:,}",
                     )
 
-    def _sample(self, number: int, split: str, where: str, key: str, fields: dict[str, bytes]) -> Sample:
-        for needed in (MASK, INFO):
-            if needed not in fields:
-                raise _invalid(where, f"there is no {needed}")
+    def _sample(self, number: int, split: str, where: str, key: str, fields: dict[str, bytes]) -> ReadSample:
+        if INFO not in fields:
+            raise _invalid(where, f"there is no {INFO}")
         raw = parsed_json(fields[INFO], f"{where}.{INFO}", code="dataset_invalid")
         try:
             info = _Info.model_validate(raw)
         except ValidationError as error:
             raise _invalid(f"{where}.{INFO}", first_problem(error)) from None
         size = None if info.height is None or info.width is None else (info.height, info.width)
-        mask = f"{where}.{MASK}"
-        labels = relabel(
-            decode_ids(fields[MASK], mask, size=size),
-            identity_ids(self.ontology.num_classes, ignore=self.ontology.ignore_index),
-            classes=self.ontology,
-            where=mask,
-        )
         other = next((field for field in fields if f".{field}" in IMAGE_EXTENSIONS), None)
         name = refuse_outside(info.name or unquote(key), where)
         suffix = suffix_of(info.uri or "") if other is None else f".{other}"
@@ -221,16 +214,23 @@ class _Samples:
             uri = open_storage(self.images).uri_of(f"{name}{suffix}")
         else:
             uri = info.uri or f"{where}{suffix}"
-        return Sample(
+        return ReadSample(
             number=number,
             id=number,
             name=name,
             uri=uri,
             suffix=suffix,
             split=info.split or split,
-            labels=cast(Labels, labels),
+            read=functools.partial(self._labels, fields.get(MASK), f"{where}.{MASK}", size),
             image=None if other is None else fields[other],
         )
+
+    def _labels(self, mask: bytes | None, where: str, size: tuple[int, int] | None) -> Labels:
+        if mask is None:
+            raise _invalid(where, "it is not there")
+        ids = identity_ids(self.ontology.num_classes, ignore=self.ontology.ignore_index)
+        found = relabel(decode_ids(mask, where, size=size), ids, classes=self.ontology, where=where)
+        return cast(Labels, found)
 
 
 def _groups(place: Storage, name: str) -> Iterator[tuple[str, dict[str, bytes]]]:

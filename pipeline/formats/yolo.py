@@ -11,6 +11,7 @@ background among the classes, they become background.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from pydantic import Field
 from models.errors import WrongUse
 from pipeline.files.documents import decoded, parsed_yaml, read_document
 from pipeline.files.storage import Storage, open_storage
-from pipeline.formats.base import Entry, Imported, Loss, Sample, Written
+from pipeline.formats.base import Entry, Imported, Loss, ReadSample, Sample, Written
 from pipeline.formats.classes import FoundClass, ontology_of
 from pipeline.formats.devkit import image_paths
 from pipeline.formats.escapes import escape, percent, unescape
@@ -234,7 +235,7 @@ class _Samples:
     folders: tuple[tuple[str, str], ...]
     images: str | None
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[ReadSample]:
         number = 0
         for split, folder in self.folders:
             parts = PurePosixPath(folder).parts
@@ -246,22 +247,23 @@ class _Samples:
             labels = self.storage.child("/".join((*parts[:last], LABELS, *parts[last + 1 :])))
             for name, image in sorted(image_paths(pictures).items()):
                 uri = pictures.uri_of(image)
-                yield Sample(
+                yield ReadSample(
                     number=number,
                     id=number,
                     name=unescape(name),
                     uri=uri,
                     suffix=suffix_of(uri),
                     split=split,
-                    labels=_drawn(labels, f"{name}.txt", image_size(uri), self.ontology),
+                    read=functools.partial(_drawn, labels, f"{name}.txt", uri, self.ontology),
                 )
                 number += 1
 
 
-def _drawn(place: Storage, name: str, size: tuple[int, int], ontology: Ontology) -> Labels:
+def _drawn(place: Storage, name: str, image: str, ontology: Ontology) -> Labels:
     """The labels (H, W) of an image; all without a polygon if it has no file."""
     import cv2
 
+    size = image_size(image)
     where = place.uri_of(name)
     try:
         data = read_document(place, name, code="dataset_invalid")

@@ -75,6 +75,25 @@ def test_labels_and_images_come_back(tmp_path, maskmill_here, table, truth, name
     assert files(output) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "options"), [("yolo", ["smallest=9"]), ("coco", ["min_area=9"]), ("coco", [])]
+)
+def test_what_a_format_loses_is_told(tmp_path, maskmill_here, table, truth, name, options):
+    """Polygons and segments that are too small: as many pixels as differ when the export is read again."""
+    output = tmp_path / "out"
+    settings = [word for option in options for word in ("--set", option)]
+    done = maskmill_here(
+        "export", table.uri, "--format", name, "--output", output, "--with-images", *settings
+    )
+    assert done.returncode == 0, done.stderr
+    lost = json.loads((output / "export.json").read_text())["lost"]
+    found = {Path(sample.name).name: sample.labels for sample in find_reader(name)(str(output)).samples}
+    wrong = sum(int((found[key] != labels)[labels != 255].sum()) for key, labels in truth.items())
+    assert wrong == lost["pixels"] and bool(wrong) == bool(options)
+    told = ", ".join(f"{count:,} {what}" for what, count in lost.items() if count)
+    assert f"  not carried  {told or 'nothing was lost'}\n" in done.stderr
+
+
 def test_load_dataset_opens_images_and_masks(tmp_path, monkeypatch, maskmill_here, table, truth):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     datasets = pytest.importorskip("datasets")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import fsspec
@@ -111,6 +112,47 @@ def test_bad_images_are_rows_and_a_second_listing_is_passed_over(tmp_path: Path,
     assert other.returncode == 2 and "[output_differs]" in other.stderr
     anew = maskmill_here(*command, "--overwrite", "--max-failure-rate", 0.5)
     assert anew.returncode == 0 and "Imported 4 images" in anew.stderr
+
+
+@pytest.mark.parametrize("name", ["png", "voc", "webdataset"])
+def test_damaged_masks_are_rows(tmp_path: Path, maskmill_here, name: str) -> None:
+    """One that is no PNG, one that is gone, one of another size, and one with ids that are no class."""
+    toy_table(tmp_path / "table", 7, images=tmp_path / "images")
+    out = tmp_path / "out"
+    done = maskmill_here("export", tmp_path / "table", "--format", name, "--output", out, "--with-images")
+    assert done.returncode == 0, done.stderr
+    small, strange = io.BytesIO(), io.BytesIO()
+    Image.fromarray(np.zeros((20, 48), np.uint8)).save(small, "PNG")
+    Image.fromarray(np.full((48, 48), 200, np.uint8)).save(strange, "PNG")
+    damage = {"scene_000": b"no mask", "scene_001": None, "scene_002": small.getvalue()}
+    damage["scene_003"] = strange.getvalue()
+    if name == "webdataset":
+        for shard in out.glob("*.tar"):
+            with tarfile.open(shard) as old:
+                members = [(one, old.extractfile(one).read()) for one in old]
+            with tarfile.open(shard, "w") as new:
+                for member, content in members:
+                    key, _, field = member.name.partition(".")
+                    made = damage.get(key, content) if field == "mask.png" else content
+                    if made is not None:
+                        member.size = len(made)
+                        new.addfile(member, io.BytesIO(made))
+    else:
+        masks = {path.stem: path for path in out.rglob("*.png") if path.parent.name != "images"}
+        for stem, data in damage.items():
+            masks[stem].write_bytes(data) if data is not None else masks[stem].unlink()
+    command = ("import", "--format", name, "--input", out, "--output", tmp_path / "truth")
+    done = maskmill_here(*command)
+    assert done.returncode == 1 and "66.7% of the images failed" in done.stderr, done.stderr
+    rows = {Path(row["uri"]).stem[-9:]: row for row in iter_rows(str(tmp_path / "truth"))}
+    assert {stem: row["status"] for stem, row in rows.items()} == {
+        "scene_000": "dataset_invalid", "scene_001": "dataset_invalid", "scene_002": "mask_invalid",
+        "scene_003": "mask_invalid", "scene_004": OK, "scene_005": OK,
+    }  # fmt: skip
+    assert all(row["error"] and row["height"] == 48 for row in rows.values() if row["status"] != OK)
+    assert maskmill_here("verify", tmp_path / "truth").returncode == 0
+    again = maskmill_here(*command)
+    assert again.returncode == 0 and "Nothing new" in again.stderr
 
 
 def test_everything_may_be_in_an_object_store(maskmill_here, s3: dict[str, str]) -> None:

@@ -151,7 +151,7 @@ def test_hostile_datasets_are_refused(tmp_path, case):
     if names:
         (tmp_path / "id2label.json").write_text(names)
     with pytest.raises(MaskMillError, match=why) as error:
-        list(read_hf(str(tmp_path)).samples)
+        [one.labels for one in read_hf(str(tmp_path)).samples]
     assert error.value.code in ("dataset_invalid", "mask_invalid", "dataset_missing")
 
 
@@ -178,8 +178,8 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path):
     whole = file.read_bytes()
     file.write_bytes(whole.replace(b"name", b"n\x80me"))  # a column's name that is not UTF-8
     with pytest.raises(MaskMillError, match="no readable Parquet"):
-        list(read_hf(str(tmp_path)).samples)
+        [one.labels for one in read_hf(str(tmp_path)).samples]
     file.write_bytes(b"PAR1" + bytes(100))
     with pytest.raises(MaskMillError, match="no readable Parquet") as error:
-        list(read_hf(str(tmp_path)).samples)
+        [one.labels for one in read_hf(str(tmp_path)).samples]
     assert error.value.code == "dataset_invalid"

@@ -115,7 +115,7 @@ def test_what_is_refused(tmp_path):
     output.write_bytes("labelmap.txt", b"cat:1,2,3::\n")
     output.write_bytes("ImageSets/Segmentation/train.txt", b"../x\n")
     with pytest.raises(MaskMillError, match="not in the dataset") as error:
-        list(read_voc(output.uri).samples)
+        [one.labels for one in read_voc(output.uri).samples]
     assert error.value.code == "dataset_invalid"
 
 
