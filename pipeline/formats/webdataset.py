@@ -221,15 +221,16 @@ class _Samples:
             uri=uri,
             suffix=suffix,
             split=info.split or split,
-            read=functools.partial(self._labels, fields.get(MASK), f"{where}.{MASK}", size),
+            read=functools.partial(self._labels, fields.get(MASK), where, size),
             image=None if other is None else fields[other],
         )
 
     def _labels(self, mask: bytes | None, where: str, size: tuple[int, int] | None) -> Labels:
         if mask is None:
-            raise _invalid(where, "it is not there")
+            raise _invalid(where, f"there is no {MASK}")
+        file = f"{where}.{MASK}"
         ids = identity_ids(self.ontology.num_classes, ignore=self.ontology.ignore_index)
-        found = relabel(decode_ids(mask, where, size=size), ids, classes=self.ontology, where=where)
+        found = relabel(decode_ids(mask, file, size=size), ids, classes=self.ontology, where=file)
         return cast(Labels, found)
 
 

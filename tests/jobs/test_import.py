@@ -157,12 +157,12 @@ def test_damaged_masks_are_rows(tmp_path: Path, maskmill_here, name: str) -> Non
 
 def test_everything_may_be_in_an_object_store(maskmill_here, s3: dict[str, str]) -> None:
     fsspec.filesystem("s3").mkdir("mill")
-    toy_table("s3://mill/table", 5, images="s3://mill/images")
+    toy_table("s3://mill/table", 3, images="s3://mill/images")
     for command in (
         ("export", "s3://mill/table", "--format", "coco", "--output", "s3://mill/coco", "--with-images"),
         ("import", "--format", "coco", "--input", "s3://mill/coco", "--output", "s3://mill/truth"),
     ):
-        for said in ("4 images", "Nothing new"):
+        for said in ("2 images", "Nothing new"):
             done = maskmill_here(*command, **s3)
             assert done.returncode == 0 and said in done.stderr, done.stderr
     assert_same(masks_of("s3://mill/truth"), masks_of("s3://mill/table"))
@@ -192,8 +192,14 @@ def test_a_killed_import_goes_on(tmp_path: Path, maskmill_here, maskmill_environ
 
 @pytest.mark.skipif(not VOC.is_dir(), reason="the VOC subset is not on this machine (shared/data)")
 def test_real_masks_become_coco_and_come_back(tmp_path: Path, maskmill_here) -> None:
+    root = tmp_path / "some"
+    lists = "ImageSets/val.txt"
+    (root / lists).parent.mkdir(parents=True)
+    (root / lists).write_text("\n".join((VOC / lists).read_text().split()[:12]))
+    for name in ("JPEGImages", "SegmentationClassAug"):
+        (root / name).symlink_to(VOC / name)
     done = maskmill_here(
-        "import", "--dataset", "voc21", "--root", VOC, "--split", "val", "--output", tmp_path / "voc"
+        "import", "--dataset", "voc21", "--root", root, "--split", "val", "--output", tmp_path / "voc"
     )
     assert done.returncode == 0, done.stderr
     for command in (
