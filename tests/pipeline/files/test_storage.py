@@ -114,6 +114,19 @@ def test_home_folder(tmp_path, monkeypatch):
     assert canonical_uri("a/~/x") == str(tmp_path / "a" / "~" / "x")
 
 
+def test_many_small_files(storage):
+    storage.write_bytes("b.bin", b"old")
+    storage.write_unsynced([("b.bin", b"new"), ("masks/a.png", b""), ("masks/deep/c d.png", b"3")])
+    found = {name: storage.read_bytes(name) for name in storage.list(recursive=True)}
+    assert found == {"b.bin": b"new", "masks/a.png": b"", "masks/deep/c d.png": b"3"}
+    if storage.is_local:  # nothing half-written
+        assert len([path for path in Path(storage.path()).rglob("*") if path.is_file()]) == 3
+    for outside in ("../x", "/x", "a/../../x", "."):
+        with pytest.raises(ValueError, match="not a name inside"):
+            storage.write_unsynced([(outside, b"")])
+    assert storage.path("a//b/./c") == storage.path("a/b/c")
+
+
 def test_files(storage):
     assert not storage.exists()
     assert storage.list() == storage.list("none", recursive=True) == []
