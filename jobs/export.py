@@ -17,7 +17,7 @@ from tyro.conf import Positional, arg
 from jobs.console import counted, duration, name_run, stderr_console, stop_at_once, timed
 from jobs.options import FLAT, Address, Flag, Maybe, Settings, Verbose, ViewOptions, named_values
 from models.errors import WrongUse, did_you_mean
-from pipeline.cluster.session import joins_cluster
+from pipeline.cluster.session import joins_cluster, make_variables
 from pipeline.files.outputs import check_output_folder
 from pipeline.files.status import StatusFile, settle_status
 from pipeline.files.storage import open_storage
@@ -139,6 +139,7 @@ class Export:
         from pipeline.table.lease import Lease, refuse_other_holder
 
         own = work.output.child(OWN_DIR)
+        make_variables(verbose=self.verbose)  # before the lease starts threads
         with ExitStack() as stack:
             lease = stack.enter_context(
                 Lease.acquire(own, on_lost=stop_at_once, cluster=joins_cluster(self.address), notice=say)

@@ -36,7 +36,7 @@ from models.errors import FailedWork, WrongUse
 from pipeline.cluster.disks import Landmarks, require_shared
 from pipeline.cluster.metrics import LabellingMetrics
 from pipeline.cluster.nodes import plan_like, plan_when_joined
-from pipeline.cluster.session import joins_cluster, ray_session, worker_precision
+from pipeline.cluster.session import joins_cluster, make_variables, ray_session, worker_precision
 from pipeline.cluster.signals import signals_held
 from pipeline.corpus.manifest import ADDRESS, build_manifest
 from pipeline.corpus.selection import some_of
@@ -230,6 +230,7 @@ def label_images(
     began = time.monotonic()
     refuse_missing_file(job.recipe.pretrained)
     check_output_folder(job.output)
+    make_variables(verbose=job.verbose)  # before the lease starts threads
     storage = open_storage(job.output)
     tracker = open_tracker(
         job.tracking, system_metrics=job.system_metrics, waiting=functools.partial(timed, console)

@@ -25,7 +25,7 @@ from tyro.conf import Suppress
 from jobs.console import TrainDisplay, duration, name_run, stderr_console, timed
 from jobs.options import Address, Flag, Maybe, SystemMetrics, Tracking, Verbose
 from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
-from pipeline.cluster.session import joins_cluster
+from pipeline.cluster.session import joins_cluster, make_variables
 from pipeline.files.outputs import check_output_folder
 from pipeline.files.recipes import Recipe
 from pipeline.files.status import StatusFile, settle_status
@@ -184,6 +184,7 @@ def run_training(
             "Leave --register out, or name an MLflow server: --tracking URI.",
         )
     on_cluster = joins_cluster(options.address)
+    make_variables(verbose=options.verbose)  # before torch and the lease start threads
     _refuse_foreign(storage, result_file, own_entries)
     with timed(console, "reading weights and labels"):
         prepared = prepare()

@@ -18,7 +18,7 @@ import json
 import os
 import zipfile
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,12 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 _NO_DOWNLOAD = "To try MaskMill without a download, use the bundled toy: --recipe toy."
 _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".ckpt")
+HUB_REPOSITORIES = {
+    ("ViT-B-16-quickgelu", "openai"): "timm/vit_base_patch16_clip_224.openai",
+    ("RN50-quickgelu", "openai"): "timm/resnet50_clip.openai",
+    ("RN50x16-quickgelu", "openai"): "timm/resnet50x16_clip.openai",
+}
+"""Where open_clip gets the weights of MaskMill's own recipes, so that these are looked for without it."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,7 @@ class WeightSource:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the weights file in hex, or ``random:SEED:NAME``."""
-        if self.path is None:
-            return f"random:{self.seed}:{self.name}"
-        return sha256(self.path)
+        return f"random:{self.seed}:{self.name}" if self.path is None else _sha256_once(self.path)
 
 
 def find_weights(model: str, pretrained: str | None, *, cache_dir: str | Path | None = None) -> WeightSource:
@@ -101,6 +105,25 @@ def find_weights(model: str, pretrained: str | None, *, cache_dir: str | Path | 
         found = _from_name(model.replace("/", "-"), pretrained, cache)
     check_supported(found.name, found.config)
     return found
+
+
+def own_fingerprint(model: str, pretrained: str | None) -> str | None:
+    """The ``fingerprint`` of weights of MaskMill's own recipes, found without importing open_clip.
+
+    Returns:
+        None for other weights, which ``find_weights`` finds.
+
+    Raises:
+        MaskMillError: as ``find_weights``.
+    """
+    seed = _seed(pretrained)
+    if model == toyclip.MODEL_NAME and pretrained in (None, toyclip.PRETRAINED):
+        return _sha256_once(toyclip.weights_path())
+    if seed is not None and any(model == known for known, _ in HUB_REPOSITORIES):
+        return f"random:{seed}:{model}"
+    if pretrained is not None and (model, pretrained) in HUB_REPOSITORIES:
+        return _sha256_once(_find_own(model, pretrained, None))
+    return None
 
 
 def read_state(path: Path, *, prefix: str = "") -> dict[str, Tensor]:
@@ -161,6 +184,16 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _sha256_once(path: Path) -> str:
+    state = path.stat()
+    return _sha256_of_state(path, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _sha256_of_state(path: Path, _size: int, _changed_ns: int) -> str:
+    return sha256(path)
+
+
 def openai_archives() -> frozenset[str]:
     """SHA-256 of each file that OpenAI published, taken from its URL."""
     import open_clip
@@ -212,6 +245,9 @@ def _from_name(name: str, pretrained: str | None, cache: str | None) -> WeightSo
     if name == toyclip.MODEL_NAME and pretrained in (None, toyclip.PRETRAINED):
         path = toyclip.weights_path()
         return WeightSource(name, str(path), toyclip.config(), path, None, OPENAI_MEAN, OPENAI_STD)
+    if pretrained is not None and (name, pretrained) in HUB_REPOSITORIES:
+        # Tell that they are missing before the import, which takes seconds.
+        _find_own(name, pretrained, cache)
     import open_clip
 
     if name == toyclip.MODEL_NAME:
@@ -257,6 +293,10 @@ def _from_name(name: str, pretrained: str | None, cache: str | None) -> WeightSo
             "Check the path, or name an open_clip tag.",
         )
     raise _unknown_tag(name, pretrained, tags)
+
+
+def _find_own(name: str, pretrained: str, cache: str | None) -> Path:
+    return _fetch_from_hub(name, pretrained, HUB_REPOSITORIES[name, pretrained], "", cache)
 
 
 def _unknown_tag(name: str, pretrained: str, tags: list[str]) -> MaskMillError:
@@ -310,31 +350,48 @@ def _tag_of_file(name: str, path: Path) -> dict[str, Any]:
 
 
 def _fetch_tag(name: str, pretrained: str, tag: dict[str, Any], cache: str | None) -> Path:
-    import open_clip
-
     if tag.get("hf_hub"):
         repository, file = os.path.split(tag["hf_hub"])
-        cached = in_hub_cache(repository, file or HF_WEIGHTS_NAME, cache)
-        if cached:
-            return cached
-        file = file or HF_SAFE_WEIGHTS_NAME
-        urls, put = [hub_file(repository, file)], ""
-        also = same_cache(cache)
-    else:
-        urls, store = [tag["url"]], cache or os.path.expanduser("~/.cache/clip")
-        file = os.path.basename(tag["url"])
-        cached = Path(store) / file
-        if cached.is_file() and cached.stat().st_size:
-            # open_clip would hash the whole file on every start; the fingerprint hashes it once.
-            return cached
-        put, also = f"Copy it here, and put it where the same command finds it:\n{put_into(store, file)}", ""
-    named = f"{'Or leave it anywhere' if put else 'Copy it here'}, and add to the command:"
-    return download(
-        lambda: open_clip.download_pretrained(tag, cache_dir=cache),
-        urls,
-        f"{name} {pretrained}",
-        f"{put}{named}\n  --set pretrained={file}\n{also}{_NO_DOWNLOAD}",
+        return _fetch_from_hub(name, pretrained, repository, file, cache)
+    store = cache or os.path.expanduser("~/.cache/clip")
+    file = os.path.basename(tag["url"])
+    cached = Path(store) / file
+    if cached.is_file() and cached.stat().st_size:
+        # open_clip would hash the whole file on every start; the fingerprint hashes it once.
+        return cached
+    return _download_tag(
+        name,
+        pretrained,
+        tag["url"],
+        cache,
+        f"Copy it here, and put it where the same command finds it:\n{put_into(store, file)}"
+        f"Or leave it anywhere, and add to the command:\n  --set pretrained={file}\n",
     )
+
+
+def _fetch_from_hub(name: str, pretrained: str, repository: str, file: str, cache: str | None) -> Path:
+    """The weights of a tag that open_clip gets from the hub; an empty ``file`` is the usual one."""
+    cached = in_hub_cache(repository, file or HF_WEIGHTS_NAME, cache)
+    if cached:
+        return cached
+    file = file or HF_SAFE_WEIGHTS_NAME
+    return _download_tag(
+        name,
+        pretrained,
+        hub_file(repository, file),
+        cache,
+        f"Copy it here, and add to the command:\n  --set pretrained={file}\n{same_cache(cache)}",
+    )
+
+
+def _download_tag(name: str, pretrained: str, url: str, cache: str | None, use: str) -> Path:
+    def fetch() -> str:
+        import open_clip
+
+        tag = open_clip.get_pretrained_cfg(name, pretrained)
+        return open_clip.download_pretrained(tag, cache_dir=cache)
+
+    return download(fetch, [url], f"{name} {pretrained}", f"{use}{_NO_DOWNLOAD}")
 
 
 def _from_hub(model: str, repository: str, pretrained: str | None, cache: str | None) -> WeightSource:

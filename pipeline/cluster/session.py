@@ -7,8 +7,10 @@ processes of the run have, and keeps its sockets in a folder that only this user
 from __future__ import annotations
 
 import contextlib
+import getpass
 import logging
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -31,13 +33,30 @@ one slot per core would be too few, and the stages would deadlock."""
 WORKER_MALLOC = {
     "GLIBC_TUNABLES": ":".join(
         f"glibc.malloc.{name}={value}"
-        for name, value in (("hugetlb", 1), ("mmap_threshold", 1 << 30), ("trim_threshold", 2 << 30))
+        for name, value in (
+            ("arena_max", 1),
+            ("hugetlb", 1),
+            ("mmap_threshold", 1 << 30),
+            ("trim_threshold", 2 << 30),
+        )
     )
 }
 """Environment of processes that compute on a CPU; the user's own tunables take precedence. By default, glibc
 returns the memory of large tensors to the system at once, and the next image faults it in again page by page,
-which takes a fifth of the time of a ViT-B/16. See "Memory Allocation Tunables" in the glibc manual;
-``hugetlb`` needs glibc 2.35."""
+which takes a fifth of the time of a ViT-B/16. All threads share one arena, because glibc returns the heaps of
+further arenas whatever the thresholds say, which takes a tenth. See "Memory Allocation Tunables" in the glibc
+manual; ``hugetlb`` needs glibc 2.35."""
+
+RAY_SETTINGS = {
+    # Each prestarted worker process costs a core-second, which is a lot on a laptop.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+    # Workers of a training must resolve relative paths of samples like the driver.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Ray Train's polling interval, two seconds by default, delays start and end too.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+"""How Ray behaves in a run; the user's own values take precedence."""
 
 WRITTEN_BY_LIBRARIES = {
     "RAY_CLIENT_MODE": "0",
@@ -67,6 +86,33 @@ def joins_cluster(address: str | None) -> bool:
     return (address or os.environ.get("RAY_ADDRESS")) not in (None, "", "local")
 
 
+def make_variables(*, verbose: bool = False) -> None:
+    """Make the environment variables of a run, those that only later get their values as well.
+
+    A job calls this before it starts threads. In glibc before 2.41, a new variable moves the environment, and
+    compiled code (torch, gRPC, the resolver) that looks up a variable in another thread at that moment
+    crashes. A variable that exists already is replaced in place.
+
+    Args:
+        verbose: let Ray log more than fatal errors.
+    """
+    # As torch names it when it is imported.
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{_user()}"}
+    for name, value in (WORKER_MALLOC | RAY_SETTINGS | WRITTEN_BY_LIBRARIES | compiled).items():
+        os.environ.setdefault(name, value)
+    if not verbose:
+        # At lower levels, every run prints a warning about the arguments of pool actors.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault(RUN_ID_VARIABLE, "")
+
+
+def _user() -> str:
+    try:
+        return re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    except (KeyError, OSError):  # such as in a container, whose user has no name
+        return f"uid_{os.getuid()}"
+
+
 @contextlib.contextmanager
 def ray_session(
     run_id: str,
@@ -79,9 +125,8 @@ def ray_session(
 ) -> Iterator[Any]:
     """Join or start Ray for one run, and yield the plan for its nodes.
 
-    Every environment variable of the run is made before ``begin``. In glibc before 2.41, a new variable moves
-    the environment, and compiled code (torch, gRPC, the resolver) that looks up a variable in another thread
-    at that moment crashes. A variable that exists already is replaced in place.
+    Every environment variable of the run is made before ``begin``, for the reason that ``make_variables``
+    gives.
 
     Args:
         run_id: set in the environment of every process of the run (``pipeline.table.lease.end_orphans``).
@@ -97,14 +142,7 @@ def ray_session(
             ``cluster_too_small`` if too few nodes have joined a cluster after
             ``pipeline.cluster.nodes.NODES_WAIT_S``.
     """
-    # Each prestarted worker process costs a core-second, which is a lot on a laptop.
-    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
-    os.environ.setdefault("RAY_enable_worker_prestart", "0")
-    for name, value in (WORKER_MALLOC | WRITTEN_BY_LIBRARIES).items():
-        os.environ.setdefault(name, value)
-    if not verbose:
-        # At lower levels, every run prints a warning about the arguments of pool actors.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    make_variables(verbose=verbose)
     os.environ[RUN_ID_VARIABLE] = run_id
     with contextlib.ExitStack() as stack:
         if joins_cluster(address):

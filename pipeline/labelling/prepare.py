@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from models.catalogue import DEEP, HEADS, check_resnet_head
 from models.errors import MaskMillError, WrongUse
@@ -57,7 +57,12 @@ def prepare_labeller(
             ``models.clip.loading.load_source``, ``models.clip.text.build_text_classifier`` and
             ``pipeline.trained.student.read_student_record``.
     """
-    require_weights(recipe)  # before torch is imported, so that missing weights are reported at once
+    if recipe.model != CLIPSEG:
+        _refuse_examples(ontology, recipe.model)
+    # Before torch is imported, so that missing or other weights are reported at once.
+    fingerprint = require_weights(recipe)
+    if fingerprint is not None:
+        check_weights(fingerprint)
     from models.device import best_device, native_precision
 
     precision = precision or recipe.precision
@@ -69,37 +74,38 @@ def prepare_labeller(
         precision=native_precision(best_device()) if precision == "auto" else precision,
         batch_size=recipe.batch_size,
     )
-    return _kind_of(recipe).prepare(recipe, ontology, settings, check_weights)
+    if recipe.model == CLIPSEG:
+        return _prepare_clipseg(recipe, ontology, settings, check_weights)
+    if _names_student(recipe.model):
+        return _prepare_student(recipe, ontology, settings)
+    return _prepare_maskclip(recipe, ontology, settings)
 
 
-def require_weights(recipe: LabelRecipe) -> None:
-    """Find the weights of a recipe, and download them if needed; CLIPSeg finds its weights when loaded.
+def require_weights(recipe: LabelRecipe) -> str | None:
+    """Find the weights of a recipe, and download them if needed; in most cases without importing torch.
+
+    Returns:
+        Their fingerprint; None for CLIPSeg, which finds its weights when it is loaded.
 
     Raises:
-        MaskMillError: as ``models.clip.weights.find_weights`` and
-            ``pipeline.trained.student.read_student_record``.
+        MaskMillError: ``recipe_invalid`` for settings that a student does not use; as
+            ``models.clip.weights.find_weights`` and ``pipeline.trained.student.read_student_record``.
     """
-    _kind_of(recipe).find(recipe)
-
-
-class _Kind(NamedTuple):
-    """A kind of Labeller.
-
-    Attributes:
-        find: finds the weights, without torch; raises if they are missing.
-        prepare: does the rest of ``prepare_labeller``.
-    """
-
-    find: Callable[[LabelRecipe], object]
-    prepare: Callable[[LabelRecipe, Ontology, LabellerSettings, CheckWeights], PreparedLabeller]
-
-
-def _kind_of(recipe: LabelRecipe) -> _Kind:
     if recipe.model == CLIPSEG:
-        return _Kind(lambda _recipe: None, _prepare_clipseg)
+        return None
     if _names_student(recipe.model):
-        return _Kind(_find_student, _prepare_student)
-    return _Kind(_find_clip, _prepare_maskclip)
+        from pipeline.trained.student import read_student_record
+
+        _refuse_useless(recipe)
+        return read_student_record(recipe.model).fingerprint
+    from models.clip.weights import own_fingerprint
+
+    fingerprint = own_fingerprint(recipe.model, recipe.pretrained)
+    if fingerprint is None:
+        return _find_clip(recipe).fingerprint
+    if recipe.model.startswith("RN"):
+        check_resnet_head(recipe.maskclip.head)
+    return fingerprint
 
 
 def _find_clip(recipe: LabelRecipe) -> WeightSource:
@@ -117,21 +123,13 @@ def _blocks(source: WeightSource) -> int | list[int]:
     return blocks
 
 
-def _find_student(recipe: LabelRecipe) -> StudentRecord:
-    from pipeline.trained.student import read_student_record
-
-    return read_student_record(recipe.model)
-
-
 def _prepare_maskclip(
-    recipe: LabelRecipe, ontology: Ontology, settings: LabellerSettings, check_weights: CheckWeights
+    recipe: LabelRecipe, ontology: Ontology, settings: LabellerSettings
 ) -> PreparedLabeller:
     """The training-free teacher: a CLIP by name."""
     from pipeline.labelling.maskclip import MaskClipLabeller
 
-    _refuse_examples(ontology, recipe.model)
     source = _find_clip(recipe)
-    check_weights(source.fingerprint)
     blocks, head = _blocks(source), recipe.maskclip.head
     if HEADS[head].own_values and isinstance(blocks, int) and blocks >= DEEP:
         logging.getLogger(__name__).warning(
@@ -152,25 +150,13 @@ def _prepare_maskclip(
     return PreparedLabeller(make, settings, weights, (str(source.path),) if named else ())
 
 
-def _prepare_student(
-    recipe: LabelRecipe, ontology: Ontology, settings: LabellerSettings, check_weights: CheckWeights
-) -> PreparedLabeller:
+def _prepare_student(recipe: LabelRecipe, ontology: Ontology, settings: LabellerSettings) -> PreparedLabeller:
     """A trained student: its own classes as trained, any others through its CLIP's text tower."""
     from pipeline.labelling.student import StudentLabeller
     from pipeline.trained.record import read_trained_weights
+    from pipeline.trained.student import read_student_record
 
-    _refuse_examples(ontology, recipe.model)
-    record = _find_student(recipe)
-    useless = _changed_maskclip(recipe)
-    if recipe.pretrained not in (None, LabelRecipe().pretrained):
-        useless.append("pretrained")
-    if useless:
-        raise WrongUse(
-            "recipe_invalid",
-            f"{', '.join(useless)} of recipe {recipe.name!r} mean nothing to a student ({recipe.model}).",
-            "Leave them out; of a student's recipe, sizes, precision and thresholds can be changed.",
-        )
-    check_weights(record.fingerprint)
+    record = read_student_record(recipe.model)
     read_trained_weights(record)  # find a damaged file here rather than in every worker
     text = None
     if not _same_words(record.ontology, ontology):
@@ -285,6 +271,19 @@ def _changed_maskclip(recipe: LabelRecipe) -> list[str]:
     """MaskCLIP settings changed by a recipe for another model, which ignores them."""
     usual, changed = LabelRecipe().effective(), recipe.effective()
     return [name for name in usual if name.startswith("maskclip.") and changed[name] != usual[name]]
+
+
+def _refuse_useless(recipe: LabelRecipe) -> None:
+    """Refuse settings that mean nothing to a student."""
+    useless = _changed_maskclip(recipe)
+    if recipe.pretrained not in (None, LabelRecipe().pretrained):
+        useless.append("pretrained")
+    if useless:
+        raise WrongUse(
+            "recipe_invalid",
+            f"{', '.join(useless)} of recipe {recipe.name!r} mean nothing to a student ({recipe.model}).",
+            "Leave them out; of a student's recipe, sizes, precision and thresholds can be changed.",
+        )
 
 
 def _refuse_examples(ontology: Ontology, model: str) -> None:

@@ -31,6 +31,7 @@ CASES = {
     "label --images photos --classes cat --output out --model x --recipe toy": "Give one of them.",
     "label --images photos --classes cat --output out --max-failure-rate 5": "--max-failure-rate",
     "label --images photos --classes cat --output out --set pretrained=./no.pt": "weights_missing",
+    "label --images photos --classes cat --output out": "weights_missing",
     "label --images photos --classes 'cat;dog' --output out": "does ; separate two names",
     "label --images latin.txt --classes cat --output out": "latin.txt:2: not UTF-8",
     "label --images photos --classes cat --output photos/cat.jpg": "photos/cat.jpg is a file",
@@ -200,7 +201,9 @@ CASES = {
 
 PROGRAM = f"""
 import contextlib, io, json, pathlib, shlex, sys
+import models.hub
 from jobs.cli import main
+models.hub.reachable = lambda host: False  # as without a network
 
 def traces():
     files = {{str(path) for path in pathlib.Path().rglob("*")}}
@@ -279,7 +282,13 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, st
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": "", "COLUMNS": "200"},
+        env=os.environ
+        | {
+            "PYTHONPATH": str(ROOT),
+            "MLFLOW_TRACKING_URI": "",
+            "COLUMNS": "200",
+            "HF_HUB_CACHE": str(folder / "no-cache"),
+        },
         input="\n".join(CASES),
         capture_output=True,
         text=True,

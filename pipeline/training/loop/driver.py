@@ -215,10 +215,6 @@ def _work_on_ray(job: Job) -> dict[str, Any]:
                 if isinstance(error, MaskMillError):
                     raise error
 
-    # Workers must resolve relative sample paths like the driver.
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    # Ray Train's polling interval, two seconds by default, delays start and end too.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     compute = job.compute
     with tempfile.TemporaryDirectory(prefix="maskmill-train-") as scratch:
         trainer = TorchTrainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import shlex
@@ -22,11 +23,13 @@ from models import hub
 from models.clip import weights
 from models.clip.loading import Clip, Towers, load_clip, load_source
 from models.clip.weights import (
+    HUB_REPOSITORIES,
     OPENAI_MEAN,
     OPENAI_STD,
     WeightSource,
     find_weights,
     openai_archives,
+    own_fingerprint,
     read_state,
     sha256,
 )
@@ -306,6 +309,20 @@ def test_wrong_words(model: str, pretrained: str | None, code: str, says: str) -
         load_clip(model, pretrained)
     assert caught.value.code == code
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(("model", "tag"), HUB_REPOSITORIES)
+def test_own_weights_are_where_open_clip_looks(model: str, tag: str) -> None:
+    assert open_clip.get_pretrained_cfg(model, tag)["hf_hub"] == f"{HUB_REPOSITORIES[model, tag]}/"
+    assert own_fingerprint(model, "random:3") == find_weights(model, "random:3").fingerprint
+
+
+def test_a_fingerprint_is_that_of_the_file_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "mine.pt"
+    for data in (b"one", b"two", b"more"):
+        path.write_bytes(data)
+        source = WeightSource("x", None, {}, path, None, OPENAI_MEAN, OPENAI_STD)
+        assert source.fingerprint == hashlib.sha256(data).hexdigest()
 
 
 def test_archive_needs_the_quickgelu_model(small: open_clip.CLIP, tmp_path: Path) -> None:

@@ -52,8 +52,10 @@ def begin():
     late = []
 from pipeline.cluster.session import ray_session
 with ray_session("a-run", address=sys.argv[1] or None, verbose=False, begin=begin):
-    import ray
+    import open_clip, ray, ray.train.torch
     assert ray.is_initialized()
+for name in ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_CHDIR_TO_TRIAL_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+    assert os.environ[name]
 print(late)
 """
 
