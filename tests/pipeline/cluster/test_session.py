@@ -42,6 +42,7 @@ with ray_session("a-stranger", address=sys.argv[1], verbose=False, notice=print)
 
 LATE_VARIABLES = """
 import os, sys
+import numpy  # which makes a variable, and which jobs import first
 late = None
 def hook(event, arguments):
     if late is not None and event == "os.putenv" and os.fsdecode(arguments[0]) not in os.environ:
