@@ -45,6 +45,11 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "MaskCLIP + KS": {"ks_threshold": 1.0},
     "MaskCLIP + PD": {"pd_threshold": 0.5},
     "MaskCLIP + KS + PD": {"ks_threshold": 1.0, "pd_threshold": 0.5},
+    "SCLIP": {"head": "sclip"},
+    "ClearCLIP": {"head": "qq"},
+    "NACLIP": {"head": "nn"},
+    "SC-CLIP": {"head": "sc"},
+    "PEARL": {"head": "pa", "refine": "tlp"},
 }
 """Training-free rows: their changes to the recipe ``maskclip``."""
 

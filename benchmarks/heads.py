@@ -1,0 +1,152 @@
+"""Time and memory of every dense head and refiner beside ``maskclip`` in one run; agreement of bf16.
+
+    python -m benchmarks.heads [--model ViT-B-16-quickgelu] [--size 336 448] [--repeats 5]
+
+Heads: forward pass from normalised images on the device to class scores, with random weights, in the
+precision that the machine computes natively and in fp32. The heads take turns, so that a busy machine slows
+all of them; what counts is the median over the rounds of each head's time divided by that of ``maskclip``
+in the same round. Refiners: time of one photograph's scores (random, 21 and 171 classes), and by how much
+the process's peak grows for 4000x3000 pixels. Agreement: share of pixels of toy scenes with the same label
+in bf16 as in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.maskclip_forward import random_text
+from models.catalogue import HEADS, REFINERS
+from models.clip.loading import load_clip
+from models.clip.refiners.base import Bounds, refine
+from models.clip.text import build_text_classifier
+from models.device import DTYPES, best_device, native_precision
+from models.maskclip import MaskClip
+from models.settings import MaskClipSettings
+from pipeline.toyworld.scenes import CLASSES, generate
+
+IMAGE = (375, 500)
+LARGE = (3000, 4000)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="ViT-B-16-quickgelu")
+    parser.add_argument("--size", type=int, nargs=2, default=(336, 448))
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    device = best_device()
+    cores = torch.get_num_threads()
+    print(
+        f"{platform.processor() or platform.machine()}, {cores} threads, torch {torch.__version__}, {device}"
+    )
+    native = native_precision(device)
+    for precision in dict.fromkeys([native, "fp32"]):
+        print(f"\n{arguments.model}, {arguments.size[0]}x{arguments.size[1]}, {precision}, one image")
+        print("\n| head | ms | of maskclip's |\n|---|---|---|")
+        for head, (seconds, ratio) in forward_times(
+            arguments.model, precision, tuple(arguments.size), arguments.repeats
+        ).items():
+            print(f"| {head} | {1e3 * seconds:.0f} | {ratio:.2f} |", flush=True)
+    print("\n| refiner | classes | 500x375, ms | 4000x3000, ms | peak grows by, MB |\n|---|---|---|---|---|")
+    for name in REFINERS:
+        for classes in (21, 171):
+            small = refine_time(name, classes, IMAGE, arguments.repeats)
+            large, grown = _alone(name, classes)
+            print(f"| {name} | {classes} | {1e3 * small:.0f} | {1e3 * large:.0f} | {grown:.0f} |", flush=True)
+    if native != "fp32":
+        print(f"\n| labels of toy scenes in {native} as in fp32 | share of pixels |\n|---|---|")
+        for name, settings in variants().items():
+            print(f"| {name} | {100 * agreement(settings, native):.2f} % |", flush=True)
+
+
+def variants() -> dict[str, dict[str, str]]:
+    """Every head, and every refiner behind ``value``."""
+    heads = {head: {"head": head} for head in HEADS}
+    return heads | {f"value, {name}": {"head": "value", "refine": name} for name in REFINERS}
+
+
+def forward_times(
+    model: str, precision: str, size: tuple[int, ...], rounds: int
+) -> dict[str, tuple[float, float]]:
+    """Median seconds of a forward pass, and its median share of ``maskclip``'s, by head."""
+    device = best_device()
+    clip = load_clip(model, "random:0", device=device, dtype=DTYPES[precision], towers="visual")
+    text = random_text(clip.embed_dim, 30)
+    images = torch.randn(1, 3, *size, device=device)
+    models = {head: MaskClip(clip, text, MaskClipSettings(head=head, profile="weights")) for head in HEADS}
+    taken: dict[str, list[float]] = {head: [] for head in models}
+    for number in range(rounds + 1):
+        for head, network in models.items():
+            seconds = _seconds(lambda network=network: network.scores(network.encoder(images)))  # type: ignore[misc]
+            if number:  # the first round warms up
+                taken[head].append(seconds)
+    usual = taken["maskclip"]
+    return {
+        head: (statistics.median(times), statistics.median(t / u for t, u in zip(times, usual, strict=True)))
+        for head, times in taken.items()
+    }
+
+
+def refine_time(name: str, classes: int, size: tuple[int, int], rounds: int) -> float:
+    """Median seconds of refining the scores of one image."""
+    device = best_device()
+    images = torch.randint(0, 256, (1, 3, 336, 448), dtype=torch.uint8).to(device)
+    scores = (0.2 + 0.05 * torch.randn(1, classes, 21, 28)).to(device)
+    times = [_seconds(lambda: refine(name, images, scores, size, Bounds())) for _ in range(rounds)]
+    return statistics.median(times)
+
+
+def _alone(name: str, classes: int) -> tuple[float, float]:
+    """Seconds for a large image in a process of its own, and megabytes by which that process grew."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_large, (name, classes))
+
+
+def _large(name: str, classes: int) -> tuple[float, float]:
+    refine_time(name, classes, (8, 8), 1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seconds = refine_time(name, classes, LARGE, 1)
+    if torch.cuda.is_available():
+        return seconds, torch.cuda.max_memory_allocated() / 1e6
+    return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    with torch.inference_mode():
+        work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def agreement(settings: dict[str, str], precision: str) -> float:
+    """Share of pixels of 40 toy scenes whose label is the same as in fp32."""
+    scenes = torch.from_numpy(generate(seed=1, count=40, size=128).images).permute(0, 3, 1, 2)
+    exact, rough = (labels(settings, each, scenes) for each in ("fp32", precision))
+    same = sum(int((a == b).sum()) for a, b in zip(exact, rough, strict=True))
+    return same / sum(map(Tensor.numel, exact))
+
+
+def labels(settings: dict[str, str], precision: str, images: Tensor) -> Sequence[Tensor]:
+    """Label maps of the bundled CLIP."""
+    clip = load_clip("toyclip", "bundled", device=best_device(), dtype=DTYPES[precision])
+    text = build_text_classifier(clip, [[name] for name in CLASSES], templates="toyworld")
+    config = MaskClipSettings(image_stats="clip", profile="weights", **settings)
+    network = MaskClip(clip, text, config)
+    return [network.label(image)[0] for image in images]
+
+
+if __name__ == "__main__":
+    main()
