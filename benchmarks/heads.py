@@ -1,6 +1,7 @@
 """Time and memory of every dense head and refiner beside ``maskclip`` in one run; agreement of bf16.
 
     python -m benchmarks.heads [--model ViT-B-16-quickgelu] [--size 336 448] [--repeats 5]
+    python -m benchmarks.heads --picture heads.png
 
 Heads: forward pass from normalised images on the device to class scores, with random weights, in the
 precision that the machine computes natively and in fp32. The heads take turns, so that a busy machine slows
@@ -19,6 +20,8 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +29,13 @@ from torch import Tensor
 from benchmarks.maskclip_forward import random_text
 from models.catalogue import HEADS, REFINERS
 from models.clip.loading import load_clip
-from models.clip.refiners.base import Bounds, refine
+from models.clip.refiners.base import RefineOptions, refine
 from models.clip.text import build_text_classifier
 from models.device import DTYPES, best_device, native_precision
 from models.maskclip import MaskClip
 from models.settings import MaskClipSettings
+from pipeline.ontology.ontology import load_ontology
+from pipeline.report.pictures import Pixels, colorize, contact_sheet
 from pipeline.toyworld.scenes import CLASSES, generate
 
 IMAGE = (375, 500)
@@ -44,7 +49,11 @@ def main() -> None:
     parser.add_argument("--model", default="ViT-B-16-quickgelu")
     parser.add_argument("--size", type=int, nargs=2, default=(336, 448))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--picture", type=Path, help="only draw six toy scenes as labelled, to this file")
     arguments = parser.parse_args()
+    if arguments.picture:
+        draw(arguments.picture)
+        return
     device = best_device()
     cores = torch.get_num_threads()
     print(
@@ -68,6 +77,28 @@ def main() -> None:
         print(f"\n| labels of toy scenes in {native} as in fp32 | share of pixels |\n|---|---|")
         for name, settings in variants().items():
             print(f"| {name} | {100 * agreement(settings, native):.2f} % |", flush=True)
+
+
+def draw(path: Path) -> None:
+    """Six toy scenes: image, truth, and the labels of maskclip and of the best that needs no training."""
+    ontology = load_ontology("toyworld")
+    made = generate(seed=11, count=6, size=128)
+    images = torch.from_numpy(made.images).permute(0, 3, 1, 2)
+    rows: list[tuple[str, Sequence[Pixels]]] = [("Toy scenes", list(made.images))]
+    maps: dict[str, Sequence[Pixels]] = {"True maps": list(made.labels)}
+    for title, settings in (
+        ("Head maskclip, not refined", {"head": "maskclip"}),
+        ("Head value, not refined", {"head": "value"}),
+        (
+            "Head value, refined by pamr",
+            {"head": "value", "refine": "pamr", "refine_dilations": (1, 2, 4, 8)},
+        ),
+        ("Head value, refined by lposs+", {"head": "value", "refine": "lposs+"}),
+    ):
+        maps[title] = [found.numpy() for found in labels(settings, "fp32", images)]
+    rows += [(title, [colorize(each, ontology.palette()) for each in found]) for title, found in maps.items()]
+    contact_sheet(rows, names=ontology.names, palette=ontology.palette(), cell=160).save(path)
+    print(f"wrote {path}")
 
 
 def variants() -> dict[str, dict[str, str]]:
@@ -103,7 +134,7 @@ def refine_time(name: str, classes: int, size: tuple[int, int], rounds: int) -> 
     device = best_device()
     images = torch.randint(0, 256, (1, 3, 336, 448), dtype=torch.uint8).to(device)
     scores = (0.2 + 0.05 * torch.randn(1, classes, 21, 28)).to(device)
-    times = [_seconds(lambda: refine(name, images, scores, size, Bounds())) for _ in range(rounds)]
+    times = [_seconds(lambda: refine(name, images, scores, size, RefineOptions())) for _ in range(rounds)]
     return statistics.median(times)
 
 
@@ -139,7 +170,7 @@ def agreement(settings: dict[str, str], precision: str) -> float:
     return same / sum(map(Tensor.numel, exact))
 
 
-def labels(settings: dict[str, str], precision: str, images: Tensor) -> Sequence[Tensor]:
+def labels(settings: dict[str, Any], precision: str, images: Tensor) -> Sequence[Tensor]:
     """Label maps of the bundled CLIP."""
     clip = load_clip("toyclip", "bundled", device=best_device(), dtype=DTYPES[precision])
     text = build_text_classifier(clip, [[name] for name in CLASSES], templates="toyworld")

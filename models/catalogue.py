@@ -80,7 +80,12 @@ block's residual and MLP. ``value`` drops both, as in the paper's text; on a Res
 modules."""
 
 REFINERS: Mapping[str, RefinerEntry] = {
-    "pamr": RefinerEntry("pixel-adaptive mean (PAMR)", "models.clip.refiners.pamr:PAMR", 10),
+    "pamr": RefinerEntry(
+        "pixel-adaptive mean (PAMR)",
+        "models.clip.refiners.pamr:PAMR",
+        10,
+        ("refine_classes", "refine_pixels", "refine_dilations"),
+    ),
     "tlp": RefinerEntry(
         "edge-aware smoothing on cells (PEARL's TLP)", "models.clip.refiners.tlp:TLP", 25, ("refine_cells",)
     ),

@@ -18,7 +18,7 @@ from torch import Tensor
 from models.clip.dense import Dense, dense_encoder
 from models.clip.heads.base import HeadOptions
 from models.clip.loading import Clip
-from models.clip.refiners.base import Bounds, Refined, refine
+from models.clip.refiners.base import Refined, RefineOptions, refine
 from models.clip.text import TextClassifier, row_table
 from models.errors import WrongUse
 from models.labelmap import Subset, label_map
@@ -179,8 +179,14 @@ class MaskClip:
         config = self.config
         if config.refine == "none":
             return Refined(scores, None)
-        bounds = Bounds(config.refine_steps, config.refine_classes, config.refine_pixels, config.refine_cells)
-        return refine(config.refine, images, scores, size, bounds)
+        options = RefineOptions(
+            config.refine_steps,
+            config.refine_classes,
+            config.refine_pixels,
+            config.refine_cells,
+            config.refine_dilations,
+        )
+        return refine(config.refine, images, scores, size, options)
 
     def scores(self, dense: Dense) -> Tensor:
         """``grid_scores`` from the output of ``self.encoder``."""

@@ -187,6 +187,11 @@ class MaskClipSettings(Settings):
     """For ``pamr`` and ``lposs+``: larger images are refined at this number of pixels; bounds memory."""
     refine_cells: Annotated[int, Field(ge=1)] = 80
     """For ``tlp``: cells along each side; its paper takes 224 for Cityscapes."""
+    refine_dilations: Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(min_length=1)] = (
+        8,
+        16,
+    )
+    """For ``pamr``: distances of the neighbours in pixels; finer textures need shorter ones."""
 
     @field_validator("refine")
     @classmethod

@@ -237,7 +237,10 @@ def refiners(bench: Bench) -> tuple[Section, list[Claim]]:
     options: dict[str, tuple[str, dict[str, Any]]] = {
         "none": ("not refined", {}),
         **{name: (entry.title, {"refine": name}) for name, entry in REFINERS.items()},
-        "pamr, 20 steps": ("pixel-adaptive mean (PAMR), 20 steps", {"refine": "pamr", "refine_steps": 20}),
+        "pamr, near": (
+            "pixel-adaptive mean (PAMR), distances 1, 2, 4, 8",
+            {"refine": "pamr", "refine_dilations": (1, 2, 4, 8)},
+        ),
     }
     conditions = {
         (head, name): Condition(f"{head}: {title}", {"head": head, **settings})

@@ -1,6 +1,6 @@
 """Refine class scores by the image, independently of the head that made them, in bounded memory.
 
-A refiner is ``(images (B, 3, h, w), cosines (B, K, h, w), steps) -> cosines (B, K, h, w)``, with RGB in
+A refiner is ``(images (B, 3, h, w), cosines (B, K, h, w), options) -> cosines (B, K, h, w)``, with RGB in
 [0, 1] and cosines at one size. ``refine`` brings both to the size at which the refiner works and keeps the
 classes that matter: with a bound on pixels and classes, memory does not grow with the image or the ontology.
 
@@ -31,17 +31,18 @@ class Refiner:
         on_cells: it works on averages over cells of the image, not on pixels.
     """
 
-    refine: Callable[[Tensor, Tensor, int], Tensor]
+    refine: Callable[[Tensor, Tensor, RefineOptions], Tensor]
     on_cells: bool = False
 
 
-class Bounds(NamedTuple):
-    """How much a refiner may take on; see ``MaskClipSettings``."""
+class RefineOptions(NamedTuple):
+    """How to refine, and how much to take on; see ``MaskClipSettings``."""
 
     steps: int = 0
     classes: int = 32
     pixels: int = 1 << 19
     cells: int = 80
+    dilations: tuple[int, ...] = (8, 16)
 
 
 class Refined(NamedTuple):
@@ -62,7 +63,9 @@ def load_refiner(name: str) -> Refiner:
     return refiner
 
 
-def refine(name: str, images: Tensor, scores: Tensor, size: tuple[int, int], bounds: Bounds) -> Refined:
+def refine(
+    name: str, images: Tensor, scores: Tensor, size: tuple[int, int], options: RefineOptions
+) -> Refined:
     """Refine the scores of images that have one size.
 
     Args:
@@ -70,22 +73,23 @@ def refine(name: str, images: Tensor, scores: Tensor, size: tuple[int, int], bou
         images: uint8 (B, 3, Hn, Wn) RGB.
         scores: cosines (B, C, any, any), fp32 or fp64.
         size: (H, W).
-        bounds: steps 0 are the refiner's own.
+        options: steps 0 are the refiner's own.
     """
-    refiner, steps = load_refiner(name), bounds.steps or REFINERS[name].steps
+    refiner = load_refiner(name)
+    options = options._replace(steps=options.steps or REFINERS[name].steps)
     pictures = images.to(scores.device, scores.dtype) / 255
     if refiner.on_cells:
-        pictures, scores = (_cells(each, size, bounds.cells) for each in (pictures, scores))
-        return Refined(refiner.refine(pictures, scores, steps), None)
+        pictures, scores = (_cells(each, size, options.cells) for each in (pictures, scores))
+        return Refined(refiner.refine(pictures, scores, options), None)
     classes = None
-    if scores.shape[1] > bounds.classes:
-        classes = likeliest(scores, bounds.classes)
+    if scores.shape[1] > options.classes:
+        classes = likeliest(scores, options.classes)
         scores = scores.gather(1, classes[:, :, None, None].expand(-1, -1, *scores.shape[-2:]))
-    shape = working_size(size, bounds.pixels)
+    shape = working_size(size, options.pixels)
     pictures, scores = (
         F.interpolate(each, shape, mode="bilinear", align_corners=False) for each in (pictures, scores)
     )
-    return Refined(refiner.refine(pictures, scores, steps), classes)
+    return Refined(refiner.refine(pictures, scores, options), classes)
 
 
 def working_size(size: tuple[int, int], pixels: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.clip.refiners.base import Refiner
+from models.clip.refiners.base import RefineOptions, Refiner
 
 REACH = 6
 SHARE = 0.95
@@ -43,7 +43,7 @@ def _ends(x: Tensor, place: tuple[int, int]) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def lposs_plus(images: Tensor, cosines: Tensor, steps: int) -> Tensor:
+def lposs_plus(images: Tensor, cosines: Tensor, options: RefineOptions) -> Tensor:
     """See the module."""
     colours = lab(images)
     height, width = images.shape[-2:]
@@ -74,7 +74,7 @@ def lposs_plus(images: Tensor, cosines: Tensor, steps: int) -> Tensor:
     found, rest = torch.zeros_like(cosines), cosines
     along, left = rest, dot(rest, rest)
     tiny = torch.finfo(cosines.dtype).tiny
-    for _ in range(steps):
+    for _ in range(options.steps):
         image = applied(along)
         length = left / dot(along, image).clamp(min=tiny)
         found = found + length * along

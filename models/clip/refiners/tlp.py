@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.clip.refiners.base import Refiner
+from models.clip.refiners.base import RefineOptions, Refiner
 from models.clip.weights import OPENAI_STD
 
 GREY = (0.299, 0.587, 0.114)
@@ -34,7 +34,7 @@ def _weights(images: Tensor) -> tuple[Tensor, Tensor]:
     return weigh(grey.diff(dim=1)), weigh(grey.diff(dim=2))
 
 
-def tlp(images: Tensor, cosines: Tensor, steps: int) -> Tensor:
+def tlp(images: Tensor, cosines: Tensor, options: RefineOptions) -> Tensor:
     """See the module."""
     down, right = _weights(images)
     certain = cosines.softmax(1).amax(1, keepdim=True).clamp(min=0.05).square()
@@ -56,7 +56,7 @@ def tlp(images: Tensor, cosines: Tensor, steps: int) -> Tensor:
     rest = certain * cosines - applied(found)
     along, left = rest, dot(rest, rest)
     tiny = torch.finfo(cosines.dtype).tiny
-    for _ in range(steps):
+    for _ in range(options.steps):
         image = applied(along)
         length = left / dot(along, image).clamp(min=tiny)  # 0 / tiny once it is solved
         found = found + length * along

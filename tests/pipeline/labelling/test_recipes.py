@@ -105,12 +105,13 @@ def test_the_hash_counts_every_field_that_changes_the_result() -> None:
         "clipseg.example_size": 9, "clipseg.background": "words", "clipseg.background_factor": 1.0,
         "precision": "fp32", "min_confidence": 0.1, "templates": "simple", "maskclip.sigma": 2.0,
         "maskclip.refine": "pamr", "maskclip.refine_steps": 3, "maskclip.refine_classes": 4,
-        "maskclip.refine_pixels": 999, "maskclip.refine_cells": 9,
+        "maskclip.refine_pixels": 999, "maskclip.refine_cells": 9, "maskclip.refine_dilations": [1, 2],
         "maskclip.alpha": 0.3, "maskclip.windows": "splice", "maskclip.positions": "offset",
     }  # fmt: skip
     needs = {"maskclip.sigma": {"maskclip.head": "nn"}, "maskclip.alpha": {"maskclip.head": "pa"}}
     needs |= {
-        f"maskclip.refine_{name}": {"maskclip.refine": "pamr"} for name in ("steps", "classes", "pixels")
+        f"maskclip.refine_{name}": {"maskclip.refine": "pamr"}
+        for name in ("steps", "classes", "pixels", "dilations")
     }
     needs["maskclip.refine_cells"] = {"maskclip.refine": "tlp"}
     assert set(others) == {field.name for field in describe(base) if field.changes_result}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.catalogue import REFINERS
-from models.clip.refiners.base import Bounds, likeliest, load_refiner, refine, working_size
+from models.clip.refiners.base import RefineOptions, likeliest, load_refiner, refine, working_size
 from models.clip.refiners.lposs import lposs_plus
 from models.clip.refiners.pamr import pamr
 from models.clip.refiners.tlp import tlp
@@ -35,7 +35,7 @@ def made(height: int, width: int, classes: int = 4, batch: int = 2) -> tuple[Ten
 # --- re-derivations, for one image --------------------------------------------------------------------------
 
 
-def plain_pamr(image: Tensor, cosines: Tensor, steps: int) -> Tensor:
+def plain_pamr(image: Tensor, cosines: Tensor, steps: int, dilations: tuple[int, ...] = (8, 16)) -> Tensor:
     _, h, w = image.shape
     around = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]
 
@@ -45,8 +45,8 @@ def plain_pamr(image: Tensor, cosines: Tensor, steps: int) -> Tensor:
     table = {}
     for y in range(h):
         for x in range(w):
-            seen = torch.stack([at(image, y + d * a, x + d * b) for d in (8, 16) for a, b in around])
-            near = [(d * a, d * b) for d in (8, 16) for a, b in around if (a, b) != (0, 0)]
+            seen = torch.stack([at(image, y + d * a, x + d * b) for d in dilations for a, b in around])
+            near = [(d * a, d * b) for d in dilations for a, b in around if (a, b) != (0, 0)]
             scale = 1e-8 + 0.1 * seen.std(0)
             logit = [
                 float(-((at(image, y + a, x + b) - image[:, y, x]).abs() / scale).mean()) for a, b in near
@@ -162,24 +162,24 @@ def test_parity(name: str, size: tuple[int, int]) -> None:
     assert set(CASES) == set(REFINERS)
     plain, steps = CASES[name]
     images, cosines = made(*size)
-    before = cosines.clone()
-    found = load_refiner(name).refine(images, cosines, steps)
+    options, before = RefineOptions(steps=steps), cosines.clone()
+    found = load_refiner(name).refine(images, cosines, options)
     assert torch.equal(cosines, before), "scores are not written to"
     expected = torch.stack([plain(*each, steps) for each in zip(images, cosines, strict=True)])
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-10
-    rough = load_refiner(name).refine(images.float(), cosines.float(), steps)
+    rough = load_refiner(name).refine(images.float(), cosines.float(), options)
     assert float((rough - expected).abs().max() / expected.abs().max()) < 1e-5
     assert (found - cosines).abs().max() > 1e-3
 
 
-def test_many_differencessolve_the_equations() -> None:
+def test_many_steps_solve_the_equations() -> None:
     images, cosines = made(8, 9, batch=1)
     matrix, right = tlp_system(images[0], cosines[0])
     assert (
-        tlp(images, cosines, 300)[0].flatten(1) - torch.linalg.solve(matrix, right.T).T
+        tlp(images, cosines, RefineOptions(steps=300))[0].flatten(1) - torch.linalg.solve(matrix, right.T).T
     ).abs().max() < 1e-9
     exact = 0.05 * torch.linalg.solve(lposs_matrix(images[0]), cosines[0].flatten(1).T).T
-    assert (lposs_plus(images, cosines, 300)[0].flatten(1) - exact).abs().max() < 1e-9
+    assert (lposs_plus(images, cosines, RefineOptions(steps=300))[0].flatten(1) - exact).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize("name", REFINERS)
@@ -189,7 +189,7 @@ def test_flat_images_and_small_ones(name: str, size: tuple[int, int]) -> None:
         torch.zeros(1, 3, *size),
         torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)),
     ):
-        flat = load_refiner(name).refine(image, torch.full((1, 3, *size), 0.25), 5)
+        flat = load_refiner(name).refine(image, torch.full((1, 3, *size), 0.25), RefineOptions(steps=5))
         assert torch.isfinite(flat).all()
         if name != "lposs+":  # whose border pixels have fewer neighbours
             assert (flat - 0.25).abs().max() < 1e-5
@@ -207,18 +207,20 @@ def test_cells_are_means_over_the_image_at_its_own_size() -> None:
     def pooled(x: Tensor) -> Tensor:
         return F.avg_pool2d(F.interpolate(x, size, mode="bilinear", align_corners=False), (5, 12))
 
-    found = refine("tlp", images, scores, size, Bounds(cells=cells))
-    expected = tlp(pooled(images.double() / 255), pooled(scores), 25)
+    found = refine("tlp", images, scores, size, RefineOptions(cells=cells))
+    expected = tlp(pooled(images.double() / 255), pooled(scores), RefineOptions(steps=25))
     assert found.classes is None and found.scores.shape == (2, 4, 20, 19)
     assert (found.scores - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(("name", "work"), [("pamr", pamr), ("lposs+", lposs_plus)])
-def test_pixels_and_classes_are_bounded(name: str, work: Plain) -> None:
+def test_pixels_and_classes_are_bounded(
+    name: str, work: Callable[[Tensor, Tensor, RefineOptions], Tensor]
+) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, 20, 30), generator=generator, dtype=torch.uint8)
     scores = torch.rand(2, 9, 5, 8, generator=generator, dtype=torch.float64)
-    found = refine(name, images, scores, (40, 60), Bounds(steps=2, classes=3, pixels=600))
+    found = refine(name, images, scores, (40, 60), RefineOptions(steps=2, classes=3, pixels=600))
     assert found.scores.shape == (2, 3, 20, 30) and found.classes is not None
     for index in range(2):
         kept = found.classes[index]
@@ -228,7 +230,7 @@ def test_pixels_and_classes_are_bounded(name: str, work: Plain) -> None:
         )
         assert (kept.diff() > 0).all()
         resized = F.interpolate(scores[index][kept][None], (20, 30), mode="bilinear")
-        expected = work(images[index : index + 1].double() / 255, resized, 2)
+        expected = work(images[index : index + 1].double() / 255, resized, RefineOptions(steps=2))
         assert (found.scores[index] - expected[0]).abs().max() < 1e-12
 
 
@@ -251,7 +253,10 @@ def test_working_size() -> None:
 
 @pytest.mark.parametrize("name", ["pamr", "lposs+"])
 def test_work_does_not_grow_with_the_image_and_the_classes(name: str) -> None:
-    images, bounds = torch.zeros(1, 3, 64, 64, dtype=torch.uint8), Bounds(classes=3, pixels=2000, steps=2)
+    images, bounds = (
+        torch.zeros(1, 3, 64, 64, dtype=torch.uint8),
+        RefineOptions(classes=3, pixels=2000, steps=2),
+    )
     for classes, size in ((171, (3000, 4000)), (2000, (300_000, 400_000))):
         scores = torch.rand(1, classes, 4, 4, generator=torch.Generator().manual_seed(0))
         assert refine(name, images, scores, size, bounds).scores.shape == (1, 3, 38, 51)

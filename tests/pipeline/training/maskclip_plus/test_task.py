@@ -371,7 +371,7 @@ def test_labels_beyond_the_classes_are_reported():
 def test_online_teacher_guesses_among_the_guessable_classes_only(config):
     # Imported here because the subprocesses of another test would spend seconds on it.
     from models.clip.loading import load_clip
-    from models.clip.refiners.base import Bounds, refine
+    from models.clip.refiners.base import RefineOptions, refine
     from models.clip.text import build_text_classifier
     from models.maskclip import IMAGENET_MEAN, IMAGENET_STD, MaskClip, key_smoothing, prompt_denoising
 
@@ -404,7 +404,11 @@ def test_online_teacher_guesses_among_the_guessable_classes_only(config):
     for image in range(2):
         if "refine" in config:
             one = refine(
-                "pamr", images[image : image + 1], scores[image : image + 1], (64, 64), Bounds(classes=3)
+                "pamr",
+                images[image : image + 1],
+                scores[image : image + 1],
+                (64, 64),
+                RefineOptions(classes=3),
             )
             assert one.classes is not None
             refined, subset = one.scores[0], Subset(one.classes[0], len(guessable))
