@@ -12,6 +12,7 @@ processes of the export hold for themselves (USS), all together, early and late 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import subprocess
@@ -138,7 +139,7 @@ class Run:
     late: float
 
 
-def watch_export(name: str, table: str, output: Path, parts: int, images: int, workers: int) -> Run:
+def watch_export(name: str, table: str, output: Path, images: int, workers: int) -> Run:
     """Export the table, and watch."""
     command = [
         sys.executable, "-m", "jobs.cli", "export", table, "--format", name, "--output", str(output),
@@ -155,15 +156,21 @@ def watch_export(name: str, table: str, output: Path, parts: int, images: int, w
             now = time.monotonic()
             if done and (not seen or done > seen[-1][1]):
                 seen.append((now, done))
-            share = done / parts
+            share = done / parts_of(output) if done else 0.0
             if now - measured > 1 and (0.1 <= share <= 0.4 or share >= 0.7):
                 measured = now
                 memory[share >= 0.7] = max(memory[share >= 0.7], held_by(process.pid))
         assert process.stderr is not None
         assert process.returncode == 0, process.stderr.read().decode()
     (first, before), (last, after) = seen[0], seen[-1]
-    rate = images * (after - before) / parts / (last - first)
+    rate = images * (after - before) / parts_of(output) / (last - first)
     return Run(rate, time.monotonic() - began, memory[False], memory[True])
+
+
+def parts_of(output: Path) -> int:
+    """Number of the parts of an export, each of which has a mark in the end."""
+    plan = json.loads((output / ".maskmill" / "plan.json").read_text())
+    return len({entry["part"] for entry in plan["parts"]})
 
 
 def held_by(pid: int) -> float:
@@ -198,7 +205,7 @@ def main() -> None:
         )
         for name in given.formats:
             before = rates_alone(name, str(table), some, given.workers)
-            run = watch_export(name, str(table), Path(folder) / name, len(parts), given.images, given.workers)
+            run = watch_export(name, str(table), Path(folder) / name, given.images, given.workers)
             alone = (before + rates_alone(name, str(table), some, given.workers)) / 2
             print(
                 f"| {name} | {' | '.join(f'{rate:,.0f}' for rate in alone)} | {run.rate:,.0f} "
