@@ -103,10 +103,10 @@ def test_the_worse_model_is_judged_against_the_better_one() -> None:
     good, bad, alike = model(0, 0.8), model(1, 0.6), model(2, 0.8)
     assert miou(good) == miou_of_counts(good.truth.sum(0), good.predicted.sum(0), good.correct.sum(0))
     found = luck(bad, good, small=40, times=5, seed=0)
-    assert (found.seemed, found.promoted) == (0, 0) and found.gap > 0.1
+    assert (found.seemed, found.promoted, found.proven) == (0, 0, 0) and found.gap > 0.1
     assert luck(good, bad, small=40, times=5, seed=0) == found
     near = luck(good, alike, small=40, times=20, seed=0)
-    assert 0 <= near.promoted <= near.seemed and near.gap < 0.02
+    assert 0 <= near.proven <= near.promoted <= near.seemed and near.gap < 0.02
     assert luck(good, replace(good, images=good.images), small=40, times=3, seed=0).promoted == 0
 
 
