@@ -42,15 +42,17 @@ from pipeline.retraining.config import (
 from pipeline.retraining.intake import (
     EXCLUDED_FILE,
     HELD_FILE,
+    HELD_TABLE,
     NO_IMAGES,
+    TABLE,
     Intake,
     begins,
     choose,
     clock,
     evaluation_ids,
-    find_copies,
     ids_of,
     joined,
+    known_in,
     read_images,
     refuse_signed,
     taken_in,
@@ -68,7 +70,7 @@ from pipeline.retraining.state import Runner, StepState, Tick, lost_output, read
 from pipeline.table.lease import Lease, refuse_other_holder
 
 PROMOTED, REFUSED = 0, 3
-OWN_ENTRIES = ("table", "tables", "heldout", "heldout-truth", "runs", "ledger", "corpus.parquet")
+OWN_ENTRIES = (TABLE, "tables", HELD_TABLE, "heldout-truth", "runs", "ledger", "corpus.parquet")
 """What a retraining writes into its output."""
 
 
@@ -254,7 +256,7 @@ class _Loop:
             budget=config.when.budget.images,
             hold_out=config.evaluation.hold_out,
             held_before=len(held),
-            copies=find_copies(self._dataset),
+            known=known_in(storage, self._dataset),
         )
         starts, why = begins(found.new.num_rows + found.waiting, last, config.when, at=clock())
         if begun is not None or (starts and found.new.num_rows):

@@ -56,13 +56,16 @@ from pipeline.retraining.intake import (
     EXCLUDED_FILE,
     HELD_FILE,
     HELD_OUT_FILE,
+    HELD_TABLE,
     NEW_FILE,
+    TABLE,
     Ids,
     ids_of,
     joined,
     look_through,
     picked,
     read_images,
+    table_digests,
     taken_in,
     write_images,
 )
@@ -88,7 +91,7 @@ from pipeline.trained.clipseg import ClipSegRecord
 from pipeline.trained.record import TrainedRecord, read_trained, read_trained_weights
 from pipeline.trained.student import StudentRecord
 
-TABLE, TABLES, HELD_TABLE, CHAMPIONS = "table", "tables", "heldout", "champions"
+TABLES, CHAMPIONS = "tables", "champions"
 LABELLED_FILE = "labelled.parquet"
 """In a tick's folder: the images that a champion labels in it."""
 PAGE = "report.html"
@@ -296,7 +299,8 @@ def _verify(work: Work) -> dict[str, Any]:
     record = read_table_record(labelled["table"])
     new = ids_of(read_images(work.storage, work.here(NEW_FILE)))
     held = ids_of(read_images(work.storage, HELD_OUT_FILE))
-    parts, missing = look_through(storage, new, held, work.dataset)
+    known = table_digests(work.storage.child(HELD_TABLE))
+    parts, missing = look_through(storage, new, held, work.dataset, known)
     found = check_table(storage, record, None, work.console, parts=parts, address=work.config.address)
     problems = {PROBLEMS[kind][0]: count for kind, count in found.counts.items()}
     if missing:

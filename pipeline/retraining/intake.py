@@ -1,14 +1,17 @@
 """What a tick takes in: images that are new, and that nothing is measured on.
 
 Of the images that arrive, some may be those of the evaluation, under the same address or as a copy. A model
-that has seen them proves nothing, so they are never taken: by id, and by the SHA-256 of their bytes.
+that has seen them proves nothing, so they are never taken: by id, and by the SHA-256 of their bytes. Where a
+share of the images is held out, that hash decides which: copies then fall on the same side, whenever they
+arrive.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -35,6 +38,8 @@ HELD_FILE = "held.parquet"
 CORPUS_FILE = "corpus.parquet"
 """In the output: all images that were taken in to be trained on. Made anew from the ticks."""
 HELD_OUT_FILE = "heldout.parquet"
+TABLE, HELD_TABLE = "table", "heldout"
+"""In the output: the teacher's labels of the images to train on, and of those that are held out."""
 EXCLUDED_FILE = "excluded.parquet"
 """In the output: copies of evaluation images that have been found among those that arrive."""
 _READERS = 16
@@ -172,13 +177,32 @@ def share_of(ids: Ids) -> npt.NDArray[np.float64]:
     return ids.astype(np.uint64) / np.float64(2**64)
 
 
+def shares_of(ids: Ids, digests: Sequence[bytes | None]) -> npt.NDArray[np.float64]:
+    """The same by what the images are; by id for those that could not be read."""
+    found = [
+        one if digest is None else np.int64(int.from_bytes(digest[:8], "big", signed=True))
+        for one, digest in zip(ids, digests, strict=True)
+    ]
+    return share_of(np.array(found, np.int64))
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of images by what they are: SHA-256 of their bytes.
+
+    Attributes:
+        digests: reads the images of a manifest; None for one that cannot be read.
+        measured: digests of the images that are measured on.
+        trained: which of some digests are those of images that are trained on already.
+    """
+
+    digests: Callable[[pa.Table], Sequence[bytes | None]]
+    measured: Callable[[], Collection[bytes]]
+    trained: Callable[[Collection[bytes]], Collection[bytes]] = lambda _asked: ()
+
+
 def choose(
-    new: pa.Table,
-    *,
-    budget: int | None,
-    hold_out: float | None,
-    held_before: int,
-    copies: Callable[[pa.Table], Sequence[bool]],
+    new: pa.Table, *, budget: int | None, hold_out: float | None, held_before: int, known: Known
 ) -> Intake:
     """Divide the new images.
 
@@ -187,28 +211,54 @@ def choose(
         budget: how many to take at most.
         hold_out: share to measure on; None if truth is known.
         held_before: how many are held out already.
-        copies: for a manifest, whether each image is a copy of one of the evaluation; reads them.
+        known: finds copies; it is asked only if there are new images.
     """
     lines = []
     taken = new.slice(0, budget) if budget is not None else new
     waiting = new.num_rows - taken.num_rows
     if waiting:
         lines.append(f"{waiting:,} more wait for the next tick (when.budget.images: {budget:,})")
-    held = excluded = taken.slice(0, 0)
-    if hold_out is None:
-        is_copy = np.array(copies(taken), bool)
-        excluded, taken = taken.filter(pa.array(is_copy)), taken.filter(pa.array(~is_copy))
-        if excluded.num_rows:
-            first = excluded["uri"][0].as_py()
-            lines.append(f"{excluded.num_rows:,} left out as copies of evaluation images, such as {first}")
-    elif taken.num_rows:
-        shares = share_of(ids_of(taken))
-        chosen = shares < hold_out
-        if not held_before and not chosen.any():  # there must be something to measure on
-            chosen[np.argmin(shares)] = True
-        held, taken = taken.filter(pa.array(chosen)), taken.filter(pa.array(~chosen))
-        lines.append(f"{held.num_rows:,} held out to measure on")
-    return Intake(taken, held, excluded, waiting, tuple(lines))
+    if not taken.num_rows:
+        return Intake(taken, taken, taken, waiting, tuple(lines))
+    digests = known.digests(taken)
+    measured = set(known.measured())
+    is_copy = np.array([digest in measured for digest in digests], bool)
+    held = np.zeros(taken.num_rows, bool)
+    if hold_out is not None:
+        held = _held_out(ids_of(taken), digests, is_copy, hold_out, known, first=not held_before)
+        # Of an image and its copies, one is measured on, and none is trained on.
+        kept = {digests[at]: at for at in np.flatnonzero(held)[::-1] if digests[at] is not None}
+        is_copy |= np.array([kept.get(digest, at) != at for at, digest in enumerate(digests)])
+        held &= ~is_copy
+    excluded = taken.filter(pa.array(is_copy))
+    if excluded.num_rows:
+        first = excluded["uri"][0].as_py()
+        lines.append(f"{excluded.num_rows:,} left out as copies of evaluation images, such as {first}")
+    if hold_out is not None:
+        lines.append(f"{int(held.sum()):,} held out to measure on")
+    left = taken.filter(pa.array(~held & ~is_copy))
+    return Intake(left, taken.filter(pa.array(held)), excluded, waiting, tuple(lines))
+
+
+def _held_out(
+    ids: Ids,
+    digests: Sequence[bytes | None],
+    is_copy: npt.NDArray[np.bool_],
+    hold_out: float,
+    known: Known,
+    *,
+    first: bool,
+) -> npt.NDArray[np.bool_]:
+    """Which images to measure on: a share of them, at least one if they are the first; copies included."""
+    shares = shares_of(ids, digests)
+    may = ~is_copy
+    if may.any():
+        trained = set(known.trained({digest for digest in digests if digest is not None}))
+        may &= np.array([digest not in trained for digest in digests], bool)
+    held = may & (shares < hold_out)
+    if first and may.any() and not held.any():  # there must be something to measure on
+        held[np.argmin(np.where(may, shares, np.inf))] = True
+    return held
 
 
 def hashes(uris: Sequence[str]) -> list[bytes | None]:
@@ -224,25 +274,53 @@ def _hash(uri: str, start: int = 0, length: int | None = None) -> bytes | None:
         return None  # labelling will tell
 
 
-def find_copies(dataset: Dataset | None) -> Callable[[pa.Table], Sequence[bool]]:
-    """A function that finds copies of the images of a dataset; it reads both, once something is asked."""
-
-    def copies(table: pa.Table) -> Sequence[bool]:
-        if dataset is None or not table.num_rows:
-            return [False] * table.num_rows
-        known = {*hashes([one.image for one in dataset.samples if one.image])} - {None}
-        starts, lengths = (
-            table[name].to_pylist() if name in table.column_names else [None] * table.num_rows
-            for name in ("offset", "length")
-        )
-        with ThreadPoolExecutor(_READERS) as pool:
-            found = pool.map(_hash, table["uri"].to_pylist(), [start or 0 for start in starts], lengths)
-            return [one in known for one in found]
-
-    return copies
+def read_digests(table: pa.Table) -> list[bytes | None]:
+    """SHA-256 of the images of a manifest; None for one that cannot be read."""
+    starts, lengths = (
+        table[name].to_pylist() if name in table.column_names else [None] * table.num_rows
+        for name in ("offset", "length")
+    )
+    with ThreadPoolExecutor(_READERS) as pool:
+        return list(pool.map(_hash, table["uri"].to_pylist(), [start or 0 for start in starts], lengths))
 
 
-def look_through(storage: Storage, new: Ids, held: Ids, dataset: Dataset | None) -> tuple[list[str], int]:
+def dataset_digests(dataset: Dataset | None) -> set[bytes]:
+    """SHA-256 of the images of a dataset; reads them."""
+    samples = () if dataset is None else dataset.samples
+    return {digest for digest in hashes([one.image for one in samples if one.image]) if digest is not None}
+
+
+def table_digests(storage: Storage, among: Collection[bytes] | None = None) -> set[bytes]:
+    """SHA-256 of the images of a label table, if there is one.
+
+    Args:
+        storage: of the table.
+        among: ask for these alone, so that a large table takes no memory.
+    """
+    found: set[bytes] = set()
+    for batch in iter_batches(storage, ["sha256"], batch_size=65_536, names=part_files(storage)):
+        digests = {digest for digest in batch.column("sha256").to_pylist() if digest is not None}
+        found |= digests if among is None else digests & set(among)
+    return found
+
+
+def known_in(storage: Storage, dataset: Dataset | None) -> Known:
+    """What is known in the output of a retraining.
+
+    Args:
+        storage: the output.
+        dataset: the images with truth; None if images are held out instead.
+    """
+    return Known(
+        digests=read_digests,
+        measured=lambda: dataset_digests(dataset) | table_digests(storage.child(HELD_TABLE)),
+        trained=functools.partial(table_digests, storage.child(TABLE)),
+    )
+
+
+def look_through(
+    storage: Storage, new: Ids, held: Ids, dataset: Dataset | None, known: Collection[bytes] = ()
+) -> tuple[list[str], int]:
     """Find the parts of a label table that hold new images, and refuse to measure on what is in it.
 
     Args:
@@ -250,6 +328,7 @@ def look_through(storage: Storage, new: Ids, held: Ids, dataset: Dataset | None)
         new: ids of this tick's images.
         held: ids of the images that are held out.
         dataset: the images with truth.
+        known: SHA-256 of the images that are held out.
 
     Returns:
         Names of the parts, and how many of the new images have no row.
@@ -258,8 +337,7 @@ def look_through(storage: Storage, new: Ids, held: Ids, dataset: Dataset | None)
         MaskMillError: ``evaluation_overlaps``.
     """
     measured = np.concatenate([held, evaluation_ids(dataset)])
-    samples = () if dataset is None else dataset.samples
-    known = {*hashes([one.image for one in samples if one.image])} - {None}
+    known = dataset_digests(dataset) | set(known)
     parts: list[str] = []
     found, shared, example = 0, 0, ""
     for part in part_files(storage):

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -20,18 +20,22 @@ from pipeline.ontology.ontology import parse_classes
 from pipeline.retraining.config import When
 from pipeline.retraining.intake import (
     HELD_FILE,
+    HELD_TABLE,
     NEW_FILE,
+    TABLE,
+    Known,
     begins,
     choose,
     evaluation_ids,
-    find_copies,
     ids_of,
     joined,
+    known_in,
     look_through,
     picked,
     read_images,
     refuse_signed,
     share_of,
+    table_digests,
     taken_in,
     without,
     write_images,
@@ -48,8 +52,12 @@ def manifest(*numbers: int) -> pa.Table:
     return pa.table({"id": pa.array(map(stable_id, uris), pa.int64()), "uri": pa.array(uris, pa.string())})
 
 
-def no_copies(table: pa.Table) -> Sequence[bool]:
-    return [False] * table.num_rows
+def digests(table: pa.Table) -> list[bytes]:
+    """As if every image had its own content."""
+    return [hashlib.sha256(uri.encode()).digest() for uri in table["uri"].to_pylist()]
+
+
+DIFFERENT = Known(digests, lambda: ())
 
 
 def ago(days: float) -> str:
@@ -77,52 +85,68 @@ def test_when_a_tick_begins(
     assert found[0] is starts and why in found[1] and (not starts or not found[1])
 
 
-@settings(max_examples=60)
+@settings(max_examples=80, deadline=None)
 @given(
-    count=st.integers(0, 60),
+    contents=st.lists(st.none() | st.integers(0, 30), max_size=60),
     budget=st.none() | st.integers(1, 70),
     hold_out=st.none() | st.floats(0.01, 0.9),
     held_before=st.integers(0, 3),
-    bad=st.sets(st.integers(0, 59)),
+    measured=st.sets(st.integers(0, 30)),
+    trained=st.sets(st.integers(0, 30)),
 )
-def test_every_new_image_goes_to_one_place(
-    count: int, budget: int | None, hold_out: float | None, held_before: int, bad: set[int]
+def test_every_new_image_goes_to_one_place_and_copies_never_to_two_sides(
+    contents: list[int | None],
+    budget: int | None,
+    hold_out: float | None,
+    held_before: int,
+    measured: set[int],
+    trained: set[int],
 ) -> None:
-    new = manifest(*range(count))
-    copies = set(ids_of(manifest(*bad)).tolist())
-    found = choose(
-        new,
-        budget=budget,
-        hold_out=hold_out,
-        held_before=held_before,
-        copies=lambda table: [one in copies for one in ids_of(table).tolist()],
+    new = manifest(*range(len(contents)))
+    digest = [hashlib.sha256(bytes([number])).digest() for number in range(31)]
+    of_uri = {
+        uri: None if one is None else digest[one]
+        for uri, one in zip(new["uri"].to_pylist(), contents, strict=True)
+    }
+    known = Known(
+        lambda table: [of_uri[uri] for uri in table["uri"].to_pylist()],
+        lambda: {digest[number] for number in measured},
+        lambda asked: {digest[number] for number in trained} & set(asked),
     )
+    found = choose(new, budget=budget, hold_out=hold_out, held_before=held_before, known=known)
     parts = [found.new, found.held, found.excluded]
     taken = np.concatenate([ids_of(part) for part in parts])
-    assert len(set(taken.tolist())) == len(taken) == count - found.waiting
-    assert len(taken) == (count if budget is None else min(count, budget))
+    assert len(set(taken.tolist())) == len(taken) == len(contents) - found.waiting
+    assert len(taken) == (len(contents) if budget is None else min(len(contents), budget))
     assert sorted(taken) == sorted(ids_of(new)[: len(taken)])
+    learnt, held, out = ([of_uri[uri] for uri in part["uri"].to_pylist()] for part in parts)
+    contents_held = [one for one in held if one is not None]
+    assert len(set(contents_held)) == len(contents_held)
+    assert not {*learnt} & ({*contents_held} | {digest[number] for number in measured})
+    assert not {*contents_held} & {digest[number] for number in trained | measured}
+    assert {*out} <= {*contents_held} | {digest[number] for number in measured}
     if hold_out is None:
-        assert not found.held.num_rows
-        assert set(ids_of(found.excluded).tolist()) == copies & set(taken.tolist())
-    else:
-        assert not found.excluded.num_rows
-        below = ids_of(new)[: len(taken)][share_of(ids_of(new)[: len(taken)]) < hold_out]
-        assert set(below.tolist()) <= set(ids_of(found.held).tolist())
-        if len(taken) and not held_before:
-            assert found.held.num_rows == max(1, len(below))
-        else:
-            assert found.held.num_rows == len(below)
+        assert not held
+    elif not held_before and {*learnt} - {digest[number] for number in trained}:
+        assert held
 
 
-def test_a_share_is_held_out_evenly_and_always_the_same() -> None:
+def test_a_share_is_held_out_evenly_and_copies_that_arrive_later_fall_on_the_same_side() -> None:
     many = manifest(*range(20_000))
-    found = choose(many, budget=None, hold_out=0.1, held_before=1, copies=no_copies)
+    found = choose(many, budget=None, hold_out=0.1, held_before=1, known=DIFFERENT)
     assert abs(found.held.num_rows - 2000) < 4 * np.sqrt(2000 * 0.9)
-    some = choose(many.slice(500, 3000), budget=None, hold_out=0.1, held_before=1, copies=no_copies)
-    inside = np.isin(ids_of(found.held), ids_of(many.slice(500, 3000)))
-    assert sorted(ids_of(found.held)[inside]) == sorted(ids_of(some.held))
     assert "held out to measure on" in found.lines[0]
+    content = dict(
+        zip(manifest(*range(3000))["uri"].to_pylist(), digests(many.slice(500, 3000)), strict=True)
+    )
+    copies = Known(lambda table: [content[uri] for uri in table["uri"].to_pylist()], lambda: ())
+    later = choose(manifest(*range(3000)), budget=None, hold_out=0.1, held_before=1, known=copies)
+    assert {content[uri] for uri in later.held["uri"].to_pylist()} == {*digests(found.held)} & {
+        *content.values()
+    }
+    unread = Known(lambda table: [None] * table.num_rows, lambda: ())
+    by_id = choose(many, budget=None, hold_out=0.1, held_before=1, known=unread)
+    assert ids_of(by_id.held).tolist() == ids_of(many)[share_of(ids_of(many)) < 0.1].tolist()
 
 
 def test_ticks_remember_what_they_took_in(tmp_path: Path) -> None:
@@ -186,12 +210,14 @@ def test_copies_of_evaluation_images_are_found_under_any_name(tmp_path: Path) ->
     shutil.copy(tmp_path / "truth/images/b.png", tmp_path / "photos/copied.png")
     (tmp_path / "photos/broken.png").write_bytes(b"")
     photos = build_manifest(str(tmp_path / "photos"))
-    found = dict(
-        zip([Path(uri).name for uri in photos["uri"].to_pylist()], find_copies(dataset)(photos), strict=True)
-    )
-    assert found == {"new.png": False, "also.png": False, "broken.png": False, "copied.png": True}
-    assert list(find_copies(None)(photos)) == [False] * 4
-    assert list(find_copies(dataset)(photos.slice(0, 0))) == []
+    known = known_in(open_storage(tmp_path / "out"), dataset)
+    found = choose(photos, budget=None, hold_out=None, held_before=0, known=known)
+    assert [Path(uri).name for uri in found.excluded["uri"].to_pylist()] == ["copied.png"]
+    assert sorted(Path(uri).name for uri in found.new["uri"].to_pylist()) == [
+        "also.png",
+        "broken.png",
+        "new.png",
+    ]
     inside = build_manifest(str(tmp_path / "truth/images"))
     assert sorted(evaluation_ids(dataset)) == sorted(ids_of(inside))
     assert evaluation_ids(None).dtype == np.int64
@@ -206,6 +232,24 @@ def test_what_is_measured_on_is_not_trained_on(tmp_path: Path) -> None:
     with pytest.raises(MaskMillError) as caught:
         look_through(storage, rows[:2], rows[3:5], None)
     assert caught.value.code == "evaluation_overlaps" and "2 images" in caught.value.message
+    some = sorted(table_digests(storage))[:1]
+    with pytest.raises(MaskMillError) as caught:
+        look_through(storage, rows[:2], none, None, known=some)
+    assert (
+        caught.value.code == "evaluation_overlaps" and "images that are measured on" in caught.value.message
+    )
+
+
+def test_copies_are_known_by_the_tables_of_a_retraining(tmp_path: Path) -> None:
+    known = known_in(open_storage(tmp_path), None)
+    assert not known.measured() and not known.trained({b""})  # before the first tick
+    toy_table(tmp_path / HELD_TABLE, count=3)
+    toy_table(tmp_path / TABLE, count=4)
+    held = table_digests(open_storage(tmp_path / HELD_TABLE))
+    learnt = table_digests(open_storage(tmp_path / TABLE))
+    assert held and known.measured() == held
+    one = next(iter(learnt))
+    assert known.trained({one, bytes(32)}) == {one}
 
 
 def test_a_champion_labels_new_images_first() -> None:
