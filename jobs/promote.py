@@ -6,7 +6,7 @@ import contextlib
 import functools
 import shlex
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
     from pipeline.retraining.ledger import Entry, Ledger
+    from pipeline.retraining.record import RetrainingRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,7 @@ class Promote:
                 user=this_user(),
             )
             new = entry.fencing_token == change.lease.run_id
+        change.tell(entry)
         say = functools.partial((console or Console()).print, soft_wrap=True, highlight=False, markup=False)
         if new:
             tell_move(say, entry, self.retraining, self.model)
@@ -97,16 +99,42 @@ class Change:
     """What a command needs to move the champion of a retraining.
 
     Attributes:
+        record: of the retraining.
         ledger: of the retraining.
         client: of its registry.
         lease: of its output.
         name: of the registered model.
+        notice: for what the user should know.
     """
 
+    record: RetrainingRecord
     ledger: Ledger
     client: MlflowClient
     lease: Lease
     name: str
+    notice: Callable[[str], None]
+
+    def tell(self, entry: Entry) -> None:
+        """Tell the webhook of a move by hand; of one that was made before, once more, as a kill may ask."""
+        from pipeline.retraining.webhook import tell_webhook
+
+        if entry.kind not in ("forced", "rolled_back"):
+            return
+        event = {
+            "event": entry.kind,
+            "retraining": self.record.name,
+            "output": self.ledger.output.uri,
+            "model": entry.name,
+            "version": entry.version,
+            "previous": entry.previous,
+            "why": entry.why,
+            "user": entry.user,
+            "entry": entry.sequence,
+            "time": entry.time,
+        }
+        warning = tell_webhook(self.record.webhook_env, event)
+        if warning:
+            self.notice(warning)
 
 
 @contextlib.contextmanager
@@ -135,7 +163,7 @@ def changing_champion(place: str, model: str | None, tracking: str | None) -> It
     with Lease.acquire(output, on_lost=stop_at_once, notice=say) as lease:
         with timed(console, "connecting to MLflow"):
             client = connect_registry(record, tracking)
-        yield Change(ledger, client, lease, name)
+        yield Change(record, ledger, client, lease, name, say)
 
 
 def this_user() -> str:
@@ -153,5 +181,5 @@ def tell_move(say: functools.partial[None], entry: Entry, place: str, model: str
         named = "" if model is None else f" --model {shlex.quote(model)}"
         undo = f"maskmill promote {shlex.quote(place)}{named} --version {entry.previous} --force --why TEXT"
         if entry.kind == "forced":
-            undo = f"maskmill rollback {shlex.quote(place)}{named}"
+            undo = f"maskmill rollback {shlex.quote(place)}{named} --to {entry.previous}"
         say(f"  undo    {undo}")

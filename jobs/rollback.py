@@ -1,8 +1,9 @@
-"""``maskmill rollback``: the champion before becomes champion again."""
+"""``maskmill rollback``: a champion before becomes champion again."""
 
 from __future__ import annotations
 
 import functools
+import shlex
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -17,14 +18,18 @@ from jobs.promote import changing_champion, tell_move, this_user
 class Rollback:
     """Make the champion before the present one champion again, by the ledger of a retraining.
 
+    If the last move was a rollback, nothing moves: --to goes further back.
+
     Attributes:
         retraining: the output of maskmill retrain, or its configuration.
+        to: number of the version to go back to, which was champion; default: the one before.
         model: name of the registered model, if the retraining has several.
         why: reason, for the ledger and for a tag of the version that was champion.
         tracking: MLflow tracking URI; default: that of the retraining.
     """
 
     retraining: Annotated[Positional[str], arg(metavar="OUT|CONFIG")]
+    to: Annotated[Maybe[str], arg(metavar="VERSION")] = None
     model: Maybe[str] = None
     why: Maybe[str] = None
     tracking: Maybe[str] = None
@@ -33,7 +38,7 @@ class Rollback:
         """Move the alias, and say from where to where.
 
         Raises:
-            MaskMillError: ``nothing_before``; ``output_in_use`` while a retraining runs; as
+            MaskMillError: ``nothing_before``; ``wrong_use``; ``output_in_use`` while a retraining runs; as
                 ``pipeline.retraining.record`` and ``pipeline.retraining.promotion.rollback``.
         """
         with changing_champion(self.retraining, self.model, self.tracking) as change:
@@ -44,9 +49,24 @@ class Rollback:
                 change.client,
                 change.lease,
                 change.name,
+                to=self.to,
                 why=(self.why or "").strip() or None,
                 user=this_user(),
             )
+            new = entry.fencing_token == change.lease.run_id
+            champions = change.ledger.standing(change.name).champions
+        change.tell(entry)
         say = functools.partial((console or Console()).print, soft_wrap=True, highlight=False, markup=False)
-        tell_move(say, entry, self.retraining, self.model)
+        if new:
+            tell_move(say, entry, self.retraining, self.model)
+            return 0
+        by = f" by {entry.user}" if entry.user else ""
+        say(
+            f"Nothing moved: version {entry.version} of {entry.name} is champion since {entry.time} "
+            f"({entry.kind.replace('_', ' ')}{by}, entry {entry.sequence} of the ledger)."
+        )
+        if len(champions) > 1:
+            named = "" if self.model is None else f" --model {shlex.quote(self.model)}"
+            again = f"maskmill rollback {shlex.quote(self.retraining)}{named} --to {champions[-2]}"
+            say(f"  further back  {again}")
         return 0

@@ -64,6 +64,7 @@ from pipeline.retraining.record import (
     RetrainedModel,
     RetrainingRecord,
     create_retraining,
+    note_webhook,
     read_retraining,
 )
 from pipeline.retraining.state import Runner, StepState, Tick, lost_output, read_ticks
@@ -128,7 +129,7 @@ def retrain(config: Retraining, console: Console, *, verbose: bool = False, aban
     with Lease.acquire(
         storage, on_lost=stop_at_once, cluster=joins_cluster(config.address), notice=say
     ) as lease:
-        record = _record_of(config, storage)
+        record = note_webhook(storage, _record_of(config, storage), config.webhook_env)
         ticks = list(read_ticks(storage))
         unfinished = ticks[-1] if ticks and ticks[-1].outcome is None else None
         fence = functools.partial(refuse_other_holder, storage, lease.run_id)

@@ -25,7 +25,7 @@ from pipeline.retraining.parent import PARENT_TAG, tick_tags
 from pipeline.retraining.record import RetrainingRecord
 from pipeline.retraining.registry import CHAMPION, Version
 from pipeline.retraining.state import Runner, read_ticks, tick_folder
-from pipeline.retraining.webhook import notify, webhook_url
+from pipeline.retraining.webhook import tell_webhook
 from pipeline.table.lease import Lease
 
 if TYPE_CHECKING:
@@ -145,11 +145,8 @@ def decision_of(work: Work, model: Model) -> Decision:
 
 def tell(work: Work, event: str, **facts: Any) -> None:
     """Tell the webhook, if there is one; a failure to do so is a warning."""
-    url = webhook_url(work.config.webhook_env)
-    if url is None:
-        return
-    warning = notify(
-        url,
+    warning = tell_webhook(
+        work.config.webhook_env,
         {
             "event": event,
             "retraining": work.config.name,

@@ -109,7 +109,7 @@ def replay(entries: Iterable[Entry], name: str) -> Standing:
     """The standing of a model after entries, which are in order.
 
     A promotion adds its version, after the champion that it found if that was another's doing. A rollback
-    takes the champion away, so that a second rollback goes further back, never to what the first one left.
+    takes champions away, so that a second rollback goes further back, never to what the first one left.
 
     >>> entry = lambda **values: Entry(sequence=1, time="", name="pets", fencing_token="t", **values)
     >>> promotions = [entry(kind="promoted", version=version) for version in "123"]
@@ -128,6 +128,8 @@ def replay(entries: Iterable[Entry], name: str) -> Standing:
                     champions.append(version)
         elif entry.kind == "rolled_back" and entry.version is not None:
             champions = champions[:-1]
+            while entry.version in champions and champions[-1] != entry.version:
+                champions.pop()
             if champions[-1:] != [entry.version]:
                 champions.append(entry.version)
     return Standing(tuple(champions), unfinished)

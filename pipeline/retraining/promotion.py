@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from models.errors import FailedWork, MaskMillError
+from models.errors import FailedWork, MaskMillError, WrongUse
 from pipeline.retraining import registry
 from pipeline.retraining.ledger import CONCLUSIONS, Entry, Intent, Ledger
 from pipeline.table.lease import Lease, refuse_other_holder
@@ -116,9 +116,9 @@ def force(
         return _move(ledger, client, lease, unfinished)
     settle(ledger, client, lease, name)
     found = registry.alias(client, name, registry.CHAMPION)
-    if found == version == ledger.current(name):
-        moves = [entry for entry in ledger.of(name) if entry.kind in CONCLUSIONS.values()]
-        return moves[-1]
+    last = _last_move(ledger, name)
+    if last is not None and found == version == ledger.current(name):
+        return last
     intent = _intend(ledger, client, lease, "forcing", name, version, previous=found, why=why, user=user)
     return _move(ledger, client, lease, intent)
 
@@ -129,32 +129,46 @@ def rollback(
     lease: Lease,
     name: str,
     *,
+    to: str | None = None,
     why: str | None = None,
     user: str | None = None,
 ) -> Entry:
     """Go back to the champion before, by the ledger. See ``promote``.
 
-    A second rollback goes further back. A rollback that was stopped is finished, and no other one begun.
+    A rollback that was stopped is finished, and no other one begun. If the last move was a rollback, nothing
+    moves unless ``to`` asks for it: who repeats a command that was killed cannot know how far it had come.
 
     Args:
+        to: the version to go back to, which was champion; None is the champion before.
         why: in words; also a tag of the version that was champion.
         user: who wants it.
 
     Returns:
-        The entry ``rolled_back``.
+        The entry ``rolled_back``; an earlier one if nothing had to move.
 
     Raises:
-        MaskMillError: ``nothing_before`` if there is no champion before.
+        MaskMillError: ``nothing_before`` if there is no champion before; ``wrong_use`` if ``to`` was none.
     """
     registry.refuse_other_owner(client, name, ledger.output)
     unfinished = ledger.standing(name).unfinished
-    if unfinished is not None and unfinished.kind == "rolling_back":
+    if unfinished is not None and unfinished.kind == "rolling_back" and to in (None, unfinished.version):
         return _move(ledger, client, lease, unfinished)
     settle(ledger, client, lease, name)
     standing = ledger.standing(name)
     found = registry.alias(client, name, registry.CHAMPION)
     if standing.champion not in (None, found):
         raise _changed(name, found, standing.champion)
+    last = _last_move(ledger, name)
+    if last is not None and (to == last.version or (to is None and last.kind == "rolled_back")):
+        return last
+    if to is not None and to not in standing.champions[:-1]:
+        earlier = ", ".join(standing.champions[:-1]) or "none"
+        raise WrongUse(
+            "wrong_use",
+            f"Version {to} of {name} was not champion before this one; by the ledger of {ledger.output.uri} "
+            f"there were: {earlier}.",
+            "Choose one of these, or any version: maskmill promote … --version N --force --why TEXT.",
+        )
     if standing.before is None:
         has = "never had a champion" if standing.champion is None else "has had no champion before this one"
         raise FailedWork(
@@ -168,7 +182,7 @@ def rollback(
         lease,
         "rolling_back",
         name,
-        standing.before,
+        to or standing.before,
         previous=standing.champion,
         why=why,
         user=user,
@@ -254,6 +268,11 @@ def _append(ledger: Ledger, lease: Lease, intent: Entry, kind: Any, why: str | N
         why=why,
         user=intent.user,
     )
+
+
+def _last_move(ledger: Ledger, name: str) -> Entry | None:
+    moves = (entry for entry in reversed(ledger.of(name)) if entry.kind in CONCLUSIONS.values())
+    return next(moves, None)
 
 
 def _is_of_tick(intent: Entry, version: str, expected: str | None, run: str) -> bool:

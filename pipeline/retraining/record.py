@@ -61,6 +61,7 @@ class RetrainingRecord(BaseModel):
         models: the registered models, each name once.
         tracking: MLflow's tracking URI, without credentials.
         fixed: what may not change between ticks, by name.
+        webhook_env: environment variable with the address that is told, as the last run was configured.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -72,6 +73,7 @@ class RetrainingRecord(BaseModel):
     models: tuple[RetrainedModel, ...] = Field(min_length=1)
     tracking: Annotated[str, AfterValidator(redact)]
     fixed: dict[str, Any] = {}
+    webhook_env: str | None = None
 
     def model(self, name: str | None) -> RetrainedModel:
         """The model of a name; None is the only one.
@@ -105,6 +107,20 @@ def create_retraining(output: Storage, record: RetrainingRecord) -> RetrainingRe
     """
     output.create_bytes(RECORD_FILE, record.model_dump_json(indent=2).encode() + b"\n")
     return read_retraining(output)
+
+
+def note_webhook(output: Storage, record: RetrainingRecord, variable: str | None) -> RetrainingRecord:
+    """The record with the webhook that is configured now; written if there is one and it says otherwise.
+
+    Args:
+        output: whose lease is held.
+        record: of it.
+        variable: that holds the address.
+    """
+    changed = record.model_copy(update={"webhook_env": variable})
+    if changed != record and output.exists(RECORD_FILE):
+        output.write_bytes(RECORD_FILE, changed.model_dump_json(indent=2).encode() + b"\n")
+    return changed
 
 
 def read_retraining(output: Storage) -> RetrainingRecord:

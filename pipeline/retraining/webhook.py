@@ -62,6 +62,19 @@ def webhook_url(variable: str | None) -> str | None:
     return url
 
 
+def tell_webhook(variable: str | None, event: Mapping[str, Any]) -> str | None:
+    """Post an event to the address in an environment variable, if one is named.
+
+    Returns:
+        A warning, in words, if it was not told; see ``notify``.
+    """
+    try:
+        url = webhook_url(variable)
+    except WrongUse as error:
+        return f"The webhook was not told: {error.message}"
+    return None if url is None else notify(url, event)
+
+
 def notify(
     url: str, event: Mapping[str, Any], *, timeout_s: float = TIMEOUT_S, pause_s: float = PAUSE_S
 ) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,8 +18,10 @@ from jobs.rollback import Rollback
 from models.errors import MaskMillError
 from pipeline.retraining.ledger import Ledger
 from pipeline.retraining.promotion import promote
+from pipeline.retraining.record import note_webhook, read_retraining
 from pipeline.table.lease import LEASE_FILE, Lease
 from tests.pipeline.retraining.outputs import Scene, never, new_output
+from tests.pipeline.retraining.receiver import Receiver
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,9 +60,13 @@ def test_back_and_further_back_than_there_is(scene: Scene, capsys: pytest.Captur
     assert scene.champion == "1"
     entry = scene.entries[-1]
     assert entry.kind == "rolled_back" and entry.user is not None and "@" in entry.user
+    assert Rollback(retraining=place).run() == 0
+    out = said(capsys)
+    assert f"Nothing moved: version 1 of {scene.name} is champion since {entry.time} (rolled back by" in out
+    assert "further back" not in out  # there is none
     with pytest.raises(MaskMillError) as caught:
-        Rollback(retraining=place).run()
-    assert caught.value.code == "nothing_before" and caught.value.exit_status == 1
+        Rollback(retraining=place, to="3").run()
+    assert caught.value.exit_status == 2 and "Version 3" in caught.value.message
     assert scene.champion == "1" and scene.entries[-1] == entry
     assert not scene.output.exists(LEASE_FILE)
 
@@ -73,7 +80,40 @@ def test_a_forced_promotion(scene: Scene, capsys: pytest.CaptureFixture[str]) ->
     assert command.run() == 0 and "is champion already" in said(capsys)
     assert scene.champion == "3" and scene.kinds()[-2:] == ["forcing", "forced"]
     assert scene.client.get_model_version(scene.name, "3").tags["maskmill.forced"] == "the truth was wrong"
+    assert Rollback(retraining=place, to="2").run() == 0 and scene.champion == "2"
+    said(capsys)
     assert Rollback(retraining=place).run() == 0 and scene.champion == "2"
+    assert f"further back  maskmill rollback {place} --to 1" in said(capsys)
+    assert Rollback(retraining=place, to="1").run() == 0 and scene.champion == "1"
+
+
+def test_the_webhook_is_told_of_moves_by_hand(
+    scene: Scene, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, receiver = scene.output.uri, Receiver()
+    note_webhook(scene.output, read_retraining(scene.output), "PETS_HOOK")
+    monkeypatch.setenv("PETS_HOOK", receiver.url)
+    try:
+        assert Promote(retraining=place, version="3", force=True, why="the truth was wrong").run() == 0
+        assert Rollback(retraining=place, why="it was not").run() == 0
+        assert Rollback(retraining=place).run() == 0  # as after a kill: it may not have been told
+    finally:
+        receiver.close()
+    events = [json.loads(body) for _, _, body in receiver.received]
+    moves = [(one["event"], one["version"], one["previous"], one["why"]) for one in events]
+    assert moves == [
+        ("forced", "3", "2", "the truth was wrong"),
+        ("rolled_back", "2", "3", "it was not"),
+        ("rolled_back", "2", "3", "it was not"),
+    ]
+    assert events[1] == events[2] and events[1]["model"] == scene.name and "@" in events[1]["user"]
+    # Where the address is not known, the champion moves all the same.
+    monkeypatch.delenv("PETS_HOOK")
+    capsys.readouterr()
+    assert Rollback(retraining=place, to="1").run() == 0 and scene.champion == "1"
+    assert (
+        "The webhook was not told: The environment variable PETS_HOOK is not set" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,6 +157,6 @@ def test_the_command_itself(scene: Scene) -> None:
     first = run("rollback", scene.output.uri, "--model", scene.name)
     assert first.returncode == 0, first.stderr
     assert "champion is version 1 now" in first.stdout
-    second = run("rollback", scene.output.uri)
-    assert second.returncode == 1 and "nothing to go back to" in second.stderr
+    second = run("rollback", scene.output.uri, "--to", "7")
+    assert second.returncode == 2 and "was not champion before" in second.stderr
     assert "Traceback" not in second.stderr and scene.champion == "1"

@@ -176,7 +176,7 @@ class Node:
 moves = st.lists(
     st.tuples(
         st.sampled_from(
-            ["promoted", "forced", "back", "by hand", "unfinished", "refused", "failed", "other"]
+            ["promoted", "forced", "back", "far", "by hand", "unfinished", "refused", "failed", "other"]
         ),
         st.sampled_from("123456"),
     ),
@@ -221,6 +221,13 @@ def test_a_replay_leads_where_a_linked_list_of_champions_does(steps: list[tuple[
                 write("rolled_back", champion.below.version, champion.version)
                 champion = champion.below
                 alias = champion.version
+        elif kind == "far":
+            below = champion.below if champion is not None else None
+            while below is not None and below.version != version:
+                below = below.below
+            if champion is not None and below is not None and champion.version != version == below.version:
+                write("rolled_back", version, champion.version)
+                champion, alias = below, version
         elif kind == "unfinished":
             write("promoting", version, alias)
         elif kind == "other":

@@ -68,15 +68,33 @@ def test_a_tick_does_not_promote_again_what_was_rolled_back(scene: Scene) -> Non
     assert scene.champion == "1" and scene.kinds()[-1] == "rolled_back"
 
 
-def test_rollbacks_go_further_back_each_time(scene: Scene) -> None:
+def test_rollbacks_go_further_back_if_they_are_asked_to(scene: Scene) -> None:
     promoted(scene, 3)
     first = done(scene, lambda *place: rollback(*place, scene.name, why="grass is lost", user="me"))
     assert (first.version, first.previous, first.why, first.user) == ("2", "3", "grass is lost", "me")
     assert scene.champion == "2"
     tags = scene.client.get_model_version(scene.name, "3").tags
     assert tags[PREFIX + "rolled_back"] == "grass is lost"
-    assert done(scene, lambda *place: rollback(*place, scene.name)).version == "1"
+    assert done(scene, lambda *place: rollback(*place, scene.name)) == first and scene.champion == "2"
+    assert done(scene, lambda *place: rollback(*place, scene.name, to="1")).version == "1"
     assert scene.champion == "1"
+    for nowhere in ("2", "3", "9"):
+        error = refused(scene, lambda *place, to=nowhere: rollback(*place, scene.name, to=to))
+        assert error.code == "wrong_use" and "was not champion before" in error.message
+    assert scene.champion == "1" and scene.kinds()[-2:] == ["rolling_back", "rolled_back"]
+
+
+def test_a_rollback_can_skip_versions_and_what_it_skips_is_left(scene: Scene) -> None:
+    promoted(scene, 3)
+    assert done(scene, lambda *place: rollback(*place, scene.name, to="3")).kind == "promoted"  # it is
+    assert done(scene, lambda *place: rollback(*place, scene.name, to="1")).previous == "3"
+    assert scene.champion == "1" and Ledger(scene.output).standing(scene.name).champions == ("1",)
+    assert done(scene, lambda *place: rollback(*place, scene.name, to="1")).kind == "rolled_back"
+    assert len(scene.entries) == 8
+
+
+def test_before_the_first_champion_there_is_nothing_to_go_back_to(scene: Scene) -> None:
+    promoted(scene, 1)
     error = refused(scene, lambda *place: rollback(*place, scene.name))
     assert error.code == "nothing_before" and error.exit_status == 1 and scene.champion == "1"
 
@@ -197,10 +215,8 @@ def test_a_promotion_killed_once_is_made_once(scene: Scene, point: int) -> None:
 def test_a_rollback_killed_once_goes_one_step_back(scene: Scene, point: int) -> None:
     promoted(scene, 3)
     act: Act = lambda *place: rollback(*place, scene.name, why="bad")  # noqa: E731
-    killed = scene.killed_at(point, act) is None
-    assert killed == (point < ROLLBACK)
-    if killed:
-        done(scene, act)
+    assert (scene.killed_at(point, act) is None) == (point < ROLLBACK)
+    done(scene, act)  # even if it was killed after its last entry, which nobody saw
     assert scene.champion == "2"
     assert scene.kinds()[-2:] == ["rolling_back", "rolled_back"] and len(scene.entries) == 8
 

@@ -14,6 +14,7 @@ from pipeline.retraining.record import (
     RetrainingRecord,
     create_retraining,
     find_output,
+    note_webhook,
     read_retraining,
 )
 from tests.pipeline.retraining.outputs import new_output
@@ -26,6 +27,16 @@ def test_the_record_is_written_once_and_without_credentials(tmp_path: Path) -> N
     assert "pa55word" not in (tmp_path / RECORD_FILE).read_text()
     later = first.model_copy(update={"id": "another-id"})
     assert create_retraining(output, later) == first
+
+
+def test_the_webhook_is_that_of_the_last_run_and_not_noted_before_there_is_an_output(tmp_path: Path) -> None:
+    record = read_retraining(new_output(tmp_path / "out", "pets", "sqlite:////x.db"))
+    empty = open_storage(tmp_path / "none")
+    assert note_webhook(empty, record, "HOOK").webhook_env == "HOOK" and not empty.exists(RECORD_FILE)
+    output = open_storage(tmp_path / "out")
+    for variable in ("HOOK", None):
+        assert note_webhook(output, read_retraining(output), variable) == read_retraining(output)
+        assert read_retraining(output) == record.model_copy(update={"webhook_env": variable})
 
 
 def test_models_by_name(tmp_path: Path) -> None:
