@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
 import shlex
 import threading
 import time
@@ -18,9 +19,9 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from jobs.console import duration, name_run, stderr_console, stop_at_once
-from jobs.options import NO_HINT, Flag, Verbose
-from jobs.retrain.work import Work, decision_of, tell
-from models.errors import FailedWork, MaskMillError, WrongUse
+from jobs.options import NO_HINT, Flag, Maybe, Verbose
+from jobs.retrain.work import Work, decision_of, step_names, tell
+from models.errors import FailedWork, MaskMillError, WrongUse, did_you_mean
 from pipeline.cluster.session import joins_cluster
 from pipeline.cluster.signals import interrupt
 from pipeline.corpus.manifest import build_manifest
@@ -86,6 +87,8 @@ class Retrain:
         config: the configuration, a YAML file; --init writes one that explains every field.
         init: write a configuration to fill in, and do nothing else.
         abandon: give up a tick that was not finished; the next one takes its images in again.
+        step: do this step alone, once those before it are done: intake, label, verify, train, evaluate, gate,
+            register, promote or report; "train NAME" and so on if there are several models.
         accept_refusal: exit with 0 if a candidate was refused, for a scheduler that takes every other status
             for a failure and tries again.
         verbose: also show what the jobs and Ray say.
@@ -94,6 +97,7 @@ class Retrain:
     config: Annotated[Positional[str], arg(metavar="CONFIG"), NO_HINT] = EXAMPLE_FILE
     init: Flag = False
     abandon: Flag = False
+    step: Annotated[Maybe[str], arg(metavar="NAME")] = None
     accept_refusal: Flag = False
     verbose: Verbose = False
 
@@ -101,7 +105,7 @@ class Retrain:
         """Do one tick, or go on with one.
 
         Returns:
-            0 promoted, or nothing new; 3 refused, unless that is accepted.
+            0 promoted, nothing new, or the step is done; 3 refused, unless that is accepted.
 
         Raises:
             MaskMillError: for anything the user can fix.
@@ -115,13 +119,35 @@ class Retrain:
                 highlight=False,
             )
             return 0
+        if self.abandon and self.step is not None:
+            raise WrongUse("wrong_use", "--abandon and --step exclude each other.", "Give one of them.")
         config = read_config(self.config)
-        status = retrain(config, console, verbose=self.verbose, abandon=self.abandon)
+        status = retrain(
+            config,
+            console,
+            file=os.path.abspath(self.config),
+            verbose=self.verbose,
+            abandon=self.abandon,
+            step=self.step,
+        )
         return PROMOTED if self.accept_refusal and status == REFUSED else status
 
 
-def retrain(config: Retraining, console: Console, *, verbose: bool = False, abandon: bool = False) -> int:
-    """Do one tick of a retraining, or go on with one; see ``Retrain``."""
+def retrain(
+    config: Retraining,
+    console: Console,
+    *,
+    file: str | None = None,
+    verbose: bool = False,
+    abandon: bool = False,
+    step: str | None = None,
+) -> int:
+    """Do one tick of a retraining, or go on with one; see ``Retrain``.
+
+    Args:
+        file: of the configuration, for commands that are shown.
+    """
+    only = None if step is None else _step_named(config, step)
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
     check_output_folder(config.output)
     storage = open_storage(config.output)
@@ -135,18 +161,43 @@ def retrain(config: Retraining, console: Console, *, verbose: bool = False, aban
         fence = functools.partial(refuse_other_holder, storage, lease.run_id)
         if abandon:
             return _abandon(storage, unfinished, fence, say)
-        loop = _Loop(config, dataset, storage, lease, record, ticks, console, say, verbose)
+        loop = _Loop(config, dataset, storage, lease, record, ticks, console, say, file, verbose)
         if unfinished is not None:
-            step = unfinished.at
-            say(f"Going on with tick {unfinished.run}, at step {step.name if step else 'intake'}.")
-            return loop.tick(unfinished, None)
+            at = only or (unfinished.at.name if unfinished.at else "intake")
+            say(f"Going on with tick {unfinished.run}, at step {at}.")
+            return loop.tick(unfinished, None, only)
+        if only not in (None, "intake"):
+            raise WrongUse(
+                "wrong_use",
+                f"There is no unfinished tick whose step {only} could be done.",
+                "Begin one with --step intake, or with maskmill retrain alone.",
+            )
         found, why = loop.look()
         if found is None:
             say(f"Nothing to do for {config.name}: {why}.")
             return 0
         create_retraining(storage, record)
         number = f"{int(ticks[-1].run) + 1 if ticks else 1:04}"
-        return loop.tick(Tick(run=number, created=now()), found)
+        return loop.tick(Tick(run=number, created=now()), found, only)
+
+
+def _step_named(config: Retraining, name: str) -> str:
+    """The step that is meant: of a single model, the kind is enough.
+
+    Raises:
+        WrongUse: there is no such step.
+    """
+    names = step_names(config)
+    short = f"{name} {config.models[0].folder}"
+    if len(config.models) == 1 and name not in names and short in names:
+        return short
+    if name not in names:
+        raise WrongUse(
+            "wrong_use",
+            f"There is no step {name}. {did_you_mean(name, names)}".rstrip(),
+            f"Steps: {', '.join(names)}.",
+        )
+    return name
 
 
 def _record_of(config: Retraining, storage: Storage) -> RetrainingRecord:
@@ -216,8 +267,10 @@ class _Loop:
         ticks: Sequence[Tick],
         console: Console,
         say: Callable[[str], None],
+        file: str | None,
         verbose: bool,
     ) -> None:
+        self._file = file
         self._config = config
         self._dataset = dataset
         self._storage = storage
@@ -269,8 +322,8 @@ class _Loop:
 
     # --- a tick ---
 
-    def tick(self, tick: Tick, found: Intake | None) -> int:
-        """Do a tick, or what is left of one; returns the exit status."""
+    def tick(self, tick: Tick, found: Intake | None, only: str | None = None) -> int:
+        """Do a tick, or what is left of one, or one step of it; returns the exit status."""
         from jobs.retrain.steps import open_run, steps_of
 
         fence = functools.partial(refuse_other_holder, self._storage, self._lease.run_id)
@@ -285,6 +338,7 @@ class _Loop:
             self._console,
             self._say,
             lambda: found or self.look(tick.run)[0] or Intake(NO_IMAGES, NO_IMAGES, NO_IMAGES),
+            self._file,
             self._verbose,
         )
         began = time.monotonic()
@@ -299,11 +353,16 @@ class _Loop:
                         open_run(work)
                     steps = steps_of(work)
                     self._names = [step.name for step in steps]
-                    runner.run(steps, around=functools.partial(self._quiet, work))
+                    runner.run(steps, only=only, around=functools.partial(self._quiet, work))
             except Exception as error:
                 if not lost_output(error):
                     self._tell_failure(work, error)
                 raise
+            left = runner.tick.at
+            if left is not None:
+                self._status.finish("ok", f"tick {tick.run}: step {only} is done")
+                self._say(f"Step {only} is done. Next: --step {shlex.quote(left.name)}")
+                return PROMOTED
             kinds = [runner.outputs(f"promote {model.folder}")["kind"] for model in self._config.models]
             refused = "refused" in kinds
             runner.write(outcome="refused" if refused else "promoted", finished=now())

@@ -132,6 +132,7 @@ def steps_of(work: Work) -> list[Step]:
         Step(
             name="intake",
             work=lambda _again: _intake(work),
+            command=_alone(work, "intake"),
             holds=lambda _outputs: work.storage.exists(work.here(NEW_FILE)),
         ),
         Step(
@@ -155,6 +156,7 @@ def steps_of(work: Work) -> list[Step]:
         Step(
             name="report",
             work=lambda _again: _report(work),
+            command=_alone(work, "report"),
             holds=lambda _outputs: work.storage.exists(work.here(PAGE)),
             needs=verdicts,
         )
@@ -190,17 +192,20 @@ def _steps_of_model(work: Work, model: Model) -> list[Step]:
         Step(
             name=f"gate {name}",
             work=lambda _again: _gate(work, model),
+            command=_alone(work, f"gate {name}"),
             holds=lambda _outputs: work.storage.exists(work.here(f"{name}-verdict.json")),
             needs=(f"evaluate {name}",),
         ),
         Step(
             name=f"register {name}",
             work=lambda _again: _register(work, model),
+            command=_alone(work, f"register {name}"),
             needs=(f"train {name}", f"gate {name}"),
         ),
         Step(
             name=f"promote {name}",
             work=lambda _again: _promote(work, model),
+            command=_alone(work, f"promote {name}"),
             needs=(f"gate {name}", f"register {name}"),
             once=True,
         ),
@@ -666,6 +671,11 @@ def _result(folder: Storage) -> EvaluationResult:
     found = read_results(folder.uri)[0][1]
     assert isinstance(found, EvaluationResult)
     return found
+
+
+def _alone(work: Work, name: str) -> str:
+    """The command of a step that no other job does."""
+    return "" if work.file is None else f"maskmill retrain {_quoted(work.file)} --step {_quoted(name)}"
 
 
 def _label_command(work: Work) -> str:

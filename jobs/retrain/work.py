@@ -31,8 +31,15 @@ from pipeline.table.lease import Lease
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
+STEPS_OF_MODEL = ("train", "evaluate", "gate", "register", "promote")
 HELD_TRUTH = "heldout-truth"
 """In the output: the images that are held out, with the teacher's labels as masks."""
+
+
+def step_names(config: Retraining) -> list[str]:
+    """Names of the steps of a tick, in order."""
+    of_models = [f"{kind} {model.folder}" for model in config.models for kind in STEPS_OF_MODEL]
+    return ["intake", "label", "verify", *of_models, "report"]
 
 
 @dataclass
@@ -49,6 +56,7 @@ class Work:
         console: for what the jobs say.
         say: for what the user must know now.
         intake: what this tick takes in, if it is decided already.
+        file: the configuration's, for commands that are shown; None if it has none.
         verbose: show Ray's own messages.
     """
 
@@ -61,6 +69,7 @@ class Work:
     console: Console
     say: Callable[[str], None]
     intake: Callable[[], Intake]
+    file: str | None = None
     verbose: bool = False
     _client: MlflowClient | None = field(default=None, init=False)
 

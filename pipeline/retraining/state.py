@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
-from models.errors import FailedWork, MaskMillError
+from models.errors import FailedWork, MaskMillError, WrongUse
 from pipeline.files.faults import explain, one_line
 from pipeline.files.records import now, parse_record, read_record
 from pipeline.files.redaction import redact
@@ -208,27 +209,41 @@ class Runner:
         self,
         steps: Sequence[Step],
         *,
+        only: str | None = None,
         around: Callable[[str], AbstractContextManager[None]] = lambda _name: nullcontext(),
     ) -> None:
         """Do what is left of the steps, in order.
 
         Args:
             steps: all of them.
+            only: name of one step: do nothing else, and that only if it is left to do.
             around: context in which a step works, given its name.
 
         Raises:
+            MaskMillError: ``wrong_use`` if another step comes before ``only``.
             Exception: what a step raises; it is recorded first. An interrupt leaves the step to do.
         """
         steps_now = tuple(self.tick.step(step.name) for step in steps)
         self.tick = self.tick.model_copy(update={"steps": steps_now})
         wanted = self._wanted(steps)
+        if only is not None:
+            first = next((step.name for step in steps if step.name in wanted), only)
+            if only in wanted and first != only:
+                raise WrongUse(
+                    "wrong_use",
+                    f"Step {first} of tick {self.tick.run} comes before step {only}, and is not done.",
+                    f"Do it first: --step {shlex.quote(first)}; or all that is left, without --step.",
+                )
+            wanted &= {only}
         for step in steps:
             if step.name not in wanted:
                 continue
             before = self.tick.step(step.name)
             self._do(step, before, around)
             if before.outputs and self.outputs(step.name) != before.outputs:
-                wanted |= {one.name for one in steps if step.name in one.needs and not one.once}
+                again = {one.name for one in steps if step.name in one.needs and not one.once}
+                self.reset([name for name in again if self.tick.step(name).state == "done"])
+                wanted |= again if only is None else set()
 
     def _wanted(self, steps: Sequence[Step]) -> set[str]:
         """What is not done, and what is gone of that which it needs."""
