@@ -27,7 +27,7 @@ from pipeline.cluster.submission import (
     working_directory,
 )
 from pipeline.files.redaction import MASK, command_line, redact
-from pipeline.retraining.config import parse_config
+from pipeline.retraining.config import Named, named_places
 
 if TYPE_CHECKING:
     from pipeline.cluster.submission import Job
@@ -40,6 +40,9 @@ DATA = frozenset(
     | {"source", "results"}
 )
 """Options of all commands that name data, of any size and on any storage."""
+
+DATABASE, CONFIGURED = "tracking database", "file"
+"""What a configuration names besides: MLflow's, and files of recipes and classes."""
 
 PAIRS = frozenset({"roots", "settings", "weights", "labels"})
 """Options that may be NAME=VALUE."""
@@ -66,7 +69,7 @@ class Submit:
         env: pass this variable of your environment on, by its name; may be repeated. Not for secrets: the
             cluster shows a job's environment. Secrets are set on its machines.
         include: a file or folder, below this one, that the job reads; may be repeated. Files that its options
-            name travel by themselves.
+            or the configuration of a retraining name travel by themselves.
         shared_disk: paths outside of this folder are on a disk that all machines share.
     """
 
@@ -129,7 +132,7 @@ class Submit:
             )
         _refuse_secrets(self.job)
         variables = self._variables()
-        files = self._files(parsed)
+        files = self.files(parsed)
         address = self._place(console)
         output = next((value for option, value in _named(parsed) if option == "output"), "")
         name = job_name(self.job, output)
@@ -222,7 +225,7 @@ class Submit:
             found[name] = value
         return found
 
-    def _files(self, parsed: object) -> dict[str, Path]:
+    def files(self, parsed: object) -> dict[str, Path]:
         """What travels with the job, by its path there.
 
         Raises:
@@ -231,11 +234,13 @@ class Submit:
         found: dict[str, Path] = {}
         for name, value in (*_named(parsed), *_configured(parsed)):
             local = Path(value).expanduser()
-            if "://" in value or (name not in DATA and not local.exists()):
+            data = name in DATA or name == DATABASE
+            if "://" in value or not (data or name == CONFIGURED or local.exists()):
                 continue
             if self.shared_disk and local.is_absolute():
                 continue
-            if name in DATA and not (local.is_file() and _below_here(local) and name != "output"):
+            travels = local.is_file() and _below_here(local) and name not in ("output", DATABASE)
+            if data and not travels:
                 raise WrongUse(
                     "wrong_use",
                     f"The cluster does not see the {name} {value}, which is a place on this machine.",
@@ -311,21 +316,41 @@ def _named(parsed: object) -> Iterator[tuple[str, str]]:
 
 
 def _configured(parsed: object) -> Iterator[tuple[str, str]]:
-    """(name, value) of the data that the configuration of a retraining names.
+    """(name, place) of what the configuration of a retraining names, seen from here.
 
     Raises:
         MaskMillError: ``config_invalid``.
     """
-    if isinstance(parsed, Retrain) and Path(parsed.config).is_file():
-        file = Path(parsed.config)
-        config = parse_config(file.read_bytes(), str(file), folder=file.resolve().parent)
-        yield from (("output", config.output), ("images", config.images))
-        measured = {name: getattr(config.evaluation, name) for name in ("images", "truth", "root")}
-        yield from ((name, value) for name, value in measured.items() if value is not None)
+    named = _configuration(parsed)
+    if named is None:
+        return
+    assert isinstance(parsed, Retrain)
+    beside = os.path.dirname(parsed.config)
+    database = (named.tracking or "").partition(":///")
+    places = [*named.data, *((CONFIGURED, file) for file in named.files)]
+    if database[0].startswith("sqlite"):
+        places.append((DATABASE, database[2]))
+    for name, place in places:
+        yield name, place if "://" in place else os.path.join(beside, place)
+
+
+def _configuration(parsed: object) -> Named | None:
+    """What the configuration of a retraining names; None for other commands.
+
+    Raises:
+        MaskMillError: ``config_invalid``.
+    """
+    if not (isinstance(parsed, Retrain) and Path(parsed.config).is_file()):
+        return None
+    file = Path(parsed.config)
+    return named_places(file.read_bytes(), str(file), folder=file.resolve().parent)
 
 
 def _untracked(parsed: object) -> bool:
-    """Whether a command has an option --tracking which is not given."""
+    """Whether a command has an option --tracking which is not given, or a configuration without."""
+    named = _configuration(parsed)
+    if named is not None:
+        return named.tracking is None
     return any(
         (entry.name == "tracking" and value is None)
         or (dataclasses.is_dataclass(value) and _untracked(value))

@@ -43,7 +43,7 @@ FIRST, MORE, HELD_OUT = 40, 10, 60
 """Images of the first tick, of the second, and those that are measured on."""
 FEW, MANY = 50, 110
 """Steps of the training of the first tick, and of the second, which is therefore better."""
-MANY_IN_STORE = 250
+MANY_IN_STORE = 200
 """The same in an object store, where ids, and with them the order of training, are others: after 110 steps
 the second is better on the whole there, and worse on one class, for which the gate refuses it."""
 CPUS = 3

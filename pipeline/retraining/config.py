@@ -11,6 +11,7 @@ import re
 import textwrap
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -286,6 +287,37 @@ def parse_config(data: bytes, where: str, *, folder: Path) -> Retraining:
         raise WrongUse(
             CODE, f"{_place(where, line)}: gate.{error.message} {hint}".rstrip(), _REMEDY
         ) from None
+
+
+@dataclass(frozen=True)
+class Named:
+    """The places that a configuration names, as they are written.
+
+    Attributes:
+        data: (field, place) of images, truth, output and so on.
+        files: YAML files of recipes and classes.
+        tracking: MLflow's URI; None if it is left to the environment.
+    """
+
+    data: tuple[tuple[str, str], ...]
+    files: tuple[str, ...]
+    tracking: str | None
+
+
+def named_places(data: bytes, where: str, *, folder: Path) -> Named:
+    """What a configuration names; arguments and errors as of ``parse_config``, which checks it."""
+    parse_config(data, where, folder=folder)
+    written = parsed_yaml(data, where, code=CODE)
+    evaluation, label = written["evaluation"], written.get("label") or {}
+    places = [("output", written["output"]), ("images", written["images"])]
+    places += [(name, evaluation.get(name)) for name in ("images", "truth", "root")]
+    files = [label.get("recipe"), *(one.get("recipe") for one in written["models"])]
+    files += [part.get("ontology") for part in (written, evaluation)]
+    return Named(
+        tuple((name, place) for name, place in places if place),
+        tuple(file for file in files if file and file.endswith((".yaml", ".yml"))),
+        written.get("tracking"),
+    )
 
 
 def check_config(config: Retraining, where: str) -> None:

@@ -17,6 +17,7 @@ from typing import Annotated, get_args, get_origin, get_type_hints
 import boto3
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from benchmarks.faults.clusters import Cluster, running_cluster
 from benchmarks.faults.object_store import object_store
@@ -97,6 +98,50 @@ def test_the_code_and_the_named_files_travel_and_nothing_else(tmp_path: Path) ->
         )
         assert done.returncode == 0, done.stderr
     assert not folder.exists()
+
+
+def test_the_files_that_a_configuration_names_travel_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nightly").mkdir()
+    (tmp_path / "student.yaml").write_text("iterations: 10")
+    written = {
+        "name": "pets",
+        "output": "s3://b/retraining",
+        "images": "s3://b/photos",
+        "ontology": "classes.yaml",
+        "tracking": "https://mlflow.example",
+        "label": {"recipe": "teacher.yaml"},
+        "models": [
+            {"kind": "maskclip-plus", "recipe": "../student.yaml"},
+            {"kind": "clipseg", "recipe": "toy"},
+        ],
+        "evaluation": {"images": "s3://b/t", "truth": "s3://b/m", "ontology": "voc20"},
+    }
+
+    def files(*options: str, **changes: object) -> set[str]:
+        (tmp_path / "nightly/retrain.yaml").write_text(yaml.safe_dump(written | changes))
+        command = parse(["submit", *options, "retrain", "nightly/retrain.yaml"])
+        assert isinstance(command, Submit)
+        return {*command.files(parse(command.job))}
+
+    with pytest.raises(MaskMillError, match=r"nightly/teacher\.yaml is not a file or folder below"):
+        files()
+    for name in ("classes", "teacher"):
+        (tmp_path / f"nightly/{name}.yaml").write_text("x")
+    config = "nightly/retrain.yaml"
+    assert files() == {config, "nightly/classes.yaml", "nightly/teacher.yaml", "student.yaml"}
+    # An absolute path means nothing there, unless all machines share it.
+    inside = str(tmp_path / "nightly/classes.yaml")
+    with pytest.raises(MaskMillError, match="is not a file or folder below"):
+        files(ontology=inside)
+    assert files("--shared-disk", ontology=inside) == {config, "nightly/teacher.yaml", "student.yaml"}
+    # What would be written into the job's own folder is refused; so are paths beside the configuration.
+    for changes in ({"output": "out"}, {"tracking": "sqlite:///runs.db"}, {"images": "photos"}):
+        for options in ((), ("--shared-disk",)):
+            with pytest.raises(MaskMillError, match="The cluster does not see"):
+                files(*options, **changes)
 
 
 def test_too_much_does_not_travel(tmp_path: Path) -> None:
