@@ -59,6 +59,18 @@ def shared_ray() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
+def registry_database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Tracking URI of a database for all tests, each with models of its own: making one takes seconds."""
+    from mlflow.tracking import MlflowClient
+
+    folder = tmp_path_factory.mktemp("registry")
+    uri = f"sqlite:///{folder}/mlruns.db"
+    client = MlflowClient(uri, registry_uri=uri)
+    client.create_experiment("train", (folder / "artifacts").as_uri())
+    return uri
+
+
+@pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
     from tests.browser import CHROMIUM, Page
 

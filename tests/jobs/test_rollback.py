@@ -27,12 +27,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowClient]:
+def client(registry_database: str) -> Iterator[MlflowClient]:
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
             patch.delenv(name)
-        uri = f"sqlite:///{tmp_path_factory.mktemp('registry')}/mlruns.db"
-        yield MlflowClient(uri, registry_uri=uri)
+        yield MlflowClient(registry_database, registry_uri=registry_database)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.device import DTYPES
 from models.errors import FailedWork, WrongUse
 from models.student.batchnorm import synchronise_batchnorm
+from pipeline.files.logs import run_log
 from pipeline.files.storage import open_storage
 from pipeline.training.loop import rng
 from pipeline.training.loop.board import BoardLink
@@ -132,12 +133,19 @@ class _Worker:
             )
         self.milestones = frozenset(self.task.milestones())
 
+    def _log(self, text: str, *values: object) -> None:
+        """Write to the log of a worker of Ray; a training in the driver's process has the driver's."""
+        if self.job.compute.workers:
+            run_log(self.job.run_id or "").info(f"train: worker {self.rank} of {self.world}, {text}", *values)
+
     def run(self) -> dict[str, Any]:
         stopped = ""
+        self._log("on %s: step %d of %d", self.device, self.step, self.settings.iterations)
         if self.step < self.settings.iterations:
             with _StopWatch(self.job.board, active=self.rank == 0) as watch:
                 self._train(watch)
                 stopped = watch.reason
+        self._log("ends at step %d%s", self.step, f": {stopped}" if stopped else "")
         if self.rank == 0:
             # Wait for an answer, so that all figures have arrived before this process ends.
             with contextlib.suppress(Exception):
@@ -295,6 +303,7 @@ class _Worker:
             milestone=self.step in self.milestones,
         )
         self.store.prune(self.step, self.settings.keep)
+        self._log("checkpoint of step %d", self.step)
 
     def _resume(self) -> None:
         if not self.store.sees(self.job.fingerprint):

@@ -15,6 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from jobs.retrain.command import Retrain, retrain
+from jobs.retrain.work import step_names
 from models.errors import FailedWork, MaskMillError
 from pipeline.files.storage import open_storage
 from pipeline.retraining.config import example, read_config
@@ -34,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *, abandon: bool = False, **changes: Any) -> tuple[int, str]:
+def run(folder: Path, *, abandon: bool = False, step: str | None = None, **changes: Any) -> tuple[int, str]:
     written = {
         "name": "pets",
         "output": "out",
@@ -48,7 +49,8 @@ def run(folder: Path, *, abandon: bool = False, **changes: Any) -> tuple[int, st
     (folder / "retrain.yaml").write_text(yaml.safe_dump(written | changes))
     said = io.StringIO()
     console = Console(file=said, width=200)
-    return retrain(read_config(folder / "retrain.yaml"), console, abandon=abandon), said.getvalue()
+    config = read_config(folder / "retrain.yaml")
+    return retrain(config, console, abandon=abandon, step=step), said.getvalue()
 
 
 def test_too_few_new_images_leave_nothing(folder: Path) -> None:
@@ -120,6 +122,33 @@ def test_a_verdict_cannot_be_given_up(folder: Path) -> None:
     with pytest.raises(MaskMillError, match="has its verdict already") as caught:
         run(folder, abandon=True)
     assert "maskmill rollback" in caught.value.remedy
+
+
+def test_the_intake_alone_begins_a_tick_and_no_other_step_does(folder: Path, registry_database: str) -> None:
+    shutil.copy(registry_database.removeprefix("sqlite:///"), folder / "runs.db")
+    with pytest.raises(MaskMillError, match="no unfinished tick whose step verify"):
+        run(folder, step="verify")
+    with pytest.raises(MaskMillError, match=r"There is no step lable. Did you mean label\?") as caught:
+        run(folder, step="lable")
+    assert "train student, evaluate student" in caught.value.remedy and not (folder / "out").exists()
+    for _ in range(2):  # nothing is done twice
+        status, said = run(folder, step="intake")
+        assert status == 0 and "Step intake is done. Next: --step label" in said
+    found = read_tick(open_storage(folder / "out"), "0001")
+    assert [step.name for step in found.steps] == step_names(read_config(folder / "retrain.yaml"))
+    assert (found.step("intake").attempts, found.step("label").attempts, found.images) == (1, 0, 2)
+    with pytest.raises(MaskMillError, match="Step label of tick 0001 comes before step gate student"):
+        run(folder, step="gate student")
+
+
+def test_with_a_share_held_out_copies_of_its_images_are_not_trained_on(folder: Path) -> None:
+    """Whatever is held out: one of the three contents, which here has a copy too."""
+    for name in ("a", "b"):
+        shutil.copy(folder / f"photos/{name}.png", folder / f"photos/{name}-again.png")
+    shutil.copy(folder / "photos/copy.png", folder / "photos/copy-again.png")
+    status, said = run(folder, evaluation={"hold_out": 0.01}, when={"min_new": 6})
+    assert status == 0 and "4 new images, and a tick waits for 6" in said
+    assert "1 left out as copies of evaluation images" in said and "1 held out to measure on" in said
 
 
 @pytest.mark.parametrize("entry", ["table/labels/part-1.parquet", "ledger/000001.json", "corpus.parquet"])

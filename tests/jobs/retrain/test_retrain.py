@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -77,6 +78,9 @@ class Story:
     killed: Tick
     second_holder: subprocess.CompletedProcess[str]
     holder: int
+    too_early: subprocess.CompletedProcess[str]
+    alone: subprocess.CompletedProcess[str]
+    trained: Tick
     resumed: subprocess.CompletedProcess[str]
 
 
@@ -84,7 +88,8 @@ class Story:
 def story(
     tmp_path_factory: pytest.TempPathFactory,
     maskmill_environment: dict[str, str],
-    maskmill: Run,
+    maskmill_here: Run,
+    registry_database: str,
 ) -> Iterator[Story]:
     world = World(
         tmp_path_factory.mktemp("retraining"),
@@ -106,6 +111,8 @@ def story(
             },
         },
     )
+    # Making a database takes seconds.
+    shutil.copy(registry_database.removeprefix("sqlite:///"), world.folder / "runs.db")
     found = generate(5, 6, SIZE)
     for name, maps in (("images", found.images), ("masks", found.labels)):
         (world.folder / "test" / name).mkdir(parents=True)
@@ -114,11 +121,11 @@ def story(
     world.arrive(8, 6)
     # An evaluation image under another name, and another one by its own address.
     shutil.copy(world.folder / "test/images/3.png", world.folder / "photos/copy.png")
-    world.write(models=training(8))
-    first = maskmill("retrain", world.file)
+    world.write(models=training(4))
+    first = maskmill_here("retrain", world.file)
 
     world.arrive(4, 7)
-    world.write(models=training(60, checkpoint_every=2), gate=world.config["gate"] | {"min_miou": 0.99})
+    world.write(models=training(24, checkpoint_every=2), gate=world.config["gate"] | {"min_miou": 0.99})
     driver = subprocess.Popen(
         [sys.executable, "-m", "jobs.cli", "retrain", str(world.file)],
         cwd=ROOT,
@@ -131,12 +138,15 @@ def story(
     while not checkpoint.exists() and driver.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(driver.pid, signal.SIGSTOP)
-    other = maskmill("retrain", world.file)
+    other = maskmill_here("retrain", world.file)
     os.kill(driver.pid, signal.SIGKILL)
     driver.communicate()
     killed = world.tick("0002")
-    resumed = maskmill("retrain", world.file)
-    yield Story(world, first, killed, other, driver.pid, resumed)
+    too_early = maskmill_here("retrain", world.file, "--step", "gate")
+    alone = maskmill_here("retrain", world.file, "--step", "train")
+    trained = world.tick("0002")
+    resumed = maskmill_here("retrain", world.file)
+    yield Story(world, first, killed, other, driver.pid, too_early, alone, trained, resumed)
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -173,8 +183,9 @@ def test_a_killed_tick_goes_on_in_its_training(story: Story) -> None:
     assert (
         story.killed.step("label").state == "done" and story.killed.step("train student").state == "running"
     )
-    done, tick = story.resumed, story.world.tick("0002")
-    assert "Going on with tick 0002, at step train student." in done.stderr
+    tick = story.world.tick("0002")
+    assert "Going on with tick 0002, at step train student." in story.alone.stderr
+    assert "Going on with tick 0002, at step evaluate student." in story.resumed.stderr
     attempts = {step.name: step.attempts for step in tick.steps}
     assert attempts.pop("train student") == 2 and set(attempts.values()) == {1}
     log = (story.world.output / "runs/0002/logs/train-student-2.txt").read_text()
@@ -182,6 +193,21 @@ def test_a_killed_tick_goes_on_in_its_training(story: Story) -> None:
     # Every image has one row, and no evaluation image has any.
     ids = read_ids(open_storage(story.world.output / "table"))
     assert len(ids) == len(set(ids.tolist())) == 12
+
+
+def test_a_step_can_be_done_alone_once_those_before_it_are_done(story: Story) -> None:
+    assert story.too_early.returncode == 2
+    assert "Step train student of tick 0002 comes before step gate student" in story.too_early.stderr
+    assert story.alone.returncode == 0
+    assert "Step train student is done. Next: --step 'evaluate student'" in story.alone.stderr
+    assert story.trained.outcome is None and story.trained.step("evaluate student").state == "pending"
+    # Those that no other job does say how.
+    tick = story.world.tick("0002")
+    for name in ("intake", "gate student", "register student", "promote student", "report"):
+        asked = f"maskmill retrain {story.world.file} --step {shlex.quote(name)}"
+        assert tick.step(name).command == asked
+    page = (story.world.output / "runs/0002/report.html").read_text()
+    assert "--step &#39;promote student&#39;" in page
 
 
 def test_a_candidate_that_is_not_good_enough_is_refused(story: Story) -> None:
@@ -229,13 +255,8 @@ def test_the_registry_says_what_each_version_is(story: Story) -> None:
         assert {run.data.tags["mlflow.parentRunId"] for run in runs} == {second.info.run_id}
 
 
-def test_without_new_images_it_ends_at_once(story: Story, maskmill: Run) -> None:
+def test_without_new_images_it_ends_at_once(story: Story) -> None:
     before = {path: path.stat().st_mtime_ns for path in story.world.output.rglob("*")}
-    done = maskmill("retrain", story.world.file)
-    assert done.returncode == 0 and "Nothing to do for toys: no new images." in done.stderr
-    after = {path: path.stat().st_mtime_ns for path in story.world.output.rglob("*")}
-    changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
-    assert changed <= {"out"}  # the folder that held the lease
     code = (
         "import sys; from jobs.cli import main\n"
         f"try: main(['retrain', {str(story.world.file)!r}])\n"
@@ -244,6 +265,10 @@ def test_without_new_images_it_ends_at_once(story: Story, maskmill: Run) -> None
     )
     light = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert light.stdout.split() == ["0", "[]"]
+    assert "Nothing to do for toys: no new images." in light.stderr
+    after = {path: path.stat().st_mtime_ns for path in story.world.output.rglob("*")}
+    changed = {path.name for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    assert changed <= {"out"}  # the folder that held the lease
 
 
 def test_the_status_is_that_of_the_last_tick(story: Story) -> None:

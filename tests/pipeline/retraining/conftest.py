@@ -21,16 +21,6 @@ def plain_environment() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def registry_database(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Tracking URI of a database for all tests, each with models of its own: making one takes seconds."""
-    folder = tmp_path_factory.mktemp("registry")
-    uri = f"sqlite:///{folder}/mlruns.db"
-    client = MlflowClient(uri, registry_uri=uri)
-    client.create_experiment("train", (folder / "artifacts").as_uri())
-    return uri
-
-
 @pytest.fixture
 def scene(tmp_path: Path, registry_database: str) -> Scene:
     """A new retraining with three versions of a new registered model, none of them champion."""

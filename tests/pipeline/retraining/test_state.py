@@ -200,6 +200,44 @@ def test_a_step_is_done_anew_if_what_it_needs_has_changed_but_never_what_cannot_
     assert calls == [("label", True), ("train", False), ("report", False)]
 
 
+def test_one_step_alone_is_done_in_its_turn_and_leaves_what_needs_it_to_do(tmp_path: Path) -> None:
+    storage, answer, calls = open_storage(tmp_path), {"label": 1}, list[str]()
+
+    def step(name: str, *needs: str, **options: Any) -> Step:
+        def work(_again: bool) -> dict[str, Any]:
+            calls.append(name)
+            return {"value": answer.get(name, 0)}
+
+        return Step(name=name, work=work, needs=needs, **options)
+
+    steps = [
+        step("label", holds=lambda outputs: outputs["value"] == answer["label"]),
+        step("train", "label"),
+        step("report", "label", "train"),
+    ]
+
+    def alone(name: str) -> Runner:
+        runner = Runner(storage, read_tick(storage, "0001"))
+        runner.run(steps, only=name)
+        return runner
+
+    write_tick(storage, TICK)
+    with pytest.raises(MaskMillError, match="Step label of tick 0001 comes before step train") as caught:
+        alone("train")
+    assert caught.value.exit_status == 2 and "--step label" in caught.value.remedy
+    for name in ("label", "label", "train"):
+        alone(name)
+    assert calls == ["label", "train"] and (left := alone("train").tick.at) is not None
+    assert left.name == "report"
+    # The labels are gone: they come first, and what was trained on them is to be done again.
+    answer["label"] = 2
+    with pytest.raises(MaskMillError, match="Step label of tick 0001 comes before step report"):
+        alone("report")
+    assert alone("label").tick.step("train").state == "pending"
+    Runner(storage, read_tick(storage, "0001")).run(steps)
+    assert calls == ["label", "train", "label", "train", "report"]
+
+
 def test_a_step_knows_whether_it_goes_on_with_the_same_inputs(tmp_path: Path) -> None:
     storage = open_storage(tmp_path)
     seen: list[bool] = []

@@ -67,6 +67,7 @@ class Plan:
         driver: pid of the driver.
         pause_s: length of each step.
         milestones: of the task.
+        logs: folder for the path of each process's log.
     """
 
     batchnorm: bool = True
@@ -77,6 +78,7 @@ class Plan:
     driver: int = 0
     pause_s: float = 0.0
     milestones: tuple[int, ...] = ()
+    logs: str = ""
 
 
 class Classify:
@@ -87,6 +89,8 @@ class Classify:
         self.steps = 0
 
     def build(self, device: torch.device) -> nn.Module:
+        if self.plan.logs:
+            (Path(self.plan.logs) / str(os.getpid())).write_text(os.readlink("/proc/self/fd/2"))
         self.module = nn.Sequential(
             nn.Conv2d(3, 8, 3, padding=1),
             nn.BatchNorm2d(8) if self.plan.batchnorm else nn.Identity(),
@@ -405,8 +409,11 @@ def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_workers_equal_one_process(session: None, whole: Run, tmp_path: Path) -> None:
     """Two workers with synchronised batch norm, then Ctrl-C, then one: weights and curve of one process."""
-    plan = Plan(at={(5, 1): "interrupt the driver"}, driver=os.getpid(), pause_s=0.2)
-    first = run(tmp_path, 2, plan)
+    run_id, logs = "5" * 32, tmp_path / "logs"
+    logs.mkdir()
+    (tmp_path / LEASE_FILE).write_bytes(Holder.me(run_id).encoded())
+    plan = Plan(at={(5, 1): "interrupt the driver"}, driver=os.getpid(), pause_s=0.2, logs=str(logs))
+    first = run(tmp_path, 2, plan, run_id=run_id)
     at = first.outcome.step
     assert first.outcome.stopped == "interrupted" and 5 <= at < 12
     assert first.outcome.checkpoint.endswith(folder_name(at)) and len(first.lines) == at
@@ -416,6 +423,15 @@ def test_workers_equal_one_process(session: None, whole: Run, tmp_path: Path) ->
     for mine, theirs in zip(second.lines, whole.lines, strict=True):
         assert mine["accuracy"] == pytest.approx(theirs["accuracy"])
         assert mine["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-4)
+    # Each line of the workers' logs says whose it is.
+    said = "".join(Path(path.read_text()).read_text() for path in logs.iterdir())
+    assert len([*logs.iterdir()]) == 2
+    for rank, text in (
+        (0, "on cpu: step 0 of 12"),
+        (0, f"checkpoint of step {at}"),
+        (1, f"ends at step {at}"),
+    ):
+        assert f"run {run_id} train: worker {rank} of 2, {text}" in said
 
 
 @pytest.mark.cluster
