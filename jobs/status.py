@@ -281,6 +281,8 @@ def _retraining(found: Found) -> Iterator[str]:
         done = sum(step.state == "done" for step in tick.steps)
         now = tick.outcome or ("between steps" if at is None else f"step {at.name} ({at.state})")
         yield f"  tick         {tick.run}: {now}, {done} of {len(tick.steps)} steps done"
+        if at is not None and at.command and tick.outcome is None:
+            yield f"  alone        {at.command}"
     champions = _champions(found.entries)
     for name, version in champions.items():
         yield f"  champion     {name} version {version or 'none yet'}"

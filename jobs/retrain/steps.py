@@ -11,7 +11,7 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 from jobs.evaluate.compare import evaluate
 from jobs.export import Export
 from jobs.label import LabelJob, label_images
+from jobs.retrain.commands import evaluate_command, label_command, step_command, train_command
 from jobs.retrain.page import write_page
 from jobs.retrain.work import (
     HELD_TRUTH,
@@ -45,7 +46,6 @@ from pipeline.ontology.ontology import Ontology
 from pipeline.retraining import registry
 from pipeline.retraining.config import (
     Model,
-    as_settings,
     label_recipe,
     tracking_uri,
     training_recipe,
@@ -132,7 +132,7 @@ def steps_of(work: Work) -> list[Step]:
         Step(
             name="intake",
             work=lambda _again: _intake(work),
-            command=_alone(work, "intake"),
+            command=step_command(work, "intake"),
             holds=lambda _outputs: work.storage.exists(work.here(NEW_FILE)),
         ),
         Step(
@@ -140,13 +140,13 @@ def steps_of(work: Work) -> list[Step]:
             work=lambda _again: _label(work),
             holds=lambda outputs: _table_digest(outputs["table"]) == outputs["digest"],
             needs=("intake",),
-            command=_label_command(work),
+            command=label_command(work),
         ),
         Step(
             name="verify",
             work=lambda _again: _verify(work),
             needs=("label",),
-            command=f"maskmill verify {_quoted(work.storage.uri_of(TABLE))}",
+            command=f"maskmill verify {shlex.quote(work.storage.uri_of(TABLE))}",
         ),
     ]
     for model in work.config.models:
@@ -156,7 +156,7 @@ def steps_of(work: Work) -> list[Step]:
         Step(
             name="report",
             work=lambda _again: _report(work),
-            command=_alone(work, "report"),
+            command=step_command(work, "report"),
             holds=lambda _outputs: work.storage.exists(work.here(PAGE)),
             needs=verdicts,
         )
@@ -174,38 +174,32 @@ def _steps_of_model(work: Work, model: Model) -> list[Step]:
             work=lambda again: _train(work, model, again=again),
             holds=lambda outputs: _holds_model(model, outputs),
             needs=("label", "verify"),
-            command=_command(
-                f"maskmill train {model.kind}",
-                labels=table,
-                recipe=model.recipe,
-                set=as_settings(model.settings),
-                output=folder,
-            ),
+            command=train_command(model, table, folder),
         ),
         Step(
             name=f"evaluate {name}",
             work=lambda _again: _evaluate(work, model),
             holds=lambda outputs: all(_holds_result(outputs[who]) for who in ("candidate", "champion")),
             needs=(f"train {name}",),
-            command=_evaluate_command(work, folder),
+            command=evaluate_command(work, folder),
         ),
         Step(
             name=f"gate {name}",
             work=lambda _again: _gate(work, model),
-            command=_alone(work, f"gate {name}"),
+            command=step_command(work, f"gate {name}"),
             holds=lambda _outputs: work.storage.exists(work.here(f"{name}-verdict.json")),
             needs=(f"evaluate {name}",),
         ),
         Step(
             name=f"register {name}",
             work=lambda _again: _register(work, model),
-            command=_alone(work, f"register {name}"),
+            command=step_command(work, f"register {name}"),
             needs=(f"train {name}", f"gate {name}"),
         ),
         Step(
             name=f"promote {name}",
             work=lambda _again: _promote(work, model),
-            command=_alone(work, f"promote {name}"),
+            command=step_command(work, f"promote {name}"),
             needs=(f"gate {name}", f"register {name}"),
             once=True,
         ),
@@ -280,8 +274,8 @@ def _run_label(work: Work, source: str, table: str, recipe: LabelRecipe) -> None
         raise FailedWork(
             "labelling_failed",
             f"More than {config.label.max_failure_rate:.1%} of the new images could not be labelled.",
-            f"See which and why: maskmill show {_quoted(work.storage.uri_of(table))}. They stay in the table "
-            "and are not tried again: the same command goes on without them.",
+            f"See which and why: maskmill show {shlex.quote(work.storage.uri_of(table))}. They stay in the "
+            "table and are not tried again: the same command goes on without them.",
         )
 
 
@@ -311,7 +305,7 @@ def _verify(work: Work) -> dict[str, Any]:
     if missing:
         problems["new images without a row"] = missing
     if problems:
-        table = _quoted(labelled["table"])
+        table = shlex.quote(labelled["table"])
         raise FailedWork(
             "table_damaged",
             f"{labelled['table']}: {', '.join(f'{count:,} {what}' for what, count in problems.items())}.",
@@ -642,7 +636,7 @@ def _report(work: Work) -> dict[str, Any]:
     return {"page": work.storage.uri_of(work.here(PAGE))}
 
 
-# --- digests and commands -----------------------------------------------------------------------------------
+# --- digests ----------------------------------------------------------------------------------------------
 
 
 def _digest(value: Any) -> str:
@@ -671,50 +665,3 @@ def _result(folder: Storage) -> EvaluationResult:
     found = read_results(folder.uri)[0][1]
     assert isinstance(found, EvaluationResult)
     return found
-
-
-def _alone(work: Work, name: str) -> str:
-    """The command of a step that no other job does."""
-    return "" if work.file is None else f"maskmill retrain {_quoted(work.file)} --step {_quoted(name)}"
-
-
-def _label_command(work: Work) -> str:
-    config = work.config
-    classes = config.classes if isinstance(config.classes, str) else ", ".join(config.classes or ())
-    return _command(
-        "maskmill label",
-        manifest=work.storage.uri_of(CORPUS_FILE),
-        ontology=config.ontology,
-        classes=classes or None,
-        recipe=config.label.recipe,
-        set=as_settings(config.label.settings),
-        output=work.storage.uri_of(TABLE),
-    )
-
-
-def _evaluate_command(work: Work, folder: str) -> str:
-    asked = work.config.evaluation
-    if asked.dataset is not None:
-        return _command(
-            "maskmill evaluate", model=folder, dataset=asked.dataset, root=asked.root, split=asked.split
-        )
-    truth = work.storage.uri_of(HELD_TRUTH)
-    return _command(
-        "maskmill evaluate",
-        model=folder,
-        images=asked.images or f"{truth}/images",
-        truth=asked.truth or f"{truth}/masks",
-        ontology=asked.ontology or work.config.ontology or f"{truth}/classes.yaml",
-    )
-
-
-def _command(words: str, **options: str | Sequence[str] | None) -> str:
-    """A command as it is typed."""
-    for name, value in options.items():
-        for one in [value] if isinstance(value, str) else value or ():
-            words += f" --{name} {_quoted(one)}"
-    return words
-
-
-def _quoted(text: str) -> str:
-    return shlex.quote(text)
