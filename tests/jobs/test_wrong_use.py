@@ -173,6 +173,7 @@ CASES = {
     "retrain retrain-1.yaml": "retrain-1.yaml:1: labl: there is no such field. Did you mean label?",
     "retrain retrain-2.yaml": "retrain-2.yaml: There is no recipe 'maskclp'",
     "retrain retrain-3.yaml": "There are no images in",
+    "retrain odd.yaml --abandon --step label": "--abandon and --step exclude each other",
     "retrain retrain-4.yaml": "there is no",
     "retrain retrain-5.yaml": "photos/cat.jpg is a file",
     # what the parser refuses
