@@ -7,27 +7,24 @@ are given back between them. Each can be called again whatever an earlier attemp
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shlex
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from jobs.evaluate.compare import evaluate
 from jobs.export import Export
 from jobs.label import LabelJob, label_images
 from jobs.retrain.commands import evaluate_command, label_command, step_command, train_command
+from jobs.retrain.measuring import RECORDS, champion_recipe, holds_result, measure_both
 from jobs.retrain.page import write_page
 from jobs.retrain.work import (
     HELD_TRUTH,
     Work,
     champion,
     decision_of,
+    digest,
     labels_before,
     measured_on,
     tell,
@@ -37,12 +34,8 @@ from jobs.train.maskclip_plus import COLLAPSED, train_student
 from jobs.train.run import INTERRUPTED, TrainOptions
 from jobs.verify import check_table
 from models.errors import FailedWork, MaskMillError
-from pipeline.datasets.base import Dataset
-from pipeline.evaluation.results import EVALUATION_FILE, EvaluationResult, read_results
-from pipeline.files.storage import Storage, cache_dir, open_storage
-from pipeline.labelling.prepare import clipseg_recipe, student_recipe
+from pipeline.files.storage import open_storage
 from pipeline.labelling.recipes import LabelRecipe
-from pipeline.ontology.ontology import Ontology
 from pipeline.retraining import registry
 from pipeline.retraining.config import (
     Model,
@@ -82,20 +75,14 @@ from pipeline.retraining.promotion import promote, refuse
 from pipeline.retraining.registry import Facts, Version
 from pipeline.retraining.state import Step, read_ticks, tick_folder
 from pipeline.table.labels import DATASET_FILE
-from pipeline.table.record import find_table_record, read_table_record
+from pipeline.table.record import read_table_record
 from pipeline.table.verify import PROBLEMS
-from pipeline.tracking.names import place_name, run_name
-from pipeline.tracking.results import log_result
-from pipeline.tracking.tracker import TrackedDataset, open_tracker
-from pipeline.trained.clipseg import ClipSegRecord
-from pipeline.trained.record import TrainedRecord, read_trained, read_trained_weights
-from pipeline.trained.student import StudentRecord
+from pipeline.trained.record import read_trained, read_trained_weights
 
-TABLES, CHAMPIONS = "tables", "champions"
+TABLES = "tables"
 LABELLED_FILE = "labelled.parquet"
 """In a tick's folder: the images that a champion labels in it."""
 PAGE = "report.html"
-_RECORDS: Mapping[str, type[TrainedRecord]] = {"maskclip-plus": StudentRecord, "clipseg": ClipSegRecord}
 
 
 def open_run(work: Work) -> None:
@@ -178,8 +165,8 @@ def _steps_of_model(work: Work, model: Model) -> list[Step]:
         ),
         Step(
             name=f"evaluate {name}",
-            work=lambda _again: _evaluate(work, model),
-            holds=lambda outputs: all(_holds_result(outputs[who]) for who in ("candidate", "champion")),
+            work=lambda _again: measure_both(work, model),
+            holds=lambda outputs: all(holds_result(outputs[who]) for who in ("candidate", "champion")),
             needs=(f"train {name}",),
             command=evaluate_command(work, folder),
         ),
@@ -236,7 +223,7 @@ def _label(work: Work) -> dict[str, Any]:
     if config.label.by == "champion":
         version = champion(work, config.models[0])
         if version is not None:
-            recipe, fingerprint = _recipe_of(work, config.models[0], version)
+            recipe, fingerprint = champion_recipe(work, config.models[0], version)
             table, teacher = f"{TABLES}/{fingerprint[:16]}", f"{version.name} version {version.number}"
             source = work.here(LABELLED_FILE)
             new = ids_of(read_images(storage, work.here(NEW_FILE)))
@@ -348,12 +335,12 @@ def _train(work: Work, model: Model, *, again: bool) -> dict[str, Any]:
         else:
             status = train_clipseg(recipe, options, labels=table, console=work.console)
     except MaskMillError as error:
-        if error.code != COLLAPSED or not open_storage(folder).exists(_RECORDS[model.kind].RECORD_FILE):
+        if error.code != COLLAPSED or not open_storage(folder).exists(RECORDS[model.kind].RECORD_FILE):
             raise
         status, stopped = 0, error.message  # the model of the last good step is there: the gate judges it
     if status == INTERRUPTED:
         raise KeyboardInterrupt
-    record = read_trained(_RECORDS[model.kind], folder)
+    record = read_trained(RECORDS[model.kind], folder)
     return {
         "folder": folder,
         "fingerprint": record.fingerprint,
@@ -364,151 +351,17 @@ def _train(work: Work, model: Model, *, again: bool) -> dict[str, Any]:
 
 def _holds_model(model: Model, outputs: Mapping[str, Any]) -> bool:
     try:
-        record = read_trained(_RECORDS[model.kind], outputs["folder"])
+        record = read_trained(RECORDS[model.kind], outputs["folder"])
         read_trained_weights(record)
     except MaskMillError:
         return False
     return record.fingerprint == outputs["fingerprint"]
 
 
-def _recipe_of(work: Work, model: Model, version: Version) -> tuple[LabelRecipe, str]:
-    """How a champion labels, and the fingerprint of its weights."""
-    folder = _folder_of(work, model, version)
-    return _labelling(model, folder)[0], read_trained(_RECORDS[model.kind], folder).fingerprint
-
-
-def _folder_of(work: Work, model: Model, version: Version) -> str:
-    """The folder of a version, downloaded from the registry if its own is gone."""
-    into = work.storage.path(CHAMPIONS) if work.storage.is_local else cache_dir() / CHAMPIONS
-    return registry.version_folder(work.client, version, model.kind, into)
-
-
-def _labelling(model: Model, folder: str) -> tuple[LabelRecipe, Ontology | None]:
-    """How a trained model labels, and its own classes if it has some."""
-    if model.kind == "maskclip-plus":
-        return student_recipe(folder)
-    return clipseg_recipe(folder), None
-
-
-def _evaluate(work: Work, model: Model) -> dict[str, Any]:
-    dataset = measured_on(work)
-    trained = work.runner.outputs(f"train {model.folder}")
-    place = work.here(f"{model.folder}-evaluation")
-    candidate = _measure(work, model, dataset, trained["folder"], f"{place}/candidate", "candidate")
-    version = champion(work, model)
-    best: dict[str, Any] | None = None
-    if version is not None:
-        folder = _folder_of(work, model, version)
-        fingerprint = read_trained(_RECORDS[model.kind], folder).fingerprint
-        earlier = _measured_before(work, model, candidate, fingerprint)
-        best = (earlier or _measure(work, model, dataset, folder, f"{place}/champion", "champion")) | {
-            "version": version.number,
-            "reused": earlier is not None,
-        }
-    return {"candidate": candidate, "champion": best}
-
-
-def _measure(work: Work, model: Model, dataset: Dataset, folder: str, place: str, who: str) -> dict[str, Any]:
-    """Measure a model, unless its result is there; returns where that is, and what it is a result of."""
-    record = read_trained(_RECORDS[model.kind], folder)
-    target = work.storage.child(place)
-    begun = find_table_record(target.child("labels"))
-    if begun is not None and begun.weights["fingerprint"] != record.fingerprint:
-        target.delete()  # of a model that was trained anew since
-    if not target.exists(EVALUATION_FILE):
-        recipe, own = _labelling(model, folder)
-        words = own or work.classes
-        with _local(target) as output:
-            evaluate(
-                dataset,
-                work.console,
-                recipe=recipe,
-                ontology=words if set(dataset.class_names) <= set(words.names) else None,
-                output=output,
-                boundary=False,
-                pictures=0,
-                address=work.config.address,
-                verbose=work.verbose,
-            )
-    result = _result(target)
-    _track(work, model, target, result, who)
-    return {
-        "folder": target.uri,
-        "sha256": _sha256(target),
-        "fingerprint": record.fingerprint,
-        "bytes": _model_bytes(model, folder),
-        "network": _digest(record.config),
-        "set": result.dataset.content,
-        "conditions": result.conditions,
-        "miou": result.metrics.get("miou"),
-    }
-
-
-@contextmanager
-def _local(target: Storage) -> Iterator[str]:
-    """A local folder for a result, whose files then go to their place, ``evaluation.json`` last."""
-    if target.is_local:
-        yield target.path()
-        return
-    with tempfile.TemporaryDirectory(prefix="maskmill-") as folder:
-        yield folder
-        made = open_storage(folder)
-        names = made.list(recursive=True)
-        for name in sorted(names, key=lambda name: name == EVALUATION_FILE):
-            target.write_bytes(name, made.read_bytes(name))
-
-
-def _track(work: Work, model: Model, target: Storage, result: EvaluationResult, who: str) -> None:
-    """Track a result, unless an earlier attempt has done so."""
-    told = {"model": model.folder, "measured": who, "result": _sha256(target)}
-    if job_run(work.client, "evaluate", work.config.name, work.run, finished=True, **told):
-        return
-    dataset = result.dataset
-    with open_tracker(tracking_uri(work.config), say=lambda _line: None) as tracker:
-        tracker.start(
-            "evaluate",
-            run_name("evaluate", f"{who} {model.folder}", place_name(work.storage.uri)),
-            tags=work.tags(**told),
-            dataset=TrackedDataset(
-                dataset.name, dataset.fingerprint or "", profile={"images": dataset.images}
-            ),
-        )
-        log_result(tracker, target.uri)
-
-
-def _measured_before(
-    work: Work, model: Model, candidate: Mapping[str, Any], fingerprint: str
-) -> dict[str, Any] | None:
-    """An earlier result of the same model on the same images under the same conditions.
-
-    Of a candidate with another network it is measured again: times of different days cannot be compared.
-    """
-    for tick in reversed(list(read_ticks(work.storage))):
-        outputs = tick.step(f"evaluate {model.folder}").outputs
-        for who in ("candidate", "champion"):
-            found = outputs.get(who)
-            if found is None:
-                continue
-            same = all(found.get(key) == candidate[key] for key in ("set", "conditions", "network"))
-            if same and found["fingerprint"] == fingerprint and _holds_result(found):
-                return {key: value for key, value in found.items() if key not in ("version", "reused")}
-    return None
-
-
-def _holds_result(found: Mapping[str, Any] | None) -> bool:
-    return found is None or _sha256(open_storage(found["folder"])) == found["sha256"]
-
-
 def _labels_of(work: Work, name: str, version: str) -> LabelSummary | None:
     """What the labels were that a version was trained on, if a tick of this retraining has made it."""
     runs = [entry.run for entry in work.ledger.of(name) if entry.version == version and entry.run]
     return read_labels(work.storage.child(tick_folder(runs[0]))) if runs else None
-
-
-def _model_bytes(model: Model, folder: str) -> int | None:
-    storage = open_storage(folder)
-    with storage.open_file(_RECORDS[model.kind].WEIGHTS_FILE) as file:
-        return file.seek(0, os.SEEK_END)
 
 
 def _gate(work: Work, model: Model) -> dict[str, Any]:
@@ -533,7 +386,7 @@ def _gate(work: Work, model: Model) -> dict[str, Any]:
             champion_measured = replace(champion_measured, seconds_per_image=None)
     decision = decide(candidate, champion_measured, work.config.gate)
     write_decision(work.storage, work.here(f"{model.folder}-verdict.json"), decision)
-    return {"verdict": decision.verdict, "digest": _digest(decision.model_dump(mode="json"))}
+    return {"verdict": decision.verdict, "digest": digest(decision.model_dump(mode="json"))}
 
 
 # --- register, promote, report ------------------------------------------------------------------------------
@@ -639,10 +492,6 @@ def _report(work: Work) -> dict[str, Any]:
 # --- digests ----------------------------------------------------------------------------------------------
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _ids_digest(ids: Ids) -> str:
     return hashlib.sha256(np.sort(ids).tobytes()).hexdigest()
 
@@ -650,18 +499,4 @@ def _ids_digest(ids: Ids) -> str:
 def _table_digest(table: str) -> str:
     """Of what is in a label table, as a training records it; "" if there is none."""
     written = open_storage(table).read_json(DATASET_FILE, None)
-    return "" if written is None else _digest(written)
-
-
-def _sha256(folder: Storage) -> str:
-    """Of an evaluation; "" if there is none."""
-    try:
-        return hashlib.sha256(folder.read_bytes(EVALUATION_FILE)).hexdigest()
-    except FileNotFoundError:
-        return ""
-
-
-def _result(folder: Storage) -> EvaluationResult:
-    found = read_results(folder.uri)[0][1]
-    assert isinstance(found, EvaluationResult)
-    return found
+    return "" if written is None else digest(written)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +36,11 @@ if TYPE_CHECKING:
 STEPS_OF_MODEL = ("train", "evaluate", "gate", "register", "promote")
 HELD_TRUTH = "heldout-truth"
 """In the output: the images that are held out, with the teacher's labels as masks."""
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def step_names(config: Retraining) -> list[str]:
