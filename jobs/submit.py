@@ -331,7 +331,7 @@ def _configured(parsed: object) -> Iterator[tuple[str, str]]:
     if database[0].startswith("sqlite"):
         places.append((DATABASE, database[2]))
     for name, place in places:
-        yield name, place if "://" in place else os.path.join(beside, place)
+        yield name, place if "://" in place else os.path.join(beside, os.path.expanduser(place))
 
 
 def _configuration(parsed: object) -> Named | None:
