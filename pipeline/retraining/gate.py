@@ -39,8 +39,8 @@ class GatePolicy(Settings):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Share of the resamples between the ends of an interval; half of the others are below it."""
     delta: Share = 0.005
-    """The lower end of the gain's interval must be above minus this: a loss that is too small to matter. 0 asks
-    for a gain that is more than luck."""
+    """The lower end of the gain's interval must be above minus this: a loss that is too small to matter.
+    0 asks for a gain that is more than luck."""
     min_images: Annotated[int, Field(ge=2)] = 30
     """Fewer evaluation images show nothing; intervals of so few are too narrow."""
     min_miou: Share = 0.0
