@@ -70,7 +70,15 @@ class Settings(BaseModel):
         MaskMillError: ``setting_invalid``.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _fits(cls, value: Any) -> Any:
+        # Tensors and files have no larger ones.
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError("the number does not fit into 64 bits")
+        return value
 
     def __init__(self, **fields: Any) -> None:
         try:

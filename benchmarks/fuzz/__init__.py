@@ -11,6 +11,7 @@ status is 1 if there are any.
 
 * ``images``: mutated files of all formats, through ``pipeline.files.images.decode`` and the stage ``Decode``;
   addresses that are no files.
+* ``sources``: mutated tar shards, Parquet files with images, COCO's JSON and JSON lines, listed and read.
 * ``coco``: mutated COCO JSON, opened and drawn.
 * ``formats``: exports of label tables with one mutated file, read back.
 * ``documents``: mutated ontologies, recipes, views, mappings of classes, lists, lists of classes, ``--set``

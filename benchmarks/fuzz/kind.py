@@ -10,7 +10,9 @@ from typing import ClassVar
 
 from models.errors import MaskMillError
 
-KINDS = {name: f"benchmarks.fuzz.{name}" for name in ("images", "coco", "formats", "documents", "http")}
+KINDS = {
+    name: f"benchmarks.fuzz.{name}" for name in ("images", "sources", "coco", "formats", "documents", "http")
+}
 """The module of each kind, by name."""
 _REPRESENTATIONS = ("<_io.", " object at 0x", "Traceback (most recent")
 

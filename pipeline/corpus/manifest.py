@@ -129,12 +129,17 @@ def _table(images: ImageList, source: str) -> pa.Table:
             )
     columns = {"id": pa.array(ids, pa.int64()), "uri": pa.array(uris, pa.string())}
     for name, kind in OPTIONAL_COLUMNS.items():
-        if any(value is not None for value in images.optional.get(name, ())):
+        if name in images.optional:
             columns[name] = pa.array(images.optional[name], kind)
     if uris != images.uris:
         columns[ADDRESS] = pa.array(images.uris, pa.string())
     table = pa.table(columns)
-    return table if len(first) == len(ids) else table.take(pa.array(first.values(), pa.int64()))
+    if len(first) < len(ids):
+        table = table.take(pa.array(first.values(), pa.int64()))
+    unknown_columns = [
+        name for name in OPTIONAL_COLUMNS if name in columns and table[name].null_count == len(table)
+    ]
+    return table.drop_columns(unknown_columns)
 
 
 def _shown(key: tuple[str, int | None, int | None]) -> str:

@@ -51,7 +51,7 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _FILE = (".yaml", ".yml", ".json")
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Pixels = Annotated[int, Field(ge=0, strict=True)]
+Pixels = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Word = Annotated[str, Field(min_length=1, strict=True)]
 
 

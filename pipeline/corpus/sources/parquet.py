@@ -72,6 +72,8 @@ def _opened(uri: str) -> Iterator[pq.ParquetFile]:
             if not says_damage(error):
                 raise
             raise bad_manifest(uri, f"not a Parquet file ({error})") from None
+        except UnicodeDecodeError as error:
+            raise bad_manifest(uri, f"it has text that is not UTF-8 ({error})") from None
 
 
 def _cells(uri: str, parquet: pq.ParquetFile) -> ImageList:

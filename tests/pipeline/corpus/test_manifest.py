@@ -260,6 +260,11 @@ def test_duplicates_are_merged(tmp_path):
     assert names(build_manifest(tmp_path / "list.txt"), tmp_path) == ["b.jpg", "a.jpg"]
 
 
+def test_a_column_of_what_was_merged_alone_is_left_out(tmp_path):
+    (tmp_path / "l.csv").write_text("uri,width\na.jpg,\na.jpg,5\n")
+    assert build_manifest(tmp_path / "l.csv").column_names == ["id", "uri"]
+
+
 def test_a_list_that_is_signed_anew_names_the_same_images(tmp_path):
     def signed(secret: str) -> pa.Table:
         (tmp_path / "list.txt").write_text(

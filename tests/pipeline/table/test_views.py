@@ -203,6 +203,7 @@ def test_views_are_kept_in_object_stores(bucket: str) -> None:
         ("treshold: 0.5", "Did you mean threshold?", "setting_invalid"),
         ("threshold: 1.5", "threshold: Input should be less than or equal to 1", "setting_invalid"),
         ("min_area: 2.5", "min_area", "setting_invalid"),
+        ("min_areas: {cat: 9223372036854775808}", "min_areas", "setting_invalid"),
         ("- cat", "it has no fields", "setting_invalid"),
         ("schema_version: 2", "newer MaskMill", "newer_version"),
         ("threshold: [", "v.yaml:", "setting_invalid"),

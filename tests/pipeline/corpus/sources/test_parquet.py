@@ -93,6 +93,16 @@ def test_which_column_is_meant(tmp_path: Path) -> None:
         build_manifest(tmp_path / "x.parquet")
 
 
+def test_text_that_is_none(tmp_path: Path) -> None:
+    """Bytes of a path that are not UTF-8, which Parquet does not notice."""
+    rows = [{"bytes": None, "path": "abcdefgh"}]
+    pq.write_table(pa.table({"image": pa.array(rows, STRUCT)}), tmp_path / "x.parquet", compression="none")
+    data = (tmp_path / "x.parquet").read_bytes()
+    (tmp_path / "x.parquet").write_bytes(data.replace(b"abcdefgh", b"abcd\xffefg"))
+    with pytest.raises(MaskMillError, match="not UTF-8"):
+        build_manifest(tmp_path / "x.parquet")
+
+
 def test_a_name_with_a_hash_is_a_name(tmp_path: Path) -> None:
     (tmp_path / "x.parquet#image=0").write_bytes(b"itself")
     assert fetch(f"{tmp_path}/x.parquet#image=0") == b"itself"
