@@ -41,7 +41,7 @@ def test_settings_are_typed(settings: list[str], field: str, expected: object) -
         ("maskclip", ["pd_threshold"], "recipe_invalid", "key=value"),
         ("maskclip", ["pd_threshold=2"], "recipe_invalid", "less than or equal to 1"),
         ("maskclip", ["pd_threshold=nan"], "recipe_invalid", "finite number"),
-        ("maskclip", ["batch_size=9223372036854775808"], "recipe_invalid", "64 bits"),
+        ("maskclip", ["window=9223372036854775808", "window_stride=1"], "recipe_invalid", "64 bits"),
         ("maskclip", ["head=other"], "recipe_invalid", "maskclip"),
         ("maskclip", ["scale=[0, 512]"], "recipe_invalid", "scale"),
         ("maskclip", ["window=224"], "recipe_invalid", "window_stride"),
