@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import pickle
+import itertools
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from models.errors import MaskMillError
+from models.errors import FailedWork, MaskMillError
 from pipeline.cluster.disks import Landmarks, find_place, own_cores
 
 R = TypeVar("R")
 NOWHERE = Landmarks()
+RETRIES = 3
+"""How often a part is begun again whose process or node was lost."""
 
 
 def on_ray(
@@ -37,8 +38,8 @@ def on_ray(
             node alone.
 
     Raises:
-        MaskMillError: the first that the function raises; ``disk_not_shared`` if a node that joins later
-            does not see the landmarks, and gets a part.
+        MaskMillError: the first that the function raises; ``crashed_worker``; ``disk_not_shared`` if a node
+            that joins later does not see the landmarks, and gets a part.
     """
     import ray
 
@@ -47,29 +48,40 @@ def on_ray(
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
             stack.enter_context(ray_session(uuid.uuid4().hex, address=address, verbose=False, notice=notice))
-        import ray.data
-
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        if logging.getLogger("ray").getEffectiveLevel() > logging.INFO:  # set by ray_session
-            logging.getLogger("ray.data").setLevel(logging.ERROR)
         place = find_place(landmarks, "files are read and written", notice)
         if place.node is not None:
             workers = min(workers, own_cores())
         shared = ray.put(place.guarded(function))
+        work = ray.remote(**place.task_options(0.25), max_retries=RETRIES)(_result)
+        waiting = iter(parts)
+        running: dict[Any, str] = {}
+        try:
+            while True:
+                for part in itertools.islice(waiting, workers - len(running)):
+                    running[work.remote(shared, part)] = part
+                if not running:
+                    return
+                (done,), _ = ray.wait([*running], num_returns=1)
+                part = running.pop(done)
+                try:
+                    found = ray.get(done)
+                except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+                    raise FailedWork(
+                        "crashed_worker",
+                        f"The process that worked on part {part} died {RETRIES + 1} times: it crashed, or "
+                        "used more memory than there is.",
+                        "Use fewer workers, or a machine with more memory; -v shows Ray's own messages.",
+                    ) from error
+                if isinstance(found, MaskMillError):
+                    raise found
+                yield found
+        finally:
+            for task in running:
+                ray.cancel(task)
 
-        def call(row: dict[str, str]) -> dict[str, bytes]:
-            try:
-                found: R | MaskMillError = ray.get(shared)(row["part"])
-            except MaskMillError as error:
-                found = error  # if raised, Ray would wrap it in its own exception
-            return {"found": pickle.dumps(found)}
 
-        work = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts))
-        done = work.map(call, **place.task_options(0.25), compute=ray.data.TaskPoolStrategy(size=workers))
-        for row in done.iter_rows():
-            found = pickle.loads(row["found"])  # trusted: pickled by our own task
-            if isinstance(found, MaskMillError):
-                raise found
-            yield found
+def _result(function: Callable[[str], R], part: str) -> R | MaskMillError:
+    try:
+        return function(part)
+    except MaskMillError as error:
+        return error  # if raised, Ray would wrap it in its own exception
