@@ -102,6 +102,8 @@ class Import:
             status.begin()
             name_run(console, lease.run_id)
             fresh, repeated = self._import(imported, storage, table, fence, status, console)
+            for line in imported.left_out():
+                say(line)
             if fresh.images or table.counts is None:  # None: a run was killed before it could count
                 with timed(console, "counting what is new", status):
                     record_counts(storage, table, fresh, Replaced())

@@ -164,8 +164,10 @@ class Imported:
         samples: its images in a stable order, read one by one. ``number`` counts from 0; ``uri`` is the
             address of the image.
         count: number of samples if the format tells without reading them all.
+        left_out: tells, once all samples have been read, what else was found and not taken, a line each.
     """
 
     ontology: Ontology
     samples: Iterable[Sample | ReadSample]
     count: int | None = None
+    left_out: Callable[[], list[str]] = list

@@ -35,6 +35,7 @@ from pipeline.formats.cocolike import (
     copy_image,
     image_entry,
     invalid,
+    left_out,
     read_splits,
     title,
 )
@@ -253,7 +254,9 @@ def read_coco(place: str, *, images: str | None = None) -> Imported:
         ontology = ontology_of(Coco.name, splits[0].classes.values(), where=splits[0].where)
         class_ids = {category: class_id for class_id, category in enumerate(splits[0].classes)}
     count = sum(len(split.images) for split in splits)
-    return Imported(ontology, _Samples(splits, ontology, class_ids), count)
+    return Imported(
+        ontology, _Samples(splits, ontology, class_ids), count, functools.partial(left_out, splits)
+    )
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from pipeline.formats.cocolike import (
     copy_image,
     image_entry,
     invalid,
+    left_out,
     read_splits,
     title,
 )
@@ -123,7 +124,8 @@ def read_coco_stuff(place: str, *, images: str | None = None) -> Imported:
     """
     splits = read_splits(open_storage(place), _PREFIX, CocoStuff.name, images)
     ontology = ontology_of(CocoStuff.name, splits[0].classes.values(), where=splits[0].where)
-    return Imported(ontology, _Samples(splits, ontology), sum(len(split.images) for split in splits))
+    count = sum(len(split.images) for split in splits)
+    return Imported(ontology, _Samples(splits, ontology), count, functools.partial(left_out, splits))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Annotated, Any, TypeVar
 
@@ -24,6 +24,7 @@ from pipeline.files.images import MAX_PIXELS
 from pipeline.files.storage import Storage, is_remote, open_storage
 from pipeline.formats.base import ReadSample, Sample
 from pipeline.formats.classes import FoundClass
+from pipeline.formats.masks import shown
 from pipeline.formats.names import refuse_outside, suffix_of
 from pipeline.table.statistics import Labels
 
@@ -104,6 +105,16 @@ class _File(Model):
     categories: list[Any]
 
 
+def left_out(splits: Sequence[CocoSplit]) -> list[str]:
+    """What is to be said of annotations that belong to no image; see ``Imported.left_out``."""
+    return [
+        f"{split.where}: {len(split.strays):,} annotations left out, of images that the file does not list: "
+        f"number {shown(split.strays)}"
+        for split in splits
+        if split.strays
+    ]
+
+
 @dataclass(frozen=True)
 class CocoSplit:
     """A JSON file, checked but for its annotations.
@@ -116,6 +127,8 @@ class CocoSplit:
         images: by image id.
         annotations: as in the file.
         folder: of the images, path or URI; None if they are where ``coco_url`` says.
+        strays: places in the file, from 1, of annotations of images that it does not list, once ``by_image``
+            has looked.
     """
 
     place: Storage
@@ -125,6 +138,7 @@ class CocoSplit:
     images: Mapping[int, CocoImage]
     annotations: Sequence[Any]
     folder: Storage | None
+    strays: list[int] = field(default_factory=list)
 
     @property
     def where(self) -> str:
@@ -134,17 +148,21 @@ class CocoSplit:
     def by_image(self) -> dict[int, list[tuple[int, CocoAnnotation]]]:
         """The annotations of each image, with their places in the file, from 1.
 
+        Those of images that are not listed are left out.
+
         Raises:
-            MaskMillError: ``dataset_invalid``, also for an image or a category that is not listed.
+            MaskMillError: ``dataset_invalid``, also for a category that is not listed.
         """
         found: dict[int, list[tuple[int, CocoAnnotation]]] = {image_id: [] for image_id in self.images}
+        self.strays.clear()
         for place, raw in enumerate(self.annotations, 1):
             one = parsed(CocoAnnotation, raw, title(place), self.where)
-            if one.image_id not in found or one.category_id not in self.classes:
-                raise invalid(
-                    self.where, f"{title(place)} is of an image or a category that the file does not list"
-                )
-            found[one.image_id].append((place, one))
+            if one.category_id not in self.classes:
+                raise invalid(self.where, f"{title(place)} is of a category that the file does not list")
+            if one.image_id in found:
+                found[one.image_id].append((place, one))
+            else:
+                self.strays.append(place)
         return found
 
     def sample(self, number: int, image: CocoImage, read: Callable[[], Labels]) -> ReadSample:

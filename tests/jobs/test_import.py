@@ -75,22 +75,18 @@ def test_an_export_comes_back_as_truth_and_is_used_like_any_table(
 def test_bad_images_are_rows_and_a_second_listing_is_passed_over(tmp_path: Path, maskmill_here) -> None:
     toy_table(tmp_path / "table", 7, images=tmp_path / "images")
     assert maskmill_here(
-        "export", tmp_path / "table", "--format", "coco", "--output", tmp_path / "coco", "--val-share", 0.5
+        "export", tmp_path / "table", "--format", "coco", "--output", tmp_path / "coco"
     ).returncode == 0  # fmt: skip
     annotations = tmp_path / "coco" / "annotations"
-    for path in annotations.iterdir():
-        content = json.loads(path.read_text())
-        # The same image in both splits.
-        content["images"].append(
-            {
-                "id": 999,
-                "file_name": "x.png",
-                "height": 48,
-                "width": 48,
-                "coco_url": str(tmp_path / "images/same.png"),
-            }
-        )
-        path.write_text(json.dumps(content))
+    (first,) = annotations.iterdir()
+    content = json.loads(first.read_text())
+    # The same image in both splits.
+    same = {"id": 999, "file_name": "x.png", "height": 48, "width": 48}
+    same["coco_url"] = str(tmp_path / "images/same.png")
+    first.write_text(json.dumps(content | {"images": [*content["images"], same]}))
+    (annotations / "instances_more.json").write_text(
+        json.dumps(content | {"images": [same], "annotations": []})
+    )
     images = tmp_path / "images"
     (images / "scene_000.png").unlink()
     (images / "scene_001.png").write_bytes(b"no image")

@@ -185,6 +185,18 @@ def test_hostile_annotations_are_refused(tmp_path: Path, annotation: dict[str, A
     assert caught.value.code == "dataset_invalid"
 
 
+def test_annotations_of_images_that_are_not_listed_are_left_out_and_told(tmp_path: Path) -> None:
+    one = {"category_id": 18, "segmentation": [[0, 0, 6, 0, 6, 4, 0, 4]]}
+    place = write(tmp_path, [one | {"image_id": 8}, one | {"image_id": 7}, one | {"image_id": 9}])
+    read = read_coco(place)
+    assert read.left_out() == []
+    for _ in range(2):  # samples may be read again
+        (found,) = read.samples
+        assert (found.labels == 0).all()
+        (told,) = read.left_out()
+        assert "instances_val2017.json: 2 annotations left out" in told and "number 1, 3" in told
+
+
 def test_images_that_lead_out_of_the_dataset_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MaskMillError) as caught:
         [one.labels for one in read_coco(write(tmp_path / "a", [], file_name="../../etc/passwd")).samples]
