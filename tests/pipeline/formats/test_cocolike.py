@@ -56,9 +56,9 @@ BOTH = {
     "no size": (put("images", 0, "width", value=0), "an image: width"),
     "infinite": (put("images", 0, "width", value=float("inf")), "an image: width"),
     "annotation": (put("annotations", 0, value=[]), "annotation at place 1"),
-    "other category": (put("annotations", 0, "category_id", value=77), "place 1 is of a category"),
 }
 PANOPTIC = {
+    "other image": (put("annotations", 0, "image_id", value=5), "place 1 is of"),
     "category": (put("annotations", 0, "segments_info", 0, "category_id", value=7), "of no category"),
     "no entry": (lambda file: file["annotations"][0]["segments_info"].pop(), "segment 2 has no entry"),
     "one id": (put("annotations", 0, "segments_info", 1, "id", value=1), "have the id 1|has the id"),
