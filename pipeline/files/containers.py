@@ -28,7 +28,6 @@ _INSIDE = re.compile(
     r"(?P<file>[^#]*\.(?P<kind>tar|parquet)(?:\?[^#]*)?)#(?P<inside>.+)", re.IGNORECASE | re.DOTALL
 )
 _CELL = re.compile(r"(?P<column>.+)=(?P<row>\d{1,18})", re.DOTALL)
-_BLOCK = 8 << 20
 _reading = threading.Lock()
 
 
@@ -76,7 +75,7 @@ def tar_members(uri: str) -> Iterator[Member]:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
         try:
-            with tarfile.open(fileobj=file, mode="r:", bufsize=_BLOCK) as archive:
+            with tarfile.open(fileobj=file, mode="r:") as archive:
                 end = 0
                 for entry in archive:
                     end = entry.offset_data

@@ -96,16 +96,8 @@ _TGA_END = b"TRUEVISION-XFILE.\0"
 _ENDS = (b"IEND\xaeB`\x82", b"\xff\xd9")  # of a whole PNG or JPEG
 _XML = (b"<svg", b"<?xml", b"<!--", b"<!DOCTYPE svg")
 
-_REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _EXIF_ORIENTATION = 0x0112
 _STRIP_PIXELS = 1 << 20  # converted at a time
-_PIECE = 8 << 20  # bytes read at a time
-_PAST_END = re.compile(r"InvalidRange|\b416\b|not satisfiable", re.IGNORECASE)
-_CREDENTIALS = re.compile(
-    r"ExpiredToken|token has expired|RequestExpired|InvalidAccessKeyId|SignatureDoesNotMatch"
-    r"|Invalid endpoint",
-    re.IGNORECASE,
-)
 _UPRIGHT: Mapping[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = MappingProxyType(
     {
         2: lambda image: image[:, ::-1],

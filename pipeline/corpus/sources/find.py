@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from models.errors import WrongUse
 from pipeline.corpus.sources.coco import read_coco
-from pipeline.corpus.sources.folders import local_files, remote_files
+from pipeline.corpus.sources.folders import is_pattern, local_files, remote_files
 from pipeline.corpus.sources.found import (
     IMAGE_EXTENSIONS,
     LIST_EXTENSIONS,
@@ -52,7 +52,7 @@ def find_images(uri: str) -> ImageList:
             return ImageList([uri])
         return _among(local_files(uri, left_out), uri, left_out)
     # Web servers offer no listing, and "?" starts a query there.
-    if on_the_web(uri) or (uri.lower().endswith(tuple(FILES)) and not set(uri) & set("*?[")):
+    if on_the_web(uri) or (uri.lower().endswith(tuple(FILES)) and not is_pattern(uri)):
         return _file(uri)
     if inside(uri) is not None:
         return ImageList([uri])

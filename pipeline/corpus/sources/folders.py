@@ -15,6 +15,11 @@ from pipeline.files.storage import open_storage
 _WILDCARDS = frozenset("*?[")
 
 
+def is_pattern(name: str) -> bool:
+    """Whether a path, or a part of one, is a glob."""
+    return not _WILDCARDS.isdisjoint(name)
+
+
 def _is_file(path: str, left_out: PathsByReason) -> bool:
     """Whether a path is a regular file, or a link to one; else it is left out."""
     try:
@@ -85,7 +90,7 @@ def local_files(uri: str, left_out: PathsByReason) -> list[str]:
     """
     if os.path.isdir(uri):
         return _files_below([uri], left_out)
-    if _WILDCARDS.isdisjoint(uri):
+    if not is_pattern(uri):
         raise missing(uri, "there is no")
     matches = sorted(glob.glob(uri, recursive=True))
     if not matches:
@@ -103,7 +108,7 @@ def remote_files(uri: str, left_out: PathsByReason) -> list[str]:
         WrongUse: ``source_missing``.
     """
     parts = uri.split("/")
-    fixed = next((n for n, part in enumerate(parts) if not _WILDCARDS.isdisjoint(part)), len(parts))
+    fixed = next((n for n, part in enumerate(parts) if is_pattern(part)), len(parts))
     storage, pattern = open_storage("/".join(parts[:fixed])), "/".join(parts[fixed:])
     if pattern:
         names = storage.glob(pattern)
