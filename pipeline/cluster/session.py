@@ -44,8 +44,8 @@ WORKER_MALLOC = {
 """Environment of processes that compute on a CPU; the user's own tunables take precedence. By default, glibc
 returns the memory of large tensors to the system at once, and the next image faults it in again page by page,
 which takes a fifth of the time of a ViT-B/16. All threads share one arena, because glibc returns the heaps of
-further arenas whatever the thresholds say, which takes a tenth. See "Memory Allocation Tunables" in the glibc
-manual; ``hugetlb`` needs glibc 2.35."""
+further arenas whatever the thresholds say, which takes a twentieth. See "Memory Allocation Tunables"
+in the glibc manual; ``hugetlb`` needs glibc 2.35."""
 
 RAY_SETTINGS = {
     # Each prestarted worker process costs a core-second, which is a lot on a laptop.
