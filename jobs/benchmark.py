@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from tyro.conf import Positional, UseAppendAction, arg
 
-from jobs.benchmarks import maskclip
+from jobs.benchmarks import maskclip, unified
 from jobs.benchmarks.clipseg import tables as clipseg
 from jobs.benchmarks.clipseg import visual_prompts
 from jobs.benchmarks.tables import Request
@@ -57,7 +57,7 @@ TOY_SECTIONS = (
 TOY_SEEDS = (11, 12, 13, 14, 15)
 """Scene sets not used by the training (0), the model card (1) or the demo (2026)."""
 
-_TABLES = {**maskclip.TABLES, **clipseg.TABLES, **visual_prompts.TABLES}
+_TABLES = {**maskclip.TABLES, **unified.TABLES, **clipseg.TABLES, **visual_prompts.TABLES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Benchmark:
     """Measure the rows of a table and print them next to the published figures. "list" lists the tables.
 
     Attributes:
-        name: toyworld, maskclip, maskclip-unified, …; list shows all.
+        name: toyworld, maskclip, unified, …; list shows all.
         roots: a dataset's folder, plus #SPLIT for another split: --root voc20=DIR#train; may be repeated.
         labels: a label table for a row that cannot be labelled here: --labels "MaskCLIP+ (RN50)@voc20=TABLE".
         weights: weights of a row's model: --weights "CLIPSeg (PC+)=rd64-uni.pth".
@@ -74,7 +74,10 @@ class Benchmark:
         datasets: only this dataset; may be repeated.
         images: concepts: folder, glob or list file of images.
         concepts: concepts: a list of the paper (batman, mario, sports, car-color, …) or "prompt, prompt, …".
-        recipe: concepts: the recipe; --set changes it.
+        recipe: concepts, unified: the recipe to measure; --set changes it. Without it, unified measures the
+            published methods.
+        protocol: unified: the protocol of MaskCLIP's successors, its own (seed), or both in sections apart.
+        quick: unified: 200 random images of voc20, unless --dataset or --limit say otherwise.
         limit: at most this many images per dataset (one-shot: episodes; prompt-strategies: objects).
         image_sizes: clipseg-…: also measure at this side of the network's input; may be repeated.
         seeds: toyworld: number of scene sets, for the confidence intervals.
@@ -92,7 +95,9 @@ class Benchmark:
     datasets: Annotated[Repeated, arg(name="dataset")] = ()
     images: Maybe[str] = None
     concepts: str = "sports"
-    recipe: str = "maskclip"
+    recipe: Maybe[str] = None
+    protocol: Maybe[Literal["unified", "seed", "both"]] = None
+    quick: Flag = False
     limit: int = 0
     image_sizes: Annotated[
         UseAppendAction[tuple[int, ...]], arg(name="image-size", help_behavior_hint="")
@@ -161,7 +166,7 @@ class Benchmark:
     def _run_name(self, name: str) -> str:
         """Of the tracked run: the table, the changed settings, and the datasets that it has."""
         if name == CONCEPTS:
-            return run_name("benchmark", f"{name} {self.recipe}", place_name(self.images or ""))
+            return run_name("benchmark", f"{name} {self.recipe or 'maskclip'}", place_name(self.images or ""))
         data = self.datasets or tuple(named_values("--root", self.roots, last=False))
         return run_name("benchmark", " ".join((name, *self.rows, *self.settings)), ", ".join(data))
 
@@ -200,6 +205,7 @@ def _params(options: Benchmark) -> dict[str, Any]:
 
 
 def _plan_toyworld(options: Benchmark, _name: str, folder: Path, console: Console) -> Measure:
+    _refuse_recipe(options)
     if any(
         (options.roots, options.labels, options.weights, options.settings, options.datasets, options.limit)
     ):
@@ -267,6 +273,8 @@ def _plan_table(options: Benchmark, name: str, folder: Path, console: Console) -
     _refuse_negative_limit(options)
     if name not in clipseg.TABLES:
         _refuse_sizes(options)
+    if name not in unified.TABLES:
+        _refuse_recipe(options)
     request = Request(
         folder=folder,
         console=console,
@@ -278,6 +286,9 @@ def _plan_table(options: Benchmark, name: str, folder: Path, console: Console) -
         datasets=options.datasets,
         limit=options.limit,
         image_sizes=options.image_sizes,
+        recipe=load_recipe(options.recipe, options.settings) if options.recipe else None,
+        protocols=("unified", "seed") if options.protocol == "both" else (options.protocol or "unified",),
+        quick=options.quick,
     )
     sections = _TABLES[name][1](request)
     return lambda: Measured(list(sections))
@@ -288,6 +299,7 @@ def _plan_concepts(options: Benchmark, _name: str, folder: Path, console: Consol
     from pipeline.ontology.concepts import ConceptList
 
     _refuse_sizes(options)
+    _refuse_recipe(options)
     _refuse_negative_limit(options)
     if options.images is None:
         raise WrongUse(
@@ -303,7 +315,7 @@ def _plan_concepts(options: Benchmark, _name: str, folder: Path, console: Consol
                 f"Write --concepts 'a red car, a road', or one of {', '.join(LISTS)}.",
             )
         concepts = ConceptList(prompts, ())
-    recipe = load_recipe(options.recipe, options.settings)
+    recipe = load_recipe(options.recipe or "maskclip", options.settings)
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
     rows = build_manifest(options.images, notice=say).to_pylist()[: options.limit or None]
     addresses = {row["uri"]: row.get(ADDRESS) or row["uri"] for row in rows}
@@ -330,6 +342,17 @@ def _refuse_sizes(options: Benchmark) -> None:
             f"--image-size: the protocol of {options.name} fixes the size.",
             f"Use it with {', '.join(clipseg.TABLES)}.",
         )
+
+
+def _refuse_recipe(options: Benchmark) -> None:
+    given = {"--recipe": options.recipe, "--protocol": options.protocol, "--quick": options.quick}
+    for flag, value in given.items():
+        if value and not (flag == "--recipe" and options.name == CONCEPTS):
+            raise WrongUse(
+                "wrong_use",
+                f"{flag}: the rows of {options.name} are fixed.",
+                f"Use it with {', '.join(unified.TABLES)}.",
+            )
 
 
 def _refuse_negative_limit(options: Benchmark) -> None:

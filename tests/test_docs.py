@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from jobs.benchmarks.maskclip import METHODS
 from jobs.cli import COMMANDS, TRAININGS, Train, check_command, parse
 from jobs.evaluate.command import Evaluate
 from jobs.label import Label
+from pipeline.evaluation.published import load_published
+from pipeline.labelling.recipes import RECIPES, change_recipe, load_recipe
 from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 _CODE = re.compile(r"```sh\n(.*?)```|`([^`\n]+)`", re.DOTALL)
 
@@ -47,6 +51,28 @@ def test_commands_parse(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 MASKCLIP_PLUS_RECIPES.load(command.model.recipe, command.model.settings)
         except (Exception, SystemExit) as error:
             pytest.fail(f"{page.name}: {text}: {error}")
+
+
+def test_published_figures_in_the_readme_are_those_of_their_sources() -> None:
+    rows = re.findall(
+        r"^\| (`unified-.*) \| (.+) \| ([\d.]+) \| ([\d.]+) \|$", README.read_text(), re.MULTILINE
+    )
+    assert len(rows) == 7
+    for recipes, title, mean, voc in rows:
+        method = title.partition(",")[0]
+        known = {
+            figure.dataset: figure.value
+            for table in ("unified_repositories", "unified_eight_sets")
+            for figure in load_published(table).figures()
+            if (figure.method, figure.model) == (method, "ViT-B/16")
+        }
+        assert (float(mean), float(voc)) == (round(known["mean of eight"], 1), round(known["voc20"], 1)), (
+            title
+        )
+        name, _, refiner = recipes.replace("`", "").partition(", ")
+        recipe = load_recipe(name, [refiner] if refiner else [])
+        wanted = change_recipe(RECIPES["maskclip"], METHODS[method]).maskclip
+        assert (recipe.maskclip.head, recipe.maskclip.refine) == (wanted.head, wanted.refine)
 
 
 def test_the_page_of_symptoms_has_commands() -> None:

@@ -1,34 +1,22 @@
-"""MaskCLIP's tables: annotation-free, zero-shot, robustness, and the protocol of its successors."""
+"""MaskCLIP's tables: annotation-free, zero-shot, robustness; and how the rows of its kin are labelled."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from jobs.benchmarks.labelled import measure, note, open_limited
 from jobs.benchmarks.resume import slug
 from jobs.benchmarks.rows import row
-from jobs.benchmarks.tables import (
-    RANDOM_WEIGHTS,
-    Request,
-    check_rows,
-    needs_root,
-    of_other_images,
-    open_root,
-    random_weights,
-    why_not_measured,
-)
-from jobs.evaluate.compare import evaluate
+from jobs.benchmarks.tables import Request, check_rows
 from jobs.evaluate.protocol import protocol_recipe
-from models.errors import MaskMillError, WrongUse, did_you_mean
-from pipeline.datasets.base import Dataset
+from models.errors import WrongUse, did_you_mean
 from pipeline.datasets.protocols import PROTOCOLS, get_protocol
 from pipeline.datasets.registry import DATASETS
 from pipeline.evaluation.published import PublishedTable, load_published
-from pipeline.evaluation.results import EVALUATION_FILE, ROWS, EvaluationResult, Section, read_results
+from pipeline.evaluation.results import Section
 from pipeline.files.corruptions import CORRUPTIONS, LEVELS
-from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe, recipe_from_dict
+from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
 
 MODELS: Mapping[str, str] = {
     "ViT-B/16": "ViT-B-16-quickgelu",
@@ -48,6 +36,7 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "SCLIP": {"head": "sclip"},
     "ClearCLIP": {"head": "qq"},
     "NACLIP": {"head": "nn"},
+    "NACLIP + PAMR": {"head": "nn", "refine": "pamr"},
     "SC-CLIP": {"head": "sc"},
     "PEARL": {"head": "pa", "refine": "tlp"},
 }
@@ -59,11 +48,6 @@ def annotation_free(request: Request) -> Iterator[Section]:
     return _table(load_published("maskclip_annotation_free"), request)
 
 
-def unified(request: Request) -> Iterator[Section]:
-    """Eight datasets under the protocol of MaskCLIP's successors."""
-    return _table(load_published("unified_eight_sets"), request)
-
-
 def zero_shot(request: Request) -> Iterator[Section]:
     """Seen and unseen classes: training-free MaskCLIP next to methods trained on the seen ones."""
     return _table(load_published("maskclip_zero_shot"), request, extra=("MaskCLIP",))
@@ -71,7 +55,7 @@ def zero_shot(request: Request) -> Iterator[Section]:
 
 def robustness(request: Request) -> Iterator[Section]:
     """Eight corruptions at five levels."""
-    _check(request, names=[name for name in PROTOCOLS if "seed" in PROTOCOLS[name]], rows=())
+    check_request(request, names=[name for name in PROTOCOLS if "seed" in PROTOCOLS[name]], rows=())
     check_rows(request, [f"MaskCLIP ({model})" for model in MODELS])
     return _robustness(request)
 
@@ -80,7 +64,7 @@ def _robustness(request: Request) -> Iterator[Section]:
     table = load_published("maskclip_robustness")
     known = {(figure.dataset, figure.model): figure for figure in table.figures()}
     for name in list(request.datasets) or ["context59"]:
-        dataset, missing = _open(name, request)
+        dataset, missing = open_limited(name, request)
         for model in _wanted(MODELS, request):
             rows = []
             conditions = [("clean", 0, "")] + [
@@ -89,9 +73,9 @@ def _robustness(request: Request) -> Iterator[Section]:
             for series, level, corruption in conditions:
                 figure = known.get((f"{name}/{corruption}", model)) if corruption else None
                 recipe = change_recipe(
-                    seed_recipe(name, _recipe("MaskCLIP", model, request)), {"corruption": corruption}
+                    seed_recipe(name, row_recipe("MaskCLIP", model, request)), {"corruption": corruption}
                 )
-                values, lacking = _measure(
+                values, lacking = measure(
                     dataset,
                     recipe,
                     request,
@@ -115,7 +99,7 @@ def _robustness(request: Request) -> Iterator[Section]:
             yield Section(
                 name=f"{name}-{slug(model)}",
                 title=f"{DATASETS[name].description}: MaskCLIP {model}, corrupted",
-                note=_note(dataset, request),
+                note=note(dataset, request),
                 chart="lines",
                 metrics=("miou", "pixel_accuracy"),
                 rows=tuple(rows),
@@ -134,7 +118,7 @@ def _table(table: PublishedTable, request: Request, *, extra: Sequence[str] = ()
     ]
     titles = [line.title for line in table.rows]
     names = [setting.partition("/")[0] for setting in settings]
-    _check(request, names=names, rows=[f"{title}@{name}" for title in titles for name in names])
+    check_request(request, names=names, rows=[f"{title}@{name}" for title in titles for name in names])
     check_rows(request, [*titles, *(f"{method} ({model})" for method in extra for model in MODELS)])
     return _table_sections(table, settings, request, extra)
 
@@ -147,7 +131,7 @@ def _table_sections(
         if request.datasets and name not in request.datasets:
             continue
         metrics = table.metrics(setting)
-        dataset, missing = _open(name, request)
+        dataset, missing = open_limited(name, request)
         rows = []
         published = [(line.method, line.model, line) for line in table.rows]
         ours = [(method, model, None) for method in extra for model in MODELS]
@@ -156,13 +140,13 @@ def _table_sections(
             figures = table.shares(line, setting) if line is not None else {}
             values: dict[str, list[float]] = {}
             lacking: str | None = None
-            if not (figures or _runs(method, model) or method.startswith("MaskCLIP+")):
+            if not (figures or runs(method, model) or method.startswith("MaskCLIP+")):
                 continue  # neither published nor measurable on this dataset
             if request.rows and not any(part in title for part in request.rows):
-                lacking = "not asked for" if _runs(method, model) else None
-            elif f"{title}@{name}" in request.labels or _runs(method, model):
-                recipe = _recipe(method, model, request) if _runs(method, model) else None
-                values, lacking = _measure(
+                lacking = "not asked for" if runs(method, model) else None
+            elif f"{title}@{name}" in request.labels or runs(method, model):
+                recipe = row_recipe(method, model, request) if runs(method, model) else None
+                values, lacking = measure(
                     dataset,
                     # Zero-shot tables have other classes, so no protocol, but they use the seed's image size.
                     seed_recipe(name, recipe) if recipe is not None and task else recipe,
@@ -188,15 +172,23 @@ def _table_sections(
         yield Section(
             name=f"{name}-{task}" if task else name,
             title=f"{DATASETS[name].description}{f', {task}' if task else ''}",
-            note=" ".join([_note(dataset, request), *table.notes]).strip(),
+            note=" ".join([note(dataset, request), *table.notes]).strip(),
             chart="bars",
             metrics=tuple(metrics),
             rows=tuple(rows),
         )
 
 
-def _check(request: Request, *, names: Sequence[str], rows: Sequence[str]) -> None:
+def check_request(
+    request: Request, *, names: Sequence[str], rows: Sequence[str], settings: bool = True
+) -> None:
     """Refuse names unknown to the table, and settings that would redefine its rows.
+
+    Args:
+        request: what was asked for.
+        names: of the datasets.
+        rows: that take ``--labels``.
+        settings: refuse settings, too.
 
     Raises:
         MaskMillError: ``wrong_use``.
@@ -206,7 +198,7 @@ def _check(request: Request, *, names: Sequence[str], rows: Sequence[str]) -> No
         ("--dataset", request.datasets, names),
         ("--labels", request.labels, rows),
         ("--weights", request.weights, ()),
-        ("--set", request.settings, FREE_SETTINGS),
+        ("--set", request.settings if settings else (), FREE_SETTINGS),
     ):
         unknown = [name for name in given if name not in known]
         if unknown:
@@ -223,117 +215,15 @@ def seed_recipe(name: str, recipe: LabelRecipe) -> LabelRecipe:
     return protocol_recipe(recipe, get_protocol(without_background.get(name, name), "seed"))
 
 
-def _runs(method: str, model: str | None) -> bool:
+def runs(method: str, model: str | None) -> bool:
     """Whether the row can be measured without training."""
     return method in METHODS and model in MODELS
 
 
-def _recipe(method: str, model: str | None, request: Request) -> LabelRecipe:
-    assert model is not None
+def row_recipe(method: str, model: str | None, request: Request) -> LabelRecipe:
+    assert model is not None, "see runs"
     changes = {"model": MODELS[model], **METHODS[method], **request.settings}
     return change_recipe(RECIPES["maskclip"], changes)
-
-
-def _open(name: str, request: Request) -> tuple[Dataset | None, str | None]:
-    """The dataset, or what is missing."""
-    if name not in request.roots:
-        return None, f"needs {needs_root(name)}"
-    try:
-        dataset = open_root(request, name)
-    except MaskMillError as error:
-        return None, why_not_measured(error)
-    if request.limit:
-        dataset = dataclasses.replace(dataset, samples=dataset.samples[: request.limit])
-    return dataset, None
-
-
-def _measure(
-    dataset: Dataset | None,
-    recipe: LabelRecipe | None,
-    request: Request,
-    *,
-    file_name: str,
-    protocol: Any,
-    missing: str | None,
-    labels: str | None = None,
-    zero_shot: str | None = None,
-    metrics: Sequence[str] = ("miou", "pixel_accuracy"),
-) -> tuple[dict[str, list[float]], str | None]:
-    """The figures of a row, or the reason for having none. Reuses the result of an earlier run."""
-    if dataset is None:
-        return {}, missing
-    folder = request.folder / ROWS / file_name
-    try:
-        if labels is None and (folder / EVALUATION_FILE).exists():
-            record = _earlier(folder, dataset, recipe, protocol)
-        else:
-            request.console.print(f"[bold]{file_name}[/bold]")
-            record = evaluate(
-                dataset,
-                request.console,
-                labels=labels,
-                recipe=recipe,
-                protocol=protocol if labels is None else None,
-                zero_shot=zero_shot,
-                output=folder,
-                overwrite=labels is not None,
-                boundary=False,
-                pictures=0,
-                workers=0,
-            )[1]
-    except MaskMillError as error:
-        return {}, why_not_measured(error)
-    images = record.images
-    if images.missing or images.failed:
-        lost = images.missing + images.failed
-        return {}, f"{lost:,} of {record.dataset.images:,} images have no labels in the table"
-    if labels is not None and protocol is not None and record.protocol != protocol:
-        return {}, f"the labels follow protocol {record.protocol}, this table {protocol}"
-    found = {metric: record.metrics.get(metric) for metric in metrics}
-    return {metric: [value] for metric, value in found.items() if value is not None}, None
-
-
-def _earlier(
-    folder: Path, dataset: Dataset, recipe: LabelRecipe | None, protocol: str | None
-) -> EvaluationResult:
-    """Read a result from an earlier, interrupted run of the same benchmark.
-
-    Raises:
-        MaskMillError: ``output_differs`` if it has other images, another recipe or other weights.
-    """
-    from models.clip.weights import find_weights
-
-    ((_, record),) = read_results(folder)
-    assert isinstance(record, EvaluationResult)
-    differs = ""
-    if record.dataset.fingerprint != dataset.fingerprint():
-        differs = f"on other images ({record.dataset.images:,} then, {len(dataset.samples):,} now)"
-    elif recipe is not None:
-        if protocol in ("seed", "unified"):
-            recipe = protocol_recipe(recipe, get_protocol(dataset.name, protocol))
-        fingerprint = find_weights(recipe.model, recipe.pretrained).fingerprint
-        changed = recipe.differences(recipe_from_dict(record.model.recipe))
-        if changed:
-            differs = f"with another recipe ({'; '.join(changed)})"
-        elif record.model.weights["fingerprint"] != fingerprint:
-            differs = "with other weights"
-    if differs:
-        raise WrongUse(
-            "output_differs", f"{folder} was measured {differs}.", "Name another --output, or delete it."
-        )
-    return record
-
-
-def _note(dataset: Dataset | None, request: Request) -> str:
-    """Caveats for comparing a section with the published figures."""
-    notes = []
-    if random_weights(request.settings):
-        notes.append(RANDOM_WEIGHTS)
-    if dataset is not None:
-        other = of_other_images(dataset, DATASETS[dataset.name].default_split)
-        notes.append(other or f"{len(dataset.samples):,} images.")
-        notes += [f"Not taken: {entry}." for entry in dataset.left_out]
-    return " ".join(notes)
 
 
 def _wanted(models: Mapping[str, str], request: Request) -> list[str]:
@@ -349,7 +239,6 @@ TABLES: Mapping[str, tuple[str, Callable[[Request], Iterator[Section]]]] = {
         "MaskCLIP, annotation-free (Context-59, COCO-Stuff, VOC-20), seed protocol",
         annotation_free,
     ),
-    "maskclip-unified": ("MaskCLIP on eight sets, the successors' protocol", unified),
     "maskclip-zero-shot": ("Zero-shot segmentation: seen and unseen classes on three sets", zero_shot),
     "maskclip-robustness": ("MaskCLIP under 8 corruptions at 5 levels", robustness),
 }

@@ -16,7 +16,9 @@ from rich.console import Console
 
 from models.errors import FailedWork, MaskMillError, WrongUse, did_you_mean
 from pipeline.datasets.base import Dataset
+from pipeline.datasets.protocols import ProtocolName
 from pipeline.datasets.registry import DATASETS, open_dataset
+from pipeline.labelling.recipes import LabelRecipe
 
 RANDOM_WEIGHTS = "Random weights: the figures only show that the code runs."
 
@@ -36,6 +38,9 @@ class Request:
         datasets: only these datasets; empty for all.
         limit: maximum images per dataset; 0 for all.
         image_sizes: for CLIPSeg's tables: further sides of the network's input to measure at.
+        recipe: for ``unified``: measure this instead of the published methods; ``settings`` are in it.
+        protocols: for ``unified``.
+        quick: for ``unified``: a sample of one dataset.
     """
 
     folder: Path
@@ -48,6 +53,9 @@ class Request:
     datasets: Sequence[str] = ()
     limit: int = 0
     image_sizes: Sequence[int] = ()
+    recipe: LabelRecipe | None = None
+    protocols: Sequence[ProtocolName] = ("unified",)
+    quick: bool = False
 
 
 def open_root(request: Request, name: str, *, usual_split: str | None = None) -> Any:

@@ -49,7 +49,7 @@ def plan_labelling(
     if protocol in ("seed", "unified"):
         wanted = get_protocol(dataset.name, protocol)
         recipe = protocol_recipe(recipe, wanted)
-        ontology = Ontology.from_dict(ontology.to_dict() | {"templates": wanted.templates})
+        ontology = wanted.ontology(ontology)
     elif recipe.model == "toyclip" and ontology.templates == "openai85":
         ontology = Ontology.from_dict(ontology.to_dict() | {"templates": "toyworld"})
     followed_protocol(dataset, protocol, recipe, ontology)
@@ -88,11 +88,11 @@ def _differences(dataset: Dataset, recipe: LabelRecipe, ontology: Ontology, prot
         for key, value in wanted.items()
         if _plain(made[key]) != _plain(value)
     ]
-    classes = Ontology.from_dict(dataset.classes.to_dict() | {"templates": protocol.templates})
+    classes = protocol.ontology(dataset.classes)
     if ontology.templates != protocol.templates:
         differing.append(f"templates are {as_written(ontology.templates)}, not {protocol.templates}")
     elif ontology.hash != classes.hash:
-        differing.append(f"the classes are not those of {dataset.name} as they are")
+        differing.append(f"the classes or their words are not those of {dataset.name} in this protocol")
     return differing
 
 

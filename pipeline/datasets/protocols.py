@@ -6,17 +6,23 @@ statistics, 85 templates, exact GELU. ``unified`` is shared by its training-free
 CLIP's statistics, 80 templates, softmax scale 40. The same MaskCLIP with ViT-B/16 scores 49.5 on Pascal VOC
 under ``seed`` and 74.9 under ``unified``.
 
-Differences from the successors' tables remain: they use their own class names (synonyms such as "person in
-shirt"), and some tune the softmax scale per dataset.
+Its words are those of ``successors.yaml``: "ship" for a boat, "person in shirt" beside "person". Differences
+from single tables remain: some tune the softmax scale or the windows per dataset, and ClearCLIP and ProxyCLIP
+use plainer words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from models.errors import WrongUse
+from pipeline.ontology.ontology import Ontology
 
 ProtocolName = Literal["seed", "unified"]
 
@@ -57,6 +63,17 @@ class Protocol:
     positions: Literal["exact", "offset"]
     temperature: float
 
+    def ontology(self, classes: Ontology) -> Ontology:
+        """The dataset's classes with the templates and words of the protocol."""
+        fields = classes.to_dict() | {"templates": self.templates}
+        words = _successors().get(self.dataset, {}) if self.name == "unified" else {}
+        for entry in fields["classes"]:
+            if entry["name"] in words.get("classes", {}):
+                entry["prompts"] = words["classes"][entry["name"]]
+        if "background" in words:
+            fields["background"] = words["background"]
+        return Ontology.from_dict(fields)
+
     def recipe_overrides(self) -> dict[str, Any]:
         """The recipe fields that the protocol fixes, by dotted name."""
         return {
@@ -71,6 +88,15 @@ class Protocol:
             "maskclip.positions": self.positions,
             "maskclip.temperature": self.temperature,
         }
+
+
+@cache
+def _successors() -> dict[str, Any]:
+    """Words by dataset: ``background``, and ``classes`` by name."""
+    words: dict[str, Any] = yaml.safe_load(
+        (Path(__file__).parent / "successors.yaml").read_text(encoding="utf-8")
+    )
+    return words
 
 
 def _seed(dataset: str, scale: tuple[int, int], background: Literal["none", "ignored"]) -> Protocol:

@@ -125,6 +125,29 @@ def paired_bootstrap(
     return Gains(np.concatenate(means), np.concatenate(by_class))
 
 
+def miou_interval(
+    truth: Pixels, predicted: Pixels, correct: Pixels, *, resamples: int, seed: int, confidence: float
+) -> tuple[float, float]:
+    """The percentile interval of one model's mean IoU, from a bootstrap over images.
+
+    Args:
+        truth: true pixels by image and class, int64 (N, C); N at least 1.
+        predicted: pixels that are called so, among those with a truth, int64 (N, C).
+        correct: pixels that are both, int64 (N, C).
+        resamples: R.
+        seed: of the draws.
+        confidence: share of the resamples inside.
+
+    Returns:
+        Both ends; NaN if no resample has a truth.
+    """
+    nothing = np.zeros_like(truth)
+    # The gain over a model that calls no pixel anything is the other's IoU.
+    return paired_bootstrap(
+        truth, (nothing, nothing), (predicted, correct), resamples=resamples, seed=seed
+    ).interval(confidence)
+
+
 def _draws(rng: np.random.Generator, images: int, resamples: int) -> Iterator[Floats]:
     """How often each image is drawn, float64 (r, N), in blocks of resamples."""
     # The block's size does not change what is drawn: the generator goes through the resamples in order.

@@ -201,8 +201,10 @@ class ClassEntry(BaseModel):
     """One class.
 
     Attributes:
-        name: also the first prompt.
+        name: also the first prompt, unless there are ``prompts``.
         synonyms: further prompts.
+        prompts: what CLIP is asked in place of name and synonyms, for names that are codes ("D20") or mean
+            something else to CLIP.
         threshold: probability in [0, 1] below which its pixels are ignored; None for no limit.
         color: "#rrggbb"; None to choose one.
         kind: "thing" (countable) or "stuff"; None if unspecified.
@@ -214,6 +216,7 @@ class ClassEntry(BaseModel):
 
     name: Name
     synonyms: tuple[Name, ...] = ()
+    prompts: tuple[Name, ...] = ()
     threshold: Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)] | None = None
     color: Color | None = None
     kind: Literal["thing", "stuff"] | None = None
@@ -228,9 +231,15 @@ class ClassEntry(BaseModel):
     @model_serializer(mode="wrap")
     def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
-        if not self.examples:
-            del fields["examples"]  # keeps the hashes of ontologies from before examples existed
+        for key in ("examples", "prompts"):
+            if not getattr(self, key):
+                del fields[key]  # keeps the hashes of ontologies from before they existed
         return fields
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The prompts in use."""
+        return self.prompts or (self.name, *self.synonyms)
 
 
 class Ontology(BaseModel):
@@ -274,7 +283,7 @@ class Ontology(BaseModel):
         if value == DEFAULT_BACKGROUND:
             claimed: set[str] = set()
             for entry in info.data.get("classes", ()):
-                claimed = claimed.union(*map(_number_forms, (entry.name, *entry.synonyms)))
+                claimed = claimed.union(*map(_number_forms, (entry.name, *entry.words)))
             return tuple(w for w in default_background() if claimed.isdisjoint(_number_forms(w))) or None
         if isinstance(value, bool):
             raise PydanticCustomError(
@@ -331,9 +340,22 @@ class Ontology(BaseModel):
         for index, entry in enumerate(self.classes):
             for number, synonym in enumerate(entry.synonyms):
                 claim(synonym, f"synonym of '{entry.name}'", ("classes", index, "synonyms", number))
+        asked = {
+            word.casefold(): entry.name for entry in self.classes if not entry.prompts for word in entry.words
+        }
+        for index, entry in enumerate(self.classes):
+            for number, prompt in enumerate(entry.prompts):
+                other = asked.setdefault(prompt.casefold(), entry.name)
+                where = ("classes", index, "prompts", number)
+                if other != entry.name or prompt in entry.prompts[:number]:
+                    raise _located(where, f"'{prompt}' is already used: prompt of '{other}'")
         for number, word in enumerate(self.background or ()):
             if word.casefold() != BACKGROUND:  # "background" itself may be a prompt of class 0
                 claim(word, "background word", ("background", number))
+            if word.casefold() in asked:
+                raise _located(
+                    ("background", number), f"'{word}' is already used: prompt of '{asked[word.casefold()]}'"
+                )
         if self.num_classes > MAX_CLASSES:
             raise _located(("classes",), f"{self.num_classes} classes with background; at most 65,534 fit")
         highest = 255 if self.num_classes <= MAX_CLASSES_8BIT else 65_535
@@ -377,8 +399,8 @@ class Ontology(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def prompts(self) -> list[list[str]]:
-        """Prompts per class id: name and synonyms, or the background words."""
-        words = [[entry.name, *entry.synonyms] for entry in self.classes]
+        """Prompts per class id: its own, or name and synonyms; the words of the background."""
+        words = [list(entry.words) for entry in self.classes]
         return [list(self.background), *words] if self.background else words
 
     def merges(self) -> list[Merge]:

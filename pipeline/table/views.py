@@ -278,7 +278,7 @@ def _ontology(groups: Sequence[_Group], ontology: Ontology, where: str) -> Ontol
     for group in groups:
         members = [ontology.classes[number - offset] for number in group.members if number >= offset]
         if group.members[0] < offset:
-            words = [word for entry in members for word in (entry.name, *entry.synonyms)]
+            words = [word for entry in members for word in entry.words]
             background = (*(ontology.background or ()), *words)
             continue
         red, green, blue = palette[group.members[0]]
@@ -304,6 +304,8 @@ def _merged(name: str, members: Sequence[ClassEntry]) -> dict[str, Any]:
         "kind": kinds.pop() if len(kinds) == 1 else None,
         "merge": members[0].merge if own else "max",
     }
+    if any(entry.prompts for entry in members):
+        fields["prompts"] = [word for entry in members for word in entry.words]
     examples = [example.model_dump(mode="json") for entry in members for example in entry.examples]
     return fields | ({"examples": examples} if examples else {})
 

@@ -211,6 +211,35 @@ templates: ["a photo of a {}.", "{} in the scene"]
     assert ontology.palette()[2].tolist() == [0xAA, 0x33, 0x00]
 
 
+def test_prompts_take_the_place_of_name_and_synonyms():
+    ontology = Ontology.from_dict(
+        {
+            "name": "roads",
+            "background": "default",
+            "classes": [
+                {"name": "D20", "prompts": ["crack", "cracked road"]},
+                {"name": "D40", "synonyms": ["pothole"]},
+            ],
+        }
+    )
+    assert ontology.names == ("background", "D20", "D40")
+    assert ontology.prompts()[1:] == [["crack", "cracked road"], ["D40", "pothole"]]
+    # A name that another class has as a prompt is no clash: it is asked once.
+    Ontology.from_dict(
+        {
+            "name": "n",
+            "classes": [{"name": "table", "prompts": ["desk"]}, {"name": "furniture", "prompts": ["table"]}],
+        }
+    )
+
+
+def test_a_word_that_is_a_prompt_is_no_default_background():
+    ontology = Ontology.from_dict(
+        {"name": "n", "background": "default", "classes": [{"name": "D1", "prompts": ["wall"]}]}
+    )
+    assert "wall" not in ontology.background and "sky" in ontology.background
+
+
 def test_no_thresholds_is_none():
     assert parse_classes("cat").thresholds() is None
     assert parse_classes("cat", background=None).thresholds(0.5) == np.float32(0.5)
@@ -238,6 +267,10 @@ def test_no_thresholds_is_none():
         ("classes:\n  - cat\n  - name: dog\n    synonyms:\n      - puppy\n      - CAT", 6, "'CAT'"),
         ("classes:\n  - {name: cat, synonyms: [pet]}\n  - {name: dog, synonyms: [pet]}", 3, "'pet'"),
         ("classes:\n  - {name: cat, synonyms: [cat]}", 2, "already used"),
+        ("classes:\n  - cat\n  - {name: D20, prompts: [crack, Cat]}", 3, "prompt of 'cat'"),
+        ("classes:\n  - {name: D20, prompts: [crack, crack]}", 2, "already used"),
+        ("classes:\n  - {name: D20, prompts: [crack]}\n  - {name: D40, prompts: [crack]}", 3, "'D20'"),
+        ("background: [wall]\nclasses:\n  - {name: D20, prompts: [wall]}", 1, "prompt of 'D20'"),
         ("classes:\n  - cat\n  - dog\nclasses:\n  - cow", 4, "appears twice"),
         ("classes:\n  - {name: cat, name: dog}", 2, "appears twice"),
         ("classes:\n  - cat\nbackground:\n  - wall\n  - cat", 5, "'cat'"),
@@ -305,7 +338,7 @@ def test_a_file_of_a_hundred_thousand_brackets_is_refused(tmp_path, opening):
 
 def test_words_of_pydantic_do_not_reach_the_user(tmp_path):
     values = ["null", "2020-01-31", "no", "3", "1.5", "word", "[word]", "[null]", "{a: b}", "[[a]]", "''"]
-    keys = ["name", "synonyms", "threshold", "color", "kind", "merge", "examples"]
+    keys = ["name", "synonyms", "prompts", "threshold", "color", "kind", "merge", "examples"]
     texts = [f"classes:\n  - {{name: cat, {key}: {value}}}" for key in keys[1:] for value in values]
     texts += [f"classes:\n  - {{name: {value}}}" for value in values]
     texts += [f"classes:\n  - cat\n  - {value}" for value in values]
@@ -441,6 +474,7 @@ def test_hash_is_sha256_of_canonical_json_and_sees_every_field():
             {**base, "classes": [{"name": "cat", **extra}, {"name": "dog"}]}
             for extra in (
                 {"synonyms": ["kitten"]},
+                {"prompts": ["kitten"]},
                 {"threshold": 0.1},
                 {"color": "#000001"},
                 {"kind": "thing"},
