@@ -168,7 +168,8 @@ class Benchmark:
         if name == CONCEPTS:
             return run_name("benchmark", f"{name} {self.recipe or 'maskclip'}", place_name(self.images or ""))
         data = self.datasets or tuple(named_values("--root", self.roots, last=False))
-        return run_name("benchmark", " ".join((name, *self.rows, *self.settings)), ", ".join(data))
+        words = (name, *([self.recipe] if self.recipe else []), *self.rows, *self.settings)
+        return run_name("benchmark", " ".join(words), ", ".join(data))
 
     def _uses_toy_model(self) -> bool:
         return self.recipe == "toy" or str(parse_settings(self.settings).get("model")).startswith("toy")
