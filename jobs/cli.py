@@ -33,6 +33,7 @@ from jobs.runs import Runs
 from jobs.segment import Segment
 from jobs.serve import Serve
 from jobs.show import Show
+from jobs.split import MakeSplit
 from jobs.status import ShowStatus
 from jobs.submit import Submit, job_apart
 from jobs.track import Track
@@ -68,6 +69,7 @@ Command = (
     | Annotated[MakeManifest, subcommand("manifest")]
     | Annotated[Show, subcommand("show")]
     | Annotated[Verify, subcommand("verify")]
+    | Annotated[MakeSplit, subcommand("split")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Import, subcommand("import")]
@@ -94,6 +96,7 @@ COMMANDS = (
     "manifest",
     "show",
     "verify",
+    "split",
     "train",
     "export",
     "import",

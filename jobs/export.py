@@ -46,7 +46,8 @@ class Export:
         output: folder (or s3://… prefix) for the dataset; of a student, the file, ending in .onnx or .pt2.
         overwrite: replace an export that is there; only its own files are deleted.
         with_images: copy the images, upright, beside the labels.
-        val_share: share of the images (0 to 1) for a split "val"; the rest is "train".
+        val_share: share of the images (0 to 1) for a split "val"; the rest is "train". Default: the splits
+            that maskmill split has made, else "train" alone.
         manifest: manifest in Parquet that says where images lie within larger files, for --with-images.
         settings: an option of the format, such as min_area=20 of coco; may be repeated.
         workers: number of Ray tasks that work at once; 0: this process alone; default: depends on the table.
@@ -64,7 +65,7 @@ class Export:
     output: str
     overwrite: Flag = False
     with_images: Flag = False
-    val_share: float = 0.0
+    val_share: Maybe[float] = None
     manifest: Maybe[str] = None
     settings: Settings = ()
     workers: Maybe[int] = None
@@ -186,9 +187,10 @@ class Export:
         from pipeline.formats.record import new_export
         from pipeline.formats.samples import Source
         from pipeline.table.changed import Images
+        from pipeline.table.splits import find_split
 
         made = make_format(self.format, named_values("--set", self.settings, last=False))
-        if not 0 <= self.val_share < 1:
+        if self.val_share is not None and not 0 <= self.val_share < 1:
             raise WrongUse(
                 "wrong_use", f"--val-share {self.val_share} is not a share.", "Give a share, such as 0.1."
             )
@@ -204,7 +206,8 @@ class Export:
             view=None if view is None or view.view.changes_nothing else view,
             with_confidence=made.with_confidence,
             with_images=made.with_images or self.with_images,
-            val_share=self.val_share,
+            val_share=self.val_share or 0.0,
+            split=find_split(self.source) if self.val_share is None else None,
             images=Images(manifest),
         )
         return new_export(source, table, made, open_storage(self.output))

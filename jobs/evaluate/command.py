@@ -8,6 +8,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast, get_args
 
+import numpy as np
 from rich.console import Console
 from tyro.conf import arg
 
@@ -48,6 +49,7 @@ from pipeline.labelling.recipes import LabelRecipe, table_recipe
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.report.results_page import write_report
 from pipeline.table.record import read_table_record
+from pipeline.table.splits import choose
 from pipeline.table.views import TableView
 from pipeline.tracking.names import place_name, recipe_name, run_name
 from pipeline.tracking.results import log_result
@@ -64,6 +66,8 @@ class Evaluate:
     Attributes:
         labels: a label table, the --output of maskmill label; without it, --recipe or --model labels the
             images first.
+        part: measure only the images of this part of the split of --labels (maskmill split): train, val or
+            test.
         ontology: what the values in --truth mean (default: the ontology of --labels); with --recipe, the
             words to label with instead of the benchmark's.
         protocol: the published numbers to compare with: seed (MaskCLIP's repository), unified (its
@@ -86,6 +90,7 @@ class Evaluate:
     labels: Maybe[str] = None
     by: Annotated[LabellingModel, FLAT] = field(default_factory=LabellingModel)
     data: Annotated[Truth, FLAT] = field(default_factory=Truth)
+    part: Annotated[Maybe[str], arg(metavar="{train,val,test}")] = None
     ontology: Maybe[str] = None
     protocol: Annotated[Maybe[str], arg(metavar="{seed,unified,custom}")] = None
     zero_shot: Maybe[str] = None
@@ -109,6 +114,8 @@ class Evaluate:
         recipe, own = (None, None) if self.labels is not None else self.by.load()
         classes = load_ontology(self.ontology) if self.ontology is not None else None
         dataset = self.data.open(classes, table=self.labels, command="evaluate")
+        if self.labels is not None and self.part is not None:
+            dataset = self._of_part(dataset, self.labels)
         if self.limit:
             dataset = dataclasses.replace(dataset, samples=dataset.samples[: self.limit])
         if classes is None and own is not None and set(dataset.class_names) <= set(own.names):
@@ -135,7 +142,11 @@ class Evaluate:
                 run_name("evaluate", self._model(recipe), self.data.title(dataset)),
                 params={"recipe": recipe.to_dict()}
                 if recipe
-                else {"labels": self.labels, **_view_params(view)},
+                else {
+                    "labels": self.labels,
+                    **_view_params(view),
+                    **({"part": self.part} if self.part else {}),
+                },
                 dataset=TrackedDataset(
                     dataset.name,
                     dataset.fingerprint(),
@@ -175,6 +186,23 @@ class Evaluate:
             soft_wrap=True,
         )
         return 0
+
+    def _of_part(self, dataset: Dataset, labels: str) -> Dataset:
+        """The samples whose images are in a part of the table's split."""
+        chosen = choose(labels, self.part)
+        if chosen is None:
+            return dataset
+        found = plan(labels, dataset.samples).samples
+        ids = np.fromiter(found, np.int64, len(found))
+        names = {found[row_id].name for row_id in ids[chosen.keep(ids)].tolist()}
+        if not names:
+            raise WrongUse(
+                "nothing_compared",
+                f"The truth has none of the {len(chosen.ids):,} images of the part {chosen.part}.",
+                "Give the truth of these images, or name another --part.",
+            )
+        samples = tuple(sample for sample in dataset.samples if sample.name in names)
+        return dataclasses.replace(dataset, samples=samples)
 
     def _model(self, recipe: LabelRecipe | None) -> str:
         """What is evaluated, for the name of the run."""
@@ -277,8 +305,8 @@ class Evaluate:
                 "--labels have an ontology already: --ontology is for --truth, or for --recipe.",
             ),
             (
-                self.labels is None and (self.seen.given or self.common or self.mapping),
-                "--common, --mapping and views of a table are for --labels.",
+                self.labels is None and (self.seen.given or self.common or self.mapping or self.part),
+                "--common, --mapping, --part and views of a table are for --labels.",
             ),
             (
                 self._asked not in (None, CUSTOM) and (self.seen.given or self.common or self.mapping),

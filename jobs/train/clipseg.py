@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
+from tyro.conf import arg
 
 from jobs.console import say_left_out, stderr_console
 from jobs.options import FLAT, Maybe, Settings, Truth, ViewOptions, comma_separated, refuse_missing_file
@@ -32,6 +33,7 @@ from pipeline.files.versions import versions
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.report.clipseg_page import write_clipseg_page
 from pipeline.report.training_page import PAGE, SHEET
+from pipeline.table.splits import Chosen, choose
 from pipeline.table.views import TableView
 from pipeline.tracking.tracker import TrackedDataset
 from pipeline.trained.clipseg import (
@@ -69,6 +71,8 @@ class TrainClipSeg:
         settings: change one setting of the recipe: iterations=500, reduce_dim=16; may be repeated.
         labels: label table (the --output of maskmill label) to train on without annotation. Combined with
             truth, the --unseen classes are learnt from it.
+        part: part of the split of --labels (maskmill split) to train on: train, val, test or all; default:
+            train, if the table has been split.
         ontology: class names, YAML file or built-in name: for --truth, or to replace those of --labels.
         scenes: number of toyworld scenes; default: 2000.
         unseen: classes left out of the truth (of the labels if there is no truth): "cow, motorbike", a
@@ -80,6 +84,7 @@ class TrainClipSeg:
     recipe: str = "clipseg-phrasecut-plus"
     settings: Settings = ()
     labels: Maybe[str] = None
+    part: Annotated[Maybe[str], arg(metavar="{train,val,test,all}")] = None
     ontology: Maybe[str] = None
     data: Annotated[Truth, FLAT] = field(default_factory=Truth)
     scenes: Maybe[int] = None
@@ -97,15 +102,18 @@ class TrainClipSeg:
             recipe = CLIPSEG_RECIPES.change(recipe, {"source": {"unseen": comma_separated(self.unseen)}})
         if self.start is not None:
             recipe = CLIPSEG_RECIPES.change(recipe, {"model": {"start": self.start}})
-        if self.labels is None and self.seen.given:
+        if self.labels is None and (self.seen.given or self.part is not None):
             raise WrongUse(
-                "wrong_use", "A view is one of a label table, and there is none.", "Add --labels TABLE."
+                "wrong_use",
+                f"A {'view' if self.seen.given else 'part'} is one of a label table, and there is none.",
+                "Add --labels TABLE.",
             )
         classes = load_ontology(self.ontology) if self.ontology is not None else None
         dataset = self._dataset(classes)
         if dataset is not None:
             say_left_out(console or stderr_console(), dataset)
         view = None if self.labels is None else self.seen.of_table(self.labels)
+        chosen = None if self.labels is None else choose(self.labels, self.part, default="train")
         for line in [] if self.labels is None else self.seen.keep(self.labels, view):
             (console or stderr_console()).print(line, highlight=False, soft_wrap=True)
         return train_clipseg(
@@ -115,6 +123,7 @@ class TrainClipSeg:
             ontology=classes if dataset is None else None,
             dataset=dataset,
             view=view,
+            chosen=chosen,
             console=console,
         )
 
@@ -150,6 +159,7 @@ def train_clipseg(
     ontology: Ontology | None = None,
     dataset: Dataset | None = None,
     view: TableView | None = None,
+    chosen: Chosen | None = None,
     console: Console | None = None,
 ) -> int:
     """Train a decoder and write its folder. Returns the exit status; see ``jobs.train.run.run_training``.
@@ -160,6 +170,7 @@ def train_clipseg(
         dataset: images with truth, or PhraseCut. Given with a table, the recipe's unseen classes are learnt
             from the table and all others from the truth.
         view: of the table.
+        chosen: the images of the table to train on; None is all.
 
     Raises:
         MaskMillError: ``wrong_use`` if neither a table nor a dataset is given; and as ``run_training``.
@@ -170,7 +181,7 @@ def train_clipseg(
     return run_training(
         "clipseg",
         options,
-        functools.partial(prepare, recipe, options, labels, ontology, dataset, view),
+        functools.partial(prepare, recipe, options, labels, ontology, dataset, view, chosen),
         result_file=RECORD_FILE,
         own_entries=OWN_ENTRIES,
         console=console,
@@ -195,12 +206,15 @@ def prepare(
     ontology: Ontology | None,
     dataset: Dataset | None,
     view: TableView | None = None,
+    chosen: Chosen | None = None,
 ) -> Prepared:
     """Read weights and data; see ``train_clipseg`` for the arguments."""
     from pipeline.training.clipseg.data import open_source
     from pipeline.training.clipseg.triplets import TripletSamples
 
-    source = open_source(recipe.source, labels=labels, ontology=ontology, dataset=dataset, view=view)
+    source = open_source(
+        recipe.source, labels=labels, ontology=ontology, dataset=dataset, view=view, chosen=chosen
+    )
 
     import torch
 
@@ -225,14 +239,20 @@ def prepare(
         settings=recipe.loop,
         identity=_identity(recipe, options.output)
         | {"model": model.fingerprint, "data": source.fingerprint}
-        | ({} if view is None else {"view": view.view.canonical}),
+        | ({} if view is None else {"view": view.view.canonical})
+        | ({} if chosen is None else {"part": f"{chosen.part} of the split {chosen.identity}"}),
         announcement=(
             f"Training {recipe.model.kind} over {model.clip.name}{toy}, {start}{trained:,} parameters, "
             f"{recipe.loop.iterations:,} steps of {recipe.loop.batch_size}; {source.name}: "
             f"{data['triplets']:,} pairs of {data['images']:,} images and {data['phrases']:,} phrases"
             f"{left_out} → {options.output}"
         ),
-        params={"recipe": record, "data": data, **({} if view is None else {"view": view.view.to_dict()})},
+        params={
+            "recipe": record,
+            "data": data,
+            **({} if view is None else {"view": view.view.to_dict()}),
+            **({} if chosen is None else {"split": chosen.identity, "part": chosen.part}),
+        },
         dataset=TrackedDataset(
             labels if labels is not None and dataset is None else source.name,
             source.fingerprint,

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,6 +47,7 @@ from pipeline.report.student_page import student_commands, write_student_page
 from pipeline.report.training_page import PAGE, SHEET
 from pipeline.table.labels import DATASET_FILE
 from pipeline.table.record import TableRecord, read_table_record
+from pipeline.table.splits import Chosen, choose
 from pipeline.table.views import TableView
 from pipeline.tracking.tracker import TrackedDataset
 from pipeline.trained.student import RECORD_FILE, WEIGHTS_FILE, read_student_record, write_student_folder
@@ -86,6 +87,8 @@ class TrainMaskClipPlus:
         known: a second label table, whose labels are believed: truth for some images, classes or pixels. They
             stay as they are; --labels gives the guesses for everything else.
         known_view: a view of --known: a name beside it, or a YAML file; to drop a class from it, say.
+        part: part of the split of --labels (maskmill split) to train on: train, val, test or all; default:
+            train, if the table has been split.
         known_complete: in the images of --known its classes are nowhere else: guesses of them are ignored.
     """
 
@@ -96,6 +99,7 @@ class TrainMaskClipPlus:
     unseen: Maybe[str] = None
     data: Annotated[Truth, FLAT] = field(default_factory=Truth)
     seen: Annotated[ViewOptions, FLAT] = field(default_factory=ViewOptions)
+    part: Annotated[Maybe[str], arg(metavar="{train,val,test,all}")] = None
     known: Annotated[Maybe[str], arg(metavar="TABLE")] = None
     known_view: Annotated[Maybe[str], arg(metavar="NAME|FILE")] = None
     known_complete: Flag = False
@@ -122,6 +126,7 @@ class TrainMaskClipPlus:
             say_left_out(console or stderr_console(), truth)
         view = self.seen.of_table(self.labels)
         known = self._known()
+        chosen = choose(self.labels, self.part, default="train")
         for line in self.seen.keep(self.labels, view):
             (console or stderr_console()).print(line, highlight=False, soft_wrap=True)
         return train_student(
@@ -132,6 +137,7 @@ class TrainMaskClipPlus:
             truth=truth,
             view=view,
             known=known,
+            chosen=chosen,
             console=console,
         )
 
@@ -193,6 +199,7 @@ def train_student(
     truth: Dataset | None = None,
     view: TableView | None = None,
     known: Known | None = None,
+    chosen: Chosen | None = None,
     console: Console | None = None,
 ) -> int:
     """Train a student and write its folder. Returns the exit status; see ``jobs.train.run.run_training``.
@@ -204,12 +211,13 @@ def train_student(
             annotation-free.
         view: of the table.
         known: a second table, whose labels are believed; only for the annotation-free form.
+        chosen: the images of the table to train on; None is all.
     """
     refuse_missing_file(recipe.backbone_weights)
     return run_training(
         "maskclip-plus",
         options,
-        functools.partial(_prepare, labels, recipe, options, ontology, truth, view, known),
+        functools.partial(_prepare, labels, recipe, options, ontology, truth, view, known, chosen),
         result_file=RECORD_FILE,
         own_entries=OWN_ENTRIES,
         console=console,
@@ -224,6 +232,7 @@ def _prepare(
     truth: Dataset | None,
     view: TableView | None,
     known: Known | None,
+    chosen: Chosen | None,
 ) -> Prepared:
     table = read_table_record(labels)
     if ontology is None:
@@ -278,11 +287,17 @@ def _prepare(
         min_quality=recipe.min_quality,
         void_from_truth=recipe.void_from_truth,
         view=view,
+        chosen=chosen,
     )
     samples: TableSamples | MixedSamples = by_teacher
     if known is not None:
         believed = open_table_samples(
-            known.labels, ontology=ontology, augment=recipe.augment, view=known.view
+            known.labels,
+            ontology=ontology,
+            augment=recipe.augment,
+            view=known.view,
+            # Test images are not to be learnt from because their truth is known.
+            chosen=None if chosen is None else replace(chosen, strict=False),
         )
         samples = mix(by_teacher, believed, complete=known.complete)
     guessable = {"annotation-free": None, "zero-shot": tuple(unseen), "supervised": ()}[recipe.form]
@@ -312,6 +327,7 @@ def _prepare(
             "counts": table.counts if view is None else _rows_counted(table.counts),
             **({} if view is None else {"view": view.view.to_dict(), "view_says": view.view.described()}),
             **({} if known is None else {"known": known.to_dict()}),
+            **({} if chosen is None else {"split": chosen.identity, "part": chosen.part}),
         },
         "text": text_weights | {"precision": "fp32"},
         "recipe": recipe.to_dict() | {"hash": recipe.hash},
@@ -337,7 +353,8 @@ def _prepare(
             "truth": None if truth is None else truth.fingerprint(),
         }
         | ({} if view is None else {"view": view.view.canonical})
-        | ({} if known is None else {"known": known.identity}),
+        | ({} if known is None else {"known": known.identity})
+        | ({} if chosen is None else {"part": f"{chosen.part} of the split {chosen.identity}"}),
         announcement=(
             f"Training a student ({', '.join(parts)}){toy}, {recipe.loop.iterations:,} steps "
             f"of {recipe.loop.batch_size} crops from {samples.num_images:,} labelled images{left_out}; "
@@ -349,6 +366,7 @@ def _prepare(
             "labels": labels,
             **({} if view is None else {"view": view.view.to_dict()}),
             **({} if known is None else {"known": known.to_dict()}),
+            **({} if chosen is None else {"split": chosen.identity, "part": chosen.part}),
         },
         dataset=TrackedDataset(
             labels,

@@ -35,6 +35,7 @@ class ExportRecord(BaseModel):
         view: of the table, as its file has it; None if the labels are as they were.
         with_images: whether images were copied.
         val_share: share of the images in the split "val".
+        split: the split of the table by which it was divided, instead; "" if by none.
         ontology: the classes of the export.
         complete: whether the last run came to its end; what follows is of that time.
         files: what a reader opens first.
@@ -53,6 +54,7 @@ class ExportRecord(BaseModel):
     view: dict[str, Any] | None = None
     with_images: bool = False
     val_share: float = 0.0
+    split: str = ""
     ontology: RecordedOntology
     complete: bool = False
     files: tuple[str, ...] = ()
@@ -70,6 +72,7 @@ class ExportRecord(BaseModel):
                 ("view", "its view of the labels is"),
                 ("with_images", "images are copied:"),
                 ("val_share", "its share of val is"),
+                ("split", "its split is"),
             )
             if getattr(self, name) != getattr(other, name)
         ]
@@ -81,7 +84,7 @@ class ExportRecord(BaseModel):
 
 
 def _short(value: object) -> str:
-    return json.dumps(value) if isinstance(value, dict) else "none" if value is None else str(value)
+    return json.dumps(value) if isinstance(value, dict) else "none" if value in (None, "") else str(value)
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ def new_export(source: Source, table: TableRecord, made: Format, output: Storage
         view=source.view.view.to_dict() if source.view is not None else None,
         with_images=source.with_images,
         val_share=source.val_share,
+        split="" if source.split is None else source.split.record.identity,
         ontology=ontology,
     )
     return Export(source, ontology, made, output, record)

@@ -19,12 +19,15 @@ from pipeline.formats.base import Sample
 from pipeline.formats.names import Naming, suffix_of
 from pipeline.table.changed import Images
 from pipeline.table.labels import OK, decode_confidence, decode_mask, iter_batches
+from pipeline.table.splits import Split
 from pipeline.table.statistics import Confidence, Labels
 from pipeline.table.views import TableView
 
 TRAIN, VAL = "train", "val"
 CHANGED = "image_changed"
 """Reason of images that are not those that were labelled; others are the row's status or an image's code."""
+IN_NO_PART = "in_no_part"
+"""Reason of images that the split of the table has in no part."""
 _BATCH = 16
 _READERS = 16
 
@@ -39,6 +42,8 @@ class Source:
         with_confidence: also decode the confidence.
         with_images: also fetch the images.
         val_share: share of the images, 0 to 1, that go into the split "val".
+        split: the split of each image, instead of ``val_share``; images that are in no part of it are left
+            out.
         images: where images are that are not whole files at their address.
     """
 
@@ -47,6 +52,7 @@ class Source:
     with_confidence: bool = False
     with_images: bool = False
     val_share: float = 0.0
+    split: Split | None = None
     images: Images = field(default_factory=lambda: Images(None))
 
 
@@ -100,6 +106,10 @@ def samples_of(
                     leave_out(image)
                     continue
                 data, suffix = image
+                split = _split(row, source)
+                if isinstance(split, LeftOut):
+                    leave_out(split)
+                    continue
                 labels, confidence = _maps(row, source, file, needs_confidence)
                 yield Sample(
                     number=number,
@@ -107,11 +117,22 @@ def samples_of(
                     name=naming.name(row["uri"], row["id"]),
                     uri=row["uri"],
                     suffix=suffix or suffix_of(row["uri"]),
-                    split=split_of(row["id"], source.val_share),
+                    split=split,
                     labels=labels,
                     confidence=confidence if source.with_confidence else None,
                     image=data,
                 )
+
+
+def _split(row: Mapping[str, Any], source: Source) -> str | LeftOut:
+    """The split of a row; or why it is in none."""
+    if source.split is None:
+        return split_of(row["id"], source.val_share)
+    part = source.split.part_of(row["id"])
+    if part is None:
+        text = "the split of the table has it in no part: maskmill split looks at new images"
+        return LeftOut(row["id"], row["uri"], IN_NO_PART, text, again=True)
+    return part
 
 
 def split_of(row_id: int, val_share: float) -> str:

@@ -49,6 +49,15 @@ CASES = {
     "verify photos": "table_missing",
     "verify photos --images photos --manifest m.parquet": "not both",
     "verify photos --workers -1": "--workers -1",
+    # split
+    "split nowhere": "nowhere",
+    "split photos": "table_missing",
+    "split table --train 0.9": "do not sum to 1",
+    "split table --by patient": "--by patient needs the file",
+    "export table --format png --output out --val-share -1": "--val-share -1",
+    "train maskclip-plus --labels table --output out --part test": "split_missing",
+    "train clipseg --output out --dataset voc20 --part test": "--labels TABLE",
+    "evaluate --dataset toyworld --recipe toy --part test --output out": "for --labels",
     # train
     "train maskclip-plus --labels nowhere --output out": "nowhere",
     "train maskclip-plus --labels nowhere --output out --recipe maskclip-plus": "Did you mean",

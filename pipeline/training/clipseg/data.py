@@ -20,6 +20,7 @@ from pipeline.datasets.phrasecut import PhraseCutDataset
 from pipeline.datasets.toy import ToyDataset
 from pipeline.datasets.zeroshot import SPLITS
 from pipeline.ontology.ontology import BACKGROUND, Ontology, load_ontology
+from pipeline.table.splits import Chosen
 from pipeline.table.views import TableView
 from pipeline.training.clipseg.sources.base import TripletSource
 from pipeline.training.clipseg.sources.benchmarks import (
@@ -93,6 +94,7 @@ def open_source(
     ontology: Ontology | None = None,
     dataset: Dataset | None = None,
     view: TableView | None = None,
+    chosen: Chosen | None = None,
 ) -> TripletSource:
     """Open the training data: a label table, a dataset, or both.
 
@@ -102,6 +104,7 @@ def open_source(
         dataset: images with truth, or PhraseCut. Given with a table, the seen classes are learnt from truth
             and the unseen ones from the table.
         view: of the table.
+        chosen: use only these images of the table.
 
     Raises:
         MaskMillError: ``ontology_invalid``; ``wrong_use`` if both are given and no class is unseen; errors of
@@ -111,7 +114,7 @@ def open_source(
         classes = ontology or (recorded_ontology(labels) if view is None else view.ontology)
         seen = seen_ids(settings.unseen, classes.names)
         if dataset is None:
-            return _table_source(settings, labels, classes, seen, view)
+            return _table_source(settings, labels, classes, seen, view, chosen)
         if seen is None:
             raise WrongUse(
                 "wrong_use",
@@ -122,7 +125,7 @@ def open_source(
             number for number, name in enumerate(classes.names) if number not in seen and name != BACKGROUND
         )
         truth = open_source(settings, dataset=dataset)
-        return join_sources(truth, _table_source(settings, labels, classes, unseen, view))
+        return join_sources(truth, _table_source(settings, labels, classes, unseen, view, chosen))
     assert dataset is not None, "either a table or a dataset is given"
     opener = next(opener for kind, opener in SOURCES.items() if isinstance(dataset, kind))
     return opener(dataset, settings)
@@ -134,6 +137,7 @@ def _table_source(
     ontology: Ontology,
     class_ids: Sequence[int] | None,
     view: TableView | None,
+    chosen: Chosen | None,
 ) -> TripletSource:
     return open_table_source(
         labels,
@@ -144,6 +148,7 @@ def _table_source(
         min_share=settings.min_share,
         min_confidence=settings.min_confidence,
         view=view,
+        chosen=chosen,
     )
 
 

@@ -35,6 +35,7 @@ from pipeline.labelling.recipes import table_recipe
 from pipeline.ontology.ontology import Ontology
 from pipeline.table.labels import LABEL_SCHEMA, OK, refuse_doubled, table_files
 from pipeline.table.record import read_table_record
+from pipeline.table.splits import Chosen
 from pipeline.table.statistics import Confidence, Labels
 from pipeline.table.viewed import decode_maps, iter_viewed
 from pipeline.table.views import TableView
@@ -330,6 +331,7 @@ def open_table_samples(
     min_quality: float = 0.0,
     void_from_truth: bool = False,
     view: TableView | None = None,
+    chosen: Chosen | None = None,
 ) -> TableSamples:
     """Index a label table for training.
 
@@ -360,6 +362,7 @@ def open_table_samples(
         void_from_truth: see above.
         view: of the table. What the index says of an image is then computed from its masks, which are all
             read once.
+        chosen: use only these images of it.
 
     Raises:
         MaskMillError: ``table_missing``; ``table_damaged``; ``classes_differ`` if table or truth share no
@@ -382,7 +385,7 @@ def open_table_samples(
     teacher = np.where((teacher >= 0) & hidden[np.maximum(teacher, 0)], teacher, IGNORED).astype(np.int32)
 
     work = None if truth is None else evaluation.plan(storage, truth.samples)
-    rows = _Rows(count)
+    rows = _Rows(count, chosen)
     with ThreadPoolExecutor(_READERS) as pool:
         for number, found in enumerate(pool.map(lambda part: read_index(storage, part, view), parts)):
             rows.add(number, found, pixels_of, min_quality, None if work is None else work.samples)
@@ -526,7 +529,8 @@ def _no_common_class(
 class _Rows:
     """Builds the index of a table, part by part."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, chosen: Chosen | None) -> None:
+        self._chosen = chosen
         self.ids: list[npt.NDArray[np.int64]] = []
         self.part: list[npt.NDArray[np.int64]] = []
         self.row: list[npt.NDArray[np.int64]] = []
@@ -552,7 +556,10 @@ class _Rows:
         keep = np.ones(len(ids), np.bool_)
         status = np.array(table["status"].to_pylist(), object)
         quality = table["quality"].to_numpy(zero_copy_only=False)
+        chosen = self._chosen
+        elsewhere = np.zeros(len(ids), np.bool_) if chosen is None else ~chosen.keep(ids)
         for reason, bad in (
+            (f"not in the part {chosen.part if chosen is not None else ''}", elsewhere),
             ("not labelled", status != OK),
             (f"of quality below {min_quality:g}", np.nan_to_num(quality) < min_quality),
             ("without truth", np.array([joined is not None and row not in joined for row in ids.tolist()])),

@@ -16,6 +16,7 @@ from models.errors import WrongUse
 from pipeline.files.storage import open_storage
 from pipeline.ontology.ontology import Ontology
 from pipeline.table.labels import DATASET_FILE
+from pipeline.table.splits import Chosen
 from pipeline.table.views import TableView
 from pipeline.training.clipseg.sources.base import (
     IGNORED,
@@ -90,6 +91,7 @@ def open_table_source(
     min_share: float = 0.0,
     min_confidence: float = 0.0,
     view: TableView | None = None,
+    chosen: Chosen | None = None,
 ) -> TableSource:
     """Open one pair per class and image of a table. Reads the table's index, and no labels without a view.
 
@@ -107,6 +109,7 @@ def open_table_source(
         min_confidence: minimum mean confidence of a class in an image to be asked for, in [0, 1]. A class
             below either minimum is not a negative of that image either.
         view: of the table; see ``open_table_samples``.
+        chosen: use only these images.
 
     Raises:
         MaskMillError: see ``open_table_samples``; ``wrong_use``; ``training_data_empty``.
@@ -116,7 +119,12 @@ def open_table_source(
         if not 0 <= value <= 1:
             raise WrongUse("wrong_use", f"{name} is {value}.", "Use a number from 0 to 1.")
     samples = open_table_samples(
-        table, ontology=ontology, augment=AugmentSettings(), min_quality=min_quality, view=view
+        table,
+        ontology=ontology,
+        augment=AugmentSettings(),
+        min_quality=min_quality,
+        view=view,
+        chosen=chosen,
     )
     image, class_of, share, confidence = _segments(samples)
     asked = np.isin(class_of, wanted)
@@ -125,12 +133,14 @@ def open_table_source(
     phrase = np.searchsorted(wanted, class_of)
     prompts = ontology.prompts()
     names = [prompts[number] if synonyms else prompts[number][:1] for number in wanted.tolist()]
-    chosen = [ontology.hash, wanted.tolist(), synonyms, min_quality, min_share, min_confidence]
+    settings = [ontology.hash, wanted.tolist(), synonyms, min_quality, min_share, min_confidence]
     if view is not None:
-        chosen.append(view.view.hash)
+        settings.append(view.view.hash)
+    if chosen is not None:
+        settings += [chosen.part, chosen.identity]
     return TableSource(
         name="label table" if view is None else f"label table ({'; '.join(view.view.described())})",
-        fingerprint=fingerprint(open_storage(table).read_json(DATASET_FILE, None), chosen),
+        fingerprint=fingerprint(open_storage(table).read_json(DATASET_FILE, None), settings),
         pairs=Pairs.of(
             names,
             image[good],
