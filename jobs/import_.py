@@ -6,6 +6,7 @@ import functools
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 from rich.console import Console
@@ -47,7 +48,8 @@ class Import:
     a crash.
 
     Attributes:
-        input: folder (or s3://… prefix) of the dataset; --images says where its images are, if elsewhere.
+        input: folder (or s3://… prefix) of the dataset, or a JSON file (COCO, Label Studio); --images says
+            where its images are, if elsewhere.
         output: folder (or s3://… prefix) for the label table.
         ontology: what the values of --truth mean: a YAML file or a built-in name (voc21, …).
         max_failure_rate: exit with 1 if a larger share of the images fails.
@@ -138,6 +140,12 @@ class Import:
                 )
             if self.input is None:
                 raise WrongUse("wrong_use", "--format needs --input.", "Add the folder of the dataset.")
+            if Path(self.input).is_file() and not self.input.lower().endswith(".json"):
+                raise WrongUse(
+                    "dataset_missing",
+                    f"{self.input} is a file; a dataset in the format {self.format} is a folder.",
+                    "Give the folder that holds it.",
+                )
             with timed(console, "opening the dataset"):
                 return self.format, find_reader(self.format)(self.input, images=self.data.images)
         if self.input is not None:

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from pipeline.files.storage import Storage, open_storage
+from pipeline.files.storage import Storage
 from pipeline.formats.base import Entry, Imported, Loss, ReadSample, Sample, Written
 from pipeline.formats.classes import CLASSES_FILE, ontology_of, read_classes, write_classes
 from pipeline.formats.cocolike import (
@@ -36,6 +36,7 @@ from pipeline.formats.cocolike import (
     image_entry,
     invalid,
     left_out,
+    open_place,
     read_splits,
     title,
 )
@@ -235,15 +236,15 @@ def read_coco(place: str, *, images: str | None = None) -> Imported:
     The JSON files are read whole. Annotations without a segmentation, or without an area, are passed over.
 
     Args:
-        place: path or URI of the dataset, or of its folder ``annotations``.
+        place: path or URI of the dataset, of its folder ``annotations``, or of one JSON file.
         images: folder of the images, or of folders of splits, if they are elsewhere.
 
     Raises:
         MaskMillError: ``dataset_missing``, ``dataset_invalid``, ``ontology_invalid``; also while samples are
             read: ``dataset_invalid`` for annotations that cannot be drawn.
     """
-    storage = open_storage(place)
-    splits = read_splits(storage, _PREFIX, Coco.name, images)
+    storage, file = open_place(place)
+    splits = read_splits(storage, _PREFIX, Coco.name, images, file=file)
     if storage.exists(CLASSES_FILE):
         ontology = read_classes(storage, Coco.name)
         unknown = [number for number in splits[0].classes if not 0 < number <= ontology.num_classes]

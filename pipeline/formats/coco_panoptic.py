@@ -22,7 +22,7 @@ from pydantic import Field
 
 from pipeline.files.fetch import fetch
 from pipeline.files.images import ImageError
-from pipeline.files.storage import Storage, open_storage
+from pipeline.files.storage import Storage
 from pipeline.formats.base import Entry, Imported, Loss, ReadSample, Sample, Written
 from pipeline.formats.classes import ontology_of
 from pipeline.formats.cocolike import (
@@ -32,6 +32,7 @@ from pipeline.formats.cocolike import (
     copy_image,
     image_entry,
     invalid,
+    open_place,
     parsed,
     read_splits,
     title,
@@ -190,14 +191,15 @@ def read_coco_panoptic(place: str, *, images: str | None = None) -> Imported:
     """Read all splits; segments become their classes.
 
     Args:
-        place: path or URI of the dataset, or of its folder ``annotations``.
+        place: path or URI of the dataset, of its folder ``annotations``, or of one JSON file.
         images: folder of the images, or of folders of splits, if they are elsewhere.
 
     Raises:
         MaskMillError: ``dataset_missing``, ``dataset_invalid``, ``ontology_invalid``; also while samples are
             read: ``dataset_invalid``, ``mask_invalid``.
     """
-    splits = read_splits(open_storage(place), _PREFIX, CocoPanoptic.name, images)
+    storage, file = open_place(place)
+    splits = read_splits(storage, _PREFIX, CocoPanoptic.name, images, file=file)
     ontology = ontology_of(CocoPanoptic.name, splits[0].classes.values(), where=splits[0].where)
     count = sum(len(split.annotations) for split in splits)
     return Imported(ontology, _Samples(splits, ontology), count)

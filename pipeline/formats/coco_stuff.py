@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline.files.storage import Storage, open_storage
+from pipeline.files.storage import Storage
 from pipeline.formats.base import Entry, Imported, ReadSample, Sample, Written
 from pipeline.formats.classes import ontology_of
 from pipeline.formats.cocolike import (
@@ -27,6 +27,7 @@ from pipeline.formats.cocolike import (
     image_entry,
     invalid,
     left_out,
+    open_place,
     read_splits,
     title,
 )
@@ -115,14 +116,15 @@ def read_coco_stuff(place: str, *, images: str | None = None) -> Imported:
     """Read all splits, from their JSON files alone.
 
     Args:
-        place: path or URI of the dataset, or of its folder ``annotations``.
+        place: path or URI of the dataset, of its folder ``annotations``, or of one JSON file.
         images: folder of the images, or of folders of splits, if they are elsewhere.
 
     Raises:
         MaskMillError: ``dataset_missing``, ``dataset_invalid``, ``ontology_invalid``; also while samples are
             read: ``dataset_invalid`` for annotations that cannot be drawn or overlap.
     """
-    splits = read_splits(open_storage(place), _PREFIX, CocoStuff.name, images)
+    storage, file = open_place(place)
+    splits = read_splits(storage, _PREFIX, CocoStuff.name, images, file=file)
     ontology = ontology_of(CocoStuff.name, splits[0].classes.values(), where=splits[0].where)
     count = sum(len(split.images) for split in splits)
     return Imported(ontology, _Samples(splits, ontology), count, functools.partial(left_out, splits))

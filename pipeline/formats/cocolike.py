@@ -183,11 +183,24 @@ class CocoSplit:
         )
 
 
-def read_splits(place: Storage, prefix: str, format_name: str, images: str | None) -> list[CocoSplit]:
+def open_place(place: str) -> tuple[Storage, str | None]:
+    """A dataset given by its folder, or by one JSON file: the folder, and the name of the file."""
+    folder, _, name = place.rpartition("/")
+    if not name.lower().endswith(".json"):
+        return open_storage(place), None
+    storage = open_storage(folder or ("/" if place.startswith("/") else "."))
+    # A folder may have such a name, too.
+    return (open_storage(place), None) if storage.fs.isdir(storage.path(name)) else (storage, name)
+
+
+def read_splits(
+    place: Storage, prefix: str, format_name: str, images: str | None, *, file: str | None = None
+) -> list[CocoSplit]:
     """Read the JSON files in ``annotations``, or in the folder itself, whose names begin with ``prefix``.
 
     Args:
         place: the dataset.
+        file: read this file of the folder alone, whatever its name.
         prefix: of their names.
         format_name: for errors.
         images: folder of the images, or of folders of splits, if they are elsewhere.
@@ -195,15 +208,17 @@ def read_splits(place: Storage, prefix: str, format_name: str, images: str | Non
     Raises:
         MaskMillError: ``dataset_missing``, ``dataset_invalid``.
     """
-    for folder in ("annotations", ""):
+    names = [] if file is None else [file]
+    for folder in ("annotations", "") if file is None else ():
         start = f"{folder}/{prefix}".lstrip("/")
         names = [name for name in place.list(folder) if name.startswith(start) and name.endswith(".json")]
         if names:
             break
-    else:
+    if not names or not place.exists(names[0]):
+        what = file or f"annotations/{prefix}….json"
         raise WrongUse(
             "dataset_missing",
-            f"There is no annotations/{prefix}….json in {place.uri}.",
+            f"There is no {what} in {place.uri}.",
             f"Give the folder of a dataset in the format {format_name}, or another --format.",
         )
     splits = [_read_split(place, name, prefix, images) for name in names]

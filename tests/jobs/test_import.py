@@ -224,3 +224,12 @@ def test_an_image_that_is_turned_by_exif_fits_labels_of_what_is_shown(tmp_path: 
     assert done.returncode == 0, done.stderr
     (row,) = iter_rows(str(tmp_path / "truth"))
     assert (row["height"], row["width"]) == (50, 30)
+
+
+def test_a_file_that_is_no_dataset_is_told(tmp_path: Path, maskmill_here) -> None:
+    (tmp_path / "data.yaml").write_text("names: [cat]")
+    done = maskmill_here(
+        "import", "--format", "yolo", "--input", tmp_path / "data.yaml", "--output", tmp_path / "o"
+    )
+    assert done.returncode == 2 and "data.yaml is a file" in done.stderr, done.stderr
+    assert not (tmp_path / "o").exists()

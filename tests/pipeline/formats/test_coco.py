@@ -185,6 +185,26 @@ def test_hostile_annotations_are_refused(tmp_path: Path, annotation: dict[str, A
     assert caught.value.code == "dataset_invalid"
 
 
+def test_one_file_of_any_name_is_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = {"image_id": 7, "category_id": 18, "segmentation": [[0, 0, 6, 0, 6, 4, 0, 4]]}
+    place = Path(write(tmp_path, [one]))
+    (place / "annotations/instances_val2017.json").rename(tmp_path / "_annotations.coco.json")
+    given = tmp_path / "_annotations.coco.json"
+    (found,) = read_coco(str(given)).samples
+    assert found.uri == str(tmp_path / "x.jpg")  # beside the file, as Roboflow has them
+    (found,) = read_coco(str(given), images=str(tmp_path / "photos")).samples
+    assert found.uri == str(tmp_path / "photos/x.jpg") and (found.labels == 0).all()
+    monkeypatch.chdir(tmp_path)
+    assert read_coco(given.name).count == 1
+    given.rename(tmp_path / "folder.json")
+    (tmp_path / "data.json/annotations").mkdir(parents=True)
+    (tmp_path / "folder.json").rename(tmp_path / "data.json/annotations/instances_a.json")
+    assert read_coco(str(tmp_path / "data.json")).count == 1
+    with pytest.raises(MaskMillError, match=r"none\.json") as caught:
+        read_coco(str(tmp_path / "none.json"))
+    assert caught.value.code == "dataset_missing"
+
+
 def test_annotations_of_images_that_are_not_listed_are_left_out_and_told(tmp_path: Path) -> None:
     one = {"category_id": 18, "segmentation": [[0, 0, 6, 0, 6, 4, 0, 4]]}
     place = write(tmp_path, [one | {"image_id": 8}, one | {"image_id": 7}, one | {"image_id": 9}])
