@@ -51,9 +51,11 @@ if TYPE_CHECKING:
 
 TOYWORLD, CONCEPTS = "toyworld", "concepts"
 TOY_SECTIONS = (
-    "heads", "refinement", "refiners", "sizes", "corruptions", "words", "vocabulary", "students", "prompts"
+    "heads", "refinement", "refiners", "classes", "sizes", "corruptions", "words", "vocabulary", "students",
+    "prompts",
 )  # fmt: skip
-"""Sections that ``--row`` selects: functions in ``toyworld.labelling``, and the two trainings."""
+"""Sections that ``--row`` selects: functions in ``toyworld.labelling`` and ``choosing``, and the two
+trainings."""
 TOY_SEEDS = (11, 12, 13, 14, 15)
 """Scene sets not used by the training (0), the model card (1) or the demo (2026)."""
 
@@ -238,7 +240,7 @@ def _plan_toyworld(options: Benchmark, _name: str, folder: Path, console: Consol
 def _toyworld(
     names: Sequence[str], seeds: Sequence[int], scenes: int, folder: Path, console: Console
 ) -> Measured:
-    from jobs.benchmarks.toyworld import labelling, prompts, students
+    from jobs.benchmarks.toyworld import choosing, labelling, prompts, students
 
     measured = Measured([])
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -250,7 +252,8 @@ def _toyworld(
             for name in names:
                 if name in (students.SECTION, prompts.SECTION):
                     continue
-                section, claims = getattr(labelling, name)(bench)
+                measure = choosing.SECTIONS.get(name) or getattr(labelling, name)
+                section, claims = measure(bench)
                 measured.sections.append(section)
                 measured.claims.extend(claims)
                 bar.update(task, description=section.title)

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -242,6 +242,8 @@ def label_images(
     ) as lease:
         fence = functools.partial(refuse_other_holder, storage, lease.run_id)
         recorded = recorded_table(storage, job)
+        if recorded is not None:
+            job = replace(job, recipe=job.recipe.adopt(table_recipe(recorded)))
         replaces = job.overwrite and storage.exists(DATASET_FILE)
         table = Table() if replaces or recorded is None else open_table(storage, recorded, fence, say)
         work = _choose(job, manifest, storage, table, console)
@@ -258,6 +260,9 @@ def label_images(
             display = LabelDisplay(work.todo.num_rows, console, status)
             with tracker:
                 with display.live(), _started(job, lease, recorded, display, status) as (prepared, compute):
+                    if job.recipe.maskclip.classes.uncalibrated:
+                        display.stage("measuring the scores of each class")
+                        job, prepared = _calibrated(job, manifest, prepared, compute, display)
                     # Track only runs that got this far: earlier failures leave nothing.
                     _begin_tracking(tracker, job, manifest, work.todo.num_rows)
                     if replaces:
@@ -458,7 +463,12 @@ def _begin_preparing(
     def prepare() -> PreparedLabeller:
         from pipeline.labelling.prepare import prepare_labeller
 
-        return prepare_labeller(job.recipe, job.ontology, precision=precision, check_weights=check)
+        recipe = job.recipe
+        if recipe.maskclip.classes.uncalibrated:
+            from pipeline.labelling.calibrating import plain_scores
+
+            recipe = plain_scores(recipe)
+        return prepare_labeller(recipe, job.ontology, precision=precision, check_weights=check)
 
     preparing = thread.submit(prepare)
     first: list[Future[Any]] = [known, preparing]
@@ -466,6 +476,19 @@ def _begin_preparing(
     if preparing.done():
         preparing.result()
     return preparing
+
+
+def _calibrated(
+    job: LabelJob, manifest: pa.Table, plain: PreparedLabeller, compute: Compute, display: LabelDisplay
+) -> tuple[LabelJob, PreparedLabeller]:
+    """Measure the classes' scores on a sample of the corpus; the job and the Labeller with what was found."""
+    with signals_held():
+        from pipeline.labelling.calibrating import calibrated, count_corpus
+        from pipeline.labelling.prepare import prepare_labeller
+    workers = max(1, compute.actors * compute.calls)
+    counted = count_corpus(job.recipe, manifest, plain, workers=workers, notice=display.say)
+    job = replace(job, recipe=calibrated(job.recipe, counted))
+    return job, prepare_labeller(job.recipe, job.ontology, precision=plain.precision)
 
 
 def _workers(compute: Compute) -> str:

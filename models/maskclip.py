@@ -9,12 +9,14 @@ The order is the reference's: cosines, prompt denoising, key smoothing, then res
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.candidates import ambiguous, likely_classes, redundant
 from models.clip.dense import Dense, dense_encoder
 from models.clip.heads.base import HeadOptions
 from models.clip.loading import Clip
@@ -27,7 +29,7 @@ from models.settings import KeyAxis, MaskClipSettings
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DENIED = -100.0
-"""The score of a class that prompt denoising removed from an image."""
+"""The score of a class that was removed from an image."""
 
 
 class MaskClip:
@@ -58,6 +60,7 @@ class MaskClip:
                     f"{name} = {pixels} is no multiple of the {clip.stride} pixels of a grid cell.",
                     f"Use {max(1, round(pixels / clip.stride)) * clip.stride}.",
                 )
+        config.classes.refuse_unfit(text.num_classes)
         self.clip = clip
         self.text = text
         self.config = config
@@ -69,6 +72,7 @@ class MaskClip:
             keys=keys,
             positions=config.positions,
             options=HeadOptions(config.sigma, config.alpha),
+            whole=config.classes.asks_class_token,
         )
         exact = torch.float64 if clip.dtype == torch.float64 else torch.float32
         mean, std = (
@@ -79,6 +83,9 @@ class MaskClip:
         self._std = 255 * torch.tensor(std, dtype=exact, device=clip.device)[:, None, None]
         self._rows = text.embeddings.to(clip.device, exact)
         self._row_table = row_table(text).to(clip.device)
+        self._bias: Tensor | None = None
+        if config.classes.bias:
+            self._bias = torch.tensor(config.classes.bias, dtype=exact, device=clip.device)[:, None, None]
 
     @property
     def confidence_temperature(self) -> float | None:
@@ -107,10 +114,11 @@ class MaskClip:
             return torch.cat([self.grid_scores(image[None]) for image in images])
         images = (images.to(self.clip.device) - self._mean) / self._std
         if self.config.windows == "pixels":
-            return self._refine(self._pixel_windows(images), None)
+            return self._refine(*self._pixel_windows(images))
         if self.config.window:
             return self._refine(*self._windows(images))
-        return self.scores(self.encoder(images))
+        dense = self.encoder(images)
+        return self._purify(images, dense, self.scores(dense))
 
     def label(self, image: Tensor, *, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
         """Label every pixel of an image with its best class.
@@ -189,13 +197,24 @@ class MaskClip:
         return refine(config.refine, images, scores, size, options)
 
     def scores(self, dense: Dense) -> Tensor:
-        """``grid_scores`` from the output of ``self.encoder``."""
-        return self._refine(self._cosines(dense.features), dense.keys)
+        """``grid_scores`` from the output of ``self.encoder``, before classes are purified."""
+        return self._refine(self._cosines(dense.features), dense.keys, self._class_scores(dense.whole))
 
-    def _refine(self, cosines: Tensor, keys: Tensor | None) -> Tensor:
-        """(B, P, h, w) cosines of all rows -> (B, C, h, w) scores."""
+    def _refine(self, cosines: Tensor, keys: Tensor | None, whole: Tensor | None) -> Tensor:
+        """(B, P, h, w) cosines of all rows -> (B, C, h, w) scores.
+
+        Args:
+            cosines: of the cells.
+            keys: for key smoothing.
+            whole: (B, C) cosines of the class token, for candidates.
+        """
         config = self.config
         scores = self._merge(cosines)
+        if self._bias is not None:
+            scores = scores - self._bias
+        if whole is not None:
+            possible = likely_classes(whole, config.classes.candidates, config.classes.candidates_above)
+            scores = torch.where(possible[:, :, None, None], scores, DENIED)
         scores = prompt_denoising(scores, config.pd_threshold, temperature=config.temperature)
         if keys is not None and config.ks_threshold > 0:
             scores = key_smoothing(
@@ -209,6 +228,49 @@ class MaskClip:
         norm = torch.linalg.vector_norm(features, dim=1, keepdim=True)
         return torch.einsum("pd,bdhw->bphw", self._rows, features) / norm
 
+    def _class_scores(self, whole: Tensor | None) -> Tensor | None:
+        """Embeddings (B, D) of whole images -> cosines (B, C)."""
+        return None if whole is None else self._merge(self._cosines(whole[:, :, None, None]))[..., 0, 0]
+
+    def _purify(self, images: Tensor, dense: Dense, scores: Tensor) -> Tensor:
+        """Scores (B, C, h, w) without the classes that class purification drops.
+
+        Args:
+            images: normalised (B, 3, H, W).
+            dense: their features.
+            scores: of ``self.scores``.
+        """
+        config = self.config.classes
+        if not config.purifies:
+            return scores
+        scores = scores.clone()
+        for image, features, own in zip(images, self._unit(dense.features), scores, strict=True):
+            if config.redundant_below > 0:
+                own[redundant(self._probabilities(own), features, config.redundant_below)] = DENIED
+            if config.ambiguous_above > 0:
+                classify = functools.partial(self._classify, image)
+                own[ambiguous(self._probabilities(own), features, config.ambiguous_above, classify)] = DENIED
+        return scores
+
+    def _probabilities(self, scores: Tensor) -> Tensor:
+        return (self.config.temperature * scores).softmax(0)
+
+    def _classify(self, image: Tensor, box: tuple[int, int, int, int]) -> Tensor:
+        """Cosines (C,) of the class token of a part of an image, at half the tower's own side.
+
+        Args:
+            image: normalised (3, H, W).
+            box: cells (top, bottom, left, right).
+        """
+        top, bottom, left, right = (place * self.encoder.stride for place in box)
+        part = image[None, :, top : max(bottom, top + 1), left : max(right, left + 1)]
+        native = self.clip.visual.image_size
+        side = max(self.encoder.stride, (native if isinstance(native, int) else min(native)) // 2)
+        part = F.interpolate(part, (side, side), mode="bilinear", align_corners=False)
+        found = self._class_scores(self.encoder.image_embedding(part))
+        assert found is not None
+        return found[0]
+
     def _unit(self, features: Tensor) -> Tensor:
         """Features (B, D, h, w) of length 1."""
         return F.normalize(features.to(self._rows.dtype), dim=1)
@@ -219,8 +281,10 @@ class MaskClip:
             return cosines
         return cosines[:, self._row_table].amax(2)
 
-    def _windows(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Cosines and keys on the whole image's grid, averaged where windows overlap.
+    def _windows(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Cosines and keys on the whole image's grid, averaged where windows overlap, and class scores.
+
+        The class token likes a class as much as the window does that likes it best.
 
         The image is padded to whole cells, and the last window of each row or column is aligned with its end,
         so all windows have the same size and lie on the grid. PD and KS run on the assembled image. With
@@ -231,6 +295,7 @@ class MaskClip:
         h, w = images.shape[-2] // stride, images.shape[-1] // stride
         parts: Tensor | None = None
         keys: Tensor | None = None
+        whole: Tensor | None = None
         count = images.new_zeros(h, w)
         for rows, columns in self._places(images):
             dense: Dense = self.encoder(images[..., rows, columns])
@@ -248,16 +313,17 @@ class MaskClip:
                 parts = images.new_zeros(len(images), part.shape[1], h, w)
             parts[cell] += part
             count[cell] += 1
+            whole = _highest(whole, self._class_scores(dense.whole))
             if dense.keys is not None:
                 if keys is None:
                     keys = images.new_zeros(len(images), dense.keys.shape[-1], h, w)
                 keys[cell] += dense.keys.transpose(1, 2).unflatten(2, part.shape[-2:])
         assert parts is not None, "an image has at least one window"
         cosines = self._cosines(parts) if splice else parts / count
-        return cosines, None if keys is None else (keys / count).flatten(2).transpose(1, 2)
+        return cosines, None if keys is None else (keys / count).flatten(2).transpose(1, 2), whole
 
-    def _pixel_windows(self, images: Tensor) -> Tensor:
-        """Cosines (B, P, H, W) at pixels, averaged where windows overlap, as mmseg does it.
+    def _pixel_windows(self, images: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        """As ``_windows``, with cosines (B, P, H, W) at pixels, which are averaged as mmseg does it.
 
         A window's cosines are resized to its pixels before they are averaged. The last window of each row or
         column is moved back to the image's end, which need not lie on the grid.
@@ -265,14 +331,17 @@ class MaskClip:
         cosines = images.new_zeros(len(images), len(self._rows), *images.shape[-2:])
         count = images.new_zeros(images.shape[-2:])
         stride = self.encoder.stride
+        whole: Tensor | None = None
         for rows, columns in self._places(images):
-            part = self._cosines(self.encoder(images[..., rows, columns]).features)
+            dense: Dense = self.encoder(images[..., rows, columns])
+            whole = _highest(whole, self._class_scores(dense.whole))
+            part = self._cosines(dense.features)
             # An image smaller than a window may end within a cell.
-            whole = (part.shape[-2] * stride, part.shape[-1] * stride)
-            part = F.interpolate(part, whole, mode="bilinear", align_corners=False)
+            cells = (part.shape[-2] * stride, part.shape[-1] * stride)
+            part = F.interpolate(part, cells, mode="bilinear", align_corners=False)
             cosines[..., rows, columns] += part[..., : rows.stop - rows.start, : columns.stop - columns.start]
             count[rows, columns] += 1
-        return cosines / count
+        return cosines / count, None, whole
 
     def _places(self, images: Tensor) -> Iterator[tuple[slice, slice]]:
         """Rows and columns of every window of images (B, 3, H, W)."""
@@ -333,6 +402,11 @@ def key_smoothing(
     unsure = probabilities.amax(2, keepdim=True) < threshold
     result = torch.where(unsure, smoothed, probabilities)
     return result.transpose(1, 2).unflatten(2, scores.shape[-2:])
+
+
+def _highest(scores: Tensor | None, others: Tensor | None) -> Tensor | None:
+    """The maximum of two, either of which may not be there."""
+    return others if scores is None or others is None else torch.maximum(scores, others)
 
 
 def _spans(length: int, window: int, step: int) -> tuple[list[int], int]:

@@ -144,6 +144,66 @@ def _known(field: str, name: str, known: Sequence[str]) -> str:
     return name
 
 
+class ClassSettings(Settings):
+    """Which classes an image may have, and how high a class's scores are anyway; all off by default."""
+
+    candidates: Annotated[int, Field(ge=0)] = 0
+    """Label an image only with so many classes, those that its class token likes best; 0 is off."""
+    candidates_above: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Label an image with all classes whose cosine with its class token is at least this (ReCLIP: 0.23), or
+    if there is none, with the best ``candidates`` (at least one); 0 is off."""
+    redundant_below: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Drop an image's classes whose maps do not survive when alike patches share them: soft IoU not above
+    this (FreeCP: 0.15); 0 is off."""
+    ambiguous_above: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Of an image's classes with the same map (soft IoU at least this; FreeCP: 0.7), keep those that the
+    class token of their place likes best; 0 is off."""
+    calibrate: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Measure this quantile of each class's scores over a sample of the corpus before labelling, and record
+    its share as ``bias``; 0 is off."""
+    calibrate_weight: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """For ``calibrate``: the share of the quantile that is subtracted."""
+    calibrate_images: Annotated[int, Field(ge=1)] = 256
+    """For ``calibrate``: images in the sample."""
+    bias: tuple[float, ...] = ()
+    """Subtract from the scores of the classes, in their order; ``calibrate`` finds it. Empty is none."""
+
+    @property
+    def uncalibrated(self) -> bool:
+        """Whether a first pass over the corpus is asked for, and its result is not here."""
+        return self.calibrate > 0 and not self.bias
+
+    @property
+    def purifies(self) -> bool:
+        """Whether one of FreeCP's tests is on."""
+        return self.redundant_below > 0 or self.ambiguous_above > 0
+
+    @property
+    def asks_class_token(self) -> bool:
+        """Whether the class token of whole images is needed."""
+        return self.candidates > 0 or self.candidates_above > 0
+
+    def refuse_unfit(self, num_classes: int) -> None:
+        """Refuse a bias for other classes, and a calibration that was never measured.
+
+        Raises:
+            MaskMillError: ``setting_invalid``.
+        """
+        if len(self.bias) not in (0, num_classes):
+            raise WrongUse(
+                "setting_invalid",
+                f"bias has {len(self.bias)} numbers, and there are {num_classes} classes.",
+                "Give one for each class, or leave it out.",
+            )
+        if self.uncalibrated:
+            raise WrongUse(
+                "setting_invalid",
+                f"calibrate={self.calibrate:g} measures the scores of a corpus, and here is none.",
+                "Label the corpus with it (maskmill label), then give the bias in its dataset.json: "
+                "--set bias=[…].",
+            )
+
+
 class MaskClipSettings(Settings):
     """How MaskCLIP reads a CLIP (arXiv 2112.01071); the defaults are those of the paper's MaskCLIP rows."""
 
@@ -182,6 +242,8 @@ class MaskClipSettings(Settings):
     off."""
     temperature: Annotated[float, Field(gt=0)] = 100.0
     """Multiplies cosines before every softmax, the confidence included."""
+    classes: ClassSettings = ClassSettings()
+    """Which classes an image may have, and how their scores are calibrated."""
 
     refine: str = "none"
     """Refine scores by the image at its own size: ``pamr``, ``tlp`` (PEARL's, on cells), ``lposs+`` (pixels),
@@ -224,6 +286,13 @@ class MaskClipSettings(Settings):
                 "setting_invalid",
                 f"refine={self.refine} refines cosines, and key smoothing leaves none.",
                 "Set refine=none, or ks_threshold=0.",
+            )
+        if self.classes.purifies and (self.window or self.ks_threshold):
+            raise WrongUse(
+                "setting_invalid",
+                "redundant_below and ambiguous_above compare cosines of all patches of an image, "
+                + ("and windows are seen one by one." if self.window else "and key smoothing leaves none."),
+                "Set window=0 and window_stride=0." if self.window else "Set ks_threshold=0.",
             )
         if not self.window and self.windows != "cells":
             raise WrongUse(

@@ -513,6 +513,10 @@ def build_teacher(
 
     clip = load_clip(recipe.model, recipe.pretrained, device=device, towers="visual")
     text = TextClassifier(torch.tensor(embeddings), torch.tensor(class_ids), num_classes)
+    bias = recipe.maskclip.classes.bias
+    if bias:  # of the table's classes, among which a learned background comes first
+        behind = bias[len(bias) - num_classes :]
+        recipe = recipe.with_classes(bias=tuple(behind[class_id] for class_id in guessable))
     return MaskClip(clip, guessable_classifier(text, guessable), recipe.maskclip)
 
 

@@ -45,10 +45,12 @@ class Dense(NamedTuple):
     Attributes:
         features: (B, D, h, w) in the joint embedding, not normalised, in the tower's dtype.
         keys: (B, L, K) of the last attention; None unless requested.
+        whole: CLIP's unmodified embedding (B, D) of the images; None unless requested.
     """
 
     features: Tensor
     keys: Tensor | None
+    whole: Tensor | None = None
 
 
 def dense_encoder(
@@ -59,6 +61,7 @@ def dense_encoder(
     keys: KeySource | None = None,
     positions: Positions = "exact",
     options: HeadOptions = USUAL,
+    whole: bool = False,
 ) -> VitDense | ResNetDense:
     """Wrap a visual tower of open_clip to compute dense features at any image size.
 
@@ -74,6 +77,7 @@ def dense_encoder(
         positions: how a ViT's position table is resized; see ``VitDense.position_table``. A ResNet's is not
             used.
         options: settings of single heads.
+        whole: also return the embedding of the whole image, which takes one block more.
 
     Raises:
         MaskMillError: ``setting_invalid``, ``model_unsupported``.
@@ -92,10 +96,10 @@ def dense_encoder(
         )
     if isinstance(visual, ModifiedResNet):
         check_resnet_head(head)
-        return ResNetDense(visual, load_head(head), keys, options)
+        return ResNetDense(visual, load_head(head), keys, options, whole)
     if isinstance(visual, VisionTransformer) and visual.attn_pool is None:
         tower = reference_view(visual) if profile == "reference" else visual
-        return VitDense(tower, load_head(head), keys, positions, options)
+        return VitDense(tower, load_head(head), keys, positions, options, whole)
     raise WrongUse(
         "model_unsupported",
         f"A {type(visual).__name__} has no class token and patch tokens that MaskMill could read.",
@@ -133,6 +137,7 @@ class VitDense(nn.Module):
         keys: KeySource | None,
         positions: Positions,
         options: HeadOptions,
+        whole: bool = False,
     ) -> None:
         super().__init__()
         self.visual = visual
@@ -141,6 +146,7 @@ class VitDense(nn.Module):
         self._keys = keys
         self._positions = positions
         self._options = options
+        self._whole = whole
         self._tables: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
         self._tables_lock = threading.Lock()  # several threads may label images
 
@@ -186,7 +192,8 @@ class VitDense(nn.Module):
         layer = VitLayer(blocks[-1], x, (h, w), earlier, self._options)
         features = self._project(self.visual.ln_post(self._head.vit(layer)))
         keys = None if self._keys is None else _keys(layer, self._keys)
-        return Dense(features.transpose(1, 2).unflatten(2, (h, w)), keys)
+        whole = self.pooled(blocks[-1](x)) if self._whole else None
+        return Dense(features.transpose(1, 2).unflatten(2, (h, w)), keys, whole)
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """CLIP's unmodified embedding (B, D) of whole images of any size.
@@ -261,7 +268,12 @@ class ResNetDense(nn.Module):
     stride = 32
 
     def __init__(
-        self, visual: ModifiedResNet, head: Head, keys: KeySource | None, options: HeadOptions
+        self,
+        visual: ModifiedResNet,
+        head: Head,
+        keys: KeySource | None,
+        options: HeadOptions,
+        whole: bool = False,
     ) -> None:
         super().__init__()
         assert head.resnet is not None, "checked by dense_encoder"
@@ -269,6 +281,7 @@ class ResNetDense(nn.Module):
         self._read = head.resnet
         self._keys = keys
         self._options = options
+        self._whole = whole
 
     def forward(self, images: Tensor) -> Dense:
         """Dense features of normalised images.
@@ -281,12 +294,16 @@ class ResNetDense(nn.Module):
         grid = (x.shape[-2], x.shape[-1])
         read = self._read(ResNetLayer(pool, tokens, grid, self._options))
         features = read.transpose(1, 2).unflatten(2, grid)
-        return Dense(features, None if self._keys is None else pool.k_proj(tokens))
+        keys = None if self._keys is None else pool.k_proj(tokens)
+        return Dense(features, keys, self._pooled(x) if self._whole else None)
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """CLIP's embedding (B, D) of whole images of any size; the pool's position table is resized."""
+        return self._pooled(self._trunk(images))
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """CLIP's embedding (B, D) from the trunk's output (B, W_, h, w)."""
         pool = self.visual.attnpool
-        x = self._trunk(images)
         native = pool.positional_embedding
         side = round((native.shape[0] - 1) ** 0.5)
         if x.shape[-2:] != (side, side):

@@ -57,8 +57,10 @@ class MaskClipLabeller(BaseLabeller):
         return self._maskclip.text
 
     def set_text(self, text: TextClassifier) -> None:
-        """Switch to other classes, without thresholds. Do not call while another thread labels."""
-        self._maskclip = MaskClip(self._maskclip.clip, text, self._maskclip.config)
+        """Switch to other classes, without thresholds and bias. Do not call while another thread labels."""
+        config = self._maskclip.config
+        config = config.replace(classes=config.classes.replace(calibrate=0.0, bias=()))
+        self._maskclip = MaskClip(self._maskclip.clip, text, config)
         self._take_classes(text.num_classes)
 
     def scores(self, images: Tensor) -> Iterator[Scored]:

@@ -129,6 +129,7 @@ def _prepare_maskclip(
     """The training-free teacher: a CLIP by name."""
     from pipeline.labelling.maskclip import MaskClipLabeller
 
+    recipe.maskclip.classes.refuse_unfit(ontology.num_classes)
     source = _find_clip(recipe)
     blocks, head = _blocks(source), recipe.maskclip.head
     if HEADS[head].own_values and isinstance(blocks, int) and blocks >= DEEP:

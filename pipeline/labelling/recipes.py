@@ -7,7 +7,7 @@ A run writes its complete recipe into its output. Start from a name (``--recipe 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from typing_extensions import Self
@@ -61,10 +61,25 @@ class LabelRecipe(Recipe):
             get_templates(self.templates)
         return self
 
+    def with_classes(self, **changes: Any) -> Self:
+        """A copy with other settings of ``maskclip.classes``."""
+        maskclip = self.maskclip
+        return self.replace(maskclip=maskclip.replace(classes=maskclip.classes.replace(**changes)))
+
+    def adopt(self, recorded: LabelRecipe) -> Self:
+        """This recipe with what a first pass over the corpus has found for another, if it asks for one."""
+        if not self.maskclip.classes.uncalibrated:
+            return self
+        return self.with_classes(bias=recorded.maskclip.classes.bias)
+
     def differences(self, recorded: Recipe) -> list[str]:
-        """As ``Recipe.differences``; precision ``auto`` adopts the recorded one."""
+        """As ``Recipe.differences``; precision ``auto`` and an unmeasured bias adopt the recorded ones."""
         if self.precision == "auto" and isinstance(recorded, LabelRecipe) and recorded.precision != "auto":
             return self.replace(precision=recorded.precision).differences(recorded)
+        if self.maskclip.classes.uncalibrated and isinstance(recorded, LabelRecipe):
+            adopted = self.adopt(recorded)
+            if not adopted.maskclip.classes.uncalibrated:
+                return adopted.differences(recorded)
         return super().differences(recorded)
 
 

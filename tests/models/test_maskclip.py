@@ -576,3 +576,73 @@ def test_refined_labels(settings: dict[str, Any]) -> None:
         LabellerSettings(num_classes=7), model="toyclip", pretrained="bundled", text=text, reading=config
     )
     assert np.array_equal(labeller.label([made], [size])[0].labels, labels.numpy())
+
+
+# --- which classes an image may have --------------------------------------------------------------------
+
+
+def class_token(clip: Clip, images: Tensor, rows: Tensor) -> Tensor:
+    """Cosines (B, C) of open_clip's own embedding of images at the size that the tower is made for."""
+    embeddings = clip.visual((images.double() - MEAN[:, None, None]) / STD[:, None, None])
+    return F.normalize(embeddings, dim=-1) @ rows.T
+
+
+@pytest.mark.parametrize("model", ["small", "resnet"])
+def test_candidates_are_those_of_open_clips_embedding(model: str, request: pytest.FixtureRequest) -> None:
+    clip: Clip = small_clip() if model == "small" else request.getfixturevalue("resnet")
+    side = 64 if model == "small" else 224
+    images, rows = photographs(side, side), unit_rows(CLASSES, clip.embed_dim)
+    config = MaskClipSettings(profile="weights", classes={"candidates": 4})
+    scores = MaskClip(clip, classifier(rows), config).grid_scores(images)
+    free = MaskClip(clip, classifier(rows), MaskClipSettings(profile="weights")).grid_scores(images)
+    best = class_token(clip, images, rows).topk(4, 1).indices
+    possible = torch.zeros(2, CLASSES, dtype=torch.bool).scatter(1, best, True)
+    assert torch.equal(scores, torch.where(possible[:, :, None, None], free, DENIED))
+
+
+@pytest.mark.parametrize("windows", ["cells", "pixels"])
+def test_a_candidate_of_any_window_is_one_of_the_image(windows: str) -> None:
+    clip, images, rows = small_clip(), photographs(64, 96), unit_rows(CLASSES, 32)
+    above = 0.25
+    config = MaskClipSettings(
+        profile="weights", window=64, window_stride=32, windows=windows, classes={"candidates_above": above}
+    )
+    scores = MaskClip(clip, classifier(rows), config).grid_scores(images)
+    best = torch.stack([class_token(clip, images[..., left : left + 64], rows) for left in (0, 32)]).amax(0)
+    wanted = (best >= above) | ((best < above).all(1, keepdim=True) & (best == best.amax(1, keepdim=True)))
+    assert torch.equal((scores > DENIED).any((2, 3)), wanted)
+    assert 0 < int(wanted.sum()) < wanted.numel(), "the threshold must part them"
+
+
+def test_a_bias_is_subtracted_and_must_fit() -> None:
+    clip, images, rows = small_clip(), photographs(40, 56), unit_rows(3, 32)
+    free = MaskClip(clip, classifier(rows), MaskClipSettings()).grid_scores(images)
+    bias = (0.1, -0.2, 0.0)
+    config = MaskClipSettings(classes={"bias": bias})
+    found = MaskClip(clip, classifier(rows), config).grid_scores(images)
+    expected = free - torch.tensor(bias, dtype=torch.float64)[:, None, None]
+    assert torch.equal(found, expected)
+    for wrong in ({"bias": (0.1, 0.2)}, {"calibrate": 0.95}):
+        with pytest.raises(MaskMillError) as caught:
+            MaskClip(clip, classifier(rows), MaskClipSettings(classes=wrong))
+        assert caught.value.code == "setting_invalid"
+
+
+def test_purified_classes_are_gone_from_the_image() -> None:
+    clip, images, rows = small_clip(), photographs(64, 64), unit_rows(CLASSES, 32)
+    free = MaskClip(clip, classifier(rows), MaskClipSettings()).grid_scores(images)
+    config = MaskClipSettings(classes={"redundant_below": 0.4, "ambiguous_above": 0.5})
+    model = MaskClip(clip, classifier(rows), config)
+    found = model.grid_scores(images)
+    gone = (found == DENIED).all(3).all(2)
+    assert torch.equal(found, torch.where(gone[:, :, None, None], DENIED, free))
+    assert gone.any() and not gone.all(1).any()
+    for image, own in zip(images, found, strict=True):
+        assert torch.equal(model.grid_scores(image[None])[0], own)
+
+
+@pytest.mark.parametrize("other", [{"window": 64, "window_stride": 32}, {"ks_threshold": 1.0}])
+def test_purification_needs_the_cosines_of_a_whole_image(other: dict[str, Any]) -> None:
+    with pytest.raises(MaskMillError) as caught:
+        MaskClipSettings(classes={"ambiguous_above": 0.7}, **other)
+    assert caught.value.code == "setting_invalid"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -22,14 +22,19 @@ from models.settings import MaskClipSettings
 from pipeline.evaluation.results import Claim, Section
 from pipeline.files import images
 from pipeline.files.corruptions import CORRUPTIONS, LEVELS, corrupt
+from pipeline.labelling.calibrating import calibrated, count_scores, plain_scores
+from pipeline.labelling.labeller import Labeller
+from pipeline.labelling.maskclip import MaskClipLabeller
 from pipeline.labelling.prepare import prepare_labeller
-from pipeline.labelling.recipes import RECIPES, change_recipe
+from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
 from pipeline.metrics.statistics import SegmentationStatistics, summarise
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.toyworld import phrases as toyphrases
 from pipeline.toyworld.scenes import ToySet, generate
 
 PAPER = "Zhou et al., ECCV 2022"
+CORPUS_SEED = 1000
+"""Offset from the seed of the evaluation scenes to that of an unlabelled corpus."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +136,11 @@ def measure(condition: Condition, seeds: Sequence[int], scenes: int) -> dict[str
     """MIoU and pixel accuracy of a condition, one figure per seed."""
     recipe = change_recipe(RECIPES["toy"], condition.settings)
     ontology = condition.ontology or load_ontology("toyworld")
-    precision = native_precision(best_device())
-    labeller = prepare_labeller(recipe, ontology, precision=precision).build(precision=precision)
     found: dict[str, list[float]] = {"miou": [], "pixel_accuracy": []}
+    labeller = None
     for seed in seeds:
+        if labeller is None or recipe.maskclip.classes.calibrate:
+            labeller = build_labeller(recipe, ontology, seed)
         made = scene_set(seed, scenes, condition.size)
         total = SegmentationStatistics.zero(ontology.num_classes)
         for index, (image, truth) in enumerate(zip(made.images, made.labels, strict=True)):
@@ -154,6 +160,19 @@ def measure(condition: Condition, seeds: Sequence[int], scenes: int) -> dict[str
         for metric, values in found.items():
             values.append(summary[metric])
     return found
+
+
+def build_labeller(recipe: LabelRecipe, ontology: Ontology, seed: int) -> Labeller:
+    """A Labeller; if its recipe asks for a first pass, that is over other scenes, those of students."""
+    precision = native_precision(best_device())
+    classes = recipe.maskclip.classes
+    if classes.uncalibrated:
+        plain = prepare_labeller(plain_scores(recipe), ontology, precision=precision)
+        scenes = generate(seed + CORPUS_SEED, classes.calibrate_images, 128).images
+        first = cast(MaskClipLabeller, plain.build(precision=precision))
+        fitted = [images.fit(image, recipe.images) for image in scenes]
+        recipe = calibrated(recipe, count_scores(first, fitted))
+    return prepare_labeller(recipe, ontology, precision=precision).build(precision=precision)
 
 
 @lru_cache(maxsize=16)

@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 
 from jobs.benchmarks.rows import claim, row
-from jobs.benchmarks.toyworld.labelling import scene_set
+from jobs.benchmarks.toyworld.labelling import CORPUS_SEED, scene_set
 from jobs.label import LabelJob, label_images
 from jobs.train import maskclip_plus
 from jobs.train.run import INTERRUPTED, TrainOptions
@@ -39,7 +39,7 @@ SECTION = "students"
 MOST_SEEDS = 3
 """Each seed trains three students, which takes minutes."""
 PAPER = "Zhou et al., ECCV 2022"
-TRAINING_SEED = 1000
+TRAINING_SEED = CORPUS_SEED
 """Offset from the seed of the evaluation scenes to that of the training scenes."""
 UNLABELLED = 1000
 """Training scenes of a student."""
