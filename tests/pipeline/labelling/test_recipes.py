@@ -109,6 +109,10 @@ def test_the_hash_counts_every_field_that_changes_the_result() -> None:
         "maskclip.refine": "pamr", "maskclip.refine_steps": 3, "maskclip.refine_classes": 4,
         "maskclip.refine_pixels": 999, "maskclip.refine_cells": 9, "maskclip.refine_dilations": [1, 2],
         "maskclip.alpha": 0.3, "maskclip.windows": "splice", "maskclip.positions": "offset",
+        "maskclip.classes.candidates": 3, "maskclip.classes.candidates_above": 0.2,
+        "maskclip.classes.redundant_below": 0.15, "maskclip.classes.ambiguous_above": 0.7,
+        "maskclip.classes.calibrate": 0.9, "maskclip.classes.calibrate_weight": 0.5,
+        "maskclip.classes.calibrate_images": 9, "maskclip.classes.bias": [0.1],
     }  # fmt: skip
     needs = {"maskclip.sigma": {"maskclip.head": "nn"}, "maskclip.alpha": {"maskclip.head": "pa"}}
     needs |= {
@@ -116,6 +120,8 @@ def test_the_hash_counts_every_field_that_changes_the_result() -> None:
         for name in ("steps", "classes", "pixels", "dilations")
     }
     needs["maskclip.refine_cells"] = {"maskclip.refine": "tlp"}
+    whole = {"maskclip.window": 0, "maskclip.window_stride": 0}  # purification needs the whole image
+    needs |= {f"maskclip.classes.{name}": whole for name in ("redundant_below", "ambiguous_above")}
     assert set(others) == {field.name for field in describe(base) if field.changes_result}
     hashes = {change_recipe(base, {key: value, **needs.get(key, {})}).hash for key, value in others.items()}
     assert len(hashes) == len(others)
