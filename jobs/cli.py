@@ -28,6 +28,7 @@ from jobs.options import FLAT
 from jobs.promote import Promote
 from jobs.report import Report
 from jobs.retrain.command import Retrain
+from jobs.review import Review
 from jobs.rollback import Rollback
 from jobs.runs import Runs
 from jobs.segment import Segment
@@ -68,6 +69,7 @@ Command = (
     Annotated[Label, subcommand("label")]
     | Annotated[MakeManifest, subcommand("manifest")]
     | Annotated[Show, subcommand("show")]
+    | Annotated[Review, subcommand("review")]
     | Annotated[Verify, subcommand("verify")]
     | Annotated[MakeSplit, subcommand("split")]
     | Annotated[Train, subcommand("train")]
@@ -95,6 +97,7 @@ COMMANDS = (
     "label",
     "manifest",
     "show",
+    "review",
     "verify",
     "split",
     "train",

@@ -1,4 +1,4 @@
-"""``maskmill serve``: a page on this machine that shows what models find in an image."""
+"""``maskmill serve``: a page that shows what models find in an image, or on which people review labels."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from pipeline.serving.registry import Entry, ModelInfo, ModelRegistry
 from pipeline.trained.clipseg import is_trained
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from pipeline.serving.registry import ServedModel
 
 PORT = 7860
@@ -37,9 +39,11 @@ _RANDOM_NOTICE = "Random weights: {name} has learned nothing, its masks mean not
 
 @dataclass(frozen=True, kw_only=True)
 class Serve:
-    """Serve a page on this machine that shows what models find in an image.
+    """Serve a page on this machine that shows what models find in an image, or on which people review labels.
 
     Attributes:
+        review: serve this queue, made by maskmill review: its file, or the table beside which it lies; people
+            accept, reject or paint, by keys, mouse or touch, and what they say is saved as corrections.
         models: a recipe (name or YAML file), the folder or URI of a student or of a trained CLIPSeg, or
             CLIPSeg weights (.pth, .safetensors, a folder in Hugging Face's layout, clipseg:HUB-NAME); NAME=
             sets its name on the page; may be repeated: the first is the page's default. Default: toy, which
@@ -55,6 +59,7 @@ class Serve:
         verbose: log every request.
     """
 
+    review: Annotated[Maybe[str], arg(metavar="QUEUE|TABLE")] = None
     models: Annotated[Repeated, arg(name="model", metavar="[NAME=]SPEC")] = ()
     clip: Maybe[str] = None
     host: str = "127.0.0.1"
@@ -86,24 +91,59 @@ def serve(job: Serve, console: Console | None = None) -> int:
                 f"--allow-host {name} is not a host name.",
                 "Give a name such as studio.local, or *.example.org for all of a domain.",
             )
-    registry = ModelRegistry([entry(spec, clip=job.clip) for spec in job.models or DEFAULT_MODELS])
     limits = Limits(per_minute=job.per_minute, upload_bytes=job.upload_mb * 2**20)
-
-    from pipeline.serving.app import create_app
-    from pipeline.serving.server import make_server
-
     console = console or Console()
     loopback = is_loopback(job.host)
-    app = create_app(registry, limits, loopback=loopback, names=(*job.allow_hosts, job.host))
+    names = (*job.allow_hosts, job.host)
+    if job.review is not None:
+        app, lines = _review(job, limits, loopback=loopback, names=names)
+    else:
+        registry = ModelRegistry([entry(spec, clip=job.clip) for spec in job.models or DEFAULT_MODELS])
+
+        from pipeline.serving.app import create_app
+
+        app = create_app(registry, limits, loopback=loopback, names=names)
+        lines = [line for info in registry.infos() for line in _described(info)]
+
+    from pipeline.serving.server import make_server
+
     listener = listen(job.host, job.port)
     logging.basicConfig(format="%(levelname)s %(message)s")
     port = listener.getsockname()[1]
     with listener:
-        _announce(console, registry, job, port, loopback=loopback)
+        _announce(console, lines, job, port, loopback=loopback)
         with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it after its shutdown
             make_server(app, limits, verbose=job.verbose).run(sockets=[listener])
     console.print("Stopped.")
     return 0
+
+
+def _review(
+    job: Serve, limits: Limits, *, loopback: bool, names: tuple[str, ...]
+) -> tuple[FastAPI, list[str]]:
+    """The application of a review, and what to say of it."""
+    if job.models or job.clip:
+        raise WrongUse(
+            "wrong_use", "--review serves labels, and --model serves models.", "Serve them one by one."
+        )
+    from pipeline.review.queue import read_queue
+
+    queue = read_queue(str(job.review))
+
+    from pipeline.review.desk import open_desk
+    from pipeline.serving.review.app import create_review_app
+
+    desk = open_desk(queue)
+    app = create_review_app(desk, limits, loopback=loopback, names=names)
+    count = len(desk.entries)
+    return app, [
+        f"{count:,} image{'' if count == 1 else 's'} of {queue.table} to review",
+        f"  What people say is saved in {queue.corrections}",
+    ]
+
+
+def _described(info: ModelInfo) -> list[str]:
+    return [f"{info.name}: {info.title}", *([f"  {info.notice}"] if info.notice else [])]
 
 
 def entry(spec: str, *, clip: str | None = None) -> Entry:
@@ -271,19 +311,17 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _announce(console: Console, registry: ModelRegistry, job: Serve, port: int, *, loopback: bool) -> None:
+def _announce(console: Console, lines: list[str], job: Serve, port: int, *, loopback: bool) -> None:
     def say(text: str, **style: Any) -> None:
         console.print(text, soft_wrap=True, highlight=False, markup=False, **style)
 
-    for info in registry.infos():
-        say(f"{info.name}: {info.title}")
-        if info.notice:
-            say(f"  {info.notice}")
+    for line in lines:
+        say(line)
     shown = job.host if loopback else (socket.gethostname() if _everywhere(job.host) else job.host)
     if _everywhere(job.host) or not loopback:
         say(
             "Warning: this server is open to the network and has no password. Anyone who can reach it "
-            "can use its models.",
+            f"can {'use its models' if job.review is None else 'see and correct these labels'}.",
             style="yellow",
         )
     if job.port is None and port != PORT:

@@ -404,7 +404,7 @@ def _text_source(
         model, _, pretrained = recipe.text.partition(":")
         source = find_weights(model, pretrained or None)
         return source, {"model": model, "pretrained": pretrained or None, "fingerprint": source.fingerprint}
-    if table.source == "truth":
+    if table.source != "pseudo":
         raise WrongUse(
             "recipe_invalid",
             f"{labels} holds true labels, and the student needs a CLIP to classify by its words.",
@@ -430,7 +430,7 @@ def _text_source(
 
 def _teacher_recipe(table: TableRecord, labels: str) -> LabelRecipe:
     """The table's recipe, by which an online teacher labels crops."""
-    if "text" in table.weights or table.weights["model"] == "clipseg" or table.source == "truth":
+    if "text" in table.weights or table.weights["model"] == "clipseg" or table.source != "pseudo":
         raise WrongUse(
             "recipe_invalid",
             f"{labels} was labelled by {table.weights['model']}, and only a CLIP can teach online.",

@@ -31,7 +31,7 @@ class ExportRecord(BaseModel):
         options: of the format.
         table: ``uri`` of the table, and ``created``, ``recipe`` and ``weights`` (hashes), which tell it from
             others.
-        source: "pseudo" for labels of a model, "truth" for those of people.
+        source: "pseudo" for labels of a model, "truth" or "human" for those of people.
         view: of the table, as its file has it; None if the labels are as they were.
         with_images: whether images were copied.
         val_share: share of the images in the split "val".

@@ -174,7 +174,7 @@ def table_view(view: View, record: TableRecord, where: str = "the table") -> Tab
         MaskMillError: as ``View.of``.
     """
     recipe, ontology = table_recipe(record), record.ontology
-    if record.source == "truth":  # thresholds of its ontology are of no labelling
+    if record.source != "pseudo":  # thresholds of its ontology are of no labelling
         return view.of(ontology, where=where)
     rest = recipe.model == "clipseg" and recipe.clipseg.background == "rest"
     return view.of(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import logging
 import math
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,23 +23,19 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field, ValidationError
-from starlette.datastructures import FormData, Headers, MutableHeaders, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from models.errors import FailedWork, MaskMillError, WrongUse
+from models.errors import MaskMillError, WrongUse
 from pipeline.files import images
 from pipeline.files.images import ImageError
 from pipeline.labelling.clipseg.pictures import as_picture
 from pipeline.ontology.palette import palette
+from pipeline.serving.guard import Guard, TrustedHosts, add_errors, client_address, invalid_request
 from pipeline.serving.limits import (
     Gate,
     Limits,
@@ -48,8 +43,6 @@ from pipeline.serving.limits import (
     Refused,
     Uploads,
     bounded,
-    check_origin,
-    is_address,
 )
 from pipeline.serving.registry import (
     Answer,
@@ -75,107 +68,17 @@ from pipeline.serving.schemas import (
 )
 from pipeline.toyworld import scenes as toyworld
 
-log = logging.getLogger("maskmill.serve")
-
 SAMPLE_SEED, SAMPLE_SIZE = 2026, 256
 LONGEST_SIDE = 16_384
 """Of a result, in pixels."""
 SAMPLES = (0, 1, 10, 43, 40, 51)
 """Toy scenes offered on the page. Together they show every class; the toy CLIP was not trained on them."""
 
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
-    "Cache-Control": "no-store",
-}
-
 
 class _InMemoryParser(MultiPartParser):
     """Starlette's parser, kept from writing files above 1 MB to disk."""
 
     spool_max_size = 0  # unlimited: the whole body is bounded
-
-
-class TrustedHosts:
-    """Refuses requests for other host names with 400, to prevent DNS rebinding.
-
-    A web site that makes its name resolve to this machine sends that name. An address literal cannot be
-    rebound, so a server on the network accepts any address and need not know its own.
-
-    Args:
-        app: the wrapped application.
-        loopback: whether the server listens on loopback only.
-        names: host names in addition to ``localhost``.
-    """
-
-    def __init__(self, app: ASGIApp, *, loopback: bool, names: Collection[str]) -> None:
-        self._app = app
-        self._loopback = loopback
-        known = ["localhost", "127.0.0.1", "[::1]", *names]
-        self._named = TrustedHostMiddleware(app, allowed_hosts=known, www_redirect=False)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        by_address = scope["type"] == "http" and is_address(Headers(scope=scope).get("host"))
-        app = self._app if by_address and not self._loopback else self._named
-        await app(scope, receive, send)
-
-
-class Guard:
-    """Refuses cross-site requests, hides internal errors in the log, and adds security headers.
-
-    Plain ASGI, because under starlette's ``BaseHTTPMiddleware`` a request does not notice a disconnect.
-
-    Args:
-        app: the wrapped application.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = False
-
-        async def send_guarded(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                MutableHeaders(scope=message).update(_HEADERS)
-            await send(message)
-
-        headers = Headers(scope=scope)
-        try:
-            check_origin(
-                scope["method"],
-                host=headers.get("host"),
-                origin=headers.get("origin"),
-                site=headers.get("sec-fetch-site"),
-            )
-            await self._app(scope, receive, send_guarded)
-        except Refused as refused:
-            await _error_response(refused, refused.status)(scope, receive, send_guarded)
-        except ClientDisconnect:
-            log.debug("%s %s: the client hung up", scope["method"], scope["path"])
-        except Exception:
-            log.exception("%s %s failed", scope["method"], scope["path"])
-            if started:
-                raise
-            error = FailedWork(
-                "internal",
-                "Something went wrong in the server.",
-                "The reason is in its log. Another image or model may work.",
-            )
-            await _error_response(error, 500)(scope, receive, send_guarded)
 
 
 class _Server:
@@ -197,7 +100,7 @@ class _Server:
         Takes no place at the gate: a client that stalls would keep others from the model.
         """
         limits = self.limits
-        self.rate.take(_address(request))
+        self.rate.take(client_address(request))
         self.gate.check()
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise Refused(
@@ -207,7 +110,7 @@ class _Server:
                 "Send the image as the part 'image'.",
             )
         try:
-            with self.uploads.one(_address(request)) as count:
+            with self.uploads.one(client_address(request)) as count:
                 parser = _InMemoryParser(
                     request.headers,
                     bounded(  # type: ignore[arg-type]  # typed as a generator; an iterator is enough
@@ -278,13 +181,13 @@ class _Server:
         """Parse the ``request`` part and check it against the limits."""
         text = form.get("request", "{}")
         if not isinstance(text, str):
-            raise _invalid("the part 'request' is a file; send it as text")
+            raise invalid_request("the part 'request' is a file; send it as text")
         try:
             asked = SegmentRequest.model_validate_json(text or "{}")
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
-            raise _invalid(f"{place + ': ' if place else ''}{first['msg']}") from None
+            raise invalid_request(f"{place + ': ' if place else ''}{first['msg']}") from None
         limits = self.limits
         words = [prompt.text for prompt in asked.prompts if prompt.text is not None]
         for count, most, what in (
@@ -439,7 +342,7 @@ def create_app(
     @app.post("/api/models/{name}/load", status_code=202, responses=errors)
     async def load(name: str, request: Request) -> ModelReply:
         """Start loading a model, so that the first image does not wait for it."""
-        server.rate.take(_address(request))
+        server.rate.take(client_address(request))
         registry.load(name)
         return _described(server, registry.info(name))
 
@@ -470,7 +373,7 @@ def create_app(
             reply = await server.run(request, lambda: server.segment(info, model, asked, parts))
         return reply
 
-    _add_errors(app)
+    add_errors(app)
     _document(app)
     return app
 
@@ -514,24 +417,6 @@ def _add_samples(app: FastAPI) -> None:
     def sample(number: Annotated[int, Field(ge=0, lt=len(SAMPLES))]) -> Response:
         """A toy scene as PNG."""
         return Response(_png(scene(number).image), media_type="image/png")
-
-
-def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(MaskMillError)
-    async def known(_request: Request, error: MaskMillError) -> Response:
-        status = error.status if isinstance(error, Refused) else 404 if error.code == "model_unknown" else 400
-        return _error_response(error, status)
-
-    @app.exception_handler(HTTPException)
-    async def http(_request: Request, error: HTTPException) -> Response:
-        return _error_response(
-            WrongUse("request_invalid", f"{error.detail}.", "See /openapi.json for what there is."),
-            error.status_code,
-        )
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_request: Request, error: RequestValidationError) -> Response:
-        return _error_response(_invalid(str(error.errors()[0]["msg"])), 400)
 
 
 def _document(app: FastAPI) -> None:
@@ -602,10 +487,6 @@ def _colors(count: int) -> list[str]:
     return [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in palette([None] * count)]
 
 
-def _address(request: Request) -> str | None:
-    return request.client.host if request.client else None
-
-
 def _clean(text: str) -> str:
     return " ".join(text.split())
 
@@ -615,22 +496,3 @@ async def _read_parts(form: FormData) -> dict[str, bytes]:
     parts = {name: await part.read() for name, part in form.multi_items() if isinstance(part, UploadFile)}
     await form.close()
     return parts
-
-
-def _invalid(reason: str) -> MaskMillError:
-    return WrongUse(
-        "request_invalid",
-        f"The request cannot be read: {reason[:300]}.",
-        "See /openapi.json, SegmentRequest.",
-    )
-
-
-def _error_response(error: MaskMillError, status: int) -> JSONResponse:
-    headers = {}
-    if isinstance(error, Refused) and error.retry_after is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    if status in (408, 413, 503):
-        headers["Connection"] = "close"  # otherwise the rest of the upload would still be read
-    return JSONResponse(
-        {"code": error.code, "message": error.message, "remedy": error.remedy}, status, headers=headers
-    )

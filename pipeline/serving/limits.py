@@ -2,7 +2,7 @@
 
 The server listens on loopback by default, but any web site that the user has open can send requests there. It
 cannot read the answers (no CORS headers are sent) unless it makes its own name resolve to this machine (DNS
-rebinding), which ``pipeline.serving.app.TrustedHosts`` detects from the ``Host`` header. Blind requests are
+rebinding), which ``pipeline.serving.guard.TrustedHosts`` detects from the ``Host`` header. Blind requests are
 refused by their ``Origin``.
 """
 

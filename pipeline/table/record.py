@@ -22,7 +22,7 @@ class TableRecord(BaseModel):
         schema_version: of the file.
         created: UTC, ISO 8601.
         updated: the same, of the last run that added rows.
-        source: "pseudo" for labels of a model, "truth" for imported ones.
+        source: "pseudo" for labels of a model, "truth" for imported ones, "human" for corrections by people.
         ontology: the classes.
         recipe: of the labelling, all fields and ``hash``; see ``pipeline.labelling.recipes.table_recipe``.
         weights: ``model``, ``pretrained`` and ``fingerprint``; of a student also ``text``, its CLIP. Of truth
@@ -37,7 +37,7 @@ class TableRecord(BaseModel):
     schema_version: int = SCHEMA_VERSION
     created: str = ""
     updated: str = ""
-    source: Literal["pseudo", "truth"] = "pseudo"
+    source: Literal["pseudo", "truth", "human"] = "pseudo"
     ontology: RecordedOntology
     recipe: dict[str, Any]
     weights: dict[str, Any]

@@ -44,6 +44,15 @@ CASES = {
     "label --images photos --classes cat --output http://example.org/x": "not written to",
     "label --images photos --classes cat --output out --changed --overwrite": "Leave one of them out.",
     "label --images photos --classes cat --output out --retry-failed --overwrite": "Leave one of them out.",
+    # review
+    "review nowhere": "nowhere",
+    "review photos --worst 0 --random 0": "No image is asked for.",
+    "review photos --worst -1": "numbers of images",
+    "review photos --honeypot-share 1": "--honeypot-share 1.0 is not a share",
+    "review photos --output queue": "does not end in .json",
+    "review photos --agreement": "queue_missing",
+    "serve --review nowhere": "queue_missing",
+    "serve --review photos --model toy": "Serve them one by one.",
     # verify
     "verify nowhere": "nowhere",
     "verify photos": "table_missing",

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+from fastapi import FastAPI
 from PIL import Image
 
 from pipeline.serving.app import create_app
@@ -66,6 +67,12 @@ class Server(NamedTuple):
         given = {"Content-Type": f"multipart/form-data; boundary={boundary}"} | _names(headers)
         return self._send(urllib.request.Request(self.url + path, data=body, headers=given, method="POST"))
 
+    def put(self, path: str, value: Any, **headers: str) -> Reply:
+        """JSON, or bytes as they are."""
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        given = {"Content-Type": "application/json"} | _names(headers)
+        return self._send(urllib.request.Request(self.url + path, data=data, headers=given, method="PUT"))
+
     def segment(
         self, image: bytes, request: Any, files: Mapping[str, bytes] | None = None, **headers: str
     ) -> Reply:
@@ -96,9 +103,15 @@ def png(array: np.ndarray) -> bytes:
 
 @contextmanager
 def running(entries: list[Entry], limits: Limits, **options: Any) -> Iterator[Server]:
-    app = create_app(ModelRegistry(entries), limits, **options)
+    with serving(create_app(ModelRegistry(entries), limits, **options), limits) as server:
+        yield server
+
+
+@contextmanager
+def serving(app: FastAPI, limits: Limits, port: int = 0) -> Iterator[Server]:
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
         server = make_server(app, limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

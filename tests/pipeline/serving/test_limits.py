@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.responses import Response
 from starlette.routing import Route
 
-from pipeline.serving.app import TrustedHosts
+from pipeline.serving.guard import TrustedHosts
 from pipeline.serving.limits import (
     Gate,
     RateLimiter,

@@ -1,0 +1,1 @@
+"""The page on which people review labels, and the API behind it."""
