@@ -15,7 +15,7 @@ from rich.console import Console
 from tyro.conf import Positional, arg
 
 from jobs.console import counted, duration, name_run, stderr_console, stop_at_once, timed
-from jobs.options import FLAT, Address, Flag, Maybe, Settings, Verbose, ViewOptions, named_values
+from jobs.options import FLAT, Address, Corrected, Flag, Maybe, Settings, Verbose, ViewOptions, named_values
 from models.errors import WrongUse, did_you_mean
 from pipeline.cluster.session import joins_cluster, make_variables
 from pipeline.files.outputs import check_output_folder
@@ -48,6 +48,8 @@ class Export:
         with_images: copy the images, upright, beside the labels.
         val_share: share of the images (0 to 1) for a split "val"; the rest is "train". Default: the splits
             that maskmill split has made, else "train" alone.
+        queue: export only the images of this queue of maskmill review: its file, or the table beside which it
+            lies.
         manifest: manifest in Parquet that says where images lie within larger files, for --with-images.
         settings: an option of the format, such as min_area=20 of coco; may be repeated.
         workers: number of Ray tasks that work at once; 0: this process alone; default: depends on the table.
@@ -66,6 +68,8 @@ class Export:
     overwrite: Flag = False
     with_images: Flag = False
     val_share: Maybe[float] = None
+    queue: Annotated[Maybe[str], arg(metavar="QUEUE|TABLE")] = None
+    corrections: Corrected = None
     manifest: Maybe[str] = None
     settings: Settings = ()
     workers: Maybe[int] = None
@@ -137,6 +141,8 @@ class Export:
         say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
         for line in self.seen.keep(self.source, work.source.view):
             say(line)
+        if work.source.corrections is not None:
+            say(f"With {work.source.corrections.described()} (--corrections off leaves them out).")
         from pipeline.table.lease import Lease, refuse_other_holder
 
         own = work.output.child(OWN_DIR)
@@ -187,6 +193,7 @@ class Export:
         from pipeline.formats.record import new_export
         from pipeline.formats.samples import Source
         from pipeline.table.changed import Images
+        from pipeline.table.corrections import open_corrections
         from pipeline.table.splits import find_split
 
         made = make_format(self.format, named_values("--set", self.settings, last=False))
@@ -200,6 +207,11 @@ class Export:
             )
         view = self.seen.of_table(self.source)
         check_output_folder(self.output)
+        only = None
+        if self.queue is not None:
+            from pipeline.review.queue import read_queue
+
+            only = frozenset(entry.id for entry in read_queue(self.queue).entries)
         manifest = None if self.manifest is None else build_manifest(self.manifest)
         source = Source(
             open_storage(self.source),
@@ -209,6 +221,8 @@ class Export:
             val_share=self.val_share or 0.0,
             split=find_split(self.source) if self.val_share is None else None,
             images=Images(manifest),
+            corrections=open_corrections(self.source, self.corrections),
+            only=only,
         )
         return new_export(source, table, made, open_storage(self.output))
 

@@ -50,6 +50,16 @@ Tracking = Annotated[
         help_behavior_hint="",
     ),
 ]
+Corrected = Annotated[
+    str | None,
+    tyro.conf.arg(
+        name="corrections",
+        metavar="TABLE|off",
+        help="what people say of the labels (maskmill review), which counts instead of them; default: "
+        "corrections/ beside the table, if it is there; off: none.",
+        help_behavior_hint="",
+    ),
+]
 SystemMetrics = Annotated[
     bool, tyro.conf.arg(help="also track the load of this machine.", help_behavior_hint="")
 ]

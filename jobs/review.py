@@ -159,7 +159,10 @@ class Review:
             lines.append(f"  left out     {len(leave_out):,} that are reviewed already")
         if len(known):
             lines.append(f"  honeypots    {len(known):,}, whose truth is known")
-        lines.append(f"Review it:     maskmill serve --review {self.output or self.table}")
+        lines += [
+            f"Review it:     maskmill serve --review {place}",
+            f"Or elsewhere:  maskmill export {self.table} --format labelstudio --queue {place} --output tasks/",
+        ]
         say("\n".join(lines))
         return 0
 

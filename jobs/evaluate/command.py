@@ -19,6 +19,7 @@ from jobs.evaluate.scores import print_scores
 from jobs.options import (
     FLAT,
     Address,
+    Corrected,
     Flag,
     LabellingModel,
     Maybe,
@@ -48,6 +49,7 @@ from pipeline.labelling.prepare import require_weights
 from pipeline.labelling.recipes import LabelRecipe, table_recipe
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.report.results_page import write_report
+from pipeline.table.corrections import open_corrections
 from pipeline.table.record import read_table_record
 from pipeline.table.splits import choose
 from pipeline.table.views import TableView
@@ -98,6 +100,7 @@ class Evaluate:
     mapping: Annotated[Maybe[str], arg(metavar="FILE")] = None
     others: Annotated[Maybe[str], arg(metavar="{background,ignored}")] = None
     seen: Annotated[ViewOptions, FLAT] = field(default_factory=ViewOptions)
+    corrections: Corrected = None
     limit: int = 0
     output: Maybe[str] = None
     overwrite: Flag = False
@@ -126,7 +129,15 @@ class Evaluate:
         view = None if self.labels is None else self.seen.of_table(self.labels)
         match = None if self.labels is None else self._match(dataset, self.labels, view)
         self._check_against(dataset, recipe, classes, view, match)
+        corrections = None if self.labels is None else open_corrections(self.labels, self.corrections)
         say_left_out(console, dataset)
+        if corrections is not None:
+            console.print(
+                f"With {corrections.described()} (--corrections off leaves them out).",
+                highlight=False,
+                soft_wrap=True,
+                markup=False,
+            )
         for line in [] if self.labels is None else self.seen.keep(self.labels, view):
             console.print(line, highlight=False, soft_wrap=True)
         run_id = uuid.uuid4().hex
@@ -146,6 +157,7 @@ class Evaluate:
                     "labels": self.labels,
                     **_view_params(view),
                     **({"part": self.part} if self.part else {}),
+                    **({} if corrections is None else {"corrections": corrections.identity}),
                 },
                 dataset=TrackedDataset(
                     dataset.name,
@@ -171,6 +183,7 @@ class Evaluate:
                 verbose=self.verbose,
                 view=view,
                 match=match,
+                corrections=corrections,
             )
             made = read_table_record(self.labels or str(folder / "labels"))
             tracker.log_params({"ontology": {"hash": made.ontology.hash}})
@@ -305,8 +318,9 @@ class Evaluate:
                 "--labels have an ontology already: --ontology is for --truth, or for --recipe.",
             ),
             (
-                self.labels is None and (self.seen.given or self.common or self.mapping or self.part),
-                "--common, --mapping, --part and views of a table are for --labels.",
+                self.labels is None
+                and (self.seen.given or self.common or self.mapping or self.part or self.corrections),
+                "--common, --mapping, --part, --corrections and views of a table are for --labels.",
             ),
             (
                 self._asked not in (None, CUSTOM) and (self.seen.given or self.common or self.mapping),

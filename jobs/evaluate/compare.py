@@ -61,6 +61,7 @@ from pipeline.files.storage import open_storage
 from pipeline.labelling.recipes import LabelRecipe, table_recipe
 from pipeline.ontology.ontology import Ontology
 from pipeline.report.pictures import panel
+from pipeline.table.corrections import Corrections
 from pipeline.table.record import TableRecord, read_table_record
 from pipeline.table.views import TableView
 
@@ -86,6 +87,7 @@ def evaluate(
     verbose: bool = False,
     view: TableView | None = None,
     match: ClassMatch | None = None,
+    corrections: Corrections | None = None,
     status: StatusFile | None = None,
 ) -> tuple[Path, EvaluationResult]:
     """Label if needed, compare, and write the result folder.
@@ -104,6 +106,7 @@ def evaluate(
         view: see ``labels`` through it.
         match: the classes that ``labels``, as the view has them, and the truth have in common; None if all
             classes of the truth are to be measured, by name.
+        corrections: what people say of ``labels``, which counts instead of them.
         status: is told what is done.
 
     Returns:
@@ -157,6 +160,7 @@ def evaluate(
             background_below=threshold,
             boundary=boundary,
             view=view,
+            corrections=corrections,
             lookup=lookup,
             workers=workers,
             progress=report,
@@ -174,12 +178,14 @@ def evaluate(
     claim_folder(folder, overwrite=overwrite and labels is not None)
     name = followed.name if followed else CUSTOM
     with timed(console, "drawing the worst and best images", status):
-        worst, best = _pictures(dataset, table, lookup, evaluation, folder, threshold, view, count=pictures)
+        worst, best = _pictures(
+            dataset, table, lookup, evaluation, folder, threshold, view, corrections, count=pictures
+        )
     setting = f"{dataset.name}/zero-shot" if zero_shot else dataset.name
     compared = None if match is None else Compared.of(match)
     result = evaluation_result(
         evaluation,
-        title=_title(dataset, made, view),
+        title=_title(dataset, made, view, corrections),
         protocol=name,
         dataset=MeasuredDataset(
             name=dataset.name,
@@ -252,7 +258,9 @@ def _mostly_ignored(dataset: Dataset, evaluation: Evaluation) -> list[str]:
     ]
 
 
-def _title(dataset: Dataset, made: TableRecord, view: TableView | None) -> str:
+def _title(
+    dataset: Dataset, made: TableRecord, view: TableView | None, corrections: Corrections | None
+) -> str:
     count = len(dataset.samples)
     info = DATASETS.get(dataset.name)
     whole = info.official.get(dataset.split) if info else None
@@ -260,6 +268,8 @@ def _title(dataset: Dataset, made: TableRecord, view: TableView | None) -> str:
     weights = made.weights
     random = ", random weights" if str(weights.get("pretrained", "")).startswith("random") else ""
     seen = "" if view is None else f", {'; '.join(view.view.described())}"
+    if corrections is not None:
+        seen += f", {len(corrections.files):,} corrected by people"
     return f"{made.recipe['name']}{seen} on {dataset.name} ({dataset.split}{part}{random})"
 
 
@@ -275,12 +285,20 @@ def _pictures(
     folder: Path,
     threshold: float,
     view: TableView | None,
+    corrections: Corrections | None,
     *,
     count: int,
 ) -> tuple[list[ImageResult], list[ImageResult]]:
     lowest, highest = extremes(evaluation.images, count)
     names = {sample.name: sample for sample in dataset.samples}
-    predicted = read_labels(table, [*lowest, *highest], names, background_below=threshold, view=view)
+    predicted = read_labels(
+        table,
+        [*lowest, *highest],
+        names,
+        background_below=threshold,
+        view=view,
+        corrections=corrections,
+    )
     palette = dataset.classes.palette()
 
     def draw(images: Sequence[ImageScore], kind: str) -> list[ImageResult]:

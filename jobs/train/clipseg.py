@@ -33,6 +33,7 @@ from pipeline.files.versions import versions
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.report.clipseg_page import write_clipseg_page
 from pipeline.report.training_page import PAGE, SHEET
+from pipeline.table.corrections import open_corrections
 from pipeline.table.splits import Chosen, choose
 from pipeline.table.views import TableView
 from pipeline.tracking.tracker import TrackedDataset
@@ -114,6 +115,10 @@ class TrainClipSeg:
             say_left_out(console or stderr_console(), dataset)
         view = None if self.labels is None else self.seen.of_table(self.labels)
         chosen = None if self.labels is None else choose(self.labels, self.part, default="train")
+        corrections = None if self.labels is None else open_corrections(self.labels)
+        if corrections is not None:
+            said = f"Without {corrections.described()}: CLIPSeg trains on the labels of the model."
+            (console or stderr_console()).print(said, highlight=False, soft_wrap=True, markup=False)
         for line in [] if self.labels is None else self.seen.keep(self.labels, view):
             (console or stderr_console()).print(line, highlight=False, soft_wrap=True)
         return train_clipseg(

@@ -17,6 +17,7 @@ from tyro.conf import arg
 from jobs.console import say_left_out, stderr_console
 from jobs.options import (
     FLAT,
+    Corrected,
     Flag,
     Maybe,
     Settings,
@@ -45,6 +46,7 @@ from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.ontology.united import unite
 from pipeline.report.student_page import student_commands, write_student_page
 from pipeline.report.training_page import PAGE, SHEET
+from pipeline.table.corrections import Corrections, open_corrections
 from pipeline.table.labels import DATASET_FILE
 from pipeline.table.record import TableRecord, read_table_record
 from pipeline.table.splits import Chosen, choose
@@ -103,6 +105,7 @@ class TrainMaskClipPlus:
     known: Annotated[Maybe[str], arg(metavar="TABLE")] = None
     known_view: Annotated[Maybe[str], arg(metavar="NAME|FILE")] = None
     known_complete: Flag = False
+    corrections: Corrected = None
     options: Annotated[TrainOptions, FLAT]
 
     def run(self, console: Console | None = None) -> int:
@@ -127,6 +130,7 @@ class TrainMaskClipPlus:
         view = self.seen.of_table(self.labels)
         known = self._known()
         chosen = choose(self.labels, self.part, default="train")
+        corrections = self._corrections(known, truth, recipe, console or stderr_console())
         for line in self.seen.keep(self.labels, view):
             (console or stderr_console()).print(line, highlight=False, soft_wrap=True)
         return train_student(
@@ -138,8 +142,38 @@ class TrainMaskClipPlus:
             view=view,
             known=known,
             chosen=chosen,
+            corrections=corrections,
             console=console,
         )
+
+    def _corrections(
+        self, known: Known | None, truth: Dataset | None, recipe: MaskClipPlusRecipe, console: Console
+    ) -> Corrections | None:
+        """What people say of the table, if this training can believe it; says so."""
+        found = open_corrections(self.labels, self.corrections)
+        if found is None:
+            return None
+        why = next(
+            (
+                why
+                for why, wrong in (
+                    ("--known is believed instead", known is not None),
+                    ("there is other truth", truth is not None),
+                    ("repeat_threshold cannot be used with them", recipe.repeat_threshold > 0),
+                )
+                if wrong
+            ),
+            "",
+        )
+        if why and self.corrections is not None:
+            raise WrongUse("wrong_use", f"--corrections cannot be used: {why}.", "Leave one of them out.")
+        said = (
+            f"Without {found.described()}: {why}."
+            if why
+            else f"With {found.described()}, which are believed."
+        )
+        console.print(said, highlight=False, soft_wrap=True, markup=False)
+        return None if why else found
 
     def _known(self) -> Known | None:
         """The table that is believed."""
@@ -200,6 +234,7 @@ def train_student(
     view: TableView | None = None,
     known: Known | None = None,
     chosen: Chosen | None = None,
+    corrections: Corrections | None = None,
     console: Console | None = None,
 ) -> int:
     """Train a student and write its folder. Returns the exit status; see ``jobs.train.run.run_training``.
@@ -212,12 +247,15 @@ def train_student(
         view: of the table.
         known: a second table, whose labels are believed; only for the annotation-free form.
         chosen: the images of the table to train on; None is all.
+        corrections: what people say of the table, which is believed; not together with ``known``.
     """
     refuse_missing_file(recipe.backbone_weights)
     return run_training(
         "maskclip-plus",
         options,
-        functools.partial(_prepare, labels, recipe, options, ontology, truth, view, known, chosen),
+        functools.partial(
+            _prepare, labels, recipe, options, ontology, truth, view, known, chosen, corrections
+        ),
         result_file=RECORD_FILE,
         own_entries=OWN_ENTRIES,
         console=console,
@@ -233,6 +271,7 @@ def _prepare(
     view: TableView | None,
     known: Known | None,
     chosen: Chosen | None,
+    corrections: Corrections | None,
 ) -> Prepared:
     table = read_table_record(labels)
     if ontology is None:
@@ -288,8 +327,21 @@ def _prepare(
         void_from_truth=recipe.void_from_truth,
         view=view,
         chosen=chosen,
+        leave_out=None if corrections is None else corrections.rejected,
     )
     samples: TableSamples | MixedSamples = by_teacher
+    if corrections is not None and len(corrections.files) > len(corrections.rejected):
+        believed = open_table_samples(
+            corrections.place,
+            ontology=ontology,
+            augment=recipe.augment,
+            view=None
+            if view is None
+            else view.view.of(read_table_record(corrections.place).ontology, where=corrections.place),
+            chosen=None if chosen is None else replace(chosen, strict=False),
+            leave_out=corrections.outdated,
+        )
+        samples = mix(by_teacher, believed, whole=True)
     if known is not None:
         believed = open_table_samples(
             known.labels,
@@ -316,7 +368,7 @@ def _prepare(
         make_student,
         make_teacher=make_teacher,
         class_frequencies=samples.class_frequencies().tolist() if weighted else None,
-        some_truth=known is not None,
+        some_truth=known is not None or corrections is not None,
     )
     make_task()
     record = {
@@ -328,6 +380,7 @@ def _prepare(
             **({} if view is None else {"view": view.view.to_dict(), "view_says": view.view.described()}),
             **({} if known is None else {"known": known.to_dict()}),
             **({} if chosen is None else {"split": chosen.identity, "part": chosen.part}),
+            **({} if corrections is None else {"corrections": corrections.described()}),
         },
         "text": text_weights | {"precision": "fp32"},
         "recipe": recipe.to_dict() | {"hash": recipe.hash},
@@ -344,7 +397,14 @@ def _prepare(
     return Prepared(
         make_task=make_task,
         samples=samples,
-        reads=places_read((labels, None if known is None else known.labels), truth),
+        reads=places_read(
+            (
+                labels,
+                None if known is None else known.labels,
+                None if corrections is None else corrections.place,
+            ),
+            truth,
+        ),
         settings=recipe.loop,
         identity=recipe_identity(recipe)
         | {
@@ -354,7 +414,8 @@ def _prepare(
         }
         | ({} if view is None else {"view": view.view.canonical})
         | ({} if known is None else {"known": known.identity})
-        | ({} if chosen is None else {"part": f"{chosen.part} of the split {chosen.identity}"}),
+        | ({} if chosen is None else {"part": f"{chosen.part} of the split {chosen.identity}"})
+        | ({} if corrections is None else {"corrections": corrections.identity}),
         announcement=(
             f"Training a student ({', '.join(parts)}){toy}, {recipe.loop.iterations:,} steps "
             f"of {recipe.loop.batch_size} crops from {samples.num_images:,} labelled images{left_out}; "

@@ -25,6 +25,7 @@ from pipeline.cluster.mapping import on_ray
 from pipeline.datasets.base import Dataset, LeftOut, Sample
 from pipeline.files.storage import Storage, canonical_uri
 from pipeline.metrics.statistics import SegmentationStatistics
+from pipeline.table.corrections import Corrections, corrected_rows
 from pipeline.table.labels import (
     OK,
     iter_batches,
@@ -239,6 +240,7 @@ def score_part(
     background_below: float,
     boundary: bool,
     view: TableView | None = None,
+    corrections: Corrections | None = None,
 ) -> Evaluation:
     """Compare the rows of one file with the truth.
 
@@ -250,6 +252,7 @@ def score_part(
         background_below: pixels with a lower confidence, in [0, 1], count as class 0.
         boundary: also count for boundary IoU.
         view: see the labels through it.
+        corrections: what people say of the labels, which counts instead of them.
 
     Raises:
         MaskMillError: from reading the truth.
@@ -262,6 +265,8 @@ def score_part(
         sample = plan.samples.get(row["id"])
         if sample is None:
             continue
+        if corrections is not None:
+            row = corrections.corrected(row)
         if row["status"] != OK:
             outcome.failed[row["status"]] += 1
             outcome.examples.setdefault(row["status"], f"{sample.name}: {row['error']}")
@@ -325,6 +330,7 @@ def read_labels(
     *,
     background_below: float = 0.0,
     view: TableView | None = None,
+    corrections: Corrections | None = None,
 ) -> dict[str, np.ndarray]:
     """Read label maps by image name, in the ids of the table, or of its view.
 
@@ -334,6 +340,7 @@ def read_labels(
         samples: the dataset's samples by name.
         background_below: pixels with a lower confidence, in [0, 1], become class 0.
         view: see the labels through it.
+        corrections: what people say of the labels.
     """
     work = plan(table, [samples[image.name] for image in images]) if images else None
     found: dict[str, np.ndarray] = {}
@@ -346,7 +353,7 @@ def read_labels(
             filters=[("id", "in", list(work.samples))],
             filesystem=work.storage.arrow_filesystem(),
         )
-        for row in rows.to_pylist():
+        for row in corrected_rows(rows.to_pylist(), corrections):
             found[work.samples[row["id"]].name] = _decoded(row, background_below, view)[0]
     return found
 
@@ -366,6 +373,7 @@ def evaluate_table(
     background_below: float = 0.0,
     boundary: bool = True,
     view: TableView | None = None,
+    corrections: Corrections | None = None,
     lookup: npt.NDArray[np.uint16] | None = None,
     workers: int = 0,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
@@ -381,6 +389,7 @@ def evaluate_table(
         background_below: pixels with a lower confidence, in [0, 1], count as class 0.
         boundary: also count for boundary IoU.
         view: see the labels through it.
+        corrections: what people say of the labels, which counts instead of them.
         lookup: id of the truth by id of the labels, or of their view, and 65535 for no class; None matches
             the classes by name.
         workers: parallel Ray tasks, on the running Ray or a temporary local one; 0 works in this process.
@@ -400,6 +409,7 @@ def evaluate_table(
         "lookup": lookup,
         "boundary": boundary,
         "view": view,
+        "corrections": corrections,
     }
     total = Evaluation(
         SegmentationStatistics.zero(len(dataset.class_names)), missing=work.missing, others=work.others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from typing import Any, Final
@@ -36,6 +37,8 @@ class ExportRecord(BaseModel):
         with_images: whether images were copied.
         val_share: share of the images in the split "val".
         split: the split of the table by which it was divided, instead; "" if by none.
+        corrections: identity of the corrections that count instead of labels; "" without any.
+        only: digest of the ids of the images that were asked for; "" for all.
         ontology: the classes of the export.
         complete: whether the last run came to its end; what follows is of that time.
         files: what a reader opens first.
@@ -55,6 +58,8 @@ class ExportRecord(BaseModel):
     with_images: bool = False
     val_share: float = 0.0
     split: str = ""
+    corrections: str = ""
+    only: str = ""
     ontology: RecordedOntology
     complete: bool = False
     files: tuple[str, ...] = ()
@@ -73,6 +78,8 @@ class ExportRecord(BaseModel):
                 ("with_images", "images are copied:"),
                 ("val_share", "its share of val is"),
                 ("split", "its split is"),
+                ("corrections", "its corrections by people are"),
+                ("only", "its images are those of a queue:"),
             )
             if getattr(self, name) != getattr(other, name)
         ]
@@ -140,6 +147,8 @@ def new_export(source: Source, table: TableRecord, made: Format, output: Storage
         with_images=source.with_images,
         val_share=source.val_share,
         split="" if source.split is None else source.split.record.identity,
+        corrections="" if source.corrections is None else source.corrections.identity,
+        only="" if source.only is None else hashlib.sha256(repr(sorted(source.only)).encode()).hexdigest(),
         ontology=ontology,
     )
     return Export(source, ontology, made, output, record)

@@ -18,6 +18,7 @@ from pipeline.files.storage import Storage
 from pipeline.formats.base import Sample
 from pipeline.formats.names import Naming, suffix_of
 from pipeline.table.changed import Images
+from pipeline.table.corrections import Corrections, corrected_rows
 from pipeline.table.labels import OK, decode_confidence, decode_mask, iter_batches
 from pipeline.table.splits import Split
 from pipeline.table.statistics import Confidence, Labels
@@ -45,6 +46,8 @@ class Source:
         split: the split of each image, instead of ``val_share``; images that are in no part of it are left
             out.
         images: where images are that are not whole files at their address.
+        corrections: what people say of the labels, which counts instead of them.
+        only: ids of the images that are wanted; None is all. Nothing is told of the others.
     """
 
     table: Storage
@@ -54,6 +57,8 @@ class Source:
     val_share: float = 0.0
     split: Split | None = None
     images: Images = field(default_factory=lambda: Images(None))
+    corrections: Corrections | None = None
+    only: frozenset[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -97,11 +102,16 @@ def samples_of(
     number = first - 1
     with ThreadPoolExecutor(_READERS) as pool:
         for batch in iter_batches(source.table, columns, batch_size=_BATCH, names=[file]):
-            rows = batch.to_pylist()
+            rows = [
+                row if source.only is None or row["id"] in source.only else None
+                for row in corrected_rows(batch.to_pylist(), source.corrections)
+            ]
             fetch_all = pool.map if source.with_images else map
             images = fetch_all(functools.partial(_image, source=source), rows)
             for row, image in zip(rows, images, strict=True):
                 number += 1
+                if row is None or image is None:
+                    continue
                 if isinstance(image, LeftOut):
                     leave_out(image)
                     continue
@@ -160,8 +170,10 @@ def _maps(
     return labels, confidence
 
 
-def _image(row: Mapping[str, Any], source: Source) -> tuple[bytes | None, str] | LeftOut:
+def _image(row: Mapping[str, Any] | None, source: Source) -> tuple[bytes | None, str] | LeftOut | None:
     """The upright image and its suffix, "" if that of its address fits; or why there is none."""
+    if row is None:
+        return None
 
     def left_out(reason: str, text: str, *, again: bool = True) -> LeftOut:
         return LeftOut(row["id"], row["uri"], reason, text, again)

@@ -12,7 +12,9 @@ another image of that name, by the SHA-256 of the file, does not count.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -20,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import WrongUse
+from pipeline.files.fetch import file_version
 from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import Ontology
 from pipeline.table.labels import (
@@ -41,6 +44,7 @@ REJECTED: Final = "rejected"
 OFF: Final = "off"
 """What ``--corrections`` says to leave the labels as they are."""
 _NO_CLASS = -1
+_READERS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +56,8 @@ class Corrections:
         storage: the folder of their files.
         files: the file and the row in it, by id of the image; only of images that are those of the table.
         rejected: ids of images whose labels were refused, int64, sorted.
-        outdated: how many are of images that have changed since.
+        outdated: ids of those that do not count, because their image has changed since, int64, sorted.
+        identity: SHA-256 (hex) of the ids and of the versions of the files.
         lookup: id of the corrected table by id of the corrections; None if they are the same.
         ignore_index: of the corrected table.
     """
@@ -61,7 +66,8 @@ class Corrections:
     storage: Storage
     files: Mapping[int, tuple[str, int]]
     rejected: npt.NDArray[np.int64]
-    outdated: int
+    outdated: npt.NDArray[np.int64]
+    identity: str
     lookup: npt.NDArray[Any] | None
     ignore_index: int
     _last: dict[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False)
@@ -78,8 +84,8 @@ class Corrections:
         said = f"{count:,} correction{'' if count == 1 else 's'} from {self.place}"
         if len(self.rejected):
             said += f", {len(self.rejected):,} of them rejected"
-        if self.outdated:
-            said += f"; {self.outdated:,} more are of images that have changed since"
+        if len(self.outdated):
+            said += f"; {len(self.outdated):,} more are of images that have changed since"
         return said
 
     def corrected(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +172,7 @@ def open_corrections(table: str, given: str | None = None) -> Corrections | None
                     if row["status"] == REJECTED:
                         rejected.add(row["id"])
                 number += 1
-    outdated = _of_other_images(root, hashes)
+    outdated = sorted(_of_other_images(root, hashes))
     for row_id in outdated:
         del found[row_id]
     if not found and not outdated:
@@ -177,10 +183,19 @@ def open_corrections(table: str, given: str | None = None) -> Corrections | None
         folder,
         found,
         np.array(sorted(rejected & found.keys()), np.int64),
-        len(outdated),
+        np.array(outdated, np.int64),
+        _identity(folder, parts, found),
         lookup,
         record.ontology.ignore_index if mine is None else mine.ontology.ignore_index,
     )
+
+
+def _identity(folder: Storage, parts: Sequence[str], found: Mapping[int, tuple[str, int]]) -> str:
+    digest = hashlib.sha256(np.array(sorted(found), "<i8").tobytes())
+    with ThreadPoolExecutor(_READERS) as pool:
+        for version in pool.map(lambda part: file_version(folder.uri_of(part)), parts):
+            digest.update(f"{version}\n".encode())
+    return digest.hexdigest()
 
 
 def _of_other_images(table: Storage, hashes: Mapping[int, bytes | None]) -> list[int]:

@@ -153,7 +153,9 @@ def _believed(classes: npt.NDArray[np.int32]) -> dict[str, npt.NDArray[np.int32]
     return {"labels": np.where(classes >= 0, classes, GUESS).astype(np.int32)}
 
 
-def mix(guessed: TableSamples, known: TableSamples, *, complete: bool = False) -> MixedSamples:
+def mix(
+    guessed: TableSamples, known: TableSamples, *, complete: bool = False, whole: bool = False
+) -> MixedSamples:
     """Train on two tables; both opened annotation-free, with the same classes.
 
     Args:
@@ -161,6 +163,7 @@ def mix(guessed: TableSamples, known: TableSamples, *, complete: bool = False) -
         known: labels that are believed.
         complete: in an image that ``known`` has, its classes are nowhere but where it says so: guesses of
             them are ignored. Without it, they fill the pixels that ``known`` ignores.
+        whole: in an image that ``known`` has, nothing is guessed.
     """
     assert guessed.num_classes == known.num_classes and guessed.augment == known.augment
     order = np.argsort(known.ids)
@@ -170,5 +173,6 @@ def mix(guessed: TableSamples, known: TableSamples, *, complete: bool = False) -
     only_known = np.flatnonzero(~np.isin(known.ids, guessed.ids)).astype(np.int64)
     has = np.zeros(known.num_classes, np.bool_)
     has[known.teacher[known.teacher >= 0]] = complete
+    has |= whole
     left_out = guessed.left_out | {f"known, {why}": count for why, count in known.left_out.items()}
     return MixedSamples(guessed, known, known_of, only_known, has, left_out)

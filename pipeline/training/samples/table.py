@@ -332,6 +332,7 @@ def open_table_samples(
     void_from_truth: bool = False,
     view: TableView | None = None,
     chosen: Chosen | None = None,
+    leave_out: npt.NDArray[np.int64] | None = None,
 ) -> TableSamples:
     """Index a label table for training.
 
@@ -363,6 +364,7 @@ def open_table_samples(
         view: of the table. What the index says of an image is then computed from its masks, which are all
             read once.
         chosen: use only these images of it.
+        leave_out: ids of images that people have rejected.
 
     Raises:
         MaskMillError: ``table_missing``; ``table_damaged``; ``classes_differ`` if table or truth share no
@@ -385,7 +387,7 @@ def open_table_samples(
     teacher = np.where((teacher >= 0) & hidden[np.maximum(teacher, 0)], teacher, IGNORED).astype(np.int32)
 
     work = None if truth is None else evaluation.plan(storage, truth.samples)
-    rows = _Rows(count, chosen)
+    rows = _Rows(count, chosen, leave_out)
     with ThreadPoolExecutor(_READERS) as pool:
         for number, found in enumerate(pool.map(lambda part: read_index(storage, part, view), parts)):
             rows.add(number, found, pixels_of, min_quality, None if work is None else work.samples)
@@ -529,8 +531,10 @@ def _no_common_class(
 class _Rows:
     """Builds the index of a table, part by part."""
 
-    def __init__(self, num_classes: int, chosen: Chosen | None) -> None:
-        self._chosen = chosen
+    def __init__(
+        self, num_classes: int, chosen: Chosen | None, leave_out: npt.NDArray[np.int64] | None
+    ) -> None:
+        self._chosen, self._leave_out = chosen, leave_out
         self.ids: list[npt.NDArray[np.int64]] = []
         self.part: list[npt.NDArray[np.int64]] = []
         self.row: list[npt.NDArray[np.int64]] = []
@@ -560,6 +564,7 @@ class _Rows:
         elsewhere = np.zeros(len(ids), np.bool_) if chosen is None else ~chosen.keep(ids)
         for reason, bad in (
             (f"not in the part {chosen.part if chosen is not None else ''}", elsewhere),
+            ("rejected by people", np.isin(ids, [] if self._leave_out is None else self._leave_out)),
             ("not labelled", status != OK),
             (f"of quality below {min_quality:g}", np.nan_to_num(quality) < min_quality),
             ("without truth", np.array([joined is not None and row not in joined for row in ids.tolist()])),
