@@ -161,7 +161,8 @@ class Review:
             lines.append(f"  honeypots    {len(known):,}, whose truth is known")
         lines += [
             f"Review it:     maskmill serve --review {place}",
-            f"Or elsewhere:  maskmill export {self.table} --format labelstudio --queue {place} --output tasks/",
+            f"Or elsewhere:  maskmill export {self.table} --queue {place} --format labelstudio "
+            "--output tasks/",
         ]
         say("\n".join(lines))
         return 0
