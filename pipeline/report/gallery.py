@@ -14,6 +14,7 @@ import heapq
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -51,6 +52,7 @@ _LEGEND = 24
 _SHAPES = 0.7, 2.4
 """Width per height of a picture's place in the grid; narrower and wider ones leave some of it empty."""
 _CHIPS = 6
+_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def write_gallery(
 def _summarised(storage: Storage, view: TableView | None) -> tuple[dict[str, Any], dict[int, float] | None]:
     """Summary of the table, and the quality of each image by id, if a view changes it."""
     if view is None:
-        return labels.summarise(storage), None
+        return _counted(storage) or labels.summarise(storage), None
     qualities: dict[int, float] = {}
 
     def noted() -> Iterator[pa.RecordBatch]:
@@ -152,6 +154,21 @@ def _summarised(storage: Storage, view: TableView | None) -> tuple[dict[str, Any
             yield batch
 
     return labels.summarise_batches(noted(), storage), qualities
+
+
+def _counted(storage: Storage) -> dict[str, Any] | None:
+    """The summary in ``dataset.json``, if it is of as many rows as there are; None if it must be made."""
+    record = find_table_record(storage)
+    if record is None or not set(labels.Counts().to_dict()) <= set(record.counts):
+        return None
+    folder, names = labels.table_files(storage)
+
+    def rows(name: str) -> int:
+        with labels.open_part(folder, name, ["id"]) as file:
+            return int(file.metadata.num_rows)
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        return dict(record.counts) if sum(pool.map(rows, names)) == record.counts["images"] else None
 
 
 def _legend(record: TableRecord | None, summary: dict[str, Any], view: TableView | None) -> Legend:
@@ -308,28 +325,35 @@ def _places(
         ):
             for group in range(parquet.num_row_groups):
                 rows = parquet.read_row_group(group, columns=["id", "status", "quality"])
-                columns = (rows.column(c).to_pylist() for c in ("id", "status", "quality"))
-                there: dict[str, list[_Place]] = {}
-                for row, (number, status, quality) in enumerate(zip(*columns, strict=True)):
-                    if qualities is not None:
-                        quality = qualities[number]
-                    rank = _rank(number, quality, order if status == labels.OK else "sample")
-                    there.setdefault(status, []).append((rank, number, file, group, row))
-                for status, places in there.items():
+                ids = rows["id"].to_numpy()
+                quality = rows["quality"].to_numpy(zero_copy_only=False)
+                if qualities is not None:
+                    quality = np.array([qualities[number] for number in ids.tolist()], np.float64)
+                codes = rows["status"].combine_chunks().dictionary_encode()
+                of_code = codes.indices.to_numpy(zero_copy_only=False)
+                for code, status in enumerate(codes.dictionary.to_pylist()):
+                    at = np.flatnonzero(of_code == code)
+                    ranks = _ranks(ids[at], quality[at], order if status == labels.OK else "sample")
                     most = limit if status == labels.OK else failed
+                    first = np.lexsort((ids[at], ranks))[:most]
+                    found = zip(
+                        ranks[first].tolist(), ids[at][first].tolist(), at[first].tolist(), strict=True
+                    )
+                    places = [(rank, number, file, group, row) for rank, number, row in found]
                     best[status] = heapq.nsmallest(most, [*best.get(status, ()), *places])
     statuses = sorted(best, key=lambda code: (code != labels.OK, code))
     return [place for status in statuses for place in best[status]]
 
 
-def _rank(number: int, quality: float, order: Order) -> float:
-    """Sort key of a row; the smallest are shown."""
+def _ranks(ids: NDArray[np.int64], quality: NDArray[np.floating[Any]], order: Order) -> NDArray[np.float64]:
+    """Sort keys of rows (N,); the smallest are shown."""
     if order == "worst":
-        return quality
+        return quality.astype(np.float64)
     if order == "best":
-        return -quality
+        return -quality.astype(np.float64)
     # A hash of the id gives the same sample however the table is split into files.
-    return float((number * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF) >> 11)
+    mixed = ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return (mixed >> np.uint64(11)).astype(np.float64)
 
 
 # --- one image ---

@@ -100,6 +100,17 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_table(tmp_path_factory.mktemp("gallery"))
 
 
+def test_counts_are_believed_if_they_are_of_as_many_rows(tmp_path: Path) -> None:
+    table = make_table(tmp_path, count=4)
+    record = json.loads((table / "dataset.json").read_text())
+    counts = labels.summarise(str(table)) | {"mean_quality": 0.123}
+    for images, believed in ((counts["images"], True), (counts["images"] + 1, False)):
+        record["counts"] = counts | {"images": images}
+        (table / "dataset.json").write_text(json.dumps(record))
+        words = write_gallery(table, tmp_path / "page.html").read_text()
+        assert ("<dd>0.12</dd>" in words) == believed
+
+
 @pytest.fixture(scope="module")
 def page(table: Path) -> Path:
     return write_gallery(table, table / "gallery.html")
@@ -147,7 +158,7 @@ def test_nothing_is_loaded_from_anywhere(page: Path) -> None:
     for _, attributes in outline.tags:
         for name in ("src", "href", "srcset", "action", "data", "poster"):
             value = attributes.get(name)
-            assert value is None or value.startswith("data:"), value
+            assert value is None or value.startswith(("data:", "#")), value
     assert not re.search(r"url\(|@import|fetch\(|XMLHttp", page.read_text())
     assert any("default-src 'none'" in (meta.get("content") or "") for meta in outline.all("meta"))
 
@@ -412,8 +423,13 @@ def test_pages_filters_and_order(browser: Page, opened: Any, hostile: Path) -> N
     classes = browser.run(f"{SHOWN}.map(card => card.dataset.classes.split(' '))")
     assert classes and all(chosen in some for some in classes)
     assert browser.run("document.querySelector('[data-class]').getAttribute('aria-pressed')") == "true"
+    # What is chosen stands in the address: it may be linked to.
+    assert browser.run("location.hash") == f"#class={chosen}&status=ok"
     browser.click("#clear")
     assert browser.run(f"{SHOWN}.length") == 12
+    browser.run("location.hash = 'status=ok&quality=0.5-0.8'")
+    browser.wait("document.getElementById('quality').value === '0.5-0.8'")
+    assert all(0.5 <= quality < 0.8 for quality in browser.run(f"{SHOWN}.map(card => +card.dataset.quality)"))
     assert browser.run("problems") == [] and browser.console == []
 
 
