@@ -32,10 +32,11 @@ from pipeline.formats.base import Imported
 from pipeline.formats.registry import find_reader, readable
 from pipeline.ontology.ontology import load_ontology
 from pipeline.table.committed import LABELS_DIR, RELABELLED_DIR, Replaced, part_files, settle
+from pipeline.table.corrections import CORRECTIONS_DIR
 from pipeline.table.increment import Table, open_table, record_counts
 from pipeline.table.labels import DATASET_FILE, OK, Counts, summarise
 from pipeline.table.lease import Lease, refuse_other_holder
-from pipeline.table.record import TableRecord, find_table_record, write_table_record
+from pipeline.table.record import TableRecord, find_table_record, read_table_record, write_table_record
 
 PACKAGES = ("maskmill", "pyarrow", "pillow", "opencv-python-headless", "numpy")
 
@@ -50,7 +51,11 @@ class Import:
     Attributes:
         input: folder (or s3://… prefix) of the dataset, or a JSON file (COCO, Label Studio); --images says
             where its images are, if elsewhere.
-        output: folder (or s3://… prefix) for the label table.
+        output: folder (or s3://… prefix) for the label table; with --corrects, for the corrections, by
+            default corrections/ beside that table.
+        corrects: a label table that people have corrected in another program, such as Label Studio or CVAT:
+            what --input has of its images becomes corrections of it.
+        reviewer: who has corrected; for --corrects.
         ontology: what the values of --truth mean: a YAML file or a built-in name (voc21, …).
         max_failure_rate: exit with 1 if a larger share of the images fails.
         overwrite: delete a table of true labels that is already in --output and start over.
@@ -62,7 +67,9 @@ class Import:
     input: Maybe[str] = None
     data: Annotated[Truth, FLAT] = field(default_factory=Truth)
     ontology: Maybe[str] = None
-    output: str
+    output: Maybe[str] = None
+    corrects: Annotated[Maybe[str], arg(metavar="TABLE")] = None
+    reviewer: str = ""
     max_failure_rate: float = 0.05
     overwrite: Flag = False
 
@@ -83,6 +90,10 @@ class Import:
                 f"--max-failure-rate {self.max_failure_rate} is not between 0 and 1.",
                 "Give a share, such as 0.05.",
             )
+        if self.corrects is not None:
+            return self._take_back(self.corrects, console)
+        if self.output is None:
+            raise WrongUse("wrong_use", "An import needs --output.", "Name a folder for the label table.")
         check_output_folder(self.output)
         storage = open_storage(self.output)
         kind, imported = self._open(console)
@@ -117,6 +128,52 @@ class Import:
         if too_many:
             console.print(too_many, style="bold red", soft_wrap=True, highlight=False)
             return 1
+        return 0
+
+    def _take_back(self, corrects: str, console: Console) -> int:
+        """What people have corrected elsewhere, as corrections of a table."""
+        from pipeline.formats.labelstudio import read_labelstudio
+        from pipeline.review.returning import refuse_pseudo, take_back
+        from pipeline.review.saving import Saves
+
+        record, table = read_table_record(corrects), open_storage(corrects)
+        refuse_pseudo(record, table)
+        if self.format is None or self.overwrite:
+            raise WrongUse(
+                "wrong_use",
+                "--corrects takes back a dataset of a --format, and overwrites nothing.",
+                "Add --format labelstudio or cvat and --input, and leave out --overwrite.",
+            )
+        place = table.uri_of(CORRECTIONS_DIR) if self.output is None else self.output
+        check_output_folder(place)
+        if self.format == "labelstudio" and self.input is not None:
+            imported = read_labelstudio(self.input, images=self.data.images, annotated=True)
+        else:
+            _, imported = self._open(console)
+        saves = Saves(open_storage(place))
+        saves.begin(record.ontology, table.uri)
+        with counted(console, "taking back", "images") as progress:
+            done = take_back(
+                imported,
+                table,
+                record,
+                saves,
+                reviewer=self.reviewer or self.format,
+                progress=lambda number: progress(number, imported.count or number),
+            )
+        lines = [
+            f"Corrections    {saves.storage.uri}: {done.decisions.total():,} images, "
+            f"{done.decisions['painted']:,} of them with other labels than the table"
+        ]
+        lines += [f"  the same     {done.same:,} were there already"] if done.same else []
+        lines += (
+            [f"  replaced     {done.replaced:,}; what was painted is in set_aside/"] if done.replaced else []
+        )
+        lines += [f"  left out     {count:,} {why}" for why, count in done.left_out.items()]
+        if done.absent:
+            lines.append(f"  ignored      pixels of {', '.join(done.absent)}: the table has no such class")
+        lines.append(f"Train on them: maskmill train maskclip-plus --labels {corrects} --output student")
+        console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
         return 0
 
     def _too_many(self, fresh: Counts) -> str:

@@ -209,7 +209,7 @@ class _Task(_Entry):
         return made[-1].result if made else []
 
 
-def read_labelstudio(place: str, *, images: str | None = None) -> Imported:
+def read_labelstudio(place: str, *, images: str | None = None, annotated: bool = False) -> Imported:
     """Read tasks of Label Studio with brush masks: what ``LabelStudio`` wrote, or what Label Studio exported.
 
     The newest annotation of a task counts, and if there is none, the newest prediction. Where masks overlap,
@@ -219,6 +219,7 @@ def read_labelstudio(place: str, *, images: str | None = None) -> Imported:
         place: path or URI of the folder with ``tasks.json`` and ``label_config.xml``, or of another JSON file
             beside a ``label_config.xml``.
         images: folder of the images.
+        annotated: only tasks that a person has submitted; predictions do not count.
 
     Raises:
         MaskMillError: ``dataset_missing``, ``dataset_invalid``, ``ontology_invalid``.
@@ -235,7 +236,9 @@ def read_labelstudio(place: str, *, images: str | None = None) -> Imported:
     ontology = ontology_of("labelstudio", found, where=storage.uri_of(CONFIG_FILE))
     if not storage.exists(name):
         raise _missing(storage, name)
-    return Imported(ontology, _Samples(storage, name, ontology, names[-1] if background else None, images))
+    return Imported(
+        ontology, _Samples(storage, name, ontology, names[-1] if background else None, images, annotated)
+    )
 
 
 def _read_config(storage: Storage) -> tuple[list[str], list[tuple[int, ...] | None]]:
@@ -273,6 +276,7 @@ class _Samples:
     ontology: Ontology
     ignored: str | None
     images: str | None
+    annotated: bool = False
 
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -287,6 +291,8 @@ class _Samples:
                 task = _Task.model_validate(raw)
             except ValidationError as error:
                 raise _invalid(title, first_problem(error)) from None
+            if self.annotated and all(one.was_cancelled for one in task.annotations):
+                continue
             name = task.data.name or _name_of(task.data.image)
             uri = self._uri(task.data, name, title)
             yield ReadSample(
@@ -300,6 +306,8 @@ class _Samples:
             )
 
     def _uri(self, data: _Data, name: str, title: str) -> str:
+        if self.annotated and data.source is not None:
+            return data.source  # to be found again, not to be read
         if self.images is not None:
             suffix = suffix_of(data.source or data.image)
             return open_storage(self.images).uri_of(refuse_outside(f"{name}{suffix}", title))
