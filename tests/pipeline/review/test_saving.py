@@ -93,6 +93,18 @@ def test_of_many_at_once_one_wins(saves: Saves) -> None:
     assert there is not None and won == [there.reviewer]
 
 
+def test_on_an_object_store_too(bucket: str) -> None:
+    saves = Saves(open_storage(bucket))
+    saves.begin(TOYWORLD, "/a/table")
+    first = save(saves, "painted", ONES, "Ann", None)
+    assert save(saves, "painted", ONES, "Ann", None) == first
+    with pytest.raises(SavedByAnother, match="Ann"):
+        save(saves, "rejected", None, "Bob", None)
+    second = save(saves, "rejected", None, "Bob", first.tag)
+    assert saves.read_all([ROW["id"], 1]) == {ROW["id"]: second}
+    assert len(saves.storage.list("set_aside")) == 1
+
+
 def test_another_table_is_not_written_to(saves: Saves) -> None:
     with pytest.raises(WrongUse, match="other classes"):
         saves.begin(Ontology.from_dict({"name": "x", "classes": ["cat"]}), "/a/other")
