@@ -37,7 +37,7 @@ VALUED = ("--address", "--status", "--stop", "--env", "--include")
 
 DATA = frozenset(
     {"images", "manifest", "output", "labels", "known", "root", "roots", "truth", "table", "input"}
-    | {"source", "results"}
+    | {"source", "results", "corrects", "against", "honeypots"}
 )
 """Options of all commands that name data, of any size and on any storage."""
 
