@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -407,6 +408,8 @@ def test_a_stop_while_ray_and_the_flow_start(
     run.send_signal(number)
     _, said = run.communicate(timeout=300)
     assert run.returncode == 130, said
+    # The interpreter itself tells of a Ctrl-C that falls into a destructor, where it cannot be raised.
+    said = re.sub(r"Exception ignored in: .*?\nKeyboardInterrupt: *\n", "", said, flags=re.DOTALL)
     assert "Stopped." in said and "Traceback" not in said
     assert not psutil.wait_procs(started, timeout=60)[1], "left behind"
 

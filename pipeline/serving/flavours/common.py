@@ -54,6 +54,7 @@ REQUIREMENTS = (
     "pyyaml",
     "s3fs",
     "safetensors",
+    "scipy",
     "timm",
     "torch",
     "torchvision",
