@@ -227,17 +227,21 @@ class _Work:
         return {number: found.get(number) for number in ids}
 
     def _pool(self, most: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """The tops of all lists in turn, and how doubtful each is, from 0.5 to 1."""
+        """The tops of all lists in turn, and how doubtful each is, above 0 to 1.
+
+        That is its score relative to the first of its list, and its place there: in a small table the tops
+        hold images that nothing is wrong with, which must not come before doubtful ones for being different.
+        """
         names, other = self._record.ontology.names, self._wish.against or ""
         weights: dict[int, float] = {}
         lists = [
             [
-                (kind, at, *values)
-                for at, values in enumerate(zip(top.ids, top.scores, top.extra, strict=True))
+                (kind, at, score / max(top.scores[0], 1e-9), number, score, extra)
+                for at, (number, score, extra) in enumerate(zip(top.ids, top.scores, top.extra, strict=True))
             ]
             for kind, top in self._found.lists.items()
         ]
-        for kind, at, number, score, extra in filter(
+        for kind, at, relative, number, score, extra in filter(
             None, itertools.chain.from_iterable(itertools.zip_longest(*lists))
         ):
             number = int(number)
@@ -247,7 +251,7 @@ class _Work:
             if kind not in ("quality", "confidence") or at < max(self._wish.worst, 1):
                 told = reason(kind, float(score), names[extra] if extra >= 0 else "", other)
                 self.reasons.setdefault(number, []).append(told)
-            weight = 1 - 0.5 * at / max(most, 1)
+            weight = max(relative, 1e-3) * (1 - 0.5 * at / max(most, 1))
             weights[number] = max(weights.get(number, 0.0), weight)
         for number in weights:
             self.reasons.setdefault(number, [])

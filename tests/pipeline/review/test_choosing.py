@@ -34,6 +34,9 @@ def test_doubtful_scenes_come_once(folder: Path) -> None:
     assert [len(scene & set(ids)) for scene in scenes] == [1, 1, 1]
     assert ids[0] in scenes[0] and "quality" in {one.kind for one in chosen.entries[0].reasons}
     assert (chosen.embedding, chosen.notes) == ("toyclip", [])
+    # More images than are doubtful: the others are different, which is no reason to leave out a doubtful one.
+    more = {entry.id for entry in choose(str(folder / "table"), Wish(worst=5, chance=0)).entries}
+    assert len(more) == 5 and [len(scene & more) for scene in scenes] == [1, 1, 1]
     # Without embeddings the worst scene comes three times.
     alike = choose(str(folder / "table"), Wish(worst=3, chance=0, diverse=False))
     assert {entry.id for entry in alike.entries} == scenes[0]
