@@ -18,7 +18,6 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import cache
-from importlib.resources import files
 from typing import Annotated, Any
 
 import numpy as np
@@ -44,6 +43,7 @@ from pipeline.serving.limits import (
     Uploads,
     bounded,
 )
+from pipeline.serving.pages import add_page
 from pipeline.serving.registry import (
     Answer,
     HeatAnswer,
@@ -315,7 +315,7 @@ def create_app(
     )
     app.add_middleware(TrustedHosts, loopback=loopback, names=names)
     app.add_middleware(Guard)
-    _add_page(app)
+    add_page(app, "pipeline.serving", "page", ("page.js", "masks.js", "example.js"))
     _add_samples(app)
     errors: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorReply} for status in (400, 403, 408, 413, 415, 429, 500, 503)
@@ -376,23 +376,6 @@ def create_app(
     add_errors(app)
     _document(app)
     return app
-
-
-def _add_page(app: FastAPI) -> None:
-    folder = files("pipeline.serving")
-
-    def add(path: str, kind: str, *sources: Any) -> None:
-        body = "\n".join(source.read_text(encoding="utf-8") for source in sources).encode()
-
-        async def serve() -> Response:
-            return Response(body, media_type=kind)
-
-        app.get(path, include_in_schema=False)(serve)
-
-    add("/", "text/html", folder / "page.html")
-    add("/page.css", "text/css", files("pipeline.report") / "base.css", folder / "page.css")
-    for script in ("page.js", "masks.js", "example.js"):
-        add(f"/{script}", "text/javascript", folder / script)
 
 
 def _add_samples(app: FastAPI) -> None:

@@ -10,8 +10,7 @@ import asyncio
 import io
 import threading
 from collections.abc import Collection
-from importlib.resources import files
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +25,8 @@ from pipeline.review.queue import KINDS, Kind
 from pipeline.review.saving import Decision, Saved, SavedByAnother
 from pipeline.serving.guard import Guard, TrustedHosts, add_errors, client_address, invalid_request
 from pipeline.serving.limits import Limits, RateLimiter, Refused, Uploads, bounded
+from pipeline.serving.pages import add_page
 
-_SCRIPTS = ("review.js", "canvas.js", "drafts.js")
 _DECODED_AT_ONCE = 4
 """Images in memory."""
 
@@ -116,7 +115,7 @@ def create_review_app(
     )
     app.add_middleware(TrustedHosts, loopback=loopback, names=names)
     app.add_middleware(Guard)
-    _add_page(app)
+    add_page(app, "pipeline.serving.review", "review", ("review.js", "canvas.js", "drafts.js"))
     _add_reading(app, desk)
     _add_saving(app, desk, limits)
     add_errors(app)
@@ -127,23 +126,6 @@ def create_review_app(
         return JSONResponse(body | {"saved": _saved(error.there).model_dump()}, 412)
 
     return app
-
-
-def _add_page(app: FastAPI) -> None:
-    folder = files("pipeline.serving.review")
-
-    def add(path: str, kind: str, *sources: Any) -> None:
-        body = "\n".join(source.read_text(encoding="utf-8") for source in sources).encode()
-
-        async def serve() -> Response:
-            return Response(body, media_type=kind)
-
-        app.get(path, include_in_schema=False)(serve)
-
-    add("/", "text/html", folder / "review.html")
-    add("/review.css", "text/css", files("pipeline.report") / "base.css", folder / "review.css")
-    for script in _SCRIPTS:
-        add(f"/{script}", "text/javascript", folder / script)
 
 
 def _add_reading(app: FastAPI, desk: Desk) -> None:
