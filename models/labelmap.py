@@ -27,9 +27,9 @@ from models.errors import FailedWork
 Indices = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.float64]
 
-_CPU_TILE_BYTES = 1_000_000  # of scores: half of a common L2 cache
-_CPU_TILE_COLUMNS = 512
-_GPU_TILE_BYTES = 256_000_000
+CPU_TILE_BYTES = 1_000_000  # of scores: half of a common L2 cache
+CPU_TILE_COLUMNS = 512
+GPU_TILE_BYTES = 256_000_000
 _PART = 1024  # rows or columns per interpolation matrix
 _LONG_PART = 8192  # the same where the other side is short, if the matrix stays below
 _MATRIX = 1 << 18  # values
@@ -87,7 +87,7 @@ def label_map(
     if thresholds is not None:
         limits = thresholds.to(scores.device, torch.float32, non_blocking=True)
     # Everything runs in one thread: on a busy machine a single parallel operation costs as much as the map.
-    with torch.inference_mode(), _one_thread(scores.device):
+    with torch.inference_mode(), one_thread(scores.device):
         if subset is not None and limits is not None:
             limits = limits[subset.ids]
         return _tiled(scores, network_size, image_size, temperature, limits, ignore_index, subset)
@@ -116,10 +116,10 @@ def _tiled(
     height, width = image_size
     labels = torch.empty(height, width, dtype=torch.int32 if wide else torch.uint8, device=device)
     confidence = torch.empty(height, width, dtype=torch.uint8, device=device)
-    tile_bytes = _CPU_TILE_BYTES if device.type == "cpu" else _GPU_TILE_BYTES
+    tile_bytes = CPU_TILE_BYTES if device.type == "cpu" else GPU_TILE_BYTES
     count = len(kept)
     # A tile of a long, thin image is as large as any other: their number follows the pixels, not a side.
-    least_columns = _CPU_TILE_COLUMNS if device.type == "cpu" else _PART
+    least_columns = CPU_TILE_COLUMNS if device.type == "cpu" else _PART
     tile_columns = max(least_columns, min(_long_part(w, width), tile_bytes // (4 * count * height)))
     tile_columns = min(width, tile_columns)
     part = _PART if width >= least_columns else max(_PART, _long_part(h, height))
@@ -129,12 +129,12 @@ def _tiled(
     by_row = scores.permute(1, 0, 2).reshape(h * count, w)
     for left in range(0, width, tile_columns):
         right = min(width, left + tile_columns)
-        columns = _axis(w, network_size[1], width, left, right, device)
+        columns = interpolation(w, network_size[1], width, left, right, device)
         across = columns.weights.T.contiguous()
         stretched = (by_row[:, columns.first : columns.last] @ across).view(h, count * (right - left))
         for start in range(0, height, part):
             stop = min(height, start + part)
-            rows = _axis(h, network_size[0], height, start, stop, device)
+            rows = interpolation(h, network_size[0], height, start, stop, device)
             for top in range(start, stop, tile_rows):
                 bottom = min(stop, top + tile_rows)
                 low, high = rows.lows[top - start], rows.highs[bottom - 1 - start]
@@ -142,7 +142,7 @@ def _tiled(
                 tile = memory[: shape[0] * shape[1] * shape[2]].view(shape[0], -1)
                 weights = rows.weights[top - start : bottom - start, low - rows.first : high - rows.first]
                 torch.mm(weights, stretched[low:high], out=tile)
-                index, p = _decide(tile.view(shape), share=temperature is None)
+                index, p = decide(tile.view(shape), share=temperature is None)
                 label = ids[index]
                 if limits is not None:
                     label = torch.where(p < limits[index], ignore_index, label)
@@ -152,7 +152,7 @@ def _tiled(
 
 
 @contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
+def one_thread(device: torch.device) -> Iterator[None]:
     """Run the tiles in the calling thread.
 
     Each tile takes a dozen operations of about 50 microseconds. For 30 classes on 500x375, two threads take
@@ -170,7 +170,7 @@ def _one_thread(device: torch.device) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _decide(tile: Tensor, *, share: bool) -> tuple[Tensor, Tensor]:
+def decide(tile: Tensor, *, share: bool) -> tuple[Tensor, Tensor]:
     """Best class (ties: the lowest id) and its confidence in a tile (rows, C, columns), which is overwritten.
 
     The confidence is the softmax over C or, with ``share``, the share of the positive values.
@@ -204,6 +204,22 @@ def _contenders(scores: Tensor, temperature: float | None) -> Tensor:
     Raises:
         MaskMillError: ``labelling_failed``.
     """
+    ranges = finite_ranges(scores)
+    if temperature is None:
+        return torch.arange(len(scores))
+    highest, lowest = ranges
+    return (temperature * (highest - lowest.max()) > -_NEGLIGIBLE).nonzero().flatten()
+
+
+def finite_ranges(scores: Tensor) -> Tensor:
+    """The highest and the lowest score of each class, (2, C) on the CPU.
+
+    Args:
+        scores: (C, h, w).
+
+    Raises:
+        MaskMillError: ``labelling_failed`` if a score is NaN or infinite.
+    """
     ranges = torch.stack([scores.amax((1, 2)), scores.amin((1, 2))]).cpu()
     if not bool(torch.isfinite(ranges).all()):
         raise FailedWork(
@@ -211,10 +227,7 @@ def _contenders(scores: Tensor, temperature: float | None) -> Tensor:
             "The class scores hold NaN or infinite values.",
             "float16 overflows with some weights: use bfloat16 or float32. Else the weights are damaged.",
         )
-    if temperature is None:
-        return torch.arange(len(scores))
-    highest, lowest = ranges
-    return (temperature * (highest - lowest.max()) > -_NEGLIGIBLE).nonzero().flatten()
+    return ranges
 
 
 def _long_part(grid: int, image: int) -> int:
@@ -226,7 +239,7 @@ def _long_part(grid: int, image: int) -> int:
     return min(_LONG_PART, int((math.sqrt(9 + 4 * ratio * _MATRIX) - 3) / (2 * ratio)))
 
 
-class _Axis(NamedTuple):
+class Interpolation(NamedTuple):
     """Both resizes composed, for a part of an axis.
 
     Attributes:
@@ -243,7 +256,9 @@ class _Axis(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def _axis(grid: int, network: int, image: int, start: int, stop: int, device: torch.device) -> _Axis:
+def interpolation(
+    grid: int, network: int, image: int, start: int, stop: int, device: torch.device
+) -> Interpolation:
     """Compose the resizes grid to network to image for the image's positions [start, stop)."""
     outer = _bilinear(network, image, start, stop)
     begin, end = int(outer[0][0].min()), int(outer[1][0].max()) + 1
@@ -258,7 +273,7 @@ def _axis(grid: int, network: int, image: int, start: int, stop: int, device: to
     low = first + used.argmax(1)
     high = last - used[:, ::-1].argmax(1)
     weights = torch.from_numpy(matrix.astype(np.float32)).to(device)
-    return _Axis(weights, first, last, low.tolist(), high.tolist())
+    return Interpolation(weights, first, last, low.tolist(), high.tolist())
 
 
 def _bilinear(source: int, target: int, start: int, stop: int) -> tuple[tuple[Indices, Weights], ...]:

@@ -5,6 +5,7 @@ Bad input is normal here. Any fault of one image raises ``ImageError``; see ``pi
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
@@ -15,7 +16,8 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from pipeline.files.containers import inside, member_range, read_cell
 from pipeline.files.images import MAX_PIXELS, ImageError
@@ -23,6 +25,7 @@ from pipeline.files.redaction import redact, without_signature
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _PIECE = 8 << 20  # bytes read at a time
+_PIECES_AHEAD = 8
 _PAST_END = re.compile(r"InvalidRange|\b416\b|not satisfiable", re.IGNORECASE)
 _CREDENTIALS = re.compile(
     r"ExpiredToken|token has expired|RequestExpired|InvalidAccessKeyId|SignatureDoesNotMatch"
@@ -68,6 +71,22 @@ def file_version(uri: str) -> str | None:
     return None if changed is None else f"{info.get('size')} {changed}"
 
 
+def local_path(uri: str) -> Path | None:
+    """The path of an address that is a whole file of this machine; None for objects and parts of files."""
+    if inside(uri) is not None:
+        return None
+    if _REMOTE.match(uri):
+        from pipeline.files.storage import canonical_uri, is_remote
+
+        try:
+            uri = canonical_uri(uri)
+        except Exception:  # reading it will tell
+            return None
+        if is_remote(uri):
+            return None
+    return Path(uri)
+
+
 def fetch(
     uri: str,
     *,
@@ -102,12 +121,68 @@ def fetch(
             ``too_many_bytes`` or ``unreadable``. Its message holds no secrets of the address.
         MaskMillError: ``storage_unreachable`` if credentials have expired, which is no fault of the image.
     """
-    if length is not None and length > max_bytes:
-        raise _too_many(length, max_bytes)
-    chunks = _contained(uri, start, length, max_bytes) or _chunks(uri, start, length, max_bytes)
+    pieces: list[bytes] = []
+
+    def read(chunks: _Chunks) -> None:
+        pieces.clear()
+        _gather(chunks, max_bytes, patience, pieces.append)
+
+    _read(read, uri, start, length, max_bytes, attempts, wait, sleep)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def copy_to(
+    file: IO[bytes],
+    uri: str,
+    *,
+    start: int = 0,
+    length: int | None = None,
+    max_bytes: int,
+    patience: float = 60.0,
+    attempts: int = 4,
+    wait: float = 0.5,
+    sleep: Callable[[float], object] = time.sleep,
+) -> None:
+    """``fetch`` into a file, in little memory.
+
+    Args:
+        file: a new local file, open for writing.
+        uri, start, length, max_bytes, patience, attempts, wait, sleep: see ``fetch``.
+
+    Raises:
+        ImageError, MaskMillError: as ``fetch``.
+        OSError: the file cannot be written.
+    """
+
+    def read(chunks: _Chunks) -> None:
+        file.seek(0)
+        file.truncate()
+        _gather(chunks, max_bytes, patience, file.write)
+
+    _read(read, uri, start, length, max_bytes, attempts, wait, sleep)
+
+
+_Chunks = Callable[[], Iterator[bytes]]
+
+
+def _read(
+    read: Callable[[_Chunks], None],
+    uri: str,
+    start: int,
+    length: int | None,
+    most: int,
+    attempts: int,
+    wait: float,
+    sleep: Callable[[float], object],
+) -> None:
+    """Let ``read`` take what is at an address, again after transient errors; see ``fetch``."""
+    if length is not None and length > most:
+        raise _too_many(length, most)
+    chunks = _contained(uri, start, length, most) or _chunks(uri, start, length, most)
     for attempt in range(attempts):
         try:
-            return _gather(chunks, max_bytes, patience)
+            read(chunks)
+            return
         except ImageError:
             raise
         except Exception as error:  # each driver has its own exceptions
@@ -217,13 +292,19 @@ def _ranged_chunks(filesystem: Any, path: str, start: int, length: int | None) -
         start += want
 
 
-def _gather(chunks: Callable[[], Iterator[bytes]], most: int, patience: float) -> bytes:
+def _gather(chunks: _Chunks, most: int, patience: float, take: Callable[[bytes], object]) -> None:
     """Read all pieces in a thread, which is left behind if nothing arrives for ``patience`` seconds.
 
     Nothing else ends a read from a network share that is gone.
     """
-    arrived: queue.SimpleQueue[bytes | Exception | None] = queue.SimpleQueue()
+    arrived: queue.Queue[bytes | Exception | None] = queue.Queue(_PIECES_AHEAD)
     abandoned = threading.Event()
+
+    def put(item: bytes | Exception | None) -> None:
+        while not abandoned.is_set():
+            with contextlib.suppress(queue.Full):
+                arrived.put(item, timeout=1)
+                return
 
     def read() -> None:
         size = 0
@@ -234,24 +315,25 @@ def _gather(chunks: Callable[[], Iterator[bytes]], most: int, patience: float) -
                     raise _too_many(size, most)
                 if abandoned.is_set():
                     return
-                arrived.put(piece)
-            arrived.put(None)
+                put(piece)
+            put(None)
         except Exception as error:
-            arrived.put(error)
+            put(error)
 
     threading.Thread(target=read, name="fetch", daemon=True).start()
-    pieces: list[bytes] = []
-    while True:
-        try:
-            item = arrived.get(timeout=patience)
-        except queue.Empty:
-            abandoned.set()
-            raise _Stalled(f"nothing arrived for {patience:g} s") from None
-        if item is None:
-            return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        if isinstance(item, Exception):
-            raise item
-        pieces.append(item)
+    try:
+        while True:
+            try:
+                item = arrived.get(timeout=patience)
+            except queue.Empty:
+                raise _Stalled(f"nothing arrived for {patience:g} s") from None
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                raise item
+            take(item)
+    finally:
+        abandoned.set()
 
 
 def _too_many(size: int, most: int) -> ImageError:

@@ -13,13 +13,16 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
 
+from models.errors import WrongUse
 from models.settings import Settings
 from pipeline.files import corruptions
 
@@ -98,7 +101,8 @@ _XML = (b"<svg", b"<?xml", b"<!--", b"<!DOCTYPE svg")
 
 _EXIF_ORIENTATION = 0x0112
 _STRIP_PIXELS = 1 << 20  # converted at a time
-_UPRIGHT: Mapping[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = MappingProxyType(
+#: What turns an image with this EXIF orientation upright.
+UPRIGHT: Mapping[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = MappingProxyType(
     {
         2: lambda image: image[:, ::-1],
         3: lambda image: image[::-1, ::-1],
@@ -138,7 +142,9 @@ class ImageError(Exception):
         return type(self), (self.code, self.message)
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+def decode(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, value_range: tuple[float, float] | None = None
+) -> NDArray[np.uint8]:
     """Decode an encoded image to upright RGB.
 
     Uses the first frame of an animation. Applies the EXIF orientation. Blends transparency over white, as a
@@ -152,6 +158,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         data: the encoded file, in one of :data:`FORMATS`.
         max_pixels: limit of height times width, checked before decoding, as is ``MAX_SIDE``. Above about 179
             million, Pillow's own limit applies.
+        value_range: of an image of which this is a part: the lowest and the highest of its values if they are
+            of 32 bits or floating-point. None takes them from the image itself.
 
     Returns:
         uint8 (H, W, 3), C-contiguous and writable, owned by the caller.
@@ -166,7 +174,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     if len(data) == 0:
         raise ImageError("empty", "the file has 0 bytes")
     try:
-        return _decode(data, max_pixels)
+        return _decode(data, max_pixels, value_range)
     except ImageError:
         raise
     except Exception as error:  # on hostile files, readers raise anything: struct.error, KeyError, …
@@ -174,11 +182,27 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
         if bare is None:
             raise _explain(error, data) from error
     try:
-        return _decode(bare, max_pixels)
+        return _decode(bare, max_pixels, value_range)
     except ImageError:
         raise
     except Exception as error:
         raise _explain(error, bare) from error
+
+
+def exceeds(image: bytes | Path, max_pixels: int) -> bool:
+    """Whether an image has more pixels than ``max_pixels``, by its header; False if that cannot be read."""
+    try:
+        with _open(image) as opened:
+            return opened.width * opened.height > max_pixels
+    except Image.DecompressionBombError:
+        return True
+    except Exception:  # readers raise anything; decoding will tell
+        return False
+
+
+def looks_like_image(head: bytes) -> bool:
+    """Whether a file that begins so is of one of ``FORMATS``."""
+    return bool(_SIGNATURES.match(head))
 
 
 def upright(data: bytes) -> tuple[bytes, str]:
@@ -200,7 +224,7 @@ def upright(data: bytes) -> tuple[bytes, str]:
         with _open(data) as image:
             kind = image.format
             # Pillow shows a TIFF's orientation only until it has loaded it.
-            if _orientation(image) not in _UPRIGHT:
+            if _orientation(image) not in UPRIGHT:
                 return data, ""
             made = io.BytesIO()
             if kind in ("JPEG", "MPO"):
@@ -224,7 +248,7 @@ def suffix_of_content(data: bytes) -> str:
         return ""
 
 
-def _decode(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
+def _decode(data: bytes, max_pixels: int, value_range: tuple[float, float] | None) -> NDArray[np.uint8]:
     with _open(data) as image:
         width, height = image.size
         if width * height > max_pixels:
@@ -237,8 +261,8 @@ def _decode(data: bytes, max_pixels: int) -> NDArray[np.uint8]:
             raise ImageError("unsupported_format", "a raw photograph, whose first image is a thumbnail")
         _load(image)
         # After load(): Pillow itself rotates TIFFs upright and then removes the tag.
-        turn = _UPRIGHT.get(_orientation(image))
-        rgb = _to_rgb(image)
+        turn = UPRIGHT.get(_orientation(image))
+        rgb = _to_rgb(image, value_range)
     return rgb if turn is None else np.ascontiguousarray(turn(rgb))
 
 
@@ -265,11 +289,11 @@ def _is_thumbnail(image: Image.Image) -> bool:
     return image.format == "TIFF" and tags is not None and bool(tags.get(254, 0) & 1)
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes | Path) -> Image.Image:
     """Read the header only."""
     with _header_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS)
 
 
 def _load(image: Image.Image) -> None:
@@ -294,11 +318,36 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+def value_extremes(data: bytes, height: int, width: int) -> tuple[float, float] | None:
+    """The lowest and the highest finite value of an image of 32 bits or floating-point; None for others.
+
+    Args:
+        data: the encoded file.
+        height, width: only this much of it, from its upper left corner, is looked at.
+
+    Returns:
+        (inf, -inf) if no value is finite.
+
+    Raises:
+        ImageError: as ``decode``.
+    """
+    try:
+        with _open(data) as image:
+            if image.mode not in ("I", "F"):
+                return None
+            _load(image)
+            return _extremes(image.crop((0, 0, width, height)))
+    except Exception as error:  # readers raise anything
+        raise _explain(error, data) from error
+
+
+def _to_rgb(image: Image.Image, value_range: tuple[float, float] | None = None) -> NDArray[np.uint8]:
     """Convert any of Pillow's modes to uint8 (H, W, 3), a strip at a time: its copies stay small."""
     width, height = image.size
     rgb = np.empty((height, width, 3), np.uint8)
-    limits = _value_range(image) if image.mode in ("I", "F") else (0.0, 255.0)
+    limits = (0.0, 255.0)
+    if image.mode in ("I", "F"):
+        limits = _scale_of(*(value_range or _extremes(image)))
     for top, strip in _strips(image):
         rows = rgb[top : top + strip.height]
         if image.mode.startswith("I;16"):
@@ -326,14 +375,19 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
         yield top, image.crop((0, top, image.width, min(image.height, top + rows)))
 
 
-def _value_range(image: Image.Image) -> tuple[float, float]:
-    """The values that become 0 and 255; see :func:`decode`."""
+def _extremes(image: Image.Image) -> tuple[float, float]:
+    """The lowest and the highest finite value; (inf, -inf) if there is none."""
     low, high = np.inf, -np.inf
     for _, strip in _strips(image):
         values = np.asarray(strip)
         finite = values[np.isfinite(values)]
         if finite.size:
             low, high = min(low, float(finite.min())), max(high, float(finite.max()))
+    return low, high
+
+
+def _scale_of(low: float, high: float) -> tuple[float, float]:
+    """The values that become 0 and 255, from the lowest and the highest; see :func:`decode`."""
     if low > high:
         return 0.0, 1.0
     if low >= 0:
@@ -441,7 +495,13 @@ class ImageSettings(Settings):
     resize: Literal["opencv", "antialias"] = "opencv"
     """``opencv`` is bilinear without antialiasing, as in the paper's code; ``antialias`` is Pillow's."""
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
-    """Larger images are not decoded but recorded as ``too_large``."""
+    """Images of more pixels are labelled in windows (``large_window``), up to 2^30 pixels, if they can be read
+    so: TIFF in tiles or narrow strips, and with libvips installed JPEG and PNG. Others become ``too_large``."""
+    large_window: Annotated[int, Field(ge=0, le=8192)] = 1024
+    """Side in pixels of the windows of an image above ``max_pixels``; each is resized and labelled like an
+    image of its own. 0 records such images as ``too_large``."""
+    large_overlap: Annotated[int, Field(ge=0)] = 128
+    """Pixels, at least, by which such windows overlap; scores are averaged there."""
     corruption: str = ""
     """``NAME:LEVEL``, such as ``jpeg_compression:3``, applied to the decoded image before resizing, to
     measure robustness; empty is none."""
@@ -452,6 +512,16 @@ class ImageSettings(Settings):
         if corruption:
             corruptions.parse(corruption)
         return corruption
+
+    @model_validator(mode="after")
+    def _windows(self) -> Self:
+        if self.large_window and self.large_overlap >= self.large_window:
+            raise WrongUse(
+                "setting_invalid",
+                f"windows of {self.large_window} pixels cannot overlap by {self.large_overlap}.",
+                f"Set large_overlap={self.large_window // 8}.",
+            )
+        return self
 
 
 def target_size(
