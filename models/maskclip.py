@@ -160,21 +160,32 @@ class MaskClip:
             size: (H, W) of the result.
             thresholds, ignore_index: see ``models.labelmap.label_map``.
         """
-        network, subset = (image.shape[-2], image.shape[-1]), None
-        if self.config.refine != "none":
-            refined = self.refine(image[None], scores[None], size)
-            scores, network = refined.scores[0], size
-            if refined.classes is not None:
-                subset = Subset(refined.classes[0], self.text.num_classes)
+        found, network, ids = self.final_scores(image, scores, size)
         return label_map(
-            scores.float(),
+            found,
             network_size=network,
             image_size=size,
             temperature=self.confidence_temperature,
             thresholds=thresholds,
             ignore_index=ignore_index,
-            subset=subset,
+            subset=None if ids is None else Subset(ids, self.text.num_classes),
         )
+
+    def final_scores(
+        self, image: Tensor, scores: Tensor, size: tuple[int, int]
+    ) -> tuple[Tensor, tuple[int, int], Tensor | None]:
+        """The scores from which labels are taken, refined as the settings say.
+
+        Args:
+            image, scores, size: as in ``label_scores``.
+
+        Returns:
+            fp32 (K, h, w); the (H, W) on which their grid lies; int64 (K,) ids of the classes, None if all.
+        """
+        if self.config.refine == "none":
+            return scores.float(), (image.shape[-2], image.shape[-1]), None
+        refined = self.refine(image[None], scores[None], size)
+        return refined.scores[0].float(), size, None if refined.classes is None else refined.classes[0]
 
     def refine(self, images: Tensor, scores: Tensor, size: tuple[int, int]) -> Refined:
         """Refine scores by their images, as the settings say; without a refiner they stay as they are.

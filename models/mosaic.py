@@ -3,12 +3,13 @@
 Shapes: C classes, K of them, h w the grid of a window's scores, W the image's width.
 
 Where windows overlap, their scores are averaged at the image's pixels, and then the class is chosen. Windows
-come row by row. Held are the scores of the windows that are still needed: two or three of a row in full, of the
-others the cells that reach into the next row of windows. Labels come out in blocks of a window's height.
+come row by row. Held are the scores of the windows that are still needed: two or three of a row in full, of
+the others the cells that reach into the next row of windows.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -31,8 +32,8 @@ MOST_BYTES = 2 << 30
 """Of scores that are held. Only hundreds of classes on the grid of pixels of a very wide image exceed it."""
 
 Rule = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Averaged scores (rows, K, columns) and the ids (K,) of their classes -> class ids and uint8 confidence, both
-(rows, columns)."""
+"""Averaged scores (rows, K, columns) and the ids (K,) of their classes -> class ids and uint8 confidence,
+both (rows, columns)."""
 
 
 def spread(length: int, window: int, overlap: int) -> list[int]:
@@ -108,7 +109,7 @@ class Mosaic:
     ) -> None:
         for starts, side, length in zip((tops, lefts), window, size, strict=True):
             assert starts[0] == 0 and starts[-1] + side == length, "windows cover the image"
-            assert all(0 < b - a <= side for a, b in zip(starts, starts[1:], strict=False)), "without gaps"
+            assert all(0 < b - a <= side for a, b in itertools.pairwise(starts)), "without gaps"
         self._size, self._window, self._tops, self._lefts = size, window, list(tops), list(lefts)
         self._num_classes, self._rule = num_classes, rule
         self._held: dict[tuple[int, int], _Scores] = {}
@@ -257,7 +258,7 @@ class Mosaic:
 def _cuts(starts: Sequence[int], window: int, first: int, last: int) -> Iterator[tuple[int, int]]:
     """[first, last) cut where earlier windows end."""
     edges = sorted({first, last, *(start + window for start in starts if first < start + window < last)})
-    yield from zip(edges, edges[1:], strict=False)
+    yield from itertools.pairwise(edges)
 
 
 def best_class(thresholds: Tensor | None, ignore_index: int, *, share: bool = False) -> Rule:

@@ -495,8 +495,8 @@ class ImageSettings(Settings):
     resize: Literal["opencv", "antialias"] = "opencv"
     """``opencv`` is bilinear without antialiasing, as in the paper's code; ``antialias`` is Pillow's."""
     max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
-    """Images of more pixels are labelled in windows (``large_window``), up to 2^30 pixels, if they can be read
-    so: TIFF in tiles or narrow strips, and with libvips installed JPEG and PNG. Others become ``too_large``."""
+    """Images of more pixels are labelled in windows (``large_window``), up to 2^30 pixels, if they can be
+    read so: TIFF in tiles or narrow strips, and with libvips JPEG and PNG. Others become ``too_large``."""
     large_window: Annotated[int, Field(ge=0, le=8192)] = 1024
     """Side in pixels of the windows of an image above ``max_pixels``; each is resized and labelled like an
     image of its own. 0 records such images as ``too_large``."""

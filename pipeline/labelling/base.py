@@ -18,7 +18,11 @@ from torch import Tensor
 
 from models.device import DTYPES, best_device
 from models.labelmap import label_map
-from pipeline.labelling.labeller import LabellerSettings, Prediction, label_dtype
+from models.mosaic import Rule, best_class
+from pipeline.files.images import ImageSettings
+from pipeline.files.large.picture import Picture
+from pipeline.labelling.labeller import LabellerSettings, Prediction, Strip, label_dtype
+from pipeline.labelling.windows import WindowScores, label_picture
 
 Self = TypeVar("Self", bound="BaseLabeller")
 
@@ -85,6 +89,49 @@ class BaseLabeller(ABC):
             thresholds=torch.tensor(thresholds) if any(thresholds) else None,
             ignore_index=self.settings.ignore_index,
         )
+
+    def window_of(self, scores: Any, network_size: tuple[int, int], size: tuple[int, int]) -> WindowScores:
+        """Scores of a window of a larger image, as ``rule`` takes their mean.
+
+        Args:
+            scores, network_size, size: as in ``label_of``.
+        """
+        return WindowScores(
+            scores if self.temperature is None else scores * self.temperature, network_size, None
+        )
+
+    def rule(self) -> Rule:
+        """How labels come from the mean scores of windows, as in ``label_of``."""
+        thresholds = self.settings.thresholds
+        return best_class(
+            torch.tensor(thresholds) if any(thresholds) else None,
+            self.settings.ignore_index,
+            share=self.temperature is None,
+        )
+
+    @property
+    def scored_classes(self) -> int:
+        """Number of classes that scores have."""
+        return self.settings.num_classes
+
+    @torch.inference_mode()
+    def window_scores(self, images: Sequence[np.ndarray], size: tuple[int, int]) -> list[WindowScores]:
+        """Scores of windows of a larger image.
+
+        Args:
+            images: (Hn, Wn, 3) uint8 RGB each, at most ``batch_size``.
+            size: (H, W) of every window in the image's pixels.
+        """
+        if self.settings.threads:
+            torch.set_num_threads(self.settings.threads)
+        return [
+            self.window_of(scores, (image.shape[0], image.shape[1]), size)
+            for scores, image in zip(self._each_score(images), images, strict=True)
+        ]
+
+    def label_picture(self, picture: Picture, settings: ImageSettings) -> Iterator[Strip]:
+        """See ``Labeller.label_picture``."""
+        return label_picture(self, picture, settings)
 
     @torch.inference_mode()
     def label(self, images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]) -> list[Prediction]:

@@ -225,6 +225,8 @@ def _flow(
                 functools.partial(make_labeller, threads=compute.threads),
                 attempts,
                 write.run_id,
+                image_settings,
+                write.ignore_index,
             ),
             # With GPUs, Ray Data requires a number: enough rows to fill batches of one image size.
             **stage | ({"batch_size": LARGEST_PART} if compute.gpus else {}),

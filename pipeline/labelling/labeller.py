@@ -16,12 +16,14 @@ Shapes: H W the image's own size; Hn Wn the size fed to the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 
+from pipeline.files.images import ImageSettings
+from pipeline.files.large.picture import Picture
 from pipeline.ontology.ontology import MAX_CLASSES_8BIT
 
 
@@ -34,6 +36,20 @@ class Prediction:
         confidence: (H, W) uint8, round(255 p) of the chosen class, before any threshold.
     """
 
+    labels: np.ndarray
+    confidence: np.ndarray
+
+
+@dataclass(frozen=True)
+class Strip:
+    """Pseudo-labels of some rows of an image.
+
+    Attributes:
+        top: the first row.
+        labels, confidence: (rows, W), as in ``Prediction``.
+    """
+
+    top: int
     labels: np.ndarray
     confidence: np.ndarray
 
@@ -53,6 +69,22 @@ class Labeller(Protocol):
         Args:
             images: (Hn, Wn, 3) uint8 RGB each, at most ``batch_size``.
             sizes: (H, W) of each original image and of its label map.
+        """
+        ...
+
+    def label_picture(self, picture: Picture, settings: ImageSettings) -> Iterator[Strip]:
+        """Label an image that is too large to be decoded whole, in windows.
+
+        Args:
+            picture: the image.
+            settings: the size of windows, their overlap, and how each is resized for the network.
+
+        Returns:
+            Strips from top to bottom.
+
+        Raises:
+            ImageError: a region cannot be read.
+            MaskMillError: ``labelling_failed``.
         """
         ...
 

@@ -14,6 +14,7 @@ from models.maskclip import MaskClip
 from models.settings import MaskClipSettings
 from pipeline.labelling.base import BaseLabeller
 from pipeline.labelling.labeller import LabellerSettings
+from pipeline.labelling.windows import WindowScores
 
 
 class Scored(NamedTuple):
@@ -78,4 +79,11 @@ class MaskClipLabeller(BaseLabeller):
             size,
             thresholds=torch.tensor(thresholds) if any(thresholds) else None,
             ignore_index=self.settings.ignore_index,
+        )
+
+    def window_of(self, scores: Scored, network_size: tuple[int, int], size: tuple[int, int]) -> WindowScores:
+        """See ``BaseLabeller.window_of``; each window is refined by itself."""
+        found, network_size, ids = self._maskclip.final_scores(scores.image, scores.scores, size)
+        return WindowScores(
+            found if self.temperature is None else found * self.temperature, network_size, ids
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -24,8 +25,9 @@ from models.errors import FailedWork
 from pipeline.corpus.manifest import ADDRESS
 from pipeline.files import corruptions, images
 from pipeline.files.faults import explain
-from pipeline.files.fetch import fetch, file_version, max_bytes
+from pipeline.files.fetch import fetch, file_version, local_path, max_bytes
 from pipeline.files.images import ImageSettings
+from pipeline.files.large.opening import local_file, open_picture
 from pipeline.files.logs import run_log
 from pipeline.files.storage import Storage
 from pipeline.labelling.attempts import (
@@ -41,6 +43,7 @@ from pipeline.labelling.labeller import Labeller, Prediction, label_dtype
 from pipeline.table import labels
 from pipeline.table.committed import LABELS_DIR, RELABELLED_DIR, write_part
 from pipeline.table.lease import refuse_other_holder
+from pipeline.table.strips import MapTooLarge, MapWriter
 
 _T = TypeVar("_T")
 _R = TypeVar("_R", bound=Sized)
@@ -48,6 +51,8 @@ _CHUNK_BYTES = 64 << 20
 _FETCHES_AHEAD = 16
 _AHEAD_BYTES = 256 << 20
 _GIVE_UP_AFTER = 16
+_LARGE_FILE = 64 << 20  # bytes; of a local file above, the header is read before the rest
+_HEAD = 64
 
 _KNOWN = ("id", "uri", "sha256", "height", "width", "status", "error", "version")
 _DECODED = pa.schema(
@@ -58,6 +63,10 @@ _DECODED = pa.schema(
         ("network_width", pa.int32()),
         ("decode_s", pa.float32()),
         ("fetch_s", pa.float32()),
+        # Where a large image is, which has no pixels here: its windows are read when it is labelled.
+        ("address", pa.string()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
     ]
 )
 _LABELLED = pa.schema(
@@ -69,6 +78,10 @@ _LABELLED = pa.schema(
         ("fetch_s", pa.float32()),
         ("label_s", pa.float32()),
         ("batches", pa.float32()),
+        # Of a large image, encoded already.
+        ("maps", pa.struct([("mask", pa.binary()), ("confidence", pa.binary())])),
+        ("segments", labels.LABEL_SCHEMA.field("segments").type),
+        ("quality", pa.float32()),
     ]
 )
 _WRITTEN = pa.schema(
@@ -87,11 +100,16 @@ _WRITTEN = pa.schema(
 
 @dataclass(frozen=True)
 class _Fetched:
-    """A file's content, or why there is none; ``version`` as ``file_version`` told it before."""
+    """A file's content, or why there is none; ``version`` as ``file_version`` told it before.
+
+    Attributes:
+        large: it is to be read in windows, not here.
+    """
 
     version: str | None
     data: bytes = b""
     error: images.ImageError | None = None
+    large: bool = False
 
     def __len__(self) -> int:
         return len(self.data)
@@ -136,16 +154,32 @@ class Decode:
         # The version first: of a file that changes meanwhile it is the older one, and the change is found
         # later.
         version = file_version(address)
+        start, length = entry.get("offset") or 0, entry.get("length")
+        most = max_bytes(self._settings.max_pixels)
         try:
-            data = fetch(
-                address,
-                start=entry.get("offset") or 0,
-                length=entry.get("length"),
-                max_bytes=max_bytes(self._settings.max_pixels),
-            )
+            if self._windows and self._is_large_file(address, start, length):
+                return _Fetched(version, large=True)
+            data = fetch(address, start=start, length=length, max_bytes=most)
         except images.ImageError as error:
+            if self._windows and error.code == "too_many_bytes" and _begins_as_image(address, start):
+                return _Fetched(version, large=True)
             return _Fetched(version, error=error)
         return _Fetched(version, data)
+
+    @property
+    def _windows(self) -> bool:
+        """Whether large images are labelled in windows. Corruptions are of whole images."""
+        return self._settings.large_window > 0 and not self._settings.corruption
+
+    def _is_large_file(self, address: str, start: int, length: int | None) -> bool:
+        """Whether a local file holds an image above the limit, of which then only the header is read."""
+        path = local_path(address) if start == 0 and length is None else None
+        try:
+            if path is None or not path.is_file() or path.stat().st_size < _LARGE_FILE:
+                return False
+        except OSError:  # fetch tells
+            return False
+        return images.exceeds(path, self._settings.max_pixels)
 
     def _alone(self, entry: dict[str, Any], fetch: Callable[[], _Fetched]) -> dict[str, Any]:
         """The row of an image of a part that killed processes."""
@@ -168,9 +202,17 @@ class Decode:
             row["version"] = fetched.version
             if fetched.error is not None:
                 raise fetched.error
+            if fetched.large:
+                return row | _large(entry)
             row["sha256"] = hashlib.sha256(fetched.data).digest()
             image = images.decode(fetched.data, max_pixels=settings.max_pixels)
         except images.ImageError as error:
+            if (
+                error.code == "too_large"
+                and self._windows
+                and images.exceeds(fetched.data, settings.max_pixels)
+            ):
+                return row | _large(entry)
             return row | {"status": error.code, "error": error.message}
         if settings.corruption:
             # Seeded by the image's id, so that its noise is reproducible.
@@ -188,6 +230,22 @@ class Decode:
         }
 
 
+def _begins_as_image(address: str, start: int) -> bool:
+    try:
+        return images.looks_like_image(fetch(address, start=start, length=_HEAD, max_bytes=_HEAD))
+    except images.ImageError:
+        return False
+
+
+def _large(entry: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "status": "ok",
+        "address": entry.get(ADDRESS) or entry["uri"],
+        "offset": entry.get("offset"),
+        "length": entry.get("length"),
+    }
+
+
 class Label:
     """Decoded images → raw label and confidence maps, on one actor.
 
@@ -195,16 +253,27 @@ class Label:
         make_labeller: builds the Labeller.
         attempts: which parts and images have killed processes.
         run_id: this run, for the log.
+        image_settings: for large images, which are read and labelled here in windows.
+        ignore_index: id of uncertain pixels.
     """
 
     def __init__(
-        self, make_labeller: Callable[[], Labeller], attempts: Attempts | None = None, run_id: str = ""
+        self,
+        make_labeller: Callable[[], Labeller],
+        attempts: Attempts | None = None,
+        run_id: str = "",
+        image_settings: ImageSettings | None = None,
+        ignore_index: int = 255,
     ) -> None:
         began = time.perf_counter()
         self._labeller = make_labeller()
         run_log(run_id).info("label: model ready in %.1f s", time.perf_counter() - began)
         self._attempts = attempts or AttemptBook()
         self._turns = Turns()
+        self._run_id = run_id
+        self._image_settings = image_settings or ImageSettings()
+        self._ignore_index = ignore_index
+        self._one_large = threading.Lock()  # whose memory is bounded, but not small
         self._succeeded = self._failed = 0
 
     def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
@@ -212,8 +281,11 @@ class Label:
         pixels = table["pixels"]
         rows: list[dict[str, Any]] = []
         buckets: dict[tuple[int, int], list[int]] = {}
+        large: list[int] = []
         for index, status in enumerate(columns["status"]):
-            if status == "ok":
+            if status == "ok" and columns["address"][index] is not None:
+                large.append(index)
+            elif status == "ok":
                 shape = columns["network_height"][index], columns["network_width"][index]
                 buckets.setdefault(shape, []).append(index)
             else:
@@ -254,9 +326,67 @@ class Label:
                 if size >= _CHUNK_BYTES:
                     yield pa.Table.from_pylist(rows, schema=_LABELLED)
                     rows, size = [], 0
+        if rows and large:
+            yield pa.Table.from_pylist(rows, schema=_LABELLED)
+            rows = []
+        for index in large:
+            start = time.perf_counter()
+            row = _common_fields(columns, index)
+            place = (columns["address"][index], columns["offset"][index] or 0, columns["length"][index])
+            with self._one_large:
+                row |= self._large_alone(columns["id"][index], *place) if careful else self._large(*place)
+            row |= {"label_s": time.perf_counter() - start, "batches": 1.0}
+            yield pa.Table.from_pylist([row], schema=_LABELLED)
         self._attempts.end(key)
         if rows:
             yield pa.Table.from_pylist(rows, schema=_LABELLED)
+
+    def _large_alone(self, row_id: int, *place: Any) -> dict[str, Any]:
+        """``_large`` for an image of a part that killed processes."""
+        key = f"label {row_id}"
+        with self._turns.alone():
+            if self._attempts.begin(key) >= IMAGE_DEATHS:
+                return crashed_row("label")
+            fields = self._large(*place)
+            self._attempts.end(key)
+        return fields
+
+    def _large(self, address: str, start: int, length: int | None) -> dict[str, Any]:
+        """Read and label a large image in windows; the fields of its row."""
+        settings, log = self._image_settings, run_log(self._run_id)
+        try:
+            with (
+                local_file(address, start=start, length=length) as (path, digest),
+                open_picture(path, band=settings.large_window) as picture,
+            ):
+                log.info("label: %s has %d x %d pixels: in windows", address, picture.width, picture.height)
+                maps: MapWriter | None = None
+                for strip in self._labeller.label_picture(picture, settings):
+                    maps = maps or MapWriter(
+                        picture.height, picture.width, strip.labels.dtype, ignore_index=self._ignore_index
+                    )
+                    maps.add(strip.labels, strip.confidence)
+                    log.info("label: %d rows of %s", strip.top + len(strip.labels), address)
+                assert maps is not None, "an image has at least one strip"
+                encoded = maps.finish()
+                self._succeeded += 1
+                return {
+                    "sha256": digest,
+                    "height": picture.height,
+                    "width": picture.width,
+                    "maps": {"mask": encoded["mask"], "confidence": encoded["confidence"]},
+                    "segments": encoded["segments"],
+                    "quality": encoded["quality"],
+                }
+        except images.ImageError as error:
+            return {"status": error.code, "error": error.message}
+        except OSError as error:
+            return {"status": "unreadable", "error": f"{type(error).__name__}: {error}"}
+        except MapTooLarge as error:
+            return {"status": "too_large", "error": str(error)}
+        except Exception as error:
+            self._give_up(error)
+            return {"status": "label_failed", "error": f"{type(error).__name__}: {error}"[:500]}
 
     def _alone(self, row_id: int, image: np.ndarray, size: tuple[int, int]) -> Prediction | Exception | None:
         """The outcome for an image of a part that killed processes; None if the image does."""
@@ -278,22 +408,30 @@ class Label:
         except Exception as error:
             if len(batch) > 1:
                 return [self._outcomes([image], [size])[0] for image, size in zip(batch, sizes, strict=True)]
-            self._failed += 1
-            if not self._succeeded and self._failed >= _GIVE_UP_AFTER:
-                # The images are not the cause: fail now, not after a million of them.
-                raise FailedWork(
-                    "labelling_failed",
-                    f"None of {self._failed} images could be labelled: {type(error).__name__}: {error}",
-                    "Correct what the error names (for lack of memory: a smaller batch_size or scale).",
-                ) from error
+            self._give_up(error)
             return [error]
         self._succeeded += len(batch)
         return predictions
 
+    def _give_up(self, error: Exception) -> None:
+        """Count an image that could not be labelled.
+
+        Raises:
+            MaskMillError: ``labelling_failed`` if all fail: then the images are not the cause, and a million
+                of them would fail as well.
+        """
+        self._failed += 1
+        if not self._succeeded and self._failed >= _GIVE_UP_AFTER:
+            raise FailedWork(
+                "labelling_failed",
+                f"None of {self._failed} images could be labelled: {type(error).__name__}: {error}",
+                "Correct what the error names (for lack of memory: a smaller batch_size or scale).",
+            ) from error
+
 
 def _common_fields(columns: dict[str, list[Any]], index: int) -> dict[str, Any]:
     row = {name: columns[name][index] for name in (*_KNOWN, "decode_s", "fetch_s")}
-    return row | {"labels": None, "confidence": None, "label_s": 0.0, "batches": 0.0}
+    return dict.fromkeys(_LABELLED.names) | row | {"label_s": 0.0, "batches": 0.0}
 
 
 class Write:
@@ -318,7 +456,7 @@ class Write:
     ) -> None:
         self.storage = storage
         self.run_id = run_id
-        self._ignore_index = ignore_index
+        self.ignore_index = ignore_index
         self._replacing = np.empty(0, np.int64) if replacing is None else replacing
         self._dtype = label_dtype(num_classes)
 
@@ -357,12 +495,16 @@ class Write:
         known = {name: row[name] for name in ("id", "uri", "sha256", "height", "width", "version")}
         if row["status"] != labels.OK:
             return labels.failed_row(**known, status=row["status"], error=row["error"])
+        if row.get("maps") is not None:
+            return labels.encoded_row(
+                **known, **row["maps"], segments=row["segments"], quality=row["quality"]
+            )
         shape = row["height"], row["width"]
         return labels.ok_row(
             **known,
             labels=np.frombuffer(row["labels"], self._dtype).reshape(shape),
             confidence=np.frombuffer(row["confidence"], np.uint8).reshape(shape),
-            ignore_index=self._ignore_index,
+            ignore_index=self.ignore_index,
         )
 
 

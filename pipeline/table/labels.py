@@ -167,6 +167,26 @@ def ok_row(
     ``version`` is that of the file as it was read (``pipeline.files.fetch.file_version``).
     """
     assert labels.shape == confidence.shape == (height, width), (labels.shape, confidence.shape)
+    return encoded_row(
+        id=id,
+        uri=uri,
+        sha256=sha256,
+        height=height,
+        width=width,
+        mask=encode_mask(labels),
+        confidence=encode_confidence(confidence),
+        segments=segments(labels, confidence, ignore_index=ignore_index),
+        quality=quality(confidence, labels, ignore_index=ignore_index),
+        version=version,
+    )
+
+
+def encoded_row(
+    *, id: int, uri: str, sha256: bytes, height: int, width: int,
+    mask: bytes, confidence: bytes, segments: list[dict[str, Any]], quality: float,
+    version: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """``ok_row`` from maps that are PNGs already (``pipeline.table.strips``)."""
     return {
         "id": id,
         "uri": uri,
@@ -175,10 +195,10 @@ def ok_row(
         "width": width,
         "status": OK,
         "error": None,
-        "mask": {"bytes": encode_mask(labels), "path": None},
-        "confidence": {"bytes": encode_confidence(confidence), "path": None},
-        "segments": segments(labels, confidence, ignore_index=ignore_index),
-        "quality": quality(confidence, labels, ignore_index=ignore_index),
+        "mask": {"bytes": mask, "path": None},
+        "confidence": {"bytes": confidence, "path": None},
+        "segments": segments,
+        "quality": quality,
         "version": version,
     }
 

@@ -15,6 +15,65 @@ Labels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 Confidence = npt.NDArray[np.uint8]
 
 
+class MapStatistics:
+    """What a row says of its maps, from strips of them: it adds up over strips.
+
+    Args:
+        ignore_index: id of pixels without a label.
+    """
+
+    def __init__(self, ignore_index: int) -> None:
+        self._ignore_index = ignore_index
+        self._areas = self._sums = np.zeros(0, np.int64)
+        # Of each class: left, top, and one past right and bottom.
+        self._boxes: dict[int, tuple[int, int, int, int]] = {}
+        self._confidences = np.zeros(256, np.int64)
+
+    def add(self, labels: Labels, confidence: Confidence, top: int = 0) -> None:
+        """Count rows.
+
+        Args:
+            labels, confidence: (rows, W).
+            top: the first row.
+        """
+        assert labels.shape == confidence.shape
+        areas, sums = _areas_and_sums(labels, confidence)
+        present = np.flatnonzero(areas)
+        rank: npt.NDArray[Any] = (np.cumsum(areas > 0) - 1).astype(labels.dtype)[labels]
+        tops, bottoms = _extents(rank, len(present))
+        lefts, rights = _extents(rank.T, len(present))
+        boxes = np.stack([lefts, tops + top, rights, bottoms + top], 1).tolist()
+        for class_id, (left, first, right, last) in zip(present.tolist(), boxes, strict=True):
+            old = self._boxes.get(class_id, (left, first, right, last))
+            self._boxes[class_id] = (
+                min(left, old[0]), min(first, old[1]), max(right, old[2]), max(last, old[3])
+            )  # fmt: skip
+        self._areas, self._sums = _sum(self._areas, areas), _sum(self._sums, sums)
+        self._confidences += np.bincount(confidence[labels != self._ignore_index], minlength=256)
+
+    def segments(self) -> list[dict[str, Any]]:
+        """Statistics of each class, by ascending class id; see the function ``segments``."""
+        return [
+            {
+                "class_id": class_id,
+                "area": int(self._areas[class_id]),
+                "mean_confidence": float(self._sums[class_id] / (255 * self._areas[class_id])),
+                "bbox": [left, top, right - left, bottom - top],
+            }
+            for class_id, (left, top, right, bottom) in sorted(self._boxes.items())
+            if class_id != self._ignore_index
+        ]
+
+    def quality(self) -> float:
+        """See the function ``quality``."""
+        return softmin(self._confidences)
+
+
+def _sum(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    length = max(len(one), len(other))
+    return np.pad(one, (0, length - len(one))) + np.pad(other, (0, length - len(other)))
+
+
 def segments(labels: Labels, confidence: Confidence, *, ignore_index: int) -> list[dict[str, Any]]:
     """Statistics of each class in the image, by ascending class id.
 
@@ -22,24 +81,9 @@ def segments(labels: Labels, confidence: Confidence, *, ignore_index: int) -> li
         ``class_id``; ``area`` in pixels; ``mean_confidence`` in [0, 1]; ``bbox`` around all pixels of the
         class in COCO's format, [x, y, width, height] in pixels.
     """
-    assert labels.shape == confidence.shape
-    areas, sums = _areas_and_sums(labels, confidence)
-    present = np.flatnonzero(areas)
-    rank: npt.NDArray[Any] = (np.cumsum(areas > 0) - 1).astype(labels.dtype)[labels]
-    tops, bottoms = _extents(rank, len(present))
-    lefts, rights = _extents(rank.T, len(present))
-    return [
-        {
-            "class_id": class_id,
-            "area": int(areas[class_id]),
-            "mean_confidence": float(sums[class_id] / (255 * areas[class_id])),
-            "bbox": [left, top, right - left, bottom - top],
-        }
-        for class_id, left, top, right, bottom in zip(
-            present.tolist(), lefts.tolist(), tops.tolist(), rights.tolist(), bottoms.tolist(), strict=True
-        )
-        if class_id != ignore_index
-    ]
+    counted = MapStatistics(ignore_index)
+    counted.add(labels, confidence)
+    return counted.segments()
 
 
 def _extents(rank: npt.NDArray[Any], count: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
@@ -75,6 +119,11 @@ def quality(confidence: Confidence, labels: Labels, *, ignore_index: int, temper
     """
     assert labels.shape == confidence.shape
     counts = np.bincount(confidence[labels != ignore_index], minlength=256)
+    return softmin(counts, temperature)
+
+
+def softmin(counts: npt.NDArray[Any], temperature: float = 0.1) -> float:
+    """``quality`` from the number of pixels (256,) of each confidence."""
     present = np.flatnonzero(counts)
     if not len(present):
         return 0.0

@@ -70,7 +70,7 @@ def labelled(
     listing = images.parent / "list.txt"
     listing.write_text("".join(f"{path}\n" for path in sorted(images.iterdir())))
     output = images.parent / "table"
-    done = maskmill(*toy(listing, output, "--max-failure-rate", "0.5"))
+    done = maskmill(*toy(listing, output, "--max-failure-rate", "0.5", "--set", "images.large_window=0"))
     assert done.returncode == 0, done.stderr
     return listing, output, done.stderr
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+
 from models.errors import MaskMillError
 from models.labelmap import label_map
 from models.mosaic import Mosaic, best_class, spread
@@ -51,7 +52,7 @@ def canvas(size, window, tops, lefts, scores, network) -> torch.Tensor:
         part = F.interpolate(each[None].double(), network, mode="bilinear", align_corners=False)
         part = F.interpolate(part, window, mode="bilinear", align_corners=False)[0]
         area = (slice(tops[row], tops[row] + window[0]), slice(lefts[column], lefts[column] + window[1]))
-        total[:, *area] += part
+        total[(slice(None), *area)] += part
         count[area] += 1
     return total / count
 

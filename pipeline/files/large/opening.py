@@ -24,8 +24,8 @@ _SPARE = 1 << 30  # bytes that a temporary copy leaves free
 def local_file(uri: str, *, start: int = 0, length: int | None = None) -> Iterator[tuple[Path, bytes]]:
     """An image as a file of this machine, and its SHA-256.
 
-    Local files are read where they are. Objects, members of archives and byte ranges are copied to a temporary
-    file first, as every byte of them is needed.
+    Local files are read where they are. Objects, members of archives and byte ranges are copied to a
+    temporary file first, as every byte of them is needed.
 
     Args:
         uri: as for ``pipeline.files.fetch.fetch``.
@@ -80,8 +80,8 @@ def open_picture(path: Path, *, band: int) -> Picture:
         raise ImageError("not_an_image", f"a large file that begins with {repr(head[:8])[1:]}")
     raise ImageError(
         "too_large",
-        "images of this size are read in windows if they are TIFF, JPEG or PNG: write it anew as a tiled TIFF "
-        "(gdal_translate -of COG, or vips tiffsave --tile)",
+        "images of this size are read in windows if they are TIFF, JPEG or PNG: write it anew as a tiled "
+        "TIFF (gdal_translate -of COG, or vips tiffsave --tile)",
     )
 
 

@@ -38,22 +38,8 @@ _TILE_WIDTH, _TILE_LENGTH = 322, 323
 _OLD_JPEG = 6
 #: Tags that say how samples are stored: fill order, T4 and T6 options, predictor, colour map, ink set, extra
 #: samples, sample format, JPEG tables, sub-sampling and its position.
-_ABOUT_SAMPLES = (
-    _BITS,
-    _COMPRESSION,
-    _PHOTOMETRIC,
-    266,
-    _SAMPLES,
-    _PLANAR,
-    292,
-    293,
-    317,
-    320,
-    332,
-    338,
-    339,
-)
-_ABOUT_SAMPLES += (347, 530, 531)
+_ABOUT_SAMPLES: tuple[int, ...] = (_BITS, _COMPRESSION, _PHOTOMETRIC, 266, _SAMPLES, _PLANAR)
+_ABOUT_SAMPLES += (292, 293, 317, 320, 332, 338, 339, 347, 530, 531)
 _SHORT, _LONG, _UNDEFINED = 3, 4, 7
 _CODES = {1: "B", _SHORT: "H", _LONG: "I", 6: "b", _UNDEFINED: "B", 8: "h", 9: "i"}
 
@@ -99,6 +85,11 @@ class TiffPicture(Picture):
     def close(self) -> None:
         """See ``Picture``."""
         self._file.close()
+
+    @property
+    def cached_bytes(self) -> int:
+        """Of decoded tiles that are held."""
+        return self._cached
 
     def read_stored(self, top: int, left: int, height: int, width: int) -> NDArray[np.uint8]:
         """See ``Picture``."""

@@ -44,7 +44,7 @@ def _is_progressive(head: bytes) -> bool:
         marker = head[start + 1]
         if marker in (0xC2, 0xC6, 0xCA, 0xCE):
             return True
-        if marker == 0xDA or 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+        if marker == 0xDA or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
             return False
         start += 2 + int.from_bytes(head[start + 2 : start + 4], "big")
     return False

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from models.clip.text import TextClassifier, row_table
 from models.errors import WrongUse
+from models.mosaic import Rule
 from pipeline.labelling.base import BaseLabeller
 from pipeline.labelling.clipseg.model import ClipSegWeights
 from pipeline.labelling.clipseg.options import ClipSegOptions
 from pipeline.labelling.clipseg.prompting import check_finite, network_pixels, stretched
 from pipeline.labelling.labeller import LabellerSettings
+from pipeline.labelling.windows import WindowScores
 from pipeline.ontology.ontology import Ontology
 
 BAND_BYTES = {"cpu": 16_000_000, "cuda": 256_000_000}
@@ -169,3 +171,22 @@ class ClipSegLabeller(BaseLabeller):
         limits = self.settings.thresholds or (0.0,) * self.settings.num_classes
         thresholds = [limits[class_id] for class_id in self._resolution.class_ids]
         return resolve(scores, size, self._resolution, thresholds)
+
+    @property
+    def scored_classes(self) -> int:
+        """See ``BaseLabeller.scored_classes``: those of ``Resolution``."""
+        return len(self._resolution.class_ids)
+
+    def window_of(self, scores: Tensor, network_size: tuple[int, int], size: tuple[int, int]) -> WindowScores:
+        """See ``BaseLabeller.window_of``: probabilities, which have no temperature."""
+        return WindowScores(scores, network_size, None)
+
+    def rule(self) -> Rule:
+        """See ``BaseLabeller.rule``."""
+
+        def choose(scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+            return self.label_of(
+                scores.transpose(0, 1).contiguous(), (0, 0), (scores.shape[0], scores.shape[2])
+            )
+
+        return choose

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import torch
 
+from models.mosaic import spread
+from pipeline.files.images import ImageSettings, fit
+from pipeline.files.large.picture import Picture
 from pipeline.labelling.base import BaseLabeller
 from pipeline.labelling.clipseg.options import ClipSegOptions
-from pipeline.labelling.labeller import PreparedLabeller
+from pipeline.labelling.labeller import Labeller, PreparedLabeller
 from pipeline.labelling.prepare import prepare_labeller, student_recipe
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe, table_view
 from pipeline.ontology.ontology import Ontology, load_ontology
@@ -182,3 +185,90 @@ def test_any_network_size(prepare: Prepare, size: tuple[int, int]) -> None:
 @pytest.mark.skipif(not ON_GPU, reason="no CUDA device")
 def test_on_a_gpu_batches_are_larger(prepare: Prepare) -> None:
     assert prepare().build().batch_size >= 8
+
+
+class _Array(Picture):
+    """An image in memory that notes what is read of it."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        super().__init__((pixels.shape[0], pixels.shape[1]), 1)
+        self._pixels = pixels
+        self.regions: list[tuple[int, int, int, int]] = []
+
+    def read_stored(self, top: int, left: int, height: int, width: int) -> np.ndarray:
+        self.regions.append((top, left, height, width))
+        return self._pixels[top : top + height, left : left + width]
+
+    def close(self) -> None: ...
+
+
+def _in_windows(
+    labeller: Labeller, pixels: np.ndarray, settings: ImageSettings
+) -> tuple[np.ndarray, np.ndarray]:
+    strips = list(labeller.label_picture(_Array(pixels), settings))
+    assert [strip.top for strip in strips] == [0, *np.cumsum([len(strip.labels) for strip in strips])[:-1]]
+    return tuple(
+        np.concatenate([getattr(strip, name) for strip in strips]) for name in ("labels", "confidence")
+    )
+
+
+def _whole_and_windows(
+    prepare: Prepare, window: int, overlap: int, **changes: Any
+) -> tuple[Labeller, np.ndarray, ImageSettings]:
+    scenes = generate(4, 4, 64).images
+    pixels = np.concatenate([np.concatenate(scenes[:2], 1), np.concatenate(scenes[2:], 1)])
+    settings = ImageSettings(scale=(64, 64), large_window=window, large_overlap=overlap)
+    return prepare(**changes).build(threads=1), pixels, settings
+
+
+def test_one_window_is_the_plain_reading(prepare: Prepare) -> None:
+    labeller, pixels, settings = _whole_and_windows(prepare, 128, 0)
+    labels, confidence = _in_windows(labeller, pixels, settings)
+    (plain,) = labeller.label([fit(pixels, settings)], [(128, 128)])
+    np.testing.assert_array_equal(labels, plain.labels)
+    np.testing.assert_array_equal(confidence, plain.confidence)
+    assert labels.dtype == plain.labels.dtype
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_windows_without_overlap_are_images_of_their_own(prepare: Prepare, batch_size: int) -> None:
+    labeller, pixels, settings = _whole_and_windows(prepare, 64, 0, batch_size=batch_size)
+    labels, confidence = _in_windows(labeller, pixels, settings)
+    for top, left in ((0, 0), (0, 64), (64, 0), (64, 64)):
+        area = (slice(top, top + 64), slice(left, left + 64))
+        (plain,) = labeller.label([np.ascontiguousarray(pixels[area])], [(64, 64)])
+        np.testing.assert_array_equal(labels[area], plain.labels)
+        np.testing.assert_array_equal(confidence[area], plain.confidence)
+
+
+def test_windows_change_labels_only_where_they_overlap(prepare: Prepare) -> None:
+    labeller, pixels, settings = _whole_and_windows(prepare, 64, 16, min_confidence=0.35)
+    labels, _ = _in_windows(labeller, pixels, settings)
+    starts = spread(128, 64, 16)
+    assert starts == [0, 32, 64]
+    (corner,) = labeller.label([np.ascontiguousarray(pixels[:64, :64])], [(64, 64)])
+    np.testing.assert_array_equal(labels[:32, :32], corner.labels[:32, :32])
+
+
+def test_the_image_is_read_once_in_windows(prepare: Prepare) -> None:
+    labeller, pixels, settings = _whole_and_windows(prepare, 48, 8)
+    picture = _Array(pixels[:, :50])
+    for _ in labeller.label_picture(picture, settings):
+        pass
+    assert picture.regions == [(top, left, 48, 48) for top in spread(128, 48, 8) for left in (0, 2)]
+
+
+def test_refined_windows_are_labelled_with_the_classes_of_each() -> None:
+    recipe = change_recipe(
+        RECIPES["toy"], {"refine": "pamr", "refine_classes": 3, "refine_dilations": [1], "refine_steps": 2}
+    )
+    labeller = prepare_labeller(recipe, TOYWORLD).build(threads=1)
+    pixels = np.concatenate(list(generate(4, 2, 64).images), 1)
+    settings = ImageSettings(scale=(64, 64), large_window=64, large_overlap=0)
+    labels, _ = _in_windows(labeller, pixels, settings)
+    for left in (0, 64):
+        (plain,) = labeller.label([np.ascontiguousarray(pixels[:, left : left + 64])], [(64, 64)])
+        np.testing.assert_array_equal(labels[:, left : left + 64], plain.labels)
+    settings = settings.replace(large_overlap=32)
+    labels, _ = _in_windows(labeller, pixels, settings)
+    assert labels.shape == (64, 128) and len(np.unique(labels)) > 1

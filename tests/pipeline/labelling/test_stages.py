@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,14 +20,16 @@ from PIL import Image
 
 from models.errors import MaskMillError
 from pipeline.files import corruptions, images
-from pipeline.files.fetch import file_version
+from pipeline.files.fetch import fetch, file_version
 from pipeline.files.images import ImageSettings
+from pipeline.files.large.picture import Picture
 from pipeline.files.storage import Storage, open_storage
 from pipeline.labelling import stages
-from pipeline.labelling.labeller import Prediction
+from pipeline.labelling.attempts import IMAGE_DEATHS, PART_DEATHS, AttemptBook, part_key
+from pipeline.labelling.labeller import Prediction, Strip
 from pipeline.labelling.stages import Decode, Label, Write
 from pipeline.table.committed import LABELS_DIR, RELABELLED_DIR, part_files
-from pipeline.table.labels import LABEL_SCHEMA, decode_confidence, decode_mask, iter_rows
+from pipeline.table.labels import LABEL_SCHEMA, decode_confidence, decode_mask, iter_rows, ok_row
 from pipeline.table.lease import LEASE_FILE, Lease
 from pipeline.toyworld import scenes as toyworld
 
@@ -49,7 +53,7 @@ class _BrightnessLabeller:
         ]
 
 
-SETTINGS = ImageSettings(scale=(64, 32), keep_ratio=True, resize="opencv", max_pixels=10_000)
+SETTINGS = ImageSettings(scale=(64, 32), keep_ratio=True, resize="opencv", max_pixels=10_000, large_window=0)
 
 
 def _write(storage: Storage, run_id: str | None = None) -> Write:
@@ -281,7 +285,7 @@ def test_the_longest_sides_are_labelled_and_longer_ones_are_rows(
     (tmp_path / "in").mkdir()
     longer = (thin[0] + (thin[0] > 1), thin[1] + (thin[1] > 1))
     table = _folder(tmp_path / "in", {"a.png": (thin, 200), "b.png": (longer, 200)})
-    settings = ImageSettings(scale=(64, 32))
+    settings = ImageSettings(scale=(64, 32), large_window=0)
     storage = open_storage(tmp_path / "out")
     for part in Decode(settings)(table):
         for labelled in Label(_BrightnessLabeller)(part):
@@ -343,3 +347,172 @@ def test_masks_are_as_wide_as_their_ids(tmp_path: Path, num_classes: int, ignore
     (row,) = iter_rows(storage)
     assert decode_mask(row["mask"]["bytes"]).tolist() == mask.tolist()
     assert [segment["class_id"] for segment in row["segments"]] == [1]
+
+
+class _WindowLabeller(_BrightnessLabeller):
+    """Labels each window's pixels by their brightness."""
+
+    def label_picture(self, picture: Picture, settings: ImageSettings) -> Iterator[Strip]:
+        for top in range(0, picture.height, settings.large_window):
+            rows = min(settings.large_window, picture.height - top)
+            grey = np.concatenate(
+                [
+                    picture.read(top, left, rows, min(settings.large_window, picture.width - left))[..., 0]
+                    for left in range(0, picture.width, settings.large_window)
+                ],
+                1,
+            )
+            if not grey.any():
+                raise RuntimeError("all black")
+            yield Strip(top, (grey > 128).astype(np.uint8), grey)
+
+
+IN_WINDOWS = SETTINGS.replace(max_pixels=5000, large_window=48, large_overlap=8)
+
+
+def _tiff(path: Path, grey: np.ndarray, **tags: Any) -> None:
+    """A TIFF in strips of 16 rows."""
+    Image.fromarray(grey).save(path, compression="tiff_lzw", tiffinfo={278: 16, **tags})
+
+
+def _through(
+    table: pa.Table, output: Path, settings: ImageSettings, labeller: Any = None
+) -> dict[str, dict[str, Any]]:
+    storage = open_storage(output)
+    label = Label(lambda: labeller or _WindowLabeller(), None, "", settings, 255)
+    for part in Decode(settings)(table):
+        for labelled in label(part):
+            _write(storage)(labelled)
+    return {Path(row["uri"]).name: row for row in iter_rows(storage)}
+
+
+def test_images_above_the_limit_are_labelled_in_windows(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    large = np.kron(rng.integers(1, 255, (10, 13)), np.ones((10, 10))).astype(np.uint8)
+    (tmp_path / "in").mkdir()
+    table = _folder(tmp_path / "in", {"small.png": ((60, 40), 200)})
+    _tiff(tmp_path / "in" / "large.tif", large)
+    (tmp_path / "in" / "shard.bin").write_bytes(b"ahead" + (tmp_path / "in" / "large.tif").read_bytes())
+    Image.new("L", (300, 200)).save(tmp_path / "in" / "large.webp")
+    _tiff(tmp_path / "in" / "black.tif", np.zeros_like(large))
+    (tmp_path / "in" / "cut.tif").write_bytes((tmp_path / "in" / "large.tif").read_bytes()[:-1500])
+    names = ["large.tif", "shard.bin", "large.webp", "black.tif"]
+    table = pa.table(
+        {
+            "id": pa.array([10, 0, 11, 12, 13], pa.int64()),
+            "uri": [*(str(tmp_path / "in" / name) for name in [names[0], "small.png", *names[1:]])],
+            "offset": pa.array([None, None, 5, None, None], pa.int64()),
+            "length": pa.array(
+                [None, None, (tmp_path / "in" / "large.tif").stat().st_size, None, None], pa.int64()
+            ),
+        }
+    )
+    rows = _through(table, tmp_path / "out", IN_WINDOWS)
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "small.png": "ok",
+        "large.tif": "ok",
+        "shard.bin": "ok",
+        "large.webp": "too_large",
+        "black.tif": "label_failed",
+    }
+    assert "tiled TIFF" in rows["large.webp"]["error"]
+    for name in ("large.tif", "shard.bin"):
+        row = rows[name]
+        content = (tmp_path / "in" / "large.tif").read_bytes()
+        assert row["sha256"] == hashlib.sha256(content).digest()
+        assert (row["height"], row["width"]) == large.shape
+        np.testing.assert_array_equal(decode_mask(row["mask"]["bytes"]), large > 128)
+        np.testing.assert_array_equal(decode_confidence(row["confidence"]["bytes"]), large)
+        whole = ok_row(
+            id=row["id"], uri=row["uri"], sha256=row["sha256"], height=100, width=130,
+            labels=(large > 128).astype(np.uint8), confidence=large, ignore_index=255,
+        )  # fmt: skip
+        for found, right in zip(row["segments"], whole["segments"], strict=True):
+            assert found.pop("mean_confidence") == pytest.approx(right.pop("mean_confidence"))
+            assert found == right
+        assert row["quality"] == pytest.approx(whole["quality"])
+
+
+def test_windows_are_switched_off_by_a_setting_or_a_corruption(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    _tiff(tmp_path / "in" / "large.tif", np.full((100, 100), 9, np.uint8))
+    table = pa.table({"id": pa.array([1], pa.int64()), "uri": [str(tmp_path / "in" / "large.tif")]})
+    for number, settings in enumerate(
+        (
+            IN_WINDOWS.replace(large_window=0, large_overlap=0),
+            IN_WINDOWS.replace(corruption="jpeg_compression:1"),
+        )
+    ):
+        rows = _through(table, tmp_path / f"out{number}", settings)
+        assert rows["large.tif"]["status"] == "too_large"
+        assert "limit" in rows["large.tif"]["error"]
+
+
+def test_a_damaged_tile_of_a_large_image_is_a_row(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "large.tif"
+    _tiff(path, rng.integers(0, 255, (100, 130)).astype(np.uint8))
+    path.write_bytes(path.read_bytes()[:8000])
+    _tiff(tmp_path / "whole.tif", rng.integers(0, 255, (100, 130)).astype(np.uint8))
+    damaged = bytearray((tmp_path / "whole.tif").read_bytes())
+    damaged[-3000:-2000] = bytes(1000)
+    path.write_bytes(damaged)
+    table = pa.table({"id": pa.array([1], pa.int64()), "uri": [str(path)]})
+    rows = _through(table, tmp_path / "out", IN_WINDOWS)
+    assert rows["large.tif"]["status"] in ("unreadable", "truncated")
+    assert "the tile at row" in rows["large.tif"]["error"]
+
+
+def test_large_files_are_told_by_their_header_and_never_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _tiff(tmp_path / "large.tif", np.full((100, 100), 9, np.uint8))
+    Image.new("L", (60, 40), 200).save(tmp_path / "small.png")
+    monkeypatch.setattr(stages, "_LARGE_FILE", 1)
+    fetched: list[str] = []
+
+    def noting(address: str, **how: Any) -> bytes:
+        fetched.append(Path(address).name)
+        return fetch(address, **how)
+
+    monkeypatch.setattr(stages, "fetch", noting)
+    table = pa.table(
+        {
+            "id": pa.array([1, 2], pa.int64()),
+            "uri": [str(tmp_path / name) for name in ("large.tif", "small.png")],
+        }
+    )
+    rows = _through(table, tmp_path / "out", IN_WINDOWS)
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    assert fetched == ["small.png"]
+
+
+def test_files_of_more_bytes_than_fit_are_read_in_windows_if_they_are_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _tiff(tmp_path / "large.tif", np.full((100, 100), 9, np.uint8))
+    (tmp_path / "video.tif").write_bytes(bytes(3000))
+    monkeypatch.setattr(stages, "max_bytes", lambda _pixels: 100)
+    monkeypatch.setattr(stages, "local_path", lambda _uri: None)  # as in an object store
+    table = pa.table(
+        {
+            "id": pa.array([1, 2], pa.int64()),
+            "uri": [str(tmp_path / name) for name in ("large.tif", "video.tif")],
+        }
+    )
+    rows = _through(table, tmp_path / "out", IN_WINDOWS)
+    assert rows["large.tif"]["status"] == "ok"
+    assert rows["video.tif"]["status"] == "too_many_bytes"
+
+
+def test_a_large_image_that_kills_processes_is_a_row(tmp_path: Path) -> None:
+    _tiff(tmp_path / "large.tif", np.full((100, 100), 9, np.uint8))
+    table = pa.table({"id": pa.array([7], pa.int64()), "uri": [str(tmp_path / "large.tif")]})
+    decoded = pa.concat_tables(Decode(IN_WINDOWS)(table))
+    book = AttemptBook()
+    for _ in range(PART_DEATHS):
+        book.begin(part_key("label", np.array([7])))
+    for _ in range(IMAGE_DEATHS):
+        book.begin("label 7")
+    (row,) = pa.concat_tables(Label(_WindowLabeller, book, "", IN_WINDOWS, 255)(decoded)).to_pylist()
+    assert row["status"] == "crashed_worker"
