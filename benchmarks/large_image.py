@@ -70,13 +70,14 @@ def measure(path: Path, output: Path, window: int, overlap: int) -> None:
         manifest = pa.table({"id": pa.array([1], pa.int64()), "uri": [str(path)]})
         for part in Decode(settings)(manifest):
             for labelled in label(part):
+                of_label = peak()
                 write(labelled)
         seconds = time.perf_counter() - began
+    print(f"peak memory: model loaded {before:.2f} GB, labelled {of_label:.2f} GB, written {peak():.2f} GB")
     (row,) = iter_rows(storage)
     assert row["status"] == "ok", row["error"]
     pixels = row["height"] * row["width"]
     print(f"window {window}, overlap {overlap}: {seconds:,.0f} s, {pixels / seconds / 1e6:.2f} megapixels/s")
-    print(f"peak memory {peak():.2f} GB; before the image {before:.2f} GB (model loaded)")
     sizes = [len(row[name]["bytes"]) / 1e6 for name in ("mask", "confidence")]
     print(f"as PNG: label map {sizes[0]:.1f} MB, confidence {sizes[1]:.1f} MB")
     began = time.perf_counter()

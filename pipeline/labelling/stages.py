@@ -336,7 +336,9 @@ class Label:
             with self._one_large:
                 row |= self._large_alone(columns["id"][index], *place) if careful else self._large(*place)
             row |= {"label_s": time.perf_counter() - start, "batches": 1.0}
-            yield pa.Table.from_pylist([row], schema=_LABELLED)
+            done = pa.Table.from_pylist([row], schema=_LABELLED)
+            del row  # its maps may take hundreds of megabytes
+            yield done
         self._attempts.end(key)
         if rows:
             yield pa.Table.from_pylist(rows, schema=_LABELLED)

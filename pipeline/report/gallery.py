@@ -38,7 +38,7 @@ from pipeline.table import labels
 from pipeline.table.record import TableRecord, find_table_record
 from pipeline.table.statistics import quality as quality_of
 from pipeline.table.statistics import segments as segments_of
-from pipeline.table.viewed import decode_maps, iter_viewed
+from pipeline.table.viewed import iter_viewed, shown_maps
 from pipeline.table.views import TableView
 
 #: Which rows to show, and in which order: a sample by id, or the lowest or highest label quality.
@@ -361,13 +361,15 @@ def _ranks(ids: NDArray[np.int64], quality: NDArray[np.floating[Any]], order: Or
 
 def _card(row: dict[str, Any], legend: Legend, thumbnail: int, view: TableView | None) -> dict[str, Any]:
     """The template's values for a labelled row."""
-    mask, confidence = decode_maps(row["mask"]["bytes"], row["confidence"]["bytes"], view)
+    mask, confidence = shown_maps(row["mask"]["bytes"], row["confidence"]["bytes"], view)
+    # Segments are counts of the whole map; those of a view of a large image are counts of the sample.
+    pixels = row["height"] * row["width"] if view is None else mask.size
     if view is not None:
         row = row | {
             "segments": segments_of(mask, confidence, ignore_index=legend.ignore_index),
             "quality": quality_of(confidence, mask, ignore_index=legend.ignore_index),
         }
-    size = thumbnail_size(mask.shape, thumbnail)
+    size = thumbnail_size((row["height"], row["width"]), thumbnail)
     small = _nearest(mask, size)
     photo, reason = _photo(row, size)
     area = sum(segment["area"] for segment in row["segments"])
@@ -377,7 +379,7 @@ def _card(row: dict[str, Any], legend: Legend, thumbnail: int, view: TableView |
             "name": legend.names[s["class_id"]],
             "color": legend.css(s["class_id"]),
             "area": s["area"],
-            "share": _share(s["area"], mask.size),
+            "share": _share(s["area"], pixels),
             "confidence": f"{s['mean_confidence']:.2f}",
         }
         for s in segments
@@ -392,8 +394,8 @@ def _card(row: dict[str, Any], legend: Legend, thumbnail: int, view: TableView |
         "chips": chips,
         "said": said,
         "quality": float(row["quality"]),
-        "unsure": _share(mask.size - area, mask.size) if area < mask.size else "",
-        "unsure_area": mask.size - area,
+        "unsure": _share(pixels - area, pixels) if area < pixels else "",
+        "unsure_area": pixels - area,
         "photo": None if photo is None else jpeg_uri(photo),
         "reason": reason,
         "overlay": jpeg_uri(overlay_borders(small, photo, legend.colors)),

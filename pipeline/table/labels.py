@@ -18,10 +18,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.errors import Damaged, MaskMillError
+from models.errors import Damaged, FailedWork, MaskMillError
 from pipeline.files.faults import says_damage
 from pipeline.files.storage import Storage, open_storage
 from pipeline.table.statistics import Confidence, Labels, quality, segments
+from pipeline.table.strips import png_size
 
 #: The layout of Hugging Face's ``Image`` feature, for ``datasets`` and viewers.
 IMAGE_TYPE: Final = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -55,6 +56,8 @@ NEWER_COLUMNS: Final = ("version",)
 REQUIRED_COLUMNS: Final = tuple(name for name in LABEL_SCHEMA.names if name not in NEWER_COLUMNS)
 #: The record of the table: classes, recipe, weights, versions, counts.
 DATASET_FILE: Final = "dataset.json"
+#: Pixels of a map that is decoded whole; larger ones are read in strips.
+MOST_DECODED: Final = 1 << 28
 #: ``status`` of a labelled image; any other value is an error code.
 OK: Final = "ok"
 
@@ -108,6 +111,12 @@ def decode_confidence(data: bytes) -> Confidence:
     return decoded
 
 
+def is_large(png: bytes) -> bool:
+    """Whether a map has more pixels than ``MOST_DECODED``."""
+    height, width = png_size(png) or (0, 0)
+    return height * width > MOST_DECODED
+
+
 def _encode(array: npt.NDArray[Any], strategy: int) -> bytes:
     import cv2  # releases the GIL and is several times as fast as Pillow here
 
@@ -124,6 +133,15 @@ def _decode(data: bytes, what: str) -> npt.NDArray[Any]:
 
     if not _chunks_fit(data):
         raise _unreadable(what, "not a whole PNG")
+    if is_large(data):
+        height, width = png_size(data) or (0, 0)
+        raise FailedWork(
+            "map_too_large",
+            f"A {what} has {width:,} x {height:,} pixels, more than are decoded at once here "
+            f"({MOST_DECODED:,}).",
+            "Labelling, verify, report and show take such images; pipeline.table.strips.read_strips reads "
+            "their maps. For the rest, label large images into a table of their own, or cut them first.",
+        )
     try:
         decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:

@@ -51,6 +51,11 @@ class MapStatistics:
         self._areas, self._sums = _sum(self._areas, areas), _sum(self._sums, sums)
         self._confidences += np.bincount(confidence[labels != self._ignore_index], minlength=256)
 
+    @property
+    def classes(self) -> list[int]:
+        """All ids that are there, ``ignore_index`` too, ascending."""
+        return sorted(self._boxes)
+
     def segments(self) -> list[dict[str, Any]]:
         """Statistics of each class, by ascending class id; see the function ``segments``."""
         return [

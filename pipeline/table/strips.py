@@ -5,6 +5,7 @@ A map is stored like any other, as a grey PNG whose rows are filtered by their d
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
 from collections.abc import Iterator
@@ -66,7 +67,10 @@ class PngWriter:
         """The PNG, once all rows are there."""
         assert self._rows == self._shape[0], (self._rows, self._shape)
         self._put(self._packer.flush())
-        return b"".join([*self._parts, _chunk(b"IEND", b"")])
+        self._parts.append(_chunk(b"IEND", b""))
+        whole = b"".join(self._parts)
+        self._parts.clear()  # they may be as large
+        return whole
 
     def _put(self, data: bytes) -> None:
         if data:
@@ -164,6 +168,18 @@ def read_strips(data: bytes) -> Iterator[tuple[int, npt.NDArray[Any]]]:
             top += rows
     except zlib.error as error:
         raise _damaged(str(error)) from error
+
+
+def sample(data: bytes, most: int) -> npt.NDArray[Any]:
+    """Every n-th row and column of a map, so that at most about ``most`` pixels come out.
+
+    Raises:
+        MaskMillError: ``table_damaged``.
+    """
+    height, width = png_size(data) or (1, 1)
+    step = max(1, math.ceil(math.sqrt(height * width / most)))
+    parts = [rows[-top % step :: step, ::step].copy() for top, rows in read_strips(data)]
+    return np.concatenate(parts)
 
 
 def _exactly(size: int, unpacker: Any, packed: Iterator[bytes]) -> bytearray:

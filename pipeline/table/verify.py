@@ -36,10 +36,12 @@ from pipeline.table.labels import (
     REQUIRED_COLUMNS,
     decode_confidence,
     decode_mask,
+    is_large,
     iter_batches,
     summarise,
 )
-from pipeline.table.statistics import quality, segments
+from pipeline.table.statistics import MapStatistics
+from pipeline.table.strips import png_size, read_strips
 
 #: What can be wrong, and whether ``repair`` mends it so that labelling again makes the table whole.
 PROBLEMS: Mapping[str, tuple[str, str]] = MappingProxyType(
@@ -164,38 +166,57 @@ def _row_problems(
         return
     if row["status"] != OK:
         return
-    try:
-        mask = decode_mask(row["mask"]["bytes"] or b"")
-    except MaskMillError as error:
-        yield problem("mask_damaged", error.message)
-        return
-    try:
-        confidence = decode_confidence(row["confidence"]["bytes"] or b"")
-    except MaskMillError as error:
-        yield problem("confidence_damaged", error.message)
-        return
+    counted = MapStatistics(ignore_index)
     size = row["height"], row["width"]
-    if not mask.shape == confidence.shape == size:
+    maps = {}
+    for name in ("mask", "confidence"):
+        try:
+            maps[name] = _strips(row[name]["bytes"] or b"", name)
+        except MaskMillError as error:
+            yield problem(f"{name}_damaged", error.message)
+            return
+    (mask_size, mask), (confidence_size, confidence) = maps.values()
+    if not mask_size == confidence_size == size:
         yield problem(
-            "size_differs", f"row {size}, mask {mask.shape}, confidence {confidence.shape} (height, width)"
+            "size_differs", f"row {size}, mask {mask_size}, confidence {confidence_size} (height, width)"
         )
         return
-    present = np.flatnonzero(np.bincount(mask.ravel()))
-    unknown = present[(present >= num_classes) & (present != ignore_index)].tolist()
+    reading = "mask"
+    try:
+        for top, labels in mask:
+            reading = "confidence"
+            counted.add(labels, next(confidence)[1], top)
+            reading = "mask"
+    except MaskMillError as error:
+        yield problem(f"{reading}_damaged", error.message)
+        return
+    unknown = [
+        class_id for class_id in counted.classes if class_id >= num_classes and class_id != ignore_index
+    ]
     if unknown:
         yield problem("class_unknown", f"ids {unknown[:5]} of {num_classes} classes")
         return
-    differs = _differing(row, mask, confidence, ignore_index)
+    differs = _differing(row, counted)
     if differs:
         yield problem("statistics_differ", differs)
 
 
-def _differing(row: Mapping[str, Any], mask: Any, confidence: Any, ignore_index: int) -> str:
+def _strips(data: bytes, name: str) -> tuple[tuple[int, ...], Iterator[tuple[int, Any]]]:
+    """The size of a map, and its rows: those of a large one in strips, of others at once.
+
+    Raises:
+        MaskMillError: ``table_damaged``.
+    """
+    if is_large(data):
+        return png_size(data) or (0, 0), read_strips(data)
+    decoded = decode_mask(data) if name == "mask" else decode_confidence(data)
+    return decoded.shape, iter([(0, decoded)])
+
+
+def _differing(row: Mapping[str, Any], counted: MapStatistics) -> str:
     """How the statistics of a row differ from those of its maps; "" if they do not."""
     stored = {segment["class_id"]: segment for segment in row["segments"]}
-    right = {
-        segment["class_id"]: segment for segment in segments(mask, confidence, ignore_index=ignore_index)
-    }
+    right = {segment["class_id"]: segment for segment in counted.segments()}
     if stored.keys() != right.keys() or len(stored) != len(row["segments"]):
         return f"classes {sorted(stored)} in the segments, {sorted(right)} in the mask"
     for class_id, segment in right.items():
@@ -207,7 +228,7 @@ def _differing(row: Mapping[str, Any], mask: Any, confidence: Any, ignore_index:
             )
         if not _close(theirs["mean_confidence"], segment["mean_confidence"]):
             return f"mean confidence {theirs['mean_confidence']}, {segment['mean_confidence']:.3f} in the map"
-    right_quality = quality(confidence, mask, ignore_index=ignore_index)
+    right_quality = counted.quality()
     return (
         "" if _close(row["quality"], right_quality) else f"quality {row['quality']}, not {right_quality:.3f}"
     )

@@ -20,14 +20,18 @@ from pipeline.table.labels import (
     Counts,
     decode_confidence,
     decode_mask,
+    is_large,
     iter_batches,
     summarise_batches,
 )
 from pipeline.table.statistics import Confidence, Labels, quality, segments
+from pipeline.table.strips import sample
 from pipeline.table.views import TableView
 
 #: Columns that a view computes anew.
 COMPUTED = ("segments", "quality")
+#: Pixels of the maps of a large image in pictures.
+SHOWN_PIXELS = 1 << 24
 _MAPS = ("mask", "confidence")
 
 
@@ -38,6 +42,14 @@ def decode_maps(mask: bytes, confidence: bytes, view: TableView | None) -> tuple
         MaskMillError: ``table_damaged``.
     """
     labels, sure = decode_mask(mask), decode_confidence(confidence)
+    return (labels, sure) if view is None else view.apply(labels, sure)
+
+
+def shown_maps(mask: bytes, confidence: bytes, view: TableView | None) -> tuple[Labels, Confidence]:
+    """``decode_maps`` for pictures: of a large image a sample of its rows and columns, in little memory."""
+    if not is_large(mask):
+        return decode_maps(mask, confidence, view)
+    labels, sure = sample(mask, SHOWN_PIXELS), sample(confidence, SHOWN_PIXELS)
     return (labels, sure) if view is None else view.apply(labels, sure)
 
 

@@ -22,7 +22,7 @@ from pipeline.files import images
 from pipeline.files.images import ImageError
 from pipeline.files.large.picture import Picture
 
-CACHE_BYTES = 256 << 20
+CACHE_BYTES = 128 << 20
 """Of decoded tiles: those of a row of windows, mostly."""
 
 BAND_BYTES = 512 << 20

@@ -14,6 +14,7 @@ from pipeline.table import strips
 from pipeline.table.labels import decode_confidence, decode_mask, encode_confidence, encode_mask
 from pipeline.table.statistics import quality, segments
 from pipeline.table.strips import MapTooLarge, MapWriter, PngWriter, png_size, read_strips
+from pipeline.table.viewed import decode_maps, shown_maps
 
 
 def maps(shape: tuple[int, int], dtype: Any, classes: int = 6) -> tuple[np.ndarray, np.ndarray]:
@@ -73,3 +74,23 @@ def test_too_many_bytes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(100):
             writer.add(rng.integers(0, 256, (1, 100)).astype(np.uint8))
         writer.finish()
+
+
+def test_a_sample_is_every_nth_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strips, "_PIXELS", 23 * 7)
+    labels, _ = maps((40, 23), np.uint16, 40_000)
+    np.testing.assert_array_equal(strips.sample(encode_mask(labels), 40 * 23 // 9), labels[::4, ::4])
+    np.testing.assert_array_equal(strips.sample(encode_mask(labels), 40 * 23), labels)
+
+
+def test_large_maps_are_shown_and_verified_in_strips_and_else_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    labels, confidence = maps((40, 23), np.uint8)
+    mask, sure = encode_mask(labels), encode_confidence(confidence)
+    monkeypatch.setattr("pipeline.table.labels.MOST_DECODED", 40 * 23 - 1)
+    with pytest.raises(MaskMillError) as raised:
+        decode_maps(mask, sure, None)
+    assert raised.value.code == "map_too_large" and "23 x 40" in raised.value.message
+    shown, _ = shown_maps(mask, sure, None)
+    np.testing.assert_array_equal(shown, labels)

@@ -194,3 +194,18 @@ def test_what_a_kill_left_is_finished(table: Path) -> None:
     assert sorted(path.name for path in table.iterdir()) == ["dataset.json", "labels"] or not list(
         (table / "relabelled").iterdir()
     )
+
+
+def test_large_maps_are_checked_in_strips(
+    table: Path, manifest: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.table.labels.MOST_DECODED", 0)
+    assert not _verified(table, manifest).counts
+    part = sorted((table / "labels").glob("*.parquet"))[0]
+    rows = pq.read_table(part).to_pylist()
+    labelled = [row for row in rows if row["status"] == "ok"]
+    labelled[0]["mask"]["bytes"] = labelled[0]["mask"]["bytes"][:-30]
+    labelled[-1]["quality"] = 1.0
+    pq.write_table(pa.Table.from_pylist(rows, schema=LABEL_SCHEMA), part)
+    counts = _verified(table, manifest).counts
+    assert set(counts) <= {"mask_damaged", "statistics_differ"} and "mask_damaged" in counts
