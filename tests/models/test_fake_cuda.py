@@ -189,7 +189,7 @@ def test_label_maps(gpu: FakeGpu, temperature: float | None, classes: int) -> No
         for found, real in zip((labels, confidence), expected, strict=True):
             assert (found.shape, found.dtype) == (real.shape, real.dtype)
         if repeat:  # the first one copies the matrices of these sizes
-            assert gpu.waits == ["models/labelmap.py:_contenders copy"]
+            assert gpu.waits == ["models/labelmap.py:finite_ranges copy"]
 
 
 # --- students -----------------------------------------------------------------------------------------------

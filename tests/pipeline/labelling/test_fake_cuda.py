@@ -74,7 +74,7 @@ def test_labels(
         assert prediction.labels.dtype == prediction.confidence.dtype == np.uint8
     # Of each image: whether its scores are finite, then labels and confidence.
     waits = Counter(gpu.waits)
-    check = "prompting.py:check_finite __bool__" if kind == "clipseg" else "labelmap.py:_contenders copy"
+    check = "prompting.py:check_finite __bool__" if kind == "clipseg" else "labelmap.py:finite_ranges copy"
     assert [(place.rpartition("/")[2], count) for place, count in waits.most_common()] == [
         ("base.py:<listcomp> copy", 6), (check, 3)
     ]  # fmt: skip
