@@ -98,8 +98,9 @@ def test_the_hash_counts_every_field_that_changes_the_result() -> None:
     base = LabelRecipe(name="x", model="clipseg", maskclip=MaskClipSettings(window=8, window_stride=8))
     others: dict[str, Any] = {
         "model": "RN50", "pretrained": "a", "images.scale": (9, 9), "images.keep_ratio": False,
-        "images.resize": "antialias", "images.max_pixels": 9, "images.corruption": "spatter:1",
-        "maskclip.head": "plain", "maskclip.image_stats": "clip", "maskclip.profile": "weights",
+        "images.resize": "antialias", "images.max_pixels": 9, "images.large_window": 999,
+        "images.large_overlap": 9, "images.corruption": "spatter:1", "maskclip.head": "plain",
+        "maskclip.image_stats": "clip", "maskclip.profile": "weights",
         "maskclip.window": 9, "maskclip.window_stride": 4, "maskclip.ks_threshold": 1.0,
         "maskclip.ks_axis": "channel", "maskclip.ks_source": "raw", "maskclip.pd_threshold": 0.5,
         "maskclip.temperature": 9.0, "clipseg.clip": "a:b", "clipseg.extract_layers": [1],
