@@ -104,6 +104,8 @@ def test_a_student_comes_back_as_it_was_written(tmp_path: Path) -> None:
         "keep_ratio": True,
         "resize": "opencv",
         "max_pixels": 100_000,
+        "large_window": 1024,
+        "large_overlap": 128,
     }
     model = load_student(record, device=torch.device("cpu"), dtype=torch.float32)
     assert not model.training
