@@ -55,6 +55,7 @@ from pipeline.table.increment import Table, Work, choose, commit, open_table, re
 from pipeline.table.labels import DATASET_FILE, OK, Counts
 from pipeline.table.lease import Lease, refuse_other_holder
 from pipeline.table.record import TableRecord, find_table_record, write_table_record
+from pipeline.table.statistics import QualityScore
 from pipeline.tracking.names import place_name, recipe_name, record_params, run_name
 from pipeline.tracking.progress import ProgressLog
 from pipeline.tracking.tracker import OFF, TrackedDataset, Tracker, open_tracker
@@ -275,7 +276,10 @@ def label_images(
                     slots = compute.actors * compute.calls
                     metrics = LabellingMetrics(lease.run_id, work.todo.num_rows, slots)
                     report = _reporting(display, tracker, status, metrics)
-                    progress = _label(job, storage, lease, table, work, prepared, compute, display, report)
+                    score = recorded.quality if recorded else "classes"
+                    progress = _label(
+                        job, storage, lease, table, work, prepared, compute, display, report, score
+                    )
                     startup_s += progress.first_s or 0.0
                     display.stage("stopping Ray")
                 with timed(console, "counting what is new", status):
@@ -506,6 +510,7 @@ def _label(
     compute: Compute,
     display: LabelDisplay,
     report: Callable[[Progress], None],
+    score: QualityScore,
 ) -> Progress:
     with signals_held():
         from pipeline.labelling.flow import Replanning, run_labelling
@@ -519,6 +524,7 @@ def _label(
             lease.run_id,
             ignore_index=job.ontology.ignore_index,
             num_classes=job.ontology.num_classes,
+            score=score,
             replacing=work.replacing,
         ),
         compute=compute,

@@ -183,6 +183,7 @@ def check_table(
         storage=storage,
         num_classes=record.ontology.num_classes,
         ignore_index=record.ontology.ignore_index,
+        score=record.quality,
         images=Images(manifest) if hashes else None,
     )
     if workers is None:

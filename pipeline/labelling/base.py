@@ -19,11 +19,14 @@ from torch import Tensor
 from models.device import DTYPES, best_device
 from models.labelmap import label_map
 from models.mosaic import Rule, best_class
-from pipeline.files.images import ImageSettings
+from pipeline.files.images import ImageSettings, resize
 from pipeline.files.large.picture import Picture
 from pipeline.labelling.labeller import LabellerSettings, Prediction, Strip, label_dtype
 from pipeline.labelling.windows import WindowScores, label_picture
+from pipeline.table.statistics import agreement
 
+SMALLER = 0.75
+"""Size of the second reading that looks for agreement."""
 Self = TypeVar("Self", bound="BaseLabeller")
 
 
@@ -144,14 +147,40 @@ class BaseLabeller(ABC):
             torch.set_num_threads(self.settings.threads)  # per thread
         dtype = label_dtype(self.settings.num_classes)
         # A GPU gets the work for all images before the host waits for the first result.
-        found = [
+        found = self._maps(images, sizes)
+        again = self._read_again(images, sizes)
+        predictions = []
+        for index, (labels, confidence) in enumerate(found):
+            ids = labels.cpu().numpy().astype(dtype, copy=False)
+            agree = None
+            if again is not None:
+                other = again[index].cpu().numpy().astype(dtype, copy=False)
+                agree = agreement(ids, other, ignore_index=self.settings.ignore_index)
+            predictions.append(Prediction(ids, confidence.cpu().numpy(), agree))
+        return predictions
+
+    def _maps(
+        self, images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Labels and confidence of each image."""
+        return [
             self.label_of(scores, (image.shape[0], image.shape[1]), size)
             for scores, image, size in zip(self._each_score(images), images, sizes, strict=True)
         ]
-        return [
-            Prediction(labels.cpu().numpy().astype(dtype, copy=False), confidence.cpu().numpy())
-            for labels, confidence in found
-        ]
+
+    def _read_again(
+        self, images: Sequence[np.ndarray], sizes: Sequence[tuple[int, int]]
+    ) -> list[Tensor] | None:
+        """Labels (H, W) of a second reading of each image, if the settings ask for one."""
+        how = self.settings.agreement
+        if how == "none":
+            return None
+        if how == "flip":
+            mirrored = [np.ascontiguousarray(image[:, ::-1]) for image in images]
+            return [labels.flip(1) for labels, _ in self._maps(mirrored, sizes)]
+        height, width = images[0].shape[:2]
+        smaller = max(1, round(SMALLER * height)), max(1, round(SMALLER * width))
+        return [labels for labels, _ in self._maps([resize(image, smaller) for image in images], sizes)]
 
     def _each_score(self, images: Sequence[np.ndarray]) -> Iterator[Any]:
         if self.device.type == "cpu":

@@ -18,13 +18,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from pipeline.files.images import ImageSettings
 from pipeline.files.large.picture import Picture
 from pipeline.ontology.ontology import MAX_CLASSES_8BIT
+
+Agreement = Literal["none", "size", "flip"]
+"""A second reading of each image; see ``LabellerSettings``."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,13 @@ class Prediction:
     Attributes:
         labels: (H, W) class ids, uint8, or uint16 above 254 classes; ``ignore_index`` where uncertain.
         confidence: (H, W) uint8, round(255 p) of the chosen class, before any threshold.
+        agreement: of each class of ``labels``, by ascending id, with a second reading of the image; None if
+            there was none. See ``pipeline.table.statistics.agreement``.
     """
 
     labels: np.ndarray
     confidence: np.ndarray
+    agreement: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,8 @@ class LabellerSettings:
             keeps every pixel.
         precision: ``fp32``, ``bf16`` or ``fp16`` for the network; scores and confidence are always fp32.
         batch_size: images per forward pass; 0 lets the Labeller choose.
+        agreement: how each image is read a second time: ``size``, at three quarters of its size, ``flip``,
+            mirrored, or ``none``.
         threads: CPU threads of each call of ``label``; calls may run concurrently in different threads. 0
             keeps torch's default.
     """
@@ -109,6 +117,7 @@ class LabellerSettings:
     thresholds: tuple[float, ...] = ()
     precision: str = "fp32"
     batch_size: int = 0
+    agreement: Agreement = "none"
     threads: int = 0
 
     def __post_init__(self) -> None:

@@ -73,6 +73,7 @@ def prepare_labeller(
         thresholds=() if thresholds is None else tuple(thresholds.tolist()),
         precision=native_precision(best_device()) if precision == "auto" else precision,
         batch_size=recipe.batch_size,
+        agreement=recipe.agreement,
     )
     if recipe.model == CLIPSEG:
         return _prepare_clipseg(recipe, ontology, settings, check_weights)

@@ -19,6 +19,7 @@ from models.settings import NEUTRAL, MaskClipSettings
 from pipeline.files.images import ImageSettings
 from pipeline.files.recipes import Recipe, RecipeBook
 from pipeline.labelling.clipseg.options import RELEASED, ClipSegOptions
+from pipeline.labelling.labeller import Agreement
 from pipeline.table.record import TableRecord
 from pipeline.table.views import TableView, View
 
@@ -43,6 +44,10 @@ class LabelRecipe(Recipe):
     """``auto`` is bf16 where the processor computes it natively (fp16 on older GPUs), else fp32."""
     batch_size: Annotated[int, Field(ge=0, le=4096), NEUTRAL] = 0
     """Images per forward pass; 0 chooses 1 on a CPU, 16 on a GPU."""
+    agreement: Annotated[Agreement, NEUTRAL] = "none"
+    """``size`` or ``flip`` reads each image again, at three quarters of its size or mirrored, and stores how
+    far the classes agree, by which the worst labels are found; it changes no label. ``size`` takes about half
+    as much time again, ``flip`` as much. An image that is labelled in windows is read once."""
     templates: str | None = None
     """Prompt templates for classes that come without: a name such as ``imagenet80``; null is the model's own
     (the paper's ``openai85``, or a student's)."""

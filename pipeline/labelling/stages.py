@@ -43,6 +43,7 @@ from pipeline.labelling.labeller import Labeller, Prediction, label_dtype
 from pipeline.table import labels
 from pipeline.table.committed import LABELS_DIR, RELABELLED_DIR, write_part
 from pipeline.table.lease import refuse_other_holder
+from pipeline.table.statistics import QualityScore, quality_of
 from pipeline.table.strips import MapTooLarge, MapWriter
 
 _T = TypeVar("_T")
@@ -74,6 +75,7 @@ _LABELLED = pa.schema(
         *(labels.LABEL_SCHEMA.field(name) for name in _KNOWN),
         ("labels", pa.binary()),
         ("confidence", pa.binary()),
+        labels.LABEL_SCHEMA.field("segment_agreement"),
         ("decode_s", pa.float32()),
         ("fetch_s", pa.float32()),
         ("label_s", pa.float32()),
@@ -81,7 +83,7 @@ _LABELLED = pa.schema(
         # Of a large image, encoded already.
         ("maps", pa.struct([("mask", pa.binary()), ("confidence", pa.binary())])),
         ("segments", labels.LABEL_SCHEMA.field("segments").type),
-        ("quality", pa.float32()),
+        ("softmin", pa.float32()),
     ]
 )
 _WRITTEN = pa.schema(
@@ -314,6 +316,7 @@ class Label:
                     if isinstance(outcome, Prediction):
                         row["labels"] = outcome.labels.tobytes()
                         row["confidence"] = outcome.confidence.tobytes()
+                        row["segment_agreement"] = outcome.agreement
                         size += len(row["labels"]) + len(row["confidence"])
                     elif outcome is None:
                         row |= crashed_row("label")
@@ -378,7 +381,7 @@ class Label:
                     "width": picture.width,
                     "maps": {"mask": encoded["mask"], "confidence": encoded["confidence"]},
                     "segments": encoded["segments"],
-                    "quality": encoded["quality"],
+                    "softmin": encoded["softmin"],
                 }
         except images.ImageError as error:
             return {"status": error.code, "error": error.message}
@@ -444,6 +447,7 @@ class Write:
         run_id: this run, which must still hold the lease of the output.
         ignore_index: id of uncertain pixels.
         num_classes: C, including background.
+        score: what the column ``quality`` of the table holds.
         replacing: ids of rows that are in the table, int64 (n,). Their new rows wait in ``relabelled/``.
     """
 
@@ -454,11 +458,13 @@ class Write:
         *,
         ignore_index: int,
         num_classes: int,
+        score: QualityScore = "classes",
         replacing: npt.NDArray[np.int64] | None = None,
     ) -> None:
         self.storage = storage
         self.run_id = run_id
         self.ignore_index = ignore_index
+        self._score = score
         self._replacing = np.empty(0, np.int64) if replacing is None else replacing
         self._dtype = label_dtype(num_classes)
 
@@ -498,15 +504,16 @@ class Write:
         if row["status"] != labels.OK:
             return labels.failed_row(**known, status=row["status"], error=row["error"])
         if row.get("maps") is not None:
-            return labels.encoded_row(
-                **known, **row["maps"], segments=row["segments"], quality=row["quality"]
-            )
+            found = quality_of(row["segments"]) if self._score == "classes" else row["softmin"]
+            return labels.encoded_row(**known, **row["maps"], segments=row["segments"], quality=found)
         shape = row["height"], row["width"]
         return labels.ok_row(
             **known,
             labels=np.frombuffer(row["labels"], self._dtype).reshape(shape),
             confidence=np.frombuffer(row["confidence"], np.uint8).reshape(shape),
             ignore_index=self.ignore_index,
+            agreement=row["segment_agreement"],
+            score=self._score,
         )
 
 

@@ -74,6 +74,8 @@ def _feature(kind: pa.DataType) -> dict[str, Any]:
         return {"dtype": "image"}
     if pa.types.is_fixed_size_list(kind):
         return {"list": _feature(kind.value_type)["dtype"], "length": kind.list_size}
+    if pa.types.is_list(kind) and not pa.types.is_struct(kind.value_type):
+        return {"list": _feature(kind.value_type)["dtype"]}
     if pa.types.is_list(kind):
         return {"list": [{"name": field.name, **_feature(field.type)} for field in kind.value_type]}
     return {"dtype": _DTYPES.get(str(kind), str(kind))}

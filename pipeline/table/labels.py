@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from models.errors import Damaged, FailedWork, MaskMillError
 from pipeline.files.faults import says_damage
 from pipeline.files.storage import Storage, open_storage
-from pipeline.table.statistics import Confidence, Labels, quality, segments
+from pipeline.table.statistics import Confidence, Labels, QualityScore, quality_of, segments, softmin
 from pipeline.table.strips import png_size
 
 #: The layout of Hugging Face's ``Image`` feature, for ``datasets`` and viewers.
@@ -48,11 +48,13 @@ LABEL_SCHEMA: Final = pa.schema(
         ("confidence", IMAGE_TYPE),
         ("segments", pa.list_(SEGMENT_TYPE)),
         ("quality", pa.float32()),
+        ("agreement", pa.float32()),  # mean of the next
+        ("segment_agreement", pa.list_(pa.float32())),  # see ``pipeline.table.statistics.agreement``
         ("version", pa.string()),  # size and time of change, or ETag, of the file: see ``file_version``
     ]
 )
 #: Columns that tables of older versions lack; readers get null.
-NEWER_COLUMNS: Final = ("version",)
+NEWER_COLUMNS: Final = ("agreement", "segment_agreement", "version")
 REQUIRED_COLUMNS: Final = tuple(name for name in LABEL_SCHEMA.names if name not in NEWER_COLUMNS)
 #: The record of the table: classes, recipe, weights, versions, counts.
 DATASET_FILE: Final = "dataset.json"
@@ -178,13 +180,17 @@ def _unreadable(what: str, why: str) -> MaskMillError:
 def ok_row(
     *, id: int, uri: str, sha256: bytes, height: int, width: int,
     labels: Labels, confidence: Confidence, ignore_index: int, version: str | None = None,
+    agreement: Sequence[float] | None = None, score: QualityScore = "classes",
 ) -> dict[str, Any]:  # fmt: skip
     """Row of a labelled image.
 
     ``sha256`` is the 32-byte digest of the encoded image; height and width apply after EXIF orientation;
-    ``version`` is that of the file as it was read (``pipeline.files.fetch.file_version``).
+    ``version`` is that of the file as it was read (``pipeline.files.fetch.file_version``); ``agreement`` of
+    each segment with a second reading, None if there was none; ``score`` what ``quality`` holds.
     """
     assert labels.shape == confidence.shape == (height, width), (labels.shape, confidence.shape)
+    found = segments(labels, confidence, ignore_index=ignore_index)
+    assert agreement is None or len(agreement) == len(found), (agreement, found)
     return encoded_row(
         id=id,
         uri=uri,
@@ -193,8 +199,11 @@ def ok_row(
         width=width,
         mask=encode_mask(labels),
         confidence=encode_confidence(confidence),
-        segments=segments(labels, confidence, ignore_index=ignore_index),
-        quality=quality(confidence, labels, ignore_index=ignore_index),
+        segments=found,
+        quality=quality_of(found)
+        if score == "classes"
+        else softmin(confidence, labels, ignore_index=ignore_index),
+        agreement=agreement,
         version=version,
     )
 
@@ -202,7 +211,7 @@ def ok_row(
 def encoded_row(
     *, id: int, uri: str, sha256: bytes, height: int, width: int,
     mask: bytes, confidence: bytes, segments: list[dict[str, Any]], quality: float,
-    version: str | None = None,
+    agreement: Sequence[float] | None = None, version: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """``ok_row`` from maps that are PNGs already (``pipeline.table.strips``)."""
     return {
@@ -217,6 +226,8 @@ def encoded_row(
         "confidence": {"bytes": confidence, "path": None},
         "segments": segments,
         "quality": quality,
+        "agreement": sum(agreement) / len(agreement) if agreement else None,
+        "segment_agreement": agreement,
         "version": version,
     }
 

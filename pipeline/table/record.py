@@ -11,6 +11,7 @@ from pipeline.files.records import parse_record, read_record
 from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import RecordedOntology
 from pipeline.table.labels import DATASET_FILE
+from pipeline.table.statistics import QualityScore
 
 SCHEMA_VERSION = 1
 
@@ -29,6 +30,7 @@ class TableRecord(BaseModel):
             they are "truth", what was imported, and "".
         precision: number format that the labels were computed in; "" if it is the recipe's.
         versions: of Python and the packages.
+        quality: which score the column of this name holds.
         counts: see ``pipeline.table.labels.summarise``; empty until the first run ends.
     """
 
@@ -43,6 +45,7 @@ class TableRecord(BaseModel):
     weights: dict[str, Any]
     precision: str = ""
     versions: dict[str, Any] = {}
+    quality: QualityScore = "classes"
     counts: dict[str, Any] = {}
 
     @field_validator("weights")
@@ -65,7 +68,7 @@ def find_table_record(storage: Storage) -> TableRecord | None:
         return None
     return parse_record(
         TableRecord,
-        found,
+        {"quality": "softmin"} | found,  # which older versions do not say
         storage.uri_of(DATASET_FILE),
         code="table_damaged",
         remedy="Give the --output of maskmill label, or restore the file from a copy.",

@@ -6,11 +6,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+QualityScore = Literal["classes", "softmin"]
+"""What the column ``quality`` holds: see ``quality``. Tables of older versions hold and keep softmin."""
+TEMPERATURE = 0.1
+"""Of ``softmin`` in tables."""
 Labels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 Confidence = npt.NDArray[np.uint8]
 
@@ -69,9 +74,13 @@ class MapStatistics:
             if class_id != self._ignore_index
         ]
 
-    def quality(self) -> float:
+    def quality(self, score: QualityScore = "classes") -> float:
         """See the function ``quality``."""
-        return softmin(self._confidences)
+        return quality_of(self.segments()) if score == "classes" else self.softmin()
+
+    def softmin(self) -> float:
+        """See the function ``softmin``."""
+        return _softmin(self._confidences, TEMPERATURE)
 
 
 def _sum(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -109,8 +118,37 @@ def _areas_and_sums(labels: Labels, confidence: Confidence) -> tuple[npt.NDArray
     return np.bincount(flat), np.bincount(flat, weights=confidence.ravel())
 
 
-def quality(confidence: Confidence, labels: Labels, *, ignore_index: int, temperature: float = 0.1) -> float:
-    """Label quality of an image in [0, 1], low if some pixels are doubtful; 0 without labelled pixels.
+def quality(
+    confidence: Confidence, labels: Labels, *, ignore_index: int, score: QualityScore = "classes"
+) -> float:
+    """Label quality of an image in [0, 1], to rank images without truth; 0 without labelled pixels.
+
+    ``classes`` is the mean over the image's classes of their mean confidence, so that a small class that was
+    found doubtfully counts as much as the ground it stands on, as in the mean IoU.
+
+    Args:
+        confidence: uint8 (H, W).
+        labels: (H, W).
+        ignore_index: id of unlabelled pixels.
+        score: see ``QualityScore``.
+    """
+    if score == "softmin":
+        return softmin(confidence, labels, ignore_index=ignore_index)
+    areas, sums = _areas_and_sums(labels, confidence)
+    areas[ignore_index : ignore_index + 1] = 0
+    present = np.flatnonzero(areas)
+    return float((sums[present] / areas[present]).mean() / 255) if len(present) else 0.0
+
+
+def quality_of(segments: Sequence[dict[str, Any]]) -> float:
+    """``quality``, "classes", from the segments of a row."""
+    return sum(one["mean_confidence"] for one in segments) / len(segments) if segments else 0.0
+
+
+def softmin(
+    confidence: Confidence, labels: Labels, *, ignore_index: int, temperature: float = TEMPERATURE
+) -> float:
+    """Quality of the most doubtful pixels of an image, in [0, 1]; 0 without labelled pixels.
 
     This is the mean confidence weighted by softmax((1 - confidence) / temperature), the method "softmin" of
     ``cleanlab.segmentation.rank.get_label_quality_scores`` (Lad and Mueller, "Estimating label quality and
@@ -123,15 +161,36 @@ def quality(confidence: Confidence, labels: Labels, *, ignore_index: int, temper
         temperature: near 0, the least confident pixel decides; towards infinity, it becomes the plain mean.
     """
     assert labels.shape == confidence.shape
-    counts = np.bincount(confidence[labels != ignore_index], minlength=256)
-    return softmin(counts, temperature)
+    return _softmin(np.bincount(confidence[labels != ignore_index], minlength=256), temperature)
 
 
-def softmin(counts: npt.NDArray[Any], temperature: float = 0.1) -> float:
-    """``quality`` from the number of pixels (256,) of each confidence."""
+def _softmin(counts: npt.NDArray[Any], temperature: float) -> float:
+    """``softmin`` from the number of pixels (256,) of each confidence."""
     present = np.flatnonzero(counts)
     if not len(present):
         return 0.0
     values = present / 255
     weights = counts[present] * np.exp((values[0] - values) / temperature)
     return float(weights @ values / weights.sum())
+
+
+def agreement(labels: npt.NDArray[Any], again: npt.NDArray[Any], *, ignore_index: int) -> list[float]:
+    """How far a second reading of an image confirms its labels: the Dice coefficient of each class.
+
+    Args:
+        labels: (H, W) class ids.
+        again: (H, W), of the second reading.
+        ignore_index: id of unlabelled pixels.
+
+    Returns:
+        2 |A and B| / (|A| + |B|) in [0, 1] for each class of ``labels``, by ascending id, as ``segments``.
+    """
+    assert labels.shape == again.shape
+    same = labels[labels == again]
+    size = 1 + max(int(labels.max()), int(again.max()))
+    first, second, both = (np.bincount(ids.ravel(), minlength=size) for ids in (labels, again, same))
+    return [
+        float(2 * both[number] / (first[number] + second[number]))
+        for number in np.flatnonzero(first).tolist()
+        if number != ignore_index
+    ]

@@ -114,12 +114,12 @@ class MapWriter:
             self._top += len(labels[rows])
 
     def finish(self) -> dict[str, Any]:
-        """``mask`` and ``confidence`` as PNG, ``segments`` and ``quality``, as a row has them."""
+        """``mask`` and ``confidence`` as PNG, ``segments`` as a row has them, and ``softmin``."""
         return {
             "mask": self._mask.finish(),
             "confidence": self._confidence.finish(),
             "segments": self._statistics.segments(),
-            "quality": self._statistics.quality(),
+            "softmin": self._statistics.softmin(),
         }
 
 

@@ -40,7 +40,7 @@ from pipeline.table.labels import (
     iter_batches,
     summarise,
 )
-from pipeline.table.statistics import MapStatistics
+from pipeline.table.statistics import MapStatistics, QualityScore
 from pipeline.table.strips import png_size, read_strips
 
 #: What can be wrong, and whether ``repair`` mends it so that labelling again makes the table whole.
@@ -111,6 +111,7 @@ def check_part(
     storage: Storage,
     num_classes: int,
     ignore_index: int,
+    score: QualityScore = "classes",
     images: Images | None = None,
 ) -> Checked:
     """Check the rows of a part, a few at a time.
@@ -120,6 +121,7 @@ def check_part(
         storage: the table.
         num_classes: C of its ontology.
         ignore_index: id of uncertain pixels.
+        score: what the column ``quality`` holds.
         images: also read the images again, which are here, and compare their hashes.
     """
     found = Checked(part)
@@ -127,7 +129,7 @@ def check_part(
         ids = read_part(storage, part, ["id"])["id"].to_numpy()
         rows = _rows(storage, part)
         for row in rows:
-            found.problems += _row_problems(part, row, num_classes, ignore_index)
+            found.problems += _row_problems(part, row, num_classes, ignore_index, score)
             if images is not None:
                 found.problems += _image_problems(part, row, images)
         found.ids = ids
@@ -148,7 +150,7 @@ def _rows(storage: Storage, part: str) -> Iterator[dict[str, Any]]:
 
 
 def _row_problems(
-    part: str, row: Mapping[str, Any], num_classes: int, ignore_index: int
+    part: str, row: Mapping[str, Any], num_classes: int, ignore_index: int, score: QualityScore
 ) -> Iterator[Problem]:
     def problem(kind: str, text: str) -> Problem:
         return Problem(kind, part, text, row["id"], row["uri"])
@@ -196,7 +198,7 @@ def _row_problems(
     if unknown:
         yield problem("class_unknown", f"ids {unknown[:5]} of {num_classes} classes")
         return
-    differs = _differing(row, counted)
+    differs = _differing(row, counted, score)
     if differs:
         yield problem("statistics_differ", differs)
 
@@ -213,7 +215,7 @@ def _strips(data: bytes, name: str) -> tuple[tuple[int, ...], Iterator[tuple[int
     return decoded.shape, iter([(0, decoded)])
 
 
-def _differing(row: Mapping[str, Any], counted: MapStatistics) -> str:
+def _differing(row: Mapping[str, Any], counted: MapStatistics, score: QualityScore) -> str:
     """How the statistics of a row differ from those of its maps; "" if they do not."""
     stored = {segment["class_id"]: segment for segment in row["segments"]}
     right = {segment["class_id"]: segment for segment in counted.segments()}
@@ -228,7 +230,7 @@ def _differing(row: Mapping[str, Any], counted: MapStatistics) -> str:
             )
         if not _close(theirs["mean_confidence"], segment["mean_confidence"]):
             return f"mean confidence {theirs['mean_confidence']}, {segment['mean_confidence']:.3f} in the map"
-    right_quality = counted.quality()
+    right_quality = counted.quality(score)
     return (
         "" if _close(row["quality"], right_quality) else f"quality {row['quality']}, not {right_quality:.3f}"
     )

@@ -22,6 +22,7 @@ from pipeline.labelling.prepare import prepare_labeller, student_recipe
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe, table_view
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.table.record import TableRecord
+from pipeline.table.statistics import agreement, segments
 from pipeline.table.views import View
 from pipeline.toyworld.scenes import generate
 
@@ -272,3 +273,28 @@ def test_refined_windows_are_labelled_with_the_classes_of_each() -> None:
     settings = settings.replace(large_overlap=32)
     labels, _ = _in_windows(labeller, pixels, settings)
     assert labels.shape == (64, 128) and len(np.unique(labels)) > 1
+
+
+@pytest.mark.parametrize("how", ["size", "flip"])
+def test_a_second_reading_says_how_far_it_agrees_and_changes_no_label(prepare: Prepare, how: str) -> None:
+    images, sizes = list(generate(4, 3, 64).images), [(64, 64), (70, 60), (64, 64)]
+    plain = prepare().build(threads=1).label(images, sizes)
+    twice = prepare(agreement=how, batch_size=3).build(threads=1).label(images, sizes)
+    for one, two in zip(plain, twice, strict=True):
+        np.testing.assert_array_equal(one.labels, two.labels)
+        np.testing.assert_array_equal(one.confidence, two.confidence)
+        assert one.agreement is None and two.agreement is not None
+        found = segments(two.labels, two.confidence, ignore_index=255)
+        assert len(two.agreement) == len(found) and all(0 <= value <= 1 for value in two.agreement)
+    # A network has no sense of left and right that would agree with itself exactly.
+    assert any(value < 1 for two in twice for value in two.agreement or [])
+
+
+def test_a_mirrored_image_agrees_with_itself_mirrored(prepare: Prepare) -> None:
+    """The second reading of a symmetric image is the first one, mirrored back."""
+    half = generate(4, 1, 64).images[0][:, :32]
+    image = np.concatenate([half, half[:, ::-1]], 1)
+    labeller = prepare(agreement="flip").build(threads=1)
+    (found,) = labeller.label([image], [(64, 64)])
+    mirrored = found.labels[:, ::-1]
+    assert found.agreement == pytest.approx(agreement(found.labels, mirrored, ignore_index=255))

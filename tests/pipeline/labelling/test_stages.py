@@ -339,6 +339,7 @@ def test_masks_are_as_wide_as_their_ids(tmp_path: Path, num_classes: int, ignore
         [
             {"id": 1, "uri": "/x", "sha256": bytes(32), "height": 1, "width": 2, "status": "ok",
              "labels": mask.tobytes(), "version": None, "confidence": bytes([200, 9]),
+             "segment_agreement": [0.25],
              "decode_s": 0.0, "fetch_s": 0.0, "label_s": 0.0, "batches": 1.0}
         ]
     )  # fmt: skip
@@ -347,6 +348,7 @@ def test_masks_are_as_wide_as_their_ids(tmp_path: Path, num_classes: int, ignore
     (row,) = iter_rows(storage)
     assert decode_mask(row["mask"]["bytes"]).tolist() == mask.tolist()
     assert [segment["class_id"] for segment in row["segments"]] == [1]
+    assert row["segment_agreement"] == [0.25] and row["agreement"] == 0.25
 
 
 class _WindowLabeller(_BrightnessLabeller):

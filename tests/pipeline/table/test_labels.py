@@ -53,6 +53,8 @@ def test_schema_is_the_documented_one():
         "confidence": image,
         "segments": pa.list_(segment),
         "quality": pa.float32(),
+        "agreement": pa.float32(),
+        "segment_agreement": pa.list_(pa.float32()),
         "version": pa.string(),
     }
 

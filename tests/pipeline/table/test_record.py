@@ -46,13 +46,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert read_table_record(str(tmp_path)) == made and table_recipe(made) == recipe
     written = json.loads((tmp_path / "dataset.json").read_text())
     assert written["ontology"]["hash"] == PETS.hash and written["ontology"]["names"] == list(PETS.names)
-    assert written["schema_version"] == 1
+    assert written["schema_version"] == 1 and written["quality"] == "classes"
 
 
 def test_the_oldest_table_is_read(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps(OLDEST))
     record = read_table_record(str(tmp_path))
     assert record.ontology == PETS and record.ontology.hash == PETS.hash and record.source == "pseudo"
+    assert record.quality == "softmin"
     assert table_recipe(record).precision == "fp32" and table_recipe(record).maskclip.head == "value"
 
 

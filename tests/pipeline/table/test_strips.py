@@ -12,7 +12,7 @@ from PIL import Image
 from models.errors import MaskMillError
 from pipeline.table import strips
 from pipeline.table.labels import decode_confidence, decode_mask, encode_confidence, encode_mask
-from pipeline.table.statistics import quality, segments
+from pipeline.table.statistics import segments, softmin
 from pipeline.table.strips import MapTooLarge, MapWriter, PngWriter, png_size, read_strips
 from pipeline.table.viewed import decode_maps, shown_maps
 
@@ -39,7 +39,7 @@ def test_strips_of_any_height_make_one_map(
     np.testing.assert_array_equal(decode_confidence(found["confidence"]), confidence)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found["mask"]))), labels)
     assert found["segments"] == segments(labels, confidence, ignore_index=255)
-    assert found["quality"] == quality(confidence, labels, ignore_index=255)
+    assert found["softmin"] == softmin(confidence, labels, ignore_index=255)
     assert png_size(found["mask"]) == (40, 23)
 
 

@@ -16,8 +16,17 @@ from benchmarks.faults.damage import DAMAGES, parts
 from pipeline.corpus.manifest import stable_id
 from pipeline.files.storage import open_storage
 from pipeline.table.changed import Images
-from pipeline.table.committed import part_files, write_part
-from pipeline.table.labels import LABEL_SCHEMA, failed_row, iter_rows, ok_row, summarise
+from pipeline.table.committed import part_files, read_part, write_part
+from pipeline.table.labels import (
+    LABEL_SCHEMA,
+    decode_confidence,
+    decode_mask,
+    failed_row,
+    iter_rows,
+    ok_row,
+    summarise,
+)
+from pipeline.table.statistics import softmin
 from pipeline.table.verify import PROBLEMS, Verification, check_part, verify
 
 CLASSES = 3
@@ -85,6 +94,20 @@ def test_a_whole_table_is_whole(table: Path, manifest: pa.Table) -> None:
     assert found.counts == {"image_changed": 1}
     assert (found.rows, found.parts) == (10, 3)
     assert _verified(table, manifest).to_dict() == {"rows": 10, "parts": 3, "problems": {}}
+
+
+def test_the_quality_of_an_older_table_is_that_of_its_time(table: Path) -> None:
+    storage = open_storage(table)
+    (part,) = part_files(storage)[:1]
+    rows = read_part(storage, part).to_pylist()
+    for row in rows:
+        if row["status"] == "ok":
+            confidence = decode_confidence(row["confidence"]["bytes"])
+            row["quality"] = softmin(confidence, decode_mask(row["mask"]["bytes"]), ignore_index=255)
+    write_part(storage, pa.Table.from_pylist(rows, schema=LABEL_SCHEMA))
+    check = functools.partial(check_part, part, storage=storage, num_classes=CLASSES, ignore_index=255)
+    assert check(score="softmin").problems == []
+    assert {problem.kind for problem in check().problems} == {"statistics_differ"}
 
 
 @pytest.mark.parametrize("name", DAMAGES)

@@ -431,7 +431,7 @@ def test_s3(bucket: str) -> None:
 def test_a_view_changes_labels_counts_and_quality_alike(table: str) -> None:
     asked = View(threshold=0.5, merge={"animal": ("zebra", "fish")}, drop=("sky",))
     view = asked.of(TOY)
-    samples = opened(table, ontology=view.ontology, view=view, min_quality=0.5)
+    samples = opened(table, ontology=view.ontology, view=view, min_quality=0.515)
     pixels = np.zeros(view.ontology.num_classes, np.int64)
     for index in range(10):
         labels, confidence = teacher_of(index)
@@ -441,6 +441,6 @@ def test_a_view_changes_labels_counts_and_quality_alike(table: str) -> None:
         assert np.array_equal(found["teacher"], np.where(expected == 255, IGNORED, expected.astype(np.int32)))
         pixels += np.bincount(expected.ravel(), minlength=256)[: len(pixels)]
     assert samples.class_frequencies() == pytest.approx(pixels / pixels.sum())
-    # The rows themselves have a quality below 0.5: their doubtful pixels are gone from the view.
-    with pytest.raises(MaskMillError, match=r"quality below 0\.5"):
-        opened(table, min_quality=0.5)
+    # The rows themselves have a quality below 0.515: their doubtful pixels are gone from the view.
+    with pytest.raises(MaskMillError, match=r"quality below 0\.515"):
+        opened(table, min_quality=0.515)
