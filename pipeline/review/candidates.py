@@ -19,16 +19,14 @@ import pyarrow as pa
 from pipeline.files.storage import Storage
 from pipeline.ontology.ontology import BACKGROUND, Ontology
 from pipeline.review.queue import Kind, Reason
-from pipeline.table.labels import LABEL_SCHEMA, OK, iter_batches
+from pipeline.table.labels import OK, iter_batches
 
 FLOODS = 0.95
 """Share of an image from which one class floods it."""
 EMPTY = 0.01
 """Share of an image below which its labels are none."""
-AGREEMENT = "agreement"
-"""Column with the agreement of two readings of the image, in tables that have it."""
 _ROWS = 4096
-_COLUMNS = ("id", "status", "height", "width", "segments", "quality")
+_COLUMNS = ("id", "status", "height", "width", "segments", "quality", "agreement")
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 Floats = npt.NDArray[np.float64]
@@ -130,11 +128,8 @@ def look_through(
     Raises:
         MaskMillError: ``table_damaged``.
     """
-    kinds: tuple[Kind, ...] = ("quality", "confidence", "floods", "empty")
-    scored = AGREEMENT in LABEL_SCHEMA.names
+    kinds: tuple[Kind, ...] = ("quality", "confidence", "floods", "empty", "disagree")
     found = Candidates({kind: Top(most) for kind in kinds}, Top(chance))
-    if scored or against is not None:
-        found.lists["disagree"] = Top(most)
     background = 0 if ontology.names[0].casefold() == BACKGROUND else -1
     for batch in _batches(table):
         keep = ~np.isin(batch.ids, leave_out)
@@ -156,8 +151,8 @@ def look_through(
         if against is not None:
             apart, known = _apart(batch, against)
             lists["disagree"].offer(batch.ids[keep & known], apart[keep & known])
-        elif scored:
-            known = keep & np.isfinite(batch.agreement)
+        else:
+            known = keep & (batch.agreement < 1)  # NaN, where there was no second reading, is not
             lists["disagree"].offer(batch.ids[known], 1 - batch.agreement[known])
         found.chance.offer(ids, _dice(ids, seed))
     return found
@@ -172,8 +167,7 @@ def _dice(ids: Ids, seed: int) -> Floats:
 
 
 def _batches(table: Storage) -> Iterator[_Batch]:
-    columns = [*_COLUMNS, *([AGREEMENT] if AGREEMENT in LABEL_SCHEMA.names else [])]
-    for read in iter_batches(table, columns, batch_size=_ROWS):
+    for read in iter_batches(table, _COLUMNS, batch_size=_ROWS):
         ok = pa.array([status == OK for status in read["status"].to_pylist()])
         batch = read.filter(ok)
         segments = batch["segments"]
@@ -183,13 +177,10 @@ def _batches(table: Storage) -> Iterator[_Batch]:
             flat.field(name).to_numpy(zero_copy_only=False).astype(kind)
             for name, kind in (("class_id", np.int64), ("area", np.float64), ("mean_confidence", np.float64))
         )
-        height, width, quality = (
+        height, width, quality, agreement = (
             batch[name].to_numpy(zero_copy_only=False).astype(np.float64)
-            for name in ("height", "width", "quality")
+            for name in ("height", "width", "quality", "agreement")
         )
-        agreement = np.full(len(batch), np.nan)
-        if AGREEMENT in columns:
-            agreement = batch[AGREEMENT].to_numpy(zero_copy_only=False).astype(np.float64)
         yield _Batch(
             batch["id"].to_numpy(), height * width, np.nan_to_num(quality), agreement, owner, classes, areas,
             confidence,
@@ -250,13 +241,15 @@ def reason(kind: Kind, score: float, name: str = "", other: str = "") -> Reason:
         kind: of the list.
         score: of the row there.
         name: of the class that it is about.
-        other: the second table.
+        other: the second table; "" if the image was read a second time by the first one's own model.
     """
     percent = f"{100 * score:.0f} %"
     text = {
         "quality": f"low quality, {1 - score:.2f}",
         "confidence": f"low confidence, {1 - score:.2f} on average",
-        "disagree": f"{other or 'another reading'} differs on {percent}",
+        "disagree": f"{other} differs on {percent}"
+        if other
+        else f"a second reading agrees to {1 - score:.2f}",
         "floods": f"{name} covers {percent}",
         "empty": "nothing labelled" if score > 1 - 1e-6 else f"only {100 * (1 - score):.1f} % labelled",
         "unlike": f"unlike other images of {name}",

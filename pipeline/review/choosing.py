@@ -233,6 +233,7 @@ class _Work:
         hold images that nothing is wrong with, which must not come before doubtful ones for being different.
         """
         names, other = self._record.ontology.names, self._wish.against or ""
+        scored = {"quality", "confidence", *(() if other else ("disagree",))}
         weights: dict[int, float] = {}
         lists = [
             [
@@ -248,7 +249,7 @@ class _Work:
             if number not in weights and len(weights) >= most:
                 continue
             # Every image has a quality; it is a reason for those at the very end alone.
-            if kind not in ("quality", "confidence") or at < max(self._wish.worst, 1):
+            if kind not in scored or at < max(self._wish.worst, 1):
                 told = reason(kind, float(score), names[extra] if extra >= 0 else "", other)
                 self.reasons.setdefault(number, []).append(told)
             weight = max(relative, 1e-3) * (1 - 0.5 * at / max(most, 1))

@@ -18,7 +18,7 @@ ACCEPTABLE: Final = 0.7
 
 Kind = Literal["quality", "confidence", "disagree", "floods", "empty", "unlike", "random"]
 KINDS: Final[dict[Kind, str]] = {
-    "quality": "low quality: some pixels are doubtful",
+    "quality": "low quality: some classes were found doubtfully",
     "confidence": "low confidence on the whole",
     "disagree": "two models disagree",
     "floods": "one class covers nearly everything",
