@@ -10,7 +10,6 @@ again, with these corrections. A third one is trained on as many images that wer
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import socket
 import threading
@@ -22,34 +21,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import tyro
 from PIL import Image
 from rich.console import Console
 
+from benchmarks.toytables import draw_scenes, label_folder
 from jobs.evaluate.command import Evaluate
 from jobs.options import LabellingModel, Truth
 from jobs.review import Review
 from jobs.train.maskclip_plus import TrainMaskClipPlus
 from jobs.train.run import TrainOptions
-from models.clip.weights import find_weights
-from pipeline.corpus.manifest import stable_id
 from pipeline.evaluation.results import EvaluationResult, read_results
-from pipeline.files.storage import open_storage
-from pipeline.labelling.single import load_labeller
-from pipeline.ontology.ontology import load_ontology
 from pipeline.review.desk import encode_page_mask, open_desk
 from pipeline.review.queue import read_queue
 from pipeline.serving.limits import Limits
 from pipeline.serving.review.app import create_review_app
 from pipeline.serving.server import make_server
-from pipeline.table.committed import write_part
 from pipeline.table.corrections import OFF, open_corrections
-from pipeline.table.labels import LABEL_SCHEMA, ok_row, summarise
-from pipeline.table.record import TableRecord, write_table_record
-from pipeline.toyworld.scenes import generate
-
-ROWS_A_PART = 32
 
 
 @dataclass(frozen=True)
@@ -75,9 +63,9 @@ class Benchmark:
 
     def run(self) -> None:
         """Print a table in Markdown."""
-        self._draw("images", "truth", self.images, seed=11)
-        self._draw("test-images", "test-truth", self.test, seed=12)
-        table = self._label()
+        draw_scenes(self.output, self.images, self.size, seed=11)
+        draw_scenes(self.output, self.test, self.size, seed=12, prefix="test-")
+        table = label_folder(self.output / "images", self.output / "table")
         rows = [("before", 0, self._student("before", OFF))]
         for name, worst in (("after a review", self.reviewed), ("as many by chance", 0)):
             place = str(self.output / f"{name.replace(' ', '-')}.json")
@@ -92,51 +80,6 @@ class Benchmark:
         print("| | images painted | mIoU of the student on other scenes |\n|---|---|---|")
         for name, count, miou in rows:
             print(f"| {name} | {count} | {100 * miou:.1f} |")
-
-    def _draw(self, images: str, truth: str, count: int, seed: int) -> None:
-        scenes = generate(seed, count, self.size)
-        for name, pictures in ((images, scenes.images), (truth, scenes.labels)):
-            (self.output / name).mkdir(parents=True)
-            for number, picture in enumerate(pictures):
-                Image.fromarray(picture.astype(np.uint8)).save(self.output / name / f"scene_{number:04d}.png")
-
-    def _label(self) -> str:
-        """Label without Ray, which would take longer to start than this takes."""
-        labeller = load_labeller("toy", load_ontology("toyworld"))
-        recipe, table, rows = labeller.recipe, open_storage(self.output / "table"), []
-        for path in sorted((self.output / "images").iterdir()):
-            found = labeller(path)
-            uri = str(path.resolve())
-            rows.append(
-                ok_row(
-                    id=stable_id(uri),
-                    uri=uri,
-                    sha256=hashlib.sha256(path.read_bytes()).digest(),
-                    height=self.size,
-                    width=self.size,
-                    labels=found.labels,
-                    confidence=found.confidence,
-                    ignore_index=labeller.ontology.ignore_index,
-                )
-            )
-        for start in range(0, len(rows), ROWS_A_PART):
-            write_part(table, pa.Table.from_pylist(rows[start : start + ROWS_A_PART], schema=LABEL_SCHEMA))
-        source = find_weights(recipe.model, recipe.pretrained)
-        weights = {
-            "model": recipe.model,
-            "pretrained": recipe.pretrained,
-            "fingerprint": source.fingerprint,
-        }
-        write_table_record(
-            table,
-            TableRecord(
-                ontology=labeller.ontology,
-                recipe=recipe.to_dict() | {"hash": recipe.hash},
-                weights=weights,
-                counts=summarise(table),
-            ),
-        )
-        return table.uri
 
     def _paint(self, place: str) -> None:
         """Every image of a queue, from its truth."""
