@@ -76,7 +76,7 @@ def test_labels(
     waits = Counter(gpu.waits)
     check = "prompting.py:check_finite __bool__" if kind == "clipseg" else "labelmap.py:finite_ranges copy"
     assert [(place.rpartition("/")[2], count) for place, count in waits.most_common()] == [
-        ("base.py:<listcomp> copy", 6), (check, 3)
+        ("base.py:label copy", 6), (check, 3)
     ]  # fmt: skip
 
 
