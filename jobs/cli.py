@@ -35,6 +35,7 @@ from jobs.segment import Segment
 from jobs.serve import Serve
 from jobs.show import Show
 from jobs.split import MakeSplit
+from jobs.stats import ShowStatistics
 from jobs.status import ShowStatus
 from jobs.submit import Submit, job_apart
 from jobs.track import Track
@@ -71,6 +72,7 @@ Command = (
     | Annotated[Show, subcommand("show")]
     | Annotated[Review, subcommand("review")]
     | Annotated[Verify, subcommand("verify")]
+    | Annotated[ShowStatistics, subcommand("stats")]
     | Annotated[MakeSplit, subcommand("split")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Export, subcommand("export")]
@@ -99,6 +101,7 @@ COMMANDS = (
     "show",
     "review",
     "verify",
+    "stats",
     "split",
     "train",
     "export",

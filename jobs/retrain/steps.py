@@ -64,7 +64,6 @@ from pipeline.retraining.intake import (
 )
 from pipeline.retraining.labels import (
     LabelSummary,
-    compare_labels,
     read_labels,
     summarise_labels,
     write_labels,
@@ -74,6 +73,7 @@ from pipeline.retraining.parent import close_parent, job_run, open_parent
 from pipeline.retraining.promotion import promote, refuse
 from pipeline.retraining.registry import Facts, Version
 from pipeline.retraining.state import Step, read_ticks, tick_folder
+from pipeline.table.drift import compare_labels
 from pipeline.table.labels import DATASET_FILE
 from pipeline.table.record import read_table_record
 from pipeline.table.verify import PROBLEMS

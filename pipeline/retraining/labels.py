@@ -1,4 +1,4 @@
-"""The labels that a model was trained on: what they are, how good they seem, and whether they have drifted.
+"""The labels that a model was trained on: what they are, and how good they seem.
 
 A summary is made in one pass over the label table, row group by row group, and is small enough to stay with
 the model.
@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, 
 
 from pipeline.files.records import parse_record, read_record
 from pipeline.files.storage import Storage
-from pipeline.metrics.divergence import divergence_by_name, most_moved
 from pipeline.table.labels import OK, Counts, iter_batches
 from pipeline.table.record import read_table_record
+from pipeline.table.statistics import QualityScore
 
 SCHEMA_VERSION = 1
 LABELS_FILE = "labels.json"
@@ -38,6 +38,7 @@ class LabelSummary(BaseModel):
         images: rows of the table.
         status: rows by status; ``ok`` for a labelled image.
         mean_quality: mean of the images' label quality, in [0, 1]; None without labelled images.
+        score: what quality that is; older versions knew but one.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -51,6 +52,7 @@ class LabelSummary(BaseModel):
     images: NonNegativeInt
     status: dict[str, NonNegativeInt]
     mean_quality: FiniteFloat | None
+    score: QualityScore = "softmin"
 
     @model_validator(mode="after")
     def _fits(self) -> LabelSummary:
@@ -92,7 +94,8 @@ def summarise_labels(table: str) -> LabelSummary:
     Raises:
         MaskMillError: ``table_missing``, ``table_damaged``, ``newer_version``.
     """
-    ontology = read_table_record(table).ontology
+    record = read_table_record(table)
+    ontology = record.ontology
     names = ontology.names
     counts, total = Counts(), 0
     columns = [*Counts.COLUMNS, "sha256", "mask"]
@@ -118,6 +121,7 @@ def summarise_labels(table: str) -> LabelSummary:
         images=found["images"],
         status=found["status"],
         mean_quality=found["mean_quality"],
+        score=record.quality,
     )
 
 
@@ -150,65 +154,4 @@ def read_labels(storage: Storage) -> LabelSummary | None:
         storage.uri_of(LABELS_FILE),
         code="result_damaged",
         remedy="Delete it; it is made again from the label table.",
-    )
-
-
-class LabelDrift(BaseModel):
-    """How labels differ from those of before.
-
-    Attributes:
-        divergence: of the shares of the classes, by name, in bits: 0 is alike, 1 has no class in common. None
-            if one of the tables has no labelled pixel.
-        moved: the classes whose share changed most, with their shares before and after.
-        quality: mean quality, before and after.
-        failed: share of images without labels, before and after.
-        ignored: share of pixels without a class, before and after.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    divergence: FiniteFloat | None
-    moved: tuple[tuple[str, float, float], ...]
-    quality: tuple[float | None, float | None]
-    failed: tuple[float, float]
-    ignored: tuple[float, float]
-
-    def sentences(self) -> list[str]:
-        """The drift for people, a line each."""
-        said = ["The labels cannot be compared: one of the tables has none."]
-        if self.divergence is not None:
-            moved = [f"{name} from {before:.1%} to {after:.1%}" for name, before, after in self.moved]
-            most = f"; most changed {', '.join(moved)}" if moved else ""
-            said = [f"The classes of the labels diverge by {self.divergence:.3f} bits{most}."]
-        before, after = self.quality
-        if before is not None and after is not None:
-            said.append(f"Mean label quality went from {before:.3f} to {after:.3f}.")
-        for what, (was, now) in (
-            ("images without labels", self.failed),
-            ("pixels without a class", self.ignored),
-        ):
-            said.append(f"The share of {what} went from {was:.1%} to {now:.1%}.")
-        return said
-
-
-def compare_labels(before: LabelSummary, after: LabelSummary, *, most: int = 3) -> LabelDrift:
-    """Compare two summaries; classes are matched by name.
-
-    Args:
-        before: of the labels that the model in use was trained on.
-        after: of the new ones.
-        most: how many classes to name.
-    """
-    old, new = before.shares, after.shares
-    known = bool(old) and bool(new)
-    return LabelDrift(
-        divergence=divergence_by_name(old, new) if known else None,
-        moved=tuple(
-            (name, old.get(name, 0.0), new.get(name, 0.0))
-            for name in most_moved(old, new)[:most]
-            if known and old.get(name, 0.0) != new.get(name, 0.0)
-        ),
-        quality=(before.mean_quality, after.mean_quality),
-        failed=(before.failed_share, after.failed_share),
-        ignored=(before.ignored_share, after.ignored_share),
     )

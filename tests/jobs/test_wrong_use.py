@@ -58,6 +58,11 @@ CASES = {
     "verify photos": "table_missing",
     "verify photos --images photos --manifest m.parquet": "not both",
     "verify photos --workers -1": "--workers -1",
+    # stats
+    "stats nowhere": "nowhere",
+    "stats table --against photos": "table_missing",
+    "stats table --threshold 5": "no number from 0 to 1",
+    "stats table --merge kat,dog=pet": "kat",
     # split
     "split nowhere": "nowhere",
     "split photos": "table_missing",

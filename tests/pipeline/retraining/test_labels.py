@@ -13,11 +13,11 @@ from pipeline.ontology.ontology import Ontology
 from pipeline.retraining.labels import (
     LABELS_FILE,
     LabelSummary,
-    compare_labels,
     read_labels,
     summarise_labels,
     write_labels,
 )
+from pipeline.table.drift import compare_labels
 from pipeline.table.labels import LABEL_SCHEMA, failed_row, ok_row
 from pipeline.table.record import TableRecord, write_table_record
 
@@ -116,6 +116,9 @@ def test_what_has_drifted_is_said(tmp_path: Path) -> None:
     assert drift.moved[0][0] == "cat" and drift.moved[0][2] == 1.0
     assert drift.failed == pytest.approx((0.1, 0.5))
     assert any("cat from" in line for line in drift.sentences())
+    older = before.model_copy(update={"score": "softmin"})
+    assert compare_labels(older, after).quality == (None, None), "two scores are not compared"
+    assert not any("quality" in line for line in compare_labels(older, after).sentences())
     empty = summarise_labels(table(tmp_path / "c", []))
     assert isinstance(empty, LabelSummary) and empty.mean_quality is None and empty.shares == {}
     assert compare_labels(before, empty).divergence is None and compare_labels(before, empty).moved == ()
