@@ -27,11 +27,14 @@ from pipeline.datasets.voc import open_voc
 from pipeline.labelling.labeller import Prediction
 from pipeline.labelling.single import ImageLabeller, load_labeller
 from pipeline.metrics.confusion import confusion_matrix, mean_iou
+from pipeline.metrics.estimation import Estimate, regression_estimate, sample_estimate
 from pipeline.metrics.ranking import aurc, auroc, rank_correlation, rank_mean
 from pipeline.ontology.ontology import Ontology, load_ontology
 from pipeline.table.statistics import quality, softmin
 from pipeline.toyworld.scenes import generate
 
+SAMPLE, DRAWS = 50, 400
+"""Images with truth that an estimate is made from, and how often they are drawn."""
 READINGS = ("size", "flip")
 Pairs = Iterable[tuple[np.ndarray, np.ndarray]]
 """Images (H, W, 3) and their truth (H, W)."""
@@ -55,7 +58,7 @@ class Benchmark:
     output: Path
     seeds: int = 3
     images: int = 200
-    test: int = 80
+    test: int = 240
     size: int = 128
     steps: int = 400
     photographs: Path | None = None
@@ -141,6 +144,27 @@ def report(title: str, scores: dict[str, np.ndarray], right: np.ndarray) -> None
         print(f"| {name} | {rank_correlation(score, right):.2f} | {areas} | {aurc(score, right):.3f} |")
     best, chance = aurc(right, right), aurc(np.zeros(len(right)), right)
     print(f"| best possible; by chance | | | | {best:.3f}; {chance:.3f} |", flush=True)
+    if len(right) > SAMPLE:
+        report_estimates(title, scores["quality"], right)
+
+
+def report_estimates(title: str, score: np.ndarray, right: np.ndarray) -> None:
+    """Print how far estimates of the mean are off, from samples that are drawn again and again."""
+    rng = np.random.default_rng(0)
+    found: dict[str, list[Estimate]] = {"sample alone": [], "with quality": []}
+    for _ in range(DRAWS):
+        drawn = rng.choice(len(right), SAMPLE, replace=False)
+        found["sample alone"].append(sample_estimate(right[drawn], len(right)))
+        found["with quality"].append(
+            regression_estimate(score[drawn], right[drawn], float(score.mean()), len(right))
+        )
+    print(f"\n### {title}: estimates of {right.mean():.3f} from {SAMPLE} of {len(right)} images\n")
+    print("| by | off, in points | width of the interval | it holds |\n|---|---|---|---|")
+    for name, estimates in found.items():
+        off = 100 * np.mean([abs(one.mean - right.mean()) for one in estimates])
+        width = 100 * np.mean([one.high - one.low for one in estimates])
+        held = np.mean([one.low <= right.mean() <= one.high for one in estimates])
+        print(f"| {name} | {off:.1f} | {width:.1f} | {held:.1%} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
@@ -12,15 +14,19 @@ from tyro.conf import Positional, arg
 
 from jobs.console import counted, stderr_console
 from jobs.options import FLAT, Flag, Maybe, ViewOptions
+from models.errors import WrongUse
 from pipeline.files.storage import open_storage
 from pipeline.table.labels import OK
 from pipeline.table.record import TableRecord, read_table_record
 
 if TYPE_CHECKING:
+    from pipeline.evaluation.estimate import Measured
     from pipeline.table.profile import Profile, Spread
     from pipeline.table.views import TableView
 
 SCHEMA_VERSION = 1
+GOOD, RISK = 0.5, 0.1
+"""Mean IoU from which an image is good; the chance of a bad one that is taken."""
 PAIRS = 5
 """Pairs of classes that are named."""
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -30,16 +36,19 @@ _BARS = " ▁▂▃▄▅▆▇█"
 class ShowStatistics:
     """Say what a label table holds: classes, which stand together, quality, failures, drift.
 
-    Nothing is written. With settings of a view, the figures are those of the labels as the view has them.
+    The table stays as it is. With settings of a view, the figures are of the labels as the view has them.
 
     Attributes:
         table: the --output of maskmill label or maskmill import.
         against: an earlier label table: how far have the labels moved since? Classes are matched by name.
+        estimate: how right is the whole table? Give a folder with the true masks of 50 or more images that
+            were drawn by chance: PNG, named as the images; values are class ids, 255 is ignored.
         json: print the result as JSON, with histograms, and all pairs of classes that stand together.
     """
 
     table: Annotated[Positional[str], arg(metavar="TABLE")]
     against: Annotated[Maybe[str], arg(metavar="TABLE")] = None
+    estimate: Annotated[Maybe[str], arg(metavar="DIR")] = None
     json: Flag = False
     seen: Annotated[ViewOptions, FLAT] = field(default_factory=ViewOptions)
 
@@ -47,11 +56,19 @@ class ShowStatistics:
         """Print the figures.
 
         Raises:
-            MaskMillError: ``table_missing``, ``table_damaged``; as ``ViewOptions.of_table``.
+            MaskMillError: ``wrong_use``; ``table_missing``, ``table_damaged``; as ``ViewOptions.of_table``
+                and ``pipeline.evaluation.estimate.measure_sample``.
         """
         console = console or stderr_console()
+        if self.estimate is not None and self.seen.given:
+            raise WrongUse(
+                "wrong_use",
+                "--estimate is of the labels as they are stored, not of a view of them.",
+                "Leave out the settings of the view.",
+            )
         record = read_table_record(self.table)
         view = self.seen.of_table(self.table)
+        sample = None if self.estimate is None else self._sample(record)
         other = None if self.against is None else (self.against, read_table_record(self.against))
         seen_before = None if self.against is None else self.seen.of_table(self.against)
         for line in self.seen.keep(self.table, view):
@@ -64,11 +81,18 @@ class ShowStatistics:
                 "table": open_storage(self.table).uri,
                 **found.to_dict(),
                 "drift": None if before is None else self._drift(before, found),
+                "estimate": None if sample is None else estimated(sample, found),
             }
             print(json.dumps(told, indent=2, ensure_ascii=False))
         else:
-            self._tell(found, before)
+            self._tell(found, before, sample)
         return 0
+
+    def _sample(self, record: TableRecord) -> Measured:
+        from pipeline.evaluation.estimate import measure_sample
+
+        assert self.estimate is not None
+        return measure_sample(self.table, self.estimate, record.ontology)
 
     def _profile(self, table: str, record: TableRecord, view: TableView | None, console: Console) -> Profile:
         from pipeline.table.profile import profile_table
@@ -88,7 +112,7 @@ class ShowStatistics:
             "classes": [{"name": name, "before": was, "after": now} for name, was, now in drift.moved],
         }
 
-    def _tell(self, found: Profile, before: Profile | None) -> None:
+    def _tell(self, found: Profile, before: Profile | None, sample: Measured | None) -> None:
         told = Console(soft_wrap=True, highlight=False, markup=False)
         counts = found.counts.to_dict()
         failed = f", {counts['failed']:,} failed" if counts["failed"] else ""
@@ -112,6 +136,8 @@ class ShowStatistics:
                 told.print(_spread(name, spread))
         if before is not None:
             self._tell_drift(before, found, told)
+        if sample is not None:
+            told.print(*_estimate_lines(estimated(sample, found)), sep="\n")
 
     def _tell_drift(self, before: Profile, found: Profile, told: Console) -> None:
         from pipeline.table.drift import compare_labels
@@ -125,6 +151,52 @@ class ShowStatistics:
             told.print("  Quality is not compared: an older version stored another score.")
         elif bits is not None:
             told.print(f"  The quality of the images diverges by {bits:.3f} bits.")
+
+
+def estimated(sample: Measured, found: Profile) -> dict[str, Any]:
+    """What a sample with truth says of the whole table, as plain JSON values."""
+    from pipeline.metrics.estimation import regression_estimate, safe_score, sample_estimate
+    from pipeline.metrics.ranking import auroc, rank_correlation
+
+    total, mean = found.quality.count, found.mean_quality
+    assert mean is not None
+    whole = regression_estimate(sample.quality, sample.miou, mean, total)
+    good = sample.miou >= GOOD
+    bound = safe_score(sample.quality, good, RISK)
+    return {
+        "sample": len(sample.miou),
+        "image_miou": asdict(whole),
+        "by_the_sample_alone": asdict(sample_estimate(sample.miou, total)),
+        "confidence": 0.95,
+        "rank_correlation": _defined(rank_correlation(sample.quality, sample.miou)),
+        "auroc": _defined(auroc(sample.quality, good)),
+        "good": GOOD,
+        "risk": RISK,
+        "min_quality": bound,
+        "kept": None if bound is None else found.quality.share_from(bound),
+    }
+
+
+def _defined(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _estimate_lines(told: dict[str, Any]) -> Iterator[str]:
+    whole, alone = told["image_miou"], told["by_the_sample_alone"]
+    yield (
+        f"Estimated from {told['sample']:,} images with truth: the mean IoU of an image is "
+        f"{whole['mean']:.1%} ({told['confidence']:.0%} interval {whole['low']:.1%} to {whole['high']:.1%}; "
+        f"without the quality {alone['low']:.1%} to {alone['high']:.1%})"
+    )
+    rho = told["rank_correlation"]
+    if rho is not None:
+        yield f"  Quality ranks them by IoU with a correlation of {rho:.2f} (Spearman)."
+    if told["min_quality"] is None:
+        return
+    yield (
+        f"  Quality from {told['min_quality']:.3f}, {told['kept']:.0%} of the images: the chance that one "
+        f"is among them and yet right to less than {told['good']:g} is at most {told['risk']:.0%}."
+    )
 
 
 def quality_divergence(before: Profile, found: Profile) -> float | None:

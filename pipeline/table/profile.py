@@ -74,6 +74,11 @@ class Spread:
         before = int(sums[at - 1]) if at else 0
         return float((at + (share * self.count - before) / self.bins[at]) / FINE)
 
+    def share_from(self, value: float) -> float:
+        """Share of the numbers that are ``value`` or more, within what is in one bin; 0 without any."""
+        at = min(int(value * FINE), FINE - 1)
+        return int(self.bins[at:].sum()) / self.count if self.count else 0.0
+
     def histogram(self) -> list[int]:
         """How many are in each of ``COARSE`` bins of equal width."""
         return [int(part.sum()) for part in np.split(self.bins, COARSE)]
