@@ -61,6 +61,8 @@ CASES = {
     # stats
     "stats nowhere": "nowhere",
     "stats table --against photos": "table_missing",
+    "stats table --estimate photos": "no mask PNGs",
+    "stats table --estimate photos --threshold 0.5": "not of a view",
     "stats table --threshold 5": "no number from 0 to 1",
     "stats table --merge kat,dog=pet": "kat",
     # split
