@@ -45,9 +45,9 @@ class LabelRecipe(Recipe):
     batch_size: Annotated[int, Field(ge=0, le=4096), NEUTRAL] = 0
     """Images per forward pass; 0 chooses 1 on a CPU, 16 on a GPU."""
     agreement: Annotated[Agreement, NEUTRAL] = "none"
-    """``size`` or ``flip`` reads each image again, at three quarters of its size or mirrored, and stores how
-    far the classes agree, by which the worst labels are found; it changes no label. ``size`` takes about half
-    as much time again, ``flip`` as much. An image that is labelled in windows is read once."""
+    """``size`` or ``flip`` reads each image again, at three quarters of its size (half as much time again) or
+    mirrored (twice the time), and stores how far the classes agree: the worst labels are found by it. Images
+    in windows are read once."""
     templates: str | None = None
     """Prompt templates for classes that come without: a name such as ``imagenet80``; null is the model's own
     (the paper's ``openai85``, or a student's)."""
