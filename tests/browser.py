@@ -39,7 +39,7 @@ class Page:
             stderr=subprocess.DEVNULL,
         )  # fmt: skip
         told = folder / "DevToolsActivePort"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not (told.exists() and len(told.read_text().split()) == 2):
             assert time.monotonic() < deadline and self._process.poll() is None, "Chromium did not start"
             time.sleep(0.05)
@@ -55,7 +55,7 @@ class Page:
         self._socket = await self._client.ws_connect(url, max_msg_size=0)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        return self._loop.run_until_complete(asyncio.wait_for(self._call(method, parameters), 30))
+        return self._loop.run_until_complete(asyncio.wait_for(self._call(method, parameters), 120))
 
     async def _call(self, method: str, parameters: dict[str, Any]) -> dict[str, Any]:
         self._next += 1
@@ -88,7 +88,7 @@ class Page:
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
-    def wait(self, expression: str, seconds: float = 30) -> Any:
+    def wait(self, expression: str, seconds: float = 90) -> Any:
         """Wait until an expression is true."""
         deadline = time.monotonic() + seconds
         while not (value := self.run(expression)):

@@ -86,16 +86,17 @@ def _crossing(folder: Path) -> list[str]:
 
 
 def test_no_planted_near_duplicate_crosses(maskmill_here: Run, folder: Path) -> None:
-    done = maskmill_here("split", folder / "table", "--json", "--train", 0.6, "--val", 0.2, "--test", 0.2)
+    shares = ("--train", 0.6, "--val", 0.2, "--test", 0.2)
+    done = maskmill_here("split", folder / "table", "--json", *shares)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said["images"]["train"] + said["images"]["val"] + said["images"]["test"] == 120
     assert said["groups"] <= 97 and said["largest"] >= 2 and said["unread"] == 0
     assert _crossing(folder) == []
     # Without looking at the images they do cross: the test can fail.
-    again = maskmill_here("split", folder / "table", "--near", "none", "--overwrite", "--seed", 1)
+    again = maskmill_here("split", folder / "table", *shares, "--near", "none", "--overwrite")
     assert again.returncode == 0, again.stderr
-    assert len(_crossing(folder)) >= 4
+    assert len(_crossing(folder)) >= 4  # 13 of 24 are to be expected, whatever the ids
 
 
 def test_the_split_is_the_same_for_a_seed_and_never_replaced_unasked(

@@ -34,7 +34,10 @@ def test_what_waits_is_listed_kept_and_sent(tmp_path: Path) -> None:
     tracker.log_metrics({"images_done": 5}, 5)
     assert [line.split()[0] for line in _run(send=False)[1]] == ["running"]
     tracker.close()
-    time.sleep(0.2)
+    end = time.monotonic() + 60
+    while _run(send=False)[1][0].startswith("running"):  # until the thread has let go of it
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
     status, lines = _run(send=False)
     assert status == 0 and len(lines) == 2

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,10 +24,11 @@ from pipeline.table.lease import RUN_ID_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[3]
 
+# A start that takes too long ends all processes of its run: those of other tests must not have the same id.
 HOLDER = """
-import sys
+import sys, uuid
 from pipeline.cluster.session import ray_session
-with ray_session("a-private-ray", address=None, verbose=False):
+with ray_session(uuid.uuid4().hex, address=None, verbose=False):
     import ray
     ray.get(ray.remote(lambda: 1).remote())  # now there is a worker process, too
     print(ray.get_runtime_context().gcs_address, flush=True)
@@ -41,7 +43,7 @@ with ray_session("a-stranger", address=sys.argv[1], verbose=False, notice=print)
 """
 
 LATE_VARIABLES = """
-import os, sys
+import os, sys, uuid
 import numpy  # which makes a variable, and which jobs import first
 late = None
 def hook(event, arguments):
@@ -52,7 +54,7 @@ def begin():
     global late
     late = []
 from pipeline.cluster.session import ray_session
-with ray_session("a-run", address=sys.argv[1] or None, verbose=False, begin=begin):
+with ray_session(uuid.uuid4().hex, address=sys.argv[1] or None, verbose=False, begin=begin):
     import open_clip, ray, ray.train.torch
     assert ray.is_initialized()
 for name in ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_CHDIR_TO_TRIAL_DIR", "TORCHINDUCTOR_CACHE_DIR"):
@@ -157,6 +159,7 @@ def test_a_folder_without_room_for_sockets_is_told_at_once(
 def test_a_slow_start_is_tried_again_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine, Ray's processes take longer than Ray waits for them: the first ones never answer."""
     monkeypatch.setattr(session, "START_TRIES", 2)
+    run_id = uuid.uuid4().hex
     stopped: list[psutil.Process] = []
 
     def stop_the_first() -> None:
@@ -164,21 +167,21 @@ def test_a_slow_start_is_tried_again_and_leaves_nothing(monkeypatch: pytest.Monk
         while not stopped and time.monotonic() < deadline:
             for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if process.name() == "raylet" and process.environ().get(RUN_ID_VARIABLE) == "slow-run":
+                    if process.name() == "raylet" and process.environ().get(RUN_ID_VARIABLE) == run_id:
                         process.suspend()
                         stopped.append(process)
             time.sleep(0.002)
 
     threading.Thread(target=stop_the_first, daemon=True).start()
     told: list[str] = []
-    with ray_session("slow-run", address=None, verbose=False, notice=told.append):
+    with ray_session(run_id, address=None, verbose=False, notice=told.append):
         assert stopped and not stopped[0].is_running()
         assert ray.get(ray.put("it runs")) == "it runs"
         assert told == ["Ray did not start in time; trying again"]
         raylets = [
             one
             for one in psutil.Process().children(recursive=True)
-            if one.name() == "raylet" and one.environ().get(RUN_ID_VARIABLE) == "slow-run"
+            if one.name() == "raylet" and one.environ().get(RUN_ID_VARIABLE) == run_id
         ]
         assert len(raylets) == 1
 
@@ -187,7 +190,7 @@ def test_a_slow_start_is_tried_again_and_leaves_nothing(monkeypatch: pytest.Monk
 def test_a_session_leaves_signals_and_the_ray_of_others_alone() -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     variables = dict(os.environ)
-    with ray_session("mine", address=None, verbose=False):
+    with ray_session(uuid.uuid4().hex, address=None, verbose=False):
         assert {number: signal.getsignal(number) for number in before} == before
         with (
             pytest.raises(MaskMillError, match="twice") as refused,
@@ -210,7 +213,7 @@ def test_a_start_that_times_out_is_told_in_words(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ray, "init", time_out)
     with (
         pytest.raises(MaskMillError, match="timed out during startup") as caught,
-        ray_session("mine", address=None, verbose=False),
+        ray_session(uuid.uuid4().hex, address=None, verbose=False),
     ):
         pass
     assert caught.value.code == "cluster_unreachable"

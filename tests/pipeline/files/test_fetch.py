@@ -136,7 +136,7 @@ class Endless(BaseHTTPRequestHandler):
             if kind == "stalled":
                 self.wfile.write(b"\0" * 100)
                 self.wfile.flush()
-                time.sleep(5)
+                time.sleep(60)
             else:
                 self.wfile.write(b"content")
 
@@ -177,7 +177,7 @@ def test_web_servers_that_fail_or_do_not_end(web: str) -> None:
     began = time.monotonic()
     stalled = fetch_error(f"{web}/stalled", patience=0.3, sleep=lambda _: pytest.fail("waited"))
     assert stalled.code == "unavailable" and "0.3 s" in stalled.message
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30
 
 
 def test_only_regular_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

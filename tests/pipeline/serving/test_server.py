@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import psutil
 import pytest
 
 from jobs.serve import entry
@@ -73,6 +74,12 @@ def quick(start: Callable[..., Server]) -> Server:
     return start([entry("toy"), large_answers()], limits)
 
 
+@pytest.fixture(scope="module")
+def patient(start: Callable[..., Server]) -> Server:
+    """A server that only minds a pause."""
+    return start([entry("toy")], Limits(per_minute=0, upload_pause=0.6))
+
+
 def large_answers() -> Entry:
     """A model whose answer of noise is far larger than what sockets hold back."""
 
@@ -91,6 +98,30 @@ def asked(prompts: int) -> bytes:
     body += json.dumps(request).encode() + b"\r\n--b--\r\n"
     head = f"POST /api/segment HTTP/1.1\r\nHost: localhost\r\n{FORM}Content-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> bool:
+    """Whether something comes true in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def serves(server: Server, client: socket.socket) -> bool:
+    """Whether the server, which is in this process, has the other end of a connection."""
+    ends = (server.port, client.getsockname()[1])
+    found = psutil.Process().net_connections("tcp4")
+    return ends in [(one.laddr.port, one.raddr.port) for one in found if one.raddr]
+
+
+def healthy(server: Server) -> bool:
+    try:
+        return server.get("/health").status == 200
+    except OSError:
+        return False  # refused before it was read
 
 
 def works(server: Server) -> bool:
@@ -112,16 +143,18 @@ def test_stalled_uploads_keep_nobody_out(start: Callable[..., Server], log: pyte
             client.close()
 
 
-def test_an_upload_that_stalls_or_trickles_is_given_up(quick: Server, log: pytest.LogCaptureFixture) -> None:
+def test_an_upload_that_stalls_or_trickles_is_given_up(
+    quick: Server, patient: Server, log: pytest.LogCaptureFixture
+) -> None:
+    status, received = answer(begin(patient))
+    assert status == 408 and b"upload_too_slow" in received
     began = time.monotonic()
-    status, received = answer(begin(quick))
-    assert status == 408 and b"upload_too_slow" in received and time.monotonic() - began < 1.4
     client = begin(quick)
     with contextlib.suppress(OSError):
-        while time.monotonic() - began < 10:
+        while time.monotonic() - began < 30:
             client.sendall(b"x")
             time.sleep(0.2)
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 20
 
 
 def test_a_head_that_never_ends_is_given_up(quick: Server, log: pytest.LogCaptureFixture) -> None:
@@ -155,7 +188,9 @@ def test_a_huge_head_is_refused(quick: Server, log: pytest.LogCaptureFixture) ->
 def test_a_client_that_reads_nothing_is_given_up(quick: Server, log: pytest.LogCaptureFixture) -> None:
     client = connect(quick, read=4096)
     client.sendall(asked(8))
-    time.sleep(4)  # the answer is ready, and stays where it is for longer than the limit
+    assert until(lambda: serves(quick, client))
+    # The answer is ready, and stays where it is for longer than the limit.
+    assert until(lambda: not serves(quick, client), 60)
     received = b""
     with contextlib.suppress(OSError):
         while chunk := client.recv(2**20):
@@ -226,31 +261,34 @@ def test_too_many_connections_of_one_client(
 ) -> None:
     server = start([entry("toy")], Limits(per_minute=0, connections=60))
     clients = [connect(server) for _ in range(40)]
-    time.sleep(0.5)
-    refused = []
+    refused: list[bytes] = []
     for client in clients:
         client.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            refused.append(client.recv(1000))
+
+    def look() -> None:
+        for client in clients:
+            with contextlib.suppress(BlockingIOError):
+                refused.extend(filter(None, [client.recv(1000)]))
+
+    assert until(lambda: look() or len(refused) >= 10)
+    time.sleep(0.3)
+    look()
     assert len(refused) == 10 and all(b" 503 " in told and b'"busy"' in told for told in refused)
     body = json.loads(refused[0].partition(b"\r\n\r\n")[2])
     assert body.keys() == {"code", "message", "remedy"}
     for client in clients:
         client.close()
-    time.sleep(0.2)
-    assert server.get("/health").status == 200
+    assert until(lambda: healthy(server))
 
 
 def test_uploads_together_are_bounded(start: Callable[..., Server], log: pytest.LogCaptureFixture) -> None:
-    server = start([entry("toy")], Limits(per_minute=0, uploading_bytes=400_000, upload_pause=5))
+    server = start([entry("toy")], Limits(per_minute=0, uploading_bytes=400_000, upload_pause=60))
     stalled = [begin(server, sent=90_000) for _ in range(2)]
-    time.sleep(0.3)
-    status, received = answer(begin(server, length=60_000, sent=60_000))
-    assert status == 503 and b'"busy"' in received
+    # As soon as those have arrived.
+    assert until(lambda: b'"busy"' in answer(begin(server, length=60_000, sent=60_000))[1])
     for client in stalled:
         client.close()
-    time.sleep(0.3)
-    assert works(server)
+    assert until(lambda: server.segment(IMAGE, {"prompts": [{"text": "grass"}]}).status == 200)
 
 
 @pytest.mark.parametrize(
@@ -293,5 +331,4 @@ def test_nothing_stays_open(quick: Server, log: pytest.LogCaptureFixture) -> Non
     for client in clients:
         answer(client)
         client.close()
-    time.sleep(1)
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert until(lambda: len(os.listdir("/proc/self/fd")) <= before)

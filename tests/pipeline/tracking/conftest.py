@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from benchmarks.faults.clusters import free_port
 from benchmarks.faults.mlflow_server import Server
 
 
@@ -113,9 +112,11 @@ def lossy_proxy() -> type[LossyProxy]:
 
 
 @pytest.fixture
-def dead_server() -> str:
-    """Where nobody listens."""
-    return f"http://127.0.0.1:{free_port()}"
+def dead_server() -> Iterator[str]:
+    """Where nobody listens, and nobody else can."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 from pipeline.cluster.progress import Progress
 from pipeline.tracking import load
-from pipeline.tracking.journal import Journal, pending
+from pipeline.tracking.journal import JOURNAL, Journal, pending
 from pipeline.tracking.progress import ProgressLog
 from pipeline.tracking.sender import KEY_TAG, Sender, flush, unsent_runs
 from pipeline.tracking.tracker import TrackedDataset, Tracker, open_tracker
@@ -153,12 +154,13 @@ def test_the_state_of_git_is_recorded(sqlite: str, stored: Stored, tmp_path: Pat
 def test_progress_becomes_step_metrics(sqlite: str, stored: Stored) -> None:
     with open_tracker(sqlite) as tracker:
         tracker.start("label", "x")
-        log = ProgressLog(tracker, every_s=0.2)
+        log, began = ProgressLog(tracker, every_s=0.2), time.monotonic()
         for done in range(0, 300, 3):
             log.update(
                 Progress(done=done, first_s=0.0, last_s=done / 30, failures={"not_found": done // 100})
             )
             time.sleep(0.005)
+        most = (time.monotonic() - began) / 0.2 + 2
         last = Progress(done=300, first_s=0.0, last_s=10.0, failures={"not_found": 3})
         log.update(last, final=True)
         log.update(last, final=True)
@@ -171,7 +173,7 @@ def test_progress_becomes_step_metrics(sqlite: str, stored: Stored) -> None:
     }
     steps = _steps(run["history"]["images_done"])
     assert steps == [value for _, value in sorted(run["history"]["images_done"])]
-    assert 3 <= len(steps) <= 12 and steps[-1] == 300
+    assert 3 <= len(steps) <= most and steps[-1] == 300
 
 
 def test_the_load_of_the_machine_is_recorded_if_asked_for(
@@ -181,8 +183,8 @@ def test_the_load_of_the_machine_is_recorded_if_asked_for(
     with open_tracker(sqlite, system_metrics=True) as tracker:
         tracker.start("label", "x")
         tracker.log_metrics({"a": 1})
-        _wait(lambda: tracker.run_id is not None)
-        time.sleep(0.5)
+        [(folder, _)] = pending()
+        _wait(lambda: (folder / JOURNAL).read_text().count("system/cpu_utilization_percentage") > 1)
     run = stored(sqlite, "maskmill-label")
     assert 0 <= run["metrics"]["system/cpu_utilization_percentage"] <= 100
     assert run["metrics"]["system/system_memory_usage_megabytes"] > 10
@@ -193,6 +195,7 @@ def test_a_black_hole_costs_the_caller_nothing(
     black_hole: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    importlib.import_module("mlflow.tracking")  # which takes seconds the first time
     said: list[str] = []
     tracker = open_tracker(black_hole, wait_s=0.5, say=said.append)
     tracker.start("label", "swallowed")
@@ -211,19 +214,20 @@ def test_a_black_hole_costs_the_caller_nothing(
     [(folder, _)] = pending()
     assert str(folder) in line
     # The thread lets go when its last request has run out of time.
-    _wait(lambda: [run.state for run in unsent_runs()] == ["waiting"], 15)
+    _wait(lambda: [run.state for run in unsent_runs()] == ["waiting"], 60)
     (result,) = flush(black_hole)
     assert (result.state, result.detail) == ("kept", "no answer in time")
 
 
 def test_a_server_that_is_away_is_given_up_soon_after_the_end(dead_server: str) -> None:
+    importlib.import_module("mlflow.tracking")  # which takes seconds the first time
     said: list[str] = []
     tracker = open_tracker(dead_server, say=said.append)
     tracker.start("label", "x")
     tracker.log_metrics({"a": 1})
     began = time.monotonic()
     tracker.close()
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 12  # it would wait for 15 s
     assert "connection refused" in said[0]
 
 
