@@ -356,7 +356,7 @@ def test_a_job_is_submitted_once_followed_stopped_and_submitted_again(
         assert status == 0 and f"{name}: it runs (" in said and "label --images" in said, said
         status, _, told = submit("--stop", name)
         assert status == 0 and f"{name} was stopped." in told
-        rest, told = follower.communicate(timeout=120)
+        rest, told = follower.communicate(timeout=300)
     assert waiting not in rest
     assert follower.returncode == 130 and f"{name} is there already: it runs" in told, told
     assert "Submitted" not in told and f"{name}: it was stopped" in told

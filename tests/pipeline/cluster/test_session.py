@@ -84,7 +84,7 @@ def private_ray(**settings: str) -> Iterator[tuple[psutil.Process, str]]:
         assert address
         yield psutil.Process(holder.pid), address
         holder.stdin.close()
-        assert holder.wait(60) == 0
+        assert holder.wait(120) == 0
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_no_variable_is_new_once_threads_may_run(tmp_path: Path, shared_ray: str
         env=environment(tmp_path, **given),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
     )
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr
 
@@ -126,7 +126,7 @@ def test_a_private_ray_is_closed_to_strangers(tmp_path: Path) -> None:
                 env=environment(tmp_path, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0") | token,
                 capture_output=True,
                 text=True,
-                timeout=120,
+                timeout=400,
             )
             assert done.returncode and "came in" not in done.stdout
             assert f"could not be reached at {address}" in done.stderr

@@ -13,6 +13,7 @@ import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,7 +81,7 @@ class Server(NamedTuple):
 
     def _send(self, request: urllib.request.Request) -> Reply:
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=180) as answer:
                 return Reply(answer.status, answer.headers, answer.read())
         except urllib.error.HTTPError as error:
             return Reply(error.code, error.headers, error.read())
@@ -103,6 +104,9 @@ def png(array: np.ndarray) -> bytes:
 
 @contextmanager
 def running(entries: list[Entry], limits: Limits, **options: Any) -> Iterator[Server]:
+    if limits.load_seconds == Limits.load_seconds:
+        # On a busy machine, the first model takes longer than a person should wait for an answer.
+        limits = replace(limits, load_seconds=150)
     with serving(create_app(ModelRegistry(entries), limits, **options), limits) as server:
         yield server
 
