@@ -36,7 +36,7 @@ def test_a_killed_export_goes_on_and_is_the_same(
     tmp_path: Path, maskmill_here, maskmill_environment: dict[str, str]
 ) -> None:
     """A real SIGKILL, twice, among many small files."""
-    toy_table(tmp_path / "table", 240, images=tmp_path / "images", rows_a_part=8)
+    toy_table(tmp_path / "table", 240, images=tmp_path / "images", rows_a_part=1)
     arguments = [str(tmp_path / "table"), "--format", "coco", "--with-images", "--val-share", "0.2"]
     whole = maskmill_here("export", *arguments, "--output", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
