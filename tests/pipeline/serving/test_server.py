@@ -125,9 +125,10 @@ def healthy(server: Server) -> bool:
 
 
 def works(server: Server) -> bool:
-    began = time.monotonic()
-    reply = server.segment(IMAGE, {"prompts": [{"text": "grass"}]})
-    assert reply.status == 200, reply.body
+    for _ in range(2):  # the first may have to load the model
+        began = time.monotonic()
+        reply = server.segment(IMAGE, {"prompts": [{"text": "grass"}]})
+        assert reply.status == 200, reply.body
     return time.monotonic() - began < 8
 
 
