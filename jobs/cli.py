@@ -24,6 +24,7 @@ from jobs.import_ import Import
 from jobs.label import Label
 from jobs.lists import Datasets, Recipes
 from jobs.manifest import MakeManifest
+from jobs.memory import MemoryCommand
 from jobs.options import FLAT
 from jobs.promote import Promote
 from jobs.report import Report
@@ -74,6 +75,7 @@ Command = (
     | Annotated[Verify, subcommand("verify")]
     | Annotated[ShowStatistics, subcommand("stats")]
     | Annotated[MakeSplit, subcommand("split")]
+    | Annotated[MemoryCommand, subcommand("memory")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Import, subcommand("import")]
@@ -103,6 +105,7 @@ COMMANDS = (
     "verify",
     "stats",
     "split",
+    "memory",
     "train",
     "export",
     "import",
@@ -123,6 +126,7 @@ COMMANDS = (
     "status",
 )
 TRAININGS = ("maskclip-plus", "clipseg")
+MEMORY_COMMANDS = ("build", "show")
 
 
 OPTION_OF_ARGUMENT = {
@@ -156,6 +160,14 @@ def check_command(arguments: Sequence[str]) -> None:
                 "Write maskmill train maskclip-plus, for a student, or maskmill train clipseg.",
             )
         command, known = " ".join(words[:2]), ["train", *(f"train {name}" for name in TRAININGS)]
+    if command == "memory":
+        if len(words) == 1 and not {"-h", "--help"} & set(arguments):
+            raise WrongUse(
+                "wrong_use",
+                "maskmill memory does not know what to do.",
+                "Write maskmill memory build TABLE --output MEMORY, or maskmill memory show MEMORY.",
+            )
+        command, known = " ".join(words[:2]), ["memory", *(f"memory {name}" for name in MEMORY_COMMANDS)]
     if command not in known:
         raise WrongUse(
             "wrong_use",

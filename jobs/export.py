@@ -256,7 +256,7 @@ class Export:
                 with timed(console, "starting Ray", status):
                     workers = stack.enter_context(
                         ray_session(
-                            run_id, address=self.address, verbose=self.verbose, notice=say, plan=_count_cpus
+                            run_id, address=self.address, verbose=self.verbose, notice=say, plan=count_cpus
                         )
                     )
                 workers = self.workers or workers
@@ -299,6 +299,6 @@ class Export:
         yield f"Train on them: maskmill train maskclip-plus --labels {self.source} --output student"
 
 
-def _count_cpus(nodes: Sequence[tuple[float, float]], *, cores: int | None) -> int:
+def count_cpus(nodes: Sequence[tuple[float, float]], *, cores: int | None) -> int:
     """Tasks at once: a core each."""
     return cores or max(1, int(sum(cpus for cpus, _ in nodes)))

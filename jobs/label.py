@@ -434,6 +434,7 @@ def _started(
         if preparing is None:
             preparing = _begin_preparing(thread, job, worker_precision(compute), recorded)
         prepared = preparing.result()
+        _refuse_other_memory(job, prepared, recorded)
         require_shared(
             Landmarks.copies(prepared.files),
             "The weights of the model are",
@@ -480,6 +481,20 @@ def _begin_preparing(
     if preparing.done():
         preparing.result()
     return preparing
+
+
+def _refuse_other_memory(job: LabelJob, prepared: PreparedLabeller, recorded: TableRecord | None) -> None:
+    """Refuse a memory that has changed since the table was begun.
+
+    Raises:
+        MaskMillError: ``output_differs``.
+    """
+    if recorded is not None and recorded.weights.get("memory") != prepared.weights.get("memory"):
+        raise WrongUse(
+            "output_differs",
+            f"{job.output} was labelled when {job.recipe.maskclip.memory} held other regions than now.",
+            "Name another --output, or start over with --overwrite.",
+        )
 
 
 def _calibrated(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,28 @@ from models.clip.refiners.base import Refined, RefineOptions, refine
 from models.clip.text import TextClassifier, row_table
 from models.errors import WrongUse
 from models.labelmap import Subset, label_map
+from models.memory import Memory
+from models.regions import means, regions_of
 from models.settings import KeyAxis, MaskClipSettings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 DENIED = -100.0
 """The score of a class that was removed from an image."""
+
+
+class Described(NamedTuple):
+    """What a memory keeps of images.
+
+    Attributes:
+        features: (B, D, h, w), of length 1.
+        keys: (B, K, h, w).
+        scores: (B, C, h, w), as ``MaskClip.grid_scores`` has them without a memory.
+    """
+
+    features: Tensor
+    keys: Tensor
+    scores: Tensor
 
 
 class MaskClip:
@@ -39,14 +56,25 @@ class MaskClip:
         clip: its visual tower is shared and not changed; the text tower is not used.
         text: the classifier, with the CLIP's D.
         config: the settings.
+        memory: what ``config.memory`` names, loaded; None if it names nothing.
+        key_block: for ``describe`` without a memory: the block whose tokens are keys.
 
     Raises:
         MaskMillError: ``setting_invalid`` for settings that do not suit this CLIP; ``weights_do_not_fit`` for
             a classifier of another width.
     """
 
-    def __init__(self, clip: Clip, text: TextClassifier, config: MaskClipSettings | None = None) -> None:
+    def __init__(
+        self,
+        clip: Clip,
+        text: TextClassifier,
+        config: MaskClipSettings | None = None,
+        *,
+        memory: Memory | None = None,
+        key_block: int | None = None,
+    ) -> None:
         config = config or MaskClipSettings()
+        assert bool(config.memory) == (memory is not None), "the memory that the settings name"
         if text.embeddings.shape[1] != clip.embed_dim:
             raise WrongUse(
                 "weights_do_not_fit",
@@ -64,6 +92,7 @@ class MaskClip:
         self.clip = clip
         self.text = text
         self.config = config
+        self.memory = memory
         keys = config.ks_source if config.ks_threshold > 0 else None
         self.encoder = dense_encoder(
             clip.visual,
@@ -73,6 +102,7 @@ class MaskClip:
             positions=config.positions,
             options=HeadOptions(config.sigma, config.alpha),
             whole=config.classes.asks_class_token,
+            early=key_block if memory is None else memory.key_block,
         )
         exact = torch.float64 if clip.dtype == torch.float64 else torch.float32
         mean, std = (
@@ -118,7 +148,20 @@ class MaskClip:
         if self.config.window:
             return self._refine(*self._windows(images))
         dense = self.encoder(images)
-        return self._purify(images, dense, self.scores(dense))
+        scores = self._purify(images, dense, self.scores(dense))
+        return scores if self.memory is None else self._supported(scores, dense, self.memory, images)
+
+    @torch.inference_mode()
+    def describe(self, images: Tensor) -> Described:
+        """What a memory keeps of images; needs ``key_block``.
+
+        Args:
+            images: as for ``grid_scores``.
+        """
+        normalised = (images.to(self.clip.device) - self._mean) / self._std
+        dense: Dense = self.encoder(normalised)
+        assert dense.early is not None, "made with a key_block"
+        return Described(self._unit(dense.features), dense.early, self.scores(dense))
 
     def label(self, image: Tensor, *, size: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
         """Label every pixel of an image with its best class.
@@ -262,6 +305,33 @@ class MaskClip:
                 classify = functools.partial(self._classify, image)
                 own[ambiguous(self._probabilities(own), features, config.ambiguous_above, classify)] = DENIED
         return scores
+
+    def _supported(self, scores: Tensor, dense: Dense, memory: Memory, images: Tensor) -> Tensor:
+        """Scores (B, C, h, w), mixed with those of the regions of the memory that are like the image's own.
+
+        Args:
+            scores: of the images alone.
+            dense: what they are of.
+            memory: the memory.
+            images: normalised (B, 3, H, W).
+        """
+        assert dense.early is not None, "asked for by the memory"
+        share, features = self.config.memory_share, self._unit(dense.features)
+        mixed = []
+        for own, unit, keys, image in zip(scores, features, dense.early, images, strict=True):
+            regions = regions_of(
+                memory.regions,
+                labels=own.argmax(0).cpu().numpy(),
+                features=unit,
+                image=(image * self._std + self._mean).round().clamp(0, 255).to(torch.uint8),
+            )
+            support = memory.support(means(keys.float(), regions), self.config.memory_neighbours)
+            classes = self._merge(self._cosines(support[:, :, None, None].to(own.device)))[..., 0, 0]
+            spread = classes[torch.from_numpy(regions).to(own.device)].permute(2, 0, 1)
+            if self._bias is not None:
+                spread = spread - self._bias
+            mixed.append(torch.where(own == DENIED, DENIED, (1 - share) * own + share * spread))
+        return torch.stack(mixed)
 
     def _probabilities(self, scores: Tensor) -> Tensor:
         return (self.config.temperature * scores).softmax(0)

@@ -26,6 +26,7 @@ KeyAxis = Literal["token", "channel"]
 KeySource = Literal["projected", "raw"]
 Positions = Literal["exact", "offset"]
 WindowRule = Literal["cells", "pixels", "splice"]
+RegionKind = Literal["labels", "clusters", "superpixels"]
 
 
 class Neutral:
@@ -244,6 +245,13 @@ class MaskClipSettings(Settings):
     """Multiplies cosines before every softmax, the confidence included."""
     classes: ClassSettings = ClassSettings()
     """Which classes an image may have, and how their scores are calibrated."""
+    memory: str = ""
+    """Folder or URI of a memory of regions (``maskmill memory build``), which supports the scores of an image
+    with those of regions that are like its own; empty is none."""
+    memory_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """For ``memory``: the share of the support in the scores."""
+    memory_neighbours: Annotated[int, Field(ge=1, le=1000)] = 20
+    """For ``memory``: how many regions support each region of an image."""
 
     refine: str = "none"
     """Refine scores by the image at its own size: ``pamr``, ``tlp`` (PEARL's, on cells), ``lposs+`` (pixels),
@@ -294,6 +302,21 @@ class MaskClipSettings(Settings):
                 + ("and windows are seen one by one." if self.window else "and key smoothing leaves none."),
                 "Set window=0 and window_stride=0." if self.window else "Set ks_threshold=0.",
             )
+        if self.memory and (self.ks_threshold or self.window):
+            raise WrongUse(
+                "setting_invalid",
+                "a memory supports the cosines of whole images, "
+                + ("and windows are seen one by one." if self.window else "and key smoothing leaves none."),
+                "Set window=0 and window_stride=0." if self.window else "Set ks_threshold=0.",
+            )
+        if not self.memory:
+            for name in ("memory_share", "memory_neighbours"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise WrongUse(
+                        "setting_invalid",
+                        f"{name} means nothing without a memory.",
+                        "Name one (memory=…), or leave it out.",
+                    )
         if not self.window and self.windows != "cells":
             raise WrongUse(
                 "setting_invalid",
@@ -319,6 +342,12 @@ class MaskClipSettings(Settings):
                 f"Set window_stride={max(1, self.window // 2)}." if self.window else "Set window_stride=0.",
             )
         return self
+
+    def without_memory(self) -> Self:
+        """The same settings, for images on their own."""
+        fields = type(self).model_fields
+        names = ("memory", "memory_share", "memory_neighbours")
+        return self.replace(**{name: fields[name].default for name in names})
 
     def _refuse_useless(self, field: str, name: str, settings: Mapping[str, tuple[str, ...]]) -> None:
         """Refuse a setting of other heads or refiners than the chosen one."""

@@ -46,11 +46,13 @@ class Dense(NamedTuple):
         features: (B, D, h, w) in the joint embedding, not normalised, in the tower's dtype.
         keys: (B, L, K) of the last attention; None unless requested.
         whole: CLIP's unmodified embedding (B, D) of the images; None unless requested.
+        early: tokens (B, W_, h, w) that an early block puts out; None unless requested.
     """
 
     features: Tensor
     keys: Tensor | None
     whole: Tensor | None = None
+    early: Tensor | None = None
 
 
 def dense_encoder(
@@ -62,6 +64,7 @@ def dense_encoder(
     positions: Positions = "exact",
     options: HeadOptions = USUAL,
     whole: bool = False,
+    early: int | None = None,
 ) -> VitDense | ResNetDense:
     """Wrap a visual tower of open_clip to compute dense features at any image size.
 
@@ -78,6 +81,7 @@ def dense_encoder(
             used.
         options: settings of single heads.
         whole: also return the embedding of the whole image, which takes one block more.
+        early: also return the output of this block, from 0, which is not the last; not for ResNets.
 
     Raises:
         MaskMillError: ``setting_invalid``, ``model_unsupported``.
@@ -96,10 +100,16 @@ def dense_encoder(
         )
     if isinstance(visual, ModifiedResNet):
         check_resnet_head(head)
+        if early is not None:
+            raise WrongUse(
+                "setting_invalid",
+                "A memory's keys are tokens of a block of a ViT, and a ResNet has none.",
+                "Use a ViT, or leave memory out.",
+            )
         return ResNetDense(visual, load_head(head), keys, options, whole)
     if isinstance(visual, VisionTransformer) and visual.attn_pool is None:
         tower = reference_view(visual) if profile == "reference" else visual
-        return VitDense(tower, load_head(head), keys, positions, options, whole)
+        return VitDense(tower, load_head(head), keys, positions, options, whole, early)
     raise WrongUse(
         "model_unsupported",
         f"A {type(visual).__name__} has no class token and patch tokens that MaskMill could read.",
@@ -138,9 +148,18 @@ class VitDense(nn.Module):
         positions: Positions,
         options: HeadOptions,
         whole: bool = False,
+        early: int | None = None,
     ) -> None:
         super().__init__()
+        last = len(visual.transformer.resblocks) - 1
+        if early is not None and not 0 <= early < last:
+            raise WrongUse(
+                "setting_invalid",
+                f"There is no block {early} before the last of the {last + 1} blocks of this tower.",
+                f"Use one from 0 to {last - 1}.",
+            )
         self.visual = visual
+        self._early = early
         self._head = head
         self._layers = head.layers(len(visual.transformer.resblocks))
         self._keys = keys
@@ -186,14 +205,15 @@ class VitDense(nn.Module):
         outputs = {}
         for index, block in enumerate(blocks[:-1]):
             x = block(x)
-            if index in self._layers:
+            if index in self._layers or index == self._early:
                 outputs[index] = x
         earlier = tuple(outputs[index] for index in self._layers)
         layer = VitLayer(blocks[-1], x, (h, w), earlier, self._options)
         features = self._project(self.visual.ln_post(self._head.vit(layer)))
         keys = None if self._keys is None else _keys(layer, self._keys)
         whole = self.pooled(blocks[-1](x)) if self._whole else None
-        return Dense(features.transpose(1, 2).unflatten(2, (h, w)), keys, whole)
+        first = None if self._early is None else _on_grid(outputs[self._early][:, 1:], (h, w))
+        return Dense(_on_grid(features, (h, w)), keys, whole, first)
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """CLIP's unmodified embedding (B, D) of whole images of any size.
@@ -317,6 +337,11 @@ class ResNetDense(nn.Module):
         right, below = max(0, self.stride - images.shape[-1]), max(0, self.stride - images.shape[-2])
         x = visual.stem(F.pad(images.to(visual.conv1.weight.dtype), (0, right, 0, below)).contiguous())
         return visual.layer4(visual.layer3(visual.layer2(visual.layer1(x))))
+
+
+def _on_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, L, D) -> (B, D, h, w)."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
 
 
 def _keys(layer: VitLayer, source: KeySource) -> Tensor:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from models.clip.loading import load_clip
 from models.clip.text import TextClassifier
-from models.maskclip import MaskClip
+from models.errors import FailedWork
+from models.maskclip import Described, MaskClip
 from models.settings import MaskClipSettings
 from pipeline.labelling.base import BaseLabeller
 from pipeline.labelling.labeller import LabellerSettings
 from pipeline.labelling.windows import WindowScores
+from pipeline.memory.index import load_memory
 
 
 class Scored(NamedTuple):
@@ -33,6 +36,8 @@ class MaskClipLabeller(BaseLabeller):
         pretrained: see ``load_clip``.
         text: classifier of the class names.
         reading: how to compute dense scores.
+        memory: fingerprint of the memory that ``reading`` names.
+        key_block: for ``describe``.
 
     Raises:
         MaskMillError: as ``load_clip`` and ``MaskClip``.
@@ -46,10 +51,21 @@ class MaskClipLabeller(BaseLabeller):
         pretrained: str | None,
         text: TextClassifier,
         reading: MaskClipSettings,
+        memory: str = "",
+        key_block: int | None = None,
     ) -> None:
         super().__init__(settings)
         clip = load_clip(model, pretrained, device=self.device, dtype=self.dtype, towers="visual")
-        self._maskclip = MaskClip(clip, text, reading)
+        found = None
+        if reading.memory:
+            found, record = load_memory(reading.memory, self.device)
+            if record.fingerprint != memory:
+                raise FailedWork(
+                    "memory_changed",
+                    f"The memory in {reading.memory} has changed since this run began.",
+                    "Build it first, and then label.",
+                )
+        self._maskclip = MaskClip(clip, text, reading, memory=found, key_block=key_block)
         self.temperature = self._maskclip.confidence_temperature
 
     @property
@@ -61,12 +77,17 @@ class MaskClipLabeller(BaseLabeller):
         """Switch to other classes, without thresholds and bias. Do not call while another thread labels."""
         config = self._maskclip.config
         config = config.replace(classes=config.classes.replace(calibrate=0.0, bias=()))
-        self._maskclip = MaskClip(self._maskclip.clip, text, config)
+        self._maskclip = MaskClip(self._maskclip.clip, text, config, memory=self._maskclip.memory)
         self._take_classes(text.num_classes)
 
     def scores(self, images: Tensor) -> Iterator[Scored]:
         """See ``BaseLabeller.scores``: cosines, unless the settings say otherwise, with their images."""
         return map(Scored, self._maskclip.grid_scores(images), images)
+
+    def describe(self, image: np.ndarray) -> tuple[Described, Tensor]:
+        """What a memory keeps of an image (Hn, Wn, 3), and the image itself, uint8 (3, Hn, Wn)."""
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        return self._maskclip.describe(pixels[None]), pixels
 
     def label_of(
         self, scores: Scored, network_size: tuple[int, int], size: tuple[int, int]

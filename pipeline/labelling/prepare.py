@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 CLIPSEG = "clipseg"
 """A recipe's ``model`` for CLIPSeg; its ``pretrained`` names the weights."""
 
+READING = ("head", "sigma", "alpha", "image_stats", "profile", "positions")
+"""Settings of MaskCLIP on which the features depend that a memory holds."""
+
 CheckWeights = Callable[[str], None]
 
 
@@ -140,16 +143,53 @@ def _prepare_maskclip(
             head,
             blocks,
         )
+    memory = find_memory(recipe, source.fingerprint)
     make = functools.partial(
         MaskClipLabeller,
         model=recipe.model,
         pretrained=recipe.pretrained,
         text=embed_names(source, ontology, settings.precision),
         reading=recipe.maskclip,
+        memory=memory.get("fingerprint", ""),
     )
-    weights = {"model": recipe.model, "pretrained": recipe.pretrained, "fingerprint": source.fingerprint}
+    weights = {
+        "model": recipe.model,
+        "pretrained": recipe.pretrained,
+        "fingerprint": source.fingerprint,
+        **({"memory": memory} if memory else {}),
+    }
     named = Path(recipe.pretrained or "").expanduser().is_file() or recipe.model.startswith("local-dir:")
     return PreparedLabeller(make, settings, weights, (str(source.path),) if named else ())
+
+
+def find_memory(recipe: LabelRecipe, weights: str) -> dict[str, str]:
+    """``uri`` and ``fingerprint`` of the memory that a recipe names; empty if it names none.
+
+    Args:
+        recipe: how images are labelled.
+        weights: fingerprint of its CLIP.
+
+    Raises:
+        MaskMillError: ``memory_missing``, ``memory_damaged``; ``memory_does_not_fit`` if it was built with
+            another CLIP, or another reading of it.
+    """
+    if not recipe.maskclip.memory:
+        return {}
+    from pipeline.files.storage import open_storage
+    from pipeline.memory.record import read_memory_record
+
+    storage = open_storage(recipe.maskclip.memory)
+    record = read_memory_record(storage)
+    own, theirs = recipe.to_dict()["maskclip"], record.recipe.get("maskclip", {})
+    differ = [name for name in READING if own[name] != theirs.get(name, own[name])]
+    if record.weights.get("fingerprint") != weights or differ:
+        why = f"other settings: {', '.join(differ)}" if differ else "other weights"
+        raise WrongUse(
+            "memory_does_not_fit",
+            f"The memory in {storage.uri} was built with {why}; its regions mean nothing here.",
+            "Label with the settings of its table, or build another memory.",
+        )
+    return {"uri": storage.uri, "fingerprint": record.fingerprint}
 
 
 def _prepare_student(recipe: LabelRecipe, ontology: Ontology, settings: LabellerSettings) -> PreparedLabeller:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from models.catalogue import HEADS
@@ -18,6 +18,7 @@ from models.errors import WrongUse
 from models.settings import NEUTRAL, MaskClipSettings
 from pipeline.files.images import ImageSettings
 from pipeline.files.recipes import Recipe, RecipeBook
+from pipeline.files.storage import canonical_uri
 from pipeline.labelling.clipseg.options import RELEASED, ClipSegOptions
 from pipeline.labelling.labeller import Agreement
 from pipeline.table.record import TableRecord
@@ -53,6 +54,13 @@ class LabelRecipe(Recipe):
     (the paper's ``openai85``, or a student's)."""
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Pixels with less confidence become ``ignore_index``; a class's own threshold takes precedence."""
+
+    @field_validator("maskclip")
+    @classmethod
+    def _canonical(cls, maskclip: MaskClipSettings) -> MaskClipSettings:
+        # The recipe is part of a table's identity, and workers have other working directories.
+        uri = canonical_uri(maskclip.memory) if maskclip.memory else ""
+        return maskclip if uri == maskclip.memory else maskclip.replace(memory=uri)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -114,6 +114,7 @@ def test_the_hash_counts_every_field_that_changes_the_result() -> None:
         "maskclip.classes.redundant_below": 0.15, "maskclip.classes.ambiguous_above": 0.7,
         "maskclip.classes.calibrate": 0.9, "maskclip.classes.calibrate_weight": 0.5,
         "maskclip.classes.calibrate_images": 9, "maskclip.classes.bias": [0.1],
+        "maskclip.memory": "/m", "maskclip.memory_share": 0.2, "maskclip.memory_neighbours": 5,
     }  # fmt: skip
     needs = {"maskclip.sigma": {"maskclip.head": "nn"}, "maskclip.alpha": {"maskclip.head": "pa"}}
     needs |= {
@@ -123,6 +124,10 @@ def test_the_hash_counts_every_field_that_changes_the_result() -> None:
     needs["maskclip.refine_cells"] = {"maskclip.refine": "tlp"}
     whole = {"maskclip.window": 0, "maskclip.window_stride": 0}  # purification needs the whole image
     needs |= {f"maskclip.classes.{name}": whole for name in ("redundant_below", "ambiguous_above")}
+    needs["maskclip.memory"] = whole
+    needs |= {
+        f"maskclip.memory_{name}": {**whole, "maskclip.memory": "/n"} for name in ("share", "neighbours")
+    }
     assert set(others) == {field.name for field in describe(base) if field.changes_result}
     hashes = {change_recipe(base, {key: value, **needs.get(key, {})}).hash for key, value in others.items()}
     assert len(hashes) == len(others)
