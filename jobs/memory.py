@@ -264,13 +264,13 @@ class ShowMemory:
         Raises:
             MaskMillError: ``memory_missing``, ``memory_damaged``.
         """
+        console = console or stderr_console()
+        storage = open_storage(self.memory)
+        record = read_memory_record(storage)
         import torch
 
         from pipeline.memory.index import load_memory
 
-        console = console or stderr_console()
-        storage = open_storage(self.memory)
-        record = read_memory_record(storage)
         load_memory(self.memory, torch.device("cpu"))
         console.print("\n".join(described(storage, record)), highlight=False, soft_wrap=True, markup=False)
         return 0

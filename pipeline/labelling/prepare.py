@@ -62,9 +62,11 @@ def prepare_labeller(
     """
     if recipe.model != CLIPSEG:
         _refuse_examples(ontology, recipe.model)
-    # Before torch is imported, so that missing or other weights are reported at once.
+    # Before torch is imported, so that missing or other weights, and memories, are reported at once.
     fingerprint = require_weights(recipe)
+    memory: dict[str, str] = {}
     if fingerprint is not None:
+        memory = find_memory(recipe, fingerprint)
         check_weights(fingerprint)
     from models.device import best_device, native_precision
 
@@ -82,7 +84,7 @@ def prepare_labeller(
         return _prepare_clipseg(recipe, ontology, settings, check_weights)
     if _names_student(recipe.model):
         return _prepare_student(recipe, ontology, settings)
-    return _prepare_maskclip(recipe, ontology, settings)
+    return _prepare_maskclip(recipe, ontology, settings, memory)
 
 
 def require_weights(recipe: LabelRecipe) -> str | None:
@@ -128,7 +130,7 @@ def _blocks(source: WeightSource) -> int | list[int]:
 
 
 def _prepare_maskclip(
-    recipe: LabelRecipe, ontology: Ontology, settings: LabellerSettings
+    recipe: LabelRecipe, ontology: Ontology, settings: LabellerSettings, memory: dict[str, str]
 ) -> PreparedLabeller:
     """The training-free teacher: a CLIP by name."""
     from pipeline.labelling.maskclip import MaskClipLabeller
@@ -143,7 +145,6 @@ def _prepare_maskclip(
             head,
             blocks,
         )
-    memory = find_memory(recipe, source.fingerprint)
     make = functools.partial(
         MaskClipLabeller,
         model=recipe.model,

@@ -44,6 +44,14 @@ CASES = {
     "label --images photos --classes cat --output http://example.org/x": "not written to",
     "label --images photos --classes cat --output out --changed --overwrite": "Leave one of them out.",
     "label --images photos --classes cat --output out --retry-failed --overwrite": "Leave one of them out.",
+    "label --images photos --classes cat --output out --recipe toy --set memory=none": "memory_missing",
+    # memory
+    "memory": "does not know what to do",
+    "memory bild table --output out": "Did you mean memory build?",
+    "memory build nowhere --output out": "nowhere",
+    "memory build table --output out --workers -1": "--workers -1",
+    "memory build table --output photos/cat.jpg": "photos/cat.jpg is a file",
+    "memory show nowhere": "memory_missing",
     # review
     "review nowhere": "nowhere",
     "review photos --worst 0 --random 0": "No image is asked for.",

@@ -71,7 +71,7 @@ def test_any_size_of_a_vit(size: tuple[int, int], head: str) -> None:
     ],
 )
 def test_any_size_of_a_resnet(size: tuple[int, int], grid: tuple[int, int]) -> None:
-    features, keys, _ = dense_encoder(resnet(), keys="projected")(images(*size))
+    features, keys, *_ = dense_encoder(resnet(), keys="projected")(images(*size))
     assert features.shape == (1, 32, *grid)
     assert keys is not None
     assert keys.shape[1] == grid[0] * grid[1]
@@ -221,7 +221,7 @@ def test_value_head_is_value_and_projection_alone() -> None:
     visual = tower()
     picture = images(40, 56)
     with torch.no_grad():
-        features, keys, _ = dense_encoder(visual, head="value", keys="projected")(picture)
+        features, keys, *_ = dense_encoder(visual, head="value", keys="projected")(picture)
         reference = dense_encoder(visual, head="maskclip", keys="projected")(picture)
         x = _last_block_input(visual, picture)
     state = {name: tensor.detach() for name, tensor in visual.state_dict().items()}
