@@ -61,11 +61,11 @@ class Benchmark:
     seeds: int = 3
     first: int = 0
     images: int = 200
-    test: int = 120
+    test: int = 100
     size: int = 128
-    steps: int = 400
+    steps: int = 300
     photographs: Path | None = None
-    most: int = 120
+    most: int = 60
     model: str = "toy"
 
     def run(self) -> None:
@@ -150,7 +150,7 @@ def report(title: str, scores: dict[str, np.ndarray], right: np.ndarray) -> None
         print(f"| {name} | {rank_correlation(score, right):.2f} | {areas} | {aurc(score, right):.3f} |")
     best, chance = aurc(right, right), aurc(np.zeros(len(right)), right)
     print(f"| best possible; by chance | | | | {best:.3f}; {chance:.3f} |", flush=True)
-    if len(right) > SAMPLE:
+    if len(right) >= 2 * SAMPLE:
         report_estimates(title, scores["quality"], right)
 
 
