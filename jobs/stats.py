@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
@@ -15,18 +16,23 @@ from tyro.conf import Positional, arg
 from jobs.console import counted, stderr_console
 from jobs.options import FLAT, Flag, Maybe, ViewOptions
 from models.errors import WrongUse
+from pipeline.files.outputs import check_output_file
 from pipeline.files.storage import open_storage
+from pipeline.report.page import page_path
 from pipeline.table.labels import OK
 from pipeline.table.record import TableRecord, read_table_record
 
 if TYPE_CHECKING:
     from pipeline.evaluation.estimate import Measured
+    from pipeline.ontology.ontology import Ontology
     from pipeline.table.profile import Profile, Spread
     from pipeline.table.views import TableView
 
 SCHEMA_VERSION = 1
 GOOD, RISK = 0.5, 0.1
 """Mean IoU from which an image is good; the chance of a bad one that is taken."""
+SCORES = {"classes": "mean of the classes' confidence", "softmin": "the most doubtful pixels"}
+"""What quality is, in words."""
 PAIRS = 5
 """Pairs of classes that are named."""
 _BARS = " ▁▂▃▄▅▆▇█"
@@ -43,12 +49,14 @@ class ShowStatistics:
         against: an earlier label table: how far have the labels moved since? Classes are matched by name.
         estimate: how right is the whole table? Give a folder with the true masks of 50 or more images that
             were drawn by chance: PNG, named as the images; values are class ids, 255 is ignored.
+        page: also write a page of bars and histograms here, a local file.
         json: print the result as JSON, with histograms, and all pairs of classes that stand together.
     """
 
     table: Annotated[Positional[str], arg(metavar="TABLE")]
     against: Annotated[Maybe[str], arg(metavar="TABLE")] = None
     estimate: Annotated[Maybe[str], arg(metavar="DIR")] = None
+    page: Maybe[Path] = None
     json: Flag = False
     seen: Annotated[ViewOptions, FLAT] = field(default_factory=ViewOptions)
 
@@ -66,6 +74,8 @@ class ShowStatistics:
                 "--estimate is of the labels as they are stored, not of a view of them.",
                 "Leave out the settings of the view.",
             )
+        if self.page is not None:
+            check_output_file(page_path(self.page))
         record = read_table_record(self.table)
         view = self.seen.of_table(self.table)
         sample = None if self.estimate is None else self._sample(record)
@@ -75,18 +85,46 @@ class ShowStatistics:
             console.print(line, soft_wrap=True, highlight=False)
         found = self._profile(self.table, record, view, console)
         before = None if other is None else self._profile(*other, seen_before, console)
+        told = {
+            "schema_version": SCHEMA_VERSION,
+            "table": open_storage(self.table).uri,
+            **found.to_dict(),
+            "drift": None if before is None else self._drift(before, found),
+            "estimate": None if sample is None else estimated(sample, found),
+        }
+        if self.page is not None:
+            ontology = record.ontology if view is None else view.ontology
+            page = self._write_page(self.page, told, ontology, found, before)
+            console.print(f"Open in a browser: {page.resolve().as_uri()}", soft_wrap=True, highlight=False)
         if self.json:
-            told = {
-                "schema_version": SCHEMA_VERSION,
-                "table": open_storage(self.table).uri,
-                **found.to_dict(),
-                "drift": None if before is None else self._drift(before, found),
-                "estimate": None if sample is None else estimated(sample, found),
-            }
             print(json.dumps(told, indent=2, ensure_ascii=False))
         else:
-            self._tell(found, before, sample)
+            self._tell(found, before, told["estimate"])
         return 0
+
+    def _write_page(
+        self, place: Path, told: dict[str, Any], ontology: Ontology, found: Profile, before: Profile | None
+    ) -> Path:
+        from pipeline.report.stats_page import write_stats_page
+
+        notes = []
+        if told["estimate"] is not None:
+            lines = [line.strip() for line in _estimate_lines(told["estimate"])]
+            notes.append(("How right the table is", lines))
+        if before is not None:
+            notes.append((f"Since {told['drift']['against']}", self._drift_lines(before, found)))
+        colors = {
+            name: f"#{color.tobytes().hex()}"
+            for name, color in zip(ontology.names, ontology.palette(), strict=True)
+        }
+        return write_stats_page(
+            told,
+            place,
+            title=f"Figures of {told['table'].rstrip('/').rpartition('/')[2]}",
+            colors=colors,
+            quality_hint=f"{SCORES[found.score][0].upper()}{SCORES[found.score][1:]}.",
+            notes=notes,
+        )
 
     def _sample(self, record: TableRecord) -> Measured:
         from pipeline.evaluation.estimate import measure_sample
@@ -112,7 +150,7 @@ class ShowStatistics:
             "classes": [{"name": name, "before": was, "after": now} for name, was, now in drift.moved],
         }
 
-    def _tell(self, found: Profile, before: Profile | None, sample: Measured | None) -> None:
+    def _tell(self, found: Profile, before: Profile | None, estimate: dict[str, Any] | None) -> None:
         told = Console(soft_wrap=True, highlight=False, markup=False)
         counts = found.counts.to_dict()
         failed = f", {counts['failed']:,} failed" if counts["failed"] else ""
@@ -130,27 +168,29 @@ class ShowStatistics:
         ]
         if pairs:
             told.print(f"In one image most often: {', '.join(pairs)}")
-        score = "the most doubtful pixels" if found.score == "softmin" else "mean of the classes' confidence"
-        for name, spread in ((f"quality ({score})", found.quality), ("agreement", found.agreement)):
+        for name, spread in (
+            (f"quality ({SCORES[found.score]})", found.quality),
+            ("agreement", found.agreement),
+        ):
             if spread.count:
                 told.print(_spread(name, spread))
         if before is not None:
-            self._tell_drift(before, found, told)
-        if sample is not None:
-            told.print(*_estimate_lines(estimated(sample, found)), sep="\n")
+            assert self.against is not None
+            told.print(f"Since {open_storage(self.against).uri}, {before.quality.count:,} labelled images:")
+            told.print(*(f"  {line}" for line in self._drift_lines(before, found)), sep="\n")
+        if estimate is not None:
+            told.print(*_estimate_lines(estimate), sep="\n")
 
-    def _tell_drift(self, before: Profile, found: Profile, told: Console) -> None:
+    def _drift_lines(self, before: Profile, found: Profile) -> list[str]:
         from pipeline.table.drift import compare_labels
 
-        assert self.against is not None
-        told.print(f"Since {open_storage(self.against).uri}, {before.quality.count:,} labelled images:")
-        for line in compare_labels(before, found).sentences():
-            told.print(f"  {line}")
+        lines = compare_labels(before, found).sentences()
         bits = quality_divergence(before, found)
         if before.score != found.score:
-            told.print("  Quality is not compared: an older version stored another score.")
+            lines.append("Quality is not compared: an older version stored another score.")
         elif bits is not None:
-            told.print(f"  The quality of the images diverges by {bits:.3f} bits.")
+            lines.append(f"The quality of the images diverges by {bits:.3f} bits.")
+        return lines
 
 
 def estimated(sample: Measured, found: Profile) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,30 @@ def test_qualities_of_two_kinds_are_not_compared(
     assert ShowStatistics(table=tables[0].uri, against=older.uri).run() == 0
     told = capsys.readouterr().out
     assert "Quality is not compared" in told and "Mean label quality" not in told
+
+
+def test_a_page(tables: tuple[Storage, Storage], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, before = tables
+    page = tmp_path / "page.html"
+    assert ShowStatistics(table=table.uri, against=before.uri, page=page, json=True).run() == 0
+    told = json.loads(capsys.readouterr().out)
+    text = page.read_text()
+    shares = dict(re.findall(r"</span>([a-z]+)</td>.*?<td class=\"v\">([\d.]+) %<br>", text))
+    moved = {one["name"] for one in told["drift"]["classes"] if one["before"]}
+    assert shares == {
+        one["name"]: f"{100 * one['pixel_share']:.1f}"
+        for one in told["classes"]
+        if one["pixels"] or one["name"] in moved
+    }
+    for line in ("1 truncated, such as: the file ends too soon", f"Since {before.uri}", "In one image"):
+        assert line in text
+    assert f"Histogram from 0 to 1: {', '.join(map(str, told['quality']['histogram']))}" in text
+    assert "<script" not in text and "http:" not in text and "https:" not in text, (
+        "it needs nothing but itself"
+    )
+
+
+def test_a_page_of_a_table_without_labels(tmp_path: Path) -> None:
+    table = toy_table(tmp_path / "table", 1)  # the last one has failed
+    assert ShowStatistics(table=table.uri, page=tmp_path / "page.html").run() == 0
+    assert "Quality</h2>" not in (tmp_path / "page.html").read_text()

@@ -71,6 +71,8 @@ CASES = {
     "stats table --against photos": "table_missing",
     "stats table --estimate photos": "no mask PNGs",
     "stats table --estimate photos --threshold 0.5": "not of a view",
+    "stats table --page photos": "photos is a folder",
+    "stats table --page s3://bucket/page.html": "it is a local file",
     "stats table --threshold 5": "no number from 0 to 1",
     "stats table --merge kat,dog=pet": "kat",
     # split
