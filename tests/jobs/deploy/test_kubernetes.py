@@ -402,7 +402,7 @@ def schedule(tmp_path: Path) -> Iterator[Callable[..., tuple[int, str, Kubernete
         for _ in range(times):
             done = subprocess.run(
                 [*container["command"], *container["args"]], env=environment, capture_output=True, text=True,
-                timeout=60, check=False,
+                timeout=240, check=False,
             )  # fmt: skip
         return done.returncode, done.stdout + done.stderr, cluster
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import psutil
 import pytest
 from hypothesis import given
@@ -54,9 +56,14 @@ def test_a_book_of_attempts_that_is_killed_is_replaced(shared_ray: str) -> None:
     with ray_session("test-flow", address=shared_ray, verbose=False):
         book = shared_attempts()
         assert [book.begin("a"), book.begin("a")] == [0, 1]
-        (process,) = [one for one in psutil.process_iter() if _is_book(one, shared_ray)]
+        end = time.monotonic() + 60
+        # That of a run before this one may take a moment to go.
+        while len(found := [one for one in psutil.process_iter() if _is_book(one, shared_ray)]) > 1:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        (process,) = found
         process.kill()
-        process.wait(20)
+        process.wait(60)
         assert [book.begin("a"), book.begin("a")] == [0, 1]
 
 
