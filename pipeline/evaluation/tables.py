@@ -19,16 +19,20 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from models.errors import Damaged, FailedWork, WrongUse
+from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
 from pipeline.cluster.disks import Landmarks, files_of_table
 from pipeline.cluster.mapping import on_ray
 from pipeline.datasets.base import Dataset, LeftOut, Sample
+from pipeline.files.images import MAX_PIXELS
 from pipeline.files.storage import Storage, canonical_uri
 from pipeline.metrics.statistics import SegmentationStatistics
 from pipeline.table.corrections import Corrections, corrected_rows
 from pipeline.table.labels import (
+    MAP_TOO_LARGE,
     OK,
+    is_large,
     iter_batches,
+    large_map,
     refuse_doubled,
     table_files,
 )
@@ -39,7 +43,12 @@ MOST_IDS = 12
 """How many ids of the truth a message names."""
 SIZE_DIFFERS = "mask_invalid"
 """Status of an image whose label map and truth differ in size."""
-_REASONS = {SIZE_DIFFERS: "image whose truth has another size"}
+_REASONS = {
+    SIZE_DIFFERS: "image whose truth has another size",
+    MAP_TOO_LARGE: "image too large to be compared",
+}
+_UNREAD = ("mask_invalid", "dataset_invalid", "too_large")
+"""Codes of truth that is too large to be read."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +268,7 @@ def score_part(
     """
     num_classes = len(dataset.class_names)
     outcome = Evaluation(SegmentationStatistics.zero(num_classes))
-    columns = ["id", "sha256", "status", "error", "mask", "confidence"]
+    columns = ["id", "sha256", "status", "error", "height", "width", "mask", "confidence"]
     batches = iter_batches(plan.storage, columns, batch_size=16, names=[part])
     for row in (row for batch in batches for row in batch.to_pylist()):
         sample = plan.samples.get(row["id"])
@@ -271,7 +280,11 @@ def score_part(
             outcome.failed[row["status"]] += 1
             outcome.examples.setdefault(row["status"], f"{sample.name}: {row['error']}")
             continue
-        truth = dataset.truth(sample)
+        truth = _truth(dataset, sample, row)
+        if isinstance(truth, str):
+            outcome.failed[MAP_TOO_LARGE] += 1
+            outcome.examples.setdefault(MAP_TOO_LARGE, f"{sample.name}: {truth}")
+            continue
         labels, confidence = _decoded(row, background_below, view)
         if labels.shape != truth.shape:
             outcome.failed[SIZE_DIFFERS] += 1
@@ -299,6 +312,22 @@ def score_part(
             )
         )
     return outcome
+
+
+def _truth(dataset: Dataset, sample: Sample, row: Mapping[str, Any]) -> npt.NDArray[Any] | str:
+    """The truth of a row; or why there is none for an image so large that one of the maps is not decoded.
+
+    Raises:
+        MaskMillError: as ``Dataset.truth``.
+    """
+    if is_large(row["mask"]["bytes"]):
+        return large_map(row["height"], row["width"])
+    try:
+        return dataset.truth(sample)
+    except MaskMillError as error:
+        if error.code in _UNREAD and row["height"] * row["width"] > MAX_PIXELS:
+            return error.message
+        raise
 
 
 def _class_counts(confusion: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

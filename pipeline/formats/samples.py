@@ -19,14 +19,23 @@ from pipeline.formats.base import Sample
 from pipeline.formats.names import Naming, suffix_of
 from pipeline.table.changed import Images
 from pipeline.table.corrections import Corrections, corrected_rows
-from pipeline.table.labels import OK, decode_confidence, decode_mask, iter_batches
+from pipeline.table.labels import (
+    MAP_TOO_LARGE,
+    OK,
+    decode_confidence,
+    decode_mask,
+    is_large,
+    iter_batches,
+    large_map,
+)
 from pipeline.table.splits import Split
 from pipeline.table.statistics import Confidence, Labels
 from pipeline.table.views import TableView
 
 TRAIN, VAL = "train", "val"
 CHANGED = "image_changed"
-"""Reason of images that are not those that were labelled; others are the row's status or an image's code."""
+"""Reason of images that are not those that were labelled; others are the row's status, an image's code, or
+``map_too_large``."""
 IN_NO_PART = "in_no_part"
 """Reason of images that the split of the table has in no part."""
 _BATCH = 16
@@ -89,13 +98,13 @@ def samples_of(
         file: name of the file, relative to the table.
         first: number of its first row.
         naming: for the names of the images.
-        leave_out: told of rows that have no sample: those that failed and, if images are wanted, those whose
-            image has changed or is gone.
+        leave_out: told of rows that have no sample: those that failed, those whose maps are too large to be
+            decoded whole and, if images are wanted, those whose image has changed or is gone.
 
     Raises:
         MaskMillError: ``table_damaged``; ``storage_unreachable``.
     """
-    columns = ["id", "uri", "sha256", "status", "error", "mask"]
+    columns = ["id", "uri", "sha256", "status", "error", "height", "width", "mask"]
     needs_confidence = source.with_confidence or source.view is not None
     if needs_confidence:
         columns.append("confidence")
@@ -180,6 +189,8 @@ def _image(row: Mapping[str, Any] | None, source: Source) -> tuple[bytes | None,
 
     if row["status"] != OK:
         return left_out(row["status"], row["error"] or "", again=False)
+    if row["mask"] is not None and is_large(row["mask"]["bytes"] or b""):
+        return left_out(MAP_TOO_LARGE, large_map(row["height"], row["width"]), again=False)
     if not source.with_images:
         return None, ""
     if row["id"] not in source.images and row["id"] != stable_id(row["uri"]):

@@ -482,7 +482,9 @@ class Write:
             refuse_other_holder(self.storage, self.run_id)
             for folder, chosen in ((LABELS_DIR, ~old), (RELABELLED_DIR, old)):
                 if chosen.any():
-                    write_part(self.storage, rows.filter(pa.array(chosen)), folder)
+                    # ``filter`` copies the maps.
+                    part = rows if chosen.all() else rows.filter(pa.array(chosen))
+                    write_part(self.storage, part, folder)
         except OSError as error:
             # Told here, while the error still knows its path.
             raise explain(error, self.storage.uri) or error from error

@@ -24,7 +24,7 @@ from pipeline.metrics.names import percent
 from pipeline.ontology.ontology import Ontology
 from pipeline.report.pictures import colorize, contact_sheet, overlay
 from pipeline.report.training_page import SHOWN, Card, Score, TrainingPage, shown, write_page_and_sheet
-from pipeline.table.labels import iter_rows
+from pipeline.table.labels import is_large, iter_rows
 from pipeline.table.record import read_table_record
 from pipeline.table.viewed import decode_maps
 from pipeline.table.views import TableView
@@ -232,7 +232,7 @@ def _chosen_rows(labels: str) -> list[dict[str, Any]]:
     """Labelled rows from the start of a table, in an order independent of how it was written."""
     rows = []
     for row in iter_rows(labels, ["id", "uri", "status", "sha256", "mask", "confidence"]):
-        if row["status"] == "ok":
+        if row["status"] == "ok" and not is_large(row["mask"]["bytes"]):
             rows.append(row)
         if len(rows) == _LOOKED_AT:
             break

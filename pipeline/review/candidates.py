@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.files.images import MAX_PIXELS
 from pipeline.files.storage import Storage
 from pipeline.ontology.ontology import BACKGROUND, Ontology
 from pipeline.review.queue import Kind, Reason
@@ -66,11 +67,13 @@ class Candidates:
         lists: by kind of reason, the rows that it concerns most.
         chance: rows by chance: the scores are random numbers.
         rows: labelled rows that were looked at.
+        too_large: labelled rows of images that are not decoded whole, so that nobody could look at them.
     """
 
     lists: dict[Kind, Top]
     chance: Top
     rows: int = 0
+    too_large: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,9 @@ def look_through(
     background = 0 if ontology.names[0].casefold() == BACKGROUND else -1
     for batch in _batches(table):
         keep = ~np.isin(batch.ids, leave_out)
+        large = keep & (batch.pixels > MAX_PIXELS)
+        found.too_large += int(large.sum())
+        keep &= ~large
         found.rows += int(keep.sum())
         ids, rows = batch.ids[keep], len(batch.ids)
         lists = found.lists

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import WrongUse
+from pipeline.files.images import MAX_PIXELS
 from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import Ontology
 from pipeline.review.candidates import Candidates, Top, look_through, read_areas, reason
@@ -20,6 +21,7 @@ from pipeline.review.spread import interleaved, spread
 from pipeline.table.labels import OK, decode_mask, table_files
 from pipeline.table.record import TableRecord, read_table_record
 from pipeline.table.rows import Place, find_rows, images_of, read_row
+from pipeline.table.strips import png_size
 
 DIFFERS = 0.05
 """Share of pixels from which two models disagree on an image."""
@@ -109,6 +111,11 @@ def choose(
     chance = found.chance.ids[: wish.chance]
     work = _Work(wish, storage, record, found, chance)
     worst, chosen = work.worst(pool, progress)
+    if found.too_large:
+        chosen.notes.append(
+            f"{found.too_large:,} images have more than {MAX_PIXELS:,} pixels, and cannot be painted here: "
+            f"look at them with maskmill show {storage.uri}"
+        )
     rows = work.rows([*worst, *chance.tolist(), *wish.known.tolist()])
     drawn = [Reason(kind="random", text="chosen by chance")]
     by_chance = set(chance.tolist())
@@ -165,12 +172,13 @@ def _compare(
     folders = table_files(table)[0], table_files(other)[0]
 
     def differs(number: int) -> float:
-        masks = [
-            decode_mask(read_row(folder, places[number], ["mask"])["mask"]["bytes"])
+        stored = [
+            read_row(folder, places[number], ["mask"])["mask"]["bytes"]
             for folder, places in zip(folders, (mine, theirs), strict=True)
         ]
-        if masks[0].shape != masks[1].shape:
+        if png_size(stored[0]) != png_size(stored[1]):
             return 0.0
+        masks = [decode_mask(data) for data in stored]
         own = np.where(masks[0] < ontology.num_classes, masks[0].astype(np.int32), -1)
         return float((own != classes[masks[1]]).mean())
 
@@ -215,12 +223,12 @@ class _Work:
         return ids[order].tolist(), chosen
 
     def rows(self, ids: Sequence[int]) -> dict[int, dict[str, Any] | None]:
-        """Rows by id; None for those that have no labels."""
+        """Rows by id; None for those that have no labels, and for images too large to be looked at."""
         places = find_rows(self._storage, ids)
 
         def read(place: Place) -> dict[str, Any] | None:
             row = read_row(self._folder, place, _COLUMNS)
-            return row if row["status"] == OK else None
+            return row if row["status"] == OK and row["height"] * row["width"] <= MAX_PIXELS else None
 
         with ThreadPoolExecutor(_READERS) as pool:
             found = dict(zip(places, pool.map(read, places.values()), strict=True))

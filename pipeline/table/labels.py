@@ -58,10 +58,12 @@ NEWER_COLUMNS: Final = ("agreement", "segment_agreement", "version")
 REQUIRED_COLUMNS: Final = tuple(name for name in LABEL_SCHEMA.names if name not in NEWER_COLUMNS)
 #: The record of the table: classes, recipe, weights, versions, counts.
 DATASET_FILE: Final = "dataset.json"
-#: Pixels of a map that is decoded whole; larger ones are read in strips.
-MOST_DECODED: Final = 1 << 28
+#: Pixels of a map that is decoded whole: Pillow's limit for images. Larger ones are read in strips.
+MOST_DECODED: Final = 178_956_970
 #: ``status`` of a labelled image; any other value is an error code.
 OK: Final = "ok"
+#: Code of labelled images whose maps are too large for what is done with them: they are left out of it.
+MAP_TOO_LARGE: Final = "map_too_large"
 
 _MAX_ERROR_LENGTH = 500
 _FILES = "labels"
@@ -119,6 +121,17 @@ def is_large(png: bytes) -> bool:
     return height * width > MOST_DECODED
 
 
+def large_map(height: int, width: int, most: int | None = None) -> str:
+    """Why an image is left out, in words.
+
+    Args:
+        height, width: of the image.
+        most: pixels that it may have; None for ``MOST_DECODED``.
+    """
+    most = MOST_DECODED if most is None else most
+    return f"{height:,} x {width:,} pixels are more than can be taken whole here ({most:,})"
+
+
 def _encode(array: npt.NDArray[Any], strategy: int) -> bytes:
     import cv2  # releases the GIL and is several times as fast as Pillow here
 
@@ -138,11 +151,10 @@ def _decode(data: bytes, what: str) -> npt.NDArray[Any]:
     if is_large(data):
         height, width = png_size(data) or (0, 0)
         raise FailedWork(
-            "map_too_large",
-            f"A {what} has {width:,} x {height:,} pixels, more than are decoded at once here "
-            f"({MOST_DECODED:,}).",
+            MAP_TOO_LARGE,
+            f"A {what} cannot be decoded: {large_map(height, width)}.",
             "Labelling, verify, report and show take such images; pipeline.table.strips.read_strips reads "
-            "their maps. For the rest, label large images into a table of their own, or cut them first.",
+            "their maps. For the rest, cut them first.",
         )
     try:
         decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)

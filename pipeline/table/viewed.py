@@ -16,16 +16,18 @@ import pyarrow as pa
 from pipeline.files.storage import Storage
 from pipeline.table.labels import (
     LABEL_SCHEMA,
+    MAP_TOO_LARGE,
     OK,
     Counts,
     decode_confidence,
     decode_mask,
     is_large,
     iter_batches,
+    large_map,
     summarise_batches,
 )
-from pipeline.table.statistics import Confidence, Labels, quality, segments
-from pipeline.table.strips import sample
+from pipeline.table.statistics import Confidence, Labels, MapStatistics, quality, segments
+from pipeline.table.strips import read_strips, sample
 from pipeline.table.views import TableView
 
 #: Columns that a view computes anew.
@@ -63,7 +65,9 @@ def iter_viewed(
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a table as ``pipeline.table.labels.iter_batches`` does, as the view has them.
 
-    Decodes every mask if ``segments`` or ``quality`` is asked for, in threads.
+    Decodes every mask if ``segments`` or ``quality`` is asked for, in threads; those of large images in
+    strips. Where the view asks for connected components, which no strip shows whole, large images have no
+    labels: their ``status`` is ``map_too_large``.
 
     Args:
         table: the output of a labelling run, or the folder with its Parquet files.
@@ -76,7 +80,7 @@ def iter_viewed(
     if view is None or not set(columns) & set(COMPUTED):
         yield from iter_batches(table, columns, batch_size=batch_size, names=names)
         return
-    read = list(dict.fromkeys([*columns, "status", *_MAPS]))
+    read = list(dict.fromkeys([*columns, "status", "height", "width", *_MAPS]))
     schema = pa.schema([LABEL_SCHEMA.field(name) for name in columns])
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for batch in iter_batches(table, read, batch_size=min(batch_size, 64), names=names):
@@ -87,12 +91,25 @@ def iter_viewed(
 def _computed(row: dict[str, Any], view: TableView) -> dict[str, Any]:
     if row["status"] != OK:
         return row
-    labels, confidence = decode_maps(row["mask"]["bytes"], row["confidence"]["bytes"], view)
     ignored = view.ontology.ignore_index
+    if is_large(row["mask"]["bytes"]):
+        return row | _computed_in_strips(row, view)
+    labels, confidence = decode_maps(row["mask"]["bytes"], row["confidence"]["bytes"], view)
     return row | {
         "segments": segments(labels, confidence, ignore_index=ignored),
         "quality": quality(confidence, labels, ignore_index=ignored),
     }
+
+
+def _computed_in_strips(row: dict[str, Any], view: TableView) -> dict[str, Any]:
+    if view.areas.any():
+        why = f"{large_map(row['height'], row['width'])}: the view asks for the area of its pieces"
+        return {"status": MAP_TOO_LARGE, "error": why, "segments": None, "quality": None}
+    counted = MapStatistics(view.ontology.ignore_index)
+    maps = (read_strips(row[name]["bytes"]) for name in _MAPS)
+    for (top, labels), (_, confidence) in zip(*maps, strict=True):
+        counted.add(*view.apply(labels, confidence), top)
+    return {"segments": counted.segments(), "quality": counted.quality()}
 
 
 def summarise_view(table: Storage | str | os.PathLike[str], view: TableView | None) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from pipeline.files.fetch import fetch, max_bytes
 from pipeline.files.storage import Storage, open_storage
 from pipeline.labelling.recipes import table_recipe
 from pipeline.ontology.ontology import Ontology
-from pipeline.table.labels import LABEL_SCHEMA, OK, refuse_doubled, table_files
+from pipeline.table.labels import LABEL_SCHEMA, MOST_DECODED, OK, refuse_doubled, table_files
 from pipeline.table.record import read_table_record
 from pipeline.table.splits import Chosen
 from pipeline.table.statistics import Confidence, Labels
@@ -49,7 +49,7 @@ FILL: Mapping[str, int] = {"labels": IGNORED, "teacher": IGNORED, "confidence": 
 """What lies beside an image that is smaller than the crop."""
 
 _MANIFESTS = "manifest"
-_INDEX = ("id", "status", "segments", "quality")
+_INDEX = ("id", "status", "height", "width", "segments", "quality")
 _READERS = 16
 
 _Ids = npt.NDArray[np.int32]
@@ -387,7 +387,9 @@ def open_table_samples(
     teacher = np.where((teacher >= 0) & hidden[np.maximum(teacher, 0)], teacher, IGNORED).astype(np.int32)
 
     work = None if truth is None else evaluation.plan(storage, truth.samples)
-    rows = _Rows(count, chosen, leave_out)
+    # An image above it was labelled in windows, and is not decoded whole here either.
+    max_pixels = table_recipe(record).images.max_pixels
+    rows = _Rows(count, chosen, leave_out, min(max_pixels, MOST_DECODED))
     with ThreadPoolExecutor(_READERS) as pool:
         for number, found in enumerate(pool.map(lambda part: read_index(storage, part, view), parts)):
             rows.add(number, found, pixels_of, min_quality, None if work is None else work.samples)
@@ -444,7 +446,7 @@ def open_table_samples(
         _true=true,
         _dataset=None if truth is None else truth.reader(),
         _samples=samples,
-        _max_pixels=table_recipe(record).images.max_pixels,
+        _max_pixels=max_pixels,
         view=view,
     )
 
@@ -532,9 +534,13 @@ class _Rows:
     """Builds the index of a table, part by part."""
 
     def __init__(
-        self, num_classes: int, chosen: Chosen | None, leave_out: npt.NDArray[np.int64] | None
+        self,
+        num_classes: int,
+        chosen: Chosen | None,
+        leave_out: npt.NDArray[np.int64] | None,
+        max_pixels: int,
     ) -> None:
-        self._chosen, self._leave_out = chosen, leave_out
+        self._chosen, self._leave_out, self._max_pixels = chosen, leave_out, max_pixels
         self.ids: list[npt.NDArray[np.int64]] = []
         self.part: list[npt.NDArray[np.int64]] = []
         self.row: list[npt.NDArray[np.int64]] = []
@@ -560,11 +566,13 @@ class _Rows:
         keep = np.ones(len(ids), np.bool_)
         status = np.array(table["status"].to_pylist(), object)
         quality = table["quality"].to_numpy(zero_copy_only=False)
+        height, width = (table[name].fill_null(0).to_numpy().astype(np.int64) for name in ("height", "width"))
         chosen = self._chosen
         elsewhere = np.zeros(len(ids), np.bool_) if chosen is None else ~chosen.keep(ids)
         for reason, bad in (
             (f"not in the part {chosen.part if chosen is not None else ''}", elsewhere),
             ("rejected by people", np.isin(ids, [] if self._leave_out is None else self._leave_out)),
+            (f"of more than {self._max_pixels:,} pixels", height * width > self._max_pixels),
             ("not labelled", status != OK),
             (f"of quality below {min_quality:g}", np.nan_to_num(quality) < min_quality),
             ("without truth", np.array([joined is not None and row not in joined for row in ids.tolist()])),

@@ -125,6 +125,30 @@ def test_failed_missing_and_resized_images_are_counted_and_left_out(made: Made) 
     assert (found.statistics.confusion == expected(made, [f"p{i}" for i in range(3, COUNT)])).all()
 
 
+def test_images_too_large_to_be_compared_are_counted_and_left_out(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = {name: labels.size for name, labels in made.labels.items()}
+    large = max(pixels, key=lambda name: pixels[name])
+    most = sorted(pixels.values())[-2]
+    height, width = made.labels[large].shape
+    monkeypatch.setattr("pipeline.table.labels.MOST_DECODED", most)
+    found = made.evaluate()
+    assert dict(found.failed) == {"map_too_large": 1}
+    (told,) = map(str, found.left_out())
+    assert told.startswith(f"1 × image too large to be compared ({large}: {height} x {width} pixels")
+    assert (found.statistics.confusion == expected(made, [name for name in pixels if name != large])).all()
+    # The same where it is the truth that is too large to be read.
+    monkeypatch.undo()
+    monkeypatch.setattr("pipeline.formats.masks.MAX_PIXELS", most)
+    with pytest.raises(MaskMillError, match="exceeds the limit"):
+        made.evaluate()
+    monkeypatch.setattr("pipeline.evaluation.tables.MAX_PIXELS", most)
+    again = made.evaluate()
+    assert dict(again.failed) == {"map_too_large": 1}
+    assert (again.statistics.confusion == found.statistics.confusion).all()
+
+
 def test_rows_of_other_images_are_counted(made: Made) -> None:
     for name in ("p3", "p4"):
         made.image(name).unlink()

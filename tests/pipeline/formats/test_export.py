@@ -169,6 +169,18 @@ def test_images_that_have_changed_or_gone_are_left_out_until_they_are_back(tmp_p
     assert output.read_bytes("images/scene_000.png") == kept["scene_000.png"]
 
 
+def test_images_too_large_to_be_taken_whole_are_left_out_and_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, output = toy_table(tmp_path / "table", 6), open_storage(tmp_path / "out")
+    add_rows(table, ["/toy/large.png", "/toy/bad.png"], size=60)
+    monkeypatch.setattr("pipeline.table.labels.MOST_DECODED", 48 * 48)
+    record, _ = export(table, output)
+    assert record.left_out == {"map_too_large": 1, "truncated": 2} and record.images == {"train": 5}
+    listed = (tmp_path / "out/left_out.csv").read_text()
+    assert "/toy/large.png,map_too_large,60 x 60 pixels" in listed
+
+
 def test_a_view_changes_labels_and_classes(tmp_path: Path) -> None:
     table, output = toy_table(tmp_path / "table", 4), open_storage(tmp_path / "out")
     view = View(threshold=0.5, drop=("sky",), rename={"grass": "lawn"}).of(TOYWORLD)

@@ -107,6 +107,22 @@ def test_images_that_are_gone_are_left_out_and_told(tmp_path: Path) -> None:
     assert "2 candidates cannot be shown" in " ".join(chosen.notes)
 
 
+def test_images_too_large_to_be_painted_are_left_out_and_told(tmp_path: Path) -> None:
+    folder = make_reviewed(tmp_path, [0.5, 0.4, 0.3, 0.0])
+    table = open_storage(folder / "table")
+    large = {row_id(folder, 0), row_id(folder, 3)}
+    for name in table.list("labels"):
+        rows = [one for batch in iter_batches(table, names=[name]) for one in batch.to_pylist()]
+        # Nothing of it is read.
+        rows = [row | {"height": 20_000, "width": 20_000} if row["id"] in large else row for row in rows]
+        write_part(table, pa.Table.from_pylist(rows, schema=LABEL_SCHEMA))
+    known = np.array([row_id(folder, 3)])
+    chosen = choose(str(folder / "table"), Wish(worst=4, chance=2, known=known, diverse=False))
+    assert {entry.id for entry in chosen.entries} == {row_id(folder, 1), row_id(folder, 2)}
+    (note,) = chosen.notes
+    assert note.startswith("1 images have more than 100,000,000 pixels") and "maskmill show" in note
+
+
 def test_spread_takes_the_far_and_the_heavy() -> None:
     vectors = np.array([[1, 0], [1, 0], [0, 1], [0.6, 0.8], [-1, 0]], float)
     assert spread(vectors, np.array([0.9, 1, 0.5, 0.5, 0.5]), 3).tolist() == [1, 4, 2]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pytest
 from pipeline.ontology.ontology import Ontology
 from pipeline.table.labels import LABEL_SCHEMA, failed_row, iter_rows, ok_row, summarise
 from pipeline.table.viewed import decode_maps, iter_viewed, summarise_view
-from pipeline.table.views import View
+from pipeline.table.views import TableView, View
 
 CLASSES = Ontology.from_dict({"name": "c", "classes": ["cat", "dog", "sky"]})
 
@@ -54,6 +55,33 @@ def test_rows_say_of_a_view_what_a_table_of_its_maps_would_say(table: Path, tmp_
     columns = ["id", "status", "segments", "quality"]
     seen = [row for batch in iter_viewed(table, columns, view, batch_size=3) for row in batch.to_pylist()]
     assert seen == list(iter_rows(other, columns))
+
+
+def test_large_maps_are_seen_through_a_view_in_strips(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = View(threshold=0.4, merge={"pet": ("cat", "dog")}).of(CLASSES)
+    pieces = View(threshold=0.4, min_area=3).of(CLASSES)
+    columns = ["id", "status", "error", "segments", "quality"]
+
+    def seen(by: TableView) -> list[dict[str, Any]]:
+        return [row for batch in iter_viewed(table, columns, by) for row in batch.to_pylist()]
+
+    whole, counts = seen(view), summarise_view(table, view)
+    monkeypatch.setattr("pipeline.table.labels.MOST_DECODED", 100)
+    monkeypatch.setattr("pipeline.table.strips._PIXELS", 40)
+    large = {
+        row["id"] for row in iter_rows(table) if row["status"] == "ok" and row["height"] * row["width"] > 100
+    }
+    assert 0 < len(large) < 7
+    assert seen(view) == whole and summarise_view(table, view) == counts
+    # Pieces of an image are not whole in any strip.
+    told = {row["id"]: row for row in seen(pieces)}
+    assert {number for number, row in told.items() if row["status"] == "map_too_large"} == large
+    assert all(told[number]["segments"] is None and "pixels" in told[number]["error"] for number in large)
+    assert summarise_view(table, pieces)["status"] == {
+        "ok": 7 - len(large),
+        "map_too_large": len(large),
+        "not_found": 1,
+    }
 
 
 def test_without_a_view_rows_are_as_they_are_stored(table: Path) -> None:

@@ -212,6 +212,25 @@ def test_rows_without_truth_or_quality_are_left_out(tmp_path: Path) -> None:
     assert samples.left_out == {"not labelled": 2, "of quality below 0.5": 2, "without truth": 1}
 
 
+def test_images_that_were_labelled_in_windows_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = open_storage(make(tmp_path, 6))
+    for name in made.list("labels"):
+        rows = pq.read_table(made.path(name)).to_pylist()
+        for row in rows:
+            if row["id"] == 2:  # nothing of it is read
+                row |= {"height": 101, "width": 100, "mask": {"bytes": b"x", "path": None}}
+        pq.write_table(pa.Table.from_pylist(rows, schema=LABEL_SCHEMA), made.path(name))
+    samples = opened(made.uri)
+    assert samples.left_out == {"of more than 10,000 pixels": 1, "not labelled": 2}
+    assert [int(sample(samples, i)["id"]) for i in range(samples.num_images)] == [0, 1, 3, 4, 5]
+    monkeypatch.setattr("pipeline.training.samples.table.MOST_DECODED", SIZE * SIZE - 1)
+    with pytest.raises(MaskMillError, match=f"6 of more than {SIZE * SIZE - 1:,} pixels") as caught:
+        opened(made.uri)
+    assert caught.value.code == "training_data_empty"
+
+
 def test_blank_has_the_layout_of_a_sample_and_no_weight(table: str) -> None:
     config = AugmentSettings(scale=(96, 96), crop=(40, 56))
     samples = opened(table, augment=config)
