@@ -454,6 +454,42 @@ def test_no_background_and_min_confidence(unsure: tuple[Path, subprocess.Complet
     assert ignored and labelled == 6
 
 
+def test_a_large_image_among_small_ones_is_one_row_made_of_its_windows(
+    maskmill_joined: Run, toy_images: Path, tmp_path: Path
+) -> None:
+    images, side = tmp_path / "images", 96
+    images.mkdir()
+    scenes = [np.asarray(Image.open(path)) for path in sorted(toy_images.iterdir())[:6]]
+    for number, scene in enumerate(scenes):
+        Image.fromarray(scene).save(images / f"{number}.png")
+    rows = [np.concatenate(scenes[start : start + 3], 1) for start in (0, 3)]
+    Image.fromarray(np.concatenate(rows)).save(images / "large.tif")
+    # Each window is one of the small images.
+    windows = (f"large_window={side}", "large_overlap=0", "max_pixels=10000")
+    done = maskmill_joined(
+        *toy(images, tmp_path / "table", *(word for one in windows for word in ("--set", one)))
+    )
+    assert done.returncode == 0, done.stderr
+    found = {Path(row["uri"]).name: row for row in read_table(tmp_path / "table").to_pylist()}
+    assert len(found) == 7 and {row["status"] for row in found.values()} == {"ok"}
+    large = found.pop("large.tif")
+    assert (large["height"], large["width"]) == (2 * side, 3 * side)
+    mask, confidence = (
+        np.asarray(Image.open(io.BytesIO(large[name]["bytes"]))) for name in ("mask", "confidence")
+    )
+    areas = {each["class_id"]: each["area"] for each in large["segments"]}
+    assert areas == {int(i): int((mask == i).sum()) for i in np.unique(mask)}
+    for number in range(6):
+        top, left = number // 3 * side, number % 3 * side
+        window = np.s_[top : top + side, left : left + side]
+        small = found[f"{number}.png"]
+        # Sums in another order: ties may differ, and confidence by a step.
+        labels = np.asarray(Image.open(io.BytesIO(small["mask"]["bytes"])))
+        assert (mask[window] == labels).mean() > 0.999
+        sure = np.asarray(Image.open(io.BytesIO(small["confidence"]["bytes"]))).astype(int)
+        assert np.abs(confidence[window] - sure).max() <= 1
+
+
 def _start(images: Path, output: Path, environment: dict[str, str], *more: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "jobs.cli", *map(str, toy(images, output, *more))],
