@@ -178,7 +178,7 @@ def test_images_too_large_to_be_taken_whole_are_left_out_and_listed(
     record, _ = export(table, output)
     assert record.left_out == {"map_too_large": 1, "truncated": 2} and record.images == {"train": 5}
     listed = (tmp_path / "out/left_out.csv").read_text()
-    assert "/toy/large.png,map_too_large,60 x 60 pixels" in listed
+    assert '/toy/large.png,map_too_large,"60 x 60 pixels' in listed
 
 
 def test_a_view_changes_labels_and_classes(tmp_path: Path) -> None:

@@ -66,10 +66,10 @@ def test_large_maps_are_seen_through_a_view_in_strips(table: Path, monkeypatch: 
         return [row for batch in iter_viewed(table, columns, by) for row in batch.to_pylist()]
 
     whole, counts = seen(view), summarise_view(table, view)
-    monkeypatch.setattr("pipeline.table.labels.MOST_DECODED", 100)
+    monkeypatch.setattr("pipeline.table.labels.MOST_DECODED", 250)
     monkeypatch.setattr("pipeline.table.strips._PIXELS", 40)
     large = {
-        row["id"] for row in iter_rows(table) if row["status"] == "ok" and row["height"] * row["width"] > 100
+        row["id"] for row in iter_rows(table) if row["status"] == "ok" and row["height"] * row["width"] > 250
     }
     assert 0 < len(large) < 7
     assert seen(view) == whole and summarise_view(table, view) == counts
