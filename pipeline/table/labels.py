@@ -129,7 +129,7 @@ def large_map(height: int, width: int, most: int | None = None) -> str:
         most: pixels that it may have; None for ``MOST_DECODED``.
     """
     most = MOST_DECODED if most is None else most
-    return f"{height:,} x {width:,} pixels are more than can be taken whole here ({most:,})"
+    return f"{width:,} x {height:,} pixels are more than can be taken whole here ({most:,})"
 
 
 def _encode(array: npt.NDArray[Any], strategy: int) -> bytes:

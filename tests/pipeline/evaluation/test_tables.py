@@ -136,7 +136,7 @@ def test_images_too_large_to_be_compared_are_counted_and_left_out(
     found = made.evaluate()
     assert dict(found.failed) == {"map_too_large": 1}
     (told,) = map(str, found.left_out())
-    assert told.startswith(f"1 × image too large to be compared ({large}: {height} x {width} pixels")
+    assert told.startswith(f"1 × image too large to be compared ({large}: {width} x {height} pixels")
     assert (found.statistics.confusion == expected(made, [name for name in pixels if name != large])).all()
     # The same where it is the truth that is too large to be read.
     monkeypatch.undo()
