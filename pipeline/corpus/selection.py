@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.corpus.manifest import ADDRESS
-from pipeline.files.fetch import fetch
+from pipeline.files.fetch import digest
 from pipeline.files.images import ImageError
 
 _READ_AT_ONCE = 16
@@ -89,7 +88,6 @@ def _digest(row: dict[str, object]) -> bytes | None:
     assert start is None or isinstance(start, int)
     assert length is None or isinstance(length, int)
     try:
-        data = fetch(str(row.get(ADDRESS) or row["uri"]), start=start or 0, length=length)
+        return digest(str(row.get(ADDRESS) or row["uri"]), start=start or 0, length=length)
     except ImageError:
         return None
-    return hashlib.sha256(data).digest()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import hashlib
 import os
 import queue
 import random
@@ -20,12 +21,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.files.containers import inside, member_range, read_cell
-from pipeline.files.images import MAX_PIXELS, ImageError
+from pipeline.files.images import MAX_PIXELS, MOST_PIXELS, ImageError
 from pipeline.files.redaction import redact, without_signature
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _PIECE = 8 << 20  # bytes read at a time
 _PIECES_AHEAD = 8
+_PATIENCE, _WAIT = 60.0, 0.5  # seconds
 _PAST_END = re.compile(r"InvalidRange|\b416\b|not satisfiable", re.IGNORECASE)
 _CREDENTIALS = re.compile(
     r"ExpiredToken|token has expired|RequestExpired|InvalidAccessKeyId|SignatureDoesNotMatch"
@@ -93,9 +95,9 @@ def fetch(
     start: int = 0,
     length: int | None = None,
     max_bytes: int = max_bytes(MAX_PIXELS),
-    patience: float = 60.0,
+    patience: float = _PATIENCE,
     attempts: int = 4,
-    wait: float = 0.5,
+    wait: float = _WAIT,
     sleep: Callable[[float], object] = time.sleep,
 ) -> bytes:
     """Read a file or object, or a range of its bytes.
@@ -138,9 +140,9 @@ def copy_to(
     start: int = 0,
     length: int | None = None,
     max_bytes: int,
-    patience: float = 60.0,
+    patience: float = _PATIENCE,
     attempts: int = 4,
-    wait: float = 0.5,
+    wait: float = _WAIT,
     sleep: Callable[[float], object] = time.sleep,
 ) -> None:
     """``fetch`` into a file, in little memory.
@@ -160,6 +162,27 @@ def copy_to(
         _gather(chunks, max_bytes, patience, file.write)
 
     _read(read, uri, start, length, max_bytes, attempts, wait, sleep)
+
+
+def digest(uri: str, *, start: int = 0, length: int | None = None, attempts: int = 4) -> bytes:
+    """SHA-256 (32 bytes) of what is at an address, in little memory: large images too are hashed.
+
+    Args:
+        uri, start, length, attempts: see ``fetch``.
+
+    Raises:
+        ImageError, MaskMillError: as ``fetch``.
+    """
+    # Of any image that is labelled in windows: a server may go on for ever.
+    found, most = hashlib.sha256(), max_bytes(MOST_PIXELS)
+
+    def read(chunks: _Chunks) -> None:
+        nonlocal found
+        found = hashlib.sha256()
+        _gather(chunks, most, _PATIENCE, found.update)
+
+    _read(read, uri, start, length, most, attempts, _WAIT, time.sleep)
+    return found.digest()
 
 
 _Chunks = Callable[[], Iterator[bytes]]

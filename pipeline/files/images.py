@@ -59,6 +59,10 @@ _SUFFIXES: Mapping[str, str] = MappingProxyType(
 #: 100 megapixels: 300 MB as uint8 RGB; see :func:`decode` for the memory that decoding takes.
 MAX_PIXELS = 100_000_000
 
+#: Images of more pixels are not read in windows either: OpenCV, and so many a program, reads no mask that is
+#: larger.
+MOST_PIXELS = 1 << 30
+
 #: Libpng, and so most readers of PNG, refuse longer sides: such an image could have no mask.
 MAX_SIDE = 1_000_000
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.corpus.manifest import ADDRESS
-from pipeline.files.fetch import fetch, file_version
+from pipeline.files.fetch import digest, file_version
 from pipeline.files.images import ImageError
 from pipeline.files.storage import Storage
 from pipeline.table.labels import iter_batches
@@ -108,7 +107,7 @@ def image_state(row: Mapping[str, Any], images: Images, *, trust_version: bool =
         return "same" if version is None or version == row["version"] else "changed"
     start, length = images.byte_range(row["id"])
     try:
-        data = fetch(address, start=start, length=length, attempts=2)
+        found = digest(address, start=start, length=length, attempts=2)
     except ImageError as error:
         return "gone" if error.code == "not_found" else "unreadable"
-    return "same" if hashlib.sha256(data).digest() == row["sha256"] else "changed"
+    return "same" if found == row["sha256"] else "changed"

@@ -12,10 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from pipeline.files.images import MAX_SIDE, UPRIGHT, ImageError
-
-MOST_PIXELS = 1 << 30
-"""An image of more pixels is refused: OpenCV, and so many a program, reads no mask that is larger."""
+from pipeline.files.images import MAX_SIDE, MOST_PIXELS, UPRIGHT, ImageError
 
 _SWAPPED = (5, 6, 7, 8)  # orientations that exchange rows and columns
 _ROWS_TURNED, _COLUMNS_TURNED = (3, 4, 6, 7), (2, 3, 7, 8)

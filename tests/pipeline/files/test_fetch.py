@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import socket
 import threading
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 
 from models.errors import MaskMillError
-from pipeline.files.fetch import fetch
+from pipeline.files.fetch import digest, fetch
 from pipeline.files.images import ImageError
 
 
@@ -206,6 +207,24 @@ def test_a_file_larger_than_any_image_is_not_read(tmp_path: Path) -> None:
         file.write(b"!")
     data = fetch(str(path), max_bytes=20_000_000)
     assert len(data) == 20_000_000 and data[-1:] == b"!"
+
+
+def test_what_is_hashed_may_be_larger_than_what_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = bytes(range(256)) * 100
+    (tmp_path / "image").write_bytes(data)
+    uri = str(tmp_path / "image")
+    monkeypatch.setattr("pipeline.files.fetch._PIECE", 999)
+    assert digest(uri) == hashlib.sha256(data).digest()
+    assert digest(uri, start=100, length=5000) == hashlib.sha256(data[100:5100]).digest()
+    monkeypatch.setattr("pipeline.files.fetch.max_bytes", lambda pixels: len(data) - 1 + (pixels == 1 << 30))
+    with pytest.raises(ImageError, match="the limit is"):
+        fetch(uri, max_bytes=len(data) - 1)
+    assert digest(uri) == hashlib.sha256(data).digest()
+    with pytest.raises(ImageError) as raised:
+        digest(str(tmp_path / "gone"))
+    assert raised.value.code == "not_found"
 
 
 @pytest.mark.parametrize(
