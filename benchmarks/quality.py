@@ -72,11 +72,11 @@ class Benchmark:
         """Print tables in Markdown."""
         toyworld = load_ontology("toyworld")
         for seed in range(self.first, self.first + self.seeds):
-            models = {"toy CLIP": "toy"}
-            if self.steps:
-                models["student"] = str(self._student(seed))
             scenes = generate(1000 + seed, self.test, self.size)
-            for name, model in models.items():
+            for name in ("toy CLIP", "student"):
+                if name == "student" and not self.steps:
+                    continue
+                model = "toy" if name == "toy CLIP" else str(self._student(seed))
                 pairs = zip(scenes.images, scenes.labels, strict=True)
                 report(f"{name}, seed {seed}", *measured(model, toyworld, pairs))
         if self.photographs is not None:
