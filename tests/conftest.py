@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -49,6 +50,13 @@ hypothesis.settings.load_profile("shared")
 
 CLUSTER_CPUS = 3
 """CPUs of the cluster that tests share: enough for the stages of a job, and for two training workers."""
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random weights and inputs that a test gives no seed are the same whatever ran before it."""
+    if "torch" in sys.modules:  # a test without it does not wait for the import
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")
