@@ -2,7 +2,9 @@
 
 Ray repeats the work of a process that died, without end. So each stage tells a common book when it begins and
 ends a part. After ``PART_DEATHS`` beginnings without an end, it takes the images of the part one by one, and
-after ``IMAGE_DEATHS`` more an image becomes a row with the code ``crashed_worker``. Imports no Ray.
+after ``IMAGE_DEATHS`` more an image becomes a row with the code ``crashed_worker``. A part with such an image
+stays in the book: its rows may be lost with the process, when another part kills it, and nothing is to die of
+it again. Imports no Ray.
 """
 
 from __future__ import annotations

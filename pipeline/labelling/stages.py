@@ -31,6 +31,7 @@ from pipeline.files.large.opening import local_file, open_picture
 from pipeline.files.logs import run_log
 from pipeline.files.storage import Storage
 from pipeline.labelling.attempts import (
+    CRASHED,
     IMAGE_DEATHS,
     PART_DEATHS,
     AttemptBook,
@@ -130,7 +131,7 @@ class Decode:
         size = 0
         entries = table.to_pylist()
         key = part_key("decode", table["id"].to_numpy())
-        careful = self._attempts.begin(key) >= PART_DEATHS
+        careful, crashed = self._attempts.begin(key) >= PART_DEATHS, False
         with ThreadPoolExecutor(_FETCHES_AHEAD) as pool:
             fetched: Iterator[Callable[[], _Fetched]] = (
                 (functools.partial(self._fetch, entry) for entry in entries)
@@ -140,6 +141,7 @@ class Decode:
             for entry, fetch in zip(entries, fetched, strict=True):
                 start = time.perf_counter()
                 row = self._alone(entry, fetch) if careful else self._row(entry, fetch)
+                crashed |= row["status"] == CRASHED
                 row["decode_s"] = time.perf_counter() - start
                 row["fetch_s"] = row["fetch_s"] or 0.0
                 rows.append(row)
@@ -147,7 +149,8 @@ class Decode:
                 if size >= _CHUNK_BYTES:
                     yield pa.Table.from_pylist(rows, schema=_DECODED)
                     rows, size = [], 0
-        self._attempts.end(key)
+        if not crashed:
+            self._attempts.end(key)
         if rows:
             yield pa.Table.from_pylist(rows, schema=_DECODED)
 
@@ -294,7 +297,7 @@ class Label:
                 rows.append(_common_fields(columns, index))
         size = 0
         key = part_key("label", table["id"].to_numpy())
-        careful = self._attempts.begin(key) >= PART_DEATHS
+        careful, crashed = self._attempts.begin(key) >= PART_DEATHS, False
         for (height, width), members in sorted(buckets.items()):
             for chosen in _batched(members, self._labeller.batch_size):
                 batch = [
@@ -320,6 +323,7 @@ class Label:
                         size += len(row["labels"]) + len(row["confidence"])
                     elif outcome is None:
                         row |= crashed_row("label")
+                        crashed = True
                     else:
                         row |= {
                             "status": "label_failed",
@@ -338,11 +342,13 @@ class Label:
             place = (columns["address"][index], columns["offset"][index] or 0, columns["length"][index])
             with self._one_large:
                 row |= self._large_alone(columns["id"][index], *place) if careful else self._large(*place)
+            crashed |= row["status"] == CRASHED
             row |= {"label_s": time.perf_counter() - start, "batches": 1.0}
             done = pa.Table.from_pylist([row], schema=_LABELLED)
             del row  # its maps may take hundreds of megabytes
             yield done
-        self._attempts.end(key)
+        if not crashed:
+            self._attempts.end(key)
         if rows:
             yield pa.Table.from_pylist(rows, schema=_LABELLED)
 
