@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import math
 import os
 import signal
@@ -27,8 +28,8 @@ def interrupt_on_signals() -> None:
     """Make SIGTERM act like Ctrl-C: the run stops cleanly and can be resumed.
 
     Stopping takes seconds. An impatient second Ctrl-C would leave processes behind, so signals are ignored
-    for ``PATIENCE_S`` after the first. The first is deferred within ``signals_held`` and while Python imports
-    a module, for at most ``LONGEST_HOLD_S``.
+    for ``PATIENCE_S`` after the first. The first is deferred within ``signals_held``, and where it would be
+    lost or leave a lock held (``_unsafe``), for at most ``LONGEST_HOLD_S``.
     """
     requested_at: float | None = None
     interrupted_at = -math.inf
@@ -40,7 +41,7 @@ def interrupt_on_signals() -> None:
             os.write(2, b"Stopping: this takes a few seconds.\n")
             return
         requested_at = now if requested_at is None else requested_at
-        if now < requested_at + LONGEST_HOLD_S and (_holds or _imports(frame)):
+        if now < requested_at + LONGEST_HOLD_S and (_holds or _unsafe(frame)):
             threading.Timer(_RETRY_S, os.kill, (os.getpid(), number)).start()
             return
         requested_at, interrupted_at = None, now
@@ -66,10 +67,17 @@ def signals_held() -> Iterator[None]:
         _holds -= 1
 
 
-def _imports(frame: FrameType | None) -> bool:
-    """Whether an import is under way: importlib runs callbacks that swallow exceptions."""
+def _unsafe(frame: FrameType | None) -> bool:
+    """Whether an exception must not be raised in this frame or one that called it.
+
+    Importlib runs callbacks that swallow exceptions, and so does Python with those of destructors. Logging
+    takes a lock of all threads in one statement, and says in the next how to give it back.
+    """
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        code = frame.f_code
+        if code.co_filename.startswith("<frozen importlib") or code.co_filename == logging.__file__:
+            return True
+        if code.co_name == "__del__":
             return True
         frame = frame.f_back
     return False

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import subprocess
@@ -110,6 +111,40 @@ def test_signals_wait_while_python_imports(
         importlib.import_module("interrupted_module")
         wait_for_the_end()
     assert sys.modules.pop("interrupted_module").whole
+
+
+def test_signals_wait_for_destructors(handlers_restored: None) -> None:
+    whole = []
+
+    class Destroyed:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            whole.append(True)
+
+    interrupt_on_signals()
+    with pytest.raises(KeyboardInterrupt):
+        Destroyed()
+        wait_for_the_end()
+    assert whole
+
+
+def test_signals_wait_for_logging(handlers_restored: None) -> None:
+    whole = []
+
+    class Slow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            whole.append(record.getMessage())
+
+    log = logging.Logger("interrupted")
+    log.addHandler(Slow())
+    interrupt_on_signals()
+    with pytest.raises(KeyboardInterrupt):
+        log.warning("said")
+        wait_for_the_end()
+    assert whole == ["said"]
 
 
 def test_ctrl_c_stays_ignored_in_the_background(handlers_restored: None) -> None:
