@@ -15,6 +15,7 @@ from benchmarks.fuzz.kind import Fault, Kind
 from benchmarks.fuzz.mutations import mutate_bytes
 from pipeline.files.corruptions import CORRUPTIONS
 from pipeline.files.images import ERROR_CODES, ImageError, ImageSettings, decode
+from pipeline.files.large.opening import local_file, open_picture
 from pipeline.labelling.stages import Decode
 
 # Format, modes, and a choice of options for each.
@@ -88,13 +89,34 @@ class Images(Kind):
         if [row["id"] for row in rows] != list(range(len(uris))):
             raise Fault(f"{len(rows)} rows for {len(uris)} images")
         for row in rows:
-            if row["status"] == "ok":
+            if row["status"] == "ok" and row["address"] is not None:
+                self._read_windows(row, settings, rng)
+            elif row["status"] == "ok":
                 expected = row["network_height"] * row["network_width"] * 3
                 if len(row["pixels"]) != expected or min(row["height"], row["width"]) < 1:
                     raise Fault(f"a row of {len(row['pixels'])} bytes, not {expected}")
             else:
                 self._code(row["status"], row["error"])
         return outcome
+
+    def _read_windows(self, row: dict[str, Any], settings: ImageSettings, rng: random.Random) -> None:
+        """Read some of a large image, as it is read when it is labelled."""
+        try:
+            with (
+                local_file(row["address"], start=row["offset"] or 0, length=row["length"]) as (path, _),
+                open_picture(path, band=settings.large_window) as picture,
+            ):
+                height, width = (rng.randint(1, min(side, 512)) for side in (picture.height, picture.width))
+                # From top to bottom, as the windows of an image are.
+                for top in sorted(rng.randint(0, picture.height - height) for _ in range(3)):
+                    left = rng.randint(0, picture.width - width)
+                    pixels = picture.read(top, left, height, width)
+                    if pixels.dtype != np.uint8 or pixels.shape != (height, width, 3):
+                        raise Fault(f"a window of {pixels.dtype} {pixels.shape}, not {(height, width, 3)}")
+        except ImageError as error:
+            self._code(error.code, error.message)
+        except OSError:
+            pass  # a row with the code ``unreadable``
 
     def _code(self, code: str, message: str) -> str:
         if code not in ERROR_CODES:
