@@ -8,39 +8,48 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.corpus.manifest import ADDRESS
+from pipeline.corpus.corpus import ADDRESS, Corpus
+from pipeline.corpus.spill import keys
 from pipeline.files.fetch import digest
 from pipeline.files.images import ImageError
 
 _READ_AT_ONCE = 16
+_BITS = 16
+_SHIFT = np.uint64(64 - _BITS)
 
 
-def some_of(
-    manifest: pa.Table, *, limit: int | None = None, sample: int | None = None, seed: int = 0
-) -> pa.Table:
-    """The first images of a manifest, or some at random, in its order.
+def some_of(corpus: Corpus, sample: int | None, seed: int = 0) -> Corpus:
+    """Some images of a corpus at random, in its order.
 
     Ids are hashes, so an image's place in the random order depends on its id and the seed alone: a larger
     sample holds a smaller one, and that of a corpus that has grown holds many of the same images.
 
     Args:
-        manifest: as ``build_manifest`` returns it.
-        limit: number of images from its beginning.
-        sample: number of images at random.
+        corpus: the images.
+        sample: number of images; None leaves all.
         seed: of the random order.
     """
-    if limit is not None:
-        manifest = manifest.slice(0, limit)
-    if sample is None or sample >= manifest.num_rows:
-        return manifest
+    if sample is None or sample >= corpus.num_rows:
+        return corpus
     # Multiplication by an odd number is a one-to-one map of the 64-bit integers.
     factor = np.uint64(random.Random(seed).getrandbits(64) | 1)
-    with np.errstate(over="ignore"):
-        order = manifest["id"].to_numpy().view(np.uint64) * factor
-    chosen = np.argpartition(order, sample - 1)[:sample] if sample else np.empty(0, np.int64)
-    return manifest.take(pa.array(np.sort(chosen)))
+
+    def places(rows: pa.Table) -> npt.NDArray[np.uint64]:
+        with np.errstate(over="ignore"):
+            return keys(rows["id"].to_numpy()) * factor
+
+    # The last place that is taken, in two passes: its first 16 bits, then the rest.
+    bins = np.zeros(1 << _BITS, np.int64)
+    for rows in corpus:
+        bins += np.bincount((places(rows) >> _SHIFT).astype(np.int64), minlength=len(bins))
+    above = np.cumsum(bins)
+    last = int(np.searchsorted(above, sample))
+    inside = np.concatenate([found[(found >> _SHIFT) == last] for found in (places(rows) for rows in corpus)])
+    end = np.sort(inside)[sample - (int(above[last]) - int(bins[last])) - 1]
+    return corpus.some(lambda rows: rows.filter(pa.array(places(rows) <= end)))
 
 
 class Distinct(NamedTuple):

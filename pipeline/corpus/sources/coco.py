@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -26,7 +27,7 @@ class _Document(BaseModel):
 _DOCUMENT = TypeAdapter(_Document)
 
 
-def read_coco(uri: str) -> ImageList:
+def read_coco(uri: str) -> Iterator[ImageList]:
     """The images of a COCO JSON, from its folder or from where COCO and its followers keep them.
 
     Names are relative to the folder of the file, to that above it, to ``images`` in either, or to the folder
@@ -57,7 +58,7 @@ def read_coco(uri: str) -> ImageList:
         for image in images
     ]
     uris = [entry_uri(uri, entry, f"{uri}: image {number}") for number, entry in enumerate(entries)]
-    return ImageList(uris, {name: [getattr(image, name) for image in images] for name in ("width", "height")})
+    yield ImageList(uris, {name: [getattr(image, name) for image in images] for name in ("width", "height")})
 
 
 def _places(uri: str) -> list[str]:

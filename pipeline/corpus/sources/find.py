@@ -5,8 +5,9 @@ To add a kind of source, add a module with a function that returns an ``ImageLis
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 from models.errors import WrongUse
 from pipeline.corpus.sources.coco import read_coco
@@ -15,85 +16,106 @@ from pipeline.corpus.sources.found import (
     IMAGE_EXTENSIONS,
     LIST_EXTENSIONS,
     ImageList,
-    PathsByReason,
-    describe_left_out,
-    leave_out,
+    LeftOut,
+    batches,
     on_the_web,
 )
 from pipeline.corpus.sources.lists import read_csv, read_json_lines, read_lines
 from pipeline.corpus.sources.parquet import read_parquet, read_parquet_files
-from pipeline.corpus.sources.tars import read_shards, refuse_compressed
+from pipeline.corpus.sources.tars import COMPRESSED, read_shards, refuse_compressed
 from pipeline.files.containers import inside
 from pipeline.files.redaction import without_signature
 from pipeline.files.storage import is_remote
 
-FILES: dict[str, Callable[[str], ImageList]] = {
-    ".txt": read_lines,
-    ".csv": read_csv,
-    ".jsonl": read_json_lines,
-    ".json": read_coco,
-    ".parquet": read_parquet,
-    ".tar": lambda uri: read_shards([uri]),
+Reader = Callable[[str, LeftOut], Iterator[ImageList]]
+FILES: dict[str, Reader] = {
+    ".txt": lambda uri, _left_out: read_lines(uri),
+    ".csv": lambda uri, _left_out: read_csv(uri),
+    ".jsonl": lambda uri, _left_out: read_json_lines(uri),
+    ".json": lambda uri, _left_out: read_coco(uri),
+    ".parquet": lambda uri, _left_out: read_parquet(uri),
+    ".tar": lambda uri, left_out: read_shards([uri], left_out),
 }
 """Readers of files that name or hold images."""
 
 
-def find_images(uri: str) -> ImageList:
-    """List the images at a canonical URI, which may be any source of ``build_manifest``.
+def find_images(uri: str, left_out: LeftOut, *, in_order: bool = False) -> Iterator[ImageList]:
+    """Yield the images at a canonical URI, which may be any source of ``build_manifest``, in batches.
+
+    Args:
+        uri: of the source.
+        left_out: is told what was found and not taken.
+        in_order: list object stores in the order of their keys, which takes longer.
 
     Raises:
         WrongUse: ``source_missing``, ``source_invalid``.
     """
-    left_out: PathsByReason = {}
     if not is_remote(uri):
         if os.path.exists(uri) and not os.path.isdir(uri):
-            return _file(uri)
+            return _file(uri, left_out)
         if inside(uri) is not None:
-            return ImageList([uri])
+            return iter([ImageList([uri])])
         return _among(local_files(uri, left_out), uri, left_out)
     # Web servers offer no listing, and "?" starts a query there.
     if on_the_web(uri) or (uri.lower().endswith(tuple(FILES)) and not is_pattern(uri)):
-        return _file(uri)
+        return _file(uri, left_out)
     if inside(uri) is not None:
-        return ImageList([uri])
-    files = remote_files(uri, left_out)
-    return _file(uri) if files == [uri] else _among(files, uri, left_out)
+        return iter([ImageList([uri])])
+    files = remote_files(uri, left_out, in_order=in_order)
+    first = next(files, None)
+    if first == uri:
+        return _file(uri, left_out)
+    return _among(files if first is None else itertools.chain([first], files), uri, left_out)
 
 
-def _among(files: Sequence[str], source: str, left_out: PathsByReason) -> ImageList:
+def _among(files: Iterable[str], source: str, left_out: LeftOut) -> Iterator[ImageList]:
     """The images among files; without any, those in tar archives, or in Parquet files, if these are there."""
-    images = sorted({name for name in files if name.lower().endswith(IMAGE_EXTENSIONS)})
-    shards = [] if images else sorted(name for name in files if name.lower().endswith(".tar"))
-    tables = [] if images or shards else sorted(name for name in files if name.lower().endswith(".parquet"))
-    for name in sorted(set(files).difference(images, shards, tables)):
-        if not images:
-            refuse_compressed(name)
-        leave_out(left_out, os.path.splitext(name)[1].lower() or "no ending", name)
-    if images:
-        return ImageList(images, left_out=left_out)
-    if shards or tables:
-        found = read_shards(shards) if shards else read_parquet_files(tables)
-        for reason, paths in left_out.items():
-            found.left_out.setdefault(reason, []).extend(paths)
-        return found
-    raise WrongUse(
-        "source_missing",
-        f"no images in {source}: looked for {' '.join(IMAGE_EXTENSIONS)}; found "
-        f"{describe_left_out(left_out) or 'no files at all'}",
-        "Give a folder, glob or list that holds images.",
-    )
+    shards: set[str] = set()
+    tables: set[str] = set()
+    found, compressed = False, ""
+    others = LeftOut()
+    for batch in batches(files):
+        images = {name for name in batch if name.lower().endswith(IMAGE_EXTENSIONS)}
+        for name in set(batch) - images:
+            lower = name.lower()
+            if not found and not images and lower.endswith((".tar", ".parquet")):
+                (shards if lower.endswith(".tar") else tables).add(name)
+            else:
+                compressed = compressed or (name if lower.endswith(COMPRESSED) else "")
+                others.add(os.path.splitext(name)[1].lower() or "no ending", name)
+        if images:
+            found = True
+            yield ImageList(sorted(images))
+    for name in (shards | tables) if found else tables if shards else ():
+        others.add(os.path.splitext(name)[1].lower(), name)
+    left_out.update(others)
+    if found:
+        return
+    if compressed:
+        refuse_compressed(compressed)
+    if shards:
+        yield from read_shards(sorted(shards), left_out)
+    elif tables:
+        yield from read_parquet_files(sorted(tables))
+    else:
+        raise WrongUse(
+            "source_missing",
+            f"no images in {source}: looked for {' '.join(IMAGE_EXTENSIONS)}; found "
+            f"{left_out.describe() or 'no files at all'}",
+            "Give a folder, glob or list that holds images.",
+        )
 
 
-def _file(uri: str) -> ImageList:
+def _file(uri: str, left_out: LeftOut) -> Iterator[ImageList]:
     lower = (uri.partition("?")[0] if on_the_web(uri) else uri).lower()
     if inside(uri) is not None:
-        return ImageList([uri])
+        return iter([ImageList([uri])])
     for ending, read in FILES.items():
         if lower.endswith(ending):
-            return read(uri)
+            return read(uri, left_out)
     refuse_compressed(lower)
     if lower.endswith(IMAGE_EXTENSIONS):
-        return ImageList([uri])
+        return iter([ImageList([uri])])
     raise WrongUse(
         "source_missing",
         f"{without_signature(uri)} is neither an image ({' '.join(IMAGE_EXTENSIONS)}) nor a list "

@@ -6,10 +6,11 @@ import errno
 import glob
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from models.errors import WrongUse
-from pipeline.corpus.sources.found import PathsByReason, leave_out, missing
+from pipeline.corpus.sources.found import LeftOut, missing
+from pipeline.files.listing import list_below
 from pipeline.files.storage import open_storage
 
 _WILDCARDS = frozenset("*?[")
@@ -20,15 +21,15 @@ def is_pattern(name: str) -> bool:
     return not _WILDCARDS.isdisjoint(name)
 
 
-def _is_file(path: str, left_out: PathsByReason) -> bool:
+def _is_file(path: str, left_out: LeftOut) -> bool:
     """Whether a path is a regular file, or a link to one; else it is left out."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        leave_out(left_out, _link_trouble(error), path)
+        left_out.add(_link_trouble(error), path)
         return False
     if not stat.S_ISREG(mode):
-        leave_out(left_out, "neither file nor folder", path)
+        left_out.add("neither file nor folder", path)
     return stat.S_ISREG(mode)
 
 
@@ -38,12 +39,11 @@ def _link_trouble(error: OSError) -> str:
     return "link to itself" if error.errno == errno.ELOOP else f"unreadable ({error.strerror})"
 
 
-def _files_below(folders: Sequence[str], left_out: PathsByReason) -> list[str]:
-    """List files recursively, following symbolic links but entering each real folder only once.
+def _files_below(folders: Sequence[str], left_out: LeftOut) -> Iterator[str]:
+    """Yield files recursively, following symbolic links but entering each real folder only once.
 
     Hidden names are skipped, as a shell does; what is neither a file nor a folder is left out.
     """
-    files: list[str] = []
     visited: set[tuple[int, int]] = set()
     pending = list(reversed(folders))
     linked: list[str] = []
@@ -59,15 +59,15 @@ def _files_below(folders: Sequence[str], left_out: PathsByReason) -> list[str]:
                 for entry in entries:
                     if entry.name.startswith("."):
                         if not entry.is_dir(follow_symlinks=False):
-                            leave_out(left_out, "hidden", entry.path)
+                            left_out.add("hidden", entry.path)
                     elif entry.is_dir(follow_symlinks=False):
                         pending.append(entry.path)
                     elif entry.is_file(follow_symlinks=False):
-                        files.append(entry.path)
+                        yield entry.path
                     elif os.path.isdir(entry.path):
                         linked.append(entry.path)
                     elif _is_file(entry.path, left_out):
-                        files.append(entry.path)
+                        yield entry.path
         except PermissionError:
             raise WrongUse(
                 "source_missing",
@@ -77,32 +77,41 @@ def _files_below(folders: Sequence[str], left_out: PathsByReason) -> list[str]:
         except OSError as error:
             if folder in folders:
                 raise
-            leave_out(left_out, f"folder that cannot be read ({error.strerror})", folder)
+            left_out.add(f"folder that cannot be read ({error.strerror})", folder)
         linked.sort()
-    return files
 
 
-def local_files(uri: str, left_out: PathsByReason) -> list[str]:
-    """The files of a local folder or glob.
+def local_files(uri: str, left_out: LeftOut) -> Iterator[str]:
+    """Yield the files of a local folder or glob.
 
     Raises:
         WrongUse: ``source_missing``.
     """
     if os.path.isdir(uri):
-        return _files_below([uri], left_out)
+        yield from _files_below([uri], left_out)
+        return
     if not is_pattern(uri):
         raise missing(uri, "there is no")
-    matches = sorted(glob.glob(uri, recursive=True))
-    if not matches:
+    folders, found = [], False
+    for match in glob.iglob(uri, recursive=True):
+        found = True
+        if os.path.isdir(match):
+            folders.append(match)
+        elif _is_file(match, left_out):
+            yield match
+    if not found:
         raise missing(uri, "nothing matches")
-    files = [match for match in matches if not os.path.isdir(match) and _is_file(match, left_out)]
     if "**" not in uri:  # "**" has already matched the files in folders
-        files += _files_below([match for match in matches if os.path.isdir(match)], left_out)
-    return files
+        yield from _files_below(sorted(folders), left_out)
 
 
-def remote_files(uri: str, left_out: PathsByReason) -> list[str]:
-    """The files of a prefix or a glob of an object store; the address itself if it is that of a file.
+def remote_files(uri: str, left_out: LeftOut, *, in_order: bool = False) -> Iterator[str]:
+    """Yield the files of a prefix or a glob of an object store; the address itself if it is that of a file.
+
+    Args:
+        uri: canonical.
+        left_out: is told what is not taken.
+        in_order: of their keys, which takes longer.
 
     Raises:
         WrongUse: ``source_missing``.
@@ -110,17 +119,15 @@ def remote_files(uri: str, left_out: PathsByReason) -> list[str]:
     parts = uri.split("/")
     fixed = next((n for n, part in enumerate(parts) if is_pattern(part)), len(parts))
     storage, pattern = open_storage("/".join(parts[:fixed])), "/".join(parts[fixed:])
-    if pattern:
-        names = storage.glob(pattern)
-    else:
-        names = []
-        for name in storage.list(recursive=True):
-            if "/." in f"/{name}":
-                leave_out(left_out, "hidden", name)
-            else:
-                names.append(name)
-        if not names and not left_out and storage.exists():
-            return [uri]
-    if not names:
+    found = False
+    for name in storage.glob(pattern) if pattern else list_below(storage, in_order=in_order):
+        found = True
+        if not pattern and "/." in f"/{name}":
+            left_out.add("hidden", name)
+        else:
+            yield storage.uri_of(name)
+    if found:
+        return
+    if pattern or not storage.exists():
         raise missing(uri, "there is nothing at")
-    return [storage.uri_of(name) for name in names]
+    yield uri

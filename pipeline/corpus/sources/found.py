@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -30,50 +33,73 @@ OPTIONAL_COLUMNS: Final = {
 _SHOWN = 3  # examples of each kind of what was left out
 
 
-PathsByReason = dict[str, list[str]]
+BATCH: Final = 100_000
+"""Images that a source gives at a time: smaller ones are sorted as a whole."""
 
 
 @dataclass
 class ImageList:
-    """The images of a source, in order, duplicates included.
+    """Some images of a source, in order, duplicates included.
 
     Attributes:
         uris: canonical; those of a manifest are unchecked.
         optional: values of those ``OPTIONAL_COLUMNS`` that the source has.
         ids: ids from a manifest, unchecked.
-        left_out: paths that were found and not taken, by reason.
     """
 
     uris: list[str]
     optional: dict[str, list[int | None]] = field(default_factory=dict)
     ids: list[int] | None = None
-    left_out: PathsByReason = field(default_factory=dict)
 
 
-def describe_left_out(left_out: PathsByReason) -> str:
-    """How many paths were not taken, why, and some of them, in one line; "" if there is none.
+class LeftOut:
+    """What was found and not taken: how many paths for which reason, and some of them."""
 
-    >>> describe_left_out({".heic": ["/a/x.heic", "/a/y.heic"]})
-    '2 not taken: 2 × .heic (x.heic, y.heic)'
-    """
-    reasons = sorted(left_out.items(), key=lambda item: (-len(item[1]), item[0]))
-    shown = []
-    for reason, paths in reasons:
-        names = ", ".join(_name(path) for path in sorted(paths)[:_SHOWN])
-        more = ", …" if len(paths) > _SHOWN else ""
-        shown.append(f"{len(paths):,} × {reason} ({names}{more})")
-    total = sum(len(paths) for paths in left_out.values())
-    return f"{total:,} not taken: {'; '.join(shown)}" if total else ""
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._examples: dict[str, list[str]] = {}
+
+    def add(self, reason: str, path: str) -> None:
+        """Record that a path is not taken."""
+        self._counts[reason] += 1
+        self._examples[reason] = sorted([*self._examples.get(reason, ()), path])[:_SHOWN]
+
+    def update(self, other: LeftOut) -> None:
+        """Add what another has recorded."""
+        self._counts += other._counts
+        for reason, paths in other._examples.items():
+            self._examples[reason] = sorted([*self._examples.get(reason, ()), *paths])[:_SHOWN]
+
+    def __bool__(self) -> bool:
+        return bool(self._counts)
+
+    def describe(self) -> str:
+        """How many paths, why, and some of them, in one line; "" if there is none.
+
+        >>> left_out = LeftOut()
+        >>> left_out.add(".heic", "/a/x.heic")
+        >>> left_out.add(".heic", "/a/y.heic")
+        >>> left_out.describe()
+        '2 not taken: 2 × .heic (x.heic, y.heic)'
+        """
+        shown = []
+        for reason, count in sorted(self._counts.items(), key=lambda item: (-item[1], item[0])):
+            names = ", ".join(_name(path) for path in self._examples[reason])
+            more = ", …" if count > _SHOWN else ""
+            shown.append(f"{count:,} × {reason} ({names}{more})")
+        return f"{self._counts.total():,} not taken: {'; '.join(shown)}" if shown else ""
+
+
+def batches(paths: Iterable[str]) -> Iterator[list[str]]:
+    """Lists of up to ``BATCH`` of the paths."""
+    source = iter(paths)
+    while batch := list(itertools.islice(source, BATCH)):
+        yield batch
 
 
 def _name(path: str) -> str:
     name = without_signature(path).rstrip("/").rpartition("/")[2]
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def leave_out(left_out: PathsByReason, reason: str, path: str) -> None:
-    """Record that a path is not taken."""
-    left_out.setdefault(reason, []).append(path)
 
 
 def on_the_web(uri: str) -> bool:

@@ -8,57 +8,86 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.corpus.sources.found import OPTIONAL_COLUMNS, ImageList, bad_manifest, entry_uri, missing
+from pipeline.corpus.sources.found import (
+    BATCH,
+    OPTIONAL_COLUMNS,
+    ImageList,
+    bad_manifest,
+    entry_uri,
+    missing,
+)
 from pipeline.files.faults import says_damage
 from pipeline.files.redaction import without_signature
 from pipeline.files.storage import open_storage, storage_errors
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 """Names of a column of images that are preferred to others."""
+KINDS = {"uri": pa.string(), "id": pa.int64(), **OPTIONAL_COLUMNS}
+"""Columns of a manifest."""
 
 
-def read_parquet_files(uris: Sequence[str]) -> ImageList:
+def read_parquet_files(uris: Sequence[str]) -> Iterator[ImageList]:
     """The images of several files, as those of a data set of Hugging Face."""
-    found = ImageList([])
     for uri in uris:
-        one = read_parquet(uri)
-        if one.ids is not None or one.optional:
-            raise bad_manifest(uri, "a manifest or a list with byte ranges among several files")
-        found.uris += one.uris
-    return found
+        for images in read_parquet(uri):
+            if images.ids is not None or images.optional:
+                raise bad_manifest(uri, "a manifest or a list with byte ranges among several files")
+            yield images
 
 
-def read_parquet(uri: str) -> ImageList:
+def read_parquet(uri: str) -> Iterator[ImageList]:
     """Read a list, or a manifest if there is a column ``id``, or a table with the images themselves.
 
     Raises:
         WrongUse: ``source_missing``, ``source_invalid``.
     """
-    with _opened(uri) as parquet:
+    with open_parquet(uri) as parquet:
         present = parquet.schema_arrow.names
         if not parquet.metadata.num_rows:
             raise bad_manifest(uri, "it has no rows")
         if "uri" not in present:
-            return _cells(uri, parquet)
-        kinds = {"uri": pa.string(), "id": pa.int64(), **OPTIONAL_COLUMNS}
-        table = parquet.read(columns=[column for column in kinds if column in present])
+            yield from _cells(uri, parquet)
+            return
+        row = 0
+        wanted = [column for column in KINDS if column in present]
+        for batch in parquet.iter_batches(BATCH, columns=wanted, use_threads=False):
+            yield listed(uri, pa.table(batch), row)
+            row += batch.num_rows
+
+
+def listed(uri: str, rows: pa.Table, first_row: int = 0) -> ImageList:
+    """Rows of a list or manifest, with ``KINDS``.
+
+    Args:
+        uri: of the file.
+        rows: some of its rows.
+        first_row: number of the first, for errors.
+
+    Raises:
+        WrongUse: ``source_invalid``.
+    """
     columns = {}
-    for name in table.column_names:
-        column = table.column(name)
+    for name in rows.column_names:
+        column = rows.column(name)
         if column.null_count and name in ("uri", "id"):
             raise bad_manifest(uri, f"column '{name}' has {column.null_count} empty values")
         try:
-            columns[name] = column.cast(kinds[name]).to_pylist()
+            columns[name] = column.cast(KINDS[name]).to_pylist()
         except pa.ArrowException:
-            raise bad_manifest(uri, f"column '{name}' is {column.type}, not {kinds[name]}") from None
+            raise bad_manifest(uri, f"column '{name}' is {column.type}, not {KINDS[name]}") from None
     uris, ids = columns.pop("uri"), columns.pop("id", None)
     if ids is None:
-        uris = [entry_uri(uri, entry, f"{uri}: row {row}") for row, entry in enumerate(uris)]
+        uris = [entry_uri(uri, entry, f"{uri}: row {row}") for row, entry in enumerate(uris, start=first_row)]
     return ImageList(uris, columns, ids)
 
 
 @contextlib.contextmanager
-def _opened(uri: str) -> Iterator[pq.ParquetFile]:
+def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file; what is wrong with it is told in words, also while it is read.
+
+    Raises:
+        WrongUse: ``source_missing``, ``source_invalid``.
+    """
     place = open_storage(uri)
     try:
         with storage_errors(without_signature(uri)):
@@ -76,7 +105,7 @@ def _opened(uri: str) -> Iterator[pq.ParquetFile]:
             raise bad_manifest(uri, f"it has text that is not UTF-8 ({error})") from None
 
 
-def _cells(uri: str, parquet: pq.ParquetFile) -> ImageList:
+def _cells(uri: str, parquet: pq.ParquetFile) -> Iterator[ImageList]:
     """The images in a column of bytes, or of structs of bytes and path, as Hugging Face keeps them."""
     schema = parquet.schema_arrow
     known = [column.name for column in schema if _holds_images(column.type)]
@@ -91,13 +120,19 @@ def _cells(uri: str, parquet: pq.ParquetFile) -> ImageList:
     if pa.types.is_struct(schema.field(column).type):
         first = next(parquet.iter_batches(batch_size=1, columns=[column])).column(0)[0].as_py()
         if first is not None and first["bytes"] is None and first.get("path"):
-            paths = (
-                parquet.read(columns=[f"{column}.path"]).column(0).combine_chunks().field("path").to_pylist()
-            )
-            if None in paths:
-                raise bad_manifest(uri, f"row {paths.index(None)}: {column} has neither bytes nor a path")
-            return ImageList([entry_uri(uri, path, f"{uri}: row {row}") for row, path in enumerate(paths)])
-    return ImageList([f"{uri}#{column}={row}" for row in range(rows)])
+            row = 0
+            for batch in parquet.iter_batches(BATCH, columns=[f"{column}.path"], use_threads=False):
+                paths = batch.column(0).field("path").to_pylist()
+                if None in paths:
+                    at = row + paths.index(None)
+                    raise bad_manifest(uri, f"row {at}: {column} has neither bytes nor a path")
+                yield ImageList(
+                    [entry_uri(uri, path, f"{uri}: row {at}") for at, path in enumerate(paths, start=row)]
+                )
+                row += len(paths)
+            return
+    for start in range(0, rows, BATCH):
+        yield ImageList([f"{uri}#{column}={row}" for row in range(start, min(rows, start + BATCH))])
 
 
 def _holds_images(kind: pa.DataType) -> bool:

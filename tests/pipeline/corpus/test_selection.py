@@ -6,7 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipeline.corpus.manifest import build_manifest, stable_id
+from pipeline.corpus.corpus import Corpus
+from pipeline.corpus.manifest import build_corpus, build_manifest, stable_id
 from pipeline.corpus.selection import distinct, some_of
 
 
@@ -17,18 +18,18 @@ def manifest(count: int) -> pa.Table:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_larger_sample_holds_a_smaller_one(seed: int) -> None:
-    whole = manifest(3000)
+    whole = Corpus.of(manifest(3000))
     sizes = (1, 30, 300, 2999)
-    samples = [set(some_of(whole, sample=size, seed=seed)["id"].to_pylist()) for size in sizes]
+    samples = [set(some_of(whole, size, seed).table()["id"].to_pylist()) for size in sizes]
     assert [len(sample) for sample in samples] == list(sizes)
     assert all(small < large for small, large in itertools.pairwise(samples))
     # Of a corpus twice as large about half is new: 150 of 300, give or take six standard deviations.
-    grown = set(some_of(manifest(6000), sample=300, seed=seed)["id"].to_pylist())
+    grown = set(some_of(Corpus.of(manifest(6000)), 300, seed).table()["id"].to_pylist())
     assert 100 < len(samples[2] & grown) < 200
 
 
 def test_a_sample_is_even_and_in_order() -> None:
-    chosen = some_of(manifest(4000), sample=400)["uri"].to_pylist()
+    chosen = some_of(Corpus.of(manifest(4000)), 400).table()["uri"].to_pylist()
     numbers = [int(uri.split("/")[-1].split(".")[0]) for uri in chosen]
     assert numbers == sorted(numbers)
     quarters = [
@@ -36,15 +37,18 @@ def test_a_sample_is_even_and_in_order() -> None:
     ]
     assert all(60 < quarter < 140 for quarter in quarters)
     assert set(numbers) != {
-        int(u.split("/")[-1][:-4]) for u in some_of(manifest(4000), sample=400, seed=1)["uri"].to_pylist()
+        int(u.split("/")[-1][:-4])
+        for u in some_of(Corpus.of(manifest(4000)), 400, 1).table()["uri"].to_pylist()
     }
 
 
-def test_limits() -> None:
-    whole = manifest(5)
-    assert some_of(whole).equals(whole) and some_of(whole, sample=9, limit=9).equals(whole)
-    assert some_of(whole, limit=2)["uri"].to_pylist() == ["/photos/0.jpg", "/photos/1.jpg"]
-    assert some_of(whole, limit=2, sample=1).num_rows == 1
+def test_limits(tmp_path: Path) -> None:
+    whole = Corpus.of(manifest(5))
+    assert some_of(whole, None) is whole and some_of(whole, 9) is whole
+    assert some_of(whole, 1).num_rows == 1
+    (tmp_path / "l.txt").write_text("\n".join("badcabe"))
+    few = build_corpus(tmp_path / "l.txt", limit=3).table()
+    assert few["uri"].to_pylist() == [f"{tmp_path}/{name}" for name in "bad"]
 
 
 def test_equal_images_are_kept_once(tmp_path: Path) -> None:
