@@ -23,6 +23,7 @@ from jobs.console import (
 )
 from jobs.options import FLAT, Flag, Maybe, Truth
 from models.errors import WrongUse
+from pipeline.corpus.spill import ALL
 from pipeline.files.outputs import check_output_folder
 from pipeline.files.records import now
 from pipeline.files.status import StatusFile
@@ -109,6 +110,7 @@ class Import:
                 _delete(storage)
                 recorded = None
             table = Table() if recorded is None else open_table(storage, recorded, fence, say)
+            before = table.index.rows
             if recorded is None:
                 write_table_record(storage, record)
             status = stack.enter_context(StatusFile(storage, "import", lease.run_id, fence=fence, notice=say))
@@ -124,7 +126,7 @@ class Import:
             too_many = self._too_many(fresh)
             status.update(done=fresh.images, total=fresh.images, unit="images", failures=failures)
             status.finish("failed" if too_many else "ok", too_many)
-        self._tell(storage, fresh, len(table.ids), repeated, time.monotonic() - began, console)
+        self._tell(storage, fresh, before, repeated, time.monotonic() - began, console)
         if too_many:
             console.print(too_many, style="bold red", soft_wrap=True, highlight=False)
             return 1
@@ -236,11 +238,11 @@ class Import:
                 imported.samples,
                 storage,
                 ignore_index=imported.ontology.ignore_index,
-                done=table.ids,
+                done=table.index.ids(ALL),
                 fence=fence,
                 progress=lambda done: progress(done, total if total is not None else done),
             )
-        new = settle(storage, [part for part in part_files(storage) if part not in table.parts])
+        new = settle(storage, [part for part in part_files(storage) if part not in table.index])
         return Counts(summarise(storage, list(new))), repeated
 
     def _tell(

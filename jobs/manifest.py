@@ -5,21 +5,19 @@ from __future__ import annotations
 import csv
 import functools
 import io
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Annotated
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from rich.console import Console
 from tyro.conf import Positional, arg
 
 from jobs.console import counted, stderr_console
 from jobs.options import Flag, Maybe, refuse_less_than_one
 from models.errors import WrongUse
-from pipeline.corpus.manifest import ADDRESS, build_manifest, read_manifest, write_manifest
-from pipeline.corpus.selection import distinct, some_of
+from pipeline.corpus.manifest import build_corpus, read_corpus, write_manifest
+from pipeline.corpus.selection import Distinct, distinct, some_of
 from pipeline.files.storage import Storage, canonical_uri, open_storage
 
 
@@ -59,38 +57,34 @@ class MakeManifest:
         folder, name = open_storage(place.rpartition("/")[0] or "/"), PurePosixPath(place).name
         if not name.endswith(".parquet"):
             raise WrongUse("wrong_use", f"--output {self.output} is no Parquet file.", "Write NAME.parquet.")
-        before = read_manifest(place) if folder.exists(name) else None
-        found = build_manifest(self.images, notice=say)
-        manifest = some_of(found, limit=self.limit, sample=self.sample, seed=self.seed)
+        before = read_corpus(place) if folder.exists(name) else None
+        corpus = build_corpus(self.images, notice=say, limit=self.limit)
+        corpus = some_of(corpus, self.sample, self.seed)
         if before is not None:
-            manifest = _added(before, manifest)
+            corpus = before.extended(corpus)
         if self.dedupe:
             with counted(console, "reading images", "images") as report:
-                once = distinct(manifest, lambda done: report(done, manifest.num_rows))
-            manifest = once.manifest
-            _report_copies(folder, name, once.copies)
-            if once.copies:
-                say(f"{len(once.copies):,} equal to others, named in {place}.duplicates.csv")
+                once = distinct(corpus, lambda done: report(done, corpus.num_rows))
+            corpus = once.corpus
+            _report_copies(folder, name, once)
+            if once.count:
+                say(f"{once.count:,} equal to others, named in {place}.duplicates.csv")
             if once.unreadable:
                 say(f"{once.unreadable:,} could not be read; they stay, and label records why")
-        if ADDRESS in manifest.column_names:
+        if corpus.signed:
             say("Signatures of addresses are not stored: label these images from their list, with --images.")
-        write_manifest(manifest, place)
+        write_manifest(corpus, place)
         known = before.num_rows if before is not None else 0
-        more = f", {manifest.num_rows - known:,} more than before" if before is not None else ""
-        say(f"{manifest.num_rows:,} images in {place}{more}")
+        more = f", {corpus.num_rows - known:,} more than before" if before is not None else ""
+        say(f"{corpus.num_rows:,} images in {place}{more}")
         say(f"Label them:  maskmill label --manifest {self.output} --classes … --output …")
         return 0
 
 
-def _added(before: pa.Table, found: pa.Table) -> pa.Table:
-    """A manifest, and behind it what another has besides."""
-    new = found.filter(pc.invert(pc.is_in(found["id"], value_set=before["id"].combine_chunks())))
-    return pa.concat_tables([before, new], promote_options="default")
-
-
-def _report_copies(folder: Storage, name: str, copies: Sequence[tuple[str, str]]) -> None:
-    rows = io.StringIO()
-    csv.writer(rows).writerows([("uri", "equal_to"), *copies])
-    if copies:
-        folder.write_bytes(f"{name}.duplicates.csv", rows.getvalue().encode())
+def _report_copies(folder: Storage, name: str, once: Distinct) -> None:
+    if not once.count:
+        return
+    with folder.new_file(f"{name}.duplicates.csv") as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="")
+        csv.writer(text).writerows(itertools.chain([("uri", "equal_to")], once.copies()))
+        text.detach()

@@ -19,15 +19,14 @@ from jobs.options import Address, Flag, Maybe
 from models.errors import WrongUse
 from pipeline.cluster.session import joins_cluster
 from pipeline.cluster.signals import interrupt
-from pipeline.corpus.manifest import build_manifest
+from pipeline.corpus.corpus import Corpus
+from pipeline.corpus.manifest import build_corpus
 from pipeline.files.storage import Storage, open_storage
 from pipeline.table.committed import part_files
 from pipeline.table.lease import Lease, refuse_other_holder
 from pipeline.table.record import TableRecord, read_table_record
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from pipeline.table.verify import Checked, Verification
 
 ON_RAY_FROM = 500
@@ -84,9 +83,9 @@ class Verify:
         storage = open_storage(self.table)
         record = read_table_record(self.table)
         source = self.images if self.images is not None else self.manifest
-        manifest = None if source is None else build_manifest(source)
+        corpus = None if source is None else build_corpus(source)
         if not self.repair:
-            found, done = self._check(storage, record, manifest, console), []
+            found, done = self._check(storage, record, corpus, console), []
         else:
             with Lease.acquire(
                 storage,
@@ -94,18 +93,18 @@ class Verify:
                 cluster=joins_cluster(self.address),
                 notice=lambda text: console.print(text, highlight=False, soft_wrap=True),
             ) as lease:
-                found = self._check(storage, record, manifest, console)
+                found = self._check(storage, record, corpus, console)
                 fence = functools.partial(refuse_other_holder, storage, lease.run_id)
                 done = found.repair(storage, fence=fence)
         return self._tell(storage, found, done)
 
     def _check(
-        self, storage: Storage, record: TableRecord, manifest: pa.Table | None, console: Console
+        self, storage: Storage, record: TableRecord, corpus: Corpus | None, console: Console
     ) -> Verification:
         return check_table(
             storage,
             record,
-            manifest,
+            corpus,
             console,
             hashes=self.hashes,
             workers=self.workers,
@@ -153,7 +152,7 @@ class Verify:
 def check_table(
     storage: Storage,
     record: TableRecord,
-    manifest: pa.Table | None,
+    corpus: Corpus | None,
     console: Console,
     *,
     parts: Sequence[str] | None = None,
@@ -166,7 +165,7 @@ def check_table(
     Args:
         storage: of the table.
         record: of the table.
-        manifest: the images that it should have; None if that is not known.
+        corpus: the images that it should have; None if that is not known.
         console: shows the progress.
         parts: look through these files only; None is all. The recorded counts are of all.
         hashes: read every image again.
@@ -184,7 +183,7 @@ def check_table(
         num_classes=record.ontology.num_classes,
         ignore_index=record.ontology.ignore_index,
         score=record.quality,
-        images=Images(manifest) if hashes else None,
+        images=Images(None if corpus is None else corpus.table()) if hashes else None,
     )
     if workers is None:
         workers = (os.cpu_count() or 1) if len(parts) >= ON_RAY_FROM else 0
@@ -209,7 +208,7 @@ def check_table(
             checked = pool.map(check, parts)
         return verify(
             checked,
-            manifest=manifest,
+            corpus=corpus,
             recorded=record.counts if whole else {},
             progress=lambda done, rows: status.update(
                 f"checked {done:,} of {len(parts):,} files, {rows:,} rows"

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.corpus.corpus import ADDRESS, Corpus
-from pipeline.corpus.spill import keys
+from pipeline.corpus.spill import Span, Spill, keys, spans
 from pipeline.files.fetch import digest
 from pipeline.files.images import ImageError
 
@@ -52,44 +52,86 @@ def some_of(corpus: Corpus, sample: int | None, seed: int = 0) -> Corpus:
     return corpus.some(lambda rows: rows.filter(pa.array(places(rows) <= end)))
 
 
-class Distinct(NamedTuple):
-    """A manifest that has each content once.
+@dataclass(frozen=True)
+class Distinct:
+    """A corpus that has each content once.
 
     Attributes:
-        manifest: what is left: of equal images the first, and all that cannot be read.
-        copies: pairs of URIs: what was left out, and what it is equal to.
+        corpus: what is left: of equal images the first, and all that cannot be read.
+        count: number of images that were left out.
+        copies: yields pairs of URIs: what was left out, and what it is equal to.
         unreadable: number of images that could not be read.
     """
 
-    manifest: pa.Table
-    copies: list[tuple[str, str]]
+    corpus: Corpus
+    count: int
+    copies: Callable[[], Iterator[tuple[str, str]]]
     unreadable: int
 
 
-def distinct(manifest: pa.Table, progress: Callable[[int], object] = lambda _done: None) -> Distinct:
+_CONTENTS = pa.schema(
+    [("id", pa.int64()), ("digest", pa.binary(32)), ("image", pa.int64()), ("uri", pa.string())]
+)
+"""By the first 8 bytes of the digest, so that equal contents meet in one span."""
+_COPIES = pa.schema([("id", pa.int64()), ("uri", pa.string()), ("equal_to", pa.string())])
+
+
+def distinct(corpus: Corpus, progress: Callable[[int], object] = lambda _done: None) -> Distinct:
     """Read all images, and leave out those whose bytes are equal to those of an earlier one.
 
     Args:
-        manifest: as ``build_manifest`` returns it.
+        corpus: the images.
         progress: called with the number of images read so far.
     """
-    first: dict[bytes, int] = {}
-    kept: list[int] = []
-    copies: list[tuple[str, str]] = []
-    unreadable = 0
-    uris = manifest["uri"].to_pylist()
+    contents = Spill(_CONTENTS)
+    done = unreadable = 0
     with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
-        for start in range(0, manifest.num_rows, 1000):
-            rows = manifest.slice(start, 1000).to_pylist()
-            for at, digest in enumerate(pool.map(_digest, rows), start=start):
-                earlier = at if digest is None else first.setdefault(digest, at)
-                unreadable += digest is None
-                if earlier == at:
-                    kept.append(at)
-                else:
-                    copies.append((uris[at], uris[earlier]))
-            progress(start + len(rows))
-    return Distinct(manifest.take(pa.array(kept, pa.int64())), copies, unreadable)
+        for manifest in corpus:
+            for start in range(0, manifest.num_rows, 1000):
+                rows = manifest.slice(start, 1000).to_pylist()
+                found = [
+                    {
+                        "id": int.from_bytes(digest[:8], "big", signed=True),
+                        "digest": digest,
+                        "image": row["id"],
+                        "uri": row["uri"],
+                    }
+                    for row, digest in zip(rows, pool.map(_digest, rows), strict=True)
+                    if digest is not None
+                ]
+                contents.add(pa.Table.from_pylist(found, schema=_CONTENTS))
+                done += len(rows)
+                unreadable += len(rows) - len(found)
+                progress(done)
+    copies = Spill(_COPIES)
+    for span in spans(contents.rows):
+        copies.add(_copies(contents.read(span)))
+
+    def left(rows: pa.Table) -> pa.Table:
+        # A span that holds these rows; of few rows there are few copies.
+        ids = rows["id"].to_numpy()
+        if not copies.rows or not len(ids):
+            return rows
+        span = Span(int(keys(ids).min()), int(keys(ids).max()) + 1)
+        return rows.filter(pa.array(~np.isin(ids, copies.read(span)["id"].to_numpy())))
+
+    def pairs() -> Iterator[tuple[str, str]]:
+        for span in spans(copies.rows):
+            rows = copies.read(span)
+            yield from zip(rows["uri"].to_pylist(), rows["equal_to"].to_pylist(), strict=True)
+
+    return Distinct(corpus.some(left) if copies.rows else corpus, copies.rows, pairs, unreadable)
+
+
+def _copies(contents: pa.Table) -> pa.Table:
+    """The images of a span of contents that are equal to one before them."""
+    first: dict[bytes, str] = {}
+    found = []
+    for row in contents.to_pylist():
+        original = first.setdefault(row["digest"], row["uri"])
+        if original is not row["uri"]:
+            found.append({"id": row["image"], "uri": row["uri"], "equal_to": original})
+    return pa.Table.from_pylist(found, schema=_COPIES)
 
 
 def _digest(row: dict[str, object]) -> bytes | None:

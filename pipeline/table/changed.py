@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.corpus.manifest import ADDRESS
+from pipeline.corpus.corpus import ADDRESS, Corpus
+from pipeline.corpus.spill import Spill
 from pipeline.files.fetch import digest, file_version
 from pipeline.files.images import ImageError
 from pipeline.files.storage import Storage
-from pipeline.table.labels import iter_batches
+from pipeline.table.labels import LABEL_SCHEMA, iter_batches
 
 State = Literal["same", "changed", "gone", "unreadable"]
 COLUMNS = ("id", "uri", "sha256", "version")
@@ -23,7 +24,7 @@ _READERS = 16
 
 
 def find_changed(
-    storage: Storage, manifest: pa.Table, *, progress: Callable[[int], None] = lambda _done: None
+    storage: Storage, corpus: Corpus, *, progress: Callable[[int], None] = lambda _done: None
 ) -> tuple[npt.NDArray[np.int64], Counter[State]]:
     """Compare the images of a manifest with the rows of a table.
 
@@ -32,7 +33,7 @@ def find_changed(
 
     Args:
         storage: the table.
-        manifest: images to compare; rows of others are left out.
+        corpus: images to compare; rows of others are left out.
         progress: called with the number of rows compared.
 
     Returns:
@@ -40,9 +41,15 @@ def find_changed(
     """
     states: Counter[State] = Counter()
     changed: list[int] = []
-    images = Images(manifest)
+    if len(corpus.partitions) == 1:
+        pairs = ((batch, corpus.table()) for batch in iter_batches(storage, COLUMNS, batch_size=4096))
+    else:
+        pairs = _by_partition(storage, corpus)
+    images, of = Images(None), None
     with ThreadPoolExecutor(_READERS) as pool:
-        for batch in iter_batches(storage, COLUMNS, batch_size=4096):
+        for batch, manifest in pairs:
+            if manifest is not of:
+                images, of = Images(manifest), manifest
             rows = [row for row in batch.to_pylist() if row["id"] in images]
             for row, state in zip(rows, pool.map(lambda row: image_state(row, images), rows), strict=True):
                 states[state] += 1
@@ -50,6 +57,17 @@ def find_changed(
                     changed.append(row["id"])
             progress(states.total())
     return np.array(changed, np.int64), states
+
+
+def _by_partition(storage: Storage, corpus: Corpus) -> Iterator[tuple[pa.RecordBatch, pa.Table]]:
+    """Yield the rows of a table, and the images of the partition that they are in."""
+    spill = Spill(pa.schema([LABEL_SCHEMA.field(name) for name in COLUMNS]))
+    for batch in iter_batches(storage, COLUMNS, batch_size=65_536):
+        spill.add(pa.table(batch))
+    for span in corpus.partitions:
+        manifest = corpus.read(span)
+        for batch in spill.read(span).to_batches(4096):
+            yield batch, manifest
 
 
 class Images:

@@ -23,7 +23,7 @@ import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 
@@ -35,6 +35,7 @@ import pyarrow.parquet as pq
 from models.errors import Damaged
 from pipeline.files.status import STATUS_FILE
 from pipeline.files.storage import Storage
+from pipeline.table.index import Ids, PartIndex
 from pipeline.table.labels import DATASET_FILE, OK, REQUIRED_COLUMNS, Counts, open_part
 from pipeline.table.lease import LEASE_FILE
 
@@ -48,8 +49,7 @@ _SUFFIX = ".parquet"
 _OLDER_NAME = re.compile(r".+_\d+-\d+\.parquet")
 _READERS = 16
 """There may be many small files, and each costs a round trip on an object store."""
-
-Ids = npt.NDArray[np.int64]
+_READ_AHEAD = 4096
 
 
 # --- parts ---
@@ -186,21 +186,52 @@ def settle(
         Ids by part, int64 (n,), in the order of its rows.
     """
     names = part_files(storage) if parts is None else list(parts)
-    found: dict[str, Ids] = {}
-    with ThreadPoolExecutor(_READERS) as pool:
-        for part, read in zip(names, pool.map(lambda part: _ids_or_error(storage, part), names), strict=True):
-            if isinstance(read, Damaged):
-                aside = set_aside(storage, part)
-                notice(f"{read.message.rstrip('.')}. It is now {aside}; its images are labelled again.")
-            else:
-                found[part] = read
-    for part, keep in doubled(found).items():
-        kept = found.pop(part)[keep]
-        replaced = keep_rows(storage, part, kept)
-        if replaced:
-            found[replaced] = kept
-        notice(f"{part} repeated {np.count_nonzero(~keep):,} rows of other files: taken out.")
+    found = dict(_readable(storage, names, notice))
+    for part, kept in _take_out_doubles(storage, found, notice):
+        del found[part]
+        found.update(kept)
     return found
+
+
+def settle_index(storage: Storage, *, notice: Callable[[str], None] = lambda _text: None) -> PartIndex:
+    """Do what ``settle`` does to all parts of a table, in memory that does not grow with it."""
+    index = PartIndex()
+    for part, ids in _readable(storage, part_files(storage), notice):
+        index.add(part, ids)
+    # Only these concern each other.
+    repeated = index.of(index.repeated())
+    for part, kept in _take_out_doubles(storage, repeated, notice):
+        index.remove(part, len(repeated[part]))
+        for name, ids in kept.items():
+            index.add(name, ids)
+    return index
+
+
+def _readable(
+    storage: Storage, names: Sequence[str], notice: Callable[[str], None]
+) -> Iterator[tuple[str, Ids]]:
+    """Yield parts and their ids, and set aside what cannot be read."""
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start in range(0, len(names), _READ_AHEAD):  # ``map`` begins with all that it is given
+            some = names[start : start + _READ_AHEAD]
+            reads = pool.map(lambda part: _ids_or_error(storage, part), some)
+            for part, read in zip(some, reads, strict=True):
+                if isinstance(read, Damaged):
+                    aside = set_aside(storage, part)
+                    notice(f"{read.message.rstrip('.')}. It is now {aside}; its images are labelled again.")
+                else:
+                    yield part, read
+
+
+def _take_out_doubles(
+    storage: Storage, found: Mapping[str, Ids], notice: Callable[[str], None]
+) -> Iterator[tuple[str, dict[str, Ids]]]:
+    """Yield parts that repeat rows of others, and what took their place: a part with the rest, if any."""
+    for part, keep in doubled(found).items():
+        kept = found[part][keep]
+        replaced = keep_rows(storage, part, kept)
+        notice(f"{part} repeated {np.count_nonzero(~keep):,} rows of other files: taken out.")
+        yield part, {replaced: kept} if replaced else {}
 
 
 def _ids_or_error(storage: Storage, part: str) -> Ids | Damaged:
@@ -300,7 +331,7 @@ class Replaced:
 
 
 def apply_relabelled(
-    storage: Storage, parts: Mapping[str, Ids], *, fence: Callable[[], None] = lambda: None
+    storage: Storage, index: PartIndex, *, fence: Callable[[], None] = lambda: None
 ) -> Replaced:
     """Put the rows of ``relabelled/`` in the place of the old rows of their images.
 
@@ -308,7 +339,7 @@ def apply_relabelled(
 
     Args:
         storage: the output.
-        parts: all parts, from ``settle``.
+        index: of all parts.
         fence: called before each write; raises if the lease was lost.
     """
     done = Replaced()
@@ -324,11 +355,9 @@ def apply_relabelled(
     owner = np.repeat(np.arange(len(names)), [len(ids) for ids in staged.values()])
     done.ids, first = np.unique(waiting, return_index=True)
     work = []
-    for part, ids in parts.items() if len(waiting) else ():
-        at = np.minimum(np.searchsorted(done.ids, ids), len(done.ids) - 1)
-        at = at[done.ids[at] == ids]
-        if len(at):
-            work.append((np.unique(owner[first[at]]).tolist(), part, done.ids[at]))
+    for part, hits in index.where(done.ids).items():
+        at = np.searchsorted(done.ids, hits)
+        work.append((np.unique(owner[first[at]]).tolist(), part, hits))
     read = functools.lru_cache(maxsize=8)(functools.partial(read_part, storage))
     # In the order of the new rows, as old rows of one time are mostly new rows of one time.
     for sources, part, hits in sorted(work, key=lambda one: one[:2]):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from models.errors import FailedWork, WrongUse
+from pipeline.corpus.corpus import Corpus
+from pipeline.corpus.spill import Span
 from pipeline.files.images import ERROR_CODES
 from pipeline.files.records import now
 from pipeline.files.storage import Storage
@@ -17,14 +20,15 @@ from pipeline.table.card import write_card
 from pipeline.table.changed import find_changed
 from pipeline.table.committed import (
     RELABELLED_DIR,
-    Ids,
     Replaced,
     apply_relabelled,
     discard_leftovers,
     part_files,
     read_ids,
     settle,
+    settle_index,
 )
+from pipeline.table.index import Ids, PartIndex
 from pipeline.table.labels import OK, Counts, iter_batches, summarise
 from pipeline.table.record import TableRecord, find_table_record, write_table_record
 
@@ -32,22 +36,17 @@ LABELLING_CODES = ("label_failed", "crashed_worker")
 """Codes of images that were read, beside ``ERROR_CODES`` of those that were not."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Table:
     """What the table holds when a run begins.
 
     Attributes:
-        parts: ids by part.
+        index: which part has which id.
         counts: of its rows; None if the recorded ones are of another state of the table.
     """
 
-    parts: dict[str, Ids] = field(default_factory=dict)
+    index: PartIndex = field(default_factory=PartIndex)
     counts: Counts | None = field(default_factory=Counts)
-
-    @property
-    def ids(self) -> Ids:
-        """Ids of all rows."""
-        return np.concatenate([np.empty(0, np.int64), *self.parts.values()])
 
 
 def open_table(
@@ -57,46 +56,90 @@ def open_table(
     discarded = discard_leftovers(storage)
     if discarded:
         say(f"Resuming an interrupted run: {discarded} half-written part(s) discarded.")
-    parts = settle(storage, notice=say)
-    replaced = apply_relabelled(storage, parts, fence=fence)
+    index = settle_index(storage, notice=say)
+    replaced = apply_relabelled(storage, index, fence=fence)
     if len(replaced.ids):
         say(f"Resuming an interrupted run: {len(replaced.ids):,} rows replaced that it had labelled again.")
-        parts = settle(storage)
+        index = settle_index(storage)
     counts = Counts(recorded.counts)
-    known = not len(replaced.ids) and counts.images == sum(map(len, parts.values()))
-    return Table(parts, counts if known else None)
+    known = not len(replaced.ids) and counts.images == index.rows
+    return Table(index, counts if known else None)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a run has to do.
+    """Images that a run labels, all or those of a round.
 
     Attributes:
-        todo: manifest of the images to label.
+        todo: their manifest.
         replacing: ids of those that have a row.
-        nothing: what to say if there is nothing to do.
-        lost: labelled images that could not be looked at, in words; empty if there are none.
     """
 
     todo: pa.Table
     replacing: Ids
-    nothing: str
-    lost: str = ""
+
+
+class Choice:
+    """The images of a corpus that a run labels.
+
+    Attributes:
+        count: their number.
+        again: number of those that have a row.
+        nothing: what to say if there is nothing to do.
+        lost: labelled images that could not be looked at, in words; empty if there are none.
+    """
+
+    def __init__(
+        self, corpus: Corpus, index: PartIndex, again: Ids, *, new: bool, nothing: str, lost: str = ""
+    ) -> None:
+        self.nothing, self.lost = nothing, lost
+        self._corpus, self._index, self._again, self._new = corpus, index, again, new
+        self.count = self.again = 0
+        for span, rows in zip(corpus.partitions, corpus, strict=True):
+            wanted, replacing = self._wanted(span, rows)
+            self.count += int(np.count_nonzero(wanted))
+            self.again += len(replacing)
+
+    def _wanted(self, span: Span, rows: pa.Table) -> tuple[npt.NDArray[np.bool_], Ids]:
+        ids = rows["id"].to_numpy()
+        replacing: Ids = np.intersect1d(self._again, ids)
+        wanted = np.isin(ids, replacing)
+        if self._new:
+            wanted |= ~self._index.has(ids, span)
+        return wanted, replacing
+
+    def rounds(self, size: int) -> Iterator[Work]:
+        """Yield the images in pieces of at least ``size``, but for the last, as they were chosen."""
+        left, waiting, again = self.count, 0, 0
+        todo: list[pa.Table] = []
+        replacing: list[Ids] = []
+        for span, rows in zip(self._corpus.partitions, self._corpus, strict=True):
+            wanted, old = self._wanted(span, rows)
+            chosen = rows.filter(pa.array(wanted))
+            if not chosen.num_rows:
+                continue
+            todo.append(chosen)
+            replacing.append(old)
+            waiting += chosen.num_rows
+            left -= chosen.num_rows
+            if waiting >= size or not left:
+                yield Work(pa.concat_tables(todo, promote_options="default"), np.concatenate(replacing))
+                todo, replacing, waiting = [], [], 0
 
 
 def choose(
-    manifest: pa.Table,
+    corpus: Corpus,
     storage: Storage,
     table: Table,
     *,
     retry_failed: tuple[str, ...] | None = None,
     changed: bool = False,
     progress: Callable[[int], None] = lambda _done: None,
-) -> Work:
+) -> Choice:
     """Choose the images to label: those without a row, and those that are asked for again.
 
     Args:
-        manifest: all images.
+        corpus: all images.
         storage: the output.
         table: what it holds.
         retry_failed: take only images that failed, with one of these codes, or all if there is none.
@@ -108,29 +151,31 @@ def choose(
             that nothing has.
     """
     again: list[Ids] = [np.empty(0, np.int64)]
-    nothing = f"Nothing new: all {manifest.num_rows:,} images are labelled in {storage.uri}."
+    nothing = f"Nothing new: all {corpus.num_rows:,} images are labelled in {storage.uri}."
     if retry_failed is not None:
         again.append(_failed_ids(retry_failed, storage, table))
         nothing = f"Nothing to retry: no image failed{_with_codes(retry_failed)} in {storage.uri}."
     lost = ""
-    if changed and table.parts:
-        found, states = find_changed(storage, manifest, progress=progress)
+    if changed and table.index:
+        found, states = find_changed(storage, corpus, progress=progress)
         again.append(found)
         nothing += f" Of {states.total():,} labelled images none has changed."
         away = [f"{states[state]:,} are {state}" for state in ("gone", "unreadable") if states[state]]
         if away:
             lost = f"Of {states.total():,} labelled images {' and '.join(away)}: their rows stay."
-    ids = manifest["id"].to_numpy()
-    replacing = np.intersect1d(np.concatenate(again), ids)
-    wanted = np.isin(ids, replacing)
-    if retry_failed is None:
-        wanted |= ~np.isin(ids, table.ids)
-    return Work(manifest.filter(pa.array(wanted)), replacing, nothing, lost)
+    return Choice(
+        corpus,
+        table.index,
+        np.unique(np.concatenate(again)),
+        new=retry_failed is None,
+        nothing=nothing,
+        lost=lost,
+    )
 
 
 def _failed_ids(codes: tuple[str, ...], storage: Storage, table: Table) -> Ids:
     """Ids of the rows that failed with one of the codes, or at all."""
-    if not table.parts:
+    if not table.index:
         raise WrongUse(
             "table_missing",
             f"There is no label table in {storage.uri}, so no image has failed.",
@@ -161,7 +206,7 @@ def _with_codes(codes: tuple[str, ...]) -> str:
 
 def unfinished(manifest: pa.Table, storage: Storage, table: Table) -> pa.Table:
     """The images that this run has not labelled yet."""
-    new = [part for part in part_files(storage) if part not in table.parts]
+    new = [part for part in part_files(storage) if part not in table.index]
     done = read_ids(storage, [*new, *part_files(storage, RELABELLED_DIR)])
     return manifest.filter(pa.array(~np.isin(manifest["id"].to_numpy(), done)))
 
@@ -173,14 +218,14 @@ def commit(
     fence: Callable[[], None],
     say: Callable[[str], None],
 ) -> tuple[Counts, Replaced]:
-    """Replace old rows, and count on disk what this run added: workers report some rows twice if one dies.
+    """Replace old rows, and count on disk what a round added: workers report some rows twice if one dies.
 
     Raises:
         MaskMillError: ``labelling_failed`` if an image has no row: a retried task may fail on different
             images than the first try.
     """
-    new = settle(storage, [part for part in part_files(storage) if part not in table.parts], notice=say)
-    replaced = apply_relabelled(storage, table.parts, fence=fence)
+    new = settle(storage, [part for part in part_files(storage) if part not in table.index], notice=say)
+    replaced = apply_relabelled(storage, table.index, fence=fence)
     done = np.concatenate([replaced.ids, *new.values()])
     missing = np.count_nonzero(~np.isin(todo["id"].to_numpy(), done))
     if missing:
@@ -189,23 +234,24 @@ def commit(
             f"{missing:,} images have no row, because Ray ran some work twice with different results.",
             "Run the same command again: it labels them.",
         )
+    table.index.note(new)
     return Counts(summarise(storage, list(new))), replaced
 
 
 def record_counts(storage: Storage, table: Table, fresh: Counts, replaced: Replaced) -> TableRecord:
-    """Add the counts of this run to those of the table, which is read only if they are unknown.
+    """Add the counts of a round to those of the table, which is read only if they are unknown.
 
     Also writes the table's card.
     """
     record = find_table_record(storage)
     assert record is not None
-    counts = table.counts
-    if counts is not None:
-        counts.add(replaced.removed, -1)
-        counts.add(replaced.added)
-        counts.add(fresh)
-    known = summarise(storage) if counts is None else counts.to_dict()
-    record = record.model_copy(update={"counts": known, "updated": now()})
+    if table.counts is None:
+        table.counts = Counts(summarise(storage))
+    else:
+        table.counts.add(replaced.removed, -1)
+        table.counts.add(replaced.added)
+        table.counts.add(fresh)
+    record = record.model_copy(update={"counts": table.counts.to_dict(), "updated": now()})
     write_table_record(storage, record)
     write_card(storage, record.ontology)
     return record

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import Damaged, FailedWork, MaskMillError
+from pipeline.corpus.spill import ROWS_AT_ONCE, Spill, spans
 from pipeline.files.faults import says_damage
 from pipeline.files.storage import Storage, open_storage
 from pipeline.table.statistics import Confidence, Labels, QualityScore, quality_of, segments, softmin
@@ -439,17 +440,24 @@ def summarise_batches(
         table: where they are from, for errors.
     """
     counts = Counts()
-    ids = [np.empty(0, np.int64)]
+    ids = Spill(pa.schema([("id", pa.int64())]))
     for batch in batches:
-        ids.append(batch.column("id").to_numpy())
+        ids.add(pa.table(batch.select(["id"])))
         counts.count(batch)
-    refuse_doubled(np.concatenate(ids), _opened(table))
+    doubled = 0
+    for span in spans(ids.rows, ROWS_AT_ONCE):
+        found = ids.read(span)["id"].to_numpy()
+        doubled += int(np.count_nonzero(found[1:] == found[:-1]))
+    _refuse_doubled(doubled, _opened(table))
     return counts.to_dict()
 
 
 def refuse_doubled(ids: npt.NDArray[np.int64], storage: Storage) -> None:
     """Raise ``table_damaged`` if an image has several rows, such as after a file was copied."""
-    doubled = len(ids) - len(np.unique(ids))
+    _refuse_doubled(len(ids) - len(np.unique(ids)), storage)
+
+
+def _refuse_doubled(doubled: int, storage: Storage) -> None:
     if doubled:
         raise Damaged(
             "table_damaged",

@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from models.errors import Damaged, MaskMillError
+from pipeline.corpus.corpus import Corpus
 from pipeline.corpus.manifest import stable_id
 from pipeline.files.storage import Storage
 from pipeline.table.changed import Images, image_state
 from pipeline.table.committed import (
-    Ids,
     apply_relabelled,
     discard_leftovers,
     doubled,
@@ -27,9 +27,10 @@ from pipeline.table.committed import (
     part_name,
     read_part,
     set_aside,
-    settle,
+    settle_index,
     trust,
 )
+from pipeline.table.index import Ids, PartIndex
 from pipeline.table.labels import (
     DATASET_FILE,
     OK,
@@ -266,7 +267,7 @@ class Verification:
         self.rows = self.parts = 0
         self.counts: dict[str, int] = {}
         self.examples: dict[str, list[Problem]] = {}
-        self._ids: dict[str, Ids] = {}
+        self._ids = PartIndex()
         self._broken: list[str] = []
         self._bad_rows: dict[str, set[int]] = {}
         self._misnamed: list[str] = []
@@ -275,7 +276,7 @@ class Verification:
         """Add a part."""
         self.parts += 1
         self.rows += len(checked.ids)
-        self._ids[checked.part] = checked.ids
+        self._ids.add(checked.part, checked.ids)
         for problem in checked.problems:
             self._note(problem)
             if problem.kind in ("part_unreadable", "part_foreign"):
@@ -291,38 +292,48 @@ class Verification:
         if len(shown) < EXAMPLES:
             shown.append(problem)
 
-    def finish(self, manifest: pa.Table | None, recorded: Mapping[str, Any]) -> None:
+    def finish(self, corpus: Corpus | None, recorded: Mapping[str, Any]) -> None:
         """Compare the parts with each other, with the images, and with the record.
 
         Args:
-            manifest: the images that the table should have, if known.
+            corpus: the images that the table should have, if known.
             recorded: counts of ``dataset.json``.
         """
-        for part, keep in doubled(self._ids).items():
-            ids = self._ids[part]
+        repeated = self._ids.of(self._ids.repeated())
+        extra = 0
+        for part, keep in doubled(repeated).items():
+            ids = repeated[part]
+            extra += int(np.count_nonzero(~keep))
             if not keep.any():
                 self._note(Problem("part_copied", part, f"all {len(ids):,} rows are in other files"))
                 continue
             for row_id in ids[~keep].tolist():
                 self._note(Problem("id_doubled", part, "the image has another row", row_id))
-        ids = np.unique(np.concatenate([np.empty(0, np.int64), *self._ids.values()]))
-        if manifest is not None:
-            wanted = manifest["id"].to_numpy()
-            missing = ~np.isin(wanted, ids)
-            uris = manifest["uri"].filter(pa.array(missing))
-            for row_id, uri in zip(
-                wanted[missing][:EXAMPLES].tolist(), uris[:EXAMPLES].to_pylist(), strict=True
-            ):
-                self._note(Problem("id_missing", "", "no row", row_id, uri), 0)
-            self._count("id_missing", int(missing.sum()))
-            for part, theirs in self._ids.items():
-                for row_id in theirs[~np.isin(theirs, wanted)].tolist():
-                    self._note(Problem("id_unknown", part, "not among the images given", row_id))
+        if corpus is not None:
+            self._compare(corpus)
+        images = self._ids.rows - extra
         counted = recorded.get("images")
-        if counted is not None and counted != len(ids):
-            text = f"{counted:,} images in {DATASET_FILE}, {len(ids):,} in the table"
+        if counted is not None and counted != images:
+            text = f"{counted:,} images in {DATASET_FILE}, {images:,} in the table"
             self._note(Problem("counts_differ", DATASET_FILE, text))
         self.counts = {kind: self.counts[kind] for kind in PROBLEMS if self.counts.get(kind)}
+
+    def _compare(self, corpus: Corpus) -> None:
+        """Find rows that are missing, and rows of other images."""
+        for span in max(corpus.partitions, self._ids.spans, key=len):
+            manifest = corpus.read(span)
+            wanted = manifest["id"].to_numpy()
+            ids, parts = self._ids.read(span)
+            missing = ~np.isin(wanted, ids)
+            self._count("id_missing", int(missing.sum()))
+            shown = manifest.filter(pa.array(missing)).slice(0, EXAMPLES)
+            for row_id, uri in zip(shown["id"].to_pylist(), shown["uri"].to_pylist(), strict=True):
+                self._note(Problem("id_missing", "", "no row", row_id, uri), 0)
+            unknown = np.flatnonzero(~np.isin(ids, wanted))
+            self._count("id_unknown", len(unknown))
+            for at in unknown[:EXAMPLES]:
+                (part,) = self._ids.names(parts[at : at + 1])
+                self._note(Problem("id_unknown", part, "not among the images given", int(ids[at])), 0)
 
     def _count(self, kind: str, more: int) -> None:
         if more:
@@ -367,20 +378,21 @@ class Verification:
         for part in self._broken:
             fence()
             done.append(f"{part} set aside as {set_aside(storage, part)}")
+        known = self._ids.of({*self._bad_rows, *self._misnamed})
         for part, bad in self._bad_rows.items():
             fence()
-            ids = self._ids[part]
+            ids = known[part]
             keep_rows(storage, part, ids[~np.isin(ids, list(bad))])
             done.append(f"{part}: {len(bad):,} row(s) taken out")
         for part in self._misnamed:
-            to = f"{part.rpartition('/')[0]}/{part_name(self._ids[part])}"
+            to = f"{part.rpartition('/')[0]}/{part_name(known[part])}"
             if part not in self._bad_rows and not storage.exists(to):
                 fence()
                 storage.move(part, to)
                 done.append(f"{part} renamed {to}")
         fence()
-        parts = settle(storage, notice=done.append)
-        replaced = apply_relabelled(storage, parts, fence=fence)
+        index = settle_index(storage, notice=done.append)
+        replaced = apply_relabelled(storage, index, fence=fence)
         if len(replaced.ids):
             done.append(f"{len(replaced.ids):,} row(s) replaced that a killed run had labelled again")
         record = storage.read_json(DATASET_FILE, {})
@@ -394,7 +406,7 @@ class Verification:
 def verify(
     checked: Iterable[Checked],
     *,
-    manifest: pa.Table | None,
+    corpus: Corpus | None,
     recorded: Mapping[str, Any],
     progress: Callable[[int, int], None] = lambda _parts, _rows: None,
 ) -> Verification:
@@ -402,7 +414,7 @@ def verify(
 
     Args:
         checked: from ``check_part``, in any order.
-        manifest: the images that the table should have, if known.
+        corpus: the images that the table should have, if known.
         recorded: counts of its ``dataset.json``.
         progress: called with the number of parts and rows checked.
     """
@@ -410,5 +422,5 @@ def verify(
     for one in checked:
         found.add(one)
         progress(found.parts, found.rows)
-    found.finish(manifest, recorded)
+    found.finish(corpus, recorded)
     return found

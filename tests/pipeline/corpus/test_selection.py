@@ -57,7 +57,7 @@ def test_equal_images_are_kept_once(tmp_path: Path) -> None:
     whole = build_manifest(tmp_path)
     (tmp_path / "b.jpg").unlink()
     reported: list[int] = []
-    found = distinct(whole, reported.append)
-    names = [uri.rpartition("/")[2] for uri in found.manifest["uri"].to_pylist()]
+    found = distinct(Corpus.of(whole), reported.append)
+    names = [uri.rpartition("/")[2] for uri in found.corpus.table()["uri"].to_pylist()]
     assert names == ["a.jpg", "b.jpg", "e.jpg"] and found.unreadable == 1 and reported == [5]
-    assert found.copies == [(f"{tmp_path}/{name}.jpg", f"{tmp_path}/a.jpg") for name in "cd"]
+    assert sorted(found.copies()) == [(f"{tmp_path}/{name}.jpg", f"{tmp_path}/a.jpg") for name in "cd"]

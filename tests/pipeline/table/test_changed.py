@@ -10,6 +10,7 @@ import boto3
 import pyarrow as pa
 import pytest
 
+from pipeline.corpus.corpus import Corpus
 from pipeline.corpus.manifest import build_manifest, stable_id
 from pipeline.files.fetch import file_version
 from pipeline.files.storage import Storage, open_storage
@@ -63,7 +64,7 @@ def test_only_what_has_changed_is_found_and_the_rest_is_not_even_read(
     elsewhere.write_bytes(b"changed, but not in the manifest")
     read = []
     monkeypatch.setattr("builtins.open", lambda *a, _open=open, **k: read.append(str(a[0])) or _open(*a, **k))
-    ids, states = find_changed(storage, _manifest(photo, *others[:4]))
+    ids, states = find_changed(storage, Corpus.of(_manifest(photo, *others[:4])))
     monkeypatch.undo()
     assert sorted(ids.tolist()) == sorted(stable_id(str(path)) for path in (edited, same_size))
     assert states == {"same": 2, "changed": 2, "gone": 1}
@@ -77,7 +78,7 @@ def test_a_file_replaced_by_an_older_one_of_another_size_is_found(photo: Path, t
     older.write_bytes(b"older, longer")
     os.utime(older, (9e8, 9e8))
     shutil.move(older, photo)
-    assert find_changed(storage, _manifest(photo))[1] == {"changed": 1}
+    assert find_changed(storage, Corpus.of(_manifest(photo)))[1] == {"changed": 1}
 
 
 @pytest.mark.parametrize(("data", "state"), [(b"first", "same"), (b"other", "changed")])
@@ -85,7 +86,7 @@ def test_rows_of_older_versions_are_compared_by_their_hash(
     photo: Path, tmp_path: Path, data: bytes, state: str
 ) -> None:
     storage = _table(tmp_path / "table", [_row(str(photo), data, version=None)])
-    assert find_changed(storage, _manifest(photo))[1] == {state: 1}
+    assert find_changed(storage, Corpus.of(_manifest(photo)))[1] == {state: 1}
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_an_image_that_could_not_be_read_is_new_when_its_file_is(
     storage = _table(tmp_path / "table", [_row(str(photo), None, version=version)])
     if not there:
         photo.unlink()
-    assert find_changed(storage, _manifest(photo))[1] == {state: 1}
+    assert find_changed(storage, Corpus.of(_manifest(photo)))[1] == {state: 1}
 
 
 def test_of_a_shard_only_the_image_s_bytes_count(photo: Path, tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_of_a_shard_only_the_image_s_bytes_count(photo: Path, tmp_path: Path) ->
     ]
     storage = _table(tmp_path / "table", rows)
     photo.write_bytes(b"AAAACCCC")
-    ids, states = find_changed(storage, manifest)
+    ids, states = find_changed(storage, Corpus.of(manifest))
     assert ids.tolist() == [manifest["id"][1].as_py()] and states == {"same": 1, "changed": 1}
 
 
@@ -122,9 +123,9 @@ def test_objects_are_told_apart_by_their_etags(bucket: str) -> None:
     for uri in uris:
         client.put_object(Bucket=name, Key=uri.rpartition("/")[2], Body=b"first")
     storage = _table(bucket, [_row(uri, b"first") for uri in uris])
-    assert find_changed(storage, _manifest(*uris))[1] == {"same": 3}
+    assert find_changed(storage, Corpus.of(_manifest(*uris)))[1] == {"same": 3}
     client.put_object(Bucket=name, Key="edited.jpg", Body=b"other")
     client.delete_object(Bucket=name, Key="gone.jpg")
-    ids, states = find_changed(storage, _manifest(*uris))
+    ids, states = find_changed(storage, Corpus.of(_manifest(*uris)))
     assert ids.tolist() == [stable_id(uris[1])]
     assert states == {"same": 1, "changed": 1, "gone": 1}

@@ -17,6 +17,7 @@ from pipeline.table.committed import (
     part_name,
     set_aside,
     settle,
+    settle_index,
     write_part,
 )
 from pipeline.table.labels import LABEL_SCHEMA, failed_row, iter_rows, ok_row
@@ -246,14 +247,14 @@ def test_new_rows_take_the_places_of_old_ones(tmp_path: Path) -> None:
     parts = [_write(storage, OLD[:3]), _write(storage, OLD[3:])]
     before = [pq.read_table(tmp_path / part)["id"].to_pylist() for part in parts]
     _write(storage, NEW, RELABELLED_DIR)
-    done = apply_relabelled(storage, settle(storage))
+    done = apply_relabelled(storage, settle_index(storage))
     assert _status(storage) == AFTER
     assert part_files(storage) == sorted(parts) and not part_files(storage, RELABELLED_DIR)
     assert [pq.read_table(tmp_path / part)["id"].to_pylist() for part in parts] == before
     assert sorted(done.ids.tolist()) == [1, 3, 4] and not done.kept
     assert done.removed.to_dict()["status"] == {"ok": 1, "truncated": 1, "unavailable": 1}
     assert done.added.to_dict()["status"] == {"ok": 2, "empty": 1}
-    assert not len(apply_relabelled(storage, settle(storage)).ids)
+    assert not len(apply_relabelled(storage, settle_index(storage)).ids)
 
 
 class _Killed(Exception):
@@ -288,9 +289,9 @@ def test_a_kill_between_any_two_steps_shows_each_image_once_and_the_next_run_goe
         killed(change)
     if step < 5:  # three parts are written, two files deleted
         with pytest.raises(_Killed):
-            apply_relabelled(storage, settle(storage))
+            apply_relabelled(storage, settle_index(storage))
         steps = -100
-    apply_relabelled(storage, settle(storage))
+    apply_relabelled(storage, settle_index(storage))
     monkeypatch.undo()
     assert _status(storage) == AFTER and not part_files(storage, RELABELLED_DIR)
 
@@ -299,7 +300,7 @@ def test_a_label_is_not_given_up_for_an_image_that_could_not_be_read(tmp_path: P
     storage = open_storage(tmp_path)
     _write(storage, [_ok(1, 1), _failed(2), _ok(3, 1)])
     _write(storage, [_failed(1), _failed(2, "not_found"), _failed(3, "truncated", 1)], RELABELLED_DIR)
-    done = apply_relabelled(storage, settle(storage))
+    done = apply_relabelled(storage, settle_index(storage))
     assert _status(storage) == {1: "ok v1", 2: "not_found None", 3: "truncated None"}
     assert done.kept == {"unavailable": 1}
 
@@ -309,7 +310,7 @@ def test_rows_of_a_part_that_somebody_took_away_are_not_lost(tmp_path: Path) -> 
     part = _write(storage, OLD)
     _write(storage, NEW, RELABELLED_DIR)
     storage.delete(part)
-    apply_relabelled(storage, settle(storage))
+    apply_relabelled(storage, settle_index(storage))
     assert sorted(_status(storage)) == [1, 3, 4]
 
 
@@ -320,7 +321,7 @@ def test_parts_of_older_versions_are_replaced_too(tmp_path: Path) -> None:
     (tmp_path / "labels").mkdir()
     pq.write_table(rows.append_column("mine", pa.array("abcd")), tmp_path / "labels" / "r_000000-0.parquet")
     _write(storage, NEW, RELABELLED_DIR)
-    apply_relabelled(storage, settle(storage))
+    apply_relabelled(storage, settle_index(storage))
     assert _status(storage) == AFTER | {2: "ok None"}
     table = pq.read_table(tmp_path / "labels" / "r_000000-0.parquet")
     assert dict(zip(table["id"].to_pylist(), table["mine"].to_pylist(), strict=True))[2] == "b"

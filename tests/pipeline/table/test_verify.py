@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.faults.damage import DAMAGES, parts
+from pipeline.corpus.corpus import Corpus
 from pipeline.corpus.manifest import stable_id
 from pipeline.files.storage import open_storage
 from pipeline.table.changed import Images
@@ -81,7 +82,11 @@ def _verified(table: Path, manifest: pa.Table | None = None, images: Images | No
         check_part, storage=storage, num_classes=CLASSES, ignore_index=255, images=images
     )
     record = json.loads((table / "dataset.json").read_text())
-    return verify(map(check, part_files(storage)), manifest=manifest, recorded=record.get("counts", {}))
+    return verify(
+        map(check, part_files(storage)),
+        corpus=None if manifest is None else Corpus.of(manifest),
+        recorded=record.get("counts", {}),
+    )
 
 
 def _contents(table: Path) -> dict[int, dict[str, Any]]:
