@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import os
 import shlex
 import time
@@ -14,7 +13,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
@@ -38,8 +36,10 @@ from pipeline.cluster.metrics import LabellingMetrics
 from pipeline.cluster.nodes import plan_like, plan_when_joined
 from pipeline.cluster.session import joins_cluster, make_variables, ray_session, worker_precision
 from pipeline.cluster.signals import signals_held
-from pipeline.corpus.manifest import ADDRESS, build_manifest
+from pipeline.corpus.corpus import ADDRESS, Corpus
+from pipeline.corpus.manifest import build_corpus
 from pipeline.corpus.selection import some_of
+from pipeline.corpus.spill import PARTITION
 from pipeline.files.fetch import fetch
 from pipeline.files.images import ImageError
 from pipeline.files.outputs import check_output_folder
@@ -51,7 +51,16 @@ from pipeline.files.versions import versions
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe, templates_for
 from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
 from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, RELABELLED_DIR, Replaced
-from pipeline.table.increment import Table, Work, choose, commit, open_table, record_counts, unfinished
+from pipeline.table.increment import (
+    Choice,
+    Table,
+    Work,
+    choose,
+    commit,
+    open_table,
+    record_counts,
+    unfinished,
+)
 from pipeline.table.labels import DATASET_FILE, OK, Counts
 from pipeline.table.lease import Lease, refuse_other_holder
 from pipeline.table.record import TableRecord, find_table_record, write_table_record
@@ -67,6 +76,8 @@ if TYPE_CHECKING:
 
 OWN_ENTRIES = (DATASET_FILE, LABELS_DIR, RELABELLED_DIR, CHECKPOINT_DIR, "manifest")
 """What a run writes to its output and ``overwrite`` may delete; older versions also wrote the last two."""
+ROUND_IMAGES = 16_384
+"""Images of a round for each that is labelled at the same time: workers take their time to start."""
 PACKAGES = (
     "maskmill",
     "torch",
@@ -237,7 +248,7 @@ def label_images(
         job.tracking, system_metrics=job.system_metrics, waiting=functools.partial(timed, console)
     )
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
-    manifest = some_of(build_manifest(job.source, notice=say), limit=job.limit, sample=job.sample)
+    corpus = some_of(build_corpus(job.source, notice=say, limit=job.limit), job.sample)
     with Lease.acquire(
         storage, on_lost=stop_at_once, cluster=joins_cluster(job.address), notice=say
     ) as lease:
@@ -247,25 +258,25 @@ def label_images(
             job = replace(job, recipe=job.recipe.adopt(table_recipe(recorded)))
         replaces = job.overwrite and storage.exists(DATASET_FILE)
         table = Table() if replaces or recorded is None else open_table(storage, recorded, fence, say)
-        work = _choose(job, manifest, storage, table, console)
-        if work.todo.num_rows == 0:
+        choice = _choose(job, corpus, storage, table, console)
+        if choice.count == 0:
             if table.counts is None:  # a run was killed before it could count
                 record_counts(storage, table, Counts(), Replaced())
             settle_status(storage)
-            say(f"{work.nothing}\nLook at them: maskmill show {job.output}")
+            say(f"{choice.nothing}\nLook at them: maskmill show {job.output}")
             return 0
-        _refuse_unreachable(work.todo)
+        _refuse_unreachable(next(choice.rounds(1)).todo)
         name_run(console, lease.run_id)
-        say(_announcement(job, manifest.num_rows, work))
+        say(_announcement(job, corpus.num_rows, choice))
         with StatusFile(storage, "label", lease.run_id, fence=fence, notice=say) as status:
-            display = LabelDisplay(work.todo.num_rows, console, status)
+            display = LabelDisplay(choice.count, console, status)
             with tracker:
                 with display.live(), _started(job, lease, recorded, display, status) as (prepared, compute):
                     if job.recipe.maskclip.classes.uncalibrated:
                         display.stage("measuring the scores of each class")
                         job, prepared = _calibrated(job, manifest, prepared, compute, display)
                     # Track only runs that got this far: earlier failures leave nothing.
-                    _begin_tracking(tracker, job, manifest, work.todo.num_rows)
+                    _begin_tracking(tracker, job, corpus, choice.count)
                     if replaces:
                         for entry in OWN_ENTRIES:
                             storage.delete(entry)
@@ -274,18 +285,16 @@ def label_images(
                     display.stage(f"starting {_workers(compute)}")
                     startup_s = time.monotonic() - began
                     slots = compute.actors * compute.calls
-                    metrics = LabellingMetrics(lease.run_id, work.todo.num_rows, slots)
+                    metrics = LabellingMetrics(lease.run_id, choice.count, slots)
                     report = _reporting(display, tracker, status, metrics)
                     score = recorded.quality if recorded else "classes"
-                    progress = _label(
-                        job, storage, lease, table, work, prepared, compute, display, report, score
-                    )
+                    rounds = Rounds(job, storage, lease, table, score, fence, say)
+                    progress = rounds.label(choice, prepared, compute, display, report)
                     startup_s += progress.first_s or 0.0
                     display.stage("stopping Ray")
                 with timed(console, "counting what is new", status):
-                    fresh, replaced = commit(storage, work.todo, table, fence, say)
-                    outcome = Counter(fresh.status) + Counter(replaced.added.status) + replaced.kept
-                    record = record_counts(storage, table, fresh, replaced)
+                    record = rounds.commit()
+                    outcome, kept = rounds.outcome, rounds.kept
                 done(progress)
                 took = time.monotonic() - began
                 busy = _busy(progress, compute)
@@ -296,15 +305,15 @@ def label_images(
             too_many = _too_many(job, outcome)
             status.update(
                 done=outcome.total(),
-                total=work.todo.num_rows,
+                total=choice.count,
                 unit="images",
                 per_second=rate,
                 failures={code: count for code, count in outcome.items() if code != OK},
                 mlflow_run=tracker.run_id,
             )
             status.finish("failed" if too_many else "ok", too_many or lines[0])
-    if replaced.kept:
-        lines.append(f"  {replaced.kept.total():,} could not be read this time; their old labels were kept")
+    if kept:
+        lines.append(f"  {kept.total():,} could not be read this time; their old labels were kept")
     if busy:
         lines.append(f"  CLIP workers busy {busy:.0%} of the time")
     _summary(job, storage, outcome, lines, console)
@@ -352,21 +361,21 @@ def recorded_table(storage: Storage, job: LabelJob) -> TableRecord | None:
     return recorded
 
 
-def _choose(job: LabelJob, manifest: pa.Table, storage: Storage, table: Table, console: Console) -> Work:
-    if not (job.changed and table.parts):
-        return choose(manifest, storage, table, retry_failed=job.retry_failed)
+def _choose(job: LabelJob, corpus: Corpus, storage: Storage, table: Table, console: Console) -> Choice:
+    if not (job.changed and table.index):
+        return choose(corpus, storage, table, retry_failed=job.retry_failed)
     with console.status("looking for changed images") as status:
-        work = choose(
-            manifest,
+        choice = choose(
+            corpus,
             storage,
             table,
             retry_failed=job.retry_failed,
             changed=True,
             progress=lambda done: status.update(f"compared {done:,} images"),
         )
-    if work.lost:
-        console.print(work.lost, soft_wrap=True, highlight=False)
-    return work
+    if choice.lost:
+        console.print(choice.lost, soft_wrap=True, highlight=False)
+    return choice
 
 
 def _refuse_unreachable(todo: pa.Table) -> None:
@@ -392,8 +401,8 @@ def _refuse_unreachable(todo: pa.Table) -> None:
             ) from error
 
 
-def _announcement(job: LabelJob, total: int, work: Work) -> str:
-    count, again = work.todo.num_rows, len(work.replacing)
+def _announcement(job: LabelJob, total: int, choice: Choice) -> str:
+    count, again = choice.count, choice.again
     images = "image" if total == 1 else "images"
     what = f"{count:,} {images}" if count == total else f"{count - again:,} new of {total:,} {images}"
     if again:
@@ -515,43 +524,100 @@ def _workers(compute: Compute) -> str:
     return f"{compute.actors} CLIP worker(s) on {'GPU' if compute.gpus else 'CPU'}{at_once}"
 
 
-def _label(
-    job: LabelJob,
-    storage: Storage,
-    lease: Lease,
-    table: Table,
-    work: Work,
-    prepared: PreparedLabeller,
-    compute: Compute,
-    display: LabelDisplay,
-    report: Callable[[Progress], None],
-    score: QualityScore,
-) -> Progress:
-    with signals_held():
-        from pipeline.labelling.flow import Replanning, run_labelling
-        from pipeline.labelling.stages import Write
-    return run_labelling(
-        work.todo,
-        make_labeller=prepared.build,
-        image_settings=job.recipe.images,
-        write=Write(
-            storage,
-            lease.run_id,
-            ignore_index=job.ontology.ignore_index,
-            num_classes=job.ontology.num_classes,
-            score=score,
-            replacing=work.replacing,
-        ),
-        compute=compute,
-        report=report,
-        replanning=Replanning(
-            plan=lambda before: plan_when_joined(plan_like(before), display.say),
-            unfinished=lambda manifest: unfinished(manifest, storage, table),
-            notice=display.say,
+class Rounds:
+    """The rounds of a run: each labels some partitions of the corpus, with the nodes that are there then.
+
+    Attributes:
+        outcome: images by status, of the rounds that are committed.
+        kept: new rows that were not taken, by status; see ``Replaced``.
+    """
+
+    def __init__(
+        self,
+        job: LabelJob,
+        storage: Storage,
+        lease: Lease,
+        table: Table,
+        score: QualityScore,
+        fence: Callable[[], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.outcome: Counter[str] = Counter()
+        self.kept: Counter[str] = Counter()
+        self._job, self._storage, self._lease, self._table = job, storage, lease, table
+        self._score, self._fence, self._say = score, fence, say
+        self._work: Work | None = None
+
+    def label(
+        self,
+        choice: Choice,
+        prepared: PreparedLabeller,
+        compute: Compute,
+        display: LabelDisplay,
+        report: Callable[[Progress], None],
+    ) -> Progress:
+        """Label all rounds, and commit all but the last."""
+        with signals_held():
+            from pipeline.labelling.flow import NOTHING
+        progress, began = NOTHING, time.monotonic()
+        large = choice.count >= PARTITION
+        for work in choice.rounds(max(PARTITION, ROUND_IMAGES * compute.actors * compute.calls)):
+            if self._work is not None:
+                self.commit()
+                if joins_cluster(self._job.address):
+                    compute = plan_when_joined(plan_like(compute), display.say)
+            self._work = work
+            progress = self._round(work, prepared, compute, display, report, progress, began, large)
+        return progress
+
+    def commit(self) -> TableRecord:
+        """Put in place and count what the round has added, and write the record of the table."""
+        assert self._work is not None
+        fresh, replaced = commit(self._storage, self._work.todo, self._table, self._fence, self._say)
+        self.outcome.update(Counter(fresh.status) + Counter(replaced.added.status) + replaced.kept)
+        self.kept.update(replaced.kept)
+        return record_counts(self._storage, self._table, fresh, replaced)
+
+    def _round(
+        self,
+        work: Work,
+        prepared: PreparedLabeller,
+        compute: Compute,
+        display: LabelDisplay,
+        report: Callable[[Progress], None],
+        so_far: Progress,
+        began: float,
+        large: bool,
+    ) -> Progress:
+        with signals_held():
+            from pipeline.labelling.flow import Replanning, run_labelling
+            from pipeline.labelling.stages import Write
+        job = self._job
+        return run_labelling(
+            work.todo,
+            make_labeller=prepared.build,
+            image_settings=job.recipe.images,
+            write=Write(
+                self._storage,
+                self._lease.run_id,
+                ignore_index=job.ontology.ignore_index,
+                num_classes=job.ontology.num_classes,
+                score=self._score,
+                replacing=work.replacing,
+            ),
+            compute=compute,
+            report=report,
+            replanning=Replanning(
+                plan=lambda before: plan_when_joined(plan_like(before), display.say),
+                unfinished=lambda manifest: unfinished(manifest, self._storage, self._table),
+                notice=display.say,
+            )
+            if joins_cluster(job.address)
+            else None,
+            so_far=so_far,
+            began=began,
+            large=large,
         )
-        if joins_cluster(job.address)
-        else None,
-    )
 
 
 def _busy(progress: Progress, compute: Compute) -> float:
@@ -588,8 +654,7 @@ def _reporting(
     return report
 
 
-def _begin_tracking(tracker: Tracker, job: LabelJob, manifest: pa.Table, todo: int) -> None:
-    ids = np.sort(manifest["id"].to_numpy())
+def _begin_tracking(tracker: Tracker, job: LabelJob, corpus: Corpus, todo: int) -> None:
     source = without_signature(job.source)
     tracker.start(
         "label",
@@ -602,9 +667,9 @@ def _begin_tracking(tracker: Tracker, job: LabelJob, manifest: pa.Table, todo: i
         tags=job.tags,
         dataset=TrackedDataset(
             source,
-            hashlib.sha256(ids.tobytes()).hexdigest(),
+            corpus.digest(),
             source=source,
-            profile={"images": manifest.num_rows, "new": todo},
+            profile={"images": corpus.num_rows, "new": todo},
             context="labelling",
         ),
     )

@@ -27,6 +27,7 @@ class Progress:
         fetch_s: part of ``decode_s`` spent waiting for bytes.
         write_s: part of ``encode_s`` spent on the storage.
         batches: calls of the model.
+        written: bytes of the rows.
     """
 
     done: int = 0
@@ -40,6 +41,7 @@ class Progress:
     fetch_s: float = 0.0
     write_s: float = 0.0
     batches: float = 0.0
+    written: int = 0
 
     @property
     def rate(self) -> float | None:
@@ -60,6 +62,7 @@ class Progress:
         fetch_s: float = 0.0,
         write_s: float = 0.0,
         batches: float = 0.0,
+        written: int = 0,
     ) -> Progress:
         """The progress after ``done`` more rows, written ``at_s`` seconds after the start of the flow."""
         merged = dict(self.failures)
@@ -77,6 +80,7 @@ class Progress:
             fetch_s=self.fetch_s + fetch_s,
             write_s=self.write_s + write_s,
             batches=self.batches + batches,
+            written=self.written + written,
         )
 
 

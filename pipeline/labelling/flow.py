@@ -40,6 +40,9 @@ from pipeline.labelling.labeller import Labeller
 from pipeline.labelling.stages import Decode, Label, Write
 
 FIRST_PART, USUAL_PART, LARGEST_PART = 1, 32, 256
+LARGE_FILE = 1024
+"""Rows of a file in large runs. So many are labelled again after a kill, beside those that workers have."""
+NOTHING = Progress()
 MANY_PARTS = 4000
 """Parts have the usual size up to this number of parts. Small parts use little memory and lose little work
 when a run is killed, but many small files slow down readers of the table."""
@@ -103,6 +106,9 @@ def run_labelling(
     compute: Compute,
     report: Callable[[Progress], None],
     replanning: Replanning | None = None,
+    so_far: Progress = NOTHING,
+    began: float | None = None,
+    large: bool = False,
 ) -> Progress:
     """Label images into a table, and block until done. The caller must hold the lease of the table.
 
@@ -114,14 +120,17 @@ def run_labelling(
         compute: how to use the cluster.
         report: called after each part.
         replanning: on a cluster whose nodes may change; None if they cannot.
+        so_far: what earlier rounds of the run have done.
+        began: when the run began, by ``time.monotonic``; default: now.
+        large: gather the rows to files of ``LARGE_FILE`` rows.
 
     Raises:
         MaskMillError: ``labelling_failed`` with the cause, ``cluster_too_small`` if too few nodes are left.
             Committed rows stay, and the run can be resumed.
     """
-    began = time.monotonic()
-    total = todo.num_rows
-    progress = Progress()
+    began = time.monotonic() if began is None else began
+    total = so_far.done + todo.num_rows
+    progress = so_far
 
     def count(row: dict[str, Any]) -> None:
         nonlocal progress
@@ -135,7 +144,9 @@ def run_labelling(
     while True:
         try:
             places = _Places() if replanning is None else _find_places(todo, write, replanning.notice, alone)
-            make_flow = functools.partial(_flow, todo, make_labeller, image_settings, write, compute, places)
+            make_flow = functools.partial(
+                _flow, todo, make_labeller, image_settings, write, compute, places, large
+            )
             if replanning is None:
                 _run(make_flow, count, places, stop=[])
             else:
@@ -200,6 +211,7 @@ def _flow(
     write: Write,
     compute: Compute,
     places: _Places,
+    large: bool,
 ) -> ray.data.Dataset:
     """The stages. Each block is a decoded part of the manifest, or a piece of a large one."""
     attempts = shared_attempts()
@@ -212,37 +224,45 @@ def _flow(
     decoders = compute.decoders if places.read.node is None else max(1, own_cores() // 2)
     writers = compute.writers if places.write.node is None else max(1, own_cores() // 4)
     stage: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow"}
+    labelled = ray.data.read_datasource(
+        parts,
+        override_num_blocks=len(parts.sizes),
+        **places.read.task_options(compute.task_cpus),
+        concurrency=decoders,
+    ).map_batches(
+        Label,
+        fn_constructor_args=(
+            functools.partial(make_labeller, threads=compute.threads),
+            attempts,
+            write.run_id,
+            image_settings,
+            write.ignore_index,
+        ),
+        # With GPUs, Ray Data requires a number: enough rows to fill batches of one image size.
+        **stage | ({"batch_size": LARGEST_PART} if compute.gpus else {}),
+        num_cpus=compute.cpus,
+        num_gpus=compute.gpus or None,
+        compute=ray.data.ActorPoolStrategy(
+            size=compute.actors,
+            max_concurrent_calls_per_actor=compute.calls,
+            enable_true_multi_threading=compute.calls > 1,
+        ),
+    )
+    tasks = stage | places.write.task_options(compute.task_cpus)
+    if not large:
+        return labelled.map_batches(
+            places.write.guarded(write), **tasks, compute=ray.data.TaskPoolStrategy(size=writers)
+        )
     return (
-        ray.data.read_datasource(
-            parts,
-            override_num_blocks=len(parts.sizes),
-            **places.read.task_options(compute.task_cpus),
-            concurrency=decoders,
-        )
-        .map_batches(
-            Label,
-            fn_constructor_args=(
-                functools.partial(make_labeller, threads=compute.threads),
-                attempts,
-                write.run_id,
-                image_settings,
-                write.ignore_index,
-            ),
-            # With GPUs, Ray Data requires a number: enough rows to fill batches of one image size.
-            **stage | ({"batch_size": LARGEST_PART} if compute.gpus else {}),
-            num_cpus=compute.cpus,
-            num_gpus=compute.gpus or None,
-            compute=ray.data.ActorPoolStrategy(
-                size=compute.actors,
-                max_concurrent_calls_per_actor=compute.calls,
-                enable_true_multi_threading=compute.calls > 1,
-            ),
-        )
-        .map_batches(
-            places.write.guarded(write),
+        labelled.map_batches(
+            write.encode,
             **stage,
-            **places.write.task_options(compute.task_cpus),
-            compute=ray.data.TaskPoolStrategy(size=writers),
+            num_cpus=compute.task_cpus,
+            compute=ray.data.TaskPoolStrategy(size=compute.writers),
+        )
+        .repartition(target_num_rows_per_block=LARGE_FILE, strict=True)
+        .map_batches(
+            places.write.guarded(write.commit), **tasks, compute=ray.data.TaskPoolStrategy(size=writers)
         )
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -97,8 +98,12 @@ _WRITTEN = pa.schema(
         ("fetch_s", pa.float64()),
         ("write_s", pa.float64()),
         ("batches", pa.float64()),
+        ("written", pa.int64()),
     ]
 )
+_SPENT = ("decode_s", "fetch_s", "label_s", "batches", "encode_s")
+FILE_BYTES = 16 << 20
+"""A file of the table need not be larger."""
 
 
 @dataclass(frozen=True)
@@ -475,14 +480,29 @@ class Write:
         self._dtype = label_dtype(num_classes)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Commit the rows.
+        """Encode and commit; see ``commit``."""
+        return self.commit(self.encode(table))
+
+    def encode(self, table: pa.Table) -> pa.Table:
+        """Rows of the label table, and in columns of their own what they took."""
+        start = time.perf_counter()
+        rows = pa.Table.from_pylist([self._row(row) for row in table.to_pylist()], schema=labels.LABEL_SCHEMA)
+        each = (time.perf_counter() - start) / max(1, rows.num_rows)
+        for name in _SPENT[:-1]:
+            rows = rows.append_column(name, table[name].combine_chunks())
+        return rows.append_column(_SPENT[-1], pa.array([each] * rows.num_rows, pa.float32()))
+
+    def commit(self, table: pa.Table) -> pa.Table:
+        """Write rows from ``encode`` to as many files as ``FILE_BYTES`` asks for.
+
+        Returns:
+            One row of statistics.
 
         Raises:
             MaskMillError: ``output_in_use`` if another run has taken over the lease; what the storage says.
         """
         start = time.perf_counter()
-        rows = pa.Table.from_pylist([self._row(row) for row in table.to_pylist()], schema=labels.LABEL_SCHEMA)
-        encoded = time.perf_counter()
+        rows = table.select(labels.LABEL_SCHEMA.names)
         old = np.isin(rows["id"].to_numpy(), self._replacing)
         try:
             refuse_other_holder(self.storage, self.run_id)
@@ -490,19 +510,20 @@ class Write:
                 if chosen.any():
                     # ``filter`` copies the maps.
                     part = rows if chosen.all() else rows.filter(pa.array(chosen))
-                    write_part(self.storage, part, folder)
+                    for piece in _files(part):
+                        write_part(self.storage, piece, folder)
         except OSError as error:
             # Told here, while the error still knows its path.
             raise explain(error, self.storage.uri) or error from error
+        write_s = time.perf_counter() - start
+        spent = {name: sum(table[name].to_pylist()) for name in _SPENT}
         report: dict[str, Any] = {
+            **spent,
             "done": rows.num_rows,
             "failures": [status for status in rows["status"].to_pylist() if status != labels.OK],
-            "decode_s": sum(table["decode_s"].to_pylist()),
-            "label_s": sum(table["label_s"].to_pylist()),
-            "encode_s": time.perf_counter() - start,
-            "fetch_s": sum(table["fetch_s"].to_pylist()),
-            "write_s": time.perf_counter() - encoded,
-            "batches": sum(table["batches"].to_pylist()),
+            "encode_s": spent["encode_s"] + write_s,
+            "write_s": write_s,
+            "written": rows.nbytes,
         }
         run_log(self.run_id).info("write: %d rows, %d failed", rows.num_rows, len(report["failures"]))
         return pa.Table.from_pylist([report], schema=_WRITTEN)
@@ -523,6 +544,18 @@ class Write:
             agreement=row["segment_agreement"],
             score=self._score,
         )
+
+
+def _files(rows: pa.Table) -> Iterator[pa.Table]:
+    """Cut rows into pieces of at least ``FILE_BYTES``, or all of them."""
+    size = rows.nbytes / rows.num_rows
+    count = max(1, int(rows.nbytes // FILE_BYTES))
+    if count == 1:
+        yield rows
+        return
+    step = math.ceil(max(FILE_BYTES / size, rows.num_rows / count))
+    for start in range(0, rows.num_rows, step):
+        yield rows.slice(start, step)
 
 
 def _batched(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

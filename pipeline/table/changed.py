@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ def find_changed(
     """
     states: Counter[State] = Counter()
     changed: list[int] = []
+    pairs: Iterator[tuple[pa.RecordBatch, pa.Table]]
     if len(corpus.partitions) == 1:
         pairs = ((batch, corpus.table()) for batch in iter_batches(storage, COLUMNS, batch_size=4096))
     else:
@@ -51,7 +53,8 @@ def find_changed(
             if manifest is not of:
                 images, of = Images(manifest), manifest
             rows = [row for row in batch.to_pylist() if row["id"] in images]
-            for row, state in zip(rows, pool.map(lambda row: image_state(row, images), rows), strict=True):
+            look = functools.partial(image_state, images=images)
+            for row, state in zip(rows, pool.map(look, rows), strict=True):
                 states[state] += 1
                 if state == "changed":
                     changed.append(row["id"])

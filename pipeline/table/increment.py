@@ -110,7 +110,7 @@ class Choice:
 
     def rounds(self, size: int) -> Iterator[Work]:
         """Yield the images in pieces of at least ``size``, but for the last, as they were chosen."""
-        left, waiting, again = self.count, 0, 0
+        left, waiting = self.count, 0
         todo: list[pa.Table] = []
         replacing: list[Ids] = []
         for span, rows in zip(self._corpus.partitions, self._corpus, strict=True):

@@ -82,11 +82,8 @@ def _verified(table: Path, manifest: pa.Table | None = None, images: Images | No
         check_part, storage=storage, num_classes=CLASSES, ignore_index=255, images=images
     )
     record = json.loads((table / "dataset.json").read_text())
-    return verify(
-        map(check, part_files(storage)),
-        corpus=None if manifest is None else Corpus.of(manifest),
-        recorded=record.get("counts", {}),
-    )
+    corpus = None if manifest is None else Corpus.of(manifest)
+    return verify(map(check, part_files(storage)), corpus=corpus, recorded=record.get("counts", {}))
 
 
 def _contents(table: Path) -> dict[int, dict[str, Any]]:
