@@ -17,6 +17,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from jobs.console import LabelDisplay, duration, name_run, stderr_console, stop_at_once, timed
+from jobs.estimate import Estimate
 from jobs.options import (
     FLAT,
     Address,
@@ -33,7 +34,7 @@ from jobs.options import (
 from models.errors import FailedWork, WrongUse
 from pipeline.cluster.disks import Landmarks, require_shared
 from pipeline.cluster.metrics import LabellingMetrics
-from pipeline.cluster.nodes import plan_like, plan_when_joined
+from pipeline.cluster.nodes import live_nodes, plan_like, plan_when_joined
 from pipeline.cluster.session import joins_cluster, make_variables, ray_session, worker_precision
 from pipeline.cluster.signals import signals_held
 from pipeline.corpus.corpus import ADDRESS, Corpus
@@ -274,7 +275,7 @@ def label_images(
                 with display.live(), _started(job, lease, recorded, display, status) as (prepared, compute):
                     if job.recipe.maskclip.classes.uncalibrated:
                         display.stage("measuring the scores of each class")
-                        job, prepared = _calibrated(job, manifest, prepared, compute, display)
+                        job, prepared = _calibrated(job, corpus, prepared, compute, display)
                     # Track only runs that got this far: earlier failures leave nothing.
                     _begin_tracking(tracker, job, corpus, choice.count)
                     if replaces:
@@ -286,7 +287,9 @@ def label_images(
                     startup_s = time.monotonic() - began
                     slots = compute.actors * compute.calls
                     metrics = LabellingMetrics(lease.run_id, choice.count, slots)
-                    report = _reporting(display, tracker, status, metrics)
+                    nodes = (lambda: len(live_nodes())) if joins_cluster(job.address) else None
+                    estimate = Estimate(choice.count, display.say, nodes)
+                    report = _reporting(display, tracker, status, metrics, estimate)
                     score = recorded.quality if recorded else "classes"
                     rounds = Rounds(job, storage, lease, table, score, fence, say)
                     progress = rounds.label(choice, prepared, compute, display, report)
@@ -507,14 +510,14 @@ def _refuse_other_memory(job: LabelJob, prepared: PreparedLabeller, recorded: Ta
 
 
 def _calibrated(
-    job: LabelJob, manifest: pa.Table, plain: PreparedLabeller, compute: Compute, display: LabelDisplay
+    job: LabelJob, corpus: Corpus, plain: PreparedLabeller, compute: Compute, display: LabelDisplay
 ) -> tuple[LabelJob, PreparedLabeller]:
     """Measure the classes' scores on a sample of the corpus; the job and the Labeller with what was found."""
     with signals_held():
         from pipeline.labelling.calibrating import calibrated, count_corpus
         from pipeline.labelling.prepare import prepare_labeller
     workers = max(1, compute.actors * compute.calls)
-    counted = count_corpus(job.recipe, manifest, plain, workers=workers, notice=display.say)
+    counted = count_corpus(job.recipe, corpus, plain, workers=workers, notice=display.say)
     job = replace(job, recipe=calibrated(job.recipe, counted))
     return job, prepare_labeller(job.recipe, job.ontology, precision=plain.precision)
 
@@ -640,7 +643,11 @@ def _new_record(job: LabelJob, prepared: PreparedLabeller) -> TableRecord:
 
 
 def _reporting(
-    display: LabelDisplay, tracker: Tracker, status: StatusFile, metrics: LabellingMetrics
+    display: LabelDisplay,
+    tracker: Tracker,
+    status: StatusFile,
+    metrics: LabellingMetrics,
+    estimate: Estimate,
 ) -> Callable[[Progress], None]:
     """Show progress, and record it."""
     log = ProgressLog(tracker)
@@ -649,6 +656,7 @@ def _reporting(
         display.update(progress)
         log.update(progress)
         metrics.update(progress)
+        estimate.update(progress)
         status.update(mlflow_run=tracker.run_id)
 
     return report

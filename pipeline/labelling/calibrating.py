@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from pipeline.cluster.disks import Landmarks
 from pipeline.cluster.mapping import on_ray
+from pipeline.corpus.corpus import Corpus
 from pipeline.corpus.manifest import ADDRESS
 from pipeline.corpus.selection import some_of
 from pipeline.files.images import ImageSettings
@@ -65,24 +66,24 @@ def count_scores(labeller: MaskClipLabeller, images: Iterable[np.ndarray]) -> Hi
 
 def count_corpus(
     recipe: LabelRecipe,
-    manifest: pa.Table,
+    corpus: Corpus,
     prepared: PreparedLabeller,
     *,
     workers: int,
     notice: Callable[[str], None] = lambda _text: None,
 ) -> Histogram:
-    """``count_scores`` of a sample of a manifest, on Ray, which must be running.
+    """``count_scores`` of a sample of a corpus, on Ray, which must be running.
 
     Images that cannot be read are left out.
 
     Args:
         recipe: says how many images, and how they are decoded.
-        manifest: of the corpus.
+        corpus: the images.
         prepared: of ``plain_scores(recipe)``.
         workers: parallel tasks.
         notice: called with what the user should know.
     """
-    sample = some_of(manifest, sample=recipe.maskclip.classes.calibrate_images)
+    sample = some_of(corpus, recipe.maskclip.classes.calibrate_images).table()
     parts = [str(start) for start in range(0, sample.num_rows, IMAGES_A_PART)]
     addresses = sample[ADDRESS if ADDRESS in sample.column_names else "uri"].to_pylist()
     count = functools.partial(_count_part, sample=sample, images=recipe.images, prepared=prepared)
