@@ -49,6 +49,7 @@ from pipeline.files.redaction import without_signature
 from pipeline.files.status import StatusFile, settle_status
 from pipeline.files.storage import Storage, is_remote, open_storage
 from pipeline.files.versions import versions
+from pipeline.labelling.file_rows import rows_per_file
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe, templates_for
 from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
 from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, RELABELLED_DIR, Replaced
@@ -619,7 +620,7 @@ class Rounds:
             else None,
             so_far=so_far,
             began=began,
-            large=large,
+            file_rows=rows_per_file(work.todo) if large else None,
         )
 
 

@@ -14,6 +14,7 @@ partition is a row group, and the key ``maskmill.partitions`` of its metadata te
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
@@ -28,7 +29,14 @@ from models.errors import WrongUse
 from pipeline.corpus.corpus import ADDRESS, Corpus, within
 from pipeline.corpus.sources.find import find_images
 from pipeline.corpus.sources.found import OPTIONAL_COLUMNS, ImageList, LeftOut, bad_list, bad_manifest
-from pipeline.corpus.sources.parquet import KINDS, listed, open_parquet, read_parquet
+from pipeline.corpus.sources.parquet import (
+    KINDS,
+    kept_parquet,
+    listed,
+    open_parquet,
+    parquet_errors,
+    read_parquet,
+)
 from pipeline.corpus.spill import ALL, PARTITION, Span, Spill, keys, spans
 from pipeline.files.redaction import without_signature
 from pipeline.files.storage import canonical_uri, open_storage
@@ -299,35 +307,40 @@ def _checked(images: ImageList, source: str, first_row: int) -> pa.Table:
 def _partitioned(uri: str) -> Corpus | None:
     """The corpus of a manifest whose row groups are its partitions; None for any other file.
 
-    Its rows are checked as they are read.
+    Its rows are checked as they are read. They are those of the file as it is now, also if a later manifest
+    takes its place.
     """
     try:
         with open_parquet(uri) as file:
-            schema, metadata = file.schema_arrow, file.metadata
-            count = int((schema.metadata or {}).get(PARTITIONS_KEY, b"0"))
+            several = int((file.schema_arrow.metadata or {}).get(PARTITIONS_KEY, b"0")) > 1
     except (WrongUse, ValueError):
         return None  # told by whoever reads it
-    partitions = spans(1, 1)[:0]
-    if count > 1 and count & (count - 1) == 0 and count == metadata.num_row_groups:
-        partitions = spans(count, 1)
-    if not partitions or [name for name in schema.names if name not in KINDS] or "uri" not in schema.names:
+    if not several:
         return None
+    file = kept_parquet(uri)
+    names, metadata = file.schema_arrow.names, file.metadata
+    partitions = spans(int((file.schema_arrow.metadata or {}).get(PARTITIONS_KEY, b"0")), 1)
+    if len(partitions) != metadata.num_row_groups or not {"id", "uri"} <= set(names) <= set(KINDS):
+        return None
+    schema = pa.schema({name: KINDS[name] for name in names})
+    ends = list(
+        itertools.accumulate(metadata.row_group(number).num_rows for number in range(len(partitions)))
+    )
 
     def read(span: Span) -> pa.Table:
-        wanted = [
-            number for number, one in enumerate(partitions) if one.first < span.end and span.first < one.end
-        ]
-        with open_parquet(uri) as file:
-            found = [file.read_row_group(number) for number in wanted]
         tables = []
-        for number, rows in zip(wanted, found, strict=True):
-            first_row = sum(metadata.row_group(before).num_rows for before in range(number))
+        for number, one in enumerate(partitions):
+            if one.end <= span.first or span.end <= one.first:
+                continue
+            with parquet_errors(uri):
+                rows = file.read_row_group(number).replace_schema_metadata(None)
+            first_row = ends[number] - rows.num_rows
             checked = _checked(listed(uri, rows, first_row), uri, first_row)
-            if within(checked, partitions[number]).num_rows < checked.num_rows:
+            if within(checked, one).num_rows < checked.num_rows:
                 raise bad_manifest(uri, f"row group {number} has ids of others")
             _distinct(_by_id(checked), uri, manifest=True)
-            tables.append(within(rows, span))
-        return pa.concat_tables(tables).replace_schema_metadata(None)
+            tables.append(within(rows.cast(schema), span))
+        return pa.concat_tables(tables)
 
     return Corpus(read, partitions, metadata.num_rows)
 

@@ -112,7 +112,7 @@ class Spill:
 def _within(rows: pa.Table, span: Span) -> pa.Table:
     if not rows.num_rows:
         return rows
-    found = keys(rows["id"].chunk(0).to_numpy())
+    found = keys(rows["id"].to_numpy())
     first = int(np.searchsorted(found, np.uint64(span.first)))
     end = len(found) if span.end >= _IDS else int(np.searchsorted(found, np.uint64(span.end)))
     return rows.slice(first, end - first)

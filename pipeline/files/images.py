@@ -209,6 +209,20 @@ def looks_like_image(head: bytes) -> bool:
     return bool(_SIGNATURES.match(head))
 
 
+def pixels(data: bytes) -> int | None:
+    """Height times width of an encoded image, by its header; None if that cannot be read.
+
+    Of an image that Pillow takes for a bomb, the fewest that it may have.
+    """
+    try:
+        with _open(data) as image:
+            return image.width * image.height
+    except Image.DecompressionBombError:
+        return 2 * (Image.MAX_IMAGE_PIXELS or 0)
+    except Exception:  # readers raise anything; decoding will tell
+        return None
+
+
 def upright(data: bytes) -> tuple[bytes, str]:
     """An encoded image that lies as it is shown, for programs that do not heed the EXIF orientation.
 

@@ -40,8 +40,6 @@ from pipeline.labelling.labeller import Labeller
 from pipeline.labelling.stages import Decode, Label, Write
 
 FIRST_PART, USUAL_PART, LARGEST_PART = 1, 32, 256
-LARGE_FILE = 1024
-"""Rows of a file in large runs. So many are labelled again after a kill, beside those that workers have."""
 NOTHING = Progress()
 MANY_PARTS = 4000
 """Parts have the usual size up to this number of parts. Small parts use little memory and lose little work
@@ -108,7 +106,7 @@ def run_labelling(
     replanning: Replanning | None = None,
     so_far: Progress = NOTHING,
     began: float | None = None,
-    large: bool = False,
+    file_rows: int | None = None,
 ) -> Progress:
     """Label images into a table, and block until done. The caller must hold the lease of the table.
 
@@ -122,7 +120,7 @@ def run_labelling(
         replanning: on a cluster whose nodes may change; None if they cannot.
         so_far: what earlier rounds of the run have done.
         began: when the run began, by ``time.monotonic``; default: now.
-        large: gather the rows to files of ``LARGE_FILE`` rows.
+        file_rows: gather so many rows for each file; None writes a file for each part.
 
     Raises:
         MaskMillError: ``labelling_failed`` with the cause, ``cluster_too_small`` if too few nodes are left.
@@ -145,7 +143,7 @@ def run_labelling(
         try:
             places = _Places() if replanning is None else _find_places(todo, write, replanning.notice, alone)
             make_flow = functools.partial(
-                _flow, todo, make_labeller, image_settings, write, compute, places, large
+                _flow, todo, make_labeller, image_settings, write, compute, places, file_rows
             )
             if replanning is None:
                 _run(make_flow, count, places, stop=[])
@@ -211,7 +209,7 @@ def _flow(
     write: Write,
     compute: Compute,
     places: _Places,
-    large: bool,
+    file_rows: int | None,
 ) -> ray.data.Dataset:
     """The stages. Each block is a decoded part of the manifest, or a piece of a large one."""
     attempts = shared_attempts()
@@ -249,7 +247,7 @@ def _flow(
         ),
     )
     tasks = stage | places.write.task_options(compute.task_cpus)
-    if not large:
+    if file_rows is None:
         return labelled.map_batches(
             places.write.guarded(write), **tasks, compute=ray.data.TaskPoolStrategy(size=writers)
         )
@@ -260,7 +258,7 @@ def _flow(
             num_cpus=compute.task_cpus,
             compute=ray.data.TaskPoolStrategy(size=compute.writers),
         )
-        .repartition(target_num_rows_per_block=LARGE_FILE, strict=True)
+        .repartition(target_num_rows_per_block=file_rows, strict=True)
         .map_batches(
             places.write.guarded(write.commit), **tasks, compute=ray.data.TaskPoolStrategy(size=writers)
         )

@@ -339,7 +339,7 @@ def apply_relabelled(
 
     Args:
         storage: the output.
-        index: of all parts.
+        index: of all parts; gets those that are added.
         fence: called before each write; raises if the lease was lost.
     """
     done = Replaced()
@@ -379,7 +379,7 @@ def apply_relabelled(
             rows = read_part(storage, name)
             rows = rows.filter(pa.array(np.isin(rows["id"].to_numpy(), lost)))
             done.added.count(rows)
-            write_part(storage, rows)
+            index.add(write_part(storage, rows), lost)
         storage.delete(name)
     return done
 

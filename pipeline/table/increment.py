@@ -23,6 +23,7 @@ from pipeline.table.committed import (
     Replaced,
     apply_relabelled,
     discard_leftovers,
+    keep_rows,
     part_files,
     read_ids,
     settle,
@@ -110,7 +111,7 @@ class Choice:
 
     def rounds(self, size: int) -> Iterator[Work]:
         """Yield the images in pieces of at least ``size``, but for the last, as they were chosen."""
-        left, waiting = self.count, 0
+        waiting = 0
         todo: list[pa.Table] = []
         replacing: list[Ids] = []
         for span, rows in zip(self._corpus.partitions, self._corpus, strict=True):
@@ -121,10 +122,11 @@ class Choice:
             todo.append(chosen)
             replacing.append(old)
             waiting += chosen.num_rows
-            left -= chosen.num_rows
-            if waiting >= size or not left:
+            if waiting >= size:
                 yield Work(pa.concat_tables(todo, promote_options="default"), np.concatenate(replacing))
                 todo, replacing, waiting = [], [], 0
+        if todo:
+            yield Work(pa.concat_tables(todo, promote_options="default"), np.concatenate(replacing))
 
 
 def choose(
@@ -224,17 +226,30 @@ def commit(
         MaskMillError: ``labelling_failed`` if an image has no row: a retried task may fail on different
             images than the first try.
     """
-    new = settle(storage, [part for part in part_files(storage) if part not in table.index], notice=say)
-    replaced = apply_relabelled(storage, table.index, fence=fence)
+    index, wanted = table.index, todo["id"].to_numpy()
+    new = settle(storage, [part for part in part_files(storage) if part not in index], notice=say)
+    # A lost node may have written late, what others have done meanwhile and a round before has committed.
+    strangers = {part: ids[~np.isin(ids, wanted)] for part, ids in new.items()}
+    known = index.where(np.concatenate([np.empty(0, np.int64), *strangers.values()]))
+    again = np.concatenate([np.empty(0, np.int64), *known.values()])
+    for part in [part for part, ids in strangers.items() if np.isin(ids, again).any()]:
+        ids = new.pop(part)
+        kept = ids[~np.isin(ids, again)]
+        say(f"{part} repeated {len(ids) - len(kept):,} rows of other files: taken out.")
+        replaced_by = keep_rows(storage, part, kept)
+        if replaced_by is not None:
+            new[replaced_by] = kept
+    replaced = apply_relabelled(storage, index, fence=fence)
     done = np.concatenate([replaced.ids, *new.values()])
-    missing = np.count_nonzero(~np.isin(todo["id"].to_numpy(), done))
+    missing = np.count_nonzero(~np.isin(wanted, done))
     if missing:
         raise FailedWork(
             "labelling_failed",
             f"{missing:,} images have no row, because Ray ran some work twice with different results.",
             "Run the same command again: it labels them.",
         )
-    table.index.note(new)
+    for part, ids in new.items():
+        index.add(part, ids)
     return Counts(summarise(storage, list(new))), replaced
 
 

@@ -28,7 +28,6 @@ class PartIndex:
         self._numbers: dict[str, int] = {}
         self._names: list[str] = []
         self._gone: list[int] = []
-        self._known: set[str] = set()
         self.rows = 0
 
     def add(self, part: str, ids: Ids) -> None:
@@ -40,17 +39,13 @@ class PartIndex:
         parts = np.full(len(ids), number, np.int32)
         self._spill.add(pa.table([pa.array(ids, pa.int64()), pa.array(parts)], schema=_SCHEMA))
 
-    def note(self, parts: Iterable[str]) -> None:
-        """Remember that parts are known, without their ids."""
-        self._known.update(parts)
-
     def remove(self, part: str, rows: int) -> None:
         """Forget a part that has this number of rows."""
         self._gone.append(self._numbers.pop(part))
         self.rows -= rows
 
     def __contains__(self, part: str) -> bool:
-        return part in self._numbers or part in self._known
+        return part in self._numbers
 
     def __bool__(self) -> bool:
         return bool(self._numbers)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.fs import LocalFileSystem
 
 from pipeline.corpus.sources.found import (
     BATCH,
@@ -24,6 +27,7 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 """Names of a column of images that are preferred to others."""
 KINDS = {"uri": pa.string(), "id": pa.int64(), **OPTIONAL_COLUMNS}
 """Columns of a manifest."""
+_COPIED_AT_ONCE = 8 << 20
 
 
 def read_parquet_files(uris: Sequence[str]) -> Iterator[ImageList]:
@@ -94,15 +98,48 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
             file = place.arrow_filesystem().open_input_file(place.path())
     except FileNotFoundError:
         raise missing(uri, "there is no") from None
-    with file:
-        try:
-            yield pq.ParquetFile(file)
-        except (pa.ArrowException, OSError) as error:
-            if not says_damage(error):
-                raise
-            raise bad_manifest(uri, f"not a Parquet file ({error})") from None
-        except UnicodeDecodeError as error:
-            raise bad_manifest(uri, f"it has text that is not UTF-8 ({error})") from None
+    with file, parquet_errors(uri):
+        yield pq.ParquetFile(file)
+
+
+def kept_parquet(uri: str) -> pq.ParquetFile:
+    """A Parquet file as it is now, open for as long as it is used. An object is copied to this machine first.
+
+    Raises:
+        WrongUse: ``source_missing``, ``source_invalid``.
+    """
+    place = open_storage(uri)
+    try:
+        if place.is_local:
+            file = LocalFileSystem().open_input_file(place.path())
+        else:
+            with tempfile.NamedTemporaryFile(prefix="maskmill-ids-") as copy:
+                with storage_errors(without_signature(uri)), place.open_file("") as source:
+                    shutil.copyfileobj(source, copy, _COPIED_AT_ONCE)
+                copy.flush()
+                # What is open stays, although its name goes.
+                file = LocalFileSystem().open_input_file(copy.name)
+    except FileNotFoundError:
+        raise missing(uri, "there is no") from None
+    with parquet_errors(uri):
+        return pq.ParquetFile(file)
+
+
+@contextlib.contextmanager
+def parquet_errors(uri: str) -> Iterator[None]:
+    """Tell in words what is wrong with a Parquet file that is opened or read.
+
+    Raises:
+        WrongUse: ``source_invalid``.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if not says_damage(error):
+            raise
+        raise bad_manifest(uri, f"not a Parquet file ({error})") from None
+    except UnicodeDecodeError as error:
+        raise bad_manifest(uri, f"it has text that is not UTF-8 ({error})") from None
 
 
 def _cells(uri: str, parquet: pq.ParquetFile) -> Iterator[ImageList]:
