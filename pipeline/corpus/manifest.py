@@ -312,20 +312,19 @@ def _partitioned(uri: str) -> Corpus | None:
     """
     try:
         with open_parquet(uri) as file:
-            several = int((file.schema_arrow.metadata or {}).get(PARTITIONS_KEY, b"0")) > 1
-    except (WrongUse, ValueError):
+            several = _has_partitions(file)
+    except WrongUse:
         return None  # told by whoever reads it
     if not several:
         return None
     file = kept_parquet(uri)
-    names, metadata = file.schema_arrow.names, file.metadata
-    partitions = spans(int((file.schema_arrow.metadata or {}).get(PARTITIONS_KEY, b"0")), 1)
-    if len(partitions) != metadata.num_row_groups or not {"id", "uri"} <= set(names) <= set(KINDS):
+    if not _has_partitions(file):
         return None
-    schema = pa.schema({name: KINDS[name] for name in names})
-    ends = list(
-        itertools.accumulate(metadata.row_group(number).num_rows for number in range(len(partitions)))
-    )
+    metadata = file.metadata
+    partitions = spans(metadata.num_row_groups, 1)
+    schema = pa.schema({name: KINDS[name] for name in file.schema_arrow.names})
+    counts = [metadata.row_group(number).num_rows for number in range(len(partitions))]
+    ends = list(itertools.accumulate(counts))
 
     def read(span: Span) -> pa.Table:
         tables = []
@@ -343,6 +342,18 @@ def _partitioned(uri: str) -> Corpus | None:
         return pa.concat_tables(tables)
 
     return Corpus(read, partitions, metadata.num_rows)
+
+
+def _has_partitions(file: pq.ParquetFile) -> bool:
+    """Whether the row groups are partitions, and the columns those of a manifest."""
+    said = (file.schema_arrow.metadata or {}).get(PARTITIONS_KEY, b"")
+    count = file.metadata.num_row_groups
+    return (
+        said == str(count).encode()
+        and count > 1
+        and count & (count - 1) == 0
+        and {"id", "uri"} <= set(file.schema_arrow.names) <= set(KINDS)
+    )
 
 
 def _shown(key: tuple[str, int | None, int | None]) -> str:

@@ -350,6 +350,11 @@ def apply_relabelled(
             set_aside(storage, name)
         else:
             staged[name] = ids
+    record = storage.read_json(DATASET_FILE, {}) if staged else {}
+    if record.get("counts"):
+        # Their number stays, so nobody would see after a kill that they are those of the old rows.
+        fence()
+        storage.write_json(DATASET_FILE, record | {"counts": {}})
     names = list(staged)
     waiting = np.concatenate([np.empty(0, np.int64), *staged.values()])
     owner = np.repeat(np.arange(len(names)), [len(ids) for ids in staged.values()])
