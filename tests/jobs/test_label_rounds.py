@@ -1,0 +1,85 @@
+"""A large run: several partitions of the corpus, one round after the other, and files of many rows."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import label
+from pipeline.corpus.manifest import build_corpus, build_manifest
+from pipeline.labelling import flow
+from pipeline.table.labels import iter_rows
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+COUNT, PARTITION, ROUND, ROWS = 64, 10, 20, 7
+
+
+def _command(images: Path, output: Path) -> list[object]:
+    return [
+        "label", "--images", images, "--ontology", "toyworld", "--output", output, "--recipe", "toy",
+    ]  # fmt: skip
+
+
+def _rows(table: Path) -> dict[int, dict[str, object]]:
+    found = [{k: v for k, v in row.items() if k != "version"} for row in iter_rows(table)]
+    rows = {int(str(row["id"])): row for row in found}
+    assert len(found) == len(rows)
+    return rows
+
+
+def test_rounds_give_the_rows_of_one_run_also_after_a_failure_between_them(
+    maskmill_joined: Run, toy_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = tmp_path / "once"
+    done = maskmill_joined(*_command(toy_images, once))
+    assert done.returncode == 0, done.stderr
+
+    monkeypatch.setattr(label, "build_corpus", functools.partial(build_corpus, most=PARTITION))
+    monkeypatch.setattr(label, "PARTITION", ROUND)
+    monkeypatch.setattr(label, "ROUND_IMAGES", 0)
+    monkeypatch.setattr(label, "rows_per_file", lambda _todo: ROWS)
+    rounds: list[int] = []
+    run, commit, commits = flow.run_labelling, label.commit, itertools.count()
+
+    def counted(todo: object, **more: object) -> object:
+        rounds.append(todo.num_rows)  # type: ignore[attr-defined]
+        return run(todo, **more)  # type: ignore[arg-type]
+
+    def failing(*given: object) -> object:
+        if next(commits) == 1:
+            raise RuntimeError("the power is gone")
+        return commit(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(flow, "run_labelling", counted)
+    monkeypatch.setattr(label, "commit", failing)
+    table = tmp_path / "table"
+    failed = maskmill_joined(*_command(toy_images, table))
+    assert failed.returncode == 1 and "the power is gone" in failed.stderr
+    there = set(_rows(table))
+    assert len(rounds) == 2 and len(there) == sum(rounds) < COUNT and min(rounds) >= ROUND
+    record = json.loads((table / "dataset.json").read_text())
+    assert record["counts"]["images"] == rounds[0]  # of the round that was committed
+
+    rounds.clear()
+    done = maskmill_joined(*_command(toy_images, table))
+    assert done.returncode == 0 and f"{COUNT - len(there):,} new of {COUNT}" in done.stderr, done.stderr
+    assert sum(rounds) == COUNT - len(there)
+    assert _rows(table) == _rows(once)
+    assert set(_rows(table)) == set(build_manifest(toy_images)["id"].to_pylist())
+    record = json.loads((table / "dataset.json").read_text())
+    expected = json.loads((once / "dataset.json").read_text())["counts"]
+    assert record["counts"] == expected | {"mean_quality": pytest.approx(expected["mean_quality"])}
+    # Of each round, all files but one have as many rows as was asked for.
+    sizes = Counter(pq.read_metadata(path).num_rows for path in (table / "labels").iterdir())
+    assert sizes[ROWS] >= COUNT // ROWS - 2 * 3 and sum(n for size, n in sizes.items() if size != ROWS) <= 4
+    assert max(sizes) == ROWS
