@@ -1,7 +1,7 @@
 """Memory and time of labelling by the size of the corpus: bookkeeping alone, and a whole run that is killed.
 
     python -m benchmarks.scale ids [--counts 100000 1000000 10000000]
-    python -m benchmarks.scale run [--count 100000] [--kill-at 0.4]
+    python -m benchmarks.scale run [--count 100000] [--kill-at 0.4] [--partition 4000]
 
 ``ids``: for corpora of so many addresses (a list file) and a table of half of them, each step in a process of
 its own: build the manifest, choose what has no row, and compare ids as ``maskmill verify`` does. Rows have no
@@ -9,7 +9,8 @@ masks: what is measured grows with the number of ids, not with their masks.
 
 ``run``: small scenes of the toy world in tar archives are labelled with the bundled toy CLIP. The run is
 killed (SIGKILL to all its processes) once it has a share of the rows, and started again. At the end
-``maskmill verify`` looks at every row. The memory of every process is sampled all the time.
+``maskmill verify`` looks at every row. The memory of every process is sampled all the time. ``--partition``
+makes the partitions of the corpus smaller, and with them the rounds of the run.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--kill-at", type=float, default=0.4)
+    parser.add_argument("--partition", type=int)
     arguments = parser.parse_args()
     if arguments.what == "step":
         step, folder = arguments.names
@@ -73,7 +75,7 @@ def main() -> None:
     if arguments.what == "ids":
         measure_ids(arguments.counts)
     else:
-        measure_run(arguments.count, arguments.kill_at)
+        measure_run(arguments.count, arguments.kill_at, arguments.partition)
 
 
 # --- bookkeeping ---
@@ -244,7 +246,7 @@ def _kind(process: psutil.Process, driver: psutil.Process) -> str:
     return next((kind for mark, kind in kinds.items() if mark in title), "other processes of Ray")
 
 
-def measure_run(count: int, kill_at: float) -> None:
+def measure_run(count: int, kill_at: float, partition: int | None) -> None:
     with tempfile.TemporaryDirectory(prefix="maskmill-bench-") as scratch:
         shards, table = Path(scratch) / "shards", Path(scratch) / "table"
         began = time.monotonic()
@@ -252,7 +254,8 @@ def measure_run(count: int, kill_at: float) -> None:
         print(
             f"{count:,} images of {SIZE} x {SIZE} pixels made in {time.monotonic() - began:.0f} s", flush=True
         )
-        command = [sys.executable, "-m", "jobs.cli", "label", "--images", str(shards)]
+        maskmill = ["jobs.cli"] if partition is None else ["benchmarks.small_partitions", str(partition)]
+        command = [sys.executable, "-m", *maskmill, "label", "--images", str(shards)]
         command += ["--ontology", "toyworld", "--output", str(table), "--recipe", "toy", "--tracking", "off"]
         command += ["--set", f"images.scale=[{SIZE},{SIZE}]"]
         before = 0
