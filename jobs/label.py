@@ -78,7 +78,7 @@ if TYPE_CHECKING:
 
 OWN_ENTRIES = (DATASET_FILE, LABELS_DIR, RELABELLED_DIR, CHECKPOINT_DIR, "manifest")
 """What a run writes to its output and ``overwrite`` may delete; older versions also wrote the last two."""
-ROUND_IMAGES = 16_384
+ROUND_IMAGES = 32_768
 """Images of a round for each that is labelled at the same time: workers take their time to start."""
 PACKAGES = (
     "maskmill",

@@ -307,8 +307,8 @@ def _checked(images: ImageList, source: str, first_row: int) -> pa.Table:
 def _partitioned(uri: str) -> Corpus | None:
     """The corpus of a manifest whose row groups are its partitions; None for any other file.
 
-    Its rows are checked as they are read. They are those of the file as it is now, also if a later manifest
-    takes its place.
+    Its rows are checked when they are first read. They are those of the file as it is now, also if a later
+    manifest takes its place.
     """
     try:
         with open_parquet(uri) as file:
@@ -325,6 +325,7 @@ def _partitioned(uri: str) -> Corpus | None:
     schema = pa.schema({name: KINDS[name] for name in file.schema_arrow.names})
     counts = [metadata.row_group(number).num_rows for number in range(len(partitions))]
     ends = list(itertools.accumulate(counts))
+    checked: set[int] = set()
 
     def read(span: Span) -> pa.Table:
         tables = []
@@ -333,11 +334,13 @@ def _partitioned(uri: str) -> Corpus | None:
                 continue
             with parquet_errors(uri):
                 rows = file.read_row_group(number).replace_schema_metadata(None)
-            first_row = ends[number] - rows.num_rows
-            checked = _checked(listed(uri, rows, first_row), uri, first_row)
-            if within(checked, one).num_rows < checked.num_rows:
-                raise bad_manifest(uri, f"row group {number} has ids of others")
-            _distinct(_by_id(checked), uri, manifest=True)
+            if number not in checked:
+                first_row = ends[number] - rows.num_rows
+                found = _checked(listed(uri, rows, first_row), uri, first_row)
+                if within(found, one).num_rows < found.num_rows:
+                    raise bad_manifest(uri, f"row group {number} has ids of others")
+                _distinct(_by_id(found), uri, manifest=True)
+                checked.add(number)
             tables.append(within(rows.cast(schema), span))
         return pa.concat_tables(tables)
 
