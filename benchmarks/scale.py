@@ -20,7 +20,6 @@ import io
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -156,7 +155,9 @@ def measure_step(step: str, folder: Path) -> None:
         assert found.counts["id_missing"] == corpus.num_rows - found.rows
     disk = sum(path.stat().st_size for path in folder.glob("maskmill-ids-*/*"))
     disk += (folder / "m.parquet").stat().st_size if step == "manifest" else 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # What getrusage tells includes what the process before ``exec`` had, which has imported more.
+    status = Path("/proc/self/status").read_text()
+    peak = 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
     print(json.dumps({"step": said, "seconds": time.monotonic() - began, "peak": peak, "disk": disk}))
 
 

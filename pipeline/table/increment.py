@@ -22,6 +22,7 @@ from pipeline.table.committed import (
     RELABELLED_DIR,
     Replaced,
     apply_relabelled,
+    count_parts,
     discard_leftovers,
     keep_rows,
     part_files,
@@ -250,7 +251,7 @@ def commit(
         )
     for part, ids in new.items():
         index.add(part, ids)
-    return Counts(summarise(storage, list(new))), replaced
+    return count_parts(storage, list(new)), replaced
 
 
 def record_counts(storage: Storage, table: Table, fresh: Counts, replaced: Replaced) -> TableRecord:

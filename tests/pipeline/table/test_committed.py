@@ -167,6 +167,7 @@ def test_a_part_that_cannot_be_reached_is_not_taken_for_damaged(
     def fail(*_arguments: object, **_settings: object) -> None:
         raise OSError("AWS Error NETWORK_CONNECTION during GetObject operation")
 
+    monkeypatch.setattr(pq, "ParquetFile", fail)
     monkeypatch.setattr(pq, "read_table", fail)
     monkeypatch.setattr(Storage, "read_bytes", fail)
     with pytest.raises(OSError, match="NETWORK"):
