@@ -21,7 +21,7 @@ from pipeline.table.labels import iter_rows
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-COUNT, PARTITION, ROUND, ROWS = 64, 16, 12, 7
+ROWS = 3
 
 
 def _command(images: Path, output: Path) -> list[object]:
@@ -37,15 +37,27 @@ def _rows(table: Path) -> dict[int, dict[str, object]]:
     return rows
 
 
+def _four_even_partitions(images: Path, listing: Path) -> int:
+    """List as many images of each quarter of the ids, wherever the folder is; returns their number."""
+    quarters: dict[int, list[str]] = {}
+    for row in build_manifest(images).to_pylist():
+        quarters.setdefault(row["id"] % 2**64 >> 62, []).append(row["uri"])
+    each = min(map(len, quarters.values()))
+    listing.write_text("\n".join(uri for uris in quarters.values() for uri in uris[:each]))
+    return each
+
+
 def test_rounds_give_the_rows_of_one_run_also_after_a_failure_between_them(
     maskmill_joined: Run, toy_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    images = tmp_path / "list.txt"
+    each = _four_even_partitions(toy_images, images)
     once = tmp_path / "once"
-    done = maskmill_joined(*_command(toy_images, once))
+    done = maskmill_joined(*_command(images, once))
     assert done.returncode == 0, done.stderr
 
-    monkeypatch.setattr(label, "build_corpus", functools.partial(build_corpus, most=PARTITION))
-    monkeypatch.setattr(label, "PARTITION", ROUND)
+    monkeypatch.setattr(label, "build_corpus", functools.partial(build_corpus, most=each))
+    monkeypatch.setattr(label, "PARTITION", each)
     monkeypatch.setattr(label, "ROUND_IMAGES", 0)
     monkeypatch.setattr(label, "rows_per_file", lambda _todo: ROWS)
     rounds: list[int] = []
@@ -63,25 +75,20 @@ def test_rounds_give_the_rows_of_one_run_also_after_a_failure_between_them(
     monkeypatch.setattr(flow, "run_labelling", counted)
     monkeypatch.setattr(label, "commit", failing)
     table = tmp_path / "table"
-    failed = maskmill_joined(*_command(toy_images, table))
+    failed = maskmill_joined(*_command(images, table))
     assert failed.returncode == 1 and "the power is gone" in failed.stderr
-    there = set(_rows(table))
-    assert len(rounds) == 2 and len(there) == sum(rounds) < COUNT and min(rounds) >= ROUND
+    assert rounds == [each, each] and len(_rows(table)) == 2 * each
     record = json.loads((table / "dataset.json").read_text())
-    assert record["counts"]["images"] == rounds[0]  # of the round that was committed
+    assert record["counts"]["images"] == each  # of the round that was committed
 
-    first = rounds.copy()
-    rounds.clear()
-    done = maskmill_joined(*_command(toy_images, table))
-    assert done.returncode == 0 and f"{COUNT - len(there):,} new of {COUNT}" in done.stderr, done.stderr
-    assert sum(rounds) == COUNT - len(there)
+    done = maskmill_joined(*_command(images, table))
+    assert done.returncode == 0 and f"{2 * each:,} new of {4 * each}" in done.stderr, done.stderr
+    assert rounds == [each] * 4
     assert _rows(table) == _rows(once)
-    assert set(_rows(table)) == set(build_manifest(toy_images)["id"].to_pylist())
+    assert set(_rows(table)) == set(build_manifest(images)["id"].to_pylist())
     record = json.loads((table / "dataset.json").read_text())
     expected = json.loads((once / "dataset.json").read_text())["counts"]
     assert record["counts"] == expected | {"mean_quality": pytest.approx(expected["mean_quality"])}
     # Of each round, all files but one have as many rows as was asked for.
     sizes = Counter(pq.read_metadata(path).num_rows for path in (table / "labels").iterdir())
-    assert sizes == Counter({ROWS: sum(count // ROWS for count in [*first, *rounds])}) + Counter(
-        count % ROWS for count in [*first, *rounds] if count % ROWS
-    )
+    assert sizes == +Counter({ROWS: 4 * (each // ROWS)}) + Counter([each % ROWS] * 4 if each % ROWS else [])
