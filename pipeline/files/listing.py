@@ -35,15 +35,21 @@ def list_below(storage: Storage, *, in_order: bool = False) -> Iterator[str]:
         return
     bucket, _, root = storage.root.partition("/")
     prefix = f"{root}/" if root else ""
+    found = False
     with storage_errors(storage.uri):
         pages = (
             (keys for keys, _ in _pages(storage, bucket, prefix))
             if in_order
             else _parallel(storage, bucket, prefix)
         )
-        for keys in pages:
-            # Consoles put an empty object "name/" in the place of a folder.
-            yield from (key[len(prefix) :] for key in keys if not key.endswith("/"))
+        try:
+            for keys in pages:
+                found = found or bool(keys)
+                # Consoles put an empty object "name/" in the place of a folder.
+                yield from (key[len(prefix) :] for key in keys if not key.endswith("/"))
+        except FileNotFoundError:  # there is no such bucket
+            if found:
+                raise
 
 
 def _pages(

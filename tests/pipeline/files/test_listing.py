@@ -49,6 +49,13 @@ def test_every_name_is_listed_once(store: Storage, in_order: bool) -> None:
         assert found == sorted(found)
 
 
+@pytest.mark.parametrize("in_order", [False, True])
+@pytest.mark.parametrize("place", ["s3://nowhere-at-all/a", "of another"])
+def test_where_nothing_is_nothing_is_listed(store: Storage, in_order: bool, place: str) -> None:
+    storage = open_storage(place) if place.startswith("s3") else store.child("nothing")
+    assert not list(list_below(storage, in_order=in_order))
+
+
 def test_who_has_enough_may_stop(store: Storage) -> None:
     assert len(set(itertools.islice(list_below(store), 3))) == 3
 
