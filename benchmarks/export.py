@@ -36,7 +36,7 @@ from pipeline.formats.names import Naming
 from pipeline.formats.registry import make_format
 from pipeline.formats.samples import Source, samples_of
 from pipeline.labelling.flow import USUAL_PART
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.table.committed import part_files, write_part
 from pipeline.table.labels import LABEL_SCHEMA, ok_row, summarise
 from pipeline.table.record import TableRecord, write_table_record

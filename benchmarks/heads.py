@@ -34,7 +34,7 @@ from models.clip.text import build_text_classifier
 from models.device import DTYPES, best_device, native_precision
 from models.maskclip import MaskClip
 from models.settings import MaskClipSettings
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.report.pictures import Pixels, colorize, contact_sheet
 from pipeline.toyworld.scenes import CLASSES, generate
 

@@ -25,7 +25,7 @@ from pipeline.files.storage import open_storage
 from pipeline.labelling.prepare import prepare_labeller
 from pipeline.labelling.recipes import RECIPES
 from pipeline.labelling.stages import Decode, Label, Write
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.table.labels import iter_rows
 from pipeline.table.lease import LEASE_FILE, Lease
 from pipeline.table.strips import read_strips

@@ -65,7 +65,7 @@ def measure(photos: list[Path], model: str, threads: int) -> None:
     from pipeline.files import images
     from pipeline.labelling.prepare import prepare_labeller
     from pipeline.labelling.recipes import load_recipe
-    from pipeline.ontology.ontology import parse_classes
+    from pipeline.ontology.reading import parse_classes
 
     recipe = load_recipe("maskclip", [f"model={model}", f"pretrained={PRETRAINED}"])
     # One template suffices: the words are embedded beforehand.

@@ -26,7 +26,7 @@ from pipeline.labelling.maskclip import MaskClipLabeller
 from pipeline.labelling.prepare import prepare_labeller
 from pipeline.labelling.recipes import RECIPES, change_recipe
 from pipeline.metrics.statistics import SegmentationStatistics, summarise
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.toyworld.scenes import generate
 
 REFINED = {"refine": "pamr", "refine_dilations": (1, 2, 4, 8)}

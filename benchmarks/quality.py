@@ -29,7 +29,8 @@ from pipeline.labelling.single import ImageLabeller, load_labeller
 from pipeline.metrics.confusion import confusion_matrix, mean_iou
 from pipeline.metrics.estimation import Estimate, regression_estimate, sample_estimate
 from pipeline.metrics.ranking import aurc, auroc, rank_correlation, rank_mean
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.table.statistics import quality, softmin
 from pipeline.toyworld.scenes import generate
 

@@ -162,7 +162,7 @@ def measure_step(step: str, folder: Path) -> None:
 
 
 def _record() -> TableRecord:
-    from pipeline.ontology.ontology import parse_classes
+    from pipeline.ontology.reading import parse_classes
 
     weights = {"model": "m", "pretrained": "p", "fingerprint": "f"}
     return TableRecord(ontology=parse_classes("cat"), recipe={}, weights=weights)

@@ -27,7 +27,7 @@ from jobs.train.maskclip_plus import train_student
 from jobs.train.run import TrainOptions
 from pipeline.labelling.prepare import prepare_labeller
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe, table_recipe
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.report.pictures import Pixels, colorize, contact_sheet
 from pipeline.table.record import read_table_record
 from pipeline.tracking.tracker import OFF

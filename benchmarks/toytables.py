@@ -13,7 +13,7 @@ from models.clip.weights import find_weights
 from pipeline.corpus.manifest import stable_id
 from pipeline.files.storage import open_storage
 from pipeline.labelling.single import load_labeller
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.table.committed import write_part
 from pipeline.table.labels import LABEL_SCHEMA, ok_row, summarise
 from pipeline.table.record import TableRecord, write_table_record

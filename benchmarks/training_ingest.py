@@ -33,7 +33,7 @@ from benchmarks.label_job import processor, versions
 from pipeline.cluster.session import ray_session
 from pipeline.files.images import use_one_thread
 from pipeline.files.storage import open_storage
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.table.labels import LABEL_SCHEMA, ok_row
 from pipeline.table.record import TableRecord, read_table_record, write_table_record
 from pipeline.toyworld import scenes as toyworld

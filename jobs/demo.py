@@ -27,7 +27,7 @@ from pipeline.evaluation.results import EvaluationResult, read_results
 from pipeline.files.outputs import check_output_folder
 from pipeline.labelling.recipes import RECIPES, LabelRecipe
 from pipeline.metrics.names import percent
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.report.student_page import write_student_page
 from pipeline.report.training_page import PAGE, SHEET, Score
 from pipeline.retraining.config import EXAMPLE_FILE, Retraining, read_config

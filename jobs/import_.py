@@ -31,7 +31,7 @@ from pipeline.files.storage import Storage, open_storage
 from pipeline.files.versions import versions
 from pipeline.formats.base import Imported
 from pipeline.formats.registry import find_reader, readable
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.table.committed import LABELS_DIR, RELABELLED_DIR, Replaced, part_files, settle
 from pipeline.table.corrections import CORRECTIONS_DIR
 from pipeline.table.increment import Table, open_table, record_counts

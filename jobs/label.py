@@ -51,7 +51,8 @@ from pipeline.files.storage import Storage, is_remote, open_storage
 from pipeline.files.versions import versions
 from pipeline.labelling.file_rows import rows_per_file
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe, templates_for
-from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology, parse_classes
 from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, RELABELLED_DIR, Replaced
 from pipeline.table.increment import (
     Choice,

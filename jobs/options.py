@@ -230,9 +230,9 @@ class ViewOptions:
 
         Raises:
             MaskMillError: ``wrong_use`` for an option of another form; as
-                ``pipeline.table.views.read_view`` and ``pipeline.ontology.ontology.load_ontology``.
+                ``pipeline.table.views.read_view`` and ``pipeline.ontology.reading.load_ontology``.
         """
-        from pipeline.ontology.ontology import load_ontology
+        from pipeline.ontology.reading import load_ontology
         from pipeline.table.views import View, read_view
 
         view = View() if self.view is None else read_view(self.view, table)

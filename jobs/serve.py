@@ -18,7 +18,8 @@ from jobs.options import Flag, Maybe, Repeated
 from models.errors import WrongUse, did_you_mean
 from pipeline.labelling.clipseg.model import THRESHOLD, ClipSegWeights
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, load_recipe
-from pipeline.ontology.ontology import Ontology, default_background, load_ontology
+from pipeline.ontology.ontology import Ontology, default_background
+from pipeline.ontology.reading import load_ontology
 from pipeline.serving.limits import Limits, is_loopback
 from pipeline.serving.registry import Entry, ModelInfo, ModelRegistry
 from pipeline.trained.clipseg import is_trained

@@ -18,7 +18,8 @@ from pipeline.corpus.manifest import build_manifest
 from pipeline.evaluation.classes import match_classes, read_mapping
 from pipeline.files.recipes import RecipeBook
 from pipeline.labelling.recipes import LABEL_RECIPES
-from pipeline.ontology.ontology import Ontology, builtin_ontologies, load_ontology, parse_classes
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import builtin_ontologies, load_ontology, parse_classes
 from pipeline.table.views import parse_view, read_view
 from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES
 from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES

@@ -17,7 +17,7 @@ from benchmarks.training_ingest import make_table
 from models.device import DTYPES
 from models.settings import ClipSegConfig, StudentConfig
 from models.student.deeplab import DeepLab
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES, PromptModel
 from pipeline.training.clipseg.sources.table import open_table_source
 from pipeline.training.clipseg.task import ClipSegTask, build_model

@@ -47,7 +47,8 @@ from pipeline.files.status import StatusFile
 from pipeline.files.storage import open_storage
 from pipeline.labelling.prepare import require_weights
 from pipeline.labelling.recipes import LabelRecipe, table_recipe
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.report.results_page import write_report
 from pipeline.table.corrections import open_corrections
 from pipeline.table.record import read_table_record

@@ -30,7 +30,8 @@ from pipeline.datasets.pairs import open_pairs
 from pipeline.datasets.registry import open_dataset
 from pipeline.files.storage import open_storage
 from pipeline.files.versions import versions
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.report.clipseg_page import write_clipseg_page
 from pipeline.report.training_page import PAGE, SHEET
 from pipeline.table.corrections import open_corrections

@@ -42,7 +42,8 @@ from pipeline.files.storage import open_storage
 from pipeline.files.versions import versions
 from pipeline.labelling.prepare import embed_names
 from pipeline.labelling.recipes import LabelRecipe, recipe_from_dict, table_recipe
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.ontology.united import unite
 from pipeline.report.student_page import student_commands, write_student_page
 from pipeline.report.training_page import PAGE, SHEET

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.datasets.base import MaskDataset, Source, list_files
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 
 SOURCE = Source(
     "ADE20K, scene parsing benchmark",

@@ -26,7 +26,8 @@ from pipeline.files.fetch import fetch
 from pipeline.files.images import ImageError, decode
 from pipeline.files.storage import Storage, open_storage
 from pipeline.formats.masks import MAX_SHOWN, Labels, read_mask, relabel, shown, unreadable
-from pipeline.ontology.ontology import Ontology, builtin_ontologies, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import builtin_ontologies, load_ontology
 
 _Dataset = TypeVar("_Dataset", bound="Dataset")
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from pipeline.datasets.base import MaskDataset, Source, list_files
 from pipeline.formats.masks import identity_ids
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 
 #: The evaluated label ids, in the order of their train ids 0..18.
 LABEL_IDS: Final = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)

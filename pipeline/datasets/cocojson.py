@@ -30,7 +30,8 @@ from pipeline.datasets.cocofile import CocoCategory, CocoImage, invalid, read_co
 from pipeline.files.documents import read_document
 from pipeline.files.storage import Storage, open_storage
 from pipeline.formats.segmentation import draw_instances
-from pipeline.ontology.ontology import BACKGROUND, Ontology, load_ontology
+from pipeline.ontology.ontology import BACKGROUND, Ontology
+from pipeline.ontology.reading import load_ontology
 
 SOURCE = Source(
     "COCO JSON",

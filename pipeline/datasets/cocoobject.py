@@ -8,7 +8,8 @@ from pipeline.datasets.base import Dataset, MaskDataset, Source
 from pipeline.datasets.cocojson import open_coco_json
 from pipeline.datasets.cocostuff import RAW_IDS, list_maps, open_coco_images
 from pipeline.formats.masks import identity_ids
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology
 
 NAME = "cocoobject81"
 THINGS = 80

@@ -9,7 +9,7 @@ from typing import Final
 from pipeline.datasets.base import MaskDataset, Source, list_files
 from pipeline.files.storage import Storage
 from pipeline.formats.masks import identity_ids
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 
 #: COCO category ids that no released annotation uses.
 _UNUSED: Final = frozenset({12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91})

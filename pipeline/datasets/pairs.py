@@ -19,7 +19,8 @@ from pipeline.datasets.base import (
 )
 from pipeline.files.storage import Storage, open_storage
 from pipeline.formats.masks import identity_ids
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology
 
 SOURCE = Source(
     "Image and mask pairs",

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from models.errors import WrongUse
 from pipeline.datasets.base import Dataset, Labels, Sample, Source
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.toyworld import scenes as toyworld
 
 SOURCE = Source(

@@ -9,7 +9,7 @@ from typing import Literal
 from pipeline.datasets.base import MaskDataset, Source, list_files, read_list
 from pipeline.files.storage import Storage
 from pipeline.formats.masks import identity_ids
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 
 SOURCE = Source(
     "PASCAL VOC 2012",

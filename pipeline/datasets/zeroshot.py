@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from models.errors import WrongUse, did_you_mean
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from pipeline.formats.labelmap import VOID, to_indices
 from pipeline.formats.masks import read_mask, relabel
 from pipeline.formats.names import suffix_of
 from pipeline.formats.pictures import as_png, painted_png
-from pipeline.ontology.ontology import MAX_CLASSES_8BIT, Ontology, load_ontology
+from pipeline.ontology.ontology import MAX_CLASSES_8BIT, Ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.table.labels import encode_mask
 from pipeline.table.statistics import Labels
 

@@ -30,7 +30,8 @@ from pipeline.formats.labelmap import (
     write_labelmap,
 )
 from pipeline.formats.pictures import Colors, as_jpeg, palette_png
-from pipeline.ontology.ontology import MAX_CLASSES_8BIT, Ontology, load_ontology
+from pipeline.ontology.ontology import MAX_CLASSES_8BIT, Ontology
+from pipeline.ontology.reading import load_ontology
 
 TRAINVAL = "trainval"
 

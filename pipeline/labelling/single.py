@@ -29,7 +29,8 @@ from pipeline.labelling.recipes import (
     parse_settings,
     templates_for,
 )
-from pipeline.ontology.ontology import Ontology, parse_classes
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import parse_classes
 from pipeline.trained.clipseg import is_trained
 from pipeline.trained.student import is_student
 
@@ -95,7 +96,7 @@ def load_labeller(
         model: a recipe (``maskclip``, ``toy``, …; ``maskmill recipes`` lists them, or a YAML file), or the
             folder of a student or of a trained CLIPSeg.
         classes: names, as a list or separated by commas, or an ontology
-            (``pipeline.ontology.ontology.load_ontology``). None takes the classes of a student.
+            (``pipeline.ontology.reading.load_ontology``). None takes the classes of a student.
         settings: changes of the recipe, ``"head=value"``, as ``--set`` of ``maskmill label``.
         background: whether what belongs to none of the named classes becomes class 0, ``background``; an
             ontology says it itself.

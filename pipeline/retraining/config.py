@@ -30,7 +30,8 @@ from pipeline.files.recipes import Recipe
 from pipeline.files.redaction import redact
 from pipeline.files.storage import is_remote, open_storage, placed_beside, refuse_secrets
 from pipeline.labelling.recipes import LABEL_RECIPES, LabelRecipe, templates_for
-from pipeline.ontology.ontology import Ontology, builtin_ontologies, load_ontology, parse_classes
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import builtin_ontologies, load_ontology, parse_classes
 from pipeline.retraining.gate import GatePolicy
 from pipeline.retraining.webhook import webhook_url
 from pipeline.tracking.destination import DEFAULT_URI, URI_VARIABLE, resolve_uri

@@ -13,7 +13,7 @@ from jobs import label
 from models.errors import MaskMillError
 from pipeline.files.storage import open_storage
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
-from pipeline.ontology.ontology import parse_classes
+from pipeline.ontology.reading import parse_classes
 from pipeline.table.record import TableRecord
 
 CLASSES = parse_classes("cat, dog")

@@ -18,7 +18,7 @@ from pipeline.corpus.manifest import stable_id
 from pipeline.evaluation.results import IMAGES_FILE
 from pipeline.files.storage import open_storage
 from pipeline.labelling.recipes import RECIPES
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.table.labels import OK, iter_rows
 from pipeline.table.record import read_table_record, write_table_record
 from pipeline.table.splits import SPLIT_FILE, choose, find_split

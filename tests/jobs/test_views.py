@@ -23,7 +23,8 @@ from pipeline.evaluation.classes import match_classes, matched
 from pipeline.evaluation.tables import evaluate_table
 from pipeline.files.storage import canonical_uri, open_storage
 from pipeline.labelling.recipes import RECIPES
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.table.labels import LABEL_SCHEMA, ok_row
 from pipeline.table.record import TableRecord, write_table_record
 from pipeline.table.views import View

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from tests.pipeline.formats.tables import toy_table
 from tests.pipeline.retraining.outputs import new_output
 

@@ -28,7 +28,8 @@ from pipeline.labelling.maskclip import MaskClipLabeller
 from pipeline.labelling.prepare import prepare_labeller
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
 from pipeline.metrics.statistics import SegmentationStatistics, summarise
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.toyworld import phrases as toyphrases
 from pipeline.toyworld.scenes import ToySet, generate
 

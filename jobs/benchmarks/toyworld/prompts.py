@@ -41,7 +41,7 @@ from pipeline.metrics.foreground import (
     mean_iou,
 )
 from pipeline.metrics.ratios import mean_of_defined, ratio
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.toyworld.scenes import CLASSES, THINGS, VISIBLE_SHARE
 from pipeline.tracking.tracker import OFF
 from pipeline.trained.clipseg import load_trained

@@ -27,7 +27,7 @@ from pipeline.labelling.labeller import Labeller
 from pipeline.labelling.prepare import prepare_labeller
 from pipeline.labelling.recipes import RECIPES
 from pipeline.metrics.statistics import SegmentationStatistics, summarise
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.toyworld import scenes as toyworld
 from pipeline.tracking.tracker import OFF
 from pipeline.trained.student import load_student, read_student_record

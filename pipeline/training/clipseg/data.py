@@ -19,7 +19,8 @@ from pipeline.datasets.oneshot import BENCHMARKS
 from pipeline.datasets.phrasecut import PhraseCutDataset
 from pipeline.datasets.toy import ToyDataset
 from pipeline.datasets.zeroshot import SPLITS
-from pipeline.ontology.ontology import BACKGROUND, Ontology, load_ontology
+from pipeline.ontology.ontology import BACKGROUND, Ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.table.splits import Chosen
 from pipeline.table.views import TableView
 from pipeline.training.clipseg.sources.base import TripletSource

@@ -19,7 +19,7 @@ from pipeline.datasets.cityscapes import LABEL_IDS
 from pipeline.datasets.cocostuff import RAW_IDS
 from pipeline.datasets.registry import DATASETS, open_dataset
 from pipeline.files.storage import Storage
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from tests.pipeline.datasets.conftest import Write, photo, png
 
 JPG = photo(2, 3)

@@ -16,7 +16,7 @@ from pipeline.datasets.protocols import PROTOCOLS, Protocol, check_comparable, g
 from pipeline.datasets.registry import DATASETS, open_dataset
 from pipeline.datasets.zeroshot import SPLITS, zero_shot_split
 from pipeline.labelling.recipes import RECIPES, change_recipe, templates_for
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.toyworld import scenes as toyworld
 
 EVERY = [protocol for both in PROTOCOLS.values() for protocol in both.values()]

@@ -10,7 +10,8 @@ from PIL import Image
 from models.errors import MaskMillError
 from pipeline.datasets.pairs import open_pairs
 from pipeline.evaluation.classes import NO_CLASS, ClassMatch, match_classes, matched, read_mapping
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology
 
 TRUTH = Ontology.from_dict(
     {

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from models.errors import MaskMillError
 from pipeline.evaluation import published
 from pipeline.evaluation.published import Figure, PublishedTable, load_published, lookup, names
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 
 PROTOCOLS = {"maskclip": "seed", "unified": "unified", "clipseg": "clipseg"}
 FIGURES = [figure for name in names() for figure in load_published(name).figures()]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.corpus.manifest import stable_id
 from pipeline.files.storage import Storage, open_storage
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.table.committed import write_part
 from pipeline.table.labels import LABEL_SCHEMA, failed_row, ok_row, summarise
 from pipeline.table.record import TableRecord, write_table_record

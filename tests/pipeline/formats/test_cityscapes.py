@@ -15,7 +15,8 @@ from pipeline.datasets.cityscapes import open_cityscapes
 from pipeline.files.storage import open_storage
 from pipeline.formats.base import Loss, Sample
 from pipeline.formats.cityscapes import CITYSCAPES, Cityscapes, read_cityscapes
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology
 from tests.pipeline.formats.drawn import check_same, contents, datasets, export, picture
 
 

@@ -16,7 +16,8 @@ from models.errors import MaskMillError
 from pipeline.files.storage import open_storage
 from pipeline.formats.base import Loss, Sample
 from pipeline.formats.voc import Voc, read_voc
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology
 from tests.pipeline.formats.drawn import check_same, contents, datasets, export, picture
 from tests.pipeline.formats.readers import run_reader
 

@@ -14,7 +14,7 @@ from models.errors import MaskMillError
 from pipeline.labelling.calibrating import calibrated, count_scores, plain_scores
 from pipeline.labelling.prepare import prepare_labeller
 from pipeline.labelling.recipes import RECIPES, change_recipe, table_recipe
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.table.record import read_table_record
 from pipeline.toyworld.scenes import generate
 

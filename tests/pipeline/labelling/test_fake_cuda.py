@@ -20,7 +20,8 @@ from pipeline.labelling.clipseg.pictures import Picture
 from pipeline.labelling.clipseg.prompting import Finder
 from pipeline.labelling.prepare import prepare_labeller, student_recipe
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.toyworld.scenes import generate
 from tests.fake_cuda import CUDA, FakeGpu, fake_cuda
 

@@ -20,7 +20,8 @@ from pipeline.labelling.clipseg.options import ClipSegOptions
 from pipeline.labelling.labeller import Labeller, PreparedLabeller
 from pipeline.labelling.prepare import prepare_labeller, student_recipe
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe, table_view
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.table.record import TableRecord
 from pipeline.table.statistics import agreement, segments
 from pipeline.table.views import View

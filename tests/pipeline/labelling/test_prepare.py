@@ -27,7 +27,8 @@ from pipeline.labelling.maskclip import MaskClipLabeller
 from pipeline.labelling.prepare import clipseg_recipe, prepare_labeller, student_recipe
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
 from pipeline.labelling.student import StudentLabeller
-from pipeline.ontology.ontology import Ontology, load_ontology, parse_classes
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology, parse_classes
 from pipeline.toyworld.scenes import generate
 from pipeline.trained.clipseg import write_clipseg_folder
 from pipeline.trained.student import read_student_record

@@ -13,7 +13,7 @@ from pipeline.files.images import ImageError
 from pipeline.labelling.prepare import prepare_labeller
 from pipeline.labelling.recipes import RECIPES
 from pipeline.labelling.single import load_labeller
-from pipeline.ontology.ontology import load_ontology, parse_classes
+from pipeline.ontology.reading import load_ontology, parse_classes
 from pipeline.toyworld.scenes import generate
 
 TOYWORLD = load_ontology("toyworld")

@@ -12,7 +12,7 @@ from models.clip.text import TextClassifier
 from models.errors import MaskMillError
 from pipeline.labelling.labeller import LabellerSettings
 from pipeline.labelling.student import StudentLabeller
-from pipeline.ontology.ontology import load_ontology, parse_classes
+from pipeline.ontology.reading import load_ontology, parse_classes
 from pipeline.toyworld.scenes import generate
 from pipeline.trained.student import load_student, read_student_record
 from tests.pipeline.trained.test_student import toy_text

@@ -26,7 +26,7 @@ from pipeline.memory import build as building
 from pipeline.memory.index import import_faiss, load_memory
 from pipeline.memory.parts import part_file, read_part
 from pipeline.memory.record import MemoryRecord, read_memory_record
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.table.committed import write_part
 from pipeline.table.labels import LABEL_SCHEMA, failed_row, ok_row
 from pipeline.table.record import TableRecord, write_table_record

@@ -16,16 +16,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from models.errors import MaskMillError
-from pipeline.ontology.ontology import (
-    MAX_CLASSES,
-    ClassEntry,
-    Ontology,
-    builtin_ontologies,
-    default_background,
-    load_ontology,
-    parse_classes,
-)
+from pipeline.ontology.ontology import MAX_CLASSES, ClassEntry, Ontology, default_background
 from pipeline.ontology.palette import BACKGROUND_GREY, palette, perceived
+from pipeline.ontology.reading import builtin_ontologies, load_ontology, parse_classes
 
 BUILTINS = {
     "voc20": (20, "airplane", "tv monitor"),

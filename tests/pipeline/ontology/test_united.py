@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.ontology.ontology import Ontology, builtin_ontologies, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import builtin_ontologies, load_ontology
 from pipeline.ontology.united import unite
 
 

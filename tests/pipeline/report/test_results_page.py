@@ -23,7 +23,7 @@ from PIL import Image
 
 from models.errors import MaskMillError
 from pipeline.evaluation.results import EvaluationResult, read_results
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.report import comparison
 from pipeline.report.results_page import MARK, difference, number, write_report
 from pipeline.toyworld import scenes as toyworld

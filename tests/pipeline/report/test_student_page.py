@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.files.images import ImageSettings
-from pipeline.ontology.ontology import parse_classes
+from pipeline.ontology.reading import parse_classes
 from pipeline.report.student_page import Example, student_page, student_sheet
 from pipeline.report.training_page import Score, write_training_page
 from pipeline.trained.student import StudentRecord

@@ -16,7 +16,7 @@ from models.errors import MaskMillError
 from pipeline.corpus.manifest import ADDRESS, build_manifest, stable_id
 from pipeline.datasets.pairs import open_pairs
 from pipeline.files.storage import open_storage
-from pipeline.ontology.ontology import parse_classes
+from pipeline.ontology.reading import parse_classes
 from pipeline.retraining.config import When
 from pipeline.retraining.intake import (
     HELD_FILE,

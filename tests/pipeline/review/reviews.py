@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.corpus.manifest import stable_id
 from pipeline.files.storage import open_storage
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.review.queue import Entry, Queue, Reason
 from pipeline.table.committed import write_part
 from pipeline.table.corrections import CORRECTIONS_DIR

@@ -17,7 +17,7 @@ from pipeline.files.images import fit
 from pipeline.labelling.clipseg.pictures import Picture
 from pipeline.labelling.prepare import prepare_labeller, student_recipe
 from pipeline.labelling.recipes import load_recipe
-from pipeline.ontology.ontology import load_ontology, parse_classes
+from pipeline.ontology.reading import load_ontology, parse_classes
 from pipeline.serving.registry import HeatAnswer, ImagePrompt, LabelAnswer, TextPrompt, unclaimed
 from pipeline.toyworld import scenes as toyworld
 from tests.pipeline.trained.test_student import toy_student

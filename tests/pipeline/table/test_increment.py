@@ -18,7 +18,7 @@ from models.errors import MaskMillError
 from pipeline.corpus.corpus import Corpus
 from pipeline.corpus.manifest import build_corpus, build_manifest, read_corpus, stable_id, write_manifest
 from pipeline.files.storage import Storage, open_storage
-from pipeline.ontology.ontology import parse_classes
+from pipeline.ontology.reading import parse_classes
 from pipeline.table.committed import (
     LABELS_DIR,
     RELABELLED_DIR,

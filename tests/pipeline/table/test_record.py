@@ -11,7 +11,7 @@ import pytest
 from models.errors import MaskMillError
 from pipeline.files.storage import open_storage
 from pipeline.labelling.recipes import RECIPES, table_recipe
-from pipeline.ontology.ontology import parse_classes
+from pipeline.ontology.reading import parse_classes
 from pipeline.table.record import TableRecord, find_table_record, read_table_record, write_table_record
 
 PETS = parse_classes("cat, dog", name="pets")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-from pipeline.ontology.ontology import parse_classes
+from pipeline.ontology.reading import parse_classes
 from pipeline.table.record import TableRecord
 from pipeline.tracking.names import (
     MAX_NAME,

@@ -14,7 +14,7 @@ import torch
 from jobs.export import OF_STUDENTS
 from models.errors import MaskMillError
 from models.student.deeplab import DeepLab
-from pipeline.ontology.ontology import parse_classes
+from pipeline.ontology.reading import parse_classes
 from pipeline.trained.export import EXPORTERS, OPSET, SMALLEST, to_onnx, write_checked
 from pipeline.trained.student import load_student, read_student_record
 from tests.pipeline.trained.test_student import toy_student

@@ -19,7 +19,8 @@ from models.settings import StudentConfig
 from models.student.deeplab import DeepLab
 from pipeline.files.images import ImageSettings
 from pipeline.files.storage import Storage
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.toyworld.scenes import generate
 from pipeline.trained.record import read_trained_weights
 from pipeline.trained.student import (

@@ -13,7 +13,7 @@ from models.labelmap import label_map
 from models.maskclip import MaskClip
 from models.settings import MaskClipSettings
 from pipeline.files.corruptions import corrupt
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.toyworld.scenes import CLASSES
 
 SEEDS, SCENES = (11, 12), 4

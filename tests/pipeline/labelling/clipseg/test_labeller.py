@@ -34,7 +34,8 @@ from pipeline.labelling.clipseg.prompting import (
 )
 from pipeline.labelling.prepare import prepare_labeller
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.toyworld.scenes import generate
 
 TOY = "toyclip:bundled"

@@ -14,7 +14,7 @@ from models.settings import ClipSegConfig
 from pipeline.datasets.cocoobject import coco_object_ontology
 from pipeline.datasets.oneshot import BENCHMARKS
 from pipeline.datasets.toy import open_toyworld
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.toyworld.scenes import CLASSES
 from pipeline.training.clipseg.data import SourceSettings, open_source, seen_ids, unseen_names, unseen_phrases
 from pipeline.training.clipseg.recipes import ABLATIONS, CLIPSEG_RECIPES

@@ -25,7 +25,7 @@ from PIL import Image
 
 from models.errors import MaskMillError
 from pipeline.files.storage import open_storage
-from pipeline.ontology.ontology import load_ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.table.labels import LABEL_SCHEMA, ok_row
 from pipeline.table.record import TableRecord, write_table_record
 from pipeline.toyworld import scenes as toyworld

@@ -22,7 +22,8 @@ from models.errors import MaskMillError
 from pipeline.corpus.manifest import build_manifest, write_manifest
 from pipeline.datasets.toy import open_toyworld
 from pipeline.files.storage import Storage, open_storage
-from pipeline.ontology.ontology import Ontology, load_ontology
+from pipeline.ontology.ontology import Ontology
+from pipeline.ontology.reading import load_ontology
 from pipeline.table.labels import LABEL_SCHEMA, failed_row, ok_row
 from pipeline.table.record import TableRecord, write_table_record
 from pipeline.table.views import View
