@@ -125,7 +125,9 @@ class LabelDisplay:
         self._line(text)
 
     def _line(self, text: str) -> None:
-        self._console.print(f"{time.strftime('%H:%M:%S')} {text}", highlight=False, soft_wrap=True)
+        self._console.print(
+            f"{time.strftime('%H:%M:%S')} {text}", highlight=False, markup=False, soft_wrap=True
+        )
 
 
 class TrainDisplay:
@@ -196,7 +198,7 @@ class TrainDisplay:
 
     def _line(self, text: str) -> None:
         stamp = "" if self._bar is not None else f"{time.strftime('%H:%M:%S')} "
-        self._console.print(f"{stamp}{text}", highlight=False, soft_wrap=True)
+        self._console.print(f"{stamp}{text}", highlight=False, markup=False, soft_wrap=True)
 
     def update(self, line: Mapping[str, Any]) -> None:
         """Show a record of ``metrics.jsonl``; in a log at most every ``LOG_EVERY_S`` seconds."""

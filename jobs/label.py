@@ -34,7 +34,7 @@ from jobs.options import (
 from models.errors import FailedWork, WrongUse
 from pipeline.cluster.disks import Landmarks, require_shared
 from pipeline.cluster.metrics import LabellingMetrics
-from pipeline.cluster.nodes import live_nodes, plan_like, plan_when_joined
+from pipeline.cluster.nodes import live_nodes
 from pipeline.cluster.session import joins_cluster, make_variables, ray_session, worker_precision
 from pipeline.cluster.signals import signals_held
 from pipeline.corpus.corpus import ADDRESS, Corpus
@@ -49,21 +49,11 @@ from pipeline.files.redaction import without_signature
 from pipeline.files.status import StatusFile, settle_status
 from pipeline.files.storage import Storage, is_remote, open_storage
 from pipeline.files.versions import versions
-from pipeline.labelling.file_rows import rows_per_file
 from pipeline.labelling.recipes import LabelRecipe, change_recipe, table_recipe, templates_for
 from pipeline.ontology.ontology import Ontology
 from pipeline.ontology.reading import load_ontology, parse_classes
 from pipeline.table.committed import CHECKPOINT_DIR, LABELS_DIR, RELABELLED_DIR, Replaced
-from pipeline.table.increment import (
-    Choice,
-    Table,
-    Work,
-    choose,
-    commit,
-    open_table,
-    record_counts,
-    unfinished,
-)
+from pipeline.table.increment import Choice, Table, choose, open_table, record_counts
 from pipeline.table.labels import DATASET_FILE, OK, Counts
 from pipeline.table.lease import Lease, refuse_other_holder
 from pipeline.table.record import TableRecord, find_table_record, write_table_record
@@ -76,11 +66,10 @@ if TYPE_CHECKING:
     from pipeline.cluster.progress import Progress
     from pipeline.cluster.resources import Compute
     from pipeline.labelling.labeller import PreparedLabeller
+    from pipeline.labelling.rounds import Rounds
 
 OWN_ENTRIES = (DATASET_FILE, LABELS_DIR, RELABELLED_DIR, CHECKPOINT_DIR, "manifest")
 """What a run writes to its output and ``overwrite`` may delete; older versions also wrote the last two."""
-ROUND_IMAGES = 32_768
-"""Images of a round for each that is labelled at the same time: workers take their time to start."""
 PACKAGES = (
     "maskmill",
     "torch",
@@ -293,8 +282,8 @@ def label_images(
                     estimate = Estimate(choice.count, display.say, nodes)
                     report = _reporting(display, tracker, status, metrics, estimate)
                     score = recorded.quality if recorded else "classes"
-                    rounds = Rounds(job, storage, lease, table, score, fence, say)
-                    progress = rounds.label(choice, prepared, compute, display, report)
+                    rounds = _rounds(job, corpus, storage, lease.run_id, table, score, fence, display.say)
+                    progress = rounds.label(choice, prepared, compute, report)
                     startup_s += progress.first_s or 0.0
                     display.stage("stopping Ray")
                 with timed(console, "counting what is new", status):
@@ -529,100 +518,31 @@ def _workers(compute: Compute) -> str:
     return f"{compute.actors} CLIP worker(s) on {'GPU' if compute.gpus else 'CPU'}{at_once}"
 
 
-class Rounds:
-    """The rounds of a run: each labels some partitions of the corpus, with the nodes that are there then.
-
-    Attributes:
-        outcome: images by status, of the rounds that are committed.
-        kept: new rows that were not taken, by status; see ``Replaced``.
-    """
-
-    def __init__(
-        self,
-        job: LabelJob,
-        storage: Storage,
-        lease: Lease,
-        table: Table,
-        score: QualityScore,
-        fence: Callable[[], None],
-        say: Callable[[str], None],
-    ) -> None:
-        self.outcome: Counter[str] = Counter()
-        self.kept: Counter[str] = Counter()
-        self._job, self._storage, self._lease, self._table = job, storage, lease, table
-        self._score, self._fence, self._say = score, fence, say
-        self._work: Work | None = None
-
-    def label(
-        self,
-        choice: Choice,
-        prepared: PreparedLabeller,
-        compute: Compute,
-        display: LabelDisplay,
-        report: Callable[[Progress], None],
-    ) -> Progress:
-        """Label all rounds, and commit all but the last."""
-        with signals_held():
-            from pipeline.labelling.flow import NOTHING
-        progress, began = NOTHING, time.monotonic()
-        large = choice.count >= PARTITION
-        for work in choice.rounds(max(PARTITION, ROUND_IMAGES * compute.actors * compute.calls)):
-            if self._work is not None:
-                self.commit()
-                if joins_cluster(self._job.address):
-                    compute = plan_when_joined(plan_like(compute), display.say)
-            self._work = work
-            progress = self._round(work, prepared, compute, display, report, progress, began, large)
-        return progress
-
-    def commit(self) -> TableRecord:
-        """Put in place and count what the round has added, and write the record of the table."""
-        assert self._work is not None
-        fresh, replaced = commit(self._storage, self._work.todo, self._table, self._fence, self._say)
-        self.outcome.update(Counter(fresh.status) + Counter(replaced.added.status) + replaced.kept)
-        self.kept.update(replaced.kept)
-        return record_counts(self._storage, self._table, fresh, replaced)
-
-    def _round(
-        self,
-        work: Work,
-        prepared: PreparedLabeller,
-        compute: Compute,
-        display: LabelDisplay,
-        report: Callable[[Progress], None],
-        so_far: Progress,
-        began: float,
-        large: bool,
-    ) -> Progress:
-        with signals_held():
-            from pipeline.labelling.flow import Replanning, run_labelling
-            from pipeline.labelling.stages import Write
-        job = self._job
-        return run_labelling(
-            work.todo,
-            make_labeller=prepared.build,
-            image_settings=job.recipe.images,
-            write=Write(
-                self._storage,
-                self._lease.run_id,
-                ignore_index=job.ontology.ignore_index,
-                num_classes=job.ontology.num_classes,
-                score=self._score,
-                replacing=work.replacing,
-            ),
-            compute=compute,
-            report=report,
-            replanning=Replanning(
-                plan=lambda before: plan_when_joined(plan_like(before), display.say),
-                unfinished=lambda manifest: unfinished(manifest, self._storage, self._table),
-                notice=display.say,
-            )
-            if joins_cluster(job.address)
-            else None,
-            so_far=so_far,
-            began=began,
-            file_rows=rows_per_file(work.todo) if large else None,
-        )
+def _rounds(
+    job: LabelJob,
+    corpus: Corpus,
+    storage: Storage,
+    run_id: str,
+    table: Table,
+    score: QualityScore,
+    fence: Callable[[], None],
+    say: Callable[[str], None],
+) -> Rounds:
+    with signals_held():
+        from pipeline.labelling.rounds import Rounds
+    return Rounds(
+        storage=storage,
+        run_id=run_id,
+        table=table,
+        recipe=job.recipe,
+        ontology=job.ontology,
+        score=score,
+        # By what the table will hold: a run may have little left to do of much.
+        large=corpus.num_rows >= PARTITION,
+        joined=joins_cluster(job.address),
+        fence=fence,
+        notice=say,
+    )
 
 
 def _busy(progress: Progress, compute: Compute) -> float:

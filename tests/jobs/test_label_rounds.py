@@ -15,7 +15,7 @@ import pytest
 
 from jobs import label
 from pipeline.corpus.manifest import build_corpus, build_manifest
-from pipeline.labelling import flow
+from pipeline.labelling import rounds
 from pipeline.table.labels import iter_rows
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -57,14 +57,15 @@ def test_rounds_give_the_rows_of_one_run_also_after_a_failure_between_them(
     assert done.returncode == 0, done.stderr
 
     monkeypatch.setattr(label, "build_corpus", functools.partial(build_corpus, most=each))
-    monkeypatch.setattr(label, "PARTITION", each)
-    monkeypatch.setattr(label, "ROUND_IMAGES", 0)
-    monkeypatch.setattr(label, "rows_per_file", lambda _todo: ROWS)
-    rounds: list[int] = []
-    run, commit, commits = flow.run_labelling, label.commit, itertools.count()
+    monkeypatch.setattr(label, "PARTITION", 4 * each)
+    monkeypatch.setattr(rounds, "PARTITION", each)
+    monkeypatch.setattr(rounds, "ROUND_IMAGES", 0)
+    monkeypatch.setattr(rounds, "rows_per_file", lambda _todo: ROWS)
+    labelled: list[int] = []
+    run, commit, commits = rounds.run_labelling, rounds.commit, itertools.count()
 
     def counted(todo: object, **more: object) -> object:
-        rounds.append(todo.num_rows)  # type: ignore[attr-defined]
+        labelled.append(todo.num_rows)  # type: ignore[attr-defined]
         return run(todo, **more)  # type: ignore[arg-type]
 
     def failing(*given: object) -> object:
@@ -72,23 +73,23 @@ def test_rounds_give_the_rows_of_one_run_also_after_a_failure_between_them(
             raise RuntimeError("the power is gone")
         return commit(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(flow, "run_labelling", counted)
-    monkeypatch.setattr(label, "commit", failing)
+    monkeypatch.setattr(rounds, "run_labelling", counted)
+    monkeypatch.setattr(rounds, "commit", failing)
     table = tmp_path / "table"
     failed = maskmill_joined(*_command(images, table))
     assert failed.returncode == 1 and "the power is gone" in failed.stderr
-    assert rounds == [each, each] and len(_rows(table)) == 2 * each
+    assert labelled == [each, each] and len(_rows(table)) == 2 * each
     record = json.loads((table / "dataset.json").read_text())
     assert record["counts"]["images"] == each  # of the round that was committed
 
     done = maskmill_joined(*_command(images, table))
     assert done.returncode == 0 and f"{2 * each:,} new of {4 * each}" in done.stderr, done.stderr
-    assert rounds == [each] * 4
+    assert labelled == [each] * 4
     assert _rows(table) == _rows(once)
     assert set(_rows(table)) == set(build_manifest(images)["id"].to_pylist())
     record = json.loads((table / "dataset.json").read_text())
     expected = json.loads((once / "dataset.json").read_text())["counts"]
     assert record["counts"] == expected | {"mean_quality": pytest.approx(expected["mean_quality"])}
-    # Of each round, all files but one have as many rows as was asked for.
+    # Of each round, all files but one have as many rows as was asked for, also when only half was left.
     sizes = Counter(pq.read_metadata(path).num_rows for path in (table / "labels").iterdir())
     assert sizes == +Counter({ROWS: 4 * (each // ROWS)}) + Counter([each % ROWS] * 4 if each % ROWS else [])
