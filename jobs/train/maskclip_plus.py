@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
 from rich.console import Console
 from tyro.conf import arg
 
@@ -25,6 +24,15 @@ from jobs.options import (
     ViewOptions,
     comma_separated,
     refuse_missing_file,
+)
+from jobs.train.networks import (
+    build_student,
+    build_teacher,
+    student_state,
+    teacher_recipe,
+    text_ids,
+    text_source,
+    without_background,
 )
 from jobs.train.run import (
     PACKAGES,
@@ -41,7 +49,7 @@ from pipeline.datasets.zeroshot import SPLITS
 from pipeline.files.storage import open_storage
 from pipeline.files.versions import versions
 from pipeline.labelling.prepare import embed_names
-from pipeline.labelling.recipes import LabelRecipe, recipe_from_dict, table_recipe
+from pipeline.labelling.recipes import recipe_from_dict
 from pipeline.ontology.ontology import Ontology
 from pipeline.ontology.reading import load_ontology
 from pipeline.ontology.united import unite
@@ -49,22 +57,16 @@ from pipeline.report.student_page import student_commands, write_student_page
 from pipeline.report.training_page import PAGE, SHEET
 from pipeline.table.corrections import Corrections, open_corrections
 from pipeline.table.labels import DATASET_FILE
-from pipeline.table.record import TableRecord, read_table_record
+from pipeline.table.record import read_table_record
 from pipeline.table.splits import Chosen, choose
 from pipeline.table.views import TableView
 from pipeline.tracking.tracker import TrackedDataset
 from pipeline.trained.student import RECORD_FILE, WEIGHTS_FILE, read_student_record, write_student_folder
 
 if TYPE_CHECKING:
-    import torch
-
-    from models.clip.text import TextClassifier
-    from models.clip.weights import WeightSource
-    from models.maskclip import MaskClip
-    from models.settings import StudentConfig
     from models.student.deeplab import DeepLab
     from pipeline.training.loop.checkpoints import Checkpoint
-    from pipeline.training.maskclip_plus.recipes import MaskClipPlusRecipe, SelfTrainSettings
+    from pipeline.training.maskclip_plus.recipes import MaskClipPlusRecipe
     from pipeline.training.samples.mixed import MixedSamples
     from pipeline.training.samples.table import TableSamples
 
@@ -303,10 +305,10 @@ def _prepare(
     from pipeline.training.samples.mixed import MixedSamples, mix
     from pipeline.training.samples.table import open_table_samples
 
-    source, text_weights = _text_source(recipe, table, labels)
+    source, text_weights = text_source(recipe, table, labels)
     text = embed_names(source, ontology, "fp32")
     if recipe.student.learned_background:
-        text = _without_background(text, ontology)
+        text = without_background(text, ontology)
     config = recipe.student.replace(embed_dim=text.embeddings.shape[1])
     make_student = functools.partial(
         build_student,
@@ -358,8 +360,8 @@ def _prepare(
     make_teacher = None
     if settings.teacher == "online":
         make_teacher = functools.partial(
-            build_teacher, _teacher_recipe(table, labels), text.embeddings.numpy(),
-            text.class_ids.numpy(), text.num_classes, _text_ids(settings, ontology, recipe.student),
+            build_teacher, teacher_recipe(table, labels), text.embeddings.numpy(),
+            text.class_ids.numpy(), text.num_classes, text_ids(settings, ontology, recipe.student),
         )  # fmt: skip
     weighted = settings.guided_class_power or settings.self_class_power
     make_task = functools.partial(
@@ -456,51 +458,6 @@ def _rows_counted(counts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: counts[name] for name in ("images", "labelled", "failed", "status") if name in counts}
 
 
-def _text_source(
-    recipe: MaskClipPlusRecipe, table: TableRecord, labels: str
-) -> tuple[WeightSource, dict[str, Any]]:
-    """The CLIP whose text tower becomes the last layer: the recipe's, else the teacher's."""
-    from models.clip.weights import find_weights
-
-    if recipe.text:
-        model, _, pretrained = recipe.text.partition(":")
-        source = find_weights(model, pretrained or None)
-        return source, {"model": model, "pretrained": pretrained or None, "fingerprint": source.fingerprint}
-    if table.source != "pseudo":
-        raise WrongUse(
-            "recipe_invalid",
-            f"{labels} holds true labels, and the student needs a CLIP to classify by its words.",
-            "Name one: --set text=ViT-B-16-quickgelu:openai.",
-        )
-    recorded = table.weights.get("text", table.weights)
-    if recorded["model"] == "clipseg":
-        raise WrongUse(
-            "recipe_invalid",
-            f"{labels} was labelled by CLIPSeg, and the student needs a CLIP to classify by its words.",
-            "Name one, such as the one beneath CLIPSeg: --set text=ViT-B-16-quickgelu:openai.",
-        )
-    source = find_weights(recorded["model"], recorded["pretrained"])
-    if source.fingerprint != recorded["fingerprint"]:
-        raise WrongUse(
-            "weights_do_not_fit",
-            f"{labels} was labelled with other weights of {recorded['model']} "
-            f"({recorded['fingerprint'][:12]}, here {source.fingerprint[:12]}).",
-            "Put the same weights in place: the student's last layer is this CLIP's text tower.",
-        )
-    return source, {name: recorded[name] for name in ("model", "pretrained", "fingerprint")}
-
-
-def _teacher_recipe(table: TableRecord, labels: str) -> LabelRecipe:
-    """The table's recipe, by which an online teacher labels crops."""
-    if "text" in table.weights or table.weights["model"] == "clipseg" or table.source != "pseudo":
-        raise WrongUse(
-            "recipe_invalid",
-            f"{labels} was labelled by {table.weights['model']}, and only a CLIP can teach online.",
-            "Take the guesses from the table: --set teacher=table.",
-        )
-    return table_recipe(table)
-
-
 def unseen_ids(unseen: Sequence[str], ontology: Ontology) -> tuple[int, ...]:
     """Ids of the classes whose truth is withheld.
 
@@ -521,86 +478,6 @@ def unseen_ids(unseen: Sequence[str], ontology: Ontology) -> tuple[int, ...]:
             f"or a zero-shot split: {', '.join(SPLITS)}.",
         )
     return tuple(sorted({ontology.names.index(name) for name in unseen}))
-
-
-def build_student(
-    config: StudentConfig,
-    embeddings: np.ndarray,
-    class_ids: np.ndarray,
-    num_classes: int,
-    backbone_weights: str,
-) -> DeepLab:
-    """Build an untrained student; torch's seed determines its random weights.
-
-    Args:
-        config: see ``models.student.deeplab``.
-        embeddings: (P, D) float32; with the next two see ``models.clip.text.TextClassifier``.
-        class_ids: (P,) int64.
-        num_classes: C.
-        backbone_weights: see ``models.student.backbones.load_weights``.
-    """
-    import torch
-
-    from models.clip.text import TextClassifier
-    from models.student.deeplab import DeepLab, load_backbone_weights
-
-    student = DeepLab(config, TextClassifier(torch.tensor(embeddings), torch.tensor(class_ids), num_classes))
-    load_backbone_weights(student, backbone_weights)
-    return student
-
-
-def build_teacher(
-    recipe: LabelRecipe,
-    embeddings: np.ndarray,
-    class_ids: np.ndarray,
-    num_classes: int,
-    guessable: Sequence[int],
-    device: torch.device,
-) -> MaskClip:
-    """Load the frozen CLIP that labels crops during training.
-
-    Args:
-        recipe: the label table's: which CLIP, and how its head is configured.
-        embeddings: (P, D) float32; with the next two see ``models.clip.text.TextClassifier``.
-        class_ids: (P,) int64.
-        num_classes: C.
-        guessable: ids of the classes that it may predict.
-    """
-    import torch
-
-    from models.clip.loading import load_clip
-    from models.clip.text import TextClassifier
-    from models.maskclip import MaskClip
-    from pipeline.training.maskclip_plus.task import guessable_classifier
-
-    clip = load_clip(recipe.model, recipe.pretrained, device=device, towers="visual")
-    text = TextClassifier(torch.tensor(embeddings), torch.tensor(class_ids), num_classes)
-    bias = recipe.maskclip.classes.bias
-    if bias:  # of the table's classes, among which a learned background comes first
-        behind = bias[len(bias) - num_classes :]
-        recipe = recipe.with_classes(bias=tuple(behind[class_id] for class_id in guessable))
-    return MaskClip(clip, guessable_classifier(text, guessable), recipe.maskclip)
-
-
-def _text_ids(settings: SelfTrainSettings, ontology: Ontology, student: StudentConfig) -> tuple[int, ...]:
-    """Ids of the guessable classes in the text classifier, which excludes a learned background."""
-    ids = settings.guessable_ids(ontology.num_classes)
-    if not student.learned_background:
-        return ids
-    return tuple(class_id - 1 for class_id in ids)
-
-
-def _without_background(text: TextClassifier, ontology: Ontology) -> TextClassifier:
-    if ontology.names[0] != "background":
-        raise WrongUse(
-            "recipe_invalid",
-            f"learned_background: class 0 is {ontology.names[0]!r}, not the background.",
-            "Train with classes that begin with background, or set learned_background=false.",
-        )
-    from models.clip.text import TextClassifier
-
-    kept = text.class_ids > 0
-    return TextClassifier(text.embeddings[kept], text.class_ids[kept] - 1, text.num_classes - 1)
 
 
 def _finish(
@@ -645,14 +522,6 @@ def _write_pages(
     lines: Sequence[Mapping[str, Any]],
 ) -> list[str]:
     return write_student_page(read_student_record(folder), lines, labels=labels, truth=truth, view=view)
-
-
-def student_state(checkpoint: Checkpoint, *, keep_average: bool) -> Mapping[str, torch.Tensor]:
-    """The student's weights in a checkpoint: its running average, or the latest."""
-    if keep_average:
-        averaged: Mapping[str, torch.Tensor] = checkpoint.training["task"]["averaged"]
-        return averaged
-    return checkpoint.module
 
 
 def _log_model(options: TrainOptions, run_id: str, register_as: str) -> str:

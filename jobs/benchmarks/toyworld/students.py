@@ -17,7 +17,8 @@ from rich.console import Console
 from jobs.benchmarks.rows import claim, row
 from jobs.benchmarks.toyworld.labelling import CORPUS_SEED, scene_set
 from jobs.label import LabelJob, label_images
-from jobs.train import maskclip_plus
+from jobs.train.maskclip_plus import train_student, unseen_ids
+from jobs.train.networks import student_state
 from jobs.train.run import INTERRUPTED, TrainOptions
 from models.device import best_device, native_precision
 from pipeline.datasets.pairs import open_pairs
@@ -155,12 +156,12 @@ def _measure_seed(
     truth = open_pairs(images=str(images), masks=str(masks), ontology=ontology)
     precision = native_precision(best_device())
     teacher = prepare_labeller(RECIPES["toy"], ontology, precision=precision).build(precision=precision)
-    unseen = maskclip_plus.unseen_ids(MASKCLIP_PLUS_RECIPES.recipes[FORMS["zero-shot"]].unseen, ontology)
+    unseen = unseen_ids(MASKCLIP_PLUS_RECIPES.recipes[FORMS["zero-shot"]].unseen, ontology)
     figures = [("teacher", measured(_maps(teacher, seed, scenes), seed, scenes, unseen))]
     for form, name in forms.items():
         output = folder / form
         recipe = MASKCLIP_PLUS_RECIPES.load(name, [f"loop.seed={seed}", *settings])
-        status = maskclip_plus.train_student(
+        status = train_student(
             str(table),
             recipe,
             # So small that they are trained in this process, also if there is a cluster.
@@ -209,7 +210,7 @@ def _student_maps(output: str, step: int, seed: int, scenes: int, *, keep_averag
     record = read_student_record(output)
     student = load_student(record, device=torch.device("cpu"), dtype=torch.float32)
     checkpoint = CheckpointStore(open_storage(output)).read(step)
-    student.load_state_dict(maskclip_plus.student_state(checkpoint, keep_average=keep_average))
+    student.load_state_dict(student_state(checkpoint, keep_average=keep_average))
     student.eval()
     with torch.inference_mode():
         return [
