@@ -30,7 +30,7 @@ from pipeline.table.viewed import decode_maps
 from pipeline.table.views import TableView
 from pipeline.trained import student as student_folder
 from pipeline.trained.student import StudentRecord
-from pipeline.training.samples.table import class_ids
+from pipeline.training.samples.index import class_ids
 
 ON_SHEET = 6
 """Images on the contact sheet."""

@@ -29,7 +29,8 @@ from pipeline.training.clipseg.sources.base import (
 )
 from pipeline.training.clipseg.sources.benchmarks import asked_classes
 from pipeline.training.samples.augment import AugmentSettings
-from pipeline.training.samples.table import TableSamples, open_table_samples, read_index
+from pipeline.training.samples.index import read_index
+from pipeline.training.samples.table import TableSamples, open_table_samples
 
 _MIXED_IMAGES = 64
 """Images within which the pairs of one image are spread out."""

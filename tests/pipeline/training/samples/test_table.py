@@ -30,7 +30,8 @@ from pipeline.table.views import View
 from pipeline.toyworld import scenes as toyworld
 from pipeline.training.loop.protocols import GUESS, IGNORED
 from pipeline.training.samples.augment import AugmentSettings
-from pipeline.training.samples.table import TableSamples, open_table_samples, repeat_factors
+from pipeline.training.samples.index import repeat_factors
+from pipeline.training.samples.table import TableSamples, open_table_samples
 
 SIZE = 48
 TOY = load_ontology("toyworld")
