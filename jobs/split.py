@@ -20,6 +20,8 @@ from pipeline.files.storage import Storage, open_storage
 from pipeline.table.record import TableRecord, read_table_record
 
 if TYPE_CHECKING:
+    from models.clip.weights import WeightSource
+    from pipeline.splitting.alike import Alike
     from pipeline.splitting.making import Made, PartIndex
     from pipeline.table.changed import Images
     from pipeline.table.splits import Split, SplitRecord
@@ -29,15 +31,18 @@ ON_RAY_FROM = 20_000
 DISTANCE = 10
 """Of 64 bits. Of 300 photographs that were halved, compressed, made brighter and cropped by 2 % on each side,
 99 % are within 10 bits of the original; of 45,000 pairs that have nothing to do with each other, none is."""
+SIMILARITY = 0.95
+MIN_SIMILARITY = 0.5
+"""Cosines of CLIP embeddings: of most changes of an image with the image; what is below means nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MakeSplit:
     """Divide a label table into training, validation and test images that do not leak into each other.
 
-    Near-duplicates, found by a perceptual hash, stay together, as do images of one folder or of one value of
-    a column, if asked for; classes are spread by the shares. The split is kept beside the table; train,
-    evaluate and export use it. Run it again after the table has grown: old images stay where they are.
+    Near-duplicates, found by a perceptual hash or CLIP, stay together, as do images of one folder or of one
+    value of a column, if asked for; classes are spread by the shares. The split is kept beside the table;
+    train, evaluate and export use it. Run it again after the table has grown: old images stay where they are.
 
     Attributes:
         table: the --output of maskmill label or maskmill import.
@@ -46,9 +51,11 @@ class MakeSplit:
         test: share for the test.
         by: also keep together the images of one folder, or those with one value of this column of --groups.
         groups: CSV or Parquet file with a column id, uri or name (of the image's file), and that of --by.
-        near: what near-duplicates are found by; none: images are not looked at.
+        near: what near-duplicates are found by; clip: by the hash, and by embeddings of the CLIP that has
+            labelled them, which also knows crops, shifts and mirror images; none: images are not looked at.
         distance: bits of 64 in which hashes of near-duplicates differ at most; more finds stronger changes,
             and takes more images for alike that are not.
+        similarity: cosine of CLIP embeddings from which images are near-duplicates; less finds more.
         seed: of the order in which images are dealt out.
         manifest: manifest in Parquet that says where images lie within larger files.
         overwrite: replace a split of other settings, which changes the part of most images.
@@ -63,8 +70,9 @@ class MakeSplit:
     test: float = 0.1
     by: Annotated[str, arg(metavar="folder|COLUMN")] = "none"
     groups: Annotated[Maybe[str], arg(metavar="FILE")] = None
-    near: Literal["hash", "none"] = "hash"
+    near: Literal["hash", "clip", "none"] = "hash"
     distance: int = DISTANCE
+    similarity: float = SIMILARITY
     seed: int = 0
     manifest: Maybe[str] = None
     overwrite: Flag = False
@@ -77,7 +85,8 @@ class MakeSplit:
 
         Raises:
             MaskMillError: ``wrong_use``; ``split_differs`` if there is a split of other settings;
-                ``groups_invalid``; as ``pipeline.splitting.making.make_split``.
+                ``groups_invalid``; as ``pipeline.splitting.making.make_split`` and, for CLIP,
+                ``pipeline.splitting.alike.find_alike``.
         """
         from pipeline.corpus.manifest import build_manifest
         from pipeline.splitting.duplicates import MOST_DISTANCE
@@ -95,30 +104,58 @@ class MakeSplit:
                 f"--distance {self.distance} is not from 0 to {MOST_DISTANCE}.",
                 "Images that have nothing to do with each other differ in 32 bits on average.",
             )
+        if not MIN_SIMILARITY <= self.similarity <= 1:
+            raise WrongUse(
+                "wrong_use",
+                f"--similarity {self.similarity:g} is not from {MIN_SIMILARITY:g} to 1.",
+                "It is the cosine of two embeddings; those of near-duplicates are close to 1.",
+            )
         for option, number in (("--workers", self.workers), ("--seed", self.seed)):
             if number is not None and number < 0:
                 raise WrongUse("wrong_use", f"{option} {number} is negative.", "Give 0 or more.")
         table = read_table_record(self.table)
         storage = open_storage(self.table)
         before = find_split(storage)
-        record = self._record(shares, by)
+        clip, notice = self._clip(table)
+        record = self._record(shares, by, clip)
         if before is not None:
             record, before = self._continued(record, before)
         column = (
             read_groups(self.groups, by) if self.groups is not None and by not in (NONE, FOLDER) else None
         )
         manifest = None if self.manifest is None else build_manifest(self.manifest)
-        with self._indexed(storage, table, record, Images(manifest), before, console) as indexed:
-            made = make_split(indexed, record, table=storage, before=before, groups=column)
+        images = Images(manifest)
+        if notice:
+            console.print(notice, highlight=False, soft_wrap=True)
+        alike = None if clip is None else self._alike(storage, clip, images, console)
+        with self._indexed(storage, table, record, images, before, console) as indexed:
+            made = make_split(indexed, record, table=storage, before=before, groups=column, alike=alike)
         write_split(storage, made.split)
         self._tell(made, storage, table)
         return 0
 
-    def _record(self, shares: dict[str, float], by: str) -> SplitRecord:
+    def _clip(self, table: TableRecord) -> tuple[WeightSource | None, str]:
+        """The CLIP to look with, if one is to; and what the user should know of it."""
+        if self.near != "clip":
+            return None, ""
+        from pipeline.table.embedding import find_clip
+
+        source, why = find_clip(table)
+        return source, f"Images are told apart by the small bundled CLIP: {why}" if why else ""
+
+    def _alike(self, storage: Storage, clip: WeightSource, images: Images, console: Console) -> Alike:
+        from pipeline.splitting.alike import find_alike
+
+        with counted(console, f"looking at the images with {clip.name}", "images") as progress:
+            return find_alike(storage, clip, self.similarity, images=images, progress=progress)
+
+    def _record(self, shares: dict[str, float], by: str, clip: WeightSource | None) -> SplitRecord:
         from pipeline.files.records import now
         from pipeline.table.splits import SplitRecord
 
         given = {"shares": shares, "seed": self.seed, "by": by, "near": self.near, "distance": self.distance}
+        if clip is not None:
+            given |= {"similarity": self.similarity, "clip": f"{clip.name} {clip.fingerprint[:12]}"}
         return SplitRecord.model_validate({"created": now(), **given})
 
     def _continued(self, record: SplitRecord, before: Split) -> tuple[SplitRecord, Split | None]:
@@ -151,7 +188,7 @@ class MakeSplit:
         from pipeline.table.labels import table_files
 
         folder, parts = table_files(storage)
-        near = record.near == "hash"
+        near = record.near != "none"
         index = functools.partial(
             index_part, storage=folder, images=images, by=record.by, near=near, known=Known.of(before)
         )
@@ -238,8 +275,9 @@ class MakeSplit:
             lines.append(f"{made.added:,} images are new; the others stay where they were.")
         if record.largest > 1:
             lines.append(f"The largest group has {record.largest:,} images.")
-        if record.near == "hash" and record.largest > max(10, 0.05 * total):
-            lines.append("That is many: if they are not alike, take a smaller --distance with --overwrite.")
+        if record.near != "none" and record.largest > max(10, 0.05 * total):
+            other = "a smaller --distance" if record.near == "hash" else "a larger --similarity"
+            lines.append(f"That is many: if they are not alike, take {other} with --overwrite.")
         if record.unread:
             lines.append(
                 f"{record.unread:,} images could not be read, and may have near-duplicates elsewhere."

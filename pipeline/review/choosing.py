@@ -274,7 +274,7 @@ class _Work:
         progress: Callable[[int, int], None],
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float32]]:
         """The pool with its embeddings, without images that cannot be read, and with those unlike others."""
-        from pipeline.review.embedding import embed_images, find_clip
+        from pipeline.table.embedding import embed_images, find_clip
 
         # Images by chance say what a class looks like: the doubtful ones alone do not.
         usual = self._found.chance.ids[len(self._chance) :]

@@ -21,11 +21,11 @@ from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import Ontology
 from pipeline.report.pictures import overlay_borders
 from pipeline.review.agreement import Agreement, agreement
-from pipeline.review.embedding import read_labelled
 from pipeline.review.queue import Entry, Queue
 from pipeline.review.saving import Decision, Saved, Saves
 from pipeline.review.truth import find_truth
 from pipeline.table.changed import Images
+from pipeline.table.embedding import read_labelled
 from pipeline.table.labels import OK, decode_mask, table_files
 from pipeline.table.record import read_table_record
 from pipeline.table.rows import Place, find_rows, images_of, read_row

@@ -92,3 +92,11 @@ def connected(pairs: Indices, count: int) -> Indices:
     ones = np.ones(len(pairs), np.bool_)
     graph = coo_array((ones, (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     return np.asarray(connected_components(graph, directed=False)[1], np.int64)
+
+
+def chains(values: npt.ArrayLike) -> Indices:
+    """Pairs (n, 2) that connect the places of equal values, (N,), of any kind."""
+    _, numbers = np.unique(np.array(values), return_inverse=True)
+    order = np.argsort(numbers, kind="stable")
+    same = np.flatnonzero(numbers[order][1:] == numbers[order][:-1])
+    return np.stack([order[same], order[same + 1]], 1)

@@ -18,8 +18,9 @@ from pipeline.files.fetch import fetch, max_bytes
 from pipeline.files.images import MAX_PIXELS, ImageError, decode
 from pipeline.files.records import now
 from pipeline.files.storage import Storage
+from pipeline.splitting.alike import Alike
 from pipeline.splitting.dealing import deal
-from pipeline.splitting.duplicates import connected, near_pairs
+from pipeline.splitting.duplicates import chains, connected, near_pairs
 from pipeline.splitting.grouping import Groups
 from pipeline.splitting.hashing import perceptual_hash
 from pipeline.table.changed import Images
@@ -154,6 +155,7 @@ def make_split(
     table: Storage,
     before: Split | None = None,
     groups: Groups | None = None,
+    alike: Alike | None = None,
 ) -> Made:
     """Group the images of a table, and deal the groups out.
 
@@ -166,6 +168,7 @@ def make_split(
         table: its folder, for errors.
         before: an earlier split of the same settings.
         groups: the column of ``record.by``, if that is one.
+        alike: what CLIP takes for the same, if ``record.near`` is "clip".
 
     Raises:
         MaskMillError: ``table_damaged`` for an image with two rows; ``split_impossible`` if there are too few
@@ -197,15 +200,20 @@ def make_split(
             given = [groups.of(int(number), uri) for number, uri in zip(ids, values, strict=True)]
             ungrouped = sum(value is None for value in given)
             values = [f"={value}" if value is not None else f"#{at}" for at, value in enumerate(given)]
-        pairs.append(_chains(values))
-    if record.near == "hash":
+        pairs.append(chains(values))
+    read = hashed
+    if record.near != "none":
         where = np.flatnonzero(hashed)
         pairs.append(where[near_pairs(hashes[hashed], record.distance)])
+    if alike is not None:
+        read = hashed & np.isin(ids, alike.ids)
+        # The table may have changed meanwhile.
+        pairs.append(np.searchsorted(ids, alike.pairs[np.isin(alike.pairs, ids).all(1)]))
     kept, gone = _kept(ids, before)
     if before is not None:  # what was one group stays one, though images of it may be gone
         there = kept >= 0
         held = before.group[np.searchsorted(before.ids, ids[there])]
-        pairs.append(np.flatnonzero(there)[_chains(held.tolist())])
+        pairs.append(np.flatnonzero(there)[chains(held.tolist())])
     group = connected(np.concatenate(pairs), len(ids))
     part = _dealt(group, image, present, kept, record)
     smallest = np.full(int(group.max()) + 1, np.iinfo(np.int64).max)
@@ -221,7 +229,7 @@ def make_split(
             "images": {name: count for name, count in counts.items() if count},
             "groups": int(group.max()) + 1,
             "largest": int(np.bincount(group).max()),
-            "unread": int(np.count_nonzero(~hashed)) if record.near == "hash" else 0,
+            "unread": int(np.count_nonzero(~read)) if record.near != "none" else 0,
         }
     )
     classes = np.zeros((int(present.max(initial=-1)) + 1, len(PARTS) + 1), np.int64)
@@ -234,14 +242,6 @@ def make_split(
         ungrouped=ungrouped,
         classes=classes,
     )
-
-
-def _chains(values: list[str] | list[int]) -> Ids:
-    """Pairs (n, 2) that connect the places of equal values."""
-    _, numbers = np.unique(np.array(values), return_inverse=True)
-    order = np.argsort(numbers, kind="stable")
-    same = np.flatnonzero(numbers[order][1:] == numbers[order][:-1])
-    return np.stack([order[same], order[same + 1]], 1)
 
 
 def _kept(ids: Ids, before: Split | None) -> tuple[npt.NDArray[np.int8], Split | None]:

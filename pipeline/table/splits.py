@@ -21,7 +21,8 @@ from models.errors import Damaged, WrongUse
 from pipeline.files.storage import Storage, open_storage
 
 SPLIT_FILE: Final = "split.parquet"
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
+"""2: CLIP may say what is alike, which the first version does not know."""
 PARTS: Final = ("train", "val", "test")
 APART: Final = "none"
 """Part of images that resemble images of several parts, and therefore belong to none."""
@@ -39,6 +40,10 @@ _SCHEMA: Final = pa.schema(
 _NAMES: Final = (*PARTS, APART)
 
 
+class _Version(BaseModel):
+    schema_version: int = 1
+
+
 class SplitRecord(BaseModel):
     """What a split is, as the metadata of its file says.
 
@@ -49,12 +54,15 @@ class SplitRecord(BaseModel):
         shares: of the images, by part; their sum is 1.
         seed: of the order in which groups are dealt out.
         by: "none", "folder", or the name of a column of a file; images that agree in it are one group.
-        near: "hash" if images whose perceptual hashes are near are one group, else "none".
+        near: "hash" if images whose perceptual hashes are near are one group; "clip" if those are, too, whose
+            CLIP embeddings are; else "none".
         distance: largest number of different bits of such hashes.
+        similarity: least cosine of such embeddings; 0 if they are not looked at.
+        clip: the CLIP that made them: name, and the beginning of its weights' fingerprint.
         images: how many there are, by part.
         groups: how many there are.
         largest: number of images of the largest group.
-        unread: images without a hash, since they could not be read.
+        unread: images without a hash, or an embedding, since they could not be read.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -65,8 +73,10 @@ class SplitRecord(BaseModel):
     shares: dict[str, FiniteFloat]
     seed: int = 0
     by: str = "none"
-    near: Literal["hash", "none"] = "hash"
+    near: Literal["hash", "clip", "none"] = "hash"
     distance: int = Field(default=0, ge=0, le=64)
+    similarity: float = Field(default=0, ge=0, le=1)
+    clip: str = ""
     images: dict[str, int] = {}
     groups: int = 0
     largest: int = 0
@@ -82,7 +92,7 @@ class SplitRecord(BaseModel):
         """The settings in which another one differs, in words."""
         return [
             f"{name} {getattr(other, name)}, not {getattr(self, name)}"
-            for name in ("shares", "seed", "by", "near", "distance")
+            for name in ("shares", "seed", "by", "near", "distance", "similarity", "clip")
             if getattr(self, name) != getattr(other, name)
         ]
 
@@ -148,10 +158,10 @@ def find_split(table: Storage | str) -> Split | None:
         said = (rows.schema.metadata or {}).get(_KEY)
         if said is None:
             raise ValueError("it does not say what it is")
-        record = SplitRecord.model_validate_json(said)
-        if record.schema_version > SCHEMA_VERSION:
+        # Before its fields, which a newer version may have changed.
+        if _Version.model_validate_json(said).schema_version > SCHEMA_VERSION:
             raise WrongUse("newer_version", f"{where} was written by a newer MaskMill.", "Update MaskMill.")
-        return _checked(record, rows)
+        return _checked(SplitRecord.model_validate_json(said), rows)
     except (OSError, ValueError, KeyError, pa.ArrowException, ValidationError) as error:
         why = " ".join(str(error).split())[:200]
         raise Damaged(

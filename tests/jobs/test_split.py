@@ -30,8 +30,18 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 COPIES = ("resized", "compressed", "brighter", "cropped")
 
 
+HARDER = ("brighter", "cropped by 6 %", "shifted", "mirrored")
+"""The last three change a hash by more bits than are looked for."""
+
+
 def _copy(image: Image.Image, how: str) -> tuple[bytes, str]:
     """A near-duplicate, encoded, and the ending of its name."""
+    if how == "cropped by 6 %":
+        image = image.crop((6, 6, image.width - 6, image.height - 6))
+    if how == "shifted":
+        image = image.crop((8, 8, image.width, image.height))
+    if how == "mirrored":
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if how == "resized":
         image = image.resize((image.width * 3 // 4, image.height * 3 // 4), Image.Resampling.LANCZOS)
     if how == "brighter":
@@ -47,18 +57,24 @@ def _copy(image: Image.Image, how: str) -> tuple[bytes, str]:
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A table of 96 scenes, and of near-duplicates of 24 of them in a folder of their own."""
     folder = tmp_path_factory.mktemp("planted")
-    toy_table(folder / "table", 97, size=96, rows_a_part=16, images=folder / "images")
+    _plant(folder, 96, COPIES)
+    return folder
+
+
+def _plant(folder: Path, scenes: int, copies: tuple[str, ...]) -> None:
+    toy_table(folder / "table", scenes + 1, size=96, rows_a_part=16, images=folder / "images")
     (folder / "copies").mkdir()
     uris = []
-    for number in range(0, 96, 4):
+    for number in range(0, scenes, 4):
         image = Image.open(folder / "images" / f"scene_{number:03d}.png").convert("RGB")
-        data, suffix = _copy(image, COPIES[number // 4 % len(COPIES)])
+        data, suffix = _copy(image, copies[number // 4 % len(copies)])
         place = folder / "copies" / f"copy_{number:03d}{suffix}"
         place.write_bytes(data)
         uris.append(str(place))
     # The labels do not matter here; the last of these rows fails.
-    add_rows(open_storage(folder / "table"), [*uris, str(folder / "copies" / "gone.png")], seed=1)
-    return folder
+    uris.append(str(folder / "copies" / "gone.png"))
+    files = [Path(uri).read_bytes() for uri in uris[:-1]]
+    add_rows(open_storage(folder / "table"), uris, seed=1, files=[*files, b""])
 
 
 @pytest.fixture
@@ -97,6 +113,32 @@ def test_no_planted_near_duplicate_crosses(maskmill_here: Run, folder: Path) -> 
     again = maskmill_here("split", folder / "table", *shares, "--near", "none", "--overwrite")
     assert again.returncode == 0, again.stderr
     assert len(_crossing(folder)) >= 4  # 13 of 24 are to be expected, whatever the ids
+
+
+def test_clip_finds_what_a_hash_does_not(maskmill_here: Run, tmp_path: Path) -> None:
+    _plant(tmp_path, 48, HARDER)
+    command = ("split", tmp_path / "table", "--json", "--train", 0.6, "--val", 0.2, "--test", 0.2)
+    done = maskmill_here(*command)
+    assert done.returncode == 0, done.stderr
+    by_hash = json.loads(done.stdout)
+    by_clip = (*command, "--near", "clip", "--similarity", 0.92)
+    other = maskmill_here(*by_clip)
+    assert other.returncode == 2 and "near hash, not clip" in other.stderr
+    done = maskmill_here(*by_clip, "--overwrite")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert said["near"] == "clip" and said["clip"].startswith("toyclip ") and said["similarity"] == 0.92
+    assert "toyclip" in done.stderr and said["unread"] == 0 and sum(said["images"].values()) == 60
+    assert _crossing(tmp_path) == []
+    # Copies are found, and scenes are still told apart; the hash alone lets copies go.
+    assert 40 <= said["groups"] <= 48 and by_hash["groups"] >= said["groups"] + 5
+    first = _parts(tmp_path)
+    (tmp_path / "copies" / "copy_000.png").unlink()
+    done = maskmill_here(*by_clip)
+    assert done.returncode == 0 and json.loads(done.stdout)["unread"] == 1, done.stderr
+    assert _parts(tmp_path) == first
+    other = maskmill_here(*by_clip[:-1], 0.9)
+    assert other.returncode == 2 and "similarity 0.92, not 0.9" in other.stderr
 
 
 def test_the_split_is_the_same_for_a_seed_and_never_replaced_unasked(
@@ -193,6 +235,7 @@ def test_images_that_cannot_be_read_are_counted(maskmill_here: Run, tmp_path: Pa
         (("--train", "0.8", "--val", "0.1", "--test", "0.2"), "do not sum to 1"),
         (("--train", "1.2", "--val", "-0.2", "--test", "0"), "do not sum to 1"),
         (("--distance", "40"), "--distance 40"),
+        (("--near", "clip", "--similarity", "0.2"), "--similarity 0.2"),
         (("--by", "patient"), "--by patient needs the file"),
         (("--by", "folder", "--groups", "x.csv"), "do not fit"),
         (("--by", "patient", "--groups", "nowhere.csv"), "nowhere.csv"),
@@ -215,6 +258,17 @@ def test_a_damaged_split_is_told(maskmill_here: Run, folder: Path) -> None:
         done = maskmill_here("split", folder / "table")
         assert done.returncode == 1 and "split_damaged" in done.stderr, done.stderr
         assert place.read_bytes() == data
+
+
+def test_a_split_of_a_newer_version_is_refused_in_words(maskmill_here: Run, folder: Path) -> None:
+    assert maskmill_here("split", folder / "table").returncode == 0
+    place = folder / "table" / SPLIT_FILE
+    rows = pq.read_table(place)
+    ((key, said),) = rows.schema.metadata.items()
+    newer = json.loads(said) | {"schema_version": 3, "near": "smell"}
+    pq.write_table(rows.replace_schema_metadata({key: json.dumps(newer)}), place)
+    done = maskmill_here("split", folder / "table")
+    assert done.returncode == 2 and "newer_version" in done.stderr, done.stderr
 
 
 def test_training_takes_the_training_images(maskmill_here: Run, folder: Path) -> None:

@@ -51,12 +51,13 @@ def add_rows(
     rows_a_part: int = 4,
     write_images: bool = False,
     seed: int = 0,
+    files: Sequence[bytes] | None = None,
 ) -> None:
-    """Add a toy scene for each address; the last row has failed."""
+    """Add a toy scene for each address, by the hashes of other files if given; the last row has failed."""
     scenes = generate(seed, len(uris), size)
     random = np.random.default_rng(seed)
     rows = []
-    for uri, image, labels in zip(uris, scenes.images, scenes.labels, strict=True):
+    for number, (uri, image, labels) in enumerate(zip(uris, scenes.images, scenes.labels, strict=True)):
         file = io.BytesIO()
         Image.fromarray(image).save(file, "PNG")
         if write_images:
@@ -67,7 +68,7 @@ def add_rows(
             ok_row(
                 id=stable_id(uri),
                 uri=uri,
-                sha256=hashlib.sha256(file.getvalue()).digest(),
+                sha256=hashlib.sha256(file.getvalue() if files is None else files[number]).digest(),
                 height=size,
                 width=size,
                 labels=labels,
