@@ -32,9 +32,24 @@ from pipeline.files.versions import versions
 from pipeline.formats.base import Imported
 from pipeline.formats.registry import find_reader, readable
 from pipeline.ontology.reading import load_ontology
-from pipeline.table.committed import LABELS_DIR, RELABELLED_DIR, Replaced, part_files, settle
+from pipeline.table.committed import (
+    LABELS_DIR,
+    RELABELLED_DIR,
+    Replaced,
+    apply_relabelled,
+    part_files,
+    settle,
+)
 from pipeline.table.corrections import CORRECTIONS_DIR
-from pipeline.table.increment import Table, open_table, record_counts
+from pipeline.table.increment import (
+    Table,
+    failed_ids,
+    no_table,
+    nothing_failed,
+    open_table,
+    record_counts,
+)
+from pipeline.table.index import Ids
 from pipeline.table.labels import DATASET_FILE, OK, Counts, summarise
 from pipeline.table.lease import Lease, refuse_other_holder
 from pipeline.table.record import TableRecord, find_table_record, read_table_record, write_table_record
@@ -59,6 +74,8 @@ class Import:
         reviewer: who has corrected; for --corrects.
         ontology: what the values of --truth mean: a YAML file or a built-in name (voc21, …).
         max_failure_rate: exit with 1 if a larger share of the images fails.
+        retry_failed: read the images again that failed, or whose masks did, and only these; codes choose some
+            ("--retry-failed mask_invalid not_found").
         overwrite: delete a table of true labels that is already in --output and start over.
     """
 
@@ -72,19 +89,26 @@ class Import:
     corrects: Annotated[Maybe[str], arg(metavar="TABLE")] = None
     reviewer: str = ""
     max_failure_rate: float = 0.05
+    retry_failed: Maybe[tuple[str, ...]] = None
     overwrite: Flag = False
 
     def run(self, console: Console | None = None) -> int:
-        """Import the samples that have no row yet.
+        """Import the samples that have no row yet, or those that failed.
 
         Returns:
             0, or 1 if more than ``max_failure_rate`` of the images failed.
 
         Raises:
-            MaskMillError: ``wrong_use``; ``output_differs``, ``output_not_ours``; what the reader of the
-                format says.
+            MaskMillError: ``wrong_use``; ``output_differs``, ``output_not_ours``; ``table_missing``; what the
+                reader of the format says.
         """
         console = console or stderr_console()
+        if self.retry_failed is not None and (self.overwrite or self.corrects is not None):
+            raise WrongUse(
+                "wrong_use",
+                "--retry-failed goes on with a table; --overwrite starts over, and --corrects imports none.",
+                "Leave one of them out.",
+            )
         if not 0 <= self.max_failure_rate <= 1:
             raise WrongUse(
                 "wrong_use",
@@ -99,7 +123,8 @@ class Import:
         storage = open_storage(self.output)
         kind, imported = self._open(console)
         record = _new_record(kind, imported)
-        _refuse_other(storage, record, overwrite=self.overwrite)
+        if _refuse_other(storage, record, overwrite=self.overwrite) is None and self.retry_failed is not None:
+            raise no_table(storage)
         say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
         began = time.monotonic()
         with ExitStack() as stack:
@@ -116,17 +141,28 @@ class Import:
             status = stack.enter_context(StatusFile(storage, "import", lease.run_id, fence=fence, notice=say))
             status.begin()
             name_run(console, lease.run_id)
-            fresh, repeated = self._import(imported, storage, table, fence, status, console)
+            again, nothing = None, f"Nothing new: all {before:,} images are in {storage.uri}."
+            if self.retry_failed is not None:
+                from pipeline.formats.importing import UNREADABLE
+
+                again = failed_ids(self.retry_failed, storage, table, possible=UNREADABLE)
+                nothing = nothing_failed(self.retry_failed, storage)
+            fresh, replaced, repeated = self._import(imported, storage, table, again, fence, status, console)
             for line in imported.left_out():
                 say(line)
-            if fresh.images or table.counts is None:  # None: a run was killed before it could count
+            if again is not None and len(again) > len(replaced.ids):
+                nothing = "Nothing to read again."
+                gone = len(again) - len(replaced.ids)
+                say(f"{gone:,} images that failed are no longer in the dataset: their rows stay.")
+            if len(replaced.ids) or fresh.images or table.counts is None:  # None: one was killed before this
                 with timed(console, "counting what is new", status):
-                    record_counts(storage, table, fresh, Replaced())
+                    record_counts(storage, table, fresh, replaced)
+            fresh.add(replaced.added)
             failures = {code: count for code, count in fresh.status.items() if code != OK}
             too_many = self._too_many(fresh)
             status.update(done=fresh.images, total=fresh.images, unit="images", failures=failures)
             status.finish("failed" if too_many else "ok", too_many)
-        self._tell(storage, fresh, before, repeated, time.monotonic() - began, console)
+        self._tell(storage, fresh, nothing, repeated, time.monotonic() - began, console)
         if too_many:
             console.print(too_many, style="bold red", soft_wrap=True, highlight=False)
             return 1
@@ -226,10 +262,12 @@ class Import:
         imported: Imported,
         storage: Storage,
         table: Table,
+        again: Ids | None,
         fence: functools.partial[None],
         status: StatusFile,
         console: Console,
-    ) -> tuple[Counts, int]:
+    ) -> tuple[Counts, Replaced, int]:
+        """Counts of the new rows, those that were replaced, and how many samples were listed twice."""
         from pipeline.formats.importing import import_samples
 
         total = imported.count
@@ -239,21 +277,20 @@ class Import:
                 storage,
                 ignore_index=imported.ontology.ignore_index,
                 done=table.index.ids(ALL),
+                again=again,
                 fence=fence,
                 progress=lambda done: progress(done, total if total is not None else done),
             )
         new = settle(storage, [part for part in part_files(storage) if part not in table.index])
-        return Counts(summarise(storage, list(new))), repeated
+        replaced = apply_relabelled(storage, table.index, fence=fence)
+        return Counts(summarise(storage, list(new))), replaced, repeated
 
     def _tell(
-        self, storage: Storage, fresh: Counts, before: int, repeated: int, took: float, console: Console
+        self, storage: Storage, fresh: Counts, nothing: str, repeated: int, took: float, console: Console
     ) -> None:
         images, made = fresh.images, fresh.status.get(OK, 0)
         failed = images - made
-        if images:
-            lines = [f"Imported {made:,} images with true labels in {duration(took)}"]
-        else:
-            lines = [f"Nothing new: all {before:,} images are in {storage.uri}."]
+        lines = [f"Imported {made:,} images with true labels in {duration(took)}" if images else nothing]
         if failed:
             codes = ", ".join(f"{n:,} {code}" for code, n in sorted(fresh.status.items()) if code != OK)
             lines.append(f"  {failed:,} failed: {codes} (rows with a status; maskmill show lists them)")

@@ -25,7 +25,8 @@ from pipeline.files.redaction import without_signature
 from pipeline.files.storage import Storage, canonical_uri
 from pipeline.formats.base import ReadSample, Sample
 from pipeline.formats.names import safe
-from pipeline.table.committed import Ids, write_part
+from pipeline.table.committed import LABELS_DIR, RELABELLED_DIR, write_part
+from pipeline.table.index import Ids
 from pipeline.table.labels import LABEL_SCHEMA, failed_row, ok_row
 
 IMAGES_DIR: Final = "imported_images"
@@ -45,16 +46,21 @@ def import_samples(
     *,
     ignore_index: int,
     done: Ids,
+    again: Ids | None = None,
     fence: Callable[[], None] = lambda: None,
     progress: Callable[[int], None] = lambda _done: None,
 ) -> int:
     """Write a row for each sample whose image has none, in parts.
+
+    With ``again``, write new rows of these images instead, which ``apply_relabelled`` puts in the places of
+    the old ones.
 
     Args:
         samples: of the dataset; their ids are not used.
         table: the output.
         ignore_index: of the labels.
         done: ids of rows that are there, int64 (n,).
+        again: ids of rows to make anew, int64 (n,); None for those that are not there.
         fence: called before each write; raises if the lease was lost.
         progress: called with the number of samples looked at.
 
@@ -65,7 +71,8 @@ def import_samples(
         MaskMillError: what reading the samples raises; what the storage says.
     """
     use_one_thread()
-    seen = set(done.tolist())
+    folder = LABELS_DIR if again is None else RELABELLED_DIR
+    present, anew = set(done.tolist()), None if again is None else set(again.tolist())
     fresh: set[int] = set()
     repeated = looked_at = 0
     rows: list[dict[str, Any]] = []
@@ -78,19 +85,19 @@ def import_samples(
                 address, uri = _place(sample, table)
                 row_id = stable_id(uri)
                 repeated += row_id in fresh
-                if row_id not in seen:
-                    seen.add(row_id)
+                wanted = row_id not in present if anew is None else row_id in anew
+                if wanted and row_id not in fresh:
                     fresh.add(row_id)
                     todo.append((sample, address, uri, row_id))
             rows += pool.map(lambda one: make(*one), todo)
             if len(rows) >= ROWS_A_PART:
                 fence()
-                write_part(table, pa.Table.from_pylist(rows, schema=LABEL_SCHEMA))
+                write_part(table, pa.Table.from_pylist(rows, schema=LABEL_SCHEMA), folder)
                 rows = []
             progress(looked_at)
     if rows:
         fence()
-        write_part(table, pa.Table.from_pylist(rows, schema=LABEL_SCHEMA))
+        write_part(table, pa.Table.from_pylist(rows, schema=LABEL_SCHEMA), folder)
     return repeated
 
 

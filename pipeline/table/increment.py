@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -156,8 +156,8 @@ def choose(
     again: list[Ids] = [np.empty(0, np.int64)]
     nothing = f"Nothing new: all {corpus.num_rows:,} images are labelled in {storage.uri}."
     if retry_failed is not None:
-        again.append(_failed_ids(retry_failed, storage, table))
-        nothing = f"Nothing to retry: no image failed{_with_codes(retry_failed)} in {storage.uri}."
+        again.append(failed_ids(retry_failed, storage, table))
+        nothing = nothing_failed(retry_failed, storage)
     lost = ""
     if changed and table.index:
         found, states = find_changed(storage, corpus, progress=progress)
@@ -176,14 +176,22 @@ def choose(
     )
 
 
-def _failed_ids(codes: tuple[str, ...], storage: Storage, table: Table) -> Ids:
-    """Ids of the rows that failed with one of the codes, or at all."""
+def failed_ids(
+    codes: tuple[str, ...], storage: Storage, table: Table, *, possible: Sequence[str] = LABELLING_CODES
+) -> Ids:
+    """Ids of the rows that failed with one of the codes, or at all if there is none.
+
+    Args:
+        codes: statuses of rows.
+        storage: the output.
+        table: what it holds.
+        possible: codes that a row may have beside ``ERROR_CODES``.
+
+    Raises:
+        MaskMillError: ``table_missing``; ``wrong_use`` for a code that is not possible and no row has.
+    """
     if not table.index:
-        raise WrongUse(
-            "table_missing",
-            f"There is no label table in {storage.uri}, so no image has failed.",
-            "Leave --retry-failed out, or name the --output of an earlier run.",
-        )
+        raise no_table(storage)
     seen: Counter[str] = Counter()
     found = [np.empty(0, np.int64)]
     for batch in iter_batches(storage, ["id", "status"], batch_size=65_536):
@@ -191,7 +199,7 @@ def _failed_ids(codes: tuple[str, ...], storage: Storage, table: Table) -> Ids:
         seen.update(status)
         chosen = [code in codes if codes else code != OK for code in status]
         found.append(batch.column("id").to_numpy()[chosen])
-    known = {*seen, *ERROR_CODES, *LABELLING_CODES}
+    known = {*seen, *ERROR_CODES, *possible}
     unknown = [code for code in codes if code not in known]
     if unknown:
         there = ", ".join(f"{code} ({number:,})" for code, number in seen.most_common() if code != OK)
@@ -203,8 +211,19 @@ def _failed_ids(codes: tuple[str, ...], storage: Storage, table: Table) -> Ids:
     return np.concatenate(found)
 
 
-def _with_codes(codes: tuple[str, ...]) -> str:
-    return f" with {', '.join(codes)}" if codes else ""
+def no_table(storage: Storage) -> WrongUse:
+    """The error of ``--retry-failed`` where nothing has failed yet."""
+    return WrongUse(
+        "table_missing",
+        f"There is no label table in {storage.uri}, so no image has failed.",
+        "Leave --retry-failed out, or name the --output of an earlier run.",
+    )
+
+
+def nothing_failed(codes: tuple[str, ...], storage: Storage) -> str:
+    """What to say if no row failed with one of the codes, or at all."""
+    with_codes = f" with {', '.join(codes)}" if codes else ""
+    return f"Nothing to retry: no image failed{with_codes} in {storage.uri}."
 
 
 def unfinished(manifest: pa.Table, storage: Storage, table: Table) -> pa.Table:

@@ -13,6 +13,9 @@ import pytest
 from PIL import Image
 
 from benchmarks.faults.runs import Command
+from pipeline.files.storage import open_storage
+from pipeline.formats.importing import import_samples
+from pipeline.formats.png import read_png
 from pipeline.table.labels import OK, decode_confidence, decode_mask, iter_rows
 from pipeline.table.record import read_table_record
 from tests.pipeline.formats.tables import TOYWORLD, toy_table
@@ -148,6 +151,93 @@ def test_damaged_masks_are_rows(tmp_path: Path, maskmill_here, name: str) -> Non
     assert maskmill_here("verify", tmp_path / "truth").returncode == 0
     again = maskmill_here(*command)
     assert again.returncode == 0 and "Nothing new" in again.stderr
+
+
+@pytest.fixture
+def damaged(tmp_path: Path, maskmill_here) -> Path:
+    """A PNG dataset of five images, without one image and with two damaged masks, and its import."""
+    toy_table(tmp_path / "table", 6, images=tmp_path / "images")
+    done = maskmill_here("export", tmp_path / "table", "--format", "png", "--output", tmp_path / "png")
+    assert done.returncode == 0, done.stderr
+    for place in ("images/scene_000.png", "png/masks/scene_001.png", "png/masks/scene_002.png"):
+        (tmp_path / place).rename(tmp_path / place.replace("/", "-"))
+    (tmp_path / "png/masks/scene_001.png").write_bytes(b"no mask")
+    listing = tmp_path / "png/images.csv"
+    listing.with_suffix(".all").write_text(listing.read_text())
+    listing.write_text("".join(line for line in listing.open() if "scene_004" not in line))
+    done = maskmill_here(*again(tmp_path, "--max-failure-rate", 1))
+    assert done.returncode == 0, done.stderr
+    assert statuses(tmp_path) == {0: "not_found", 1: "dataset_invalid", 2: "dataset_invalid", 3: OK}
+    return tmp_path
+
+
+def again(folder: Path, *more: object) -> tuple[object, ...]:
+    return ("import", "--format", "png", "--input", folder / "png", "--output", folder / "truth", *more)
+
+
+def statuses(folder: Path) -> dict[int, str]:
+    """By number of the scene; each has one row."""
+    rows = list(iter_rows(str(folder / "truth")))
+    found = {int(Path(row["uri"]).stem[-3:]): row["status"] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def repair(folder: Path, *places: str) -> None:
+    for place in places:
+        (folder / place.replace("/", "-")).replace(folder / place)
+
+
+def test_what_failed_is_read_again_and_takes_the_place_of_its_row(damaged: Path, maskmill_here) -> None:
+    listing = damaged / "png/images.csv"
+    listing.write_text(listing.with_suffix(".all").read_text())  # a new image is not one that failed
+    repair(damaged, "images/scene_000.png", "png/masks/scene_001.png")
+    before = {row["uri"]: row for row in iter_rows(str(damaged / "truth"))}
+    done = maskmill_here(*again(damaged, "--retry-failed", "dataset_invalid", "--max-failure-rate", 0.5))
+    assert done.returncode == 0, done.stderr
+    assert "Imported 1 images" in done.stderr and "1 failed: 1 dataset_invalid" in done.stderr
+    assert statuses(damaged) == {0: "not_found", 1: OK, 2: "dataset_invalid", 3: OK}
+    after = {row["uri"]: row for row in iter_rows(str(damaged / "truth"))}
+    assert [Path(uri).stem for uri in before if before[uri] != after[uri]] == ["scene_001"]
+    done = maskmill_here(*again(damaged, "--retry-failed"))
+    assert done.returncode == 1 and "50.0% of the images failed" in done.stderr, done.stderr
+    repair(damaged, "png/masks/scene_002.png")
+    assert maskmill_here(*again(damaged, "--retry-failed")).returncode == 0
+    for said in ("Imported 1 images", "Nothing new: all 5 images"):
+        done = maskmill_here(*again(damaged))
+        assert done.returncode == 0 and said in done.stderr, done.stderr
+    assert statuses(damaged) == dict.fromkeys(range(5), OK)
+    assert_same(masks_of(damaged / "truth"), masks_of(damaged / "table"))
+    counts = read_table_record(str(damaged / "truth")).counts
+    assert counts["images"] == 5 and counts["status"] == {OK: 5}
+    assert maskmill_here("verify", damaged / "truth").returncode == 0
+    done = maskmill_here(*again(damaged, "--retry-failed"))
+    assert done.returncode == 0 and "Nothing to retry: no image failed in" in done.stderr, done.stderr
+
+
+def test_retried_rows_of_a_killed_import_are_put_in_place_by_the_next(damaged: Path, maskmill_here) -> None:
+    repair(damaged, "images/scene_000.png", "png/masks/scene_001.png")
+    table = open_storage(damaged / "truth")
+    ids = np.array([row["id"] for row in iter_rows(table, ["id"])], np.int64)
+    imported = read_png(str(damaged / "png"))
+    import_samples(imported.samples, table, ignore_index=255, done=ids, again=ids)
+    # Killed here: the new rows wait, and nobody sees a row twice, or none.
+    assert statuses(damaged) == {0: "not_found", 1: "dataset_invalid", 2: "dataset_invalid", 3: OK}
+    assert maskmill_here(*again(damaged)).returncode == 0
+    assert statuses(damaged) == {0: OK, 1: OK, 2: "dataset_invalid", 3: OK}
+    assert read_table_record(str(damaged / "truth")).counts["status"] == {OK: 3, "dataset_invalid": 1}
+
+
+def test_a_failed_image_that_the_dataset_no_longer_has_keeps_its_row(damaged: Path, maskmill_here) -> None:
+    listing = damaged / "png/images.csv"
+    listing.write_text("".join(line for line in listing.open() if "scene_000" not in line))
+    repair(damaged, "png/masks/scene_001.png", "png/masks/scene_002.png")
+    done = maskmill_here(*again(damaged, "--retry-failed"))
+    assert done.returncode == 0 and "Imported 2 images" in done.stderr, done.stderr
+    assert "1 images that failed are no longer in the dataset" in done.stderr
+    assert statuses(damaged) == {0: "not_found", 1: OK, 2: OK, 3: OK}
+    wrong = maskmill_here(*again(damaged, "--retry-failed", "mask_unvalid"))
+    assert wrong.returncode == 2 and "Codes in the table: not_found (1)" in wrong.stderr, wrong.stderr
 
 
 def test_everything_may_be_in_an_object_store(maskmill_here, s3: dict[str, str]) -> None:

@@ -171,6 +171,8 @@ CASES = {
     "import --images photos --truth own/masks --output out": "Add --ontology",
     "import --format coco --input photos --output table": "photos",
     "import photos --output out": "Did you mean --input photos?",
+    "import --format coco --input photos --output out --retry-failed --overwrite": "Leave one of them out.",
+    "import --dataset toyworld --output out --retry-failed": "no image has failed",
     "report nowhere": "nowhere",
     "show nowhere": "nowhere",
     "submit": "--status ID and --stop ID",
