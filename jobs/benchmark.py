@@ -114,7 +114,7 @@ class Benchmark:
         """Run the benchmark, then write, track and print its result; or list the benchmarks.
 
         Raises:
-            MaskMillError: ``dataset_unknown``, ``output_exists``, and errors that concern more than one row.
+            MaskMillError: ``name_unknown``, ``output_exists``, and errors that concern more than one row.
         """
         if self.name == "list":
             for name, description in benchmarks().items():
@@ -123,7 +123,7 @@ class Benchmark:
         name = self.name.replace("_", "-")
         if name not in benchmarks():
             raise WrongUse(
-                "dataset_unknown",
+                "name_unknown",
                 f"There is no benchmark {name!r}.",
                 f"{did_you_mean(name, [*benchmarks(), 'list'])}Known: {', '.join(benchmarks())}.",
             )

@@ -33,13 +33,13 @@ class Datasets:
         """Print them.
 
         Raises:
-            WrongUse: ``dataset_unknown``.
+            WrongUse: ``name_unknown``.
         """
         from pipeline.datasets.registry import DATASETS
 
         if self.name is not None and self.name not in DATASETS:
             raise WrongUse(
-                "dataset_unknown",
+                "name_unknown",
                 f"There is no dataset {self.name!r}.",
                 f"{did_you_mean(self.name, DATASETS)}Known: {', '.join(DATASETS)}.",
             )

@@ -262,7 +262,7 @@ class ShowMemory:
         """Read all of it.
 
         Raises:
-            MaskMillError: ``memory_missing``, ``memory_damaged``.
+            MaskMillError: ``input_missing``, ``file_damaged``.
         """
         console = console or stderr_console()
         storage = open_storage(self.memory)

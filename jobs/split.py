@@ -84,7 +84,7 @@ class MakeSplit:
         """Split the table, and say what came out.
 
         Raises:
-            MaskMillError: ``wrong_use``; ``split_differs`` if there is a split of other settings;
+            MaskMillError: ``wrong_use``; ``output_differs`` if there is a split of other settings;
                 ``groups_invalid``; as ``pipeline.splitting.making.make_split`` and, for CLIP,
                 ``pipeline.splitting.alike.find_alike``.
         """
@@ -165,7 +165,7 @@ class MakeSplit:
             return record, None
         if different:
             raise WrongUse(
-                "split_differs",
+                "output_differs",
                 f"{self.table} has been split otherwise: {'; '.join(different)}.",
                 "Give the same settings to let the split grow, or --overwrite to replace it: models trained "
                 "by the old one may then be measured on images that they have seen.",

@@ -131,7 +131,7 @@ class ShowStatus:
         """Show the status, once or again and again.
 
         Raises:
-            MaskMillError: ``wrong_use`` if nothing of MaskMill is there; ``run_unknown``; what storages and
+            MaskMillError: ``wrong_use`` if nothing of MaskMill is there; ``name_unknown``; what storages and
                 records say.
         """
         console = console or Console()

@@ -70,7 +70,7 @@ def measure_parts_once(
 
     Raises:
         WrongUse: ``output_differs`` if a stored part has another identity.
-        Damaged: ``result_damaged`` if a stored part cannot be read.
+        Damaged: ``file_damaged`` if a stored part cannot be read.
     """
     files = {part: folder / ROWS / f"{slug(f'{name} {part}')}.json" for part in parts}
     found = {part: _earlier(file, identity) for part, file in files.items() if file.exists()}
@@ -98,7 +98,7 @@ def _earlier(file: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         differing = changed_fields(recorded, json.loads(json.dumps(identity)))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Damaged(
-            "result_damaged",
+            "file_damaged",
             f"{file} is damaged: {type(error).__name__}: {error}.",
             "Delete it and run the same command again: it is measured anew, and the other rows are kept.",
         ) from error

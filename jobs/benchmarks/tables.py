@@ -100,7 +100,7 @@ def random_weights(settings: Mapping[str, Any]) -> bool:
 
 def why_not_measured(error: MaskMillError) -> str:
     """The reason to print in a row. Re-raises errors that a second run could resolve."""
-    if isinstance(error, FailedWork) or error.code in ("output_differs", "result_damaged"):
+    if isinstance(error, FailedWork) or error.code in ("output_differs", "file_damaged"):
         raise error
     return f"{error.code}: {error.message}"
 

@@ -211,7 +211,7 @@ class Evaluate:
         names = {found[row_id].name for row_id in ids[chosen.keep(ids)].tolist()}
         if not names:
             raise WrongUse(
-                "nothing_compared",
+                "too_few_images",
                 f"The truth has none of the {len(chosen.ids):,} images of the part {chosen.part}.",
                 "Give the truth of these images, or name another --part.",
             )

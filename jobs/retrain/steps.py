@@ -89,7 +89,7 @@ def open_run(work: Work) -> None:
     """Make sure that the tick has its run in MLflow, and that registry and ledger agree on the champions.
 
     Raises:
-        MaskMillError: ``tracking_unreachable``; ``champion_changed``; ``registry_taken``.
+        MaskMillError: ``tracking_unreachable``; ``champion_changed``; ``output_not_ours``.
     """
     for model in work.config.models:
         registry.refuse_other_owner(work.client, work.config.registered(model), work.storage)

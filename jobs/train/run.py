@@ -526,7 +526,7 @@ def _read(store: CheckpointStore, step: int) -> Checkpoint:
         return store.read(step)
     except BrokenCheckpoint as damage:
         raise Damaged(
-            "checkpoint_damaged",
+            "file_damaged",
             f"The last checkpoint, {store.uri_of(step)}, cannot be used: {damage}",
             "Delete its folder and run the same command again: training resumes from the one before it.",
         ) from damage

@@ -138,7 +138,7 @@ def ray_session(
         begin: called when the environment is complete, before Ray starts: it may start threads.
 
     Raises:
-        MaskMillError: ``cluster_unreachable``; ``no_ray_folder`` if a local Ray has no place for its sockets;
+        MaskMillError: ``cluster_unreachable``; ``ray_failed`` if a local Ray has no place for its sockets;
             ``cluster_too_small`` if too few nodes have joined a cluster after
             ``pipeline.cluster.nodes.NODES_WAIT_S``.
     """
@@ -202,7 +202,7 @@ def _make_folder() -> str:
     """A new folder with a short path that only this user can enter.
 
     Raises:
-        MaskMillError: ``no_ray_folder``.
+        MaskMillError: ``ray_failed``.
     """
     named = os.environ.get("RAY_TMPDIR")
     parents = [named] if named else [tempfile.gettempdir(), "/tmp"]
@@ -211,7 +211,7 @@ def _make_folder() -> str:
             with contextlib.suppress(OSError):
                 return tempfile.mkdtemp(prefix="mill-", dir=parent)
     raise WrongUse(
-        "no_ray_folder",
+        "ray_failed",
         f"Ray has no place for its sockets: {' and '.join(dict.fromkeys(parents))} cannot be written to, or "
         f"have a path of more than {LONGEST_PARENT} bytes, which leaves too little for the names of sockets.",
         "Set RAY_TMPDIR to a folder on a local disk with a short path, such as /var/tmp.",

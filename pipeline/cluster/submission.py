@@ -161,7 +161,7 @@ class JobClient:
         address: of the dashboard, ``http://HEAD:8265``.
 
     Raises:
-        MaskMillError: ``cluster_unreachable``, ``token_refused``.
+        MaskMillError: ``cluster_unreachable``, ``cluster_unreachable``.
     """
 
     def __init__(self, address: str) -> None:
@@ -185,7 +185,7 @@ class JobClient:
         """The job with a submission id.
 
         Raises:
-            MaskMillError: ``job_unknown``.
+            MaskMillError: ``name_unknown``.
         """
         return _job(self._ask(lambda: self._client.get_job_info(name), name))
 
@@ -222,14 +222,14 @@ class JobClient:
         """Stop a job and wait for its end.
 
         Raises:
-            MaskMillError: ``job_unknown``; ``job_runs_on`` if it has not stopped after ``STOPPED_S``.
+            MaskMillError: ``name_unknown``; ``output_in_use`` if it has not stopped after ``STOPPED_S``.
         """
         self._ask(lambda: self._client.stop_job(name), name)
         deadline = time.monotonic() + STOPPED_S
         while not (job := self.job(name)).over:
             if time.monotonic() > deadline:
                 raise FailedWork(
-                    "job_runs_on", f"{name} was told to stop, and still runs.", "Look again in a minute."
+                    "output_in_use", f"{name} was told to stop, and still runs.", "Look again in a minute."
                 )
             time.sleep(0.5)
         return job
@@ -242,7 +242,7 @@ class JobClient:
             show: called with each piece of its output.
 
         Raises:
-            MaskMillError: ``cluster_unreachable``, ``token_refused``, ``job_unknown``.
+            MaskMillError: ``cluster_unreachable``, ``cluster_unreachable``, ``name_unknown``.
         """
         shown = failures = 0
         while True:
@@ -308,18 +308,18 @@ class JobClient:
             return error
         if isinstance(error, ray.exceptions.AuthenticationError):
             return FailedWork(
-                "token_refused",
+                "cluster_unreachable",
                 f"The Ray at {self._address} does not let you in: {str(error).splitlines()[0]}",
                 "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token to the cluster's token.",
             )
         if "status code 404" in str(error) and name:
             return WrongUse(
-                "job_unknown",
+                "name_unknown",
                 f"The Ray at {self._address} has no job {name}.",
                 "maskmill submit prints the id of each job; a cluster that was started anew knows none.",
             )
         if "ray[default]" in str(error):
-            return FailedWork("not_installed", one_line(error), "Install it: pip install 'ray[default]'.")
+            return FailedWork("package_missing", one_line(error), "Install it: pip install 'ray[default]'.")
         return FailedWork(
             "cluster_unreachable",
             f"The Ray at {self._address} did not do what it was asked: {one_line(error)}",

@@ -72,7 +72,7 @@ def build_corpus(
         most: images of a partition, on average.
 
     Raises:
-        MaskMillError: ``source_missing``, ``source_invalid``, ``password_in_address``, ``storage_*``.
+        MaskMillError: ``source_missing``, ``source_invalid``, ``secret_in_address``, ``storage_*``.
     """
     uri = canonical_uri(source)
     partitioned = _partitioned(uri) if uri.endswith(".parquet") else None
@@ -114,7 +114,7 @@ def build_manifest(
         string.
 
     Raises:
-        MaskMillError: ``source_missing``, ``source_invalid``, ``password_in_address``, ``storage_*``.
+        MaskMillError: ``source_missing``, ``source_invalid``, ``secret_in_address``, ``storage_*``.
     """
     return build_corpus(source, notice=notice, most=_ALL_AT_ONCE).table()
 

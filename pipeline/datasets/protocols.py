@@ -151,14 +151,14 @@ def get_protocol(dataset: str, name: str) -> Protocol:
     """The protocol of a dataset.
 
     Raises:
-        MaskMillError: ``dataset_unknown``, listing the known ones.
+        MaskMillError: ``name_unknown``, listing the known ones.
     """
     known = PROTOCOLS.get(dataset, {})
     for protocol in known.values():
         if protocol.name == name:
             return protocol
     raise WrongUse(
-        "dataset_unknown",
+        "name_unknown",
         f"There is no protocol {name!r} for {dataset}.",
         f"Known for it: {', '.join(known)}."
         if known

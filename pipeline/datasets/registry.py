@@ -126,12 +126,12 @@ def open_dataset(
             ``toyworld``. See the functions ``open_*``.
 
     Raises:
-        MaskMillError: ``dataset_unknown``; ``wrong_use``; ``dataset_missing``, naming the download page
+        MaskMillError: ``name_unknown``; ``wrong_use``; ``dataset_missing``, naming the download page
             or the missing files; ``dataset_invalid``.
     """
     if name not in DATASETS:
         raise WrongUse(
-            "dataset_unknown",
+            "name_unknown",
             f"There is no dataset {name!r}.",
             f"{did_you_mean(name, DATASETS)}Known: {', '.join(DATASETS)}.",
         )

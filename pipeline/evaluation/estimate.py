@@ -47,7 +47,7 @@ def measure_sample(table: str, truth: str, classes: Ontology) -> Measured:
 
     Raises:
         MaskMillError: ``dataset_missing`` without masks; ``image_invalid`` if two images have the name of one
-            mask; ``sample_small``; ``mask_invalid``; ``table_damaged``.
+            mask; ``too_few_images``; ``mask_invalid``; ``table_damaged``.
     """
     place = open_storage(truth)
     files = list_files(place, "", ".png", recursive=True)
@@ -83,7 +83,7 @@ def measure_sample(table: str, truth: str, classes: Ontology) -> Measured:
         measured = [one for one in pool.map(measure, sorted(known)) if one and np.isfinite(one[1])]
     if len(measured) < LEAST:
         raise WrongUse(
-            "sample_small",
+            "too_few_images",
             f"{len(measured):,} labelled images of {table} have a mask with classes in {place.uri}.",
             f"Give the masks of {LEAST} or more images, drawn by chance from the table.",
         )

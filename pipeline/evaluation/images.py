@@ -102,7 +102,7 @@ def read_images(storage: Storage, result: EvaluationResult) -> ImageCounts | Non
         result: its ``evaluation.json``, with which the counts must agree.
 
     Raises:
-        MaskMillError: ``result_damaged`` if it cannot be read, is not what this module writes, or belongs to
+        MaskMillError: ``file_damaged`` if it cannot be read, is not what this module writes, or belongs to
             another result.
     """
     if result.dataset.content is None:
@@ -171,7 +171,7 @@ def _take(batch: pa.RecordBatch, counts: npt.NDArray[np.int64], start: int, stor
 
 def _damaged(storage: Storage, why: str) -> MaskMillError:
     return Damaged(
-        "result_damaged",
+        "file_damaged",
         f"{storage.uri_of(IMAGES_FILE)} does not hold the counts of this result: {why}.",
         "Run maskmill evaluate again.",
     )

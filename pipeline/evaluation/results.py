@@ -466,7 +466,7 @@ def read_results(folder: str | os.PathLike[str]) -> list[tuple[Storage, Result]]
         Pairs of the folder, from which pictures can be read, and the result.
 
     Raises:
-        MaskMillError: ``result_missing``, ``newer_version``, ``json_invalid`` or ``result_damaged``, naming
+        MaskMillError: ``input_missing``, ``newer_version``, ``document_invalid`` or ``file_damaged``, naming
             the file.
     """
     storage = open_storage(folder)
@@ -482,13 +482,13 @@ def read_results(folder: str | os.PathLike[str]) -> list[tuple[Storage, Result]]
                 kind,
                 record,
                 storage.uri_of(name),
-                code="result_damaged",
+                code="file_damaged",
                 remedy="Run the command that made it again, or leave this folder out.",
             )
             found.append((storage, result))
     if not found:
         raise WrongUse(
-            "result_missing",
+            "input_missing",
             f"There is no {' or '.join(kinds)} in {storage.uri}.",
             "Give the output folder of maskmill evaluate or maskmill benchmark, or run one of them first.",
         )

@@ -426,7 +426,7 @@ def evaluate_table(
         notice: called with what the user should know about Ray.
 
     Raises:
-        MaskMillError: those of ``plan`` and ``class_lookup``; ``nothing_compared`` if no pixel could be.
+        MaskMillError: those of ``plan`` and ``class_lookup``; ``too_few_images`` if no pixel could be.
     """
     work = plan(table, dataset.samples)
     if lookup is None:
@@ -464,7 +464,7 @@ def evaluate_table(
             ids = ", ".join(map(str, sorted(total.truth_ids)[:MOST_IDS]))
             reasons.insert(0, f"all pixels of {len(total.images):,} images are ignored (ids found: {ids})")
         raise FailedWork(
-            "nothing_compared",
+            "too_few_images",
             f"Nothing could be compared: {'; '.join(reasons)}.",
             "Give labels and truth of the same images at the same size; "
             f"{dataset.ignore_index} in the truth means ignored.",

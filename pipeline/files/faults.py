@@ -181,7 +181,7 @@ def _told(error: BaseException, place: str) -> MaskMillError | None:
         return unreachable(place or "the network", error)
     if package in _TRACKING:
         return FailedWork(
-            "tracking_failed",
+            "tracking_unreachable",
             f"MLflow: {one_line(error)}",
             "Check --tracking (or MLFLOW_TRACKING_URI); --tracking off runs without it.",
         )
@@ -189,15 +189,15 @@ def _told(error: BaseException, place: str) -> MaskMillError | None:
         return _system(error, place)
     if isinstance(error, UnicodeError):
         return Damaged(
-            "not_text",
+            "document_invalid",
             f"{place or 'a file or an argument'} is not UTF-8 text: {one_line(error)}",
             "Save it as UTF-8.",
         )
     if isinstance(error, RecursionError):
-        return WrongUse("too_deep", f"{place or 'an input'} is nested too deeply.", "Flatten it.")
+        return WrongUse("document_invalid", f"{place or 'an input'} is nested too deeply.", "Flatten it.")
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] not in _OURS:
         return FailedWork(
-            "not_installed",
+            "package_missing",
             f"{error.name or 'a package'} cannot be imported: {one_line(error)}",
             "Install what MaskMill needs: pip install -r requirements.txt.",
         )
@@ -220,7 +220,7 @@ def _system(error: OSError, place: str) -> MaskMillError:
         if error.errno in numbers:
             return FailedWork(code, f"{what.format(place=where)}: {reason}", remedy)
     return FailedWork(
-        "storage_failed",
+        "storage_unreachable",
         f"{where} cannot be used: {reason}",
         f"Check the disk or the network share. {_AGAIN}",
     )

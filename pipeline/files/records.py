@@ -27,14 +27,14 @@ def read_record(storage: Storage, name: str, newest: int) -> dict[str, Any] | No
         newest: the schema version that this MaskMill writes. A record without a version has the first.
 
     Raises:
-        MaskMillError: ``newer_version``; ``json_invalid`` if it is no JSON object.
+        MaskMillError: ``newer_version``; ``document_invalid`` if it is no JSON object.
     """
     record = storage.read_json(name, None)
     if record is None:
         return None
     if not isinstance(record, dict):
         raise Damaged(
-            "json_invalid",
+            "document_invalid",
             f"{storage.uri_of(name)} holds a {type(record).__name__}, not a record.",
             "Restore the file, or make again what it describes.",
         )

@@ -111,7 +111,7 @@ def read_status(storage: Storage, name: str = STATUS_FILE) -> Status | None:
     """The status beside an output; None if there is none.
 
     Raises:
-        MaskMillError: ``newer_version``; ``json_invalid`` if the file is no status.
+        MaskMillError: ``newer_version``; ``document_invalid`` if the file is no status.
     """
     record = read_record(storage, name, STATUS_VERSION)
     if record is None:
@@ -120,7 +120,7 @@ def read_status(storage: Storage, name: str = STATUS_FILE) -> Status | None:
         Status,
         record,
         storage.uri_of(name),
-        code="json_invalid",
+        code="document_invalid",
         remedy="It is written anew by the next run; another program's file must have another name.",
     )
 
@@ -240,7 +240,7 @@ class StatusFile:
                 else:
                     _write(self._storage, before, updated=before.updated)
             except Exception as error:  # another process owns the output, or it is out of reach
-                if isinstance(error, MaskMillError) and error.code in ("json_invalid", "newer_version"):
+                if isinstance(error, MaskMillError) and error.code in ("document_invalid", "newer_version"):
                     place = self._storage.uri_of(STATUS_FILE)
                     self._notice(f"{place} is not MaskMill's: no status is written.")
                     return

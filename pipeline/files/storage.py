@@ -45,7 +45,7 @@ def canonical_uri(uri: str | os.PathLike[str]) -> str:
     is ``s3``) and a lower-case host.
 
     Raises:
-        MaskMillError: ``password_in_address``; the message does not repeat it.
+        MaskMillError: ``secret_in_address``; the message does not repeat it.
 
     >>> canonical_uri("/data/./photos/../cat.jpg")
     '/data/cat.jpg'
@@ -67,7 +67,7 @@ def canonical_uri(uri: str | os.PathLike[str]) -> str:
     if _names_user(scheme, rest):
         where = without_signature(f"{scheme}://{rest.rpartition('@')[2] if '@' in rest else '…'}")
         raise WrongUse(
-            "password_in_address",
+            "secret_in_address",
             f"An address holds a user name or a password: {where.replace('://', f'://{MASK}@', 1)}",
             "Leave it out: addresses are stored with the labels. S3 reads AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY or a profile; other storages read FSSPEC_SCHEME_NAME, such as "
@@ -100,7 +100,7 @@ def placed_beside(folder: str | os.PathLike[str], place: str) -> str:
     's3://bucket/photos'
 
     Raises:
-        MaskMillError: ``password_in_address``.
+        MaskMillError: ``secret_in_address``.
     """
     text = os.path.expanduser(place)
     relative = "://" not in text and not text.lower().startswith("file:")
@@ -111,13 +111,13 @@ def refuse_secrets(uri: str) -> None:
     """Refuse an address that is stored as it is, if it holds a password or a signature.
 
     Raises:
-        MaskMillError: ``password_in_address``, ``signed_address``.
+        MaskMillError: ``secret_in_address``, ``secret_in_address``.
     """
     place = canonical_uri(uri)
     public = without_signature(place)
     if public != place:
         raise WrongUse(
-            "signed_address",
+            "secret_in_address",
             f"The address {public} holds a signature or a token, and would be stored with it.",
             "Save the file and give its path, or give an address that needs no signature.",
         )
@@ -392,7 +392,7 @@ class Storage:
 
         Raises:
             FileNotFoundError: no such file and no default.
-            MaskMillError: ``json_invalid``.
+            MaskMillError: ``document_invalid``.
         """
         try:
             data = self.read_bytes(name)
@@ -404,7 +404,7 @@ class Storage:
             return json.loads(data)
         except ValueError as error:
             raise Damaged(
-                "json_invalid",
+                "document_invalid",
                 f"{self.uri_of(name)} is not valid JSON: {error}",
                 "Restore the file, or remove it if what it describes can be made again.",
             ) from None

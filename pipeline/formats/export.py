@@ -57,7 +57,7 @@ def finish(export: Export, plan: Plan, *, fence: Callable[[], None] = lambda: No
     """Write what names all images, and the record. All parts must be finished; call while holding the lease.
 
     Raises:
-        MaskMillError: ``export_damaged``; what the storage says.
+        MaskMillError: ``file_damaged``; what the storage says.
     """
     counts = PartCounts()
     output = export.output

@@ -66,7 +66,7 @@ def read_kept(output: Storage, file: str, kind: TypeAdapter[_Read], default: _Re
     """What a run kept, or the default if there is nothing.
 
     Raises:
-        MaskMillError: ``export_damaged``.
+        MaskMillError: ``file_damaged``.
     """
     try:
         return kind.validate_json(output.read_bytes(file))
@@ -77,10 +77,10 @@ def read_kept(output: Storage, file: str, kind: TypeAdapter[_Read], default: _Re
 
 
 def damaged(output: Storage, file: str, error: ValueError) -> Damaged:
-    """``export_damaged`` for a file that a run kept."""
+    """``file_damaged`` for a file that a run kept."""
     why = first_problem(error) if isinstance(error, ValidationError) else str(error)
     return Damaged(
-        "export_damaged",
+        "file_damaged",
         f"{output.uri_of(file)} is damaged: {why}.",
         "Delete it, and run the same command again; or name another --output.",
     )

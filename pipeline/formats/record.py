@@ -158,14 +158,12 @@ def find_export(output: Storage) -> ExportRecord | None:
     """The record of the export in a folder; None without an ``export.json``.
 
     Raises:
-        MaskMillError: ``newer_version``, ``json_invalid``; ``export_damaged`` if it is no record.
+        MaskMillError: ``newer_version``, ``document_invalid``; ``file_damaged`` if it is no record.
     """
     found = read_record(output, EXPORT_FILE, SCHEMA_VERSION)
     if found is None:
         return None
-    return parse_record(
-        ExportRecord, found, output.uri_of(EXPORT_FILE), code="export_damaged", remedy=_REMEDY
-    )
+    return parse_record(ExportRecord, found, output.uri_of(EXPORT_FILE), code="file_damaged", remedy=_REMEDY)
 
 
 def check_output(export: Export, *, overwrite: bool) -> None:

@@ -61,7 +61,7 @@ class MaskClipLabeller(BaseLabeller):
             found, record = load_memory(reading.memory, self.device)
             if record.fingerprint != memory:
                 raise FailedWork(
-                    "memory_changed",
+                    "labelling_failed",
                     f"The memory in {reading.memory} has changed since this run began.",
                     "Build it first, and then label.",
                 )

@@ -171,7 +171,7 @@ def find_memory(recipe: LabelRecipe, weights: str) -> dict[str, str]:
         weights: fingerprint of its CLIP.
 
     Raises:
-        MaskMillError: ``memory_missing``, ``memory_damaged``; ``memory_does_not_fit`` if it was built with
+        MaskMillError: ``input_missing``, ``file_damaged``; ``weights_do_not_fit`` if it was built with
             another CLIP, or another reading of it.
     """
     if not recipe.maskclip.memory:
@@ -186,7 +186,7 @@ def find_memory(recipe: LabelRecipe, weights: str) -> dict[str, str]:
     if record.weights.get("fingerprint") != weights or differ:
         why = f"other settings: {', '.join(differ)}" if differ else "other weights"
         raise WrongUse(
-            "memory_does_not_fit",
+            "weights_do_not_fit",
             f"The memory in {storage.uri} was built with {why}; its regions mean nothing here.",
             "Label with the settings of its table, or build another memory.",
         )

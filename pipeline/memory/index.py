@@ -39,7 +39,7 @@ def load_memory(uri: str, device: torch.device) -> tuple[Memory, MemoryRecord]:
         device: where exact search runs; values stay on the CPU.
 
     Raises:
-        MaskMillError: ``memory_missing``, ``memory_damaged``, ``newer_version``; ``package_missing`` without
+        MaskMillError: ``input_missing``, ``file_damaged``, ``newer_version``; ``package_missing`` without
             faiss.
     """
     from models.memory import Memory, centred, exact_search
@@ -62,7 +62,7 @@ def write_index(storage: Storage, record: MemoryRecord) -> str:
     Keys are in inverted lists, as 16-bit numbers.
 
     Raises:
-        MaskMillError: ``package_missing``; ``memory_damaged``.
+        MaskMillError: ``package_missing``; ``file_damaged``.
     """
     import numpy as np
 

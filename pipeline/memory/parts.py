@@ -100,7 +100,7 @@ def read_part(storage: Storage, part: PartRecord, record: MemoryRecord) -> Part:
     """Read a part and check that it is what the record says.
 
     Raises:
-        MaskMillError: ``memory_damaged``.
+        MaskMillError: ``file_damaged``.
     """
     import torch
     from safetensors.torch import load
@@ -127,9 +127,9 @@ def read_part(storage: Storage, part: PartRecord, record: MemoryRecord) -> Part:
 
 
 def damaged(storage: Storage, file: str, error: Exception) -> Damaged:
-    """``memory_damaged`` for a file of a memory."""
+    """``file_damaged`` for a file of a memory."""
     return Damaged(
-        "memory_damaged",
+        "file_damaged",
         f"{storage.uri_of(file)} cannot be used: {error}.",
         "Delete it, and run maskmill memory build again: what is whole stays.",
     )

@@ -106,7 +106,7 @@ def find_memory_record(storage: Storage) -> MemoryRecord | None:
     """The record of a memory; None if there is no ``memory.json``.
 
     Raises:
-        MaskMillError: ``newer_version``; ``memory_damaged`` if it is no record of a memory.
+        MaskMillError: ``newer_version``; ``file_damaged`` if it is no record of a memory.
     """
     found = read_record(storage, MEMORY_FILE, SCHEMA_VERSION)
     if found is None:
@@ -115,7 +115,7 @@ def find_memory_record(storage: Storage) -> MemoryRecord | None:
         MemoryRecord,
         found,
         storage.uri_of(MEMORY_FILE),
-        code="memory_damaged",
+        code="file_damaged",
         remedy="Build the memory again with --overwrite.",
     )
 
@@ -124,19 +124,19 @@ def read_memory_record(storage: Storage) -> MemoryRecord:
     """The record of a memory that may be used.
 
     Raises:
-        MaskMillError: ``memory_missing`` without one, or if it is not finished; as ``find_memory_record``.
+        MaskMillError: ``input_missing`` without one, or if it is not finished; as ``find_memory_record``.
     """
     record = find_memory_record(storage)
     if record is None or not record.complete:
         state = "There is no memory" if record is None else "The memory is not finished"
         raise WrongUse(
-            "memory_missing",
+            "input_missing",
             f"{state} in {storage.uri}.",
             f"Run: maskmill memory build TABLE --output {storage.uri}",
         )
     if not record.count:
         raise WrongUse(
-            "memory_missing",
+            "input_missing",
             f"The memory in {storage.uri} holds no region: no image of its table could be read.",
             "Build one from a table whose images are there.",
         )

@@ -63,7 +63,7 @@ def write_report(folders: Sequence[str | os.PathLike[str]], output: str | os.Pat
         The path of the page.
 
     Raises:
-        MaskMillError: ``result_missing``, ``newer_version`` or ``result_damaged`` for a folder,
+        MaskMillError: ``input_missing``, ``newer_version`` or ``file_damaged`` for a folder,
             ``output_exists`` if the output exists and is not a report, ``wrong_use`` if it is not local.
     """
     if not folders:

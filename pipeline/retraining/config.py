@@ -240,7 +240,7 @@ def read_config(path: str | os.PathLike[str]) -> Retraining:
 
     Raises:
         MaskMillError: ``config_invalid`` naming file, line, field and remedy; ``recipe_invalid``,
-            ``ontology_invalid``, ``password_in_address``, ``signed_address``, ``wrong_use``.
+            ``ontology_invalid``, ``secret_in_address``, ``secret_in_address``, ``wrong_use``.
     """
     file = Path(path).expanduser()
     place = open_storage(file.parent)
@@ -266,7 +266,7 @@ def parse_config(data: bytes, where: str, *, folder: Path) -> Retraining:
         folder: of the file, which its relative paths begin from.
 
     Raises:
-        MaskMillError: ``config_invalid``, ``password_in_address``, ``signed_address``.
+        MaskMillError: ``config_invalid``, ``secret_in_address``, ``secret_in_address``.
     """
     written = parsed_yaml(data, where, code=CODE)
     if not isinstance(written, dict):
@@ -371,7 +371,7 @@ def _located(written: Mapping[Any, Any], folder: Path) -> dict[Any, Any]:
     if isinstance(tracking, str):
         if redact(tracking) != tracking:
             raise WrongUse(
-                "password_in_address",
+                "secret_in_address",
                 f"tracking holds a user name, a password or a token: {redact(tracking)}",
                 "Leave it out: MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
                 "MLFLOW_TRACKING_TOKEN.",

@@ -164,7 +164,7 @@ def read_decision(storage: Storage, name: str) -> Decision | None:
     """Read a decision; None if there is no such file.
 
     Raises:
-        MaskMillError: ``newer_version``, ``json_invalid``, ``result_damaged``.
+        MaskMillError: ``newer_version``, ``document_invalid``, ``file_damaged``.
     """
     record = read_record(storage, name, SCHEMA_VERSION)
     if record is None:
@@ -173,7 +173,7 @@ def read_decision(storage: Storage, name: str) -> Decision | None:
         Decision,
         record,
         storage.uri_of(name),
-        code="result_damaged",
+        code="file_damaged",
         remedy="Delete it; maskmill retrain then judges the candidate again.",
     )
 

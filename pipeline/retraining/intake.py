@@ -71,7 +71,7 @@ def read_images(storage: Storage, name: str) -> pa.Table:
     """A manifest that a retraining has written; no images if there is none.
 
     Raises:
-        MaskMillError: ``state_damaged``.
+        MaskMillError: ``file_damaged``.
     """
     try:
         data = storage.read_bytes(name)
@@ -83,7 +83,7 @@ def read_images(storage: Storage, name: str) -> pa.Table:
             raise ValueError("columns id and uri are of other types")
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise Damaged(
-            "state_damaged",
+            "file_damaged",
             f"{storage.uri_of(name)} is no manifest: {error}",
             "Restore the file from a copy, or delete the folder of the tick: its images are then new again.",
         ) from None
@@ -133,11 +133,11 @@ def refuse_signed(manifest: pa.Table) -> None:
     """Refuse images that are reached by signed addresses: a schedule outlives signatures.
 
     Raises:
-        MaskMillError: ``signed_address``.
+        MaskMillError: ``secret_in_address``.
     """
     if ADDRESS in manifest.column_names:
         raise WrongUse(
-            "signed_address",
+            "secret_in_address",
             "The images are listed by signed addresses, which expire before they are labelled again.",
             "Give the store itself (s3://bucket/prefix) and credentials in the environment.",
         )
@@ -334,7 +334,7 @@ def look_through(
         Names of the parts, and how many of the new images have no row.
 
     Raises:
-        MaskMillError: ``evaluation_overlaps``.
+        MaskMillError: ``dataset_invalid``.
     """
     measured = np.concatenate([held, evaluation_ids(dataset)])
     known = dataset_digests(dataset) | set(known)
@@ -355,7 +355,7 @@ def look_through(
             parts.append(part)
     if shared:
         raise WrongUse(
-            "evaluation_overlaps",
+            "dataset_invalid",
             f"{shared:,} images that are measured on are trained on as well, in {storage.uri}, such as "
             f"{example}: figures on them prove nothing.",
             "Measure on other images, or begin with another output: copies are then left out from the start.",

@@ -143,7 +143,7 @@ def read_labels(storage: Storage) -> LabelSummary | None:
     """Read ``labels.json``; None if there is none.
 
     Raises:
-        MaskMillError: ``newer_version``, ``json_invalid``, ``result_damaged``.
+        MaskMillError: ``newer_version``, ``document_invalid``, ``file_damaged``.
     """
     record = read_record(storage, LABELS_FILE, SCHEMA_VERSION)
     if record is None:
@@ -152,6 +152,6 @@ def read_labels(storage: Storage) -> LabelSummary | None:
         LabelSummary,
         record,
         storage.uri_of(LABELS_FILE),
-        code="result_damaged",
+        code="file_damaged",
         remedy="Delete it; it is made again from the label table.",
     )

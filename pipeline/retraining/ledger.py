@@ -151,7 +151,7 @@ class Ledger:
         """All entries, in order.
 
         Raises:
-            MaskMillError: ``ledger_damaged`` for an entry that is missing or does not make sense, or a file
+            MaskMillError: ``file_damaged`` for an entry that is missing or does not make sense, or a file
                 that is no entry; ``newer_version``; ``storage_unreachable``.
         """
         numbers = []
@@ -161,7 +161,7 @@ class Ledger:
             found = _FILE.fullmatch(file)
             if found is None or file != _file(int(found[1])):
                 raise Damaged(
-                    "ledger_damaged",
+                    "file_damaged",
                     f"{self._storage.uri_of(file)} is no entry of a ledger.",
                     "Move it elsewhere, if it was put there by hand.",
                 )
@@ -169,7 +169,7 @@ class Ledger:
         absent = sorted(set(range(1, max([*numbers, len(self._read)], default=0) + 1)) - set(numbers))
         if absent:
             raise Damaged(
-                "ledger_damaged",
+                "file_damaged",
                 f"{self._storage.uri_of(_file(absent[0]))} is missing"
                 + (f", and {len(absent) - 1} more" if len(absent) > 1 else "")
                 + f", while there are entries up to {max([*numbers, len(self._read)])}.",
@@ -250,12 +250,12 @@ class Ledger:
         try:
             record = read_record(self._storage, file, SCHEMA_VERSION)
         except Damaged as error:
-            raise Damaged("ledger_damaged", error.message, _REMEDY) from error
+            raise Damaged("file_damaged", error.message, _REMEDY) from error
         if record is None:
-            raise Damaged("ledger_damaged", f"{place} is missing.", _REMEDY)
-        entry = parse_record(Entry, record, place, code="ledger_damaged", remedy=_REMEDY)
+            raise Damaged("file_damaged", f"{place} is missing.", _REMEDY)
+        entry = parse_record(Entry, record, place, code="file_damaged", remedy=_REMEDY)
         if entry.sequence != number:
-            raise Damaged("ledger_damaged", f"{place} holds entry {entry.sequence}.", _REMEDY)
+            raise Damaged("file_damaged", f"{place} holds entry {entry.sequence}.", _REMEDY)
         return entry
 
 

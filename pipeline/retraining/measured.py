@@ -71,7 +71,7 @@ def read_measured(
         labels: what it was trained on, if that is known.
 
     Raises:
-        MaskMillError: as ``read_results``; ``result_damaged``; ``result_missing`` if the folder holds no
+        MaskMillError: as ``read_results``; ``file_damaged``; ``input_missing`` if the folder holds no
             evaluation, or one of an older version, without counts per image.
     """
     place = folder.uri if isinstance(folder, Storage) else folder
@@ -104,7 +104,7 @@ def read_measured(
 
 def _missing(place: str, why: str) -> WrongUse:
     return WrongUse(
-        "result_missing",
+        "input_missing",
         f"{place} cannot be compared with another model: {why}.",
         "Run maskmill evaluate again, into a new --output.",
     )

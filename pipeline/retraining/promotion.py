@@ -51,7 +51,7 @@ def promote(
         if it was rolled back since.
 
     Raises:
-        MaskMillError: ``champion_changed`` if somebody else has moved the alias; ``version_missing``;
+        MaskMillError: ``champion_changed`` if somebody else has moved the alias; ``name_unknown``;
             ``output_in_use`` if the lease is lost; ``tracking_unreachable``; as
             ``pipeline.retraining.registry.refuse_other_owner`` and ``Ledger.entries``.
     """
@@ -236,7 +236,7 @@ def _move(ledger: Ledger, client: MlflowClient, lease: Lease, intent: Entry) -> 
         try:
             registry.set_alias(client, intent.name, registry.CHAMPION, intent.version)
         except MaskMillError as error:
-            if error.code == "version_missing":
+            if error.code == "name_unknown":
                 _append(ledger, lease, intent, "failed", error.message)
             raise
         found = registry.alias(client, intent.name, registry.CHAMPION)

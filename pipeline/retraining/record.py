@@ -127,22 +127,22 @@ def read_retraining(output: Storage) -> RetrainingRecord:
     """The record of an output.
 
     Raises:
-        MaskMillError: ``retraining_missing``, ``retraining_damaged``, ``newer_version``.
+        MaskMillError: ``input_missing``, ``file_damaged``, ``newer_version``.
     """
     try:
         found = read_record(output, RECORD_FILE, SCHEMA_VERSION)
     except MaskMillError as error:
-        if error.code != "json_invalid":
+        if error.code != "document_invalid":
             raise
-        raise type(error)("retraining_damaged", error.message, _REMEDY) from error
+        raise type(error)("file_damaged", error.message, _REMEDY) from error
     if found is None:
         raise WrongUse(
-            "retraining_missing",
+            "input_missing",
             f"{output.uri} is not the output of maskmill retrain: there is no {RECORD_FILE}.",
             "Name the output of a retraining, or its configuration.",
         )
     place = output.uri_of(RECORD_FILE)
-    return parse_record(RetrainingRecord, found, place, code="retraining_damaged", remedy=_REMEDY)
+    return parse_record(RetrainingRecord, found, place, code="file_damaged", remedy=_REMEDY)
 
 
 class _Configuration(BaseModel):
@@ -155,7 +155,7 @@ def find_output(place: str | os.PathLike[str]) -> Storage:
     """The output of a retraining, by its own place or by that of its configuration (YAML).
 
     Raises:
-        MaskMillError: ``retraining_missing`` for a configuration that is not there or names no output; as
+        MaskMillError: ``input_missing`` for a configuration that is not there or names no output; as
             ``pipeline.files.documents`` for one that cannot be read.
     """
     text = os.fspath(place)
@@ -165,15 +165,15 @@ def find_output(place: str | os.PathLike[str]) -> Storage:
         return storage
     folder = open_storage(os.path.dirname(storage.uri))
     try:
-        data = read_document(folder, name, code="retraining_missing")
+        data = read_document(folder, name, code="input_missing")
     except FileNotFoundError:
-        raise WrongUse("retraining_missing", f"There is no {text}.", "Check the path.") from None
+        raise WrongUse("input_missing", f"There is no {text}.", "Check the path.") from None
     try:
-        found = _Configuration.model_validate(parsed_yaml(data, text, code="retraining_missing"))
+        found = _Configuration.model_validate(parsed_yaml(data, text, code="input_missing"))
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"]
         raise WrongUse(
-            "retraining_missing",
+            "input_missing",
             f"{text} names no output of a retraining: {reason}.",
             "Name the configuration of maskmill retrain, or its output.",
         ) from None

@@ -190,7 +190,7 @@ def refuse_other_owner(client: MlflowClient, name: str, output: Storage) -> None
     """Refuse a registered model that another retraining has claimed.
 
     Raises:
-        MaskMillError: ``registry_taken``; ``tracking_unreachable``; as ``read_retraining``.
+        MaskMillError: ``output_not_ours``; ``tracking_unreachable``; as ``read_retraining``.
     """
     with registry_errors(name):
         found = _registered(client, name)
@@ -201,14 +201,14 @@ def refuse_other_owner(client: MlflowClient, name: str, output: Storage) -> None
         return
     if identity == own:
         raise WrongUse(
-            "registry_taken",
+            "output_not_ours",
             f"The registered model {name} belongs to the retraining in {place}, and {output.uri} is a copy "
             "of it.",
             f"Use that one. If it was moved here, set the tag {LEDGER_TAG} of the registered model to "
             f"{output.uri}.",
         )
     raise WrongUse(
-        "registry_taken",
+        "output_not_ours",
         f"The registered model {name} belongs to another retraining, in {place}.",
         f"Register under another name. If that retraining is no more, delete the tags {LEDGER_TAG} and "
         f"{RETRAINING_TAG} of the registered model.",
@@ -278,7 +278,7 @@ def set_alias(client: MlflowClient, name: str, which: str, number: str) -> None:
     """Point an alias to a version.
 
     Raises:
-        MaskMillError: ``version_missing``; ``tracking_unreachable``.
+        MaskMillError: ``name_unknown``; ``tracking_unreachable``.
     """
     from mlflow.exceptions import MlflowException
 
@@ -295,7 +295,7 @@ def read_version(client: MlflowClient, name: str, number: str) -> Version:
     """A version by its number.
 
     Raises:
-        MaskMillError: ``version_missing``; ``tracking_unreachable``.
+        MaskMillError: ``name_unknown``; ``tracking_unreachable``.
     """
     from mlflow.exceptions import MlflowException
 
@@ -378,7 +378,7 @@ def version_folder(client: MlflowClient, version: Version, kind: ModelKind, into
 def version_missing(name: str, number: str) -> FailedWork:
     """The error for a version that the registry does not have."""
     return FailedWork(
-        "version_missing",
+        "name_unknown",
         f"The registered model {name} has no version {number}; it may have been deleted.",
         "Choose one of its versions: maskmill promote … --version N --force --why TEXT.",
     )

@@ -126,11 +126,11 @@ def read_tick(storage: Storage, run: str) -> Tick:
     """Read a tick.
 
     Raises:
-        MaskMillError: ``state_damaged``, ``newer_version``, ``json_invalid``.
+        MaskMillError: ``file_damaged``, ``newer_version``, ``document_invalid``.
     """
     name = f"{tick_folder(run)}/{STATE_FILE}"
     record = read_record(storage, name, SCHEMA_VERSION)
-    return parse_record(Tick, record, storage.uri_of(name), code="state_damaged", remedy=_REMEDY)
+    return parse_record(Tick, record, storage.uri_of(name), code="file_damaged", remedy=_REMEDY)
 
 
 def read_ticks(storage: Storage) -> Iterator[Tick]:

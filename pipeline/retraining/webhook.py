@@ -31,14 +31,14 @@ def webhook_url(variable: str | None) -> str | None:
     """The address in an environment variable; None if no variable is named.
 
     Raises:
-        WrongUse: ``webhook_invalid`` if the variable is not set, or holds no address that can be posted to.
+        WrongUse: ``setting_invalid`` if the variable is not set, or holds no address that can be posted to.
     """
     if variable is None:
         return None
     url = os.environ.get(variable, "").strip()
     if not url:
         raise WrongUse(
-            "webhook_invalid",
+            "setting_invalid",
             f"The environment variable {variable} is not set; webhook_env says that it holds an address.",
             "Set it, or leave webhook_env out.",
         )
@@ -49,13 +49,13 @@ def webhook_url(variable: str | None) -> str | None:
         usable = False
     if not usable or not url.isascii() or not url.isprintable() or " " in url:
         raise WrongUse(
-            "webhook_invalid",
+            "setting_invalid",
             f"The environment variable {variable} holds no address of the form https://HOST/PATH.",
             "Set it to the address that the receiving service shows.",
         )
     if parts.username is not None or parts.password is not None:
         raise WrongUse(
-            "webhook_invalid",
+            "setting_invalid",
             f"The address in {variable} has a user name or a password before its host.",
             "Use a receiver that takes a token in the path or the query.",
         )

@@ -64,13 +64,13 @@ class Desk:
         """The row of an image of the queue.
 
         Raises:
-            MaskMillError: ``image_unknown`` if it is not in the queue; ``image_gone`` if its row has no
+            MaskMillError: ``name_unknown`` if it is not in the queue; ``image_gone`` if its row has no
                 labels any more.
         """
         place = self._places.get(row_id)
         if place is None:
             raise WrongUse(
-                "image_unknown", f"There is no image {row_id} in this queue.", "Load the page again."
+                "name_unknown", f"There is no image {row_id} in this queue.", "Load the page again."
             )
         try:
             row = read_row(self._folder, place, _ROW)
@@ -165,7 +165,7 @@ def open_desk(queue: Queue) -> Desk:
     """Open a queue, and make its table of corrections if there is none.
 
     Raises:
-        MaskMillError: ``table_missing``, ``table_damaged``; ``output_differs``; ``queue_damaged`` if none of
+        MaskMillError: ``table_missing``, ``table_damaged``; ``output_differs``; ``file_damaged`` if none of
             its images is in the table.
     """
     record = read_table_record(queue.table)
@@ -174,7 +174,7 @@ def open_desk(queue: Queue) -> Desk:
     places = find_rows(table, ids)
     if ids and not places:
         raise WrongUse(
-            "queue_damaged",
+            "file_damaged",
             f"{queue.table} has none of the {len(ids):,} images of this queue.",
             f"Make the queue anew: maskmill review {queue.table} --overwrite",
         )

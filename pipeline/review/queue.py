@@ -99,7 +99,7 @@ def find_queue(place: str) -> Queue | None:
     """The queue in a file, or beside a table; None if there is none.
 
     Raises:
-        MaskMillError: ``newer_version``; ``queue_damaged`` if it is no queue.
+        MaskMillError: ``newer_version``; ``file_damaged`` if it is no queue.
     """
     storage, name = queue_place(place)
     found = read_record(storage, name, SCHEMA_VERSION)
@@ -109,7 +109,7 @@ def find_queue(place: str) -> Queue | None:
         Queue,
         found,
         storage.uri_of(name),
-        code="queue_damaged",
+        code="file_damaged",
         remedy="Make it anew: maskmill review TABLE --overwrite. Corrections stay.",
     )
 
@@ -118,13 +118,13 @@ def read_queue(place: str) -> Queue:
     """The queue in a file, or beside a table.
 
     Raises:
-        MaskMillError: ``queue_missing`` without one; as ``find_queue``.
+        MaskMillError: ``input_missing`` without one; as ``find_queue``.
     """
     queue = find_queue(place)
     if queue is None:
         storage, name = queue_place(place)
         raise WrongUse(
-            "queue_missing",
+            "input_missing",
             f"There is no queue {storage.uri_of(name)}.",
             f"Make one: maskmill review {place}",
         )

@@ -20,7 +20,7 @@ from pipeline.serving.limits import Refused, check_origin, is_address
 
 log = logging.getLogger("maskmill.serve")
 
-UNKNOWN = ("model_unknown", "image_unknown")
+UNKNOWN = ("model_unknown", "name_unknown")
 """Codes of what is not there: status 404."""
 
 _HEADERS = {

@@ -171,13 +171,13 @@ def make_split(
         alike: what CLIP takes for the same, if ``record.near`` is "clip".
 
     Raises:
-        MaskMillError: ``table_damaged`` for an image with two rows; ``split_impossible`` if there are too few
-            groups for the parts; ``training_data_empty`` without labelled images.
+        MaskMillError: ``table_damaged`` for an image with two rows; ``setting_invalid`` if there are too few
+            groups for the parts; ``too_few_images`` without labelled images.
     """
     found = list(parts)
     ids = np.concatenate([np.empty(0, np.int64), *(one.ids for one in found)])
     if not len(ids):
-        raise WrongUse("training_data_empty", f"{table.uri} has no labelled images.", "Label images first.")
+        raise WrongUse("too_few_images", f"{table.uri} has no labelled images.", "Label images first.")
     refuse_doubled(ids, table)
     # By id, so that nothing depends on files and their order.
     order = np.argsort(ids)
@@ -306,7 +306,7 @@ def _refuse_empty(split: Split, record: SplitRecord, groups: int) -> None:
     ]
     if empty:
         raise WrongUse(
-            "split_impossible",
+            "setting_invalid",
             f"{len(split.ids):,} images in {groups:,} groups leave nothing for {' and '.join(empty)}.",
             "Take smaller groups (--by none, a smaller --distance), fewer parts, or more images.",
         )

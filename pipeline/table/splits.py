@@ -129,12 +129,12 @@ class Split:
         """Ids of the images of a part, ascending.
 
         Raises:
-            MaskMillError: ``split_empty`` if it has none.
+            MaskMillError: ``too_few_images`` if it has none.
         """
         found = self.ids[self.part == _NAMES.index(part)]
         if not len(found):
             raise WrongUse(
-                "split_empty",
+                "too_few_images",
                 f"The split of the table has no images in its part {part}.",
                 "Name another --part, or split anew: maskmill split TABLE --overwrite.",
             )
@@ -145,7 +145,7 @@ def find_split(table: Storage | str) -> Split | None:
     """The split of a table; None if it has none.
 
     Raises:
-        MaskMillError: ``newer_version``; ``split_damaged``.
+        MaskMillError: ``newer_version``; ``file_damaged``.
     """
     storage = table if isinstance(table, Storage) else open_storage(table)
     try:
@@ -165,7 +165,7 @@ def find_split(table: Storage | str) -> Split | None:
     except (OSError, ValueError, KeyError, pa.ArrowException, ValidationError) as error:
         why = " ".join(str(error).split())[:200]
         raise Damaged(
-            "split_damaged",
+            "file_damaged",
             f"{where} is no split of a label table: {why}",
             "Restore it from a copy, or delete it and split anew; images may then change their parts.",
         ) from error
@@ -213,11 +213,11 @@ def require_split(table: str) -> Split:
     """The split of a table.
 
     Raises:
-        MaskMillError: ``split_missing`` if it has none; as ``find_split``.
+        MaskMillError: ``input_missing`` if it has none; as ``find_split``.
     """
     split = find_split(table)
     if split is None:
-        raise WrongUse("split_missing", f"{table} has not been split.", f"Run: maskmill split {table}")
+        raise WrongUse("input_missing", f"{table} has not been split.", f"Run: maskmill split {table}")
     return split
 
 
@@ -253,7 +253,8 @@ def choose(table: str, part: str | None, *, default: str = ALL) -> Chosen | None
         default: see ``part``.
 
     Raises:
-        MaskMillError: ``wrong_use`` for another name; ``split_missing``; ``split_empty``; as ``find_split``.
+        MaskMillError: ``wrong_use`` for another name; ``input_missing``; ``too_few_images``;
+            as ``find_split``.
     """
     if part is not None and part not in (*PARTS, ALL):
         raise WrongUse("wrong_use", f"--part {part} is not known.", f"Give {', '.join(PARTS)} or {ALL}.")

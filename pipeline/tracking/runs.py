@@ -58,7 +58,7 @@ def list_runs(uri: str | None = None, *, experiment: str | None = None, limit: i
         limit: maximum number of runs.
 
     Raises:
-        MaskMillError: ``wrong_use``; ``tracking_unreachable``; ``run_unknown``.
+        MaskMillError: ``wrong_use``; ``tracking_unreachable``; ``name_unknown``.
     """
     target = resolve_uri(uri)
     database = sqlite_file(target)
@@ -92,7 +92,7 @@ def choose_runs(
     """Runs by id, start of an id, or name (the newest of several with that name).
 
     Raises:
-        MaskMillError: ``run_unknown``; the errors of ``list_runs``.
+        MaskMillError: ``name_unknown``; the errors of ``list_runs``.
     """
     runs = list_runs(uri, experiment=experiment, limit=SEARCHED)
     return [_choose(runs, text) for text in wanted]
@@ -116,13 +116,13 @@ def _choose(runs: Sequence[TrackedRun], text: str) -> TrackedRun:
     starts = [run for run in runs if len(text) >= 4 and run.id.startswith(text.lower())]
     if len(starts) > 1:
         raise WrongUse(
-            "run_unknown",
+            "name_unknown",
             f"{text} is the beginning of {len(starts)} run ids.",
             f"Give more of it: {', '.join(run.id[:12] for run in starts[:5])}.",
         )
     if not starts:
         raise WrongUse(
-            "run_unknown",
+            "name_unknown",
             f"There is no run {text!r}.",
             f"{did_you_mean(text, (run.name for run in runs), most=3)}"
             "List them with: maskmill runs --limit 100",
@@ -138,7 +138,7 @@ def _experiments(found: Mapping[str, str], wanted: str | None) -> list[str]:
         if name in found:
             return [name]
     raise WrongUse(
-        "run_unknown",
+        "name_unknown",
         f"There is no experiment {wanted!r}.",
         f"{did_you_mean(wanted, (name.removeprefix(EXPERIMENT_PREFIX) for name in ours))}"
         f"There are: {', '.join(ours)}."

@@ -125,7 +125,7 @@ def read_trained(kind: type[R], uri: str | Path) -> R:
     try:
         found = read_record(storage, kind.RECORD_FILE, kind.SCHEMA_VERSION)
     except MaskMillError as error:
-        if error.code != "json_invalid":
+        if error.code != "document_invalid":
             raise
         raise Damaged("model_damaged", error.message, _REMEDY) from error
     if found is None or found.get("kind") != kind.KIND:

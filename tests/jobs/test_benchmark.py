@@ -26,7 +26,7 @@ def test_a_benchmark_without_data_prints_what_is_missing_and_fails(tmp_path: Pat
 @pytest.mark.parametrize(
     ("job", "code"),
     [
-        (Benchmark(name="nothing"), "dataset_unknown"),
+        (Benchmark(name="nothing"), "name_unknown"),
         (Benchmark(name="toyworld", seeds=1), "wrong_use"),
         (Benchmark(name="toyworld", seeds=99), "wrong_use"),
         (Benchmark(name="toyworld", settings=("head=plain",)), "wrong_use"),

@@ -121,7 +121,7 @@ def test_a_recipe_labels_images_of_odd_names(maskmill_joined, tmp_path: Path) ->
         (["--labels", "/nowhere", "--dataset", "toyworld"], "table_missing"),
         (["--labels", "/nowhere", "--dataset", "toyworld", "--set", "head=plain"], "--set changes a recipe"),
         (["--recipe", "toy", "--dataset", "toyworld", "--limit", "-1"], "--limit -1"),
-        (["--recipe", "toy", "--dataset", "toyworld", "--protocol", "seed"], "dataset_unknown"),
+        (["--recipe", "toy", "--dataset", "toyworld", "--protocol", "seed"], "name_unknown"),
         (["--recipe", "toy", "--dataset", "phrasecut"], "clipseg-referring"),
         (["--recipe", "toy", "--dataset", "toyworld", "--tracking", "/a/folder"], "wrong_use"),
     ],
@@ -139,4 +139,4 @@ def test_labels_of_another_protocol_are_not_called_by_its_name(
         "evaluate", "--labels", table, "--dataset", "toyworld", "--protocol", "seed",
         "--output", tmp_path / "out",
     )  # fmt: skip
-    assert done.returncode == 2 and ("dataset_unknown" in done.stderr or "image_invalid" in done.stderr)
+    assert done.returncode == 2 and ("name_unknown" in done.stderr or "image_invalid" in done.stderr)

@@ -109,7 +109,7 @@ def test_one_mask_of_another_size_is_said_with_both_sizes(evaluate, tmp_path: Pa
 def test_masks_that_all_have_another_size_are_no_result(evaluate, tmp_path: Path) -> None:
     write_masks(tmp_path / "masks", {name: one_row_less(name) for name in NAMES})
     done = evaluate("--images", tmp_path / "images", "--truth", tmp_path / "masks")
-    assert done.returncode == 1 and "nothing_compared" in done.stderr
+    assert done.returncode == 1 and "too_few_images" in done.stderr
     assert "4 × image whose truth has another size (a: labels 20 x 24, truth 19 x 24 pixels)" in done.stderr
     assert not (tmp_path / "out" / "evaluation.json").exists()
 
@@ -117,7 +117,7 @@ def test_masks_that_all_have_another_size_are_no_result(evaluate, tmp_path: Path
 def test_a_truth_that_is_all_ignored_is_no_result(evaluate, tmp_path: Path) -> None:
     write_masks(tmp_path / "masks", {name: np.full((H, W), 255, np.uint8) for name in NAMES})
     done = evaluate("--images", tmp_path / "images", "--truth", tmp_path / "masks")
-    assert done.returncode == 1 and "nothing_compared" in done.stderr
+    assert done.returncode == 1 and "too_few_images" in done.stderr
     assert "all pixels of 4 images are ignored (ids found: 255)" in done.stderr
 
 

@@ -45,7 +45,7 @@ def test_says_where_the_page_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_the_folder_may_not_be_there(tmp_path: Path) -> None:
     with pytest.raises(MaskMillError) as caught:
         Report(results=(str(tmp_path / "gone"),)).run()
-    assert caught.value.code == "result_missing" and not (tmp_path / "gone").exists()
+    assert caught.value.code == "input_missing" and not (tmp_path / "gone").exists()
 
 
 def test_no_folder_at_all() -> None:

@@ -73,7 +73,7 @@ def test_one_experiment(uri: str, experiment: str) -> None:
     assert [entry.name for entry in list_runs(uri, experiment=experiment)] == ["ours", "plain"]
     with pytest.raises(MaskMillError, match="no experiment") as caught:
         list_runs(uri, experiment="other")
-    assert caught.value.code == "run_unknown"
+    assert caught.value.code == "name_unknown"
 
 
 def test_compare_shows_what_differs_and_nothing_else(uri: str) -> None:
@@ -97,7 +97,7 @@ def test_compare_three(uri: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "code"), [(["nothing"], "run_unknown"), (["abc"], "run_unknown"), (["our"], "run_unknown")]
+    ("wanted", "code"), [(["nothing"], "name_unknown"), (["abc"], "name_unknown"), (["our"], "name_unknown")]
 )
 def test_unknown_runs(uri: str, wanted: list[str], code: str) -> None:
     with pytest.raises(MaskMillError) as caught:

@@ -149,7 +149,7 @@ def test_the_split_is_the_same_for_a_seed_and_never_replaced_unasked(
     assert maskmill_here("split", folder / "table").returncode == 0
     assert _parts(folder) == first
     other = maskmill_here("split", folder / "table", "--seed", 5)
-    assert other.returncode == 2 and "split_differs" in other.stderr and "seed 0, not 5" in other.stderr
+    assert other.returncode == 2 and "output_differs" in other.stderr and "seed 0, not 5" in other.stderr
     assert _parts(folder) == first
     assert maskmill_here("split", folder / "table", "--seed", 5, "--overwrite").returncode == 0
     assert _parts(folder) != first
@@ -201,7 +201,7 @@ def test_an_image_that_links_two_parts_is_in_none(maskmill_here: Run, tmp_path: 
 
 def test_images_of_a_folder_stay_together(maskmill_here: Run, folder: Path) -> None:
     done = maskmill_here("split", folder / "table", "--by", "folder", "--near", "none")
-    assert done.returncode == 2 and "split_impossible" in done.stderr  # two folders cannot fill three parts
+    assert done.returncode == 2 and "setting_invalid" in done.stderr  # two folders cannot fill three parts
     done = maskmill_here(
         "split",
         folder / "table",
@@ -256,7 +256,7 @@ def test_a_damaged_split_is_told(maskmill_here: Run, folder: Path) -> None:
     for data in (b"", b"PAR1", whole[:-100], (folder / "table" / "labels").glob("*").__next__().read_bytes()):
         place.write_bytes(data)
         done = maskmill_here("split", folder / "table")
-        assert done.returncode == 1 and "split_damaged" in done.stderr, done.stderr
+        assert done.returncode == 1 and "file_damaged" in done.stderr, done.stderr
         assert place.read_bytes() == data
 
 
@@ -326,7 +326,7 @@ def test_an_evaluation_of_a_part_measures_its_images(maskmill_here: Run, tmp_pat
     folders = {"--labels": "table", "--images": "images", "--truth": "truth"}
     command = ("evaluate", *(word for name, place in folders.items() for word in (name, tmp_path / place)))
     unsplit = maskmill_here(*command, "--part", "test", "--output", tmp_path / "none")
-    assert unsplit.returncode == 2 and "split_missing" in unsplit.stderr
+    assert unsplit.returncode == 2 and "input_missing" in unsplit.stderr
     assert maskmill_here("split", tmp_path / "table").returncode == 0
     done = maskmill_here(*command, "--part", "test", "--output", tmp_path / "result")
     assert done.returncode == 0, done.stderr

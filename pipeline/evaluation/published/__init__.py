@@ -209,11 +209,11 @@ def load_published(name: str) -> PublishedTable:
     """Load a table.
 
     Raises:
-        MaskMillError: ``dataset_unknown``, listing the known names.
+        MaskMillError: ``name_unknown``, listing the known names.
     """
     if name not in names():
         raise WrongUse(
-            "dataset_unknown",
+            "name_unknown",
             f"There is no table of published figures {name!r}.",
             f"{did_you_mean(name, names())}Known: {', '.join(names())}.",
         )

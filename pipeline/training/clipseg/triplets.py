@@ -117,7 +117,7 @@ class TripletSamples:
     phrase and support do not belong to the image, else 0.
 
     Raises:
-        MaskMillError: ``setting_invalid``; ``training_data_empty`` if ``only_visual`` is set and no phrase
+        MaskMillError: ``setting_invalid``; ``too_few_images`` if ``only_visual`` is set and no phrase
             occurs twice.
     """
 
@@ -129,7 +129,7 @@ class TripletSamples:
             support_style(self.settings.visual_prompt, self.settings.support_size)
         if not self._eligible.any():
             raise WrongUse(
-                "training_data_empty",
+                "too_few_images",
                 f"No phrase of {self.source.name} occurs twice, so none can be shown by another image.",
                 "Give more images, or set only_visual to false.",
             )

@@ -88,7 +88,7 @@ class CheckpointStore:
 
         Raises:
             MaskMillError: ``output_differs`` if there are checkpoints made with other settings, naming the
-                differences; ``checkpoint_damaged`` if there are checkpoints without recorded settings.
+                differences; ``file_damaged`` if there are checkpoints without recorded settings.
         """
         record = json.loads(json.dumps(record))
         recorded = self.storage.read_json(SETTINGS_FILE, None)
@@ -97,7 +97,7 @@ class CheckpointStore:
         if self.steps():
             if recorded is None:
                 raise Damaged(
-                    "checkpoint_damaged",
+                    "file_damaged",
                     f"{self.storage.uri} has checkpoints but no {SETTINGS_FILE} that says what made them.",
                     f"Put {SETTINGS_FILE} back, or name another output.",
                 )
@@ -214,7 +214,7 @@ class CheckpointStore:
             None if the run has none yet: there is at most one folder, left by an interrupted write.
 
         Raises:
-            MaskMillError: ``checkpoint_damaged`` if there are checkpoints and none is usable.
+            MaskMillError: ``file_damaged`` if there are checkpoints and none is usable.
         """
         steps = self.steps()
         reasons = []
@@ -228,7 +228,7 @@ class CheckpointStore:
             return None
         listed = "; ".join(f"{folder_name(step)}: {error}" for step, error in reasons)
         raise Damaged(
-            "checkpoint_damaged",
+            "file_damaged",
             f"None of the {len(steps)} checkpoints in {self.storage.uri} can be used ({listed}).",
             "Restore one of them from a copy. To train from the start instead, name another output, or "
             "delete this folder of checkpoints yourself.",

@@ -113,8 +113,8 @@ def train(
         run_id: no checkpoint is written once another run has the lease; None checks nothing.
 
     Raises:
-        MaskMillError: ``output_differs``, ``checkpoint_damaged``, ``setting_invalid``,
-            ``model_unsupported``, ``output_not_shared``, errors of task and samples; ``training_failed``,
+        MaskMillError: ``output_differs``, ``file_damaged``, ``setting_invalid``,
+            ``model_unsupported``, ``storage_unsupported``, errors of task and samples; ``training_failed``,
             also if workers died more than ``settings.max_failures`` times.
     """
     settings.check_workers(compute.workers)

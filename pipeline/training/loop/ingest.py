@@ -92,7 +92,7 @@ def batches(
         (b,): the sample could not be loaded, and its row is ``samples.blank()``.
 
     Raises:
-        MaskMillError: ``wrong_use``; ``training_data_empty``; ``training_failed`` with the latest reasons, or
+        MaskMillError: ``wrong_use``; ``too_few_images``; ``training_failed`` with the latest reasons, or
             if loaders keep dying. Any other error of a sample is a bug and is re-raised.
     """
     if world_size < 1 or not 0 <= rank < world_size or batch_size % world_size or batch_size < 1:
@@ -151,7 +151,7 @@ def shares_of(
     """Yield, for each step, (position, sample index) of a worker's share.
 
     Raises:
-        MaskMillError: ``training_data_empty``.
+        MaskMillError: ``too_few_images``.
     """
     share = batch_size // world_size
     epoch, first, order = 0, 0, _order(samples, 0, seed)
@@ -170,7 +170,7 @@ def _order(samples: Samples, epoch: int, seed: int) -> npt.NDArray[np.int64]:
     order = samples.order(epoch, seed)
     if not len(order):
         raise WrongUse(
-            "training_data_empty",
+            "too_few_images",
             "There is no sample to train on.",
             "Give more images, or lower min_quality.",
         )

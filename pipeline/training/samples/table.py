@@ -353,7 +353,7 @@ def open_table_samples(
     Raises:
         MaskMillError: ``table_missing``; ``table_damaged``; ``classes_differ`` if table or truth share no
             class with the training; ``image_invalid`` from ``pipeline.evaluation.tables.plan``;
-            ``wrong_use``; ``training_data_empty`` if no row is left.
+            ``wrong_use``; ``too_few_images`` if no row is left.
     """
     count = ontology.num_classes
     hidden = _hidden(count, truth is not None, unseen_ids, void_from_truth)
@@ -380,7 +380,7 @@ def open_table_samples(
     if not rows.kept:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in rows.left_out.items())
         raise WrongUse(
-            "training_data_empty",
+            "too_few_images",
             f"No row of {root.uri} can be trained on: {reasons or 'it has none'}.",
             "Label more images, lower min_quality, or give the truth of these images.",
         )

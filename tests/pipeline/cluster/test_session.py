@@ -152,7 +152,7 @@ def test_a_folder_without_room_for_sockets_is_told_at_once(
         ray_session("mine", address=None, verbose=False),
     ):
         pass
-    assert caught.value.code == "no_ray_folder" and "RAY_TMPDIR" in caught.value.remedy
+    assert caught.value.code == "ray_failed" and "RAY_TMPDIR" in caught.value.remedy
 
 
 @pytest.mark.long

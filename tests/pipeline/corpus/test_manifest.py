@@ -296,7 +296,7 @@ def test_a_password_in_a_list_is_refused_with_its_place(tmp_path, name):
         (tmp_path / name).write_text("\n".join(["uri"] * (name == "l.csv") + uris))
     with pytest.raises(MaskMillError) as error:
         build_manifest(tmp_path / name)
-    assert error.value.code == "password_in_address" and "hunter2" not in str(error.value)
+    assert error.value.code == "secret_in_address" and "hunter2" not in str(error.value)
     place = {"l.txt": "l.txt:2: ", "l.csv": "l.csv:3: ", "l.parquet": "l.parquet: row 1: "}[name]
     assert place in error.value.message
 

@@ -393,7 +393,7 @@ def test_registry() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "code", "says"),
     [
-        ("voc12", {}, "dataset_unknown", "Did you mean voc"),
+        ("voc12", {}, "name_unknown", "Did you mean voc"),
         ("voc21", {"size": 3}, "wrong_use", "no option 'size'"),
         ("voc21", {"classes": "voc20"}, "wrong_use", "no option 'classes'"),
         ("pairs", {"root": "."}, "wrong_use", "needs an ontology"),

@@ -86,7 +86,7 @@ def test_protocols_are_kept_apart() -> None:
     for dataset, name in (("voc21", "seed"), ("voc20", "paper"), ("toyworld", "seed")):
         with pytest.raises(MaskMillError, match=r"Known|Datasets with") as caught:
             get_protocol(dataset, name)
-        assert caught.value.code == "dataset_unknown"
+        assert caught.value.code == "name_unknown"
 
 
 @pytest.mark.parametrize(

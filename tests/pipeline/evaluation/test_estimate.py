@@ -90,7 +90,7 @@ def test_what_is_wrong_with_a_sample_is_told(folder: Path, tmp_path: Path) -> No
     refused("dataset_missing")
     for mask in masks[: LEAST - 1]:
         (tmp_path / mask.name).write_bytes(mask.read_bytes())
-    assert "49 labelled images" in refused("sample_small")
+    assert "49 labelled images" in refused("too_few_images")
     file = io.BytesIO()
     Image.new("L", (9, 9)).save(file, "PNG")
     (tmp_path / masks[-1].name).write_bytes(file.getvalue())

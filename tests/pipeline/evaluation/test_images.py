@@ -180,7 +180,7 @@ def test_what_does_not_belong_to_the_result_is_not_believed(
     injure(tmp_path / IMAGES_FILE)
     with pytest.raises(MaskMillError) as caught:
         read(tmp_path)
-    assert caught.value.code == "result_damaged" and why in caught.value.message
+    assert caught.value.code == "file_damaged" and why in caught.value.message
 
 
 @given(st.permutations(range(6)))

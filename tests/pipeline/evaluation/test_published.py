@@ -211,7 +211,7 @@ def test_printed_means_are_the_means(name: str) -> None:
 def test_unknown_tables_are_named() -> None:
     with pytest.raises(MaskMillError, match="Did you mean clipseg_ablation") as caught:
         load_published("clipseg_ablations")
-    assert caught.value.code == "dataset_unknown"
+    assert caught.value.code == "name_unknown"
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_no_compared_pixel_is_an_error(made: Made, change, says: str) -> None:
         Image.fromarray(change(truth)).save(made.root / "masks" / f"{name}.png")
     with pytest.raises(MaskMillError, match=says) as caught:
         made.evaluate()
-    assert caught.value.code == "nothing_compared" and caught.value.exit_status == 1
+    assert caught.value.code == "too_few_images" and caught.value.exit_status == 1
 
 
 def test_unsure_pixels_become_background_where_a_protocol_says_so(made: Made) -> None:

@@ -20,7 +20,7 @@ def test_older_and_present_records_are_read(tmp_path: Path, record: dict[str, An
 
 @pytest.mark.parametrize(
     ("record", "code"),
-    [({"schema_version": 3}, "newer_version"), ([1], "json_invalid"), ("x", "json_invalid")],
+    [({"schema_version": 3}, "newer_version"), ([1], "document_invalid"), ("x", "document_invalid")],
 )
 def test_what_cannot_be_read_is_refused_in_words(tmp_path: Path, record: object, code: str) -> None:
     storage = open_storage(tmp_path)

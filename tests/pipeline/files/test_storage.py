@@ -79,7 +79,7 @@ def test_passwords_in_addresses_are_refused_and_not_repeated(uri):
     for use in (canonical_uri, open_storage, build_manifest):
         with pytest.raises(MaskMillError) as error:
             use(uri)
-        assert error.value.code == "password_in_address"
+        assert error.value.code == "secret_in_address"
         assert "hun" not in str(error.value) and "ter2" not in str(error.value)
 
 
@@ -165,7 +165,7 @@ def test_json(storage):
     storage.write_bytes("x/bad.json", b'{"a": ')
     with pytest.raises(MaskMillError, match=r"bad\.json is not valid JSON") as error:
         storage.read_json("x/bad.json")
-    assert error.value.code == "json_invalid"
+    assert error.value.code == "document_invalid"
     with pytest.raises(ValueError, match="JSON"):
         storage.write_json("x/nan.json", float("nan"))
 

@@ -263,7 +263,7 @@ def test_a_damaged_mask_and_a_damaged_mark_are_told(tmp_path: Path) -> None:
     output.write_bytes(".maskmill/parts/00000.jsonl", b"{")
     with pytest.raises(MaskMillError) as caught:
         export(table, output)
-    assert caught.value.code == "export_damaged"
+    assert caught.value.code == "file_damaged"
     output.delete(".maskmill/parts/00000.jsonl")
     assert export(table, output)[0].images == {"train": 3}
     assert json.loads(output.read_bytes("export.json"))["complete"]
@@ -311,7 +311,7 @@ def test_what_an_export_deletes_is_inside_it(tmp_path: Path, place: str, name: s
     for act in (lambda: export(table, output), lambda: delete_export(output)):
         with pytest.raises(MaskMillError) as caught:
             act()
-        assert caught.value.code == "export_damaged"
+        assert caught.value.code == "file_damaged"
         assert files_of(output).keys() == before.keys() and (tmp_path / "theirs").exists()
     with pytest.raises(ValueError, match="not a name inside"):
         output.delete("../theirs")

@@ -177,11 +177,11 @@ def test_damage_and_other_memories_are_told(table: Storage) -> None:
     storage.write_bytes(part_file(name), bytes(data))
     with pytest.raises(MaskMillError) as caught:
         ShowMemory(memory=storage.path()).run()
-    assert caught.value.code == "memory_damaged"
+    assert caught.value.code == "file_damaged"
     storage.write_bytes("memory.json", b'{"regions": "squares"}')
     with pytest.raises(MaskMillError) as caught:
         read_memory_record(storage)
-    assert caught.value.code == "memory_damaged"
+    assert caught.value.code == "file_damaged"
 
 
 def test_labelling_with_it(table: Storage, labeller: MaskClipLabeller) -> None:
@@ -198,10 +198,10 @@ def test_labelling_with_it(table: Storage, labeller: MaskClipLabeller) -> None:
     other = change_recipe(RECIPE, {"memory": uri, "head": "maskclip"})
     with pytest.raises(MaskMillError) as caught:
         prepare_labeller(other, TOYWORLD)
-    assert caught.value.code == "memory_does_not_fit"
+    assert caught.value.code == "weights_do_not_fit"
     with pytest.raises(MaskMillError) as caught:
         prepare_labeller(change_recipe(RECIPE, {"memory": f"{uri}-not"}), TOYWORLD)
-    assert caught.value.code == "memory_missing"
+    assert caught.value.code == "input_missing"
 
 
 def test_faiss_finds_what_exact_search_finds(table: Storage) -> None:
@@ -219,7 +219,7 @@ def test_faiss_finds_what_exact_search_finds(table: Storage) -> None:
     memory_of(table).write_bytes("index.faiss", b"broken")
     with pytest.raises(MaskMillError) as caught:
         load_memory(memory_of(table).path(), torch.device("cpu"))
-    assert caught.value.code == "memory_damaged"
+    assert caught.value.code == "file_damaged"
 
 
 def test_without_faiss_it_is_told(table: Storage) -> None:

@@ -832,14 +832,14 @@ def no_classes(record: Record) -> str:
 @pytest.mark.parametrize(
     ("damage", "code", "phrase"),
     [
-        (break_json, "json_invalid", "not valid JSON"),
-        (lambda _: "[]", "json_invalid", "list"),
-        (lambda _: "\x00\xff", "json_invalid", "not valid JSON"),
+        (break_json, "document_invalid", "not valid JSON"),
+        (lambda _: "[]", "document_invalid", "list"),
+        (lambda _: "\x00\xff", "document_invalid", "not valid JSON"),
         (newer, "newer_version", "schema 2"),
-        (other_kind, "result_damaged", ": kind: "),
-        (bad_color, "result_damaged", "classes.4.color"),
-        (short_confusion, "result_damaged", "21 × 22"),
-        (no_classes, "result_damaged", "classes: Field required"),
+        (other_kind, "file_damaged", ": kind: "),
+        (bad_color, "file_damaged", "classes.4.color"),
+        (short_confusion, "file_damaged", "21 × 22"),
+        (no_classes, "file_damaged", "classes: Field required"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, damage: Any, code: str, phrase: str) -> None:
@@ -855,7 +855,7 @@ def test_a_folder_without_a_result_is_named(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(MaskMillError) as caught:
             write_report([folder], tmp_path / "report.html")
-        assert caught.value.code == "result_missing" and str(folder) in caught.value.message
+        assert caught.value.code == "input_missing" and str(folder) in caught.value.message
 
 
 def test_only_a_report_is_replaced(tmp_path: Path) -> None:

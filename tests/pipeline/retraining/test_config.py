@@ -208,11 +208,11 @@ def test_errors_name_the_line() -> None:
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
-        ({"images": "s3://key:pass@bucket/photos"}, "password_in_address"),
-        ({"output": "https://me:pa55word@host/x"}, "password_in_address"),
-        ({"evaluation": {"images": "s3://a:b/c@bucket/x", "truth": "m"}}, "password_in_address"),
-        ({"tracking": "https://me:pa55word@mlflow.example.org"}, "password_in_address"),
-        ({"images": "https://host/list.txt?X-Amz-Signature=pa55word&X-Amz-Expires=5"}, "signed_address"),
+        ({"images": "s3://key:pass@bucket/photos"}, "secret_in_address"),
+        ({"output": "https://me:pa55word@host/x"}, "secret_in_address"),
+        ({"evaluation": {"images": "s3://a:b/c@bucket/x", "truth": "m"}}, "secret_in_address"),
+        ({"tracking": "https://me:pa55word@mlflow.example.org"}, "secret_in_address"),
+        ({"images": "https://host/list.txt?X-Amz-Signature=pa55word&X-Amz-Expires=5"}, "secret_in_address"),
     ],
 )
 def test_addresses_hold_no_secrets(changes: dict[str, Any], code: str) -> None:

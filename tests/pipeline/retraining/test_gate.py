@@ -415,7 +415,7 @@ def test_a_verdict_that_does_not_follow_from_its_reasons_is_not_believed(tmp_pat
     storage.write_json("verdict.json", record | {"verdict": "promote"})
     with pytest.raises(MaskMillError) as caught:
         read_decision(storage, "verdict.json")
-    assert caught.value.code == "result_damaged"
+    assert caught.value.code == "file_damaged"
     storage.write_json("verdict.json", record | {"schema_version": 99})
     with pytest.raises(MaskMillError) as caught:
         read_decision(storage, "verdict.json")

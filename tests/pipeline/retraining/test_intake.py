@@ -179,14 +179,14 @@ def test_a_damaged_manifest_is_told(tmp_path: Path, content: str) -> None:
         write_images(storage, NEW_FILE, pa.table({"id": ["a"], "uri": ["b"]}))
     with pytest.raises(MaskMillError) as caught:
         read_images(storage, NEW_FILE)
-    assert caught.value.code == "state_damaged" and NEW_FILE in caught.value.message
+    assert caught.value.code == "file_damaged" and NEW_FILE in caught.value.message
 
 
 def test_signed_addresses_are_refused() -> None:
     signed = manifest(1).append_column(ADDRESS, pa.array(["https://host/1.jpg?sig=x"]))
     with pytest.raises(MaskMillError) as caught:
         refuse_signed(signed)
-    assert caught.value.code == "signed_address"
+    assert caught.value.code == "secret_in_address"
     refuse_signed(manifest(1))
 
 
@@ -231,13 +231,11 @@ def test_what_is_measured_on_is_not_trained_on(tmp_path: Path) -> None:
     assert len(parts) >= 1 and missing == 1
     with pytest.raises(MaskMillError) as caught:
         look_through(storage, rows[:2], rows[3:5], None)
-    assert caught.value.code == "evaluation_overlaps" and "2 images" in caught.value.message
+    assert caught.value.code == "dataset_invalid" and "2 images" in caught.value.message
     some = sorted(table_digests(storage))[:1]
     with pytest.raises(MaskMillError) as caught:
         look_through(storage, rows[:2], none, None, known=some)
-    assert (
-        caught.value.code == "evaluation_overlaps" and "images that are measured on" in caught.value.message
-    )
+    assert caught.value.code == "dataset_invalid" and "images that are measured on" in caught.value.message
 
 
 def test_copies_are_known_by_the_tables_of_a_retraining(tmp_path: Path) -> None:

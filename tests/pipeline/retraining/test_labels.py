@@ -103,7 +103,7 @@ def test_a_summary_comes_back_from_its_file_and_is_checked(tmp_path: Path) -> No
         storage.write_json(LABELS_FILE, record | wrong)
         with pytest.raises(MaskMillError) as caught:
             read_labels(storage)
-        assert caught.value.code == "result_damaged"
+        assert caught.value.code == "file_damaged"
 
 
 def test_what_has_drifted_is_said(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def test_a_missing_entry_is_told(written: Path) -> None:
     (written / "000001.json").unlink()
     (written / "000003.json").unlink()
     error = damage_of(written)
-    assert error.code == "ledger_damaged" and error.exit_status == 1
+    assert error.code == "file_damaged" and error.exit_status == 1
     assert "000001.json is missing, and 1 more" in error.message
 
 
@@ -130,7 +130,7 @@ def test_entries_that_vanish_while_a_run_knows_them_are_told(written: Path) -> N
 def test_a_damaged_entry_is_told(written: Path, content: bytes, says: str) -> None:
     (written / "000002.json").write_bytes(content)
     error = damage_of(written)
-    assert error.code == "ledger_damaged" and "000002.json" in error.message and says in error.message
+    assert error.code == "file_damaged" and "000002.json" in error.message and says in error.message
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_changed_entry_is_told(written: Path, change: dict[str, object], says:
     path = written / "000002.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     error = damage_of(written)
-    assert error.code == "ledger_damaged" and says in error.message
+    assert error.code == "file_damaged" and says in error.message
 
 
 def test_an_entry_of_a_newer_version_is_refused(written: Path) -> None:

@@ -98,4 +98,4 @@ def test_a_result_without_counts_says_what_to_do(tmp_path: Path) -> None:
     for place in (tmp_path / "old", tmp_path / "nothing"):
         with pytest.raises(MaskMillError) as caught:
             read_measured(place, "candidate")
-        assert caught.value.code == "result_missing" and "maskmill evaluate" in caught.value.remedy
+        assert caught.value.code == "input_missing" and "maskmill evaluate" in caught.value.remedy

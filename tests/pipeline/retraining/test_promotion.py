@@ -344,9 +344,9 @@ def test_a_run_that_lost_its_lease_writes_nothing(scene: Scene) -> None:
 
 def test_a_version_that_is_not_there_is_refused(scene: Scene) -> None:
     promoted(scene, 2)
-    assert refused(scene, promoting(scene.name, "9", "2", "0003")).code == "version_missing"
+    assert refused(scene, promoting(scene.name, "9", "2", "0003")).code == "name_unknown"
     scene.client.delete_model_version(scene.name, "1")
-    assert refused(scene, lambda *place: rollback(*place, scene.name)).code == "version_missing"
+    assert refused(scene, lambda *place: rollback(*place, scene.name)).code == "name_unknown"
     assert scene.champion == "2" and scene.kinds() == ["promoting", "promoted"] * 2
 
 
@@ -358,5 +358,5 @@ def test_another_retraining_cannot_move_the_alias(scene: Scene, tmp_path: Path) 
         lambda *place: rollback(*place, scene.name),
         lambda *place: force(*place, scene.name, "3", why="so"),
     ):
-        assert refused(other, act).code == "registry_taken"
+        assert refused(other, act).code == "output_not_ours"
     assert scene.champion == "2" and other.entries == ()

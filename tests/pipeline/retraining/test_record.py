@@ -60,9 +60,9 @@ def test_names_that_no_registry_takes_are_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("content", "code"),
     [
-        (b"{", "retraining_damaged"),
-        (b"[]", "retraining_damaged"),
-        (b"{}", "retraining_damaged"),
+        (b"{", "file_damaged"),
+        (b"[]", "file_damaged"),
+        (b"{}", "file_damaged"),
         (b'{"schema_version": 99}', "newer_version"),
     ],
 )
@@ -107,4 +107,4 @@ def test_a_configuration_that_names_no_output_is_refused(
         Path("retrain.yaml").write_text(content)
     with pytest.raises(MaskMillError, match=says) as caught:
         find_output("retrain.yaml")
-    assert caught.value.code == "retraining_missing" and caught.value.exit_status == 2
+    assert caught.value.code == "input_missing" and caught.value.exit_status == 2

@@ -296,7 +296,7 @@ def test_another_retraining_is_refused(
     other = new_output(tmp_path / "other", "others", "sqlite:///x.db")
     with pytest.raises(MaskMillError, match="belongs to another retraining") as caught:
         act(empty.client, empty.name, other)
-    assert caught.value.code == "registry_taken" and empty.output.uri in caught.value.message
+    assert caught.value.code == "output_not_ours" and empty.output.uri in caught.value.message
     copied = tmp_path / "copied"
     shutil.copytree(empty.output.path(), copied)
     with pytest.raises(MaskMillError, match="is a copy of it"):
@@ -320,7 +320,7 @@ def test_a_version_that_is_not_there(empty: Scene) -> None:
         ):
             with pytest.raises(MaskMillError) as caught:
                 act(number)
-            assert caught.value.code == "version_missing"
+            assert caught.value.code == "name_unknown"
 
 
 def test_connecting_makes_no_database(empty: Scene, tmp_path: Path, registry_database: str) -> None:

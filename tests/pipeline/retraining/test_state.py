@@ -333,13 +333,13 @@ def test_ticks_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "code"),
     [
-        (b"{", "json_invalid"),
-        (b"[]", "json_invalid"),
+        (b"{", "document_invalid"),
+        (b"[]", "document_invalid"),
         (b'{"schema_version": 99}', "newer_version"),
-        (b'{"run": "0001"}', "state_damaged"),
-        (b'{"run": "1", "created": ""}', "state_damaged"),
-        (b'{"run": "0001", "created": "", "steps": [{"name": "x", "state": "odd"}]}', "state_damaged"),
-        (b'{"run": "0001", "created": "", "images": -1}', "state_damaged"),
+        (b'{"run": "0001"}', "file_damaged"),
+        (b'{"run": "1", "created": ""}', "file_damaged"),
+        (b'{"run": "0001", "created": "", "steps": [{"name": "x", "state": "odd"}]}', "file_damaged"),
+        (b'{"run": "0001", "created": "", "images": -1}', "file_damaged"),
     ],
 )
 def test_a_state_is_checked_before_it_is_believed(tmp_path: Path, text: bytes, code: str) -> None:

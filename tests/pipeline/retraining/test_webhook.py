@@ -145,5 +145,5 @@ def test_an_address_that_cannot_be_posted_to_is_refused_without_being_shown(
         monkeypatch.setenv("HOOK", url)
     with pytest.raises(WrongUse) as caught:
         webhook_url("HOOK")
-    assert caught.value.code == "webhook_invalid"
+    assert caught.value.code == "setting_invalid"
     assert "HOOK" in str(caught.value) and "hush" not in str(caught.value)

@@ -204,7 +204,7 @@ def test_a_benchmark_is_filed_whole(
 def test_a_folder_without_a_result_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(MaskMillError) as caught:
         log_result(open_tracker("off"), tmp_path)
-    assert caught.value.code == "result_missing"
+    assert caught.value.code == "input_missing"
 
 
 def test_metric_names_are_as_many_as_values() -> None:

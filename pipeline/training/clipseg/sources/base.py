@@ -75,12 +75,12 @@ class Pairs:
         """Build pairs. Phrases without a pair are dropped: they would only ever be negatives.
 
         Raises:
-            MaskMillError: ``training_data_empty``.
+            MaskMillError: ``too_few_images``.
         """
         images, numbers = np.asarray(image, np.int64), np.asarray(phrase, np.int64)
         if not len(images):
             raise WrongUse(
-                "training_data_empty",
+                "too_few_images",
                 "There is no pair of an image and a phrase that is true of it.",
                 "Give images that show the classes or phrases, or exclude fewer of them.",
             )

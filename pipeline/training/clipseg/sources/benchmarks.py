@@ -80,7 +80,7 @@ def open_phrase_source(
             neither asked for nor used as negatives.
 
     Raises:
-        MaskMillError: ``training_data_empty``.
+        MaskMillError: ``too_few_images``.
     """
     dropped = {phrase: drop(phrase) for phrase in set(dataset.phrases)}
     samples = [
@@ -143,7 +143,7 @@ def open_class_source(
             of the image either.
 
     Raises:
-        MaskMillError: ``wrong_use`` for an unknown class id; ``training_data_empty``.
+        MaskMillError: ``wrong_use`` for an unknown class id; ``too_few_images``.
     """
     wanted = asked_classes(dataset.class_names, class_ids)
 
@@ -218,7 +218,7 @@ def open_instance_source(
         synonyms: see ``open_class_source``.
 
     Raises:
-        MaskMillError: ``wrong_use``, ``training_data_empty``.
+        MaskMillError: ``wrong_use``, ``too_few_images``.
     """
     wanted = asked_classes(dataset.class_names, class_ids)
     number_of = {int(class_id): number for number, class_id in enumerate(wanted)}

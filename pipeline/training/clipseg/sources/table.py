@@ -113,7 +113,7 @@ def open_table_source(
         chosen: use only these images.
 
     Raises:
-        MaskMillError: see ``open_table_samples``; ``wrong_use``; ``training_data_empty``.
+        MaskMillError: see ``open_table_samples``; ``wrong_use``; ``too_few_images``.
     """
     wanted = asked_classes(ontology.names, class_ids)
     for name, value in (("min_share", min_share), ("min_confidence", min_confidence)):

@@ -73,7 +73,7 @@ def open_toy_source(
             asked for there nor a negative, so the model never sees a name of such a class.
 
     Raises:
-        MaskMillError: ``wrong_use`` for an unknown kind; ``training_data_empty``.
+        MaskMillError: ``wrong_use`` for an unknown kind; ``too_few_images``.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:

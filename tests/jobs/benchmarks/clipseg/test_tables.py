@@ -389,7 +389,7 @@ def test_a_row_is_measured_once_and_of_one_thing(
     kept.write_text(kept.read_text()[:-20])
     with pytest.raises(MaskMillError, match=r"phrasecut-clipseg-pc\.json is damaged") as caught:
         run("clipseg-referring", request(tmp_path, weights=weights, **fields))
-    assert caught.value.code == "result_damaged" and "Delete it" in caught.value.remedy
+    assert caught.value.code == "file_damaged" and "Delete it" in caught.value.remedy
     kept.unlink()
     again = run("clipseg-referring", request(tmp_path, weights=weights, **fields))["phrasecut"]
     assert means(rows_of(again)["CLIPSeg (PC)"]) == means(first["CLIPSeg (PC)"])

@@ -100,6 +100,6 @@ def test_other_requests_are_refused(
 
 def test_what_is_not_there(server: Server) -> None:
     for path in ("/api/review/5", "/api/review/5/mask", "/api/review/5/image"):
-        assert (server.get(path).status, server.get(path).json["code"]) == (404, "image_unknown")
+        assert (server.get(path).status, server.get(path).json["code"]) == (404, "name_unknown")
     assert server.get("/api/review/x").status == 400
     assert server.get("/api/review", Host="evil.example").status == 400

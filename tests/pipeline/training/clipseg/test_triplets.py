@@ -196,7 +196,7 @@ def test_a_phrase_that_occurs_once_has_no_support() -> None:
     assert all(decode_phrase(found["phrase"]) != "lamp" for found in drawn(alone, 0, 60))
     with pytest.raises(MaskMillError, match="occurs twice") as caught:
         TripletSamples(source((("cup",), ("fork",))), SMALL.replace(only_visual=True))
-    assert caught.value.code == "training_data_empty"
+    assert caught.value.code == "too_few_images"
 
 
 @pytest.mark.parametrize(
@@ -423,4 +423,4 @@ def test_pairs_drop_phrases_without_an_image() -> None:
     assert [pairs.members(phrase).tolist() for phrase in (0, 1)] == [[1], [0, 2]]
     with pytest.raises(MaskMillError) as caught:
         Pairs.of([("a",)], [], [])
-    assert caught.value.code == "training_data_empty"
+    assert caught.value.code == "too_few_images"

@@ -108,7 +108,7 @@ def test_training_never_silently_restarts_from_scratch(
         harm(tmp_path / "run/checkpoints" / folder_name(step))
     with pytest.raises(MaskMillError, match=says) as caught:
         store.newest(fingerprint, lambda _text: None)
-    assert caught.value.code == "checkpoint_damaged"
+    assert caught.value.code == "file_damaged"
     assert "name another output" in caught.value.remedy
 
 

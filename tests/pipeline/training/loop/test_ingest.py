@@ -386,5 +386,5 @@ def test_no_samples_start_no_process() -> None:
     before = set(psutil.Process().children())
     with pytest.raises(MaskMillError) as caught:
         next(ingest.batches(Numbers(0), seed=0, start_step=0, stop_step=1, batch_size=1))
-    assert caught.value.code == "training_data_empty"
+    assert caught.value.code == "too_few_images"
     assert set(psutil.Process().children()) <= before

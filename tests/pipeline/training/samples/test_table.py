@@ -195,7 +195,7 @@ def test_classes_are_matched_by_name_and_synonym(table: str, truth: Any) -> None
         ({"void_from_truth": True}, "wrong_use"),
         ({"truth": True, "unseen_ids": (1,), "void_from_truth": True}, "wrong_use"),
         ({"truth": True, "unseen_ids": (14,)}, "wrong_use"),
-        ({"min_quality": 1.1}, "training_data_empty"),
+        ({"min_quality": 1.1}, "too_few_images"),
     ],
 )
 def test_wrong_options(table: str, truth: Any, options: dict[str, Any], code: str) -> None:
@@ -230,7 +230,7 @@ def test_images_that_were_labelled_in_windows_are_left_out(
     monkeypatch.setattr("pipeline.training.samples.table.MOST_DECODED", SIZE * SIZE - 1)
     with pytest.raises(MaskMillError, match=f"6 of more than {SIZE * SIZE - 1:,} pixels") as caught:
         opened(made.uri)
-    assert caught.value.code == "training_data_empty"
+    assert caught.value.code == "too_few_images"
 
 
 def test_blank_has_the_layout_of_a_sample_and_no_weight(table: str) -> None:

@@ -115,7 +115,7 @@ def test_phrasecut_without_unseen_classes(phrasecut: Any) -> None:
         assert np.array_equal(left.read(pair).mask, whole.read(pair + 1).mask)
     with pytest.raises(MaskMillError) as caught:
         open_phrase_source(phrasecut, drop=lambda _: True)
-    assert caught.value.code == "training_data_empty"
+    assert caught.value.code == "too_few_images"
 
 
 # --- label maps ---------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ def test_faint_classes_of_a_table_are_neither_asked_for_nor_negatives(
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        ({"min_confidence": 1.0}, "training_data_empty"),
+        ({"min_confidence": 1.0}, "too_few_images"),
         ({"min_share": 1.5}, "wrong_use"),
         ({"class_ids": [99]}, "wrong_use"),
     ],
