@@ -106,8 +106,8 @@ class Review:
                 raise WrongUse("wrong_use", message, "See maskmill review --help.")
 
     def _make(self, place: str, console: Console) -> int:
+        from pipeline.evaluation.truth import find_truth
         from pipeline.review.choosing import Wish, choose
-        from pipeline.review.truth import find_truth
 
         say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
         table = open_storage(self.table)

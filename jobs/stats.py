@@ -15,7 +15,6 @@ from tyro.conf import Positional, arg
 
 from jobs.console import counted, stderr_console
 from jobs.options import FLAT, Flag, Maybe, ViewOptions
-from models.errors import WrongUse
 from pipeline.files.outputs import check_output_file
 from pipeline.files.storage import open_storage
 from pipeline.report.page import page_path
@@ -47,15 +46,16 @@ class ShowStatistics:
     Attributes:
         table: the --output of maskmill label or maskmill import.
         against: an earlier label table: how far have the labels moved since? Classes are matched by name.
-        estimate: how right is the whole table? Give a folder with the true masks of 50 or more images that
-            were drawn by chance: PNG, named as the images; values are class ids, 255 is ignored.
+        estimate: how right is the whole table? Give the truth of 50 or more images that were drawn by chance:
+            a folder of masks (PNG, named as the images; values are class ids, 255 is ignored), a table of
+            true labels, or the corrections of a review, of which those of images by chance count.
         page: also write a page of bars and histograms here, a local file.
         json: print the result as JSON, with histograms, and all pairs of classes that stand together.
     """
 
     table: Annotated[Positional[str], arg(metavar="TABLE")]
     against: Annotated[Maybe[str], arg(metavar="TABLE")] = None
-    estimate: Annotated[Maybe[str], arg(metavar="DIR")] = None
+    estimate: Annotated[Maybe[str], arg(metavar="DIR|TABLE")] = None
     page: Maybe[Path] = None
     json: Flag = False
     seen: Annotated[ViewOptions, FLAT] = field(default_factory=ViewOptions)
@@ -64,21 +64,16 @@ class ShowStatistics:
         """Print the figures.
 
         Raises:
-            MaskMillError: ``wrong_use``; ``table_missing``, ``table_damaged``; as ``ViewOptions.of_table``
-                and ``pipeline.evaluation.estimate.measure_sample``.
+            MaskMillError: ``wrong_use``; ``table_missing``, ``table_damaged``; as ``ViewOptions.of_table``,
+                ``pipeline.review.chance.reviewed_by_chance``, ``pipeline.evaluation.truth.find_truth`` and
+                ``pipeline.evaluation.estimate.measure_sample``.
         """
         console = console or stderr_console()
-        if self.estimate is not None and self.seen.given:
-            raise WrongUse(
-                "wrong_use",
-                "--estimate is of the labels as they are stored, not of a view of them.",
-                "Leave out the settings of the view.",
-            )
         if self.page is not None:
             check_output_file(page_path(self.page))
         record = read_table_record(self.table)
         view = self.seen.of_table(self.table)
-        sample = None if self.estimate is None else self._sample(record)
+        sample = None if self.estimate is None else self._sample(record, view)
         other = None if self.against is None else (self.against, read_table_record(self.against))
         seen_before = None if self.against is None else self.seen.of_table(self.against)
         for line in self.seen.keep(self.table, view):
@@ -90,7 +85,7 @@ class ShowStatistics:
             "table": open_storage(self.table).uri,
             **found.to_dict(),
             "drift": None if before is None else self._drift(before, found),
-            "estimate": None if sample is None else estimated(sample, found),
+            "estimate": None if sample is None else estimated(sample[0], found) | {"notes": sample[1]},
         }
         if self.page is not None:
             ontology = record.ontology if view is None else view.ontology
@@ -126,11 +121,28 @@ class ShowStatistics:
             notes=notes,
         )
 
-    def _sample(self, record: TableRecord) -> Measured:
+    def _sample(self, record: TableRecord, view: TableView | None) -> tuple[Measured, list[str]]:
+        """The images with truth, and what to tell of them."""
         from pipeline.evaluation.estimate import measure_sample
+        from pipeline.evaluation.truth import find_truth
+        from pipeline.review.chance import reviewed_by_chance
 
         assert self.estimate is not None
-        return measure_sample(self.table, self.estimate, record.ontology)
+        table, notes = open_storage(self.table), []
+        reviewed = reviewed_by_chance(self.table, self.estimate)
+        truth = find_truth(self.estimate, table, record.ontology)
+        if reviewed is not None:
+            truth = truth.only(reviewed.ids)
+            if reviewed.chosen:
+                notes.append(
+                    f"{reviewed.chosen:,} reviewed images do not count: they were chosen as doubtful."
+                )
+            if reviewed.rejected:
+                notes.append(
+                    f"{reviewed.rejected:,} images by chance were rejected, and have no truth: the table is "
+                    "less right than this."
+                )
+        return measure_sample(table, truth, view=view), notes
 
     def _profile(self, table: str, record: TableRecord, view: TableView | None, console: Console) -> Profile:
         from pipeline.table.profile import profile_table
@@ -228,6 +240,8 @@ def _estimate_lines(told: dict[str, Any]) -> Iterator[str]:
         f"{whole['mean']:.1%} ({told['confidence']:.0%} interval {whole['low']:.1%} to {whole['high']:.1%}; "
         f"without the quality {alone['low']:.1%} to {alone['high']:.1%})"
     )
+    for note in told["notes"]:
+        yield f"  {note}"
     rho = told["rank_correlation"]
     if rho is not None:
         yield f"  Quality ranks them by IoU with a correlation of {rho:.2f} (Spearman)."

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
 
 from models.errors import WrongUse
-from pipeline.datasets.base import list_files
-from pipeline.files.storage import open_storage
-from pipeline.formats.masks import identity_ids, read_mask, relabel
+from pipeline.evaluation.truth import Truth
+from pipeline.files.storage import Storage
 from pipeline.metrics.confusion import confusion_matrix, mean_iou
-from pipeline.ontology.ontology import Ontology
-from pipeline.table.labels import OK, decode_mask, iter_batches, table_files
+from pipeline.table.labels import OK, decode_mask, table_files
 from pipeline.table.rows import find_rows, read_row
+from pipeline.table.statistics import quality
+from pipeline.table.viewed import decode_maps
+from pipeline.table.views import TableView
 
 LEAST = 50
 """Images with truth, from which an estimate is made."""
@@ -28,7 +28,7 @@ class Measured:
     """Images of a table that have a truth.
 
     Attributes:
-        quality: of each, as the table has it (n,).
+        quality: of each, as the table or the view has it (n,).
         miou: mean IoU of each, over the classes in its truth or its labels (n,).
     """
 
@@ -36,75 +36,49 @@ class Measured:
     miou: npt.NDArray[np.float64]
 
 
-def measure_sample(table: str, truth: str, classes: Ontology) -> Measured:
-    """Compare those images of a table for which there is a mask.
+def measure_sample(table: Storage, truth: Truth, *, view: TableView | None = None) -> Measured:
+    """Compare those labelled images of a table whose truth is known.
 
     Args:
         table: the label table.
-        truth: folder of masks, named as the images: PNG, values are class ids of the table, its ignored ones
-            are left out.
-        classes: of the table.
+        truth: of some of its images, in its classes.
+        view: see the labels through it; classes of the truth are then merged as those of the labels are, and
+            what it drops is ignored.
 
     Raises:
-        MaskMillError: ``dataset_missing`` without masks; ``image_invalid`` if two images have the name of one
-            mask; ``too_few_images``; ``mask_invalid``; ``table_damaged``.
+        MaskMillError: ``too_few_images``; ``mask_invalid``; ``table_damaged``.
     """
-    place = open_storage(truth)
-    files = list_files(place, "", ".png", recursive=True)
-    if not files:
-        raise WrongUse(
-            "dataset_missing",
-            f"There are no mask PNGs in {place.uri}.",
-            "Check the path. Masks are PNG files named as the images, whose values are class ids.",
-        )
-    masks = {PurePosixPath(name).name: place.uri_of(path) for name, path in files.items()}
-    known = _rows_of(table, masks)
-    places, folder = find_rows(table, known), table_files(table)[0]
+    places, folder = find_rows(table, truth.places), table_files(table)[0]
+    columns = ["uri", "status", "mask", "quality", *(["confidence"] if view is not None else [])]
+    classes = truth.num_classes if view is None else view.ontology.num_classes
+    ignored = truth.ignore_index if view is None else view.ontology.ignore_index
 
     def measure(number: int) -> tuple[float, float] | None:
-        row = read_row(folder, places[number], ["status", "mask", "quality"])
+        row = read_row(folder, places[number], columns)
         if row["status"] != OK:
             return None
-        mask = known[number]
-        ids = identity_ids(classes.num_classes, ignore=classes.ignore_index)
-        true = relabel(read_mask(mask), ids, classes=classes, where=mask)
-        labels = decode_mask(row["mask"]["bytes"])
+        true, score = truth.read(number), row["quality"]
+        if view is None:
+            labels = decode_mask(row["mask"]["bytes"])
+        else:
+            labels, sure = decode_maps(row["mask"]["bytes"], row["confidence"]["bytes"], view)
+            true, score = view.lookup[true], quality(sure, labels, ignore_index=ignored)
         if labels.shape != true.shape:
             raise WrongUse(
                 "mask_invalid",
-                f"{mask}: the mask has {true.shape[0]} x {true.shape[1]} pixels, the labels of the image "
+                f"{row['uri']}: the true mask has {true.shape[0]} x {true.shape[1]} pixels, the labels "
                 f"{labels.shape[0]} x {labels.shape[1]}.",
                 "Use the masks that belong to these images; neither may have been resized.",
             )
-        counts = confusion_matrix(true, labels, classes.num_classes, ignore_index=classes.ignore_index)
-        return row["quality"], mean_iou(counts)
+        return score, mean_iou(confusion_matrix(true, labels, classes, ignore_index=ignored))
 
     with ThreadPoolExecutor(_READERS) as pool:
-        measured = [one for one in pool.map(measure, sorted(known)) if one and np.isfinite(one[1])]
+        measured = [one for one in pool.map(measure, sorted(places)) if one and np.isfinite(one[1])]
     if len(measured) < LEAST:
         raise WrongUse(
             "too_few_images",
-            f"{len(measured):,} labelled images of {table} have a mask with classes in {place.uri}.",
-            f"Give the masks of {LEAST} or more images, drawn by chance from the table.",
+            f"The truth of {len(measured):,} labelled images of {table.uri} is known in {truth.folder.uri}.",
+            f"Give that of {LEAST} or more images, drawn by chance from the table: masks, a table of true "
+            f"labels, or corrections of images by chance (maskmill review --random {LEAST}).",
         )
     return Measured(*np.array(measured, np.float64).T)
-
-
-def _rows_of(table: str, masks: dict[str, str]) -> dict[int, str]:
-    """The mask by id of the row, matched by name of the file without its ending."""
-    known: dict[int, str] = {}
-    seen: set[str] = set()
-    for batch in iter_batches(table, ["id", "uri"], batch_size=65_536):
-        for number, uri in zip(batch["id"].to_pylist(), batch["uri"].to_pylist(), strict=True):
-            name = PurePosixPath(uri).stem
-            if name not in masks:
-                continue
-            if name in seen:
-                raise WrongUse(
-                    "image_invalid",
-                    f"Several images of {table} are called {name}.",
-                    "Leave their masks out, or estimate from images whose names differ.",
-                )
-            seen.add(name)
-            known[number] = masks[name]
-    return known

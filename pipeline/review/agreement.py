@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.evaluation.truth import Truth
 from pipeline.metrics.statistics import SegmentationStatistics
 from pipeline.review.saving import Saved
-from pipeline.review.truth import Truth
 from pipeline.table.labels import decode_mask
 from pipeline.table.statistics import Labels
 

@@ -17,13 +17,13 @@ import numpy.typing as npt
 from PIL import Image
 
 from models.errors import FailedWork, WrongUse
+from pipeline.evaluation.truth import find_truth
 from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import Ontology
 from pipeline.report.pictures import overlay_borders
 from pipeline.review.agreement import Agreement, agreement
 from pipeline.review.queue import Entry, Queue
 from pipeline.review.saving import Decision, Saved, Saves
-from pipeline.review.truth import find_truth
 from pipeline.table.changed import Images
 from pipeline.table.embedding import read_labelled
 from pipeline.table.labels import OK, decode_mask, table_files

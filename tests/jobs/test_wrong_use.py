@@ -69,8 +69,7 @@ CASES = {
     # stats
     "stats nowhere": "nowhere",
     "stats table --against photos": "table_missing",
-    "stats table --estimate photos": "no mask PNGs",
-    "stats table --estimate photos --threshold 0.5": "not of a view",
+    "stats table --estimate photos": "has its truth in",
     "stats table --page photos": "photos is a folder",
     "stats table --page s3://bucket/page.html": "it is a local file",
     "stats table --threshold 5": "no number from 0 to 1",

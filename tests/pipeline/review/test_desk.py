@@ -15,10 +15,10 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
 from models.errors import WrongUse
+from pipeline.evaluation.truth import find_truth
 from pipeline.ontology.ontology import Ontology
 from pipeline.review.desk import decode_page_mask, encode_page_mask, open_desk
 from pipeline.review.queue import find_queue, read_queue, write_queue
-from pipeline.review.truth import find_truth
 from tests.pipeline.review.reviews import IGNORED, TOYWORLD, make_reviewed, queue_of, row_id, truth_of
 
 MANY = Ontology.from_dict({"name": "many", "classes": [f"c{number}" for number in range(300)]})

@@ -1,7 +1,8 @@
-"""Truth for some images of a table, for honeypots: another label table, or a folder of masks."""
+"""Truth for some images of a table: another label table, or a folder of masks."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -47,6 +48,12 @@ class Truth:
         """Rows whose truth is known, sorted."""
         return np.array(sorted(self.places), np.int64)
 
+    def only(self, ids: npt.NDArray[np.int64]) -> Truth:
+        """That of some of the images."""
+        return dataclasses.replace(
+            self, places={number: self.places[number] for number in ids.tolist() if number in self.places}
+        )
+
     def read(self, row_id: int) -> Labels:
         """The truth of an image, (H, W), in ids of the table.
 
@@ -69,7 +76,7 @@ class Truth:
 
 
 def find_truth(place: str, table: Storage, ontology: Ontology) -> Truth:
-    """The truth of some rows of a table: rows of the same image or the same file name.
+    """The truth of some rows of a table: rows of the same image or the same file name, if one has it alone.
 
     Args:
         place: a label table, or a folder of PNG masks with the names of the images.
@@ -108,18 +115,20 @@ def find_truth(place: str, table: Storage, ontology: Ontology) -> Truth:
             if name.lower().endswith(".png"):
                 by_stem[_stem(name)] = None if _stem(name) in by_stem else name
     places: dict[int, Place | str] = {}
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     for batch in iter_batches(table, ["id", "uri", "status"], batch_size=_ROWS):
         for row in batch.to_pylist():
             if row["status"] != OK:
                 continue
             stem = _stem(row["uri"])
             found = by_id.get(row["id"])
-            if found is None and stem not in taken:
-                found = by_stem.get(stem)  # None if several are called so
-                taken.add(stem)
             if found is not None:
                 places[row["id"]] = found
+            elif by_stem.get(stem) is not None:  # None if several are called so
+                if stem in taken:  # whose it is, nobody knows
+                    places.pop(taken[stem], None)
+                else:
+                    taken[stem], places[row["id"]] = row["id"], cast(Any, by_stem[stem])
     if not places:
         raise WrongUse(
             "image_invalid",
