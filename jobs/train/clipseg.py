@@ -14,7 +14,16 @@ from rich.console import Console
 from tyro.conf import arg
 
 from jobs.console import say_left_out, stderr_console
-from jobs.options import FLAT, Maybe, Settings, Truth, ViewOptions, comma_separated, refuse_missing_file
+from jobs.options import (
+    FLAT,
+    Corrected,
+    Maybe,
+    Settings,
+    Truth,
+    ViewOptions,
+    comma_separated,
+    refuse_missing_file,
+)
 from jobs.train.run import (
     PACKAGES,
     Finished,
@@ -34,7 +43,7 @@ from pipeline.ontology.ontology import Ontology
 from pipeline.ontology.reading import load_ontology
 from pipeline.report.clipseg_page import write_clipseg_page
 from pipeline.report.training_page import PAGE, SHEET
-from pipeline.table.corrections import open_corrections
+from pipeline.table.corrections import Corrections, open_corrections
 from pipeline.table.splits import Chosen, choose
 from pipeline.table.views import TableView
 from pipeline.tracking.tracker import TrackedDataset
@@ -93,6 +102,7 @@ class TrainClipSeg:
     unseen: Maybe[str] = None
     start: Maybe[str] = None
     seen: Annotated[ViewOptions, FLAT] = field(default_factory=ViewOptions)
+    corrections: Corrected = None
     options: Annotated[TrainOptions, FLAT]
 
     def run(self, console: Console | None = None) -> int:
@@ -104,21 +114,24 @@ class TrainClipSeg:
             recipe = CLIPSEG_RECIPES.change(recipe, {"source": {"unseen": comma_separated(self.unseen)}})
         if self.start is not None:
             recipe = CLIPSEG_RECIPES.change(recipe, {"model": {"start": self.start}})
-        if self.labels is None and (self.seen.given or self.part is not None):
-            raise WrongUse(
-                "wrong_use",
-                f"A {'view' if self.seen.given else 'part'} is one of a label table, and there is none.",
-                "Add --labels TABLE.",
-            )
+        for what, given in (
+            ("A view is one", self.seen.given),
+            ("A part is one", self.part is not None),
+            ("Corrections are", self.corrections is not None),
+        ):
+            if given and self.labels is None:
+                raise WrongUse(
+                    "wrong_use", f"{what} of a label table, and there is none.", "Add --labels TABLE."
+                )
         classes = load_ontology(self.ontology) if self.ontology is not None else None
         dataset = self._dataset(classes)
         if dataset is not None:
             say_left_out(console or stderr_console(), dataset)
         view = None if self.labels is None else self.seen.of_table(self.labels)
         chosen = None if self.labels is None else choose(self.labels, self.part, default="train")
-        corrections = None if self.labels is None else open_corrections(self.labels)
+        corrections = None if self.labels is None else open_corrections(self.labels, self.corrections)
         if corrections is not None:
-            said = f"Without {corrections.described()}: CLIPSeg trains on the labels of the model."
+            said = f"With {corrections.described()}, which are believed."
             (console or stderr_console()).print(said, highlight=False, soft_wrap=True, markup=False)
         for line in [] if self.labels is None else self.seen.keep(self.labels, view):
             (console or stderr_console()).print(line, highlight=False, soft_wrap=True)
@@ -130,6 +143,7 @@ class TrainClipSeg:
             dataset=dataset,
             view=view,
             chosen=chosen,
+            corrections=corrections,
             console=console,
         )
 
@@ -166,6 +180,7 @@ def train_clipseg(
     dataset: Dataset | None = None,
     view: TableView | None = None,
     chosen: Chosen | None = None,
+    corrections: Corrections | None = None,
     console: Console | None = None,
 ) -> int:
     """Train a decoder and write its folder. Returns the exit status; see ``jobs.train.run.run_training``.
@@ -177,6 +192,7 @@ def train_clipseg(
             from the table and all others from the truth.
         view: of the table.
         chosen: the images of the table to train on; None is all.
+        corrections: what people say of the table, which is believed instead of its labels.
 
     Raises:
         MaskMillError: ``wrong_use`` if neither a table nor a dataset is given; and as ``run_training``.
@@ -187,7 +203,7 @@ def train_clipseg(
     return run_training(
         "clipseg",
         options,
-        functools.partial(prepare, recipe, options, labels, ontology, dataset, view, chosen),
+        functools.partial(prepare, recipe, options, labels, ontology, dataset, view, chosen, corrections),
         result_file=RECORD_FILE,
         own_entries=OWN_ENTRIES,
         console=console,
@@ -213,13 +229,20 @@ def prepare(
     dataset: Dataset | None,
     view: TableView | None = None,
     chosen: Chosen | None = None,
+    corrections: Corrections | None = None,
 ) -> Prepared:
     """Read weights and data; see ``train_clipseg`` for the arguments."""
     from pipeline.training.clipseg.data import open_source
     from pipeline.training.clipseg.triplets import TripletSamples
 
     source = open_source(
-        recipe.source, labels=labels, ontology=ontology, dataset=dataset, view=view, chosen=chosen
+        recipe.source,
+        labels=labels,
+        ontology=ontology,
+        dataset=dataset,
+        view=view,
+        chosen=chosen,
+        corrections=corrections,
     )
 
     import torch
@@ -241,12 +264,13 @@ def prepare(
             ClipSegTask, make_model, ahead=samples, whiten=recipe.model.whiten, keep=bool(recipe.model.start)
         ),
         samples=samples,
-        reads=places_read((labels,), dataset),
+        reads=places_read((labels, None if corrections is None else corrections.place), dataset),
         settings=recipe.loop,
         identity=_identity(recipe, options.output)
         | {"model": model.fingerprint, "data": source.fingerprint}
         | ({} if view is None else {"view": view.view.canonical})
-        | ({} if chosen is None else {"part": f"{chosen.part} of the split {chosen.identity}"}),
+        | ({} if chosen is None else {"part": f"{chosen.part} of the split {chosen.identity}"})
+        | ({} if corrections is None else {"corrections": corrections.identity}),
         announcement=(
             f"Training {recipe.model.kind} over {model.clip.name}{toy}, {start}{trained:,} parameters, "
             f"{recipe.loop.iterations:,} steps of {recipe.loop.batch_size}; {source.name}: "
@@ -258,6 +282,7 @@ def prepare(
             "data": data,
             **({} if view is None else {"view": view.view.to_dict()}),
             **({} if chosen is None else {"split": chosen.identity, "part": chosen.part}),
+            **({} if corrections is None else {"corrections": corrections.described()}),
         },
         dataset=TrackedDataset(
             labels if labels is not None and dataset is None else source.name,

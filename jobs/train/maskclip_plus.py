@@ -162,7 +162,6 @@ class TrainMaskClipPlus:
                 for why, wrong in (
                     ("--known is believed instead", known is not None),
                     ("there is other truth", truth is not None),
-                    ("repeat_threshold cannot be used with them", recipe.repeat_threshold > 0),
                 )
                 if wrong
             ),
@@ -302,8 +301,9 @@ def _prepare(
             "Take an annotation-free recipe without repeat_threshold: known labels are truth in it.",
         )
     from pipeline.training.maskclip_plus.task import MaskClipPlus
+    from pipeline.training.samples.corrected import open_corrected_samples
     from pipeline.training.samples.mixed import MixedSamples, mix
-    from pipeline.training.samples.table import open_table_samples
+    from pipeline.training.samples.table import TableSamples, open_table_samples
 
     source, text_weights = text_source(recipe, table, labels)
     text = embed_names(source, ontology, "fp32")
@@ -319,8 +319,9 @@ def _prepare(
         recipe.backbone_weights,
     )
     make_student()  # fail early if it cannot be built
-    by_teacher = open_table_samples(
+    samples = open_corrected_samples(
         labels,
+        corrections,
         ontology=ontology,
         augment=recipe.augment,
         truth=truth,
@@ -330,22 +331,9 @@ def _prepare(
         void_from_truth=recipe.void_from_truth,
         view=view,
         chosen=chosen,
-        leave_out=None if corrections is None else corrections.rejected,
     )
-    samples: TableSamples | MixedSamples = by_teacher
-    if corrections is not None and len(corrections.files) > len(corrections.rejected):
-        believed = open_table_samples(
-            corrections.place,
-            ontology=ontology,
-            augment=recipe.augment,
-            view=None
-            if view is None
-            else view.view.of(read_table_record(corrections.place).ontology, where=corrections.place),
-            chosen=None if chosen is None else replace(chosen, strict=False),
-            leave_out=corrections.outdated,
-        )
-        samples = mix(by_teacher, believed, whole=True)
     if known is not None:
+        assert isinstance(samples, TableSamples), "corrections are not used together with it"
         believed = open_table_samples(
             known.labels,
             ontology=ontology,
@@ -354,7 +342,7 @@ def _prepare(
             # Test images are not to be learnt from because their truth is known.
             chosen=None if chosen is None else replace(chosen, strict=False),
         )
-        samples = mix(by_teacher, believed, complete=known.complete)
+        samples = mix(samples, believed, complete=known.complete)
     guessable = {"annotation-free": None, "zero-shot": tuple(unseen), "supervised": ()}[recipe.form]
     settings = recipe.selftrain.replace(guessable=guessable)
     make_teacher = None
@@ -371,7 +359,7 @@ def _prepare(
         make_student,
         make_teacher=make_teacher,
         class_frequencies=samples.class_frequencies().tolist() if weighted else None,
-        some_truth=known is not None or corrections is not None,
+        some_truth=isinstance(samples, MixedSamples),
     )
     make_task()
     record = {

@@ -57,6 +57,7 @@ class Corrections:
         files: the file and the row in it, by id of the image; only of images that are those of the table.
         rejected: ids of images whose labels were refused, int64, sorted.
         outdated: ids of those that do not count, because their image has changed since, int64, sorted.
+        elsewhere: ids of those that do not count, because the table does not have their image, int64, sorted.
         identity: SHA-256 (hex) of the ids and of the versions of the files.
         lookup: id of the corrected table by id of the corrections; None if they are the same.
         ignore_index: of the corrected table.
@@ -67,6 +68,7 @@ class Corrections:
     files: Mapping[int, tuple[str, int]]
     rejected: npt.NDArray[np.int64]
     outdated: npt.NDArray[np.int64]
+    elsewhere: npt.NDArray[np.int64]
     identity: str
     lookup: npt.NDArray[Any] | None
     ignore_index: int
@@ -86,6 +88,8 @@ class Corrections:
             said += f", {len(self.rejected):,} of them rejected"
         if len(self.outdated):
             said += f"; {len(self.outdated):,} more are of images that have changed since"
+        if len(self.elsewhere):
+            said += f"; {len(self.elsewhere):,} more are of images that the table does not have"
         return said
 
     def corrected(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -172,8 +176,8 @@ def open_corrections(table: str, given: str | None = None) -> Corrections | None
                     if row["status"] == REJECTED:
                         rejected.add(row["id"])
                 number += 1
-    outdated = sorted(_of_other_images(root, hashes))
-    for row_id in outdated:
+    outdated, elsewhere = _of_other_images(root, hashes)
+    for row_id in (*outdated, *elsewhere):
         del found[row_id]
     if not found and not outdated:
         return None
@@ -184,6 +188,7 @@ def open_corrections(table: str, given: str | None = None) -> Corrections | None
         found,
         np.array(sorted(rejected & found.keys()), np.int64),
         np.array(outdated, np.int64),
+        np.array(elsewhere, np.int64),
         _identity(folder, parts, found),
         lookup,
         record.ontology.ignore_index if mine is None else mine.ontology.ignore_index,
@@ -198,17 +203,18 @@ def _identity(folder: Storage, parts: Sequence[str], found: Mapping[int, tuple[s
     return digest.hexdigest()
 
 
-def _of_other_images(table: Storage, hashes: Mapping[int, bytes | None]) -> list[int]:
-    """Ids whose image in the table is not the one that was corrected."""
+def _of_other_images(table: Storage, hashes: Mapping[int, bytes | None]) -> tuple[list[int], list[int]]:
+    """Ids whose image in the table is not the one that was corrected, and ids that it lacks; both sorted."""
     wanted = np.array(sorted(hashes), np.int64)
-    found = []
+    outdated, absent = [], set(hashes)
     for batch in iter_batches(table, ["id", "sha256"], batch_size=65_536):
         ids = batch["id"].to_numpy()
         for at in np.flatnonzero(np.isin(ids, wanted)).tolist():
             row_id, sha256 = int(ids[at]), batch["sha256"][at].as_py()
+            absent.discard(row_id)
             if None not in (sha256, hashes[row_id]) and sha256 != hashes[row_id]:
-                found.append(row_id)
-    return found
+                outdated.append(row_id)
+    return sorted(outdated), sorted(absent)
 
 
 def class_lookup(own: Ontology, table: Ontology, where: str, other: str) -> npt.NDArray[Any] | None:

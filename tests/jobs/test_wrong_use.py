@@ -92,6 +92,7 @@ CASES = {
     "train maskclip-plus --labels nowhere --output out --known-complete": "--known-view and --known-complete",
     "train clipseg --output out": "Give truth, or labels, or both.",
     "train clipseg --output out --dataset voc20 --threshold 0.5": "--labels TABLE",
+    "train clipseg --output out --dataset voc20 --corrections off": "--labels TABLE",
     "train clipseg --output out --labels nowhere": "nowhere",
     "train clipseg --output out --labels nowhere --recipe tyo": "Did you mean toy?",
     "train clipseg --output out --labels nowhere --set iteratons=5": "Did you mean loop.iterations?",

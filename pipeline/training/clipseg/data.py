@@ -5,6 +5,7 @@ To add a data source, see ``pipeline.training.clipseg.sources.base`` and add a l
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ from pipeline.datasets.toy import ToyDataset
 from pipeline.datasets.zeroshot import SPLITS
 from pipeline.ontology.ontology import BACKGROUND, Ontology
 from pipeline.ontology.reading import load_ontology
+from pipeline.table.corrections import Corrections
 from pipeline.table.splits import Chosen
 from pipeline.table.views import TableView
 from pipeline.training.clipseg.sources.base import TripletSource
@@ -96,6 +98,7 @@ def open_source(
     dataset: Dataset | None = None,
     view: TableView | None = None,
     chosen: Chosen | None = None,
+    corrections: Corrections | None = None,
 ) -> TripletSource:
     """Open the training data: a label table, a dataset, or both.
 
@@ -106,6 +109,7 @@ def open_source(
             and the unseen ones from the table.
         view: of the table.
         chosen: use only these images of the table.
+        corrections: what people say of the table, which is believed instead of its labels.
 
     Raises:
         MaskMillError: ``ontology_invalid``; ``wrong_use`` if both are given and no class is unseen; errors of
@@ -114,8 +118,11 @@ def open_source(
     if labels is not None:
         classes = ontology or (recorded_ontology(labels) if view is None else view.ontology)
         seen = seen_ids(settings.unseen, classes.names)
+        of_table = functools.partial(
+            _table_source, settings, labels, classes, view=view, chosen=chosen, corrections=corrections
+        )
         if dataset is None:
-            return _table_source(settings, labels, classes, seen, view, chosen)
+            return of_table(seen)
         if seen is None:
             raise WrongUse(
                 "wrong_use",
@@ -126,7 +133,7 @@ def open_source(
             number for number, name in enumerate(classes.names) if number not in seen and name != BACKGROUND
         )
         truth = open_source(settings, dataset=dataset)
-        return join_sources(truth, _table_source(settings, labels, classes, unseen, view, chosen))
+        return join_sources(truth, of_table(unseen))
     assert dataset is not None, "either a table or a dataset is given"
     opener = next(opener for kind, opener in SOURCES.items() if isinstance(dataset, kind))
     return opener(dataset, settings)
@@ -137,8 +144,10 @@ def _table_source(
     labels: str,
     ontology: Ontology,
     class_ids: Sequence[int] | None,
+    *,
     view: TableView | None,
     chosen: Chosen | None,
+    corrections: Corrections | None,
 ) -> TripletSource:
     return open_table_source(
         labels,
@@ -150,6 +159,7 @@ def _table_source(
         min_confidence=settings.min_confidence,
         view=view,
         chosen=chosen,
+        corrections=corrections,
     )
 
 

@@ -57,6 +57,15 @@ class MixedSamples:
         """Number of samples with known labels."""
         return int(np.count_nonzero(self.known_of != _NO_ROW)) + len(self.only_known)
 
+    @property
+    def place_of_known(self) -> npt.NDArray[np.int64]:
+        """Index here of each sample of ``known``."""
+        place = np.full(self.known.num_images, _NO_ROW)
+        has = np.flatnonzero(self.known_of != _NO_ROW)
+        place[self.known_of[has]] = has
+        place[self.only_known] = len(self.known_of) + np.arange(len(self.only_known))
+        return place
+
     def order(self, epoch: int, seed: int) -> npt.NDArray[np.int64]:
         """Indices of one epoch: each table keeps its order, and the two are evenly interleaved."""
         first = self.guessed.order(epoch, seed)

@@ -317,6 +317,7 @@ def open_table_samples(
     view: TableView | None = None,
     chosen: Chosen | None = None,
     leave_out: npt.NDArray[np.int64] | None = None,
+    manifests: str | None = None,
 ) -> TableSamples:
     """Index a label table for training.
 
@@ -349,6 +350,7 @@ def open_table_samples(
             read once.
         chosen: use only these images of it.
         leave_out: ids of images that people have rejected.
+        manifests: the table beside which the manifests are, if not this one.
 
     Raises:
         MaskMillError: ``table_missing``; ``table_damaged``; ``classes_differ`` if table or truth share no
@@ -423,7 +425,7 @@ def open_table_samples(
         part=np.concatenate(rows.part).astype(np.int32),
         row=np.concatenate(rows.row).astype(np.int32),
         ids=ids,
-        _ranges=byte_ranges(root, ids),
+        _ranges=byte_ranges(root if manifests is None else open_storage(manifests), ids),
         _repeats=repeats,
         pixels=rows.pixels,
         teacher=teacher,

@@ -22,11 +22,6 @@ from pipeline.table.committed import write_part
 from pipeline.table.corrections import OFF, Corrections, open_corrections
 from pipeline.table.labels import LABEL_SCHEMA, decode_mask, iter_rows, table_files
 from pipeline.table.record import write_table_record
-from pipeline.training.loop.protocols import GUESS
-from pipeline.training.loop.protocols import IGNORED as NOT_LEARNED
-from pipeline.training.samples.augment import AugmentSettings
-from pipeline.training.samples.mixed import mix
-from pipeline.training.samples.table import open_table_samples
 from tests.pipeline.review.reviews import IGNORED, RECORD, TOYWORLD, make_reviewed, queue_of, row_id, truth_of
 
 
@@ -88,6 +83,17 @@ def test_one_of_another_image_does_not_count(folder: Path) -> None:
     assert "1 more are of images that have changed" in corrections.described()
 
 
+def test_one_of_an_image_that_the_table_does_not_have_does_not_count(folder: Path) -> None:
+    table = open_storage(folder / "table")
+    rows = [row for row in iter_rows(table) if row["id"] != row_id(folder, 0)]
+    for name in table.list("labels"):
+        table.delete(name)
+    write_part(table, pa.Table.from_pylist(rows, schema=LABEL_SCHEMA))
+    corrections = found(folder)
+    assert corrections.elsewhere.tolist() == [row_id(folder, 0)] and len(corrections.files) == 2
+    assert "1 more are of images that the table does not have" in corrections.described()
+
+
 def test_classes_are_matched_by_name(folder: Path) -> None:
     turned = Ontology.from_dict({"name": "turned", "classes": [*reversed(TOYWORLD.names[2:]), "spoon"]})
     write_table_record(open_storage(folder / "table"), RECORD.model_copy(update={"ontology": turned}))
@@ -135,22 +141,3 @@ def test_an_export_has_what_people_said_and_only_what_is_asked_for(folder: Path)
     assert [(row.id, row.reason) for row in left_out] == [(row_id(folder, 2), "rejected")]
     np.testing.assert_array_equal(samples[row_id(folder, 0)][4:], truth_of(folder, 0)[4:])
     assert set(exported(only=frozenset([row_id(folder, 1)]))) == {row_id(folder, 1)}
-
-
-def test_a_training_believes_what_people_said(folder: Path) -> None:
-    corrections = found(folder)
-    augment = AugmentSettings(crop=(48, 48))
-    guessed = open_table_samples(
-        str(folder / "table"), ontology=TOYWORLD, augment=augment, leave_out=corrections.rejected
-    )
-    known = open_table_samples(
-        corrections.place, ontology=TOYWORLD, augment=augment, leave_out=corrections.outdated
-    )
-    samples = mix(guessed, known, whole=True)
-    assert samples.left_out["rejected by people"] == 1 and (samples.num_images, samples.num_known) == (3, 2)
-    maps = {whole.id: whole.maps for whole in map(samples.read, range(samples.num_images))}
-    painted, untouched = maps[row_id(folder, 0)], maps[row_id(folder, 3)]
-    np.testing.assert_array_equal(painted["labels"][4:], truth_of(folder, 0)[4:])
-    # Nothing is guessed where a person has left a hole.
-    assert (painted["labels"][:4] == GUESS).all() and (painted["teacher"][:4] == NOT_LEARNED).all()
-    assert (untouched["labels"] == GUESS).all() and (untouched["teacher"] >= 0).all()

@@ -1,5 +1,7 @@
 """Triplets from a label table: CLIPSeg learns from another model's labels, without annotation.
 
+Where people have corrected an image, it learns what they say.
+
 Shapes: N pairs, C classes of the ontology, H W pixels.
 """
 
@@ -15,6 +17,7 @@ import pyarrow as pa
 from models.errors import WrongUse
 from pipeline.files.storage import open_storage
 from pipeline.ontology.ontology import Ontology
+from pipeline.table.corrections import Corrections
 from pipeline.table.labels import DATASET_FILE
 from pipeline.table.splits import Chosen
 from pipeline.table.views import TableView
@@ -29,8 +32,10 @@ from pipeline.training.clipseg.sources.base import (
 )
 from pipeline.training.clipseg.sources.benchmarks import asked_classes
 from pipeline.training.samples.augment import AugmentSettings
+from pipeline.training.samples.corrected import open_corrected_samples
 from pipeline.training.samples.index import read_index
-from pipeline.training.samples.table import TableSamples, open_table_samples
+from pipeline.training.samples.mixed import MixedSamples
+from pipeline.training.samples.table import TableSamples
 
 _MIXED_IMAGES = 64
 """Images within which the pairs of one image are spread out."""
@@ -43,29 +48,21 @@ class TableSource(TripletSource):
     Only whole parts of a table can be read, so supports come from the query's part where possible.
     """
 
-    _table: TableSamples
+    _table: TableSamples | MixedSamples
     _class_ids: npt.NDArray[np.int64]  # (N,)
 
     def read(self, pair: int) -> Example:
-        """See ``TripletSource.read``; the weight is the table's confidence.
+        """See ``TripletSource.read``; the weight is the table's confidence, and 1 where people say it.
 
         Raises:
             MaskMillError: see ``TableSamples.load``.
         """
-        index = int(self.pairs.image[pair])
-        row = self._table.read_row(index)
-        image = self._table.read_image(index, row)
-        labels, confidence = self._table.maps(row)
-        if not image.shape[:2] == labels.shape == confidence.shape:
-            raise WrongUse(
-                "mask_invalid",
-                f"{row['uri']} has {image.shape[0]} x {image.shape[1]} pixels, its labels {labels.shape}, "
-                f"their confidence {confidence.shape}.",
-                "Label the images anew.",
-            )
-        ids = self._table.teacher[labels]
+        found = self._table.read(int(self.pairs.image[pair]))
+        known = found.maps["labels"] >= 0
+        ids = np.where(known, found.maps["labels"], found.maps["teacher"])
         mask = np.where(ids == self._class_ids[pair], OBJECT, np.where(ids < 0, IGNORED, OTHER))
-        return Example(image, mask.astype(np.uint8), confidence.astype(np.float32) / np.float32(255))
+        weight = np.where(known, np.float32(1), found.maps["confidence"].astype(np.float32) / np.float32(255))
+        return Example(found.image, mask.astype(np.uint8), weight)
 
     def order(self, epoch: int, seed: int, *, grouped: bool = False) -> npt.NDArray[np.int64]:
         """See ``TripletSource.order``.
@@ -93,6 +90,7 @@ def open_table_source(
     min_confidence: float = 0.0,
     view: TableView | None = None,
     chosen: Chosen | None = None,
+    corrections: Corrections | None = None,
 ) -> TableSource:
     """Open one pair per class and image of a table. Reads the table's index, and no labels without a view.
 
@@ -111,6 +109,7 @@ def open_table_source(
             below either minimum is not a negative of that image either.
         view: of the table; see ``open_table_samples``.
         chosen: use only these images.
+        corrections: what people say of the labels, which is believed instead of them.
 
     Raises:
         MaskMillError: see ``open_table_samples``; ``wrong_use``; ``too_few_images``.
@@ -119,8 +118,9 @@ def open_table_source(
     for name, value in (("min_share", min_share), ("min_confidence", min_confidence)):
         if not 0 <= value <= 1:
             raise WrongUse("wrong_use", f"{name} is {value}.", "Use a number from 0 to 1.")
-    samples = open_table_samples(
+    samples = open_corrected_samples(
         table,
+        corrections,
         ontology=ontology,
         augment=AugmentSettings(),
         min_quality=min_quality,
@@ -139,6 +139,8 @@ def open_table_source(
         settings.append(view.view.hash)
     if chosen is not None:
         settings += [chosen.part, chosen.identity]
+    if corrections is not None:
+        settings.append(corrections.identity)
     return TableSource(
         name="label table" if view is None else f"label table ({'; '.join(view.view.described())})",
         fingerprint=fingerprint(open_storage(table).read_json(DATASET_FILE, None), settings),
@@ -146,7 +148,7 @@ def open_table_source(
             names,
             image[good],
             phrase[good],
-            block=samples.part[image[good]],
+            block=_parts(samples)[image[good]],
             unsure=np.stack([image[unsure], phrase[unsure]], 1),
         ),
         left_out={f"images {reason}": number for reason, number in samples.left_out.items()},
@@ -155,10 +157,33 @@ def open_table_source(
     )
 
 
+def _parts(samples: TableSamples | MixedSamples) -> npt.NDArray[np.int64]:
+    """The part of each image, (N,); those of the corrections come after those of the table."""
+    if isinstance(samples, TableSamples):
+        return samples.part.astype(np.int64)
+    own, other = samples.guessed, samples.known
+    return np.concatenate([own.part, len(own.parts) + other.part[samples.only_known]]).astype(np.int64)
+
+
 def _segments(
-    samples: TableSamples,
+    samples: TableSamples | MixedSamples,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Per class and image: image, class of the ontology, share of the labelled pixels, mean confidence."""
+    if isinstance(samples, TableSamples):
+        return _segments_of_table(samples)
+    guessed, known = _segments_of_table(samples.guessed), _segments_of_table(samples.known)
+    place = samples.place_of_known
+    kept = samples.known_of[guessed[0]] < 0
+    image, class_of, share, confidence = (
+        np.concatenate([one[kept], other])
+        for one, other in zip(guessed, (place[known[0]], *known[1:]), strict=True)
+    )
+    return image, class_of, share, confidence
+
+
+def _segments_of_table(
+    samples: TableSamples,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     count = samples.num_classes
     keys, areas, sums = [np.empty(0, np.int64)], [np.empty(0)], [np.empty(0)]
     for number, part in enumerate(samples.parts):
