@@ -117,17 +117,16 @@ class Review:
         check_output_folder(corrections)
         seen = open_corrections(self.table, corrections if self._is_there(corrections) else OFF)
         leave_out = np.empty(0, np.int64) if seen is None or self.again else seen.ids
-        known = np.empty(0, np.int64)
+        known, count = np.empty(0, np.int64), 0
         if self.honeypots is not None:
-            truth = find_truth(self.honeypots, table, read_table_record(self.table).ontology)
+            known = find_truth(self.honeypots, table, read_table_record(self.table).ontology).ids
             share = self.honeypot_share
-            count = round((self.worst + self.random) * share / (1 - share))
-            free = truth.ids[~np.isin(truth.ids, leave_out)]
-            known = np.sort(np.random.default_rng(self.seed).permutation(free)[: max(1, count)])
+            count = max(1, round((self.worst + self.random) * share / (1 - share)))
         wish = Wish(
             worst=self.worst,
             chance=self.random,
             known=known,
+            honeypots=count,
             leave_out=leave_out,
             against=self.against,
             diverse=self.diverse,
@@ -157,8 +156,9 @@ class Review:
         lines += [f"  {kind:<12} {count:,}" for kind, count in kinds.most_common()]
         if len(leave_out):
             lines.append(f"  left out     {len(leave_out):,} that are reviewed already")
-        if len(known):
-            lines.append(f"  honeypots    {len(known):,}, whose truth is known")
+        if count:
+            mixed_in = sum(entry.known for entry in chosen.entries)
+            lines.append(f"  honeypots    {mixed_in:,}, whose truth is known")
         lines += [
             f"Review it:     maskmill serve --review {place}",
             f"Or elsewhere:  maskmill export {self.table} --queue {place} --format labelstudio "

@@ -9,7 +9,8 @@ Shapes: N rows of a batch, S segments of them, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -115,6 +116,7 @@ def look_through(
     chance: int,
     seed: int,
     leave_out: Ids,
+    only: Ids | None = None,
     against: Areas | None = None,
 ) -> Candidates:
     """Find the candidates of a table.
@@ -126,6 +128,7 @@ def look_through(
         chance: rows by chance.
         seed: of these.
         leave_out: sorted ids that are not to be found.
+        only: ids that alone are to be found; None is all.
         against: areas of a second table.
 
     Raises:
@@ -136,6 +139,8 @@ def look_through(
     background = 0 if ontology.names[0].casefold() == BACKGROUND else -1
     for batch in _batches(table):
         keep = ~np.isin(batch.ids, leave_out)
+        if only is not None:
+            keep &= np.isin(batch.ids, only)
         large = keep & (batch.pixels > MAX_PIXELS)
         found.too_large += int(large.sum())
         keep &= ~large
@@ -262,3 +267,45 @@ def reason(kind: Kind, score: float, name: str = "", other: str = "") -> Reason:
         "random": "chosen by chance",
     }[kind]
     return Reason(kind=kind, text=text)
+
+
+def pooled(
+    found: Candidates, names: Sequence[str], *, worst: int, most: int, other: str = ""
+) -> tuple[Ids, Floats, dict[int, list[Reason]]]:
+    """The tops of all lists in turn, how doubtful each is, above 0 to 1, and its reasons by id.
+
+    Doubt is the score relative to the first of its list, and the place there: in a small table the tops hold
+    images that nothing is wrong with, which must not come before doubtful ones for being different.
+
+    Args:
+        found: the lists.
+        names: of the classes.
+        worst: how many are wanted.
+        most: how many to return.
+        other: the second table; "" without one.
+    """
+    scored = {"quality", "confidence", *(() if other else ("disagree",))}
+    weights: dict[int, float] = {}
+    reasons: dict[int, list[Reason]] = {}
+    lists = [
+        [
+            (kind, at, score / max(top.scores[0], 1e-9), number, score, extra)
+            for at, (number, score, extra) in enumerate(zip(top.ids, top.scores, top.extra, strict=True))
+        ]
+        for kind, top in found.lists.items()
+    ]
+    for kind, at, relative, number, score, extra in filter(
+        None, itertools.chain.from_iterable(itertools.zip_longest(*lists))
+    ):
+        number = int(number)
+        if number not in weights and len(weights) >= most:
+            continue
+        # Every image has a quality; it is a reason for those at the very end alone.
+        if kind not in scored or at < max(worst, 1):
+            told = reason(kind, float(score), names[extra] if extra >= 0 else "", other)
+            reasons.setdefault(number, []).append(told)
+        weight = max(relative, 1e-3) * (1 - 0.5 * at / max(most, 1))
+        weights[number] = max(weights.get(number, 0.0), weight)
+    for number in weights:
+        reasons.setdefault(number, [])
+    return np.array([*weights], np.int64), np.array([*weights.values()]), reasons

@@ -15,7 +15,8 @@ from models.errors import WrongUse
 from pipeline.files.images import MAX_PIXELS
 from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import Ontology
-from pipeline.review.candidates import Candidates, Top, look_through, read_areas, reason
+from pipeline.review.candidates import Candidates, Top, look_through, pooled, read_areas, reason
+from pipeline.review.honeypots import DRAWN, draw_honeypots, scattered
 from pipeline.review.queue import Entry, Reason
 from pipeline.review.spread import interleaved, spread
 from pipeline.table.labels import OK, decode_mask, table_files
@@ -42,7 +43,8 @@ class Wish:
     Attributes:
         worst: images that are doubtful.
         chance: images by chance.
-        known: ids of images whose truth is known, to be mixed in.
+        known: ids of images whose truth is known.
+        honeypots: how many of these are to be mixed in.
         leave_out: ids of images that people have seen already.
         against: a second table, whose labels are compared; None for none.
         diverse: spread by CLIP embeddings.
@@ -52,6 +54,7 @@ class Wish:
     worst: int
     chance: int
     known: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    honeypots: int = 0
     leave_out: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     against: str | None = None
     diverse: bool = True
@@ -92,22 +95,28 @@ def choose(
     """
     record, storage = read_table_record(table), open_storage(table)
     ontology = record.ontology
-    taken = np.union1d(wish.leave_out, wish.known)
     classes = None if wish.against is None else _classes_of(wish.against, ontology, table)
+    other = None if wish.against is None else open_storage(wish.against)
+    areas = None if other is None or classes is None else read_areas(other, classes)
+
+    def look(most: int, chance: int, **which: Any) -> Candidates:
+        seen = look_through(
+            storage, ontology, most=most, chance=chance, seed=wish.seed, against=areas, **which
+        )
+        if other is not None and classes is not None:
+            _compare(storage, other, classes, ontology, seen)
+        return seen
+
+    known: dict[int, list[Reason]] = {}
+    if wish.honeypots:
+        doubtful = round(wish.honeypots * wish.worst / max(wish.worst + wish.chance, 1))
+        may = look(POOL * doubtful, wish.honeypots, leave_out=wish.leave_out, only=wish.known)
+        known = draw_honeypots(
+            may, ontology.names, doubtful=doubtful, count=wish.honeypots, other=wish.against or ""
+        )
     pool = POOL * wish.worst
-    found = look_through(
-        storage,
-        ontology,
-        most=pool,
-        chance=wish.chance + (wish.worst if wish.diverse else 0),
-        seed=wish.seed,
-        leave_out=taken,
-        against=None
-        if wish.against is None or classes is None
-        else read_areas(open_storage(wish.against), classes),
-    )
-    if wish.against is not None and classes is not None:
-        _compare(storage, open_storage(wish.against), classes, ontology, found)
+    taken = np.union1d(wish.leave_out, np.array([*known], np.int64))
+    found = look(pool, wish.chance + (wish.worst if wish.diverse else 0), leave_out=taken)
     chance = found.chance.ids[: wish.chance]
     work = _Work(wish, storage, record, found, chance)
     worst, chosen = work.worst(pool, progress)
@@ -116,20 +125,15 @@ def choose(
             f"{found.too_large:,} images have more than {MAX_PIXELS:,} pixels, and cannot be painted here: "
             f"look at them with maskmill show {storage.uri}"
         )
-    rows = work.rows([*worst, *chance.tolist(), *wish.known.tolist()])
-    drawn = [Reason(kind="random", text="chosen by chance")]
+    rows = work.rows([*worst, *chance.tolist(), *known])
     by_chance = set(chance.tolist())
     lists = [
-        [
-            (number, [*work.reasons[number], *(drawn if number in by_chance else ())], False)
-            for number in worst
-        ],
-        [(number, drawn, False) for number in chance.tolist() if number not in set(worst)],
-        [(number, work.reasons.get(number) or drawn, True) for number in wish.known.tolist()],
+        [(number, [*work.reasons[number], *(DRAWN if number in by_chance else ())]) for number in worst],
+        [(number, DRAWN) for number in chance.tolist() if number not in set(worst)],
     ]
-    everything = [*itertools.chain.from_iterable(lists)]
-    for at in interleaved(*map(len, lists)).tolist():
-        number, reasons, known = everything[at]
+    queued = [*itertools.chain.from_iterable(lists)]
+    order = [queued[at] for at in interleaved(*map(len, lists)).tolist()]
+    for number, reasons in scattered(order, [*known.items()], wish.seed):
         row = rows[number]
         if row is not None:
             chosen.entries.append(
@@ -137,8 +141,8 @@ def choose(
                     id=number,
                     uri=row["uri"],
                     quality=row["quality"],
-                    reasons=tuple(reasons),
-                    known=known,
+                    reasons=tuple(reasons or [reason("quality", 1 - float(row["quality"]))]),
+                    known=number in known,
                 )
             )
     return chosen
@@ -214,7 +218,13 @@ class _Work:
         chosen = Chosen([])
         if not self._wish.worst:
             return [], chosen
-        ids, weights = self._pool(pool)
+        ids, weights, self.reasons = pooled(
+            self._found,
+            self._record.ontology.names,
+            worst=self._wish.worst,
+            most=pool,
+            other=self._wish.against or "",
+        )
         if self._wish.diverse and len(ids):
             ids, weights, vectors = self._embedded(ids, weights, chosen, progress)
             order = spread(vectors, weights, self._wish.worst)
@@ -233,38 +243,6 @@ class _Work:
         with ThreadPoolExecutor(_READERS) as pool:
             found = dict(zip(places, pool.map(read, places.values()), strict=True))
         return {number: found.get(number) for number in ids}
-
-    def _pool(self, most: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """The tops of all lists in turn, and how doubtful each is, above 0 to 1.
-
-        That is its score relative to the first of its list, and its place there: in a small table the tops
-        hold images that nothing is wrong with, which must not come before doubtful ones for being different.
-        """
-        names, other = self._record.ontology.names, self._wish.against or ""
-        scored = {"quality", "confidence", *(() if other else ("disagree",))}
-        weights: dict[int, float] = {}
-        lists = [
-            [
-                (kind, at, score / max(top.scores[0], 1e-9), number, score, extra)
-                for at, (number, score, extra) in enumerate(zip(top.ids, top.scores, top.extra, strict=True))
-            ]
-            for kind, top in self._found.lists.items()
-        ]
-        for kind, at, relative, number, score, extra in filter(
-            None, itertools.chain.from_iterable(itertools.zip_longest(*lists))
-        ):
-            number = int(number)
-            if number not in weights and len(weights) >= most:
-                continue
-            # Every image has a quality; it is a reason for those at the very end alone.
-            if kind not in scored or at < max(self._wish.worst, 1):
-                told = reason(kind, float(score), names[extra] if extra >= 0 else "", other)
-                self.reasons.setdefault(number, []).append(told)
-            weight = max(relative, 1e-3) * (1 - 0.5 * at / max(most, 1))
-            weights[number] = max(weights.get(number, 0.0), weight)
-        for number in weights:
-            self.reasons.setdefault(number, [])
-        return np.array([*weights], np.int64), np.array([*weights.values()])
 
     def _embedded(
         self,
