@@ -32,7 +32,7 @@ from pydantic import (
 
 from models.errors import MaskMillError, WrongUse
 from pipeline.files.outputs import check_output_folder
-from pipeline.files.records import now, parse_record, read_record
+from pipeline.files.records import find_record, now
 from pipeline.files.redaction import command_line, redact_tree
 from pipeline.files.storage import Storage, canonical_uri, is_remote, open_storage
 from pipeline.labelling.recipes import recipe_from_dict
@@ -466,8 +466,7 @@ def read_results(folder: str | os.PathLike[str]) -> list[tuple[Storage, Result]]
         Pairs of the folder, from which pictures can be read, and the result.
 
     Raises:
-        MaskMillError: ``input_missing``, ``newer_version``, ``document_invalid`` or ``file_damaged``, naming
-            the file.
+        MaskMillError: ``input_missing``, ``newer_version`` or ``file_damaged``, naming the file.
     """
     storage = open_storage(folder)
     kinds: dict[str, type[EvaluationResult | BenchmarkResult]] = {
@@ -476,15 +475,9 @@ def read_results(folder: str | os.PathLike[str]) -> list[tuple[Storage, Result]]
     }
     found: list[tuple[Storage, Result]] = []
     for name, kind in kinds.items():
-        record = read_record(storage, name, SCHEMA_VERSION)
-        if record is not None:
-            result = parse_record(
-                kind,
-                record,
-                storage.uri_of(name),
-                code="file_damaged",
-                remedy="Run the command that made it again, or leave this folder out.",
-            )
+        remedy = "Run the command that made it again, or leave this folder out."
+        result = find_record(kind, storage, name, SCHEMA_VERSION, remedy=remedy)
+        if result is not None:
             found.append((storage, result))
     if not found:
         raise WrongUse(

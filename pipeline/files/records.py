@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -11,6 +12,8 @@ from models.errors import Damaged, MaskMillError, WrongUse
 from pipeline.files.storage import Storage
 
 M = TypeVar("M", bound=BaseModel)
+
+_ABSENT = object()
 
 
 def now() -> str:
@@ -29,8 +32,8 @@ def read_record(storage: Storage, name: str, newest: int) -> dict[str, Any] | No
     Raises:
         MaskMillError: ``newer_version``; ``document_invalid`` if it is no JSON object.
     """
-    record = storage.read_json(name, None)
-    if record is None:
+    record = storage.read_json(name, _ABSENT)
+    if record is _ABSENT:
         return None
     if not isinstance(record, dict):
         raise Damaged(
@@ -49,15 +52,48 @@ def read_record(storage: Storage, name: str, newest: int) -> dict[str, Any] | No
     return record
 
 
-def parse_record(kind: type[M], record: object, place: str, *, code: str, remedy: str) -> M:
+def find_record(
+    kind: type[M],
+    storage: Storage,
+    name: str,
+    newest: int,
+    *,
+    remedy: str,
+    code: str = "file_damaged",
+    absent: Mapping[str, Any] | None = None,
+) -> M | None:
+    """A record as its model; None if there is no such file.
+
+    Args:
+        kind: the model.
+        storage: the folder.
+        name: of the file.
+        newest: the schema version that this MaskMill writes.
+        remedy: what to do about a damaged file.
+        code: of the error for a damaged file.
+        absent: values of fields that older versions do not have.
+
+    Raises:
+        MaskMillError: ``newer_version``; ``code`` if it is no JSON object, or a field is wrong.
+    """
+    try:
+        found = read_record(storage, name, newest)
+    except Damaged as error:
+        raise Damaged(code, error.message, remedy) from error
+    if found is None:
+        return None
+    return parse_record(kind, {**(absent or {}), **found}, storage.uri_of(name), code=code, remedy=remedy)
+
+
+def parse_record(kind: type[M], record: object, place: str, *, remedy: str, code: str = "file_damaged") -> M:
     """A record as its model.
 
     Args:
         kind: the model.
         record: values as JSON has them.
         place: of the file, for the message.
-        code: of the error.
         remedy: of the error.
+        code: of the error.
 
     Raises:
         MaskMillError: ``code``, naming the first field that is wrong.

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
 from models.errors import FailedWork, MaskMillError, WrongUse
 from pipeline.files.faults import explain, one_line
-from pipeline.files.records import now, parse_record, read_record
+from pipeline.files.records import find_record, now
 from pipeline.files.redaction import redact
 from pipeline.files.storage import Storage
 
@@ -111,18 +111,10 @@ def read_status(storage: Storage, name: str = STATUS_FILE) -> Status | None:
     """The status beside an output; None if there is none.
 
     Raises:
-        MaskMillError: ``newer_version``; ``document_invalid`` if the file is no status.
+        MaskMillError: ``newer_version``; ``file_damaged`` if the file is no status.
     """
-    record = read_record(storage, name, STATUS_VERSION)
-    if record is None:
-        return None
-    return parse_record(
-        Status,
-        record,
-        storage.uri_of(name),
-        code="document_invalid",
-        remedy="It is written anew by the next run; another program's file must have another name.",
-    )
+    remedy = "It is written anew by the next run; another program's file must have another name."
+    return find_record(Status, storage, name, STATUS_VERSION, remedy=remedy)
 
 
 class StatusFile:
@@ -240,7 +232,7 @@ class StatusFile:
                 else:
                     _write(self._storage, before, updated=before.updated)
             except Exception as error:  # another process owns the output, or it is out of reach
-                if isinstance(error, MaskMillError) and error.code in ("document_invalid", "newer_version"):
+                if isinstance(error, MaskMillError) and error.code in ("file_damaged", "newer_version"):
                     place = self._storage.uri_of(STATUS_FILE)
                     self._notice(f"{place} is not MaskMill's: no status is written.")
                     return

@@ -10,7 +10,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from models.errors import WrongUse
-from pipeline.files.records import parse_record, read_record
+from pipeline.files.records import find_record
 from pipeline.files.storage import Storage
 from pipeline.formats.base import Format
 from pipeline.formats.samples import Source
@@ -158,12 +158,9 @@ def find_export(output: Storage) -> ExportRecord | None:
     """The record of the export in a folder; None without an ``export.json``.
 
     Raises:
-        MaskMillError: ``newer_version``, ``document_invalid``; ``file_damaged`` if it is no record.
+        MaskMillError: ``newer_version``; ``file_damaged`` if it is no record.
     """
-    found = read_record(output, EXPORT_FILE, SCHEMA_VERSION)
-    if found is None:
-        return None
-    return parse_record(ExportRecord, found, output.uri_of(EXPORT_FILE), code="file_damaged", remedy=_REMEDY)
+    return find_record(ExportRecord, output, EXPORT_FILE, SCHEMA_VERSION, remedy=_REMEDY)
 
 
 def check_output(export: Export, *, overwrite: bool) -> None:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt
 
 from models.errors import WrongUse
 from models.settings import RegionKind
-from pipeline.files.records import parse_record, read_record
+from pipeline.files.records import find_record
 from pipeline.files.storage import Storage
 
 MEMORY_FILE: Final = "memory.json"
@@ -108,16 +108,8 @@ def find_memory_record(storage: Storage) -> MemoryRecord | None:
     Raises:
         MaskMillError: ``newer_version``; ``file_damaged`` if it is no record of a memory.
     """
-    found = read_record(storage, MEMORY_FILE, SCHEMA_VERSION)
-    if found is None:
-        return None
-    return parse_record(
-        MemoryRecord,
-        found,
-        storage.uri_of(MEMORY_FILE),
-        code="file_damaged",
-        remedy="Build the memory again with --overwrite.",
-    )
+    remedy = "Build the memory again with --overwrite."
+    return find_record(MemoryRecord, storage, MEMORY_FILE, SCHEMA_VERSION, remedy=remedy)
 
 
 def read_memory_record(storage: Storage) -> MemoryRecord:

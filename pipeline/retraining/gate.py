@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from models.settings import Settings
-from pipeline.files.records import parse_record, read_record
+from pipeline.files.records import find_record
 from pipeline.files.storage import Storage
 from pipeline.metrics.divergence import divergence, divergence_by_name, most_moved
 from pipeline.metrics.paired import Gains, iou_of_counts, miou_of_counts, paired_bootstrap
@@ -164,18 +164,10 @@ def read_decision(storage: Storage, name: str) -> Decision | None:
     """Read a decision; None if there is no such file.
 
     Raises:
-        MaskMillError: ``newer_version``, ``document_invalid``, ``file_damaged``.
+        MaskMillError: ``newer_version``, ``file_damaged``.
     """
-    record = read_record(storage, name, SCHEMA_VERSION)
-    if record is None:
-        return None
-    return parse_record(
-        Decision,
-        record,
-        storage.uri_of(name),
-        code="file_damaged",
-        remedy="Delete it; maskmill retrain then judges the candidate again.",
-    )
+    remedy = "Delete it; maskmill retrain then judges the candidate again."
+    return find_record(Decision, storage, name, SCHEMA_VERSION, remedy=remedy)
 
 
 def decide(candidate: Measured, champion: Measured | None, policy: GatePolicy) -> Decision:

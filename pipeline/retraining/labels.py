@@ -13,7 +13,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, model_validator
 
-from pipeline.files.records import parse_record, read_record
+from pipeline.files.records import find_record
 from pipeline.files.storage import Storage
 from pipeline.table.labels import OK, Counts, iter_batches
 from pipeline.table.record import read_table_record
@@ -143,15 +143,7 @@ def read_labels(storage: Storage) -> LabelSummary | None:
     """Read ``labels.json``; None if there is none.
 
     Raises:
-        MaskMillError: ``newer_version``, ``document_invalid``, ``file_damaged``.
+        MaskMillError: ``newer_version``, ``file_damaged``.
     """
-    record = read_record(storage, LABELS_FILE, SCHEMA_VERSION)
-    if record is None:
-        return None
-    return parse_record(
-        LabelSummary,
-        record,
-        storage.uri_of(LABELS_FILE),
-        code="file_damaged",
-        remedy="Delete it; it is made again from the label table.",
-    )
+    remedy = "Delete it; it is made again from the label table."
+    return find_record(LabelSummary, storage, LABELS_FILE, SCHEMA_VERSION, remedy=remedy)

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.errors import Damaged, FailedWork
-from pipeline.files.records import now, parse_record, read_record
+from pipeline.files.records import find_record, now
 from pipeline.files.redaction import redact
 from pipeline.files.storage import Storage
 from pipeline.table.lease import Lease, refuse_other_holder
@@ -247,13 +247,9 @@ class Ledger:
     def _entry(self, number: int) -> Entry:
         file = _file(number)
         place = self._storage.uri_of(file)
-        try:
-            record = read_record(self._storage, file, SCHEMA_VERSION)
-        except Damaged as error:
-            raise Damaged("file_damaged", error.message, _REMEDY) from error
-        if record is None:
+        entry = find_record(Entry, self._storage, file, SCHEMA_VERSION, remedy=_REMEDY)
+        if entry is None:
             raise Damaged("file_damaged", f"{place} is missing.", _REMEDY)
-        entry = parse_record(Entry, record, place, code="file_damaged", remedy=_REMEDY)
         if entry.sequence != number:
             raise Damaged("file_damaged", f"{place} holds entry {entry.sequence}.", _REMEDY)
         return entry

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from models.errors import MaskMillError, WrongUse, did_you_mean
+from models.errors import WrongUse, did_you_mean
 from pipeline.files.documents import parsed_yaml, read_document
-from pipeline.files.records import parse_record, read_record
+from pipeline.files.records import find_record
 from pipeline.files.redaction import redact
 from pipeline.files.storage import Storage, open_storage, placed_beside
 
@@ -129,20 +129,14 @@ def read_retraining(output: Storage) -> RetrainingRecord:
     Raises:
         MaskMillError: ``input_missing``, ``file_damaged``, ``newer_version``.
     """
-    try:
-        found = read_record(output, RECORD_FILE, SCHEMA_VERSION)
-    except MaskMillError as error:
-        if error.code != "document_invalid":
-            raise
-        raise type(error)("file_damaged", error.message, _REMEDY) from error
+    found = find_record(RetrainingRecord, output, RECORD_FILE, SCHEMA_VERSION, remedy=_REMEDY)
     if found is None:
         raise WrongUse(
             "input_missing",
             f"{output.uri} is not the output of maskmill retrain: there is no {RECORD_FILE}.",
             "Name the output of a retraining, or its configuration.",
         )
-    place = output.uri_of(RECORD_FILE)
-    return parse_record(RetrainingRecord, found, place, code="file_damaged", remedy=_REMEDY)
+    return found
 
 
 class _Configuration(BaseModel):

@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 
-from models.errors import FailedWork, MaskMillError, WrongUse
+from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
 from pipeline.files.faults import explain, one_line
-from pipeline.files.records import now, parse_record, read_record
+from pipeline.files.records import find_record, now
 from pipeline.files.redaction import redact
 from pipeline.files.storage import Storage
 
@@ -126,11 +126,13 @@ def read_tick(storage: Storage, run: str) -> Tick:
     """Read a tick.
 
     Raises:
-        MaskMillError: ``file_damaged``, ``newer_version``, ``document_invalid``.
+        MaskMillError: ``file_damaged``, ``newer_version``.
     """
     name = f"{tick_folder(run)}/{STATE_FILE}"
-    record = read_record(storage, name, SCHEMA_VERSION)
-    return parse_record(Tick, record, storage.uri_of(name), code="file_damaged", remedy=_REMEDY)
+    tick = find_record(Tick, storage, name, SCHEMA_VERSION, remedy=_REMEDY)
+    if tick is None:
+        raise Damaged("file_damaged", f"{storage.uri_of(name)} is missing.", _REMEDY)
+    return tick
 
 
 def read_ticks(storage: Storage) -> Iterator[Tick]:

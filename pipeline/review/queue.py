@@ -7,7 +7,7 @@ from typing import Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.errors import WrongUse
-from pipeline.files.records import now, parse_record, read_record
+from pipeline.files.records import find_record, now
 from pipeline.files.storage import Storage, canonical_uri, open_storage
 
 QUEUE_FILE: Final = "review.json"
@@ -102,16 +102,8 @@ def find_queue(place: str) -> Queue | None:
         MaskMillError: ``newer_version``; ``file_damaged`` if it is no queue.
     """
     storage, name = queue_place(place)
-    found = read_record(storage, name, SCHEMA_VERSION)
-    if found is None:
-        return None
-    return parse_record(
-        Queue,
-        found,
-        storage.uri_of(name),
-        code="file_damaged",
-        remedy="Make it anew: maskmill review TABLE --overwrite. Corrections stay.",
-    )
+    remedy = "Make it anew: maskmill review TABLE --overwrite. Corrections stay."
+    return find_record(Queue, storage, name, SCHEMA_VERSION, remedy=remedy)
 
 
 def read_queue(place: str) -> Queue:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from models.errors import WrongUse
-from pipeline.files.records import parse_record, read_record
+from pipeline.files.records import find_record
 from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import RecordedOntology
 from pipeline.table.labels import DATASET_FILE
@@ -63,15 +63,14 @@ def find_table_record(storage: Storage) -> TableRecord | None:
     Raises:
         MaskMillError: ``newer_version``; ``table_damaged`` if it is no record of a label table.
     """
-    found = read_record(storage, DATASET_FILE, SCHEMA_VERSION)
-    if found is None:
-        return None
-    return parse_record(
+    return find_record(
         TableRecord,
-        {"quality": "softmin"} | found,  # which older versions do not say
-        storage.uri_of(DATASET_FILE),
+        storage,
+        DATASET_FILE,
+        SCHEMA_VERSION,
         code="table_damaged",
         remedy="Give the --output of maskmill label, or restore the file from a copy.",
+        absent={"quality": "softmin"},
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import AliasChoices, AliasPath, BaseModel, ConfigDict, Field
 
-from models.errors import Damaged, MaskMillError, WrongUse
+from models.errors import Damaged, WrongUse
 from pipeline.files.records import now, parse_record, read_record
 from pipeline.files.storage import Storage, open_storage
 
@@ -124,9 +124,7 @@ def read_trained(kind: type[R], uri: str | Path) -> R:
     storage = open_storage(uri)
     try:
         found = read_record(storage, kind.RECORD_FILE, kind.SCHEMA_VERSION)
-    except MaskMillError as error:
-        if error.code != "document_invalid":
-            raise
+    except Damaged as error:
         raise Damaged("model_damaged", error.message, _REMEDY) from error
     if found is None or found.get("kind") != kind.KIND:
         why = "there is no" if found is None else f"no {kind.WHAT} is described by its"

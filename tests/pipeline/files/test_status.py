@@ -226,4 +226,4 @@ def test_a_damaged_status_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / STATUS_FILE).write_text('{"job": "label"}')
     with pytest.raises(MaskMillError, match=STATUS_FILE) as caught:
         read_status(open_storage(tmp_path))
-    assert caught.value.code == "document_invalid"
+    assert caught.value.code == "file_damaged"

@@ -832,9 +832,9 @@ def no_classes(record: Record) -> str:
 @pytest.mark.parametrize(
     ("damage", "code", "phrase"),
     [
-        (break_json, "document_invalid", "not valid JSON"),
-        (lambda _: "[]", "document_invalid", "list"),
-        (lambda _: "\x00\xff", "document_invalid", "not valid JSON"),
+        (break_json, "file_damaged", "not valid JSON"),
+        (lambda _: "[]", "file_damaged", "list"),
+        (lambda _: "\x00\xff", "file_damaged", "not valid JSON"),
         (newer, "newer_version", "schema 2"),
         (other_kind, "file_damaged", ": kind: "),
         (bad_color, "file_damaged", "classes.4.color"),

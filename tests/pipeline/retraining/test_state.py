@@ -333,8 +333,8 @@ def test_ticks_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "code"),
     [
-        (b"{", "document_invalid"),
-        (b"[]", "document_invalid"),
+        (b"{", "file_damaged"),
+        (b"[]", "file_damaged"),
         (b'{"schema_version": 99}', "newer_version"),
         (b'{"run": "0001"}', "file_damaged"),
         (b'{"run": "1", "created": ""}', "file_damaged"),

@@ -61,8 +61,8 @@ def test_the_oldest_table_is_read(tmp_path: Path) -> None:
     ("content", "code", "says"),
     [
         (None, "table_missing", "no dataset.json"),
-        ("[1]", "document_invalid", "holds a list"),
-        ("{", "document_invalid", "dataset.json"),
+        ("[1]", "table_damaged", "holds a list"),
+        ("{", "table_damaged", "dataset.json"),
         ({"schema_version": 99}, "newer_version", "newer MaskMill"),
         ({"citation": "…", "splits": {}}, "table_damaged", "ontology: Field required"),
         (OLDEST | {"weights": {"model": "toyclip"}}, "table_damaged", "no pretrained and no fingerprint"),
