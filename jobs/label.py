@@ -437,7 +437,7 @@ def _started(
         if preparing is None:
             preparing = _begin_preparing(thread, job, worker_precision(compute), recorded)
         prepared = preparing.result()
-        _refuse_other_memory(job, prepared, recorded)
+        _refuse_others_beside(job, prepared, recorded)
         require_shared(
             Landmarks.copies(prepared.files),
             "The weights of the model are",
@@ -486,18 +486,19 @@ def _begin_preparing(
     return preparing
 
 
-def _refuse_other_memory(job: LabelJob, prepared: PreparedLabeller, recorded: TableRecord | None) -> None:
-    """Refuse a memory that has changed since the table was begun.
+def _refuse_others_beside(job: LabelJob, prepared: PreparedLabeller, recorded: TableRecord | None) -> None:
+    """Refuse a memory or a helper that has changed since the table was begun.
 
     Raises:
         MaskMillError: ``output_differs``.
     """
-    if recorded is not None and recorded.weights.get("memory") != prepared.weights.get("memory"):
-        raise WrongUse(
-            "output_differs",
-            f"{job.output} was labelled when {job.recipe.maskclip.memory} held other regions than now.",
-            "Name another --output, or start over with --overwrite.",
-        )
+    for name in ("memory", "helper"):
+        if recorded is not None and recorded.weights.get(name) != prepared.weights.get(name):
+            raise WrongUse(
+                "output_differs",
+                f"{job.output} was labelled when the recipe's {name} was another than now.",
+                "Name another --output, or start over with --overwrite.",
+            )
 
 
 def _calibrated(

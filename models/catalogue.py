@@ -24,6 +24,7 @@ class HeadEntry(NamedTuple):
         own_values: every token keeps its own value. On a tower of ``DEEP`` blocks or more that fails: its
             tokens are no longer local.
         settings: settings that only this head reads.
+        helper: whether it needs a helper tower (``models.helper``).
     """
 
     title: str
@@ -32,6 +33,7 @@ class HeadEntry(NamedTuple):
     vit_only: bool = False
     own_values: bool = False
     settings: tuple[str, ...] = ()
+    helper: bool = False
 
 
 class RefinerEntry(NamedTuple):
@@ -54,6 +56,8 @@ DEEP = 24
 """Blocks of a tower on which heads of own values fail: MaskCLIP's published mean of eight datasets is 30.3
 with ViT-B/16 and 13.9 with ViT-L/14."""
 
+_OF_HELPERS = ("helper", "helper_weights")
+
 HEADS: Mapping[str, HeadEntry] = {
     "maskclip": HeadEntry(
         "MaskCLIP, as the reference's code (residual and MLP kept)",
@@ -70,6 +74,14 @@ HEADS: Mapping[str, HeadEntry] = {
     ),
     "pa": HeadEntry(
         "keys turned towards queries (PEARL)", "models.clip.heads.procrustes:PA", settings=("alpha",)
+    ),
+    "proxy": HeadEntry(
+        "affinity of a helper tower (ProxyCLIP)",
+        "models.clip.heads.proxy:PROXY",
+        keys=False,
+        vit_only=True,
+        settings=_OF_HELPERS,
+        helper=True,
     ),
     "sc": HeadEntry("self-calibrated attention (SC-CLIP)", "models.clip.heads.calibrated:SC", vit_only=True),
 }
@@ -104,6 +116,6 @@ def check_resnet_head(name: str) -> None:
         possible = ", ".join(other for other, entry in HEADS.items() if not entry.vit_only)
         raise WrongUse(
             "setting_invalid",
-            f"The head {name} reads several blocks of a ViT; a ResNet has no such blocks.",
+            f"The head {name} reads blocks of a ViT; a ResNet has none.",
             f"Use a ViT, or one of the heads {possible}.",
         )

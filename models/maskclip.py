@@ -10,6 +10,7 @@ The order is the reference's: cosines, prompt denoising, key smoothing, then res
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,16 +24,16 @@ from models.clip.heads.base import HeadOptions
 from models.clip.loading import Clip
 from models.clip.refiners.base import Refined, RefineOptions, refine
 from models.clip.text import TextClassifier, row_table
+from models.denoising import DENIED, key_smoothing, prompt_denoising
 from models.errors import WrongUse
+from models.helper import Helper
 from models.labelmap import Subset, label_map
 from models.memory import Memory
 from models.regions import means, regions_of
-from models.settings import KeyAxis, MaskClipSettings
+from models.settings import MaskClipSettings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-DENIED = -100.0
-"""The score of a class that was removed from an image."""
 
 
 class Described(NamedTuple):
@@ -58,6 +59,7 @@ class MaskClip:
         config: the settings.
         memory: what ``config.memory`` names, loaded; None if it names nothing.
         key_block: for ``describe`` without a memory: the block whose tokens are keys.
+        helper: what ``config.helper`` names, loaded on the CLIP's device; None if it names nothing.
 
     Raises:
         MaskMillError: ``setting_invalid`` for settings that do not suit this CLIP; ``weights_do_not_fit`` for
@@ -72,38 +74,31 @@ class MaskClip:
         *,
         memory: Memory | None = None,
         key_block: int | None = None,
+        helper: Helper | None = None,
     ) -> None:
         config = config or MaskClipSettings()
         assert bool(config.memory) == (memory is not None), "the memory that the settings name"
+        assert bool(config.helper) == (helper is not None), "the helper that the settings name"
         if text.embeddings.shape[1] != clip.embed_dim:
             raise WrongUse(
                 "weights_do_not_fit",
                 f"The classifier has {text.embeddings.shape[1]} channels; {clip.name} has {clip.embed_dim}.",
                 "Build it with the same CLIP.",
             )
+        cell = math.lcm(clip.stride, 1 if helper is None else helper.stride)
         for name, pixels in (("window", config.window), ("window_stride", config.window_stride)):
-            if pixels % clip.stride:
+            if pixels % cell:
                 raise WrongUse(
                     "setting_invalid",
-                    f"{name} = {pixels} is no multiple of the {clip.stride} pixels of a grid cell.",
-                    f"Use {max(1, round(pixels / clip.stride)) * clip.stride}.",
+                    f"{name} = {pixels} is no multiple of the {cell} pixels of a grid cell.",
+                    f"Use {max(1, round(pixels / cell)) * cell}.",
                 )
         config.classes.refuse_unfit(text.num_classes)
         self.clip = clip
         self.text = text
         self.config = config
         self.memory = memory
-        keys = config.ks_source if config.ks_threshold > 0 else None
-        self.encoder = dense_encoder(
-            clip.visual,
-            head=config.head,
-            profile=config.profile,
-            keys=keys,
-            positions=config.positions,
-            options=HeadOptions(config.sigma, config.alpha),
-            whole=config.classes.asks_class_token,
-            early=key_block if memory is None else memory.key_block,
-        )
+        self.helper = helper
         exact = torch.float64 if clip.dtype == torch.float64 else torch.float32
         mean, std = (
             (IMAGENET_MEAN, IMAGENET_STD) if config.image_stats == "imagenet" else (clip.mean, clip.std)
@@ -111,6 +106,17 @@ class MaskClip:
         # uint8 -> (x - 255 mean) / (255 std), per channel
         self._mean = 255 * torch.tensor(mean, dtype=exact, device=clip.device)[:, None, None]
         self._std = 255 * torch.tensor(std, dtype=exact, device=clip.device)[:, None, None]
+        self.encoder = dense_encoder(
+            clip.visual,
+            head=config.head,
+            profile=config.profile,
+            keys=config.ks_source if config.ks_threshold > 0 else None,
+            positions=config.positions,
+            options=HeadOptions(config.sigma, config.alpha),
+            whole=config.classes.asks_class_token,
+            early=key_block if memory is None else memory.key_block,
+            helper=None if helper is None else helper.view(self._mean, self._std),
+        )
         self._rows = text.embeddings.to(clip.device, exact)
         self._row_table = row_table(text).to(clip.device)
         self._bias: Tensor | None = None
@@ -437,52 +443,6 @@ class MaskClip:
 def per_channel(values: Sequence[float], like: Tensor) -> Tensor:
     """Values (3,) as (3, 1, 1) of another tensor's dtype, on its device, without waiting for the device."""
     return torch.tensor(values, dtype=like.dtype)[:, None, None].to(like.device, non_blocking=True)
-
-
-def prompt_denoising(scores: Tensor, threshold: float, *, temperature: float = 100.0) -> Tensor:
-    """Remove the classes that are nowhere likely in an image (paper §3.3).
-
-    Args:
-        scores: (B, C, h, w) cosines, fp32 or fp64.
-        threshold: remove a class if its highest softmax probability in the image is strictly below this; 0
-            disables the step.
-        temperature: of the softmax.
-
-    Returns:
-        (B, C, h, w), ``DENIED`` everywhere for a removed class. The probabilities are not recomputed.
-    """
-    if threshold <= 0:
-        return scores
-    best = (temperature * scores).softmax(1).amax((2, 3), keepdim=True)
-    return torch.where(best < threshold, DENIED, scores)
-
-
-def key_smoothing(
-    scores: Tensor, keys: Tensor, threshold: float, *, axis: KeyAxis = "token", temperature: float = 100.0
-) -> Tensor:
-    """Average class probabilities over positions with similar keys (paper §3.3, as the reference codes it).
-
-    Args:
-        scores: (B, C, h, w) cosines after prompt denoising, fp32 or fp64.
-        keys: (B, L, K), any float dtype.
-        threshold: smooth positions whose highest probability is strictly below this, keep the others; 0
-            disables the step.
-        axis: normalise the keys along ``token`` (reference) or ``channel`` (paper).
-        temperature: of the softmax.
-
-    Returns:
-        (B, C, h, w), no longer cosines: probabilities where not smoothed, elsewhere their sum over all
-        positions, weighted by key similarity, which may be negative and is not normalised.
-    """
-    if threshold <= 0:
-        return scores
-    probabilities = (temperature * scores).flatten(2).softmax(1).transpose(1, 2)
-    keys = F.normalize(keys.to(scores.dtype), dim=1 if axis == "token" else 2, eps=1e-12)
-    # (k k^T) p = k (k^T p) avoids the L x L matrix.
-    smoothed = keys @ (keys.transpose(1, 2) @ probabilities)
-    unsure = probabilities.amax(2, keepdim=True) < threshold
-    result = torch.where(unsure, smoothed, probabilities)
-    return result.transpose(1, 2).unflatten(2, scores.shape[-2:])
 
 
 def _highest(scores: Tensor | None, others: Tensor | None) -> Tensor | None:

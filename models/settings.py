@@ -210,12 +210,17 @@ class MaskClipSettings(Settings):
 
     head: str = "maskclip"
     """How the last block is read: ``maskclip`` as by the paper's code, ``value`` without residual and MLP,
-    ``plain`` unmodified, or with another attention: ``qq`` (ClearCLIP), ``kk``, ``sclip``, ``nn`` (NACLIP),
-    ``pa`` (PEARL), ``sc`` (SC-CLIP)."""
+    ``plain`` unmodified, or ``qq`` (ClearCLIP), ``kk``, ``sclip``, ``nn`` (NACLIP), ``pa`` (PEARL), ``sc``
+    (SC-CLIP), ``proxy`` (ProxyCLIP)."""
     sigma: Annotated[float, Field(gt=0)] = 5.0
     """For head ``nn``: how far near is, in patches."""
     alpha: Annotated[float, Field(ge=0)] = 0.08
     """For head ``pa``: the share of k·k; its paper takes 0.3 for ADE20K and Cityscapes."""
+    helper: str = ""
+    """For head ``proxy``: a self-supervised ViT of timm with the tag of its weights, such as
+    ``vit_base_patch16_224.dino``, which says which patches belong together."""
+    helper_weights: str = ""
+    """The helper's weights: a file, ``random:SEED``, or empty for those that timm publishes."""
     image_stats: ImageStats = "imagenet"
     """Normalise images with ``imagenet`` statistics, as the paper's code does, or with ``clip``'s own."""
     profile: Profile = "reference"
@@ -340,6 +345,16 @@ class MaskClipSettings(Settings):
                 "setting_invalid",
                 f"window {self.window} needs 0 < window_stride <= window, not {self.window_stride}.",
                 f"Set window_stride={max(1, self.window // 2)}." if self.window else "Set window_stride=0.",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _helped(self) -> Self:
+        if HEADS[self.head].helper and not self.helper:
+            raise WrongUse(
+                "setting_invalid",
+                f"head={self.head} compares patches by a helper tower, and helper names none.",
+                "Set helper=vit_base_patch16_224.dino, or another head.",
             )
         return self
 

@@ -17,6 +17,7 @@ from jobs.benchmarks.rows import row
 from models.clip.loading import load_clip
 from models.clip.text import build_text_classifier
 from models.device import DTYPES, best_device, native_precision
+from models.helper import helper_of
 from models.labelmap import label_map
 from models.maskclip import MaskClip
 from pipeline.evaluation.results import PICTURES, Picture, Section
@@ -57,7 +58,8 @@ def draw_concepts(
     clip = load_clip(recipe.model, recipe.pretrained, device=best_device(), dtype=dtype)
     templates = "toyworld" if recipe.model == "toyclip" else concepts.templates
     text = build_text_classifier(clip, [[name] for name in names], templates=templates, cache_dir=cache_dir())
-    model = MaskClip(clip, text, recipe.maskclip)
+    helper = helper_of(recipe.maskclip, device=clip.device, dtype=dtype)
+    model = MaskClip(clip, text, recipe.maskclip, helper=helper)
     shares, peaks, pictures = [], [], []
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     for number, (uri, address) in enumerate(addresses.items(), 1):

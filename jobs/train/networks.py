@@ -128,6 +128,7 @@ def build_teacher(
 
     from models.clip.loading import load_clip
     from models.clip.text import TextClassifier
+    from models.helper import helper_of
     from models.maskclip import MaskClip
     from pipeline.training.maskclip_plus.task import guessable_classifier
 
@@ -137,7 +138,8 @@ def build_teacher(
     if bias:  # of the table's classes, among which a learned background comes first
         behind = bias[len(bias) - num_classes :]
         recipe = recipe.with_classes(bias=tuple(behind[class_id] for class_id in guessable))
-    return MaskClip(clip, guessable_classifier(text, guessable), recipe.maskclip)
+    helper = helper_of(recipe.maskclip, device=device)
+    return MaskClip(clip, guessable_classifier(text, guessable), recipe.maskclip, helper=helper)
 
 
 def text_ids(settings: SelfTrainSettings, ontology: Ontology, student: StudentConfig) -> tuple[int, ...]:

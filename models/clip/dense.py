@@ -10,9 +10,10 @@ channels.
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,12 +32,26 @@ from models.clip.heads.base import (
     after_mixing,
     in_projection,
     load_head,
+    on_grid,
 )
 from models.clip.heads.value import attention_pool
 from models.errors import WrongUse
 from models.settings import KeySource, Positions, Profile
 
 _TABLES_KEPT = 16  # position tables, one per grid; 2 MB each for a ViT-B/16 at 512x683 in bf16
+
+
+class HelperView(Protocol):
+    """A helper tower (``models.helper``), as an encoder sees it: with images normalised for CLIP."""
+
+    @property
+    def stride(self) -> int:
+        """Pixels per cell of its grid."""
+        ...
+
+    def features(self, images: Tensor, kind: Literal["tokens", "values"]) -> Tensor:
+        """Features (B, K, h, w) of images (B, 3, H, W), H and W multiples of the stride."""
+        ...
 
 
 class Dense(NamedTuple):
@@ -65,6 +80,7 @@ def dense_encoder(
     options: HeadOptions = USUAL,
     whole: bool = False,
     early: int | None = None,
+    helper: HelperView | None = None,
 ) -> VitDense | ResNetDense:
     """Wrap a visual tower of open_clip to compute dense features at any image size.
 
@@ -82,6 +98,7 @@ def dense_encoder(
         options: settings of single heads.
         whole: also return the embedding of the whole image, which takes one block more.
         early: also return the output of this block, from 0, which is not the last; not for ResNets.
+        helper: for heads that need one; the grid is then the helper's.
 
     Raises:
         MaskMillError: ``setting_invalid``, ``model_unsupported``.
@@ -98,6 +115,12 @@ def dense_encoder(
             f"Key smoothing needs the keys of the last attention, which the head {head!r} does not give.",
             "Use the head maskclip, or set the key smoothing threshold to 0.",
         )
+    if HEADS[head].helper and helper is None:
+        raise WrongUse(
+            "setting_invalid",
+            f"The head {head} needs a helper tower, and none was given.",
+            "Load one (models.helper.load_helper), or use another head.",
+        )
     if isinstance(visual, ModifiedResNet):
         check_resnet_head(head)
         if early is not None:
@@ -109,7 +132,8 @@ def dense_encoder(
         return ResNetDense(visual, load_head(head), keys, options, whole)
     if isinstance(visual, VisionTransformer) and visual.attn_pool is None:
         tower = reference_view(visual) if profile == "reference" else visual
-        return VitDense(tower, load_head(head), keys, positions, options, whole, early)
+        helper = helper if HEADS[head].helper else None
+        return VitDense(tower, load_head(head), keys, positions, options, whole, early, helper)
     raise WrongUse(
         "model_unsupported",
         f"A {type(visual).__name__} has no class token and patch tokens that MaskMill could read.",
@@ -137,7 +161,9 @@ class VitDense(nn.Module):
     """Dense features of an open_clip ViT.
 
     Normalised images are zero-padded right and below to whole patches, so the padding has the mean colour;
-    h = ceil(H / patch), w = ceil(W / patch).
+    h = ceil(H / patch), w = ceil(W / patch). With a helper they are padded to whole patches of both towers,
+    so that both grids cover the same pixels, and the grid is the helper's, without what only the padding
+    needed.
     """
 
     def __init__(
@@ -149,6 +175,7 @@ class VitDense(nn.Module):
         options: HeadOptions,
         whole: bool = False,
         early: int | None = None,
+        helper: HelperView | None = None,
     ) -> None:
         super().__init__()
         last = len(visual.transformer.resblocks) - 1
@@ -166,13 +193,19 @@ class VitDense(nn.Module):
         self._positions = positions
         self._options = options
         self._whole = whole
+        self._helper = helper
         self._tables: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
         self._tables_lock = threading.Lock()  # several threads may label images
 
     @property
+    def patch(self) -> int:
+        """Side of CLIP's patches in pixels."""
+        return int(self.visual.patch_size[0])
+
+    @property
     def stride(self) -> int:
         """Pixels per grid cell."""
-        return int(self.visual.patch_size[0])
+        return self.patch if self._helper is None else self._helper.stride
 
     def forward(self, images: Tensor) -> Dense:
         """Dense features of normalised images.
@@ -180,26 +213,36 @@ class VitDense(nn.Module):
         Args:
             images: float (B, 3, H, W).
         """
+        helped = None
+        if self._helper is not None:
+            assert self._head.helper is not None, "checked by dense_encoder"
+            both = math.lcm(self.patch, self._helper.stride)
+            height, width = images.shape[-2:]
+            images = F.pad(images, (0, -width % both, 0, -height % both))
+            helped = self._helper.features(images, self._head.helper)
         x = self.whole_patches(images)
-        grid = (x.shape[-2] // self.stride, x.shape[-1] // self.stride)
-        return self.encode(x, self.position_table(grid))
+        table = self.position_table((x.shape[-2] // self.patch, x.shape[-1] // self.patch))
+        if helped is None:
+            return self.encode(x, table)
+        return _cropped(self.encode(x, table, helped), -(-height // self.stride), -(-width // self.stride))
 
     def whole_patches(self, images: Tensor) -> Tensor:
         """Pad images to (B, 3, H', W') in the tower's dtype, H' and W' multiples of the patch."""
-        right, below = -images.shape[-1] % self.stride, -images.shape[-2] % self.stride
+        right, below = -images.shape[-1] % self.patch, -images.shape[-2] % self.patch
         # One memory layout for all: for a slice of a batch, or an image decoded with channels last, the
         # convolution would pick another kernel, which rounds differently in bf16.
         padded = F.pad(images.to(self.visual.conv1.weight.dtype), (0, right, 0, below))
         return padded.contiguous()
 
-    def encode(self, images: Tensor, positions: Tensor) -> Dense:
+    def encode(self, images: Tensor, positions: Tensor, helper: Tensor | None = None) -> Dense:
         """The arithmetic alone, for ``torch.compile``.
 
         Args:
             images: from ``whole_patches``.
             positions: (1 + L, W_), from ``position_table``.
+            helper: the helper's features (B, K, h', w').
         """
-        h, w = images.shape[-2] // self.stride, images.shape[-1] // self.stride
+        h, w = images.shape[-2] // self.patch, images.shape[-1] // self.patch
         blocks = list(self.visual.transformer.resblocks)
         x = self.tokens(images, positions)
         outputs = {}
@@ -208,12 +251,15 @@ class VitDense(nn.Module):
             if index in self._layers or index == self._early:
                 outputs[index] = x
         earlier = tuple(outputs[index] for index in self._layers)
-        layer = VitLayer(blocks[-1], x, (h, w), earlier, self._options)
+        layer = VitLayer(blocks[-1], x, (h, w), earlier, self._options, helper)
         features = self._project(self.visual.ln_post(self._head.vit(layer)))
         keys = None if self._keys is None else _keys(layer, self._keys)
         whole = self.pooled(blocks[-1](x)) if self._whole else None
-        first = None if self._early is None else _on_grid(outputs[self._early][:, 1:], (h, w))
-        return Dense(_on_grid(features, (h, w)), keys, whole, first)
+        first = None if self._early is None else on_grid(outputs[self._early][:, 1:], (h, w))
+        grid = (h, w) if helper is None else (helper.shape[-2], helper.shape[-1])
+        if first is not None and grid != (h, w):
+            first = F.interpolate(first, grid, mode="bilinear", align_corners=False)
+        return Dense(on_grid(features, grid), keys, whole, first)
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """CLIP's unmodified embedding (B, D) of whole images of any size.
@@ -221,7 +267,7 @@ class VitDense(nn.Module):
         At the training size it equals open_clip's ``encode_image``.
         """
         x = self.whole_patches(images)
-        x = self.tokens(x, self.position_table((x.shape[-2] // self.stride, x.shape[-1] // self.stride)))
+        x = self.tokens(x, self.position_table((x.shape[-2] // self.patch, x.shape[-1] // self.patch)))
         for block in self.visual.transformer.resblocks:
             x = block(x)
         return self.pooled(x)
@@ -339,9 +385,10 @@ class ResNetDense(nn.Module):
         return visual.layer4(visual.layer3(visual.layer2(visual.layer1(x))))
 
 
-def _on_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, L, D) -> (B, D, h, w)."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
+def _cropped(dense: Dense, h: int, w: int) -> Dense:
+    """The first rows and columns of what lies on the grid."""
+    early = None if dense.early is None else dense.early[..., :h, :w]
+    return dense._replace(features=dense.features[..., :h, :w], early=early)
 
 
 def _keys(layer: VitLayer, source: KeySource) -> Tensor:

@@ -26,6 +26,9 @@ from models.errors import WrongUse
 Towers = Literal["both", "visual", "text"]
 
 _PROMPTS_AT_ONCE = 128
+_EMBEDDINGS = (
+    "class_embedding", "positional_embedding", "cls_emb", "cls_token", "reg_token", "pos_embed"
+)  # fmt: skip
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "position_ids", "attn_mask", "logit_bias")
 
 
@@ -279,7 +282,7 @@ def load_source(
         assert source.seed is not None, "a source has a file or a seed"
         if towers == "text":
             del skeleton.visual
-        tensors = _seeded_state(skeleton, source.seed)
+        tensors = seeded_state(skeleton, source.seed)
     else:
         if state is not None:
             tensors = _fitting(skeleton, state, towers)
@@ -386,7 +389,7 @@ def _drop_text_tower(model: nn.Module) -> None:
         delattr(model, name)
 
 
-def _seeded_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
+def seeded_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
     """Random weights for tests and benchmarks, each tensor from its own generator.
 
     They depend only on the seed and the tensor's name, not on the loaded towers. Nothing stays zero or one
@@ -411,7 +414,7 @@ def _seeded_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
             state[name] = 0.1 * noise
         elif leaf.endswith("bias"):
             state[name] = 0.05 * noise
-        elif leaf in ("class_embedding", "positional_embedding", "cls_emb") or "token_embedding" in name:
+        elif leaf in _EMBEDDINGS or "token_embedding" in name:
             state[name] = noise.mul_(like.shape[-1] ** -0.5)
         elif like.ndim == 1:
             state[name] = 1.0 + 0.1 * noise

@@ -7,17 +7,22 @@ weights that you take.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 from pipeline.labelling.clipseg.options import RELEASED
 from pipeline.labelling.recipes import LabelRecipe
 
 Lineage = Literal[
-    "image-text only", "self-supervised helper", "a teacher saw annotated masks", "its training's"
+    "image-text only",
+    "self-supervised helper",
+    "a teacher saw annotated masks",
+    "see its publisher",
+    "its training's",
 ]
 Licence = Literal[
-    "permissive", "non-commercial", "research only", "see its publisher", "none: random weights"
+    "none: random weights", "permissive", "see its publisher", "non-commercial", "research only"
 ]
+"""From the freest to the strictest, as far as that can be said."""
 
 _TAGS: Mapping[str, Licence] = {
     "bundled": "permissive",  # this project's own toy, Apache-2.0
@@ -31,6 +36,15 @@ _TAGS: Mapping[str, Licence] = {
     "random:": "none: random weights",
 }
 """Licence classes by how open_clip's tag begins."""
+_HELPERS: Mapping[str, tuple[Lineage, Licence]] = {
+    "dino": ("self-supervised helper", "permissive"),  # Apache-2.0
+    "lvd142m": ("self-supervised helper", "permissive"),  # DINOv2, Apache-2.0
+    "lvd1689m": ("self-supervised helper", "see its publisher"),  # DINOv3's own
+    "mae": ("self-supervised helper", "non-commercial"),  # CC-BY-NC 4.0
+    "sa1b": ("a teacher saw annotated masks", "permissive"),  # SAM, Apache-2.0
+    "c_radio": ("a teacher saw annotated masks", "see its publisher"),  # SAM is among its teachers
+}
+"""Helpers, by timm's tag of their weights."""
 
 
 def lineage(recipe: LabelRecipe) -> Lineage:
@@ -39,10 +53,28 @@ def lineage(recipe: LabelRecipe) -> Lineage:
         return "a teacher saw annotated masks"  # PhraseCut
     if "/" in recipe.model and not recipe.model.startswith(("hf-hub:", "local-dir:")):
         return "its training's"
+    if recipe.maskclip.helper:
+        return _helper(recipe)[0]
     return "image-text only"
 
 
 def licence(recipe: LabelRecipe) -> Licence:
-    """The class of terms of the weights; files, hub names and students say nothing of theirs."""
+    """The class of terms of the weights; files, hub names and students say nothing of theirs.
+
+    With a helper it is the stricter of both.
+    """
     tag = recipe.pretrained or ""
-    return next((terms for start, terms in _TAGS.items() if tag.startswith(start)), "see its publisher")
+    own: Licence = next(
+        (terms for start, terms in _TAGS.items() if tag.startswith(start)), "see its publisher"
+    )
+    if not recipe.maskclip.helper:
+        return own
+    order = get_args(Licence)
+    return max((own, _helper(recipe)[1]), key=lambda terms: order.index(terms))
+
+
+def _helper(recipe: LabelRecipe) -> tuple[Lineage, Licence]:
+    """What a helper has seen, and its terms; a file is taken for what the tag says."""
+    tag = recipe.maskclip.helper.partition(".")[2]
+    seen, terms = _HELPERS.get(tag, ("see its publisher", "see its publisher"))
+    return seen, "none: random weights" if recipe.maskclip.helper_weights.startswith("random:") else terms

@@ -12,6 +12,7 @@ from torch import Tensor
 from models.clip.loading import load_clip
 from models.clip.text import TextClassifier
 from models.errors import FailedWork
+from models.helper import helper_of
 from models.maskclip import Described, MaskClip
 from models.settings import MaskClipSettings
 from pipeline.labelling.base import BaseLabeller
@@ -40,7 +41,7 @@ class MaskClipLabeller(BaseLabeller):
         key_block: for ``describe``.
 
     Raises:
-        MaskMillError: as ``load_clip`` and ``MaskClip``.
+        MaskMillError: as ``load_clip``, ``helper_of`` and ``MaskClip``.
     """
 
     def __init__(
@@ -65,7 +66,8 @@ class MaskClipLabeller(BaseLabeller):
                     f"The memory in {reading.memory} has changed since this run began.",
                     "Build it first, and then label.",
                 )
-        self._maskclip = MaskClip(clip, text, reading, memory=found, key_block=key_block)
+        helper = helper_of(reading, device=self.device, dtype=self.dtype)
+        self._maskclip = MaskClip(clip, text, reading, memory=found, key_block=key_block, helper=helper)
         self.temperature = self._maskclip.confidence_temperature
 
     @property
@@ -77,7 +79,8 @@ class MaskClipLabeller(BaseLabeller):
         """Switch to other classes, without thresholds and bias. Do not call while another thread labels."""
         config = self._maskclip.config
         config = config.replace(classes=config.classes.replace(calibrate=0.0, bias=()))
-        self._maskclip = MaskClip(self._maskclip.clip, text, config, memory=self._maskclip.memory)
+        own = self._maskclip
+        self._maskclip = MaskClip(own.clip, text, config, memory=own.memory, helper=own.helper)
         self._take_classes(text.num_classes)
 
     def scores(self, images: Tensor) -> Iterator[Scored]:

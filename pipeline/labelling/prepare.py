@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 CLIPSEG = "clipseg"
 """A recipe's ``model`` for CLIPSeg; its ``pretrained`` names the weights."""
 
-READING = ("head", "sigma", "alpha", "image_stats", "profile", "positions")
+READING = ("head", "sigma", "alpha", "helper", "helper_weights", "image_stats", "profile", "positions")
 """Settings of MaskCLIP on which the features depend that a memory holds."""
 
 CheckWeights = Callable[[str], None]
@@ -64,9 +64,9 @@ def prepare_labeller(
         _refuse_examples(ontology, recipe.model)
     # Before torch is imported, so that missing or other weights, and memories, are reported at once.
     fingerprint = require_weights(recipe)
-    memory: dict[str, str] = {}
+    beside: dict[str, dict[str, str]] = {}
     if fingerprint is not None:
-        memory = find_memory(recipe, fingerprint)
+        beside = find_beside(recipe, fingerprint)
         check_weights(fingerprint)
     from models.device import best_device, native_precision
 
@@ -84,7 +84,7 @@ def prepare_labeller(
         return _prepare_clipseg(recipe, ontology, settings, check_weights)
     if _names_student(recipe.model):
         return _prepare_student(recipe, ontology, settings)
-    return _prepare_maskclip(recipe, ontology, settings, memory)
+    return _prepare_maskclip(recipe, ontology, settings, beside)
 
 
 def require_weights(recipe: LabelRecipe) -> str | None:
@@ -130,9 +130,9 @@ def _blocks(source: WeightSource) -> int | list[int]:
 
 
 def _prepare_maskclip(
-    recipe: LabelRecipe, ontology: Ontology, settings: LabellerSettings, memory: dict[str, str]
+    recipe: LabelRecipe, ontology: Ontology, settings: LabellerSettings, beside: dict[str, dict[str, str]]
 ) -> PreparedLabeller:
-    """The training-free teacher: a CLIP by name."""
+    """The training-free teacher: a CLIP by name, with what ``find_beside`` has found."""
     from pipeline.labelling.maskclip import MaskClipLabeller
 
     recipe.maskclip.classes.refuse_unfit(ontology.num_classes)
@@ -151,16 +151,46 @@ def _prepare_maskclip(
         pretrained=recipe.pretrained,
         text=embed_names(source, ontology, settings.precision),
         reading=recipe.maskclip,
-        memory=memory.get("fingerprint", ""),
+        memory=beside.get("memory", {}).get("fingerprint", ""),
     )
     weights = {
         "model": recipe.model,
         "pretrained": recipe.pretrained,
         "fingerprint": source.fingerprint,
-        **({"memory": memory} if memory else {}),
+        **beside,
     }
     named = Path(recipe.pretrained or "").expanduser().is_file() or recipe.model.startswith("local-dir:")
-    return PreparedLabeller(make, settings, weights, (str(source.path),) if named else ())
+    files = [str(source.path)] if named else []
+    if Path(recipe.maskclip.helper_weights).expanduser().is_file():
+        files.append(recipe.maskclip.helper_weights)
+    return PreparedLabeller(make, settings, weights, tuple(files))
+
+
+def find_beside(recipe: LabelRecipe, weights: str) -> dict[str, dict[str, str]]:
+    """What a recipe's CLIP works with: a ``memory`` and a ``helper``, as far as the recipe names them.
+
+    Args:
+        recipe: how images are labelled.
+        weights: fingerprint of its CLIP.
+
+    Raises:
+        MaskMillError: as ``find_memory`` and ``models.helper.find_helper``.
+    """
+    found = {}
+    memory = find_memory(recipe, weights)
+    if memory:
+        found["memory"] = memory
+    reading = recipe.maskclip
+    if reading.helper:
+        from models.helper import find_helper
+
+        source = find_helper(reading.helper, reading.helper_weights)
+        found["helper"] = {
+            "model": reading.helper,
+            "pretrained": reading.helper_weights,
+            "fingerprint": source.fingerprint,
+        }
+    return found
 
 
 def find_memory(recipe: LabelRecipe, weights: str) -> dict[str, str]:

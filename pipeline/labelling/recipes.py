@@ -117,6 +117,14 @@ def _unified(head: str) -> LabelRecipe:
     return UNIFIED.replace(name=f"unified-{head}", maskclip=UNIFIED.maskclip.replace(head=head))
 
 
+PROXYCLIP = UNIFIED.replace(
+    name="proxyclip",
+    maskclip=UNIFIED.maskclip.replace(
+        head="proxy", helper="vit_base_patch8_224.dino", window=336, window_stride=112
+    ),
+)
+"""ProxyCLIP as its table measures it, but on Cityscapes and ADE20K, where its short side is 448."""
+
 _WHOLE_352 = ImageSettings(scale=(352, 352), keep_ratio=False, resize="antialias")
 
 LABEL_RECIPES = RecipeBook(
@@ -134,7 +142,12 @@ LABEL_RECIPES = RecipeBook(
         ),
         # The heads of MaskCLIP's successors, as their tables measure them.
         _unified("maskclip"),
-        *(_unified(head) for head in HEADS if head not in ("maskclip", "value", "plain")),
+        *(
+            _unified(head)
+            for head, entry in HEADS.items()
+            if head not in ("maskclip", "value", "plain") and not entry.helper
+        ),
+        PROXYCLIP,
         # CLIPSeg with a list of prompts; pixels that no class claims are background.
         LabelRecipe(
             name="clipseg",

@@ -21,9 +21,10 @@ from torch import Tensor
 from models.clip.dense import Dense, dense_encoder
 from models.clip.loading import Clip, load_clip
 from models.clip.text import TextClassifier, build_text_classifier
+from models.denoising import DENIED, key_smoothing, prompt_denoising
 from models.errors import MaskMillError
 from models.labelmap import label_map
-from models.maskclip import DENIED, MaskClip, key_smoothing, prompt_denoising
+from models.maskclip import MaskClip
 from models.settings import MaskClipSettings
 from pipeline.labelling.labeller import LabellerSettings
 from pipeline.labelling.maskclip import MaskClipLabeller

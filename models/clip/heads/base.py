@@ -9,7 +9,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,8 @@ class VitLayer(NamedTuple):
         tokens: its input (B, N, W_), class token first.
         grid: (h, w).
         earlier: outputs (B, N, W_) of the blocks that ``Head.layers`` asks for, in its order.
+        helper: features (B, K, h', w') of a helper tower, if ``Head.helper`` asks for them; their grid covers
+            the same pixels.
     """
 
     block: Any
@@ -46,6 +48,7 @@ class VitLayer(NamedTuple):
     grid: tuple[int, int]
     earlier: tuple[Tensor, ...] = ()
     options: HeadOptions = USUAL
+    helper: Tensor | None = None
 
 
 class ResNetLayer(NamedTuple):
@@ -77,11 +80,14 @@ class Head:
         resnet: a ResNet's -> embeddings (B, L, D); None if the head makes no sense there.
         layers: number of blocks -> 0-based blocks whose outputs ``vit`` needs besides its tokens; raises
             ``WrongUse`` for towers that have too few.
+        helper: what ``vit`` needs of a helper tower (``models.helper``), if anything; its patches are then
+            those of the helper's grid.
     """
 
     vit: Callable[[VitLayer], Tensor]
     resnet: Callable[[ResNetLayer], Tensor] | None
     layers: Callable[[int], tuple[int, ...]] = no_layers
+    helper: Literal["tokens", "values"] | None = None
 
 
 def load_head(name: str) -> Head:
@@ -149,6 +155,11 @@ def pool_attention(layer: ResNetLayer) -> Attention:
         for projection in (pool.q_proj, pool.k_proj, pool.v_proj)
     )
     return Attention(q, k, v, layer.grid, layer.options)
+
+
+def on_grid(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, L, D) -> (B, D, h, w)."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
 
 
 def merged(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.clip.refiners.base import RefineOptions, Refiner
+from models.conjugate import conjugate_gradient
 
 REACH = 6
 SHARE = 0.95
@@ -68,20 +69,7 @@ def lposs_plus(images: Tensor, cosines: Tensor, options: RefineOptions) -> Tenso
             there.addcmul_(weight, one)
         return x - SHARE * scale * spread
 
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum((2, 3), keepdim=True)
-
-    found, rest = torch.zeros_like(cosines), cosines
-    along, left = rest, dot(rest, rest)
-    tiny = torch.finfo(cosines.dtype).tiny
-    for _ in range(options.steps):
-        image = applied(along)
-        length = left / dot(along, image).clamp(min=tiny)
-        found = found + length * along
-        rest = rest - length * image
-        before, left = left, dot(rest, rest)
-        along = rest + left / before.clamp(min=tiny) * along
-    return (1 - SHARE) * found
+    return (1 - SHARE) * conjugate_gradient(applied, cosines, steps=options.steps, dims=(2, 3))
 
 
 LPOSS_PLUS = Refiner(lposs_plus)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from models.clip.refiners.base import RefineOptions, Refiner
 from models.clip.weights import OPENAI_STD
+from models.conjugate import conjugate_gradient
 
 GREY = (0.299, 0.587, 0.114)
 
@@ -49,21 +50,7 @@ def tlp(images: Tensor, cosines: Tensor, options: RefineOptions) -> Tensor:
         y[..., 1:] += step
         return y
 
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        return (a * b).sum((1, 2, 3), keepdim=True)
-
-    found = cosines.clone()
-    rest = certain * cosines - applied(found)
-    along, left = rest, dot(rest, rest)
-    tiny = torch.finfo(cosines.dtype).tiny
-    for _ in range(options.steps):
-        image = applied(along)
-        length = left / dot(along, image).clamp(min=tiny)  # 0 / tiny once it is solved
-        found = found + length * along
-        rest = rest - length * image
-        before, left = left, dot(rest, rest)
-        along = rest + left / before.clamp(min=tiny) * along
-    return found
+    return conjugate_gradient(applied, certain * cosines, steps=options.steps, dims=(1, 2, 3), start=cosines)
 
 
 TLP = Refiner(tlp, on_cells=True)

@@ -38,6 +38,10 @@ def resnet() -> Any:
     return tower(layers=[1, 1, 1, 1], width=8, head_width=16, image_size=64)
 
 
+ALONE = [head for head, entry in HEADS.items() if not entry.helper]
+"""The others are tried in ``test_helper_heads.py``."""
+
+
 def images(height: int, width: int, batch: int = 1) -> Tensor:
     return torch.randn(
         batch, 3, height, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64
@@ -53,7 +57,7 @@ def test_key_smoothing_needs_keys() -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 8), (56, 56), (40, 130), (7, 3), (300, 20), (61, 90)])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", ALONE)
 def test_any_size_of_a_vit(size: tuple[int, int], head: str) -> None:
     features = dense_encoder(tower(), head=head)(images(*size)).features
     assert features.shape == (1, 32, -(-size[0] // 8), -(-size[1] // 8))
@@ -199,7 +203,7 @@ def test_reference_view_shares_every_tensor() -> None:
     assert sum(type(m).__name__ == "QuickGELU" for m in visual.modules()) == 3
 
 
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", ALONE)
 def test_compiles(head: str) -> None:
     """One graph without breaks; for one of the heads, two image sizes."""
     torch.compiler.reset()  # else the heads together pass its limit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from models.settings import MaskClipSettings
 from pipeline.labelling.lineage import licence, lineage
 from pipeline.labelling.recipes import RECIPES, LabelRecipe
 
@@ -27,8 +28,36 @@ def test_lineage_and_licence(model: str, pretrained: str | None, seen: str, term
     assert (lineage(recipe), licence(recipe)) == (seen, terms)
 
 
+@pytest.mark.parametrize(
+    ("pretrained", "helper", "weights", "seen", "terms"),
+    [
+        ("openai", "vit_base_patch16_224.dino", "", "self-supervised helper", "permissive"),
+        ("dfn2b", "vit_base_patch16_224.dino", "", "self-supervised helper", "research only"),
+        ("openai", "vit_base_patch16_224.mae", "", "self-supervised helper", "non-commercial"),
+        ("openai", "vit_base_patch16_dinov3.lvd1689m", "", "self-supervised helper", "see its publisher"),
+        ("metaclip_400m", "vit_base_patch16_dinov3.lvd1689m", "", "self-supervised helper", "non-commercial"),
+        ("openai", "samvit_base_patch16.sa1b", "", "a teacher saw annotated masks", "permissive"),
+        ("openai", "vit_base_patch16_224", "weights.pth", "see its publisher", "see its publisher"),
+        (
+            "random:0",
+            "vit_base_patch16_224.dino",
+            "random:0",
+            "self-supervised helper",
+            "none: random weights",
+        ),
+        ("openai", "vit_base_patch16_224.mae", "random:0", "self-supervised helper", "permissive"),
+    ],
+)
+def test_with_a_helper(pretrained: str, helper: str, weights: str, seen: str, terms: str) -> None:
+    recipe = LabelRecipe(
+        pretrained=pretrained,
+        maskclip=MaskClipSettings(head="proxy", helper=helper, helper_weights=weights),
+    )
+    assert (lineage(recipe), licence(recipe)) == (seen, terms)
+
+
 def test_every_recipe_says_where_its_weights_come_from() -> None:
     for name, recipe in RECIPES.items():
         assert licence(recipe) == "permissive"
-        masks = name.startswith("clipseg")
-        assert lineage(recipe) == ("a teacher saw annotated masks" if masks else "image-text only")
+        seen = "self-supervised helper" if recipe.maskclip.helper else "image-text only"
+        assert lineage(recipe) == ("a teacher saw annotated masks" if name.startswith("clipseg") else seen)

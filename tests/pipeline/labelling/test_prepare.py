@@ -264,7 +264,7 @@ def test_heads_are_checked_against_the_tower(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MASKMILL_CACHE", str(tmp_path))
-    with pytest.raises(MaskMillError, match="a ResNet has no such blocks"):
+    with pytest.raises(MaskMillError, match="a ResNet has none"):
         prepare_labeller(LabelRecipe(model="RN50", pretrained="random:0", maskclip={"head": "sc"}), TOYWORLD)
     folder = tmp_path / "deep"
     folder.mkdir()

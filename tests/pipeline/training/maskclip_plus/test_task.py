@@ -373,7 +373,8 @@ def test_online_teacher_guesses_among_the_guessable_classes_only(config):
     from models.clip.loading import load_clip
     from models.clip.refiners.base import RefineOptions, refine
     from models.clip.text import build_text_classifier
-    from models.maskclip import IMAGENET_MEAN, IMAGENET_STD, MaskClip, key_smoothing, prompt_denoising
+    from models.denoising import key_smoothing, prompt_denoising
+    from models.maskclip import IMAGENET_MEAN, IMAGENET_STD, MaskClip
 
     clip = load_clip("toyclip", "bundled")
     text = build_text_classifier(
