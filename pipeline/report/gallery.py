@@ -13,7 +13,7 @@ import hashlib
 import heapq
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from pipeline.files.fetch import fetch
 from pipeline.files.images import ERROR_CODES, ImageError, decode
 from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.palette import palette
+from pipeline.report.gallery_filter import Only, has_class, show_command
 from pipeline.report.page import page_path, render
 from pipeline.report.pictures import jpeg_uri, overlay_borders, viridis
 from pipeline.table import labels
@@ -77,6 +78,7 @@ def write_gallery(
     order: Order = "sample",
     thumbnail: int = 480,
     view: TableView | None = None,
+    only: Only | None = None,
 ) -> Path:
     """Write a page that shows a label table.
 
@@ -91,6 +93,7 @@ def write_gallery(
         order: which rows to show; see :data:`Order`. The page itself can sort its rows.
         thumbnail: long side of the pictures in pixels.
         view: show the labels as this view has them; all masks are then read once more, for the statistics.
+        only: show rows that are so; the statistics are those of the whole table.
 
     Returns:
         The path of the page.
@@ -110,13 +113,20 @@ def write_gallery(
             f"There is no label table in {storage.uri}.",
             "Give the --output of a finished maskmill label, or run that first.",
         )
-    summary, qualities = _summarised(storage, view)
     record = find_table_record(storage)
+    noted: _Noted | None = None if view is None else ({}, set())
+    named = view.ontology if view is not None else None if record is None else record.ontology
+    asked = -1
+    if only is not None and only.name is not None and named is not None and only.name in named.names:
+        asked = named.names.index(only.name)
+    summary = _summarised(storage, view, noted, asked)
     legend = _legend(record, summary, view)
+    if only is not None:
+        only.check(legend.names, summary["status"])
     codes = len(summary["status"].keys() - {labels.OK})
     cards = [
         _card(row, legend, thumbnail, view) if row["status"] == labels.OK else _failed_card(row)
-        for row in _chosen_rows(storage, limit, order, codes=codes, qualities=qualities)
+        for row in _chosen_rows(storage, limit, order, codes=codes, noted=noted, only=only, asked=asked)
     ]
     on_page = Counter(number for card in cards for number in card["classes"].split())
     page = render(
@@ -124,7 +134,10 @@ def write_gallery(
         title=_title(record, view),
         place=storage.uri,
         summary=summary,
-        facts=_facts(record, summary) + _view_facts(view),
+        facts=_facts(record, summary)
+        + _view_facts(view)
+        + ([] if only is None else [("shown", only.described())]),
+        command=show_command(storage.uri),
         notice=_notice(record),
         coverage=_coverage(summary, legend, on_page),
         open_rows=_LEGEND,
@@ -142,18 +155,25 @@ def write_gallery(
 # --- the whole table ---
 
 
-def _summarised(storage: Storage, view: TableView | None) -> tuple[dict[str, Any], dict[int, float] | None]:
-    """Summary of the table, and the quality of each image by id, if a view changes it."""
-    if view is None:
-        return _counted(storage) or labels.summarise(storage), None
-    qualities: dict[int, float] = {}
+_Noted = tuple[dict[int, float], set[int]]
+"""Of a view: the quality of each image by id, and the ids of those that have the class that is asked for."""
 
-    def noted() -> Iterator[pa.RecordBatch]:
+
+def _summarised(storage: Storage, view: TableView | None, noted: _Noted | None, asked: int) -> dict[str, Any]:
+    """Summary of the table; notes what a view changes of each image."""
+    if view is None or noted is None:
+        return _counted(storage) or labels.summarise(storage)
+    qualities, members = noted
+
+    def batches() -> Iterator[pa.RecordBatch]:
         for batch in iter_viewed(storage, ["id", *labels.Counts.COLUMNS], view):
-            qualities.update(zip(batch["id"].to_pylist(), batch["quality"].to_pylist(), strict=True))
+            ids = batch["id"].to_pylist()
+            qualities.update(zip(ids, batch["quality"].to_pylist(), strict=True))
+            if asked >= 0:
+                members.update(np.array(ids)[has_class(batch["segments"], asked)].tolist())
             yield batch
 
-    return labels.summarise_batches(noted(), storage), qualities
+    return labels.summarise_batches(batches(), storage)
 
 
 def _counted(storage: Storage) -> dict[str, Any] | None:
@@ -282,12 +302,12 @@ def _short_number(value: int) -> str:
 
 
 def _chosen_rows(
-    storage: Storage, limit: int, order: Order, *, codes: int, qualities: Mapping[int, float] | None
+    storage: Storage, limit: int, order: Order, *, codes: int, **which: Any
 ) -> Iterator[dict[str, Any]]:
     """The rows to show, in order, failed ones last; reads masks only from row groups that contain one."""
     if limit == 0:
         return
-    places = _places(storage, limit, order, failed=max(1, limit // max(1, codes)), qualities=qualities)
+    places = _places(storage, limit, order, failed=max(1, limit // max(1, codes)), **which)
     wanted: dict[tuple[int, int], dict[int, int]] = {}
     for rank, (_, _, file, group, row) in enumerate(places):
         wanted.setdefault((file, group), {})[row] = rank
@@ -313,26 +333,45 @@ _Place = tuple[float, int, int, int, int]
 
 
 def _places(
-    storage: Storage, limit: int, order: Order, *, failed: int, qualities: Mapping[int, float] | None
+    storage: Storage,
+    limit: int,
+    order: Order,
+    *,
+    failed: int,
+    noted: _Noted | None,
+    only: Only | None,
+    asked: int,
 ) -> list[_Place]:
     """Where the rows to show are: ``limit`` labelled ones, then ``failed`` of each code."""
     best: dict[str, list[_Place]] = {labels.OK: []}
     folder, names = labels.table_files(storage)
+    by_class = only is not None and only.name is not None
+    columns = ["id", "status", "quality", *(["segments"] if by_class and noted is None else [])]
     for file, name in enumerate(names):
         with (
             folder.arrow_filesystem().open_input_file(folder.path(name)) as source,
             pq.ParquetFile(source) as parquet,
         ):
             for group in range(parquet.num_row_groups):
-                rows = parquet.read_row_group(group, columns=["id", "status", "quality"])
+                rows = parquet.read_row_group(group, columns=columns)
                 ids = rows["id"].to_numpy()
                 quality = rows["quality"].to_numpy(zero_copy_only=False)
-                if qualities is not None:
-                    quality = np.array([qualities[number] for number in ids.tolist()], np.float64)
+                if noted is not None:
+                    quality = np.array([noted[0][number] for number in ids.tolist()], np.float64)
                 codes = rows["status"].combine_chunks().dictionary_encode()
                 of_code = codes.indices.to_numpy(zero_copy_only=False)
+                kept = np.ones(len(ids), np.bool_)
+                if only is not None:
+                    if by_class:
+                        kept = (
+                            np.isin(ids, [*noted[1]])
+                            if noted is not None
+                            else has_class(rows["segments"].combine_chunks(), asked)
+                        )
+                    known = np.array(codes.dictionary.to_pylist(), object)[of_code]
+                    kept = only.keep(known, quality, kept)
                 for code, status in enumerate(codes.dictionary.to_pylist()):
-                    at = np.flatnonzero(of_code == code)
+                    at = np.flatnonzero((of_code == code) & kept)
                     ranks = _ranks(ids[at], quality[at], order if status == labels.OK else "sample")
                     most = limit if status == labels.OK else failed
                     first = np.lexsort((ids[at], ranks))[:most]

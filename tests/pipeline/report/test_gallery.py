@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -23,7 +24,9 @@ from models.errors import MaskMillError
 from pipeline.ontology.ontology import Ontology
 from pipeline.report import gallery
 from pipeline.report.gallery import write_gallery
+from pipeline.report.gallery_filter import Only
 from pipeline.table import labels, statistics
+from pipeline.table.views import View
 from pipeline.toyworld import scenes as toyworld
 from tests.browser import WRITTEN, Page
 
@@ -212,6 +215,47 @@ def test_order_and_limit(table: Path, tmp_path: Path, order: Any) -> None:
     assert len(scores) == 3
     if expected:
         np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+def shown(text: str) -> list[str]:
+    """Names of the images on a page, failed ones too, sorted."""
+    return sorted(str(card["data-name"]) for card in Outline(text).all("article"))
+
+
+def test_only_what_is_asked_for_is_shown(table: Path, tmp_path: Path) -> None:
+    rows = [*labels.iter_rows(table)]
+    number = toyworld.CLASSES.index("sky")
+    with_sky = sorted(
+        Path(row["uri"]).name
+        for row in rows
+        if any(one["class_id"] == number for one in row["segments"] or ())
+    )
+
+    def page(limit: int = 60, view: Any = None, **asked: Any) -> str:
+        only = Only.of(*(asked.get(name) for name in ("name", "status", "quality")))
+        return write_gallery(table, tmp_path / "page.html", limit=limit, view=view, only=only).read_text()
+
+    assert 0 < len(with_sky) < 8 and shown(page(name="sky")) == with_sky
+    assert shown(page(status="truncated")) == ["x.jpg", "y.jpg"]
+    assert shown(page(quality="0.4-0.7")) == ["scene 3.png", "scene 4.png", "scene 5.png"]
+    assert "with sky, quality from 0 to below 0.5" in page(name="sky", quality="0-0.5")
+    # A few of all that are so, not those of a few that happen to be.
+    assert len(shown(page(limit=1, name="sky"))) == 1
+    # Through a view, its classes and qualities are asked for; the statistics are of the whole table.
+    record = json.loads((table / "dataset.json").read_text())["ontology"]
+    ontology = Ontology.model_validate({k: record[k] for k in ("name", "classes", "background")})
+    view = View(rename={"sky": "heaven"}).of(ontology)
+    found = page(view=view, name="heaven")
+    assert shown(found) == with_sky and "of 11 images" in found
+    for asked, says in (
+        ({"name": "skyy"}, "Did you mean sky"),
+        ({"status": "truncatd"}, "Did you mean truncated"),
+        ({"quality": "low"}, "Write --quality 0-0.5"),
+        ({"quality": "0.5-0.5"}, "no range"),
+    ):
+        with pytest.raises(MaskMillError) as caught:
+            page(**asked)
+        assert caught.value.code == "wrong_use" and says in str(caught.value), caught.value
 
 
 def test_the_sample_does_not_depend_on_files(table: Path, tmp_path: Path) -> None:
@@ -458,6 +502,59 @@ def test_views_and_the_large_picture_with_the_keyboard(browser: Page, opened: An
     assert browser.run("[...document.querySelectorAll('.card img')].every(i => i.complete && i.naturalWidth)")
     assert not [url for url in browser.requests if not url.startswith(("data:", page.as_uri()))]
     assert browser.run("problems") == [] and browser.console == []
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1440])
+def test_zoom_overlay_and_confidence_by_key(browser: Page, opened: Any, page: Path, width: int) -> None:
+    opened(page, width)
+    view = "document.querySelector('.grid').dataset.view"
+    for key, code, kind in (("o", 79, "photo"), ("c", 67, "certain")):
+        for expected in (kind, "labels"):
+            browser.key(key, code)
+            assert browser.run(view) == expected
+    browser.key("c", 67)
+    assert browser.run("document.querySelector('.scale').offsetParent !== null")
+    browser.key("c", 67)
+
+    # In the large picture they stand in the place of the labels, enlarged or not.
+    browser.click(".open")
+    card, labels_pane = "document.querySelector('.card')", "document.querySelector('dialog img.labels')"
+    caption = f"{labels_pane}.closest('figure').querySelector('figcaption').textContent"
+    for zoomed in (False, True):
+        for key, code, kind, says in (("o", 79, "photo", "image"), ("c", 67, "certain", "confidence")):
+            browser.key(key, code)
+            assert browser.run(f"{labels_pane}.src === {card}.querySelector('img.{kind}').src")
+            assert browser.run(caption) == says
+            browser.key(key, code)
+            assert browser.run(f"{labels_pane}.src === {card}.querySelector('img.labels').src")
+            assert browser.run(caption) == "labels" and browser.run(view) == "labels"
+        before = browser.run(f"{labels_pane}.getBoundingClientRect().width")
+        browser.key("z", 90)
+        ratio = browser.run(f"{labels_pane}.getBoundingClientRect().width") / before
+        assert ratio < 1 if zoomed else ratio > 1.8
+    # A click zooms, too; of another image the labels are shown.
+    browser.click("dialog img.labels")
+    assert browser.run("document.querySelector('.zoomed').scrollWidth > innerWidth * .9")
+    browser.key("o", 79)
+    browser.key("ArrowRight", 39)
+    assert browser.run(caption) == "labels" and not browser.run("document.querySelector('.zoomed')")
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    assert browser.run("problems") == [] and browser.console == []
+
+
+@pytest.mark.browser
+def test_a_filter_that_nothing_on_the_page_passes_says_how_to_look_further(
+    browser: Page, opened: Any, table: Path, tmp_path: Path
+) -> None:
+    opened(write_gallery(table, tmp_path / "page.html", limit=1), 390)
+    absent = browser.run("document.querySelector('.absent').dataset.class")
+    name = browser.run("document.querySelector('.absent .name').textContent")
+    browser.run(f"location.hash = 'class={absent}&status=ok&quality=0-0.5'")
+    browser.wait("!document.getElementById('none').hidden")
+    said = browser.run("document.getElementById('more').textContent")
+    assert said == f"maskmill show {shlex.quote(str(table))} --class {name} --status ok --quality 0-0.5"
+    assert browser.run("document.documentElement.scrollWidth") <= 390
 
 
 @pytest.mark.browser

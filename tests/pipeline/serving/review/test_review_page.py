@@ -78,6 +78,9 @@ def test_accept_reject_paint_and_save(browser: Page, tmp_path: Path) -> None:
     # The server is gone: what is painted stays in the browser, also when the page is closed.
     with serving(create_review_app(desk, limits), limits, port) as server:
         browser.open(server.url, width=390, ready=READY)
+        # Nothing is wider than a phone.
+        right = "[...document.querySelectorAll('#gallery *')].map(e => e.getBoundingClientRect().right)"
+        assert max(browser.run(right)) <= 390 - 10
         browser.click("#cards button:first-child")
         browser.wait(LOADED % 0)
         browser.click("[data-tool=fill]")
