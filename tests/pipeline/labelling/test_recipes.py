@@ -115,6 +115,7 @@ def test_the_hash_counts_every_field_that_changes_the_result() -> None:
         "maskclip.classes.calibrate": 0.9, "maskclip.classes.calibrate_weight": 0.5,
         "maskclip.classes.calibrate_images": 9, "maskclip.classes.bias": [0.1],
         "maskclip.memory": "/m", "maskclip.memory_share": 0.2, "maskclip.memory_neighbours": 5,
+        "maskclip.helper": "test_vit.a", "maskclip.helper_weights": "random:0",
     }  # fmt: skip
     needs = {"maskclip.sigma": {"maskclip.head": "nn"}, "maskclip.alpha": {"maskclip.head": "pa"}}
     needs |= {
@@ -122,6 +123,8 @@ def test_the_hash_counts_every_field_that_changes_the_result() -> None:
         for name in ("steps", "classes", "pixels", "dilations")
     }
     needs["maskclip.refine_cells"] = {"maskclip.refine": "tlp"}
+    helped = {"maskclip.head": "proxy", "maskclip.helper": "test_vit.b"}
+    needs |= {"maskclip.helper": {"maskclip.head": "proxy"}, "maskclip.helper_weights": helped}
     whole = {"maskclip.window": 0, "maskclip.window_stride": 0}  # purification needs the whole image
     needs |= {f"maskclip.classes.{name}": whole for name in ("redundant_below", "ambiguous_above")}
     needs["maskclip.memory"] = whole
