@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 from rich.console import Console
 from tyro.conf import Positional, arg
 
+from jobs.believed import KnownTable, KnownView, open_believed
 from jobs.console import counted, duration, name_run, stderr_console, stop_at_once, timed
 from jobs.options import FLAT, Address, Corrected, Flag, Maybe, Settings, Verbose, ViewOptions, named_values
 from models.errors import WrongUse, did_you_mean
@@ -70,6 +71,8 @@ class Export:
     val_share: Maybe[float] = None
     queue: Annotated[Maybe[str], arg(metavar="QUEUE|TABLE")] = None
     corrections: Corrected = None
+    known: KnownTable = None
+    known_view: KnownView = None
     manifest: Maybe[str] = None
     settings: Settings = ()
     workers: Maybe[int] = None
@@ -136,13 +139,12 @@ class Export:
         from pipeline.formats.record import check_output, find_export, write_record
 
         began = time.monotonic()
-        work = self._prepared(table)
+        notices: list[str] = []
+        work = self._prepared(table, notices.append)
         check_output(work, overwrite=self.overwrite)
         say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
-        for line in self.seen.keep(self.source, work.source.view):
+        for line in [*self.seen.keep(self.source, work.source.view), *notices]:
             say(line)
-        if work.source.corrections is not None:
-            say(f"With {work.source.corrections.described()} (--corrections off leaves them out).")
         from pipeline.table.lease import Lease, refuse_other_holder
 
         own = work.output.child(OWN_DIR)
@@ -183,8 +185,8 @@ class Export:
         say("\n".join(lines))
         return 0
 
-    def _prepared(self, table: TableRecord) -> Work:
-        """What is asked for.
+    def _prepared(self, table: TableRecord, say: Callable[[str], None]) -> Work:
+        """What is asked for; says whose labels it has.
 
         Raises:
             MaskMillError: for anything that is wrong with it, before anything is made.
@@ -193,7 +195,6 @@ class Export:
         from pipeline.formats.record import new_export
         from pipeline.formats.samples import Source
         from pipeline.table.changed import Images
-        from pipeline.table.corrections import open_corrections
         from pipeline.table.splits import find_split
 
         made = make_format(self.format, named_values("--set", self.settings, last=False))
@@ -221,7 +222,7 @@ class Export:
             val_share=self.val_share or 0.0,
             split=find_split(self.source) if self.val_share is None else None,
             images=Images(manifest),
-            corrections=open_corrections(self.source, self.corrections),
+            corrections=open_believed(self.source, self.corrections, self.known, self.known_view, say),
             only=only,
         )
         return new_export(source, table, made, open_storage(self.output))

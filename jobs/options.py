@@ -124,7 +124,8 @@ class Truth:
     Attributes:
         dataset: name of a benchmark; maskmill datasets lists them.
         root: folder of the benchmark (a path, or s3://…).
-        split: part of the benchmark; default: the one that papers report, if there is one.
+        split: part of the benchmark; default: the one that papers report, if there is one. With --images: a
+            text file that lists those with masks; default: all of them.
         images: your own images, with --truth, instead of --dataset.
         truth: folder of masks for --images (PNG, values are class ids, 255 is ignored).
     """
@@ -178,7 +179,7 @@ class Truth:
             opened = open_dataset(self.dataset, root=self.root, split=self.split, **options)
             assert isinstance(opened, Dataset), "only PhraseCut is no Dataset"
             return opened
-        _refuse(self.root or self.split, "--root and --split belong to --dataset", command)
+        _refuse(self.root, "--root belongs to --dataset", command)
         if self.truth is None:
             raise WrongUse("wrong_use", "--images needs --truth.", "Add the folder of masks: --truth DIR.")
         if classes is None and table is None:
@@ -190,7 +191,7 @@ class Truth:
         if classes is None:
             assert table is not None
             classes = read_table_record(table).ontology
-        return open_pairs(images=images, masks=self.truth, ontology=classes)
+        return open_pairs(images=images, masks=self.truth, split=self.split or "all", ontology=classes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from tyro.conf import arg
 
+from jobs.believed import KnownTable, KnownView, open_believed
 from jobs.console import name_run, say_left_out, stderr_console, timed
 from jobs.evaluate.compare import evaluate, result_name
 from jobs.evaluate.protocol import CUSTOM, ProtocolName, class_groups, followed_protocol, plan_labelling
@@ -50,7 +51,6 @@ from pipeline.labelling.recipes import LabelRecipe, table_recipe
 from pipeline.ontology.ontology import Ontology
 from pipeline.ontology.reading import load_ontology
 from pipeline.report.results_page import write_report
-from pipeline.table.corrections import open_corrections
 from pipeline.table.record import read_table_record
 from pipeline.table.splits import choose
 from pipeline.table.views import TableView
@@ -102,6 +102,8 @@ class Evaluate:
     others: Annotated[Maybe[str], arg(metavar="{background,ignored}")] = None
     seen: Annotated[ViewOptions, FLAT] = field(default_factory=ViewOptions)
     corrections: Corrected = None
+    known: KnownTable = None
+    known_view: KnownView = None
     limit: int = 0
     output: Maybe[str] = None
     overwrite: Flag = False
@@ -130,15 +132,11 @@ class Evaluate:
         view = None if self.labels is None else self.seen.of_table(self.labels)
         match = None if self.labels is None else self._match(dataset, self.labels, view)
         self._check_against(dataset, recipe, classes, view, match)
-        corrections = None if self.labels is None else open_corrections(self.labels, self.corrections)
+        corrections = None
+        if self.labels is not None:
+            say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+            corrections = open_believed(self.labels, self.corrections, self.known, self.known_view, say)
         say_left_out(console, dataset)
-        if corrections is not None:
-            console.print(
-                f"With {corrections.described()} (--corrections off leaves them out).",
-                highlight=False,
-                soft_wrap=True,
-                markup=False,
-            )
         for line in [] if self.labels is None else self.seen.keep(self.labels, view):
             console.print(line, highlight=False, soft_wrap=True)
         run_id = uuid.uuid4().hex
@@ -320,8 +318,16 @@ class Evaluate:
             ),
             (
                 self.labels is None
-                and (self.seen.given or self.common or self.mapping or self.part or self.corrections),
-                "--common, --mapping, --part, --corrections and views of a table are for --labels.",
+                and (
+                    self.seen.given
+                    or self.common
+                    or self.mapping
+                    or self.part
+                    or self.corrections
+                    or self.known
+                    or self.known_view
+                ),
+                "--common, --mapping, --part, --corrections, --known and views of a table are for --labels.",
             ),
             (
                 self._asked not in (None, CUSTOM) and (self.seen.given or self.common or self.mapping),

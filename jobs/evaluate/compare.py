@@ -269,7 +269,8 @@ def _title(
     random = ", random weights" if str(weights.get("pretrained", "")).startswith("random") else ""
     seen = "" if view is None else f", {'; '.join(view.view.described())}"
     if corrections is not None:
-        seen += f", {len(corrections.files):,} corrected by people"
+        seen += f", {len(corrections.files):,} "
+        seen += "corrected by people" if corrections.unknown is None else "with known labels"
     return f"{made.recipe['name']}{seen} on {dataset.name} ({dataset.split}{part}{random})"
 
 

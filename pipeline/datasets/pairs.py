@@ -91,7 +91,7 @@ def open_pairs(
             "dataset_missing",
             f"{image_place.uri} and {mask_place.uri}: for {len(wanted):,} pairs, {len(absent):,} files are "
             f"missing: {shown(absent)}.",
-            "Add them, or give a list of the images to measure as split (a text file, one name per line).",
+            "Add them, or give a list of the images with masks: --split FILE (text, one name per line).",
         )
     if split == "all":
         for path in sorted(set(mask_files.values()) - set(matched.values())):

@@ -268,7 +268,7 @@ def score_part(
     """
     num_classes = len(dataset.class_names)
     outcome = Evaluation(SegmentationStatistics.zero(num_classes))
-    columns = ["id", "sha256", "status", "error", "height", "width", "mask", "confidence"]
+    columns = ["id", "uri", "sha256", "status", "error", "height", "width", "mask", "confidence"]
     batches = iter_batches(plan.storage, columns, batch_size=16, names=[part])
     for row in (row for batch in batches for row in batch.to_pylist()):
         sample = plan.samples.get(row["id"])
@@ -378,7 +378,7 @@ def read_labels(
     for part in work.parts:
         rows = pq.read_table(
             work.storage.path(part),
-            columns=["id", "mask", "confidence"],
+            columns=["id", "uri", "status", "mask", "confidence"],
             filters=[("id", "in", list(work.samples))],
             filesystem=work.storage.arrow_filesystem(),
         )

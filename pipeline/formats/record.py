@@ -78,7 +78,7 @@ class ExportRecord(BaseModel):
                 ("with_images", "images are copied:"),
                 ("val_share", "its share of val is"),
                 ("split", "its split is"),
-                ("corrections", "its corrections by people are"),
+                ("corrections", "its corrections, or known labels, are"),
                 ("only", "its images are those of a queue:"),
             )
             if getattr(self, name) != getattr(other, name)

@@ -55,7 +55,7 @@ class Source:
         split: the split of each image, instead of ``val_share``; images that are in no part of it are left
             out.
         images: where images are that are not whole files at their address.
-        corrections: what people say of the labels, which counts instead of them.
+        corrections: what people say of the labels, or is known, which counts instead of them.
         only: ids of the images that are wanted; None is all. Nothing is told of the others.
     """
 
@@ -106,7 +106,7 @@ def samples_of(
     """
     columns = ["id", "uri", "sha256", "status", "error", "height", "width", "mask"]
     needs_confidence = source.with_confidence or source.view is not None
-    if needs_confidence:
+    if needs_confidence or source.corrections is not None:
         columns.append("confidence")
     number = first - 1
     with ThreadPoolExecutor(_READERS) as pool:

@@ -70,7 +70,9 @@ def take_back(
     Raises:
         MaskMillError: ``classes_differ`` if no class is one of the table's; what reading raises.
     """
-    lookup = class_lookup(imported.ontology, record.ontology, "what comes back", table.uri)
+    lookup = class_lookup(
+        imported.ontology, record.ontology, "what comes back", table.uri, "Give a dataset with its classes."
+    )
     known = {name.casefold() for name in record.ontology.names}
     done = Returned(absent=tuple(name for name in imported.ontology.names if name.casefold() not in known))
     by_stem: dict[str, int | None] = {}

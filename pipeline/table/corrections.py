@@ -8,6 +8,9 @@ are believed (training, evaluation, export), that row takes the place of the tab
 
 The corrected table itself is never changed, so corrections survive a relabelling. One that was made of
 another image of that name, by the SHA-256 of the file, does not count.
+
+*Known labels* (``open_known``) are the same, but leave what they do not know to the table: where they ignore
+a pixel, its label stays. So truth of some images, classes or pixels and labels of a model are one table.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
@@ -27,15 +30,16 @@ from pipeline.files.storage import Storage, open_storage
 from pipeline.ontology.ontology import Ontology
 from pipeline.table.labels import (
     OK,
-    decode_confidence,
-    decode_mask,
     encode_confidence,
     encode_mask,
+    is_large,
     iter_batches,
     table_files,
 )
-from pipeline.table.record import find_table_record
+from pipeline.table.record import find_table_record, read_table_record
 from pipeline.table.statistics import quality, segments
+from pipeline.table.viewed import decode_maps
+from pipeline.table.views import TableView
 
 CORRECTIONS_DIR: Final = "corrections"
 """Folder of a table in which its corrections are."""
@@ -61,6 +65,8 @@ class Corrections:
         identity: SHA-256 (hex) of the ids and of the versions of the files.
         lookup: id of the corrected table by id of the corrections; None if they are the same.
         ignore_index: of the corrected table.
+        unknown: id by which known labels leave a pixel to the table; None for corrections, which say all.
+        view: of known labels.
     """
 
     place: str
@@ -72,6 +78,8 @@ class Corrections:
     identity: str
     lookup: npt.NDArray[Any] | None
     ignore_index: int
+    unknown: int | None = None
+    view: TableView | None = None
     _last: dict[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False)
     """Rows of the file that was read last: images come in the order of their table."""
 
@@ -83,7 +91,8 @@ class Corrections:
     def described(self) -> str:
         """In words, for terminals and pages."""
         count = len(self.files)
-        said = f"{count:,} correction{'' if count == 1 else 's'} from {self.place}"
+        what = "correction" if self.unknown is None else "known label map"
+        said = f"{count:,} {what}{'' if count == 1 else 's'} from {self.place}"
         if len(self.rejected):
             said += f", {len(self.rejected):,} of them rejected"
         if len(self.outdated):
@@ -96,15 +105,18 @@ class Corrections:
         """A row of the table, or in its place that of its correction, with the same columns.
 
         Args:
-            row: of the table, with ``id`` and any columns of ``pipeline.table.labels.LABEL_SCHEMA``.
+            row: of the table, with ``id`` and any columns of ``pipeline.table.labels.LABEL_SCHEMA``; known
+                labels want ``status``, ``mask`` and ``confidence``.
 
         Raises:
-            MaskMillError: ``table_damaged``.
+            MaskMillError: ``table_damaged``; ``mask_invalid`` if known labels have another size.
         """
         place = self.files.get(row["id"])
         if place is None:
             return row
         found = self._read(*place)
+        if found["status"] == OK and (self.lookup is not None or self.unknown is not None):
+            found = found | self._maps(found, row)
         # The address stays that of the table: it may lie elsewhere than when it was corrected.
         return row | {name: found[name] for name in row if name in found and name != "uri"}
 
@@ -113,14 +125,28 @@ class Corrections:
             self._last.clear()
             batches = iter_batches(self.storage, names=[file])
             self._last[file] = [one for batch in batches for one in batch.to_pylist()]
-        found = self._last[file][row]
-        if self.lookup is None or found["status"] != OK:
-            return found
-        labels = self.lookup[decode_mask(found["mask"]["bytes"])]
-        confidence = np.where(
-            labels == self.ignore_index, 0, decode_confidence(found["confidence"]["bytes"])
-        ).astype(np.uint8)
-        return found | {
+        return self._last[file][row]
+
+    def _maps(self, found: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+        """Maps of a correction in the classes of the table, and what is computed from them."""
+        kept = self.unknown is not None and row["status"] == OK
+        if is_large(found["mask"]["bytes"]) or (kept and is_large(row["mask"]["bytes"])):
+            return {}  # left out by whoever decodes maps
+        own, confidence = decode_maps(found["mask"]["bytes"], found["confidence"]["bytes"], self.view)
+        labels = own if self.lookup is None else self.lookup[own]
+        confidence = np.where(labels == self.ignore_index, 0, confidence).astype(np.uint8)
+        if kept:
+            guesses, sure = decode_maps(row["mask"]["bytes"], row["confidence"]["bytes"], None)
+            if guesses.shape != labels.shape:
+                raise WrongUse(
+                    "mask_invalid",
+                    f"{row['uri']} has {labels.shape[1]} x {labels.shape[0]} pixels in {self.place}, and "
+                    f"{guesses.shape[1]} x {guesses.shape[0]} in the table.",
+                    "Label the image anew, or give the known labels that belong to it.",
+                )
+            labels = np.where(own == self.unknown, guesses, labels)
+            confidence = np.where(own == self.unknown, sure, confidence)
+        return {
             "mask": {"bytes": encode_mask(labels), "path": None},
             "confidence": {"bytes": encode_confidence(confidence), "path": None},
             "segments": segments(labels, confidence, ignore_index=self.ignore_index),
@@ -161,6 +187,49 @@ def open_corrections(table: str, given: str | None = None) -> Corrections | None
             f"{storage.uri} holds labels of a model, not corrections by people.",
             f"Give a table of corrections or of true labels, or {OFF}.",
         )
+    found = _opened(root, storage, record.ontology)
+    return found if found.files or len(found.outdated) else None
+
+
+def open_known(table: str, given: str, view: TableView | None = None) -> Corrections:
+    """Labels that are believed, over those of a table; see the top of this module.
+
+    Args:
+        table: the label table.
+        given: the table whose labels are believed.
+        view: of the latter.
+
+    Raises:
+        MaskMillError: ``table_missing``; ``table_damaged``; ``classes_differ`` if they have no class in
+            common; ``wrong_use`` if they have no image in common.
+    """
+    root, storage = open_storage(table), open_storage(given)
+    ontology = read_table_record(given).ontology if view is None else view.ontology
+    found = _opened(root, storage, ontology, "Leave --known out, or give a table with the same classes.")
+    if not found.files:
+        raise WrongUse(
+            "wrong_use",
+            f"{storage.uri} knows none of the images of {root.uri}.",
+            "Label its images too: known labels take the place of those of a table.",
+        )
+    said = f"{found.identity} known {'' if view is None else view.view.canonical}"
+    return replace(
+        found,
+        identity=hashlib.sha256(said.encode()).hexdigest(),
+        unknown=ontology.ignore_index,
+        view=view,
+    )
+
+
+def _opened(root: Storage, storage: Storage, ontology: Ontology, *remedy: str) -> Corrections:
+    """Rows of a table that take the place of those of another.
+
+    Args:
+        root: the other table.
+        storage: the table.
+        ontology: its classes.
+        remedy: if none of them is the other's, for the error.
+    """
     mine = find_table_record(root)
     folder, parts = table_files(storage)
     found: dict[int, tuple[str, int]] = {}
@@ -179,9 +248,9 @@ def open_corrections(table: str, given: str | None = None) -> Corrections | None
     outdated, elsewhere = _of_other_images(root, hashes)
     for row_id in (*outdated, *elsewhere):
         del found[row_id]
-    if not found and not outdated:
-        return None
-    lookup = None if mine is None else class_lookup(record.ontology, mine.ontology, storage.uri, root.uri)
+    lookup = None
+    if mine is not None:
+        lookup = class_lookup(ontology, mine.ontology, storage.uri, root.uri, *remedy)
     return Corrections(
         storage.uri,
         folder,
@@ -191,7 +260,7 @@ def open_corrections(table: str, given: str | None = None) -> Corrections | None
         np.array(elsewhere, np.int64),
         _identity(folder, parts, found),
         lookup,
-        record.ontology.ignore_index if mine is None else mine.ontology.ignore_index,
+        ontology.ignore_index if mine is None else mine.ontology.ignore_index,
     )
 
 
@@ -217,7 +286,13 @@ def _of_other_images(table: Storage, hashes: Mapping[int, bytes | None]) -> tupl
     return sorted(outdated), sorted(absent)
 
 
-def class_lookup(own: Ontology, table: Ontology, where: str, other: str) -> npt.NDArray[Any] | None:
+def class_lookup(
+    own: Ontology,
+    table: Ontology,
+    where: str,
+    other: str,
+    remedy: str = f"Leave these corrections out: --corrections {OFF}.",
+) -> npt.NDArray[Any] | None:
     """Id of a table by id of its corrections, matched by name; None if they are the same.
 
     Args:
@@ -225,6 +300,7 @@ def class_lookup(own: Ontology, table: Ontology, where: str, other: str) -> npt.
         table: classes of the table.
         where: the corrections, for errors.
         other: the table, for errors.
+        remedy: for errors.
 
     Raises:
         MaskMillError: ``classes_differ`` if they have none in common.
@@ -237,7 +313,7 @@ def class_lookup(own: Ontology, table: Ontology, where: str, other: str) -> npt.
         raise WrongUse(
             "classes_differ",
             f"None of the classes of {where} is among those of {other}.",
-            f"Leave these corrections out: --corrections {OFF}.",
+            remedy,
         )
     lookup: npt.NDArray[Any] = np.full(1 << 16, table.ignore_index, table.mask_dtype)
     lookup[: len(ids)] = [table.ignore_index if number < 0 else number for number in ids]

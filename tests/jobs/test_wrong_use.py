@@ -172,6 +172,8 @@ CASES = {
     "import --format coco --input photos --output table": "photos",
     "import photos --output out": "Did you mean --input photos?",
     "import --format coco --input photos --output out --retry-failed --overwrite": "Leave one of them out.",
+    "import --images photos --truth own/masks --ontology toyworld --root x --output out": "--root belongs",
+    "evaluate --recipe toy --dataset toyworld --known table": "--known and views of a table are for --labels",
     "import --dataset toyworld --output out --retry-failed": "no image has failed",
     "report nowhere": "nowhere",
     "show nowhere": "nowhere",
