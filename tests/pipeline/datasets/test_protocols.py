@@ -39,6 +39,7 @@ def test_background_handling_agrees_with_the_datasets() -> None:
             coco_object_ontology() if protocol.dataset == "cocoobject81" else load_ontology(protocol.dataset)
         )
         assert (protocol.background == "class") == (ontology.background is not None)
+        assert protocol.ontology(ontology).names == ontology.names
         assert (protocol.background_threshold > 0) == (protocol.background == "class")
 
 
