@@ -30,13 +30,14 @@ def label_command(work: Work) -> str:
     )
 
 
-def train_command(model: Model, table: str, folder: str) -> str:
-    """``maskmill train`` of a model on a label table, into a folder."""
+def train_command(model: Model, table: str, folder: str, corrections: str | None) -> str:
+    """``maskmill train`` of a model on a label table and what people say of it, into a folder."""
     return _command(
         f"maskmill train {model.kind}",
         labels=table,
         recipe=model.recipe,
         set=as_settings(model.settings),
+        corrections=corrections or "off",
         output=folder,
     )
 

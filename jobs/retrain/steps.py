@@ -23,6 +23,7 @@ from jobs.retrain.work import (
     HELD_TRUTH,
     Work,
     champion,
+    corrections_of,
     decision_of,
     digest,
     labels_before,
@@ -35,6 +36,7 @@ from jobs.train.run import INTERRUPTED, TrainOptions
 from jobs.verify import check_table
 from models.errors import FailedWork, MaskMillError
 from pipeline.files.storage import open_storage
+from pipeline.formats.record import find_export
 from pipeline.labelling.recipes import LabelRecipe
 from pipeline.retraining import registry
 from pipeline.retraining.config import (
@@ -43,6 +45,7 @@ from pipeline.retraining.config import (
     tracking_uri,
     training_recipe,
 )
+from pipeline.retraining.corrections import FROZEN, freeze
 from pipeline.retraining.gate import decide, write_decision
 from pipeline.retraining.intake import (
     CORPUS_FILE,
@@ -73,6 +76,7 @@ from pipeline.retraining.parent import close_parent, job_run, open_parent
 from pipeline.retraining.promotion import promote, refuse
 from pipeline.retraining.registry import Facts, Version
 from pipeline.retraining.state import Step, read_ticks, tick_folder
+from pipeline.table.corrections import OFF, open_corrections
 from pipeline.table.drift import compare_labels
 from pipeline.table.labels import DATASET_FILE
 from pipeline.table.record import read_table_record
@@ -161,7 +165,7 @@ def _steps_of_model(work: Work, model: Model) -> list[Step]:
             work=lambda again: _train(work, model, again=again),
             holds=lambda outputs: _holds_model(model, outputs),
             needs=("label", "verify"),
-            command=train_command(model, table, folder),
+            command=train_command(model, table, folder, corrections_of(work)),
         ),
         Step(
             name=f"evaluate {name}",
@@ -234,13 +238,18 @@ def _label(work: Work) -> dict[str, Any]:
         _run_label(work, HELD_OUT_FILE, HELD_TABLE, label_recipe(config))
         _draw_held_out(work)
     record = read_table_record(storage.uri_of(table))
+    before = [tick.step("label").outputs.get("table") for tick in ticks if tick.run != work.run]
+    others = [place for place in dict.fromkeys(before) if place and place != storage.uri_of(table)]
+    said = freeze([*map(open_storage, others), storage.child(table)], storage.child(work.here(FROZEN)))
+    teacher = teacher or f"{recipe.name} ({recipe.model})"
     return {
         "table": storage.uri_of(table),
         "source": source,
         "digest": _table_digest(storage.uri_of(table)),
         "images": record.counts["images"],
         "failed": record.counts["failed"],
-        "teacher": teacher or f"{recipe.name} ({recipe.model})",
+        "teacher": f"{teacher}, {said:,} corrected by people" if said else teacher,
+        "corrections": said,
     }
 
 
@@ -267,12 +276,18 @@ def _run_label(work: Work, source: str, table: str, recipe: LabelRecipe) -> None
 
 
 def _draw_held_out(work: Work) -> None:
-    """Write the teacher's labels of the images that are held out as masks, which then stand for the truth."""
+    """Write the labels of the images that are held out as masks, which then stand for the truth.
+
+    They are the teacher's, or what people say of them.
+    """
+    said = open_corrections(work.storage.uri_of(HELD_TABLE))
+    drawn = find_export(work.storage.child(HELD_TRUTH))
     Export(
         source=work.storage.uri_of(HELD_TABLE),
         format="png",
         output=work.storage.uri_of(HELD_TRUTH),
         with_images=True,
+        overwrite=drawn is not None and drawn.corrections != ("" if said is None else said.identity),
         address=work.config.address,
         verbose=work.verbose,
     ).run(work.console)
@@ -328,12 +343,15 @@ def _train(work: Work, model: Model, *, again: bool) -> dict[str, Any]:
         tags=work.tags(model=model.folder),
     )
     recipe: Any = training_recipe(model)
+    corrections = open_corrections(table, corrections_of(work) or OFF)
     stopped = ""
     try:
         if model.kind == "maskclip-plus":
-            status = train_student(table, recipe, options, console=work.console)
+            status = train_student(table, recipe, options, corrections=corrections, console=work.console)
         else:
-            status = train_clipseg(recipe, options, labels=table, console=work.console)
+            status = train_clipseg(
+                recipe, options, labels=table, corrections=corrections, console=work.console
+            )
     except MaskMillError as error:
         if error.code != COLLAPSED or not open_storage(folder).exists(RECORDS[model.kind].RECORD_FILE):
             raise

@@ -19,6 +19,7 @@ from pipeline.files.storage import Storage
 from pipeline.ontology.ontology import Ontology
 from pipeline.retraining import registry
 from pipeline.retraining.config import Model, Retraining, load_classes, tracking_uri
+from pipeline.retraining.corrections import FROZEN
 from pipeline.retraining.gate import Decision, read_decision
 from pipeline.retraining.intake import Intake
 from pipeline.retraining.labels import LabelSummary, read_labels
@@ -142,6 +143,11 @@ def measured_on(work: Work) -> Dataset:
     return open_pairs(
         images=f"{place}/images", masks=f"{place}/masks", ontology=work.classes, has_truth=False
     )
+
+
+def corrections_of(work: Work) -> str | None:
+    """Where the corrections are that this tick believes; None without any."""
+    return work.storage.uri_of(work.here(FROZEN)) if work.runner.outputs("label").get("corrections") else None
 
 
 def labels_before(work: Work) -> LabelSummary | None:

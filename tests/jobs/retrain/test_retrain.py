@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -23,6 +23,9 @@ from pipeline.files.storage import open_storage
 from pipeline.retraining.gate import read_decision
 from pipeline.retraining.ledger import Ledger
 from pipeline.retraining.state import Tick, read_tick
+from pipeline.review.desk import open_desk
+from pipeline.review.queue import Entry, Queue
+from pipeline.table.corrections import CORRECTIONS_DIR
 from pipeline.table.labels import read_ids
 from pipeline.toyworld.scenes import generate
 
@@ -57,6 +60,16 @@ class World:
 
     def tick(self, run: str) -> Tick:
         return read_tick(open_storage(self.output), run)
+
+    def say(self, decision: Literal["accepted", "rejected"]) -> None:
+        """A person reviews an image of the table that nobody has reviewed."""
+        table = open_storage(self.output / "table")
+        ids = sorted(read_ids(table).tolist())
+        entries = tuple(Entry(id=row_id, uri="") for row_id in ids)
+        queue = Queue(table=table.uri, corrections=table.uri_of(CORRECTIONS_DIR), entries=entries)
+        desk = open_desk(queue)
+        new = next(row_id for row_id in ids if desk.saves.read(row_id) is None)
+        desk.save(new, decision, None, reviewer="Ann", follows=None)
 
     @property
     def ledger(self) -> Ledger:
@@ -131,6 +144,8 @@ def story(
     first = [alone(step) for step in ("intake", "label", "verify")]
     first += [alone("train", maskmill_here), maskmill_joined("retrain", world.file)]
 
+    world.say("accepted")
+    world.say("rejected")
     world.arrive(4, 7)
     world.write(models=training(24, checkpoint_every=2), gate=world.config["gate"] | {"min_miou": 0.99})
     prepared = [alone(step) for step in ("intake", "label", "verify")]
@@ -151,6 +166,7 @@ def story(
     os.kill(driver.pid, signal.SIGKILL)
     driver.communicate()
     killed = world.tick("0002")
+    world.say("rejected")  # too late for this tick, which goes on with what it has begun
     too_early = alone("gate", maskmill_here)
     train = alone("train", maskmill_here)
     trained = world.tick("0002")
@@ -204,6 +220,22 @@ def test_a_killed_tick_goes_on_in_its_training(story: Story) -> None:
     assert len(ids) == len(set(ids.tolist())) == 12
 
 
+def test_what_people_say_of_its_labels_is_trained_on(story: Story) -> None:
+    folder = story.world.output / "runs/0002"
+    said = "2 corrections from " + (folder / "corrections").as_uri() + ", 1 of them rejected"
+    record = json.loads((folder / "student/student.json").read_text())
+    assert record["teacher"]["corrections"].replace("file://", "") == said.replace("file://", "")
+    assert "1 images have known labels" in (folder / "logs/train-student-2.txt").read_text()
+    tick = story.world.tick("0002")
+    assert tick.step("label").outputs["teacher"] == "toy (toyclip), 2 corrected by people"
+    assert tick.step("train student").command.endswith(f"--output {folder}/student")
+    assert f"--corrections {folder}/corrections" in tick.step("train student").command
+    assert (
+        "corrections"
+        not in json.loads((story.world.output / "runs/0001/student/student.json").read_text())["teacher"]
+    )
+
+
 def test_a_step_can_be_done_alone_once_those_before_it_are_done(story: Story) -> None:
     assert story.too_early.returncode == 2
     assert "Step train student of tick 0002 comes before step gate student" in story.too_early.stderr
@@ -249,7 +281,9 @@ def test_the_registry_says_what_each_version_is(story: Story, maskmill_here: Run
     }
     tags = client.get_model_version("toys", "2").tags
     assert tags["maskmill.verdict"] == "refuse" and "99.00 %" in tags["maskmill.reasons"]
-    assert tags["maskmill.key"] == "toys/0002/student" and tags["maskmill.teacher"] == "toy (toyclip)"
+    assert tags["maskmill.key"] == "toys/0002/student" and tags["maskmill.teacher"].startswith(
+        "toy (toyclip), 2 corr"
+    )
     assert tags["maskmill.page"].endswith("/runs/0002/report.html")
 
     parents = client.search_runs([client.get_experiment_by_name("maskmill-retrain").experiment_id])
