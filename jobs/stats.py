@@ -135,11 +135,11 @@ class ShowStatistics:
             truth = truth.only(reviewed.ids)
             if reviewed.chosen:
                 notes.append(
-                    f"{reviewed.chosen:,} reviewed images do not count: they were chosen as doubtful."
+                    f"Left out of those that were reviewed: {reviewed.chosen:,} that were chosen as doubtful."
                 )
             if reviewed.rejected:
                 notes.append(
-                    f"{reviewed.rejected:,} images by chance were rejected, and have no truth: the table is "
+                    f"Rejected of those by chance, and so without truth: {reviewed.rejected:,}. The table is "
                     "less right than this."
                 )
         return measure_sample(table, truth, view=view), notes
