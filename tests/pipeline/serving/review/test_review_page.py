@@ -96,3 +96,18 @@ def test_accept_reject_paint_and_save(browser: Page, tmp_path: Path) -> None:
         browser.open(server.url, width=390, ready=READY)
         browser.wait(f"{UNSAVED} === '0'")
         assert saved(0) == "painted" and browser.console == []
+
+        # On a phone: accept and reject are buttons for a thumb, and beside each other on the screen.
+        for number, button, decision in ((1, "accept", "accepted"), (3, "reject", "rejected")):
+            browser.run(f"document.querySelectorAll('#cards button')[{number}].click()")
+            browser.wait(LOADED % number)
+            left, top, right, bottom = browser.run(
+                f"(b => [b.left, b.top, b.right, b.bottom])(document.getElementById('{button}')"
+                ".getBoundingClientRect())"
+            )
+            assert bottom - top >= 44 and right - left >= 88 and left >= 0 and right <= 390
+            assert bottom <= browser.run("innerHeight")
+            browser.click(f"#{button}")
+            browser.wait(f"document.body.dataset.mode === 'gallery' && {UNSAVED} === '0'")
+            assert saved(number) == decision
+        assert browser.console == []
