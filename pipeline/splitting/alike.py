@@ -65,7 +65,7 @@ def find_alike(
         row
         for batch in iter_batches(table, ["id", "uri", "sha256", "status"], batch_size=4096)
         for row in batch.to_pylist()
-        if row["status"] == OK
+        if row["status"] == OK and images.located(row)
     ]
     # By id, so that nothing depends on files and their order.
     rows.sort(key=lambda row: row["id"])

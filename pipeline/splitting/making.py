@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from models.errors import WrongUse
-from pipeline.corpus.manifest import stable_id
 from pipeline.files.fetch import fetch, max_bytes
 from pipeline.files.images import MAX_PIXELS, ImageError, decode
 from pipeline.files.records import now
@@ -117,8 +116,8 @@ def _hash(row: Mapping[str, object], *, images: Images, known: Known) -> int | N
     at = int(np.searchsorted(known.ids, number))
     if at < len(known.ids) and int(known.ids[at]) == number:
         return int(known.hashes[at])
-    if number not in images and number != stable_id(str(row["uri"])):
-        return None  # a byte range of its address, and nobody says which
+    if not images.located(row):
+        return None
     start, length = images.byte_range(number)
     try:
         data = fetch(images.address(row), start=start, length=length, max_bytes=max_bytes(MAX_PIXELS))

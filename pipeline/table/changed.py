@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.corpus.corpus import ADDRESS, Corpus
+from pipeline.corpus.manifest import stable_id
 from pipeline.corpus.spill import Spill
 from pipeline.files.fetch import digest, file_version
 from pipeline.files.images import ImageError
@@ -103,6 +104,14 @@ class Images:
         if self._addresses is None or row["id"] not in self:
             return uri
         return self._addresses[int(self._order[np.searchsorted(self._ids, row["id"])])].as_py() or uri
+
+    def located(self, row: Mapping[str, Any]) -> bool:
+        """Whether it is known where the image of a row is: a whole file, or a range that the manifest has.
+
+        Args:
+            row: with ``id`` and ``uri``.
+        """
+        return row["id"] in self or row["id"] == stable_id(str(row["uri"]))
 
     def byte_range(self, row_id: int) -> tuple[int, int | None]:
         """First byte and number of bytes of an image; (0, None) for all of its file."""

@@ -14,7 +14,7 @@ from pipeline.corpus.corpus import Corpus
 from pipeline.corpus.manifest import build_manifest, stable_id
 from pipeline.files.fetch import file_version
 from pipeline.files.storage import Storage, open_storage
-from pipeline.table.changed import find_changed
+from pipeline.table.changed import Images, find_changed
 from pipeline.table.committed import write_part
 from pipeline.table.labels import LABEL_SCHEMA, failed_row
 
@@ -129,3 +129,10 @@ def test_objects_are_told_apart_by_their_etags(bucket: str) -> None:
     ids, states = find_changed(storage, Corpus.of(_manifest(*uris)))
     assert ids.tolist() == [stable_id(uris[1])]
     assert states == {"same": 1, "changed": 1, "gone": 1}
+
+
+def test_where_an_image_is_follows_from_its_id_or_the_manifest() -> None:
+    whole, part = {"id": stable_id("/a.png"), "uri": "/a.png"}, {"id": 5, "uri": "/shard.tar"}
+    assert Images(None).located(whole) and not Images(None).located(part)
+    manifest = pa.table({"id": pa.array([5], pa.int64())})
+    assert Images(manifest).located(part) and Images(manifest).located(whole)
