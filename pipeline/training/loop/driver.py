@@ -38,6 +38,8 @@ from pipeline.training.loop.worker import Job, work
 __all__ = ["METRICS_FILE", "LoopSettings", "Outcome", "train"]
 
 METRICS_FILE = "metrics.jsonl"
+_LAST_STEP_S = 30.0
+"""How long a training in this process may take to stop, after an error of this thread."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,10 @@ def train(
                 if room:
                     room.look()
         except BaseException:
-            # Raise without waiting for the current step; closing Ray ends the workers.
+            # Raise without waiting for workers, which end when Ray is closed.
             board.tell("stop", INTERRUPTED)
+            if compute.workers == 0:
+                run.join(_LAST_STEP_S)  # Python aborts if it ends while a thread is in compiled code
             raise
         reader.look(last=True)
     if run.error is not None:

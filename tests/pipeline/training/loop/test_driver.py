@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -9,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -316,6 +318,28 @@ def test_accumulation_equals_the_whole_batch(tmp_path: Path) -> None:
     plan = Plan(batchnorm=False)
     one, four = run(tmp_path / "1", plan=plan), run(tmp_path / "4", plan=plan, accumulation=4)
     assert_same(one, four, 1e-5)
+
+
+def test_an_error_of_the_driver_lets_the_last_step_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a thread is in compiled code when Python ends, the process aborts, whatever its status was to be."""
+    monkeypatch.setattr(worker, "batches", in_memory)
+
+    def no_room(_line: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        train(
+            lambda: Classify(Plan(at={(1, 0): "nothing but slow steps"}, pause_s=0.4)),
+            Blobs(),
+            LoopSettings(**BASE),
+            output=tmp_path,
+            compute=TrainingCompute(0, False, 1.0, 1, 1),
+            report=no_room,
+            notice=lambda _text: None,
+        )
+    assert "training" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_interrupted_equals_whole(whole: Run, tmp_path: Path) -> None:
