@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from rich.console import Console
 from tyro.conf import Positional, arg
@@ -27,8 +28,11 @@ from pipeline.table.lease import Lease, refuse_other_holder
 from pipeline.table.record import TableRecord, read_table_record
 
 if TYPE_CHECKING:
-    from pipeline.table.verify import Checked, Verification
+    from pipeline.table.verify import Verification
 
+P = TypeVar("P")
+R = TypeVar("R")
+_AT_ONCE = 64
 ON_RAY_FROM = 500
 """Number of files from which Ray checks them: it takes seconds to start."""
 
@@ -172,45 +176,62 @@ def check_table(
         workers: number of Ray tasks that check; 0: this process; None: depends on the number of files.
         address: of a Ray cluster.
     """
+    from pipeline.table import hashes as by_hashes
     from pipeline.table.changed import Images
-    from pipeline.table.verify import check_part, verify
+    from pipeline.table.verify import Problem, check_part, verify
 
     whole = parts is None
     parts = part_files(storage) if parts is None else list(parts)
+    # The manifest of a small corpus, or none, goes to whoever checks a part.
+    apart = corpus if hashes and corpus is not None and len(corpus.partitions) > 1 else None
+    images = Images(None if corpus is None else corpus.table()) if hashes and apart is None else None
     check = functools.partial(
         check_part,
         storage=storage,
         num_classes=record.ontology.num_classes,
         ignore_index=record.ontology.ignore_index,
         score=record.quality,
-        images=Images(None if corpus is None else corpus.table()) if hashes else None,
+        images=images,
     )
     if workers is None:
         workers = (os.cpu_count() or 1) if len(parts) >= ON_RAY_FROM else 0
     with console.status(f"checking {len(parts):,} files") as status, contextlib.ExitStack() as stack:
-        checked: Iterable[Checked]
+        mapped: Callable[[Callable[[P], R], Iterable[P]], Iterable[R]]
         if workers and parts:
             from pipeline.cluster.disks import Landmarks, files_of_table
             from pipeline.cluster.mapping import on_ray
 
-            files = files_of_table(storage, parts, images=hashes)
-            checked = on_ray(
-                check,
-                parts,
-                workers,
+            mapped = functools.partial(
+                on_ray,
+                workers=workers,
                 address=address,
                 notice=lambda text: console.print(text, highlight=False, soft_wrap=True),
-                landmarks=Landmarks.of(files),
+                landmarks=Landmarks.of(files_of_table(storage, parts, images=hashes)),
             )
         else:
             pool = ThreadPoolExecutor()
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)  # at once after Ctrl-C
-            checked = pool.map(check, parts)
+            mapped = functools.partial(_in_threads, pool)
+
+        def compare(readable: list[str]) -> Iterable[list[Problem]]:
+            if apart is None:
+                return
+            status.update("comparing the images")
+            yield from mapped(by_hashes.compare, by_hashes.pieces(storage, readable, apart))
+
         return verify(
-            checked,
+            mapped(check, parts),
             corpus=corpus,
             recorded=record.counts if whole else {},
             progress=lambda done, rows: status.update(
                 f"checked {done:,} of {len(parts):,} files, {rows:,} rows"
             ),
+            compare=compare,
         )
+
+
+def _in_threads(pool: ThreadPoolExecutor, function: Callable[[P], R], parts: Iterable[P]) -> Iterator[R]:
+    """Yield what a function returns for each part, with few of them in memory."""
+    rest = iter(parts)
+    while some := list(itertools.islice(rest, _AT_ONCE)):
+        yield from pool.map(function, some)

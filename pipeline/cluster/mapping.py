@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from models.errors import FailedWork, MaskMillError
 from pipeline.cluster.disks import Landmarks, find_place, own_cores
 
+P = TypeVar("P")
 R = TypeVar("R")
 NOWHERE = Landmarks()
 RETRIES = 3
@@ -18,8 +19,8 @@ RETRIES = 3
 
 
 def on_ray(
-    function: Callable[[str], R],
-    parts: Sequence[str],
+    function: Callable[[P], R],
+    parts: Iterable[P],
     workers: int,
     *,
     address: str | None = None,
@@ -30,7 +31,7 @@ def on_ray(
 
     Args:
         function: picklable.
-        parts: its arguments.
+        parts: its arguments, which are taken one by one; ``str`` gives their names.
         workers: parallel tasks.
         address: for ``ray_session``, if no Ray is running yet.
         notice: called with what the user should know.
@@ -54,7 +55,7 @@ def on_ray(
         shared = ray.put(place.guarded(function))
         work = ray.remote(**place.task_options(0.25), max_retries=RETRIES)(_result)
         waiting = iter(parts)
-        running: dict[Any, str] = {}
+        running: dict[Any, P] = {}
         try:
             while True:
                 for part in itertools.islice(waiting, workers - len(running)):
@@ -80,7 +81,7 @@ def on_ray(
                 ray.cancel(task)
 
 
-def _result(function: Callable[[str], R], part: str) -> R | MaskMillError:
+def _result(function: Callable[[P], R], part: P) -> R | MaskMillError:
     try:
         return function(part)
     except MaskMillError as error:

@@ -132,7 +132,7 @@ def check_part(
         for row in rows:
             found.problems += _row_problems(part, row, num_classes, ignore_index, score)
             if images is not None:
-                found.problems += _image_problems(part, row, images)
+                found.problems += image_problems(part, row, images)
         found.ids = ids
     except FileNotFoundError:  # a run that is at work may take parts away
         return found
@@ -241,7 +241,8 @@ def _close(stored: float | None, right: float) -> bool:
     return stored is not None and abs(stored - right) <= _TOLERANCE
 
 
-def _image_problems(part: str, row: Mapping[str, Any], images: Images) -> Iterator[Problem]:
+def image_problems(part: str, row: Mapping[str, Any], images: Images) -> Iterator[Problem]:
+    """What has become of the image of a row since it was labelled: its bytes are read again."""
     if row["sha256"] is None or (row["id"] not in images and row["id"] != stable_id(row["uri"])):
         return  # it could not be read then; or it is a byte range, and only the manifest knows which
     state = image_state({**row, "version": None}, images, trust_version=False)
@@ -285,6 +286,11 @@ class Verification:
                 self._misnamed.append(problem.part)
             elif problem.id is not None and PROBLEMS[problem.kind][1] == "repair":
                 self._bad_rows.setdefault(problem.part, set()).add(problem.id)
+
+    def note(self, problems: Iterable[Problem]) -> None:
+        """Add problems of images, whose rows are not at fault."""
+        for problem in problems:
+            self._note(problem)
 
     def _note(self, problem: Problem, count: int = 1) -> None:
         self.counts[problem.kind] = self.counts.get(problem.kind, 0) + count
@@ -409,6 +415,7 @@ def verify(
     corpus: Corpus | None,
     recorded: Mapping[str, Any],
     progress: Callable[[int, int], None] = lambda _parts, _rows: None,
+    compare: Callable[[list[str]], Iterable[list[Problem]]] = lambda _parts: (),
 ) -> Verification:
     """Sum up what was found in all parts.
 
@@ -417,10 +424,15 @@ def verify(
         corpus: the images that the table should have, if known.
         recorded: counts of its ``dataset.json``.
         progress: called with the number of parts and rows checked.
+        compare: called with the parts that can be read, when all are checked; finds problems of their images.
     """
     found = Verification()
+    whole: list[str] = []
     for one in checked:
         found.add(one)
+        whole += [one.part] if len(one.ids) else []
         progress(found.parts, found.rows)
+    for problems in compare(whole):
+        found.note(problems)
     found.finish(corpus, recorded)
     return found
