@@ -101,10 +101,12 @@ class FaultyStore:
     Attributes:
         url: of this server.
         fault: called with the method and the path with its query; None passes the request on.
+        allows: called with the headers of a request; those for which it is false are denied.
     """
 
     def __init__(self, target: str) -> None:
         self.fault: Callable[[str, str], Fault] = lambda _method, _path: None
+        self.allows: Callable[[Mapping[str, str]], bool] = lambda _headers: True
         store, place = self, urlsplit(target)
         assert place.hostname is not None
 
@@ -113,7 +115,8 @@ class FaultyStore:
 
             def answer(self) -> None:
                 body = self.body()
-                fault = store.fault(self.command, self.path)
+                allowed = store.allows(self.headers)
+                fault = store.fault(self.command, self.path) if allowed else (403, "AccessDenied")
                 if fault is None or fault == "cut":
                     connection = http.client.HTTPConnection(place.hostname or "", place.port)
                     connection.request(self.command, self.path, body, dict(self.headers))

@@ -23,6 +23,7 @@ from typing import IO, Any
 from pipeline.files.containers import inside, member_range, read_cell
 from pipeline.files.images import MAX_PIXELS, MOST_PIXELS, ImageError
 from pipeline.files.redaction import redact, without_signature
+from pipeline.files.s3 import driver_options
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _PIECE = 8 << 20  # bytes read at a time
@@ -63,7 +64,7 @@ def file_version(uri: str) -> str | None:
         import fsspec
 
         # A listing that was cached tells of the past.
-        filesystem, path = fsspec.core.url_to_fs(uri, use_listings_cache=False)
+        filesystem, path = fsspec.core.url_to_fs(uri, use_listings_cache=False, **driver_options(uri))
         info = filesystem.info(path)
     except Exception:  # each driver has its own exceptions; reading the file will tell
         return None
@@ -260,7 +261,7 @@ def _chunks(uri: str, start: int, length: int | None, most: int) -> Callable[[],
         place = canonical_uri(uri)
         if not is_remote(place):  # file://
             return functools.partial(_local_chunks, place, start, length, most)
-        filesystem, path = url_to_fs(place)
+        filesystem, path = url_to_fs(place, **driver_options(place))
     except Exception as error:  # a password, an unknown scheme, a missing driver, a malformed address
         raise ImageError("unsupported_uri", _text(error)) from error
     if place.startswith(("http://", "https://")) and start == 0 and length is None:

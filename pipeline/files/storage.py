@@ -25,6 +25,7 @@ from models.errors import Damaged, FailedWork, MaskMillError, WrongUse
 from models.files import new_file, staged_file, write_file, write_unsynced
 from pipeline.files.faults import unreachable
 from pipeline.files.redaction import MASK, redact, without_signature
+from pipeline.files.s3 import arrow_s3, driver_options
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
@@ -418,14 +419,15 @@ class Storage:
         """The same file system for pyarrow and Ray, to be used with ``path()``.
 
         S3 gets Arrow's own client, which reads and writes without the interpreter lock; the endpoint is
-        that of AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, as for fsspec.
+        that of AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, as for fsspec. Requests that are paid for
+        (``pipeline.files.s3``) are left to fsspec.
         """
         from pyarrow import fs as arrow
 
         if self.is_local:
             return arrow.LocalFileSystem()
-        if self.uri.startswith("s3://"):
-            return _arrow_s3(self.root.partition("/")[0])
+        if self.uri.startswith("s3://") and not self.fs.req_kw:
+            return arrow_s3(self.root.partition("/")[0], anonymous=self.fs.anon)
         return arrow.PyFileSystem(arrow.FSSpecHandler(self.fs))
 
 
@@ -442,7 +444,7 @@ def open_storage(uri: str | os.PathLike[str]) -> Storage:
     scheme = place.partition("://")[0]
     try:
         # Listings must be fresh: other processes write to the same place.
-        fs = fsspec.filesystem(scheme, use_listings_cache=False)
+        fs = fsspec.filesystem(scheme, use_listings_cache=False, **driver_options(place))
     except Exception as error:  # unknown scheme, missing package, missing options: each driver has its own
         raise WrongUse(
             "storage_unsupported",
@@ -450,19 +452,6 @@ def open_storage(uri: str | os.PathLike[str]) -> Storage:
             "Use a local path, s3://bucket/prefix, or install the fsspec package of that scheme.",
         ) from None
     return Storage(place.rstrip("/"), fs, str(fsspec.core.strip_protocol(place)).rstrip("/"))
-
-
-def _arrow_s3(bucket: str) -> FileSystem:
-    from pyarrow import fs as arrow
-
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    options: dict[str, Any] = {}
-    if endpoint:
-        scheme, _, host = endpoint.rpartition("://")
-        options = {"endpoint_override": host.rstrip("/"), "scheme": scheme or "https"}
-        region = region or "us-east-1"
-    return arrow.S3FileSystem(region=region or arrow.resolve_s3_region(bucket), **options)
 
 
 @contextlib.contextmanager
