@@ -92,7 +92,7 @@ def measure(path: Path, output: Path, window: int, overlap: int) -> None:
 
 def peak() -> float:
     """Of this process, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def write_tiled(path: Path, side: int) -> None:

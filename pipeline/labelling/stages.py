@@ -369,31 +369,17 @@ class Label:
 
     def _large(self, address: str, start: int, length: int | None) -> dict[str, Any]:
         """Read and label a large image in windows; the fields of its row."""
-        settings, log = self._image_settings, run_log(self._run_id)
         try:
-            with (
-                local_file(address, start=start, length=length) as (path, digest),
-                open_picture(path, band=settings.large_window) as picture,
-            ):
-                log.info("label: %s has %d x %d pixels: in windows", address, picture.width, picture.height)
-                maps: MapWriter | None = None
-                for strip in self._labeller.label_picture(picture, settings):
-                    maps = maps or MapWriter(
-                        picture.height, picture.width, strip.labels.dtype, ignore_index=self._ignore_index
-                    )
-                    maps.add(strip.labels, strip.confidence)
-                    log.info("label: %d rows of %s", strip.top + len(strip.labels), address)
-                assert maps is not None, "an image has at least one strip"
-                encoded = maps.finish()
-                self._succeeded += 1
-                return {
-                    "sha256": digest,
-                    "height": picture.height,
-                    "width": picture.width,
-                    "maps": {"mask": encoded["mask"], "confidence": encoded["confidence"]},
-                    "segments": encoded["segments"],
-                    "softmin": encoded["softmin"],
-                }
+            # What reads and labels has gone when the maps are whole: their PNGs are as large.
+            maps, known = self._maps(address, start, length)
+            encoded = maps.finish()
+            self._succeeded += 1
+            return {
+                **known,
+                "maps": {"mask": encoded["mask"], "confidence": encoded["confidence"]},
+                "segments": encoded["segments"],
+                "softmin": encoded["softmin"],
+            }
         except images.ImageError as error:
             return {"status": error.code, "error": error.message}
         except OSError as error:
@@ -403,6 +389,23 @@ class Label:
         except Exception as error:
             self._give_up(error)
             return {"status": "label_failed", "error": f"{type(error).__name__}: {error}"[:500]}
+
+    def _maps(self, address: str, start: int, length: int | None) -> tuple[MapWriter, dict[str, Any]]:
+        """Both maps of a large image, and what is known of it."""
+        settings, log = self._image_settings, run_log(self._run_id)
+        with (
+            local_file(address, start=start, length=length) as (path, digest),
+            open_picture(path, band=settings.large_window) as picture,
+        ):
+            height, width = picture.height, picture.width
+            log.info("label: %s has %d x %d pixels: in windows", address, width, height)
+            maps: MapWriter | None = None
+            for strip in self._labeller.label_picture(picture, settings):
+                maps = maps or MapWriter(height, width, strip.labels.dtype, ignore_index=self._ignore_index)
+                maps.add(strip.labels, strip.confidence)
+                log.info("label: %d rows of %s", strip.top + len(strip.labels), address)
+            assert maps is not None, "an image has at least one strip"
+            return maps, {"sha256": digest, "height": height, "width": width}
 
     def _alone(self, row_id: int, image: np.ndarray, size: tuple[int, int]) -> Prediction | Exception | None:
         """The outcome for an image of a part that killed processes; None if the image does."""

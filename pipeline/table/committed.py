@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,7 +64,7 @@ def part_name(ids: Ids) -> str:
 def write_part(storage: Storage, rows: pa.Table, folder: str = LABELS_DIR) -> str:
     """Write rows of ``pipeline.table.labels.LABEL_SCHEMA`` as a part, atomically; returns its name."""
     name = f"{folder}/{part_name(rows['id'].to_numpy())}"
-    storage.write_bytes(name, _encoded(rows))
+    _write(storage, name, rows)
     return name
 
 
@@ -126,12 +125,20 @@ def _rows(table: pa.Table, columns: list[str] | None) -> pa.Table:
     return table
 
 
-def _encoded(rows: pa.Table) -> bytes:
-    buffer = io.BytesIO()
+def _write(storage: Storage, name: str, rows: pa.Table) -> None:
+    """Put rows in place, with as few copies of the maps as can be: those of one image may have 2 GiB."""
     # The least and the greatest PNG say nothing, and finding them takes several copies of each.
-    told = [name for name in rows.column_names if name not in ("mask", "confidence")]
-    pq.write_table(rows, buffer, write_page_checksum=True, write_statistics=told)
-    return buffer.getvalue()
+    told = [column for column in rows.column_names if column not in ("mask", "confidence")]
+    # By its name, since Arrow copies what it writes to a file of Python.
+    with storage.new_file(name) as file, pa.OSFile(file.name, "wb") as sink:
+        pq.write_table(
+            rows,
+            sink,
+            compression="none",  # nearly all is PNG, which is compressed
+            use_dictionary=["status", "error"],
+            write_page_checksum=True,
+            write_statistics=told,
+        )
 
 
 # --- before a run trusts a table ---
@@ -404,7 +411,7 @@ def apply_relabelled(
         )
         rows = _replaced(read_part(storage, part), new, done)
         fence()
-        storage.write_bytes(part, _encoded(rows))
+        _write(storage, part, rows)
     placed = np.concatenate([np.empty(0, np.int64), *(hits for _, _, hits in work)])
     for name, ids in staged.items():
         fence()

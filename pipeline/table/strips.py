@@ -5,6 +5,7 @@ A map is stored like any other, as a grey PNG whose rows are filtered by their d
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import zlib
@@ -41,11 +42,12 @@ class PngWriter:
     def __init__(self, height: int, width: int, dtype: npt.DTypeLike, *, runs: bool) -> None:
         self._shape, self._dtype = (height, width), np.dtype(dtype)
         header = struct.pack(">IIBBBBB", width, height, 8 * self._dtype.itemsize, 0, 0, 0, 0)
-        self._parts = [_SIGNATURE, _chunk(b"IHDR", header)]
+        self._file = io.BytesIO()  # which gives away what it holds: no copy of the whole
+        self._file.write(_SIGNATURE + _chunk(b"IHDR", header))
         strategy = zlib.Z_RLE if runs else zlib.Z_DEFAULT_STRATEGY
         self._packer = zlib.compressobj(1, zlib.DEFLATED, 15, 9, strategy)
         self._above = np.zeros(width * self._dtype.itemsize, np.uint8)
-        self._rows = self._bytes = 0
+        self._rows = 0
 
     def add(self, rows: npt.NDArray[Any]) -> None:
         """Encode the next rows (rows, W).
@@ -67,16 +69,14 @@ class PngWriter:
         """The PNG, once all rows are there."""
         assert self._rows == self._shape[0], (self._rows, self._shape)
         self._put(self._packer.flush())
-        self._parts.append(_chunk(b"IEND", b""))
-        whole = b"".join(self._parts)
-        self._parts.clear()  # they may be as large
-        return whole
+        self._file.write(_chunk(b"IEND", b""))
+        with self._file:
+            return self._file.getvalue()
 
     def _put(self, data: bytes) -> None:
         if data:
-            self._parts.append(_chunk(b"IDAT", data))
-            self._bytes += len(data)
-        if self._bytes > MOST_BYTES:
+            self._file.write(_chunk(b"IDAT", data))
+        if self._file.tell() > MOST_BYTES:
             raise MapTooLarge(f"its map takes more than {MOST_BYTES >> 30} GiB as PNG")
 
 

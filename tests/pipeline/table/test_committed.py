@@ -286,7 +286,7 @@ def test_a_kill_between_any_two_steps_shows_each_image_once_and_the_next_run_goe
 
         monkeypatch.setattr(Storage, change, counted)
 
-    for change in ("write_bytes", "delete"):
+    for change in ("new_file", "delete"):
         killed(change)
     if step < 5:  # three parts are written, two files deleted
         with pytest.raises(_Killed):
