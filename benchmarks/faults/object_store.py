@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 from urllib.parse import urlsplit
@@ -106,7 +107,7 @@ class FaultyStore:
 
     def __init__(self, target: str) -> None:
         self.fault: Callable[[str, str], Fault] = lambda _method, _path: None
-        self.allows: Callable[[Mapping[str, str]], bool] = lambda _headers: True
+        self.allows: Callable[[Message], bool] = lambda _headers: True
         store, place = self, urlsplit(target)
         assert place.hostname is not None
 

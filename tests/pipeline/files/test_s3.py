@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
+from email.message import Message
 from pathlib import Path
 
 import boto3
@@ -24,7 +25,7 @@ from pipeline.files.storage import open_storage
 PIXELS = b"\x89PNG\r\n\x1a\n the bytes of an image"
 ANONYMOUS = ("AWS_NO_SIGN_REQUEST", "YES")
 PAYING = ("AWS_REQUEST_PAYER", "requester")
-ALLOWS: Mapping[tuple[str, str], Callable[[Mapping[str, str]], bool]] = {
+ALLOWS: Mapping[tuple[str, str], Callable[[Message], bool]] = {
     ANONYMOUS: lambda headers: "Authorization" not in headers,
     PAYING: lambda headers: headers.get("x-amz-request-payer") == "requester",
 }
