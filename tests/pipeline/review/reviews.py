@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from pipeline.corpus.manifest import stable_id
 from pipeline.files.storage import open_storage
+from pipeline.labelling.labeller import Prediction
 from pipeline.ontology.reading import load_ontology
 from pipeline.review.queue import Entry, Queue, Reason
 from pipeline.table.committed import write_part
@@ -40,10 +42,16 @@ def wrong(truth: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.nd
 
 
 def make_reviewed(
-    folder: Path, shares: list[float], *, size: int = 48, copies: int = 1, seed: int = 3
+    folder: Path,
+    shares: list[float],
+    *,
+    size: int = 48,
+    copies: int = 1,
+    seed: int = 3,
+    label: Callable[[np.ndarray], Prediction] | None = None,
 ) -> Path:
     """A table of toy scenes in ``folder/table``, truth beside it: the labels of image i are wrong in
-    ``shares[i]``. Each scene is there ``copies`` times."""
+    ``shares[i]``, or are those of a model. Each scene is there ``copies`` times."""
     table = open_storage(folder / "table")
     for name in ("images", "truth"):
         (folder / name).mkdir(parents=True)
@@ -55,6 +63,9 @@ def make_reviewed(
             Image.fromarray(image).save(path)
             Image.fromarray(truth.astype(np.uint8)).save(folder / "truth" / path.name)
             labels, confidence = wrong(truth.astype(np.uint8), share, number)
+            if label is not None:
+                made = label(image)
+                labels, confidence = np.asarray(made.labels), np.asarray(made.confidence)
             rows.append(
                 ok_row(
                     id=stable_id(str(path)),

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.labelling.single import load_labeller
 from pipeline.review.desk import open_desk
 from pipeline.serving.limits import Limits
 from pipeline.serving.review.app import create_review_app
 from pipeline.table.labels import decode_mask
 from tests.browser import Page
-from tests.pipeline.review.reviews import make_reviewed, queue_of, row_id
+from tests.pipeline.review.reviews import TOYWORLD, make_reviewed, queue_of, row_id
 from tests.pipeline.serving.harness import serving
 
 pytestmark = pytest.mark.browser
@@ -26,7 +27,9 @@ UNSAVED = "document.getElementById('counts').dataset.unsaved"
 
 
 def test_accept_reject_paint_and_save(browser: Page, tmp_path: Path) -> None:
-    folder = make_reviewed(tmp_path, [0.5, 0.4, 0.3, 0.0])
+    # The labels of the demo's teacher.
+    labeller = load_labeller("toy", TOYWORLD)
+    folder = make_reviewed(tmp_path, [0.0] * 4, label=labeller)
     desk, limits = open_desk(queue_of(folder, 4)), Limits(per_minute=0)
 
     def saved(number: int) -> str:
