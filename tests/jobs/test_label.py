@@ -27,7 +27,10 @@ from PIL import Image
 from models.errors import FailedWork, WrongUse
 from pipeline.files.storage import Storage
 from pipeline.labelling import prepare as preparation
-from pipeline.table.labels import LABEL_SCHEMA
+from pipeline.review.desk import open_desk
+from pipeline.review.queue import Entry, Queue
+from pipeline.table.corrections import open_corrections
+from pipeline.table.labels import LABEL_SCHEMA, iter_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -188,6 +191,10 @@ def test_overwriting_keeps_the_old_table_until_the_new_one_can_be_made(
     mine = tmp_path / "table"
     shutil.copytree(output, mine)
     before = sorted(path.name for path in (mine / "labels").iterdir())
+    accepted = next(row["id"] for row in iter_rows(mine) if row["status"] == "ok")
+    entries = (Entry(id=accepted, uri=""),)
+    said = Queue(table=str(mine), corrections=str(mine / "corrections"), entries=entries)
+    open_desk(said).save(accepted, "accepted", None, reviewer="Ann", follows=None)
     wrong = maskmill_joined(*toy(listing, mine, "--overwrite", "--set", "pretrained=wieghts.pt"))
     assert wrong.returncode == 2 and "wieghts.pt" in wrong.stderr
     assert sorted(path.name for path in (mine / "labels").iterdir()) == before
@@ -201,6 +208,10 @@ def test_overwriting_keeps_the_old_table_until_the_new_one_can_be_made(
         for folder in (output, mine)
     )
     assert old.keys() == new.keys() and old != new
+    # What people said of the old labels stays, and counts instead of the new.
+    corrections = open_corrections(str(mine))
+    assert corrections is not None and corrections.ids.tolist() == [accepted]
+    assert corrections.corrected({"id": accepted, "mask": new[accepted]})["mask"] == old[accepted]
 
 
 WATCHED = """
