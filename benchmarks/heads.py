@@ -4,7 +4,8 @@
     python -m benchmarks.heads --picture heads.png
 
 Heads: forward pass from normalised images on the device to class scores, with random weights, in the
-precision that the machine computes natively and in fp32. On a CPU times are CPU time of all cores together.
+precision that the machine computes natively and in fp32; with a helper (a ViT-B/16, as DINO's) its own pass
+is included. On a CPU times are CPU time of all cores together.
 The heads take turns; what counts is the median over the rounds of each head's time divided by that of
 ``maskclip`` in the same round. Refiners: time of one photograph's scores (random), and by how much the
 process's peak grows for 4000x3000 pixels. Agreement: share of pixels of toy scenes with the same label in
@@ -32,12 +33,14 @@ from models.clip.loading import load_clip
 from models.clip.refiners.base import RefineOptions, refine
 from models.clip.text import build_text_classifier
 from models.device import DTYPES, best_device, native_precision
+from models.helper import helper_of
 from models.maskclip import MaskClip
 from models.settings import MaskClipSettings
 from pipeline.ontology.reading import load_ontology
 from pipeline.report.pictures import Pixels, colorize, contact_sheet
 from pipeline.toyworld.scenes import CLASSES, generate
 
+HELPER: dict[str, Any] = {"helper": "vit_base_patch16_224.dino", "helper_weights": "random:0"}
 IMAGE = (375, 500)
 LARGE = (3000, 4000)
 
@@ -113,8 +116,8 @@ def draw(path: Path) -> None:
 
 
 def variants() -> dict[str, dict[str, str]]:
-    """Every head, and every refiner behind ``value``."""
-    heads = {head: {"head": head} for head in HEADS}
+    """Every head that needs no helper, of which there is none for the toy, and refiners behind ``value``."""
+    heads = {head: {"head": head} for head, entry in HEADS.items() if not entry.helper}
     return heads | {f"value, {name}": {"head": "value", "refine": name} for name in REFINERS}
 
 
@@ -126,7 +129,11 @@ def forward_times(
     clip = load_clip(model, "random:0", device=device, dtype=DTYPES[precision], towers="visual")
     text = random_text(clip.embed_dim, 30)
     images = torch.randn(1, 3, *size, device=device)
-    models = {head: MaskClip(clip, text, MaskClipSettings(head=head, profile="weights")) for head in HEADS}
+    models = {}
+    for head, entry in HEADS.items():
+        reading = MaskClipSettings(head=head, profile="weights", **(HELPER if entry.helper else {}))
+        helper = helper_of(reading, device=device, dtype=DTYPES[precision])
+        models[head] = MaskClip(clip, text, reading, helper=helper)
     taken: dict[str, list[float]] = {head: [] for head in models}
     for number in range(rounds + 1):
         for head, network in models.items():

@@ -83,6 +83,15 @@ HEADS: Mapping[str, HeadEntry] = {
         settings=_OF_HELPERS,
         helper=True,
     ),
+    "lposs": HeadEntry(
+        "MaskCLIP's cosines over a helper tower's graph (LPOSS)",
+        "models.clip.heads.lposs:LPOSS",
+        keys=False,
+        vit_only=True,
+        own_values=True,
+        settings=_OF_HELPERS,
+        helper=True,
+    ),
     "sc": HeadEntry("self-calibrated attention (SC-CLIP)", "models.clip.heads.calibrated:SC", vit_only=True),
 }
 """Dense heads. ``maskclip`` (arXiv 2112.01071, §3.2) removes the mixing of tokens from the last attention:

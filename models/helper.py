@@ -270,7 +270,7 @@ def load_helper(
             "Name the model that the weights were made for.",
         ) from error
     device, dtype = torch.device(device), dtype or torch.float32
-    tower.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    tower.to(dtype).to(device).eval().requires_grad_(False)
     return Helper(source, tower, device, dtype)
 
 

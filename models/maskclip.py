@@ -258,7 +258,21 @@ class MaskClip:
 
     def scores(self, dense: Dense) -> Tensor:
         """``grid_scores`` from the output of ``self.encoder``, before classes are purified."""
-        return self._refine(self._cosines(dense.features), dense.keys, self._class_scores(dense.whole))
+        (cosines,) = self._agreed([dense], [(0, 0)])
+        return self._refine(cosines, dense.keys, self._class_scores(dense.whole))
+
+    def _agreed(self, seen: Sequence[Dense], corners: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Cosines (B, P, h, w) of each window of images, which some heads make agree with each other.
+
+        Args:
+            seen: the windows.
+            corners: row and column of their first pixels.
+        """
+        cosines = [self._cosines(dense.features) for dense in seen]
+        if self.encoder.spread is None:
+            return cosines
+        features = [dense.helper for dense in seen if dense.helper is not None]
+        return self.encoder.spread(cosines, features, corners, self.encoder.stride)
 
     def _refine(self, cosines: Tensor, keys: Tensor | None, whole: Tensor | None) -> Tensor:
         """(B, P, h, w) cosines of all rows -> (B, C, h, w) scores.
@@ -384,17 +398,11 @@ class MaskClip:
         keys: Tensor | None = None
         whole: Tensor | None = None
         count = images.new_zeros(h, w)
-        for rows, columns in self._places(images):
-            dense: Dense = self.encoder(images[..., rows, columns])
+        for rows, columns, dense, part in self._windows_seen(images):
             cell = (
                 ...,
                 slice(rows.start // stride, rows.stop // stride),
                 slice(columns.start // stride, columns.stop // stride),
-            )
-            part = (
-                self._unit(dense.features)
-                if self.config.windows == "splice"
-                else self._cosines(dense.features)
             )
             if parts is None:
                 parts = images.new_zeros(len(images), part.shape[1], h, w)
@@ -419,16 +427,32 @@ class MaskClip:
         count = images.new_zeros(images.shape[-2:])
         stride = self.encoder.stride
         whole: Tensor | None = None
-        for rows, columns in self._places(images):
-            dense: Dense = self.encoder(images[..., rows, columns])
+        for rows, columns, dense, part in self._windows_seen(images):
             whole = _highest(whole, self._class_scores(dense.whole))
-            part = self._cosines(dense.features)
             # An image smaller than a window may end within a cell.
             cells = (part.shape[-2] * stride, part.shape[-1] * stride)
             part = F.interpolate(part, cells, mode="bilinear", align_corners=False)
             cosines[..., rows, columns] += part[..., : rows.stop - rows.start, : columns.stop - columns.start]
             count[rows, columns] += 1
         return cosines / count, None, whole
+
+    def _windows_seen(self, images: Tensor) -> Iterator[tuple[slice, slice, Dense, Tensor]]:
+        """Rows and columns of every window, what was seen there, and its cosines (or features to splice)."""
+        found = (
+            (rows, columns, self.encoder(images[..., rows, columns]))
+            for rows, columns in self._places(images)
+        )
+        if self.encoder.spread is None:
+            splice = self.config.windows == "splice"
+            for rows, columns, dense in found:
+                features = dense.features
+                yield rows, columns, dense, self._unit(features) if splice else self._cosines(features)
+            return
+        windows = list(found)
+        corners = [(rows.start, columns.start) for rows, columns, _ in windows]
+        parts = self._agreed([dense for *_, dense in windows], corners)
+        for (rows, columns, dense), part in zip(windows, parts, strict=True):
+            yield rows, columns, dense, part
 
     def _places(self, images: Tensor) -> Iterator[tuple[slice, slice]]:
         """Rows and columns of every window of images (B, 3, H, W)."""

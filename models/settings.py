@@ -210,14 +210,14 @@ class MaskClipSettings(Settings):
 
     head: str = "maskclip"
     """How the last block is read: ``maskclip`` as by the paper's code, ``value`` without residual and MLP,
-    ``plain`` unmodified, or ``qq`` (ClearCLIP), ``kk``, ``sclip``, ``nn`` (NACLIP), ``pa`` (PEARL), ``sc``
-    (SC-CLIP), ``proxy`` (ProxyCLIP)."""
+    ``plain`` unmodified, ``qq`` (ClearCLIP), ``kk``, ``sclip``, ``nn`` (NACLIP), ``pa`` (PEARL), ``sc``
+    (SC-CLIP), ``proxy`` (ProxyCLIP) or ``lposs``."""
     sigma: Annotated[float, Field(gt=0)] = 5.0
     """For head ``nn``: how far near is, in patches."""
     alpha: Annotated[float, Field(ge=0)] = 0.08
     """For head ``pa``: the share of k·k; its paper takes 0.3 for ADE20K and Cityscapes."""
     helper: str = ""
-    """For head ``proxy``: a self-supervised ViT of timm with the tag of its weights, such as
+    """For heads ``proxy`` and ``lposs``: a self-supervised ViT of timm with the tag of its weights, such as
     ``vit_base_patch16_224.dino``, which says which patches belong together."""
     helper_weights: str = ""
     """The helper's weights: a file, ``random:SEED``, or empty for those that timm publishes."""
@@ -355,6 +355,12 @@ class MaskClipSettings(Settings):
                 "setting_invalid",
                 f"head={self.head} compares patches by a helper tower, and helper names none.",
                 "Set helper=vit_base_patch16_224.dino, or another head.",
+            )
+        if self.head == "lposs" and self.windows == "splice":
+            raise WrongUse(
+                "setting_invalid",
+                "windows=splice averages features, and head=lposs makes the cosines of all windows agree.",
+                "Set windows=pixels, as its authors do, or windows=cells.",
             )
         return self
 

@@ -28,6 +28,7 @@ from models.clip.heads.base import (
     Head,
     HeadOptions,
     ResNetLayer,
+    Spread,
     VitLayer,
     after_mixing,
     in_projection,
@@ -62,12 +63,14 @@ class Dense(NamedTuple):
         keys: (B, L, K) of the last attention; None unless requested.
         whole: CLIP's unmodified embedding (B, D) of the images; None unless requested.
         early: tokens (B, W_, h, w) that an early block puts out; None unless requested.
+        helper: features (B, K, h, w) of the helper, for heads that spread cosines with them; else None.
     """
 
     features: Tensor
     keys: Tensor | None
     whole: Tensor | None = None
     early: Tensor | None = None
+    helper: Tensor | None = None
 
 
 def dense_encoder(
@@ -207,6 +210,11 @@ class VitDense(nn.Module):
         """Pixels per grid cell."""
         return self.patch if self._helper is None else self._helper.stride
 
+    @property
+    def spread(self) -> Spread | None:
+        """How the head makes cosines of all windows agree, if it does."""
+        return self._head.spread
+
     def forward(self, images: Tensor) -> Dense:
         """Dense features of normalised images.
 
@@ -256,10 +264,14 @@ class VitDense(nn.Module):
         keys = None if self._keys is None else _keys(layer, self._keys)
         whole = self.pooled(blocks[-1](x)) if self._whole else None
         first = None if self._early is None else on_grid(outputs[self._early][:, 1:], (h, w))
-        grid = (h, w) if helper is None else (helper.shape[-2], helper.shape[-1])
-        if first is not None and grid != (h, w):
-            first = F.interpolate(first, grid, mode="bilinear", align_corners=False)
-        return Dense(on_grid(features, grid), keys, whole, first)
+        if helper is None:
+            return Dense(on_grid(features, (h, w)), keys, whole, first)
+        grid = (helper.shape[-2], helper.shape[-1])
+        if first is not None:
+            first = _resized(first, grid)
+        if self.spread is None:
+            return Dense(on_grid(features, grid), keys, whole, first)
+        return Dense(_resized(on_grid(features, (h, w)), grid), keys, whole, first, helper)
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """CLIP's unmodified embedding (B, D) of whole images of any size.
@@ -332,6 +344,7 @@ class ResNetDense(nn.Module):
     """
 
     stride = 32
+    spread: Spread | None = None
 
     def __init__(
         self,
@@ -385,10 +398,15 @@ class ResNetDense(nn.Module):
         return visual.layer4(visual.layer3(visual.layer2(visual.layer1(x))))
 
 
+def _resized(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, D, any, any) on another grid over the same pixels."""
+    return x if x.shape[-2:] == grid else F.interpolate(x, grid, mode="bilinear", align_corners=False)
+
+
 def _cropped(dense: Dense, h: int, w: int) -> Dense:
     """The first rows and columns of what lies on the grid."""
-    early = None if dense.early is None else dense.early[..., :h, :w]
-    return dense._replace(features=dense.features[..., :h, :w], early=early)
+    early, helper = (None if x is None else x[..., :h, :w] for x in (dense.early, dense.helper))
+    return dense._replace(features=dense.features[..., :h, :w], early=early, helper=helper)
 
 
 def _keys(layer: VitLayer, source: KeySource) -> Tensor:

@@ -125,6 +125,19 @@ PROXYCLIP = UNIFIED.replace(
 )
 """ProxyCLIP as its table measures it, but on Cityscapes and ADE20K, where its short side is 448."""
 
+LPOSS = UNIFIED.replace(
+    name="lposs",
+    images=ImageSettings(scale=(2048, 448)),
+    maskclip=UNIFIED.maskclip.replace(
+        head="lposs",
+        helper="vit_base_patch16_224.dino",
+        window=448,
+        window_stride=224,
+        positions="exact",
+    ),
+)
+"""LPOSS with the sizes, windows and helper of its code."""
+
 _WHOLE_352 = ImageSettings(scale=(352, 352), keep_ratio=False, resize="antialias")
 
 LABEL_RECIPES = RecipeBook(
@@ -148,6 +161,7 @@ LABEL_RECIPES = RecipeBook(
             if head not in ("maskclip", "value", "plain") and not entry.helper
         ),
         PROXYCLIP,
+        LPOSS,
         # CLIPSeg with a list of prompts; pixels that no class claims are background.
         LabelRecipe(
             name="clipseg",

@@ -143,6 +143,13 @@ def test_dense_heads(gpu: FakeGpu, config: dict[str, Any], precision: str) -> No
         {"window": 64, "window_stride": 32, "windows": "pixels", "positions": "offset"},
         {"window": 64, "window_stride": 32, "windows": "splice"},
         {"head": "proxy", "helper": "test_vit", "helper_weights": "random:0"},
+        {
+            "head": "lposs",
+            "helper": "test_vit",
+            "helper_weights": "random:0",
+            "window": 64,
+            "window_stride": 32,
+        },
         {"refine": "pamr", "refine_classes": 3, "refine_pixels": 4000},
         {"refine": "tlp", "refine_cells": 9},
         {"refine": "lposs+", "refine_classes": 3, "refine_steps": 1},

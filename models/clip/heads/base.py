@@ -7,7 +7,7 @@ d their width.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -71,6 +71,10 @@ def no_layers(_depth: int) -> tuple[int, ...]:
     return ()
 
 
+Spread = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[tuple[int, int]], int], list[Tensor]]
+"""See ``models.clip.heads.lposs.propagated``."""
+
+
 @dataclass(frozen=True)
 class Head:
     """One way to read the last layer.
@@ -81,13 +85,16 @@ class Head:
         layers: number of blocks -> 0-based blocks whose outputs ``vit`` needs besides its tokens; raises
             ``WrongUse`` for towers that have too few.
         helper: what ``vit`` needs of a helper tower (``models.helper``), if anything; its patches are then
-            those of the helper's grid.
+            those of the helper's grid, unless it spreads.
+        spread: how cosines of all windows of images are made to agree, if they are: from those, on the
+            helper's grid, the helper's features, the windows' corners and the pixels per cell.
     """
 
     vit: Callable[[VitLayer], Tensor]
     resnet: Callable[[ResNetLayer], Tensor] | None
     layers: Callable[[int], tuple[int, ...]] = no_layers
     helper: Literal["tokens", "values"] | None = None
+    spread: Spread | None = None
 
 
 def load_head(name: str) -> Head:

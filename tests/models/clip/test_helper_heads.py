@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.clip.dense import dense_encoder
-from models.clip.heads import proxy
+from models.clip.heads import lposs, proxy
 from models.clip.loading import Clip, load_source
 from models.clip.text import TextClassifier
 from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource
@@ -191,6 +191,64 @@ def plain_proxy(image: Tensor, made: Helper) -> Tensor:
     return embedded(mixed @ last("attn.out_proj.weight").T + last("attn.out_proj.bias"))
 
 
+def plain_maskclip(image: Tensor) -> Tensor:
+    """Features (L, D) of the reference's head: values, residual, MLP."""
+    x, y = plain_clip(normalised(image, OPENAI_MEAN, OPENAI_STD))
+    values = y @ last("attn.in_proj_weight")[2 * WIDTH :].T + last("attn.in_proj_bias")[2 * WIDTH :]
+    x = x[1:] + values @ last("attn.out_proj.weight").T + last("attn.out_proj.bias")
+    state = small_clip().visual.state_dict()
+    y = norm(x, state, "transformer.resblocks.3.ln_2", 1e-5)
+    y = gelu(y @ last("mlp.c_fc.weight").T + last("mlp.c_fc.bias"))
+    return embedded(x + y @ last("mlp.c_proj.weight").T + last("mlp.c_proj.bias"))
+
+
+def lposs_system(values: Tensor, places: list[tuple[int, int]], neighbours: int) -> Tensor:
+    """I - 0.95 Wn (M, M) as a dense matrix, edge by edge."""
+    count = len(values)
+    unit = values / values.square().sum(1, keepdim=True).sqrt()
+    alike = unit @ unit.T
+    one_way = torch.zeros(count, count, dtype=values.dtype)
+    for i in range(count):
+        for j in alike[i].argsort(descending=True)[:neighbours].tolist():
+            one_way[i, j] = max(float(alike[i, j]), 0.0) ** 3 * math.exp(
+                -0.01 * math.dist(places[i], places[j])
+            )
+    weights = one_way + one_way.T
+    weights.fill_diagonal_(0)
+    assert (weights == 0).double().mean() > 0.1, "not all should be neighbours"
+    root = weights.sum(1).rsqrt()
+    return torch.eye(count, dtype=values.dtype) - 0.95 * root[:, None] * weights * root
+
+
+def ten_steps(matrix: Tensor, right: Tensor) -> Tensor:
+    """0.05 x (M, P), class by class."""
+    found = []
+    for y in right.T:
+        x, r, p = torch.zeros_like(y), y.clone(), y.clone()
+        for _ in range(10):
+            a = (r @ r) / (p @ matrix @ p)
+            x, new = x + a * p, r - a * matrix @ p
+            p = new + (new @ new) / (r @ r) * p
+            r = new
+        found.append(0.05 * x)
+    return torch.stack(found, 1)
+
+
+def plain_lposs(
+    image: Tensor, corners: list[tuple[int, int]], side: tuple[int, int], near: int
+) -> list[Tensor]:
+    """Cosines (P, h, w) of windows of an image, after they agree."""
+    grid = (side[0] // PATCH, side[1] // PATCH)
+    right, values, places = [], [], []
+    for y, x in corners:
+        part = image[:, y : y + side[0], x : x + side[1]]
+        right.append(cosines(plain_maskclip(part), grid).flatten(1).T)
+        values.append(plain_helper(helper(), normalised(part, helper().mean, helper().std))[1])
+        places += [(y + 8 + PATCH * i, x + 8 + PATCH * j) for i in range(grid[0]) for j in range(grid[1])]
+    solved = ten_steps(lposs_system(torch.cat(values), places, near), torch.cat(right))
+    return [part.T.unflatten(1, grid) for part in solved.split(grid[0] * grid[1])]
+
+
 # --- parity -------------------------------------------------------------------------------------------------
 
 
@@ -287,6 +345,65 @@ def test_affinity_in_groups_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.allclose(proxy.affinity_mix(features, values), whole, atol=1e-12)
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_parity_of_lposs(grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lposs, "NEIGHBOURS", 6)
+    size = (grid[0] * PATCH, grid[1] * PATCH)
+    images = photographs(*size)
+    expected = torch.stack([plain_lposs(image, [(0, 0)], size, 6)[0] for image in images])
+    model = labeller("lposs")
+    assert relative(model.grid_scores(images), expected) < 1e-10
+    before = labeller("proxy").grid_scores(images)
+    assert relative(before, expected) > 1e-3
+    rough = labeller("lposs", dtype=torch.float32).grid_scores(images)
+    assert rough.dtype == torch.float32 and relative(rough, expected) < 1e-5
+    with torch.inference_mode():
+        statistics = (255 * torch.tensor(each, dtype=torch.float64) for each in (OPENAI_MEAN, OPENAI_STD))
+        mean, std = (each[:, None, None] for each in statistics)
+        together = model.scores(model.encoder((images.double() - mean) / std))
+    assert relative(together, expected) < 1e-10
+
+
+@pytest.mark.parametrize("rule", ["pixels", "cells"])
+def test_one_graph_over_all_windows(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lposs, "NEIGHBOURS", 25)
+    images = photographs(80, 112, batch=1)
+    corners = [(y, x) for y in (0, 16) for x in (0, 32, 48)]
+    parts = plain_lposs(images[0], corners, (64, 64), 25)
+    unit = 1 if rule == "pixels" else PATCH
+    expected = torch.zeros(6, 80 // unit, 112 // unit, dtype=torch.float64)
+    count = torch.zeros(expected.shape[1:])
+    for (y, x), part in zip(corners, parts, strict=True):
+        rows, columns = (slice(at // unit, (at + 64) // unit) for at in (y, x))
+        whole = F.interpolate(part[None], (64, 64), mode="bilinear")[0] if rule == "pixels" else part
+        expected[:, rows, columns] += whole
+        count[rows, columns] += 1
+    found = labeller("lposs", windows=rule, window=64, window_stride=32).grid_scores(images)[0]
+    assert relative(found, expected / count) < 1e-10
+
+
+def test_graph_in_groups_of_rows_and_of_flat_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    features, y = (torch.randn(50, k, generator=generator, dtype=torch.float64) for k in (5, 3))
+    places = torch.cartesian_prod(torch.arange(5.0), torch.arange(10.0)).double()
+    monkeypatch.setattr(lposs, "NEIGHBOURS", 9)
+    whole = lposs.graph_of(features, places).spread(y)
+    monkeypatch.setattr(lposs, "_ENTRIES", 350)
+    assert torch.allclose(lposs.graph_of(features, places).spread(y), whole, atol=1e-12)
+    alone = lposs.graph_of(features[:1], places[:1]).spread(y[:1])
+    assert torch.equal(alone, torch.zeros(1, 3, dtype=torch.float64)), "a node has no edge to itself"
+    flat = lposs.graph_of(torch.ones(50, 5), places.float()).spread(torch.ones(50, 3))
+    assert torch.isfinite(flat).all()
+
+
+def test_lposs_with_a_helper_of_other_patches() -> None:
+    model = labeller("lposs", fine_helper(8))
+    for size in [(50, 70), (7, 3)]:
+        scores = model.grid_scores(photographs(*size, batch=1))
+        assert scores.shape[2:] == (-(-size[0] // 8), -(-size[1] // 8))
+        assert torch.isfinite(scores).all()
+
+
 # --- settings -----------------------------------------------------------------------------------------------
 
 
@@ -296,6 +413,10 @@ def test_affinity_in_groups_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"head": "proxy"}, "helper names none"),
         ({"head": "nn", "helper": "test_vit"}, "helper means nothing to head nn"),
         ({"head": "proxy", "helper": "test_vit", "ks_threshold": 1.0}, "needs keys"),
+        (
+            {"head": "lposs", "helper": "test_vit", "window": 64, "window_stride": 32, "windows": "splice"},
+            "makes the cosines of all windows agree",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, Any], message: str) -> None:
