@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from models.clip.loading import load_clip
 from models.clipseg.decoder import build_clipseg
 from models.device import best_device, native_precision
 from models.errors import MaskMillError
+from models.helper import find_helper, load_helper
 from models.settings import ClipSegConfig
 from pipeline.files.images import ImageSettings
 from pipeline.labelling.labeller import LabellerSettings
@@ -281,3 +283,29 @@ def test_heads_are_checked_against_the_tower(
         recipe = LabelRecipe(model=f"local-dir:{folder}", pretrained=None, maskclip={"head": head})
         prepare_labeller(recipe, TOYWORLD)
         assert ("a tower of 24 blocks" in caplog.text) == warned, head
+
+
+@pytest.mark.parametrize("head", ["proxy", "lposs"])
+def test_a_helper_is_found_first_and_recorded(
+    head: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MASKMILL_CACHE", str(tmp_path))
+    monkeypatch.setattr("models.hub.reachable", lambda _host: False)
+    toy = RECIPES["toy"]
+    reading = toy.maskclip.replace(head=head, helper="vit_base_patch16_224.dino")
+    with pytest.raises(MaskMillError, match="weights of the helper vit_base_patch16_224"):
+        prepare_labeller(toy.replace(maskclip=reading), TOYWORLD)
+    file = tmp_path / "helper.safetensors"
+    save_file(load_helper(find_helper("test_vit", "random:0")).tower.state_dict(), file)
+    confidences = []
+    for weights in ("random:0", str(file)):
+        reading = reading.replace(helper="test_vit", helper_weights=weights)
+        prepared = prepare_labeller(toy.replace(maskclip=reading), TOYWORLD)
+        assert prepared.weights["helper"]["model"] == "test_vit"
+        assert (str(file) in prepared.files) == (weights == str(file))
+        labeller = pickle.loads(pickle.dumps(prepared)).build(threads=1)
+        (found,) = labeller.label([generate(3, 1, 64).images[0]], [(61, 83)])
+        assert found.labels.shape == (61, 83)
+        confidences.append(found.confidence)
+    assert len(np.unique(confidences[0])) > 1
+    np.testing.assert_array_equal(*confidences)
