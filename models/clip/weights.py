@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.clip import toy as toyclip
+from models.clip.refused import refusal
 from models.errors import Damaged, MaskMillError, WrongUse, did_you_mean
 from models.hub import (
     HF_CONFIG_NAME,
@@ -161,8 +162,9 @@ def check_supported(name: str, config: dict[str, Any]) -> None:
     """Raise ``model_unsupported`` unless the tower is a ViT with a class token or a ModifiedResNet."""
     vision = config.get("vision_cfg", {})
     reason = None
+    known = refusal(name)
     if "timm_model_name" in vision:
-        reason = f"its image tower is timm's {vision['timm_model_name']}"
+        reason = known.reason if known else f"its image tower is timm's {vision['timm_model_name']}"
     elif "multimodal_cfg" in config or vision.get("attentional_pool"):
         reason = "it is a CoCa, which pools its tokens with a learned attention"
     elif vision.get("pool_type", "tok") not in ("tok", "avg"):
@@ -172,6 +174,22 @@ def check_supported(name: str, config: dict[str, Any]) -> None:
             "model_unsupported",
             f"MaskMill cannot take dense features from {name}: {reason}.",
             f"Use one of {SUPPORTED}.",
+        )
+
+
+def _refuse_family(name: str) -> None:
+    """Refuse a model that open_clip does not have, if it is known why it cannot be read."""
+    known = refusal(name)
+    if known:
+        also = (
+            f" Beside one of them its tower can help: --set head=proxy --set helper={known.helper}."
+            if known.helper
+            else ""
+        )
+        raise WrongUse(
+            "model_unsupported",
+            f"MaskMill cannot take dense features from {name}: {known.reason}.",
+            f"Use one of {SUPPORTED}.{also}",
         )
 
 
@@ -254,6 +272,7 @@ def _from_name(name: str, pretrained: str | None, cache: str | None) -> WeightSo
         toyclip.register()
     config = open_clip.get_model_config(name)
     if config is None:
+        _refuse_family(name)
         raise WrongUse(
             "model_unknown",
             f"open_clip has no model named {name!r}.",

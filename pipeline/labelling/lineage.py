@@ -41,6 +41,7 @@ _HELPERS: Mapping[str, tuple[Lineage, Licence]] = {
     "lvd142m": ("self-supervised helper", "permissive"),  # DINOv2, Apache-2.0
     "lvd1689m": ("self-supervised helper", "see its publisher"),  # DINOv3's own
     "mae": ("self-supervised helper", "non-commercial"),  # CC-BY-NC 4.0
+    "webli": ("image-text only", "permissive"),  # TIPSv2, Apache-2.0
     "sa1b": ("a teacher saw annotated masks", "permissive"),  # SAM, Apache-2.0
     "c_radio": ("a teacher saw annotated masks", "see its publisher"),  # SAM is among its teachers
 }
