@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.files.fetch import copy_to, local_path
-from pipeline.files.images import ImageError, looks_like_image
+from pipeline.files.fetch import copy_to, local_path, max_bytes
+from pipeline.files.images import MOST_PIXELS, ImageError, looks_like_image
 from pipeline.files.large.picture import Picture
 from pipeline.files.large.tiff import TiffPicture, is_tiff
 from pipeline.files.large.vips import VipsPicture, refuse_whole
@@ -33,21 +33,28 @@ def local_file(uri: str, *, start: int = 0, length: int | None = None) -> Iterat
         length: its number of bytes; None reads to the end.
 
     Raises:
-        ImageError: as ``fetch``; ``too_many_bytes`` if the temporary folder has no room.
+        ImageError: as ``fetch``; ``too_many_bytes`` for a file larger than any image that is read, or if the
+            temporary folder has no room.
     """
     path = local_path(uri) if start == 0 and length is None else None
     if path is not None:
+        size = path.stat().st_size
+        if size > max_bytes(MOST_PIXELS):  # hashing it would take hours
+            raise ImageError(
+                "too_many_bytes",
+                f"{size:,} bytes; the limit is {max_bytes(MOST_PIXELS):,}: cut the image into pieces",
+            )
         yield path, _digest(path)
         return
     folder = tempfile.gettempdir()
-    most = max(0, shutil.disk_usage(folder).free - _SPARE)
+    most = min(max_bytes(MOST_PIXELS), max(0, shutil.disk_usage(folder).free - _SPARE))
     handle, name = tempfile.mkstemp(prefix="maskmill-")
     try:
         with os.fdopen(handle, "wb") as file:
             try:
                 copy_to(file, uri, start=start, length=length, max_bytes=most)
             except ImageError as error:
-                if error.code != "too_many_bytes":
+                if error.code != "too_many_bytes" or most == max_bytes(MOST_PIXELS):
                     raise
                 raise ImageError(
                     "too_many_bytes",

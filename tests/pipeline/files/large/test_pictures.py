@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,20 @@ def test_local_files_stay_where_they_are_and_ranges_are_copied(tmp_path: Path) -
         assert place != path and place.read_bytes() == b"content"
         assert digest == hashlib.sha256(b"content").digest()
     assert not place.exists()
+
+
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_file_larger_than_any_image_is_not_even_hashed(tmp_path: Path, start: int) -> None:
+    path = tmp_path / "image.tif"
+    with path.open("wb") as file:
+        file.write(b"II*\0")
+        file.truncate(400 * 10**9)  # it has no blocks on the disk
+    began = time.monotonic()
+    length = 390 * 10**9 if start else None
+    with pytest.raises(ImageError) as raised, local_file(str(path), start=start, length=length):
+        pass
+    assert raised.value.code == "too_many_bytes" and "TMPDIR" not in raised.value.message
+    assert time.monotonic() - began < 60  # hours otherwise
 
 
 def test_a_copy_without_room_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
