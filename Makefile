@@ -34,7 +34,7 @@ check: lint  ## for daily work, in minutes: lint and the quick tests
 test: setup-dev  ## all tests except the long ones, in WORKERS processes; WORKERS=0 for a debugger
 	@$(PYTEST) -m "not long" $(ARGS)
 
-test-long: setup-dev  ## the long tests: twenty kills, lost nodes, poisonous images, a faulty object store, the GPU script at toy size
+test-long: setup-dev  ## the long tests: twenty kills, lost nodes, poisonous images, a faulty object store, README on a cluster, rows of the toy benchmark, the GPU script at toy size
 	@$(PYTEST) -m long $(ARGS)
 
 lint: setup-dev  ## check style, types and import directions

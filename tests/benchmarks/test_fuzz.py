@@ -54,7 +54,7 @@ def test_a_few_inputs_of_each_reader(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all("60 inputs, 0 faults" in line for line in lines)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_few_requests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--seed", "5", "--count", "60", "--minutes", "3", "--failures", str(tmp_path)]
     assert main([*arguments, "--kinds", "http"]) == 0, capsys.readouterr().out

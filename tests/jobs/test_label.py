@@ -231,6 +231,7 @@ finally:
 """
 
 
+@pytest.mark.long
 def test_no_variable_is_new_while_names_are_embedded(
     toy_images: Path, maskmill_environment: dict[str, str], tmp_path: Path
 ) -> None:

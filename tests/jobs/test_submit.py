@@ -358,7 +358,9 @@ def test_a_job_is_submitted_once_followed_stopped_and_submitted_again(
         assert status == 0 and f"{name} was stopped." in told
         rest, told = follower.communicate(timeout=300)
     assert waiting not in rest
-    assert follower.returncode == 130 and f"{name} is there already: it runs" in told, told
+    # Whether Ray had already started it when the follower came is a matter of seconds.
+    assert re.search(rf"{name} is there already: it (runs|waits to be started) \(", told), told
+    assert follower.returncode == 130, told
     assert "Submitted" not in told and f"{name}: it was stopped" in told
     status, said, _ = submit("--status", name)
     assert status == 130 and "it was stopped" in said
@@ -400,7 +402,7 @@ def test_a_job_is_submitted_once_followed_stopped_and_submitted_again(
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_readme_word_by_word(cluster: Cluster, toy_images: Path, tmp_path: Path) -> None:
     """Its commands, but for a cloud: another address, the bundled model and no download, its own home."""
     section = (ROOT / "README.md").read_text().split("\n## On a cluster\n")[1].split("\n## ")[0]

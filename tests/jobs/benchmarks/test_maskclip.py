@@ -79,7 +79,7 @@ def test_figures_of_a_protocol_stand_in_the_tables_of_that_protocol_only(request
         assert len(published) <= len(figures)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not SUBSET.is_dir(), reason="the VOC subset is not on this machine (shared/data)")
 def test_a_row_is_measured_on_photographs_and_not_measured_twice(
     request_: Request, monkeypatch: pytest.MonkeyPatch

@@ -107,7 +107,7 @@ def test_thresholds(source: ToySource) -> None:
     assert never.strict_threshold("text") == len(THRESHOLDS) - 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tower_learns_which_classes_are_there(tmp_path: Path) -> None:
     console = Console(record=True, width=160)
     path = tmp_path / "new" / "tower.safetensors"
@@ -126,7 +126,7 @@ def test_a_tower_learns_which_classes_are_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_and_claims(tmp_path: Path) -> None:
     console = Console(record=True, width=160)
     quick = [

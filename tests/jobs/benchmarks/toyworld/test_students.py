@@ -23,7 +23,7 @@ def testmeasured_tell_seen_from_unseen() -> None:
 
 
 @pytest.mark.cluster
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_and_claims_of_two_seeds(tmp_path: Path) -> None:
     console = Console(record=True, width=160)
     quick = [
