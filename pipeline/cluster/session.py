@@ -55,7 +55,7 @@ RAY_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     # Ray Train's polling interval, two seconds by default, delays start and end too.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # The control plane remembers each task, up to 100,000, which take more than a gigabyte; nobody reads them.
+    # The control plane remembers tasks, by default 100,000, a gigabyte; nobody reads them.
     "RAY_task_events_max_num_task_in_gcs": "1000",
 }
 """How Ray behaves in a run; the user's own values take precedence."""
