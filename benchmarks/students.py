@@ -21,7 +21,8 @@ from rich.console import Console
 
 from jobs.benchmarks.toyworld.labelling import scene_set
 from jobs.benchmarks.toyworld.students import TRAINING_SEED, UNLABELLED, draw_scenes, measured
-from jobs.label import LabelJob, label_images
+from jobs.label import label_images
+from jobs.labelling.options import LabelOptions
 from jobs.memory import BuildMemory
 from jobs.train.maskclip_plus import train_student
 from jobs.train.run import TrainOptions
@@ -73,13 +74,12 @@ def labelled(folder: Path, *, alone: bool) -> Path:
     recipe = change_recipe(RECIPES["toy"], BEST)
     console = Console(stderr=True)
     if not alone:
-        label_images(
-            LabelJob(source=images, ontology=ONTOLOGY, recipe=RECIPES["toy"], output=str(folder / "plain")),
-            console,
-        )
+        options = LabelOptions(output=str(folder / "plain"), tracking=OFF)
+        label_images(images, RECIPES["toy"], ONTOLOGY, options, console=console)
         BuildMemory(table=str(folder / "plain"), output=str(memory), workers=0).run(console)
         recipe = change_recipe(recipe, {"memory": str(memory)})
-    label_images(LabelJob(source=images, ontology=ONTOLOGY, recipe=recipe, output=str(table)), console)
+    options = LabelOptions(output=str(table), tracking=OFF)
+    label_images(images, recipe, ONTOLOGY, options, console=console)
     return table
 
 

@@ -23,7 +23,8 @@ from jobs.evaluate.protocol import (
     is_toy,
     plan_labelling,
 )
-from jobs.label import LabelJob, label_images
+from jobs.label import label_images
+from jobs.labelling.options import LabelOptions
 from models.errors import FailedWork
 from pipeline.cluster.progress import Progress
 from pipeline.datasets.base import Dataset, Sample
@@ -64,6 +65,7 @@ from pipeline.report.pictures import panel
 from pipeline.table.corrections import Corrections
 from pipeline.table.record import TableRecord, read_table_record
 from pipeline.table.views import TableView
+from pipeline.tracking.tracker import OFF
 
 ON_RAY_FROM = 2000
 """Number of images above which starting Ray pays off."""
@@ -123,19 +125,18 @@ def evaluate(
         recipe, words = plan_labelling(dataset, recipe, ontology, protocol)
         claim_folder(folder, overwrite=overwrite)
         table = str(folder / "labels")
-        job = LabelJob(
-            source=_image_list(dataset, folder),
-            ontology=words,
-            recipe=recipe,
+        options = LabelOptions(
             output=table,
             overwrite=overwrite,
             max_failure_rate=1.0,  # checked below: a benchmark needs all of its images
             address=address,
             verbose=verbose,
+            tracking=OFF,
         )
         if status is not None:
             status.update(stage=f"labelling into {table}")
-        label_images(job, console, done=taken.append)
+        source = _image_list(dataset, folder)
+        label_images(source, recipe, words, options, console=console, done=taken.append)
     else:
         table = labels
     made = read_table_record(table)

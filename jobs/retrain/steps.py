@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from jobs.export import Export
-from jobs.label import LabelJob, label_images
+from jobs.label import label_images
+from jobs.labelling.options import LabelOptions
 from jobs.retrain.commands import evaluate_command, label_command, step_command, train_command
 from jobs.retrain.measuring import RECORDS, champion_recipe, holds_result, measure_both
 from jobs.retrain.page import write_page
@@ -255,10 +256,7 @@ def _label(work: Work) -> dict[str, Any]:
 
 def _run_label(work: Work, source: str, table: str, recipe: LabelRecipe) -> None:
     config = work.config
-    job = LabelJob(
-        source=work.storage.uri_of(source),
-        ontology=work.classes,
-        recipe=recipe,
+    options = LabelOptions(
         output=work.storage.uri_of(table),
         max_failure_rate=config.label.max_failure_rate,
         address=config.address,
@@ -266,7 +264,8 @@ def _run_label(work: Work, source: str, table: str, recipe: LabelRecipe) -> None
         tracking=tracking_uri(config),
         tags=work.tags(),
     )
-    if label_images(job, work.console):
+    source = work.storage.uri_of(source)
+    if label_images(source, recipe, work.classes, options, console=work.console):
         raise FailedWork(
             "labelling_failed",
             f"More than {config.label.max_failure_rate:.1%} of the new images could not be labelled.",

@@ -21,8 +21,8 @@ from pipeline.table.labels import OK, iter_batches
 if TYPE_CHECKING:
     from models.clip.weights import WeightSource
 
-_TILE = 2048
-_PAIRS = 4_000_000
+TILE = 2048
+PAIRS = 4_000_000
 """Pairs from which they are thinned out: a thousand copies of an image are half a million pairs."""
 
 Ids = npt.NDArray[np.int64]
@@ -93,13 +93,13 @@ def cosine_pairs(vectors: npt.NDArray[np.float32], similarity: float) -> Ids:
     places = torch.from_numpy(vectors).to(best_device())
     count, held = len(vectors), 0
     found = [np.empty((0, 2), np.int64)]
-    for top in range(0, count, _TILE):
-        for left in range(top, count, _TILE):
-            near = places[top : top + _TILE] @ places[left : left + _TILE].T >= similarity
+    for top in range(0, count, TILE):
+        for left in range(top, count, TILE):
+            near = places[top : top + TILE] @ places[left : left + TILE].T >= similarity
             pairs = near.nonzero().cpu().numpy() + np.array([top, left])
             found.append(pairs[pairs[:, 0] < pairs[:, 1]])
             held += len(found[-1])
-            if held > _PAIRS:
+            if held > PAIRS:
                 found = [chains(connected(np.concatenate(found), count))]
                 held = len(found[0])
     return np.concatenate(found)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 BANDS, BAND_BITS = 4, 16
 MOST_DISTANCE = 15
 """Largest distance that is looked up. Images that have nothing in common differ in 32 on average."""
-_AT_ONCE = 4_000_000
+AT_ONCE = 4_000_000
 
 Indices = npt.NDArray[np.int64]
 
@@ -71,7 +71,7 @@ def _steps(ends: Indices) -> Iterator[tuple[int, int]]:
     """Cut items with so many candidates, as running sums, into steps of bounded memory: [begin, stop)."""
     begin, done = 0, 0
     while begin < len(ends) and int(ends[-1]) > done:
-        stop = max(begin + 1, int(np.searchsorted(ends, done + _AT_ONCE, side="right")))
+        stop = max(begin + 1, int(np.searchsorted(ends, done + AT_ONCE, side="right")))
         if int(ends[stop - 1]) > done:
             yield begin, stop
         begin, done = stop, int(ends[stop - 1])

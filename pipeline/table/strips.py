@@ -22,7 +22,7 @@ MOST_BYTES = 1 << 30
 """Of a map as PNG. Arrow holds 2 GiB of them in one column of a batch."""
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_PIXELS = 1 << 22  # worked on at a time
+STRIP_PIXELS = 1 << 22  # worked on at a time
 _UP = 2  # the filter of a row: its difference from the row above
 
 
@@ -105,7 +105,7 @@ class MapWriter:
         Raises:
             MapTooLarge: see there.
         """
-        step = max(1, _PIXELS // labels.shape[1])
+        step = max(1, STRIP_PIXELS // labels.shape[1])
         for start in range(0, len(labels), step):
             rows = slice(start, start + step)
             self._mask.add(labels[rows])
@@ -149,7 +149,7 @@ def read_strips(data: bytes) -> Iterator[tuple[int, npt.NDArray[Any]]]:
     (height, width), bits = size, data[24]
     row_bytes = width * bits // 8
     above = np.zeros(row_bytes, np.uint8)
-    step = max(1, _PIXELS // width)
+    step = max(1, STRIP_PIXELS // width)
     top, packed = 0, _packed(data)
     unpacker = zlib.decompressobj()
     try:

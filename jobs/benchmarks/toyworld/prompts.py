@@ -22,7 +22,8 @@ from jobs.benchmarks.rows import claim, row
 from jobs.benchmarks.toyworld.labelling import scene_set
 from jobs.benchmarks.toyworld.students import draw_scenes
 from jobs.benchmarks.toyworld.tower import train_tower
-from jobs.label import LabelJob, label_images
+from jobs.label import label_images
+from jobs.labelling.options import LabelOptions
 from jobs.train.clipseg import train_clipseg
 from jobs.train.run import INTERRUPTED, TrainOptions
 from models.clipseg import toyvit
@@ -296,7 +297,8 @@ def _trained(
         draw_scenes(scenes / "images", scenes / "masks", seed + TRAINING_SEED, count)
         ontology = load_ontology("toyworld")
         source = str(scenes / "images")
-        label_images(LabelJob(source=source, ontology=ontology, recipe=RECIPES["toy"], output=table), console)
+        options = LabelOptions(output=table, tracking=OFF)
+        label_images(source, RECIPES["toy"], ontology, options, console=console)
     status = train_clipseg(
         CLIPSEG_RECIPES.load("toy", changes),
         # So small that they are trained in this process, also if there is a cluster.

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from jobs.benchmarks.rows import claim, row
 from jobs.benchmarks.toyworld.labelling import CORPUS_SEED, scene_set
-from jobs.label import LabelJob, label_images
+from jobs.label import label_images
+from jobs.labelling.options import LabelOptions
 from jobs.train.maskclip_plus import train_student, unseen_ids
 from jobs.train.networks import student_state
 from jobs.train.run import INTERRUPTED, TrainOptions
@@ -151,8 +152,8 @@ def _measure_seed(
     ontology = load_ontology("toyworld")
     images, masks, table = folder / "images", folder / "masks", folder / "table"
     draw_scenes(images, masks, seed + TRAINING_SEED, unlabelled)
-    job = LabelJob(source=str(images), ontology=ontology, recipe=RECIPES["toy"], output=str(table))
-    label_images(job, console)
+    options = LabelOptions(output=str(table), tracking=OFF)
+    label_images(str(images), RECIPES["toy"], ontology, options, console=console)
     truth = open_pairs(images=str(images), masks=str(masks), ontology=ontology)
     precision = native_precision(best_device())
     teacher = prepare_labeller(RECIPES["toy"], ontology, precision=precision).build(precision=precision)

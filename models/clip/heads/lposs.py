@@ -30,7 +30,7 @@ POWER = 3
 FADING = 0.01
 SHARE = 0.95
 STEPS = 10
-_ENTRIES = 1 << 24
+ENTRIES = 1 << 24
 """Nodes are compared in groups of about so many pairs, which bounds memory."""
 
 
@@ -63,7 +63,7 @@ def graph_of(features: Tensor, places: Tensor) -> Graph:
     """
     unit = F.normalize(features, dim=-1)
     count = len(unit)
-    group = max(1, _ENTRIES // count)
+    group = max(1, ENTRIES // count)
     found = [(rows @ unit.mT).topk(min(NEIGHBOURS, count), dim=1) for rows in unit.split(group)]
     alike, others = (torch.cat(parts) for parts in zip(*found, strict=True))
     here = torch.arange(count, device=unit.device)[:, None].expand_as(others)

@@ -18,7 +18,7 @@ from models.clip.heads.base import VALUE, Head, VitLayer, after_mixing, in_proje
 
 CENTRE = 1.2
 SHARPNESS = 3.0
-_ENTRIES = 1 << 24
+ENTRIES = 1 << 24
 """Rows of A are made in groups of about so many entries, which bounds memory."""
 
 
@@ -35,7 +35,7 @@ def affinity_mix(features: Tensor, values: Tensor) -> Tensor:
     count = unit.shape[1]
     place = torch.arange(count, device=unit.device)
     mixed = []
-    rows = max(1, _ENTRIES // count)
+    rows = max(1, ENTRIES // count)
     for first in range(0, count, rows):
         some = unit[:, first : first + rows]
         centred = some @ unit.mT - CENTRE * mean

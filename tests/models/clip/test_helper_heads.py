@@ -341,7 +341,7 @@ def test_affinity_in_groups_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     features, values = (torch.randn(2, 50, k, generator=generator, dtype=torch.float64) for k in (5, 7))
     whole = proxy.affinity_mix(features, values)
-    monkeypatch.setattr(proxy, "_ENTRIES", 350)
+    monkeypatch.setattr(proxy, "ENTRIES", 350)
     assert torch.allclose(proxy.affinity_mix(features, values), whole, atol=1e-12)
 
 
@@ -388,7 +388,7 @@ def test_graph_in_groups_of_rows_and_of_flat_features(monkeypatch: pytest.Monkey
     places = torch.cartesian_prod(torch.arange(5.0), torch.arange(10.0)).double()
     monkeypatch.setattr(lposs, "NEIGHBOURS", 9)
     whole = lposs.graph_of(features, places).spread(y)
-    monkeypatch.setattr(lposs, "_ENTRIES", 350)
+    monkeypatch.setattr(lposs, "ENTRIES", 350)
     assert torch.allclose(lposs.graph_of(features, places).spread(y), whole, atol=1e-12)
     alone = lposs.graph_of(features[:1], places[:1]).spread(y[:1])
     assert torch.equal(alone, torch.zeros(1, 3, dtype=torch.float64)), "a node has no edge to itself"

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.label import LabelJob, label_images
+from jobs.label import label_images
+from jobs.labelling.options import LabelOptions
 from models.errors import MaskMillError
 from pipeline.labelling.calibrating import calibrated, count_scores, plain_scores
 from pipeline.labelling.prepare import prepare_labeller
@@ -17,6 +18,7 @@ from pipeline.labelling.recipes import RECIPES, change_recipe, table_recipe
 from pipeline.ontology.reading import load_ontology
 from pipeline.table.record import read_table_record
 from pipeline.toyworld.scenes import generate
+from pipeline.tracking.tracker import OFF
 
 TOYWORLD = load_ontology("toyworld")
 ASKED = change_recipe(RECIPES["toy"], {"calibrate": 0.95, "candidates": 5, "precision": "fp32"})
@@ -48,22 +50,17 @@ def test_a_table_keeps_what_was_measured(tmp_path: Path, shared_ray: str) -> Non
     for index, scene in enumerate(scenes):
         Image.fromarray(scene).save(tmp_path / "images" / f"{index}.png")
     (tmp_path / "images" / "bad.png").write_bytes(b"no image")
-    job = LabelJob(
-        source=str(tmp_path / "images"),
-        ontology=TOYWORLD,
-        recipe=ASKED,
-        output=str(tmp_path / "table"),
-        max_failure_rate=0.5,
-        address=shared_ray,
+    options = LabelOptions(
+        output=str(tmp_path / "table"), max_failure_rate=0.5, address=shared_ray, tracking=OFF
     )
-    assert label_images(job) == 0
+    assert label_images(str(tmp_path / "images"), ASKED, TOYWORLD, options) == 0
     record = json.loads((tmp_path / "table" / "dataset.json").read_text())
     bias = record["recipe"]["maskclip"]["classes"]["bias"]
     labeller = prepare_labeller(plain_scores(ASKED), TOYWORLD).build(threads=1)
     wanted = calibrated(ASKED, count_scores(labeller, scenes))  # type: ignore[arg-type]
     assert tuple(bias) == wanted.maskclip.classes.bias
     # The same command goes on with it; another one is told.
-    recorded = table_recipe(read_table_record(job.output))
+    recorded = table_recipe(read_table_record(options.output))
     assert ASKED.differences(recorded) == [] and ASKED.adopt(recorded) == recorded
     other = change_recipe(ASKED, {"calibrate": 0.9})
     assert other.differences(recorded) == ["maskclip.classes.calibrate: 0.95 there, 0.9 here"]

@@ -16,7 +16,8 @@ from numpy.testing import assert_equal
 from PIL import Image
 from safetensors.torch import save_file
 
-from jobs.label import LabelJob, label_images
+from jobs.label import label_images
+from jobs.labelling.options import LabelOptions
 from models.clip.loading import load_clip
 from models.clipseg.decoder import build_clipseg
 from models.device import best_device, native_precision
@@ -32,6 +33,7 @@ from pipeline.labelling.student import StudentLabeller
 from pipeline.ontology.ontology import Ontology
 from pipeline.ontology.reading import load_ontology, parse_classes
 from pipeline.toyworld.scenes import generate
+from pipeline.tracking.tracker import OFF
 from pipeline.trained.clipseg import write_clipseg_folder
 from pipeline.trained.student import read_student_record
 from tests.pipeline.trained.test_student import toy_student
@@ -215,15 +217,9 @@ def test_the_label_job_runs_a_student(folder: Path, shared_ray: str, tmp_path: P
     (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in sorted(images.iterdir())))
     recipe, _ = student_recipe(str(folder), ["precision=fp32"])
     output = tmp_path / "table"
-    job = LabelJob(
-        source=str(tmp_path / "list.txt"),
-        ontology=OTHERS,  # the longer way: the words travel to the workers
-        recipe=recipe,
-        output=str(output),
-        max_failure_rate=0.5,
-        address=shared_ray,
-    )
-    status = label_images(job)
+    options = LabelOptions(output=str(output), max_failure_rate=0.5, address=shared_ray, tracking=OFF)
+    # With other words, the longer way: they travel to the workers.
+    status = label_images(str(tmp_path / "list.txt"), recipe, OTHERS, options)
     assert status == 0
     record = json.loads((output / "dataset.json").read_text())
     assert record["weights"]["model"] == f"student:{folder}"

@@ -24,10 +24,10 @@ from pipeline.files.fetch import fetch, file_version
 from pipeline.files.images import ImageSettings
 from pipeline.files.large.picture import Picture
 from pipeline.files.storage import Storage, open_storage
-from pipeline.labelling import stages
 from pipeline.labelling.attempts import IMAGE_DEATHS, PART_DEATHS, AttemptBook, part_key
 from pipeline.labelling.labeller import Prediction, Strip
-from pipeline.labelling.stages import Decode, Label, Write
+from pipeline.labelling.stages import Decode, Label, Write, decode
+from pipeline.labelling.stages import label as label_stage
 from pipeline.table.committed import LABELS_DIR, RELABELLED_DIR, part_files
 from pipeline.table.labels import LABEL_SCHEMA, decode_confidence, decode_mask, iter_rows, ok_row
 from pipeline.table.lease import LEASE_FILE, Lease
@@ -192,10 +192,10 @@ def test_a_labeller_that_never_works_stops_the_run(tmp_path: Path) -> None:
 
 def test_stages_cut_their_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = _folder(tmp_path, {f"{index}.png": ((40, 40), 10 + index) for index in range(10)})
-    monkeypatch.setattr(stages, "_CHUNK_BYTES", 3 * 32 * 32 * 3)
+    monkeypatch.setattr(decode, "CHUNK_BYTES", 3 * 32 * 32 * 3)
     tables = list(Decode(SETTINGS)(manifest))
     assert [table.num_rows for table in tables] == [3, 3, 3, 2]
-    monkeypatch.setattr(stages, "_CHUNK_BYTES", 4 * 40 * 40 * 2)
+    monkeypatch.setattr(label_stage, "CHUNK_BYTES", 4 * 40 * 40 * 2)
     labelled = list(Label(lambda: _BrightnessLabeller(1))(pa.concat_tables(tables)))
     assert sum(table.num_rows for table in labelled) == 11
     assert len(labelled) == 3
@@ -273,7 +273,7 @@ def test_fetching_runs_ahead_but_not_away() -> None:
         return bytes([item])
 
     with ThreadPoolExecutor(8) as pool:
-        futures = stages.prefetch(pool, work, range(100), 4)
+        futures = decode.prefetch(pool, work, range(100), 4)
         assert [future.result() for future in futures] == [bytes([item]) for item in range(100)]
     assert most <= 4
 
@@ -324,7 +324,7 @@ def test_large_files_are_not_fetched_far_ahead() -> None:
         return bytes(10)
 
     with ThreadPoolExecutor(8) as pool:
-        for future in stages.prefetch(pool, work, range(40), 4, 25):
+        for future in decode.prefetch(pool, work, range(40), 4, 25):
             assert future.result() == bytes(10)
             with lock:
                 running -= 1
@@ -470,14 +470,14 @@ def test_large_files_are_told_by_their_header_and_never_read_whole(
 ) -> None:
     _tiff(tmp_path / "large.tif", np.full((100, 100), 9, np.uint8))
     Image.new("L", (60, 40), 200).save(tmp_path / "small.png")
-    monkeypatch.setattr(stages, "_LARGE_FILE", 1)
+    monkeypatch.setattr(decode, "LARGE_FILE", 1)
     fetched: list[str] = []
 
     def noting(address: str, **how: Any) -> bytes:
         fetched.append(Path(address).name)
         return fetch(address, **how)
 
-    monkeypatch.setattr(stages, "fetch", noting)
+    monkeypatch.setattr(decode, "fetch", noting)
     table = pa.table(
         {
             "id": pa.array([1, 2], pa.int64()),
@@ -494,8 +494,8 @@ def test_files_of_more_bytes_than_fit_are_read_in_windows_if_they_are_images(
 ) -> None:
     _tiff(tmp_path / "large.tif", np.full((100, 100), 9, np.uint8))
     (tmp_path / "video.tif").write_bytes(bytes(3000))
-    monkeypatch.setattr(stages, "max_bytes", lambda _pixels: 100)
-    monkeypatch.setattr(stages, "local_path", lambda _uri: None)  # as in an object store
+    monkeypatch.setattr(decode, "max_bytes", lambda _pixels: 100)
+    monkeypatch.setattr(decode, "local_path", lambda _uri: None)  # as in an object store
     table = pa.table(
         {
             "id": pa.array([1, 2], pa.int64()),

@@ -10,8 +10,8 @@ from pipeline.splitting.duplicates import connected
 
 @pytest.mark.parametrize(("tile", "most"), [(2048, 4_000_000), (7, 4_000_000), (7, 20)])
 def test_the_groups_are_those_of_all_pairs(tile: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alike, "_TILE", tile)
-    monkeypatch.setattr(alike, "_PAIRS", most)
+    monkeypatch.setattr(alike, "TILE", tile)
+    monkeypatch.setattr(alike, "PAIRS", most)
     random = np.random.default_rng(0)
     vectors = np.repeat(random.normal(size=(9, 16)), 6, axis=0) + random.normal(size=(54, 16)) * 0.2
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)[

@@ -34,7 +34,7 @@ def _groups(hashes: npt.NDArray[np.uint64], distance: int) -> list[frozenset[int
 def test_the_groups_are_those_of_all_pairs(
     distance: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(duplicates, "_AT_ONCE", at_once)
+    monkeypatch.setattr(duplicates, "AT_ONCE", at_once)
     random = np.random.default_rng(distance)
     seeds = random.integers(0, 2**64, 60, np.uint64)
     hashes = np.repeat(seeds, 5)

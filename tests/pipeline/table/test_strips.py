@@ -29,7 +29,7 @@ def maps(shape: tuple[int, int], dtype: Any, classes: int = 6) -> tuple[np.ndarr
 def test_strips_of_any_height_make_one_map(
     dtype: Any, classes: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(strips, "_PIXELS", 100)  # cuts strips themselves
+    monkeypatch.setattr(strips, "STRIP_PIXELS", 100)  # cuts strips themselves
     labels, confidence = maps((40, 23), dtype, classes)
     writer = MapWriter(40, 23, dtype, ignore_index=255)
     for top in range(0, 40, rows):
@@ -45,7 +45,7 @@ def test_strips_of_any_height_make_one_map(
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_maps_are_read_in_strips(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strips, "_PIXELS", 23 * 9)
+    monkeypatch.setattr(strips, "STRIP_PIXELS", 23 * 9)
     labels, confidence = maps((40, 23), dtype)
     for data, right in ((encode_mask(labels), labels), (encode_confidence(confidence), confidence)):
         parts = list(read_strips(data))
@@ -77,7 +77,7 @@ def test_too_many_bytes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_sample_is_every_nth_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strips, "_PIXELS", 23 * 7)
+    monkeypatch.setattr(strips, "STRIP_PIXELS", 23 * 7)
     labels, _ = maps((40, 23), np.uint16, 40_000)
     np.testing.assert_array_equal(strips.sample(encode_mask(labels), 40 * 23 // 9), labels[::4, ::4])
     np.testing.assert_array_equal(strips.sample(encode_mask(labels), 40 * 23), labels)

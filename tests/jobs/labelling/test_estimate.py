@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from jobs.estimate import Estimate, size
+from jobs.labelling.estimate import Estimate, size
 from pipeline.cluster.progress import Progress
 
 

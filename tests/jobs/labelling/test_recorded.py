@@ -1,4 +1,4 @@
-"""Which recorded table a labelling job may add to."""
+"""Which recorded table a labelling run may add to."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 
-from jobs import label
+from jobs.labelling.recorded import recorded_table
 from models.errors import MaskMillError
 from pipeline.files.storage import open_storage
 from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
 from pipeline.ontology.reading import parse_classes
+from pipeline.table.labels import DATASET_FILE
 from pipeline.table.record import TableRecord
 
 CLASSES = parse_classes("cat, dog")
 
 
 def existing(folder: Path, recorded: dict[str, Any], recipe: LabelRecipe) -> TableRecord | None:
-    """The record that a job with ``recipe`` finds in a table labelled with the ``recorded`` fields."""
+    """The record that a run with ``recipe`` finds in a table labelled with the ``recorded`` fields."""
     weights = {"model": recipe.model, "pretrained": recipe.pretrained, "fingerprint": "0"}
     record = {
         "recipe": recorded,
@@ -28,9 +29,8 @@ def existing(folder: Path, recorded: dict[str, Any], recipe: LabelRecipe) -> Tab
         "ontology": CLASSES.to_record(),
         "weights": weights,
     }
-    (folder / label.DATASET_FILE).write_text(json.dumps(record))
-    job = label.LabelJob(source="images", ontology=CLASSES, recipe=recipe, output=str(folder))
-    return label.recorded_table(open_storage(str(folder)), job)
+    (folder / DATASET_FILE).write_text(json.dumps(record))
+    return recorded_table(open_storage(str(folder)), recipe, CLASSES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
