@@ -77,6 +77,8 @@ class SelfTrainSettings(Settings):
     anchor: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the guided phase's loss added in self-training, to anchor the student to its teacher; 0 is
     off."""
+    agreement: bool = False
+    """In self-training, leave pixels out where teacher and student guess different classes."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Take the student's guesses from the running average of its weights, in evaluation mode, with this decay
     per step; 0 takes them from the training pass, as the paper's code does."""

@@ -113,6 +113,12 @@ def training_labels(
     return targets, guessed
 
 
+def agreed(guesses: Guesses, others: Guesses) -> Guesses:
+    """Guesses (B, S, T) where others guess the same class; no guess elsewhere."""
+    same = guesses.classes == others.classes
+    return Guesses(torch.where(same, guesses.classes, IGNORED), guesses.confidence)
+
+
 class MaskClipPlus:
     """MaskCLIP+'s ``pipeline.training.loop.protocols.Task``.
 
@@ -223,7 +229,7 @@ class MaskClipPlus:
         own = self._best_guess(logits.detach()) if phase != "truth" else None
         taught = (
             self._teacher_guesses(batch)
-            if phase == "guided" or (phase == "self" and settings.anchor)
+            if phase == "guided" or (phase == "self" and (settings.anchor or settings.agreement))
             else None
         )
         if phase == "self" and self.averaged is not None:
@@ -237,8 +243,11 @@ class MaskClipPlus:
             self._predicted += counts
             # Thresholds follow whoever guesses in self-training; until then, the student's predictions.
             self._guessed += counts if phase == "guided" or guesses is own else self._count(guesses, labels)
+        if phase == "self" and settings.agreement:
+            assert guesses is not None and taught is not None
+            guesses, taught = agreed(guesses, taught), agreed(taught, guesses)
         value, targets, guessed = self._cross_entropy(logits, labels, guesses, phase)
-        if phase == "self" and taught is not None:
+        if phase == "self" and settings.anchor and taught is not None:
             value = value + settings.anchor * self._cross_entropy(logits, labels, taught, "guided")[0]
         return value, self._figures(value, targets, guessed, guesses, own, phase)
 

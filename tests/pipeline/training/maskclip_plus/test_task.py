@@ -176,8 +176,11 @@ def _softmax(values: np.ndarray) -> np.ndarray:
     return shifted / shifted.sum()
 
 
-def _by_hand(logits, own_logits, batch, settings, phase, limits, power):
-    """Loss and figures from a loop over pixels; (B, C, S, T) logits of the student and of the guesser."""
+def _by_hand(logits, own_logits, batch, settings, phase, limits, power, others=None):
+    """Loss and figures from a loop over pixels; (B, C, S, T) logits of the student and of the guesser.
+
+    Where ``others`` (B, S, T) are other classes, nothing is guessed.
+    """
     guessable = settings.guessable_ids(C)
     shares = np.array(FREQUENCIES) / sum(FREQUENCIES)
     weights = shares**-power / (shares * shares**-power).sum()
@@ -190,6 +193,8 @@ def _by_hand(logits, own_logits, batch, settings, phase, limits, power):
         else:
             guess = int(batch["teacher"][b, y, x])
             confidence = int(batch["confidence"][b, y, x]) / 255
+        if others is not None and others[b, y, x] != guess:
+            guess = IGNORED
         target, is_guess = labels[b, y, x], False
         if target == GUESS:
             is_guess = guess != IGNORED and confidence >= limits[guess]
@@ -239,6 +244,8 @@ def _by_hand(logits, own_logits, batch, settings, phase, limits, power):
         {"guided_class_power": 0.8, "self_class_power": 0.3, "guessable": UNSEEN},
         {"ema_decay": 0.9, "self_threshold": 0.25},
         {"guessable": UNSEEN, "anchor": 0.5, "guided_class_power": 0.8, "ema_decay": 0.5},
+        {"guessable": UNSEEN, "agreement": True, "self_threshold": 0.3},
+        {"anchor": 0.5, "agreement": True, "guided_class_power": 0.8, "ema_decay": 0.5},
     ],
 )
 def test_loss_and_figures_are_those_of_a_loop_over_pixels(phase, changes):
@@ -255,12 +262,22 @@ def test_loss_and_figures_are_those_of_a_loop_over_pixels(phase, changes):
 
     powers = settings.guided_class_power, settings.self_class_power
     base = settings.guided_threshold if phase == "guided" else settings.self_threshold
+    agreement = phase == "self" and settings.agreement
+    guessable = np.array(settings.guessable_ids(C))
+    students = guessable[guesser[:, guessable].argmax(1)] if agreement else None
     expected = _by_hand(
-        logits, guesser, batch, settings, phase, np.full(C, base), powers[0 if phase == "guided" else 1]
+        logits,
+        guesser,
+        batch,
+        settings,
+        phase,
+        np.full(C, base),
+        powers[0 if phase == "guided" else 1],
+        batch["teacher"].numpy() if agreement else None,
     )
     if phase == "self" and settings.anchor:
         limits = np.full(C, settings.guided_threshold)
-        anchored = _by_hand(logits, None, batch, settings, "guided", limits, powers[0])
+        anchored = _by_hand(logits, None, batch, settings, "guided", limits, powers[0], students)
         expected["loss"] += settings.anchor * anchored["loss"]
     assert 0 < expected["guessed"] < 1 and 0 < expected["ignored"] < 1
     assert {name: float(figures[name]) for name in expected} == pytest.approx(expected, abs=2e-6)
