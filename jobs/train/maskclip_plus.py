@@ -89,7 +89,9 @@ class TrainMaskClipPlus:
             as the view has them.
         unseen: classes whose truth is withheld: "cow, motorbike", or a zero-shot split (voc20); needs truth
             of the seen classes for the images of --labels.
-        known: a second label table, whose labels are believed: truth for some images, classes or pixels. They
+        second: a label table of the same images by another teacher, seen through the same view: pixels on
+            which the two differ are not learned.
+        known: another label table, whose labels are believed: truth for some images, classes or pixels. They
             stay as they are; --labels gives the guesses for everything else.
         known_view: a view of --known: a name beside it, or a YAML file; to drop a class from it, say.
         part: part of the split of --labels (maskmill split) to train on: train, val, test or all; default:
@@ -105,6 +107,7 @@ class TrainMaskClipPlus:
     data: Annotated[Truth, FLAT] = field(default_factory=Truth)
     seen: Annotated[ViewOptions, FLAT] = field(default_factory=ViewOptions)
     part: Annotated[Maybe[str], arg(metavar="{train,val,test,all}")] = None
+    second: Annotated[Maybe[str], arg(metavar="TABLE")] = None
     known: Annotated[Maybe[str], arg(metavar="TABLE")] = None
     known_view: Annotated[Maybe[str], arg(metavar="NAME|FILE")] = None
     known_complete: Flag = False
@@ -131,6 +134,14 @@ class TrainMaskClipPlus:
             )
             say_left_out(console or stderr_console(), truth)
         view = self.seen.of_table(self.labels)
+        if self.second is not None:
+            read_table_record(self.second)
+            if recipe.form == "supervised" or recipe.selftrain.teacher == "online":
+                raise WrongUse(
+                    "wrong_use",
+                    f"Recipe {recipe.name} does not learn from a table's labels, which --second confirms.",
+                    "Leave --second out, or take an annotation-free or zero-shot recipe and teacher=table.",
+                )
         known = self._known()
         chosen = choose(self.labels, self.part, default="train")
         corrections = self._corrections(known, truth, recipe, console or stderr_console())
@@ -143,6 +154,7 @@ class TrainMaskClipPlus:
             ontology=classes,
             truth=truth,
             view=view,
+            second=self.second,
             known=known,
             chosen=chosen,
             corrections=corrections,
@@ -234,6 +246,7 @@ def train_student(
     ontology: Ontology | None = None,
     truth: Dataset | None = None,
     view: TableView | None = None,
+    second: str | None = None,
     known: Known | None = None,
     chosen: Chosen | None = None,
     corrections: Corrections | None = None,
@@ -247,7 +260,8 @@ def train_student(
         truth: true masks of the table's images, for the zero-shot and supervised forms; None if
             annotation-free.
         view: of the table.
-        known: a second table, whose labels are believed; only for the annotation-free form.
+        second: a table of the same images by another teacher: pixels on which the two differ are not learned.
+        known: another table, whose labels are believed; only for the annotation-free form.
         chosen: the images of the table to train on; None is all.
         corrections: what people say of the table, which is believed; not together with ``known``.
     """
@@ -256,7 +270,7 @@ def train_student(
         "maskclip-plus",
         options,
         functools.partial(
-            _prepare, labels, recipe, options, ontology, truth, view, known, chosen, corrections
+            _prepare, labels, recipe, options, ontology, truth, view, second, known, chosen, corrections
         ),
         result_file=RECORD_FILE,
         own_entries=OWN_ENTRIES,
@@ -271,6 +285,7 @@ def _prepare(
     ontology: Ontology | None,
     truth: Dataset | None,
     view: TableView | None,
+    second: str | None,
     known: Known | None,
     chosen: Chosen | None,
     corrections: Corrections | None,
@@ -319,6 +334,11 @@ def _prepare(
         recipe.backbone_weights,
     )
     make_student()  # fail early if it cannot be built
+
+    def other(table: str) -> TableSamples:
+        through = None if view is None else view.view.of(read_table_record(table).ontology, where=table)
+        return open_table_samples(table, ontology=ontology, augment=recipe.augment, view=through)
+
     samples = open_corrected_samples(
         labels,
         corrections,
@@ -330,6 +350,7 @@ def _prepare(
         min_quality=recipe.min_quality,
         void_from_truth=recipe.void_from_truth,
         view=view,
+        second=None if second is None else other(second),
         chosen=chosen,
     )
     if known is not None:
@@ -369,6 +390,7 @@ def _prepare(
             "labels": labels,
             "counts": table.counts if view is None else _rows_counted(table.counts),
             **({} if view is None else {"view": view.view.to_dict(), "view_says": view.view.described()}),
+            **({} if second is None else {"second": second}),
             **({} if known is None else {"known": known.to_dict()}),
             **({} if chosen is None else {"split": chosen.identity, "part": chosen.part}),
             **({} if corrections is None else {"corrections": corrections.described()}),
@@ -391,6 +413,7 @@ def _prepare(
         reads=places_read(
             (
                 labels,
+                second,
                 None if known is None else known.labels,
                 None if corrections is None else corrections.place,
             ),
@@ -404,6 +427,7 @@ def _prepare(
             "truth": None if truth is None else truth.fingerprint(),
         }
         | ({} if view is None else {"view": view.view.canonical})
+        | ({} if second is None else {"second": _table_hash(second)})
         | ({} if known is None else {"known": known.identity})
         | ({} if chosen is None else {"part": f"{chosen.part} of the split {chosen.identity}"})
         | ({} if corrections is None else {"corrections": corrections.identity}),
@@ -417,6 +441,7 @@ def _prepare(
             "teacher": {"weights": table.weights},
             "labels": labels,
             **({} if view is None else {"view": view.view.to_dict()}),
+            **({} if second is None else {"second": second}),
             **({} if known is None else {"known": known.to_dict()}),
             **({} if chosen is None else {"split": chosen.identity, "part": chosen.part}),
         },

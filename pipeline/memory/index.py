@@ -18,6 +18,8 @@ from pipeline.memory.parts import damaged, read_part
 from pipeline.memory.record import INDEX_FILE, MemoryRecord, read_memory_record
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
     from torch import Tensor
 
@@ -50,7 +52,7 @@ def load_memory(uri: str, device: torch.device) -> tuple[Memory, MemoryRecord]:
     mean = keys.float().mean(0)
     search: Search
     if record.index == "faiss":
-        search = _faiss_search(_read_index(storage, record))
+        search = faiss_search(_read_index(storage, record))
     else:
         search = exact_search(centred(keys.float(), mean).to(device))
     return Memory(values, mean, search, record.regions, record.key_block), record
@@ -59,26 +61,34 @@ def load_memory(uri: str, device: torch.device) -> tuple[Memory, MemoryRecord]:
 def write_index(storage: Storage, record: MemoryRecord) -> str:
     """Build and write the faiss index of a memory's keys; the SHA-256 (hex) of the file.
 
-    Keys are in inverted lists, as 16-bit numbers.
-
     Raises:
         MaskMillError: ``package_missing``; ``file_damaged``.
     """
-    import numpy as np
-
     from models.memory import centred
 
-    faiss = import_faiss()
     keys, _ = _tensors(storage, record)
-    vectors = np.ascontiguousarray(centred(keys.float(), keys.float().mean(0)).numpy())
+    index = build_index(centred(keys.float(), keys.float().mean(0)).numpy())
+    data = import_faiss().serialize_index(index).tobytes()
+    storage.write_bytes(INDEX_FILE, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def build_index(keys: npt.NDArray[np.float32]) -> Any:
+    """A faiss index of keys (M, K) of length 1: in inverted lists, as 16-bit numbers.
+
+    Raises:
+        MaskMillError: ``package_missing``.
+    """
+    import numpy as np
+
+    faiss = import_faiss()
+    vectors = np.ascontiguousarray(keys)
     lists = max(1, min(int(LISTS_PER_ROOT * len(vectors) ** 0.5), len(vectors) // _PER_LIST))
     index = faiss.index_factory(vectors.shape[1], f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)
     index.add(vectors)
     index.nprobe = min(lists, max(LEAST_PROBED, lists // PROBED))
-    data = faiss.serialize_index(index).tobytes()
-    storage.write_bytes(INDEX_FILE, data)
-    return hashlib.sha256(data).hexdigest()
+    return index
 
 
 def import_faiss() -> Any:
@@ -123,7 +133,8 @@ def _read_index(storage: Storage, record: MemoryRecord) -> Any:
     return index
 
 
-def _faiss_search(index: Any) -> Search:
+def faiss_search(index: Any) -> Search:
+    """Search in an index of ``build_index``."""
     import torch
 
     def search(queries: Tensor, neighbours: int) -> Tensor:

@@ -90,6 +90,8 @@ CASES = {
     "train maskclip-plus --labels nowhere --output out --ontology voc2": "voc2",
     "train maskclip-plus --labels nowhere --output out --workers -1": "--workers -1",
     "train maskclip-plus --labels nowhere --output out --known-complete": "--known-view and --known-complete",
+    "train maskclip-plus --labels table --output out --second nowhere": "nowhere",
+    "train maskclip-plus --labels table --output o --second table --set teacher=online": "--second confirms",
     "train clipseg --output out": "Give truth, or labels, or both.",
     "train clipseg --output out --dataset voc20 --threshold 0.5": "--labels TABLE",
     "train clipseg --output out --dataset voc20 --corrections off": "--labels TABLE",

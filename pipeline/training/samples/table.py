@@ -96,6 +96,8 @@ class TableSamples:
         teacher: int32: maps the ids of the table, or of its view, to training ids, ``IGNORED`` if they are
             not hidden.
         view: through which the table's labels are seen; None leaves them as they are.
+        second: samples of another teacher's table of these images, annotation-free: pixels on which the two
+            differ have no teacher. An image that it lacks keeps its labels.
         window_bytes: bounds the parts whose rows are shuffled together.
     """
 
@@ -118,6 +120,7 @@ class TableSamples:
     _samples: tuple[base.Sample, ...]  # N where there is truth
     _max_pixels: int
     view: TableView | None = None
+    second: TableSamples | None = None
     window_bytes: int = WINDOW_BYTES
 
     @property
@@ -126,7 +129,9 @@ class TableSamples:
         return len(self.part)
 
     def class_frequencies(self) -> npt.NDArray[np.float64]:
-        """Share of each class in the teacher's labels: (C,), with sum 1, or 0 if there are none."""
+        """Share of each class in the teacher's labels: (C,), with sum 1, or 0 if there are none; whatever
+        ``second`` says of them.
+        """
         return np.asarray(self.pixels / max(int(self.pixels.sum()), 1), dtype=np.float64)
 
     def order(self, epoch: int, seed: int) -> npt.NDArray[np.int64]:
@@ -180,7 +185,10 @@ class TableSamples:
         image = self.read_image(index, row)
         size = image.shape[:2]
         mask, confidence = self.maps(row)
-        maps: dict[str, npt.NDArray[Any]] = {"teacher": self.teacher[mask], "confidence": confidence}
+        teacher = self.teacher[mask]
+        if self.second is not None:
+            teacher = self.second.confirmed(row, teacher)
+        maps: dict[str, npt.NDArray[Any]] = {"teacher": teacher, "confidence": confidence}
         if self._dataset is None or self._true is None:
             maps["labels"] = np.full(size, GUESS, np.int32)
         else:
@@ -193,6 +201,37 @@ class TableSamples:
                 "Label the images anew, or give the truth that belongs to them.",
             )
         return Whole(row["id"], image, maps)
+
+    def confirmed(self, row: dict[str, Any], labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """Labels of a row of another table of the same images, ``IGNORED`` where this one has another class.
+
+        Args:
+            row: of the other table, from ``read_row``.
+            labels: its classes (H, W), training ids.
+
+        Raises:
+            MaskMillError: ``mask_invalid`` if the tables differ in its size, ``image_invalid`` if they are of
+                different images of that id; ``table_damaged``.
+        """
+        found = np.flatnonzero(self.ids == row["id"])
+        if not len(found):
+            return labels
+        own = self.read_row(int(found[0]))
+        if len({own["sha256"], row["sha256"]} - {None}) > 1:
+            raise WrongUse(
+                "image_invalid",
+                f"{row['uri']} was another image when {self.storage.uri} was made.",
+                "Label the images anew, with both teachers.",
+            )
+        others = self.teacher[self.maps(own)[0]]
+        if others.shape != labels.shape:
+            raise WrongUse(
+                "mask_invalid",
+                f"{row['uri']} has {others.shape[0]} x {others.shape[1]} pixels in {self.storage.uri}, and "
+                f"{labels.shape[0]} x {labels.shape[1]} in the other table.",
+                "Label the images anew, with both teachers.",
+            )
+        return np.where(others == labels, labels, IGNORED).astype(np.int32)
 
     def blank(self) -> Sample:
         """A sample whose pixels are all ignored; its ``id`` is -1."""
@@ -315,6 +354,7 @@ def open_table_samples(
     min_quality: float = 0.0,
     void_from_truth: bool = False,
     view: TableView | None = None,
+    second: TableSamples | None = None,
     chosen: Chosen | None = None,
     leave_out: npt.NDArray[np.int64] | None = None,
     manifests: str | None = None,
@@ -348,6 +388,7 @@ def open_table_samples(
         void_from_truth: see above.
         view: of the table. What the index says of an image is then computed from its masks, which are all
             read once.
+        second: see ``TableSamples``.
         chosen: use only these images of it.
         leave_out: ids of images that people have rejected.
         manifests: the table beside which the manifests are, if not this one.
@@ -434,6 +475,7 @@ def open_table_samples(
         _samples=samples,
         _max_pixels=max_pixels,
         view=view,
+        second=second,
     )
 
 

@@ -150,12 +150,14 @@ def test_another_view_of_the_labels_is_another_training(
     # What is sure in the table is believed, what is less so is guessed.
     (tmp_path / "sure.yaml").write_text("threshold: 0.6\nmerge: {thing: [fish, leaf]}\n")
     known = ("--known", table, "--known-view", tmp_path / "sure.yaml")
+    known = (*known, "--second", table)
     done = maskmill_here(*command, *short, *view, *known, "--output", tmp_path / "seen")
     assert done.returncode == 0, done.stderr
     assert "16 images have known labels" in " ".join(done.stderr.split())
     record = read_student_record(tmp_path / "seen")
     assert record.ontology.num_classes == len(CLASSES) - 1 and record.ontology.names[-1] == "sky"
     assert record.teacher["view"]["drop"] == ["sky"] and record.teacher["known"]["view"]["threshold"] == 0.6
+    assert record.teacher["second"] == str(table)
     lines = (tmp_path / "seen/metrics.jsonl").read_text().splitlines()
     guessed = [json.loads(line)["guessed"] for line in lines]
     assert all(0 < share < 0.9 for share in guessed), "some pixels are known, some guessed"

@@ -126,6 +126,31 @@ def test_known_labels_win_and_guesses_fill_the_rest(tables: tuple[str, str], com
     assert found.keys() == samples.blank().keys() == samples.guessed.load(0, np.random.default_rng(0)).keys()
 
 
+def test_pixels_on_which_two_teachers_differ_have_no_label(tables: tuple[str, str], tmp_path: Path) -> None:
+    second = open_table_samples(tables[1], ontology=CLASSES, augment=PLAIN)
+    samples = open_table_samples(tables[0], ontology=CLASSES, augment=PLAIN, second=second)
+    samples = pickle.loads(pickle.dumps(samples))
+    own, same = np.array([CLASSES.names.index(name) for name in OURS.names]), 0
+    for index in range(10):
+        found = samples.load(index, np.random.default_rng(0))
+        number = int(found["id"])
+        _, guesses = expected(number, complete=False)
+        if number in KNOWN:
+            truth = truth_of(number)
+            others = np.where(truth == 255, IGNORED, own[np.minimum(truth, len(own) - 1)])
+            guesses = np.where(guesses == others, guesses, IGNORED)
+            same += int((guesses >= 0).sum())
+        assert np.array_equal(found["teacher"], guesses) and found["teacher"].dtype == np.int32
+        assert (found["labels"] == GUESS).all()
+    assert same > 0
+    cut = open_table_samples(write_known(tmp_path, [6], rows_cut=1), ontology=CLASSES, augment=PLAIN)
+    samples = open_table_samples(tables[0], ontology=CLASSES, augment=PLAIN, second=cut)
+    at = int(np.flatnonzero(samples.ids == 6)[0])
+    with pytest.raises(MaskMillError) as caught:
+        samples.load(at, np.random.default_rng(0))
+    assert caught.value.code == "mask_invalid"
+
+
 def test_an_epoch_has_each_image_once(tables: tuple[str, str]) -> None:
     samples = opened(tables)
     for epoch in range(3):
