@@ -1,11 +1,11 @@
 """Does a memory of regions help, and does it grow with the corpus? On the toy world, in this process.
 
-    python -m benchmarks.memory --sizes 100 300 1000 [--search]
+    python -m benchmarks.memory --sizes 100 300 1000 [--search 1000]
 
 For each kind of regions and size of corpus: mIoU of the labels of three sets of scenes, with calibration and
-without and with a refiner; bytes and regions an image; milliseconds an image that the search adds. With
-``--search`` also exact search beside the index of faiss: how many of the nearest regions the index finds,
-and what both cost. A toy.
+without and with a refiner; bytes and regions an image; milliseconds an image that the search adds. At the
+sizes of ``--search`` also exact search beside the index of faiss: how many of the nearest regions the index
+finds, and what both cost. A toy.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=60)
     parser.add_argument("--kinds", nargs="*", default=["labels", "clusters", "superpixels"])
     parser.add_argument("--own", action="store_true", help="also each image with a memory of itself")
-    parser.add_argument("--search", action="store_true", help="also faiss beside exact search")
+    parser.add_argument("--search", type=int, nargs="+", default=[], help="also faiss, at these sizes")
     parser.add_argument("--block", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -84,7 +84,7 @@ def main() -> None:
     if options.search:
         import_faiss().omp_set_num_threads(1)
         for kind in options.kinds:
-            for size in options.sizes:
+            for size in options.search:
                 print(_searched(model, kind, regions[kind][:size], options), flush=True)
 
 

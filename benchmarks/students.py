@@ -46,6 +46,7 @@ WAYS: dict[str, list[str]] = {
     "truth": [],
 }
 """Settings of the student's recipe. Of the ``two teachers``, the second is the recipe ``toy`` as it comes."""
+TRAINING_FREE = "Best labels without training"
 ONTOLOGY = load_ontology("toyworld")
 
 
@@ -77,7 +78,9 @@ def main() -> None:
             print(f"| {seed} | {way} | {figures[0]:.1f} | {figures[1]:.1f} |", flush=True)
     if options.picture:
         before = maps(change_recipe(RECIPES["toy"], {"head": "maskclip"}), seed, 6)
-        draw(options.picture, seed, {"MaskCLIP": before, "Teacher": found[0][:6], "Student": found[1][:6]})
+        draw(
+            options.picture, seed, {"MaskCLIP": before, TRAINING_FREE: found[0][:6], "Student": found[1][:6]}
+        )
 
 
 def labelled(folder: Path, *, alone: bool) -> Path:
