@@ -28,7 +28,7 @@ from pipeline.report.retraining_page import (
 )
 from pipeline.report.training_page import Card
 from pipeline.retraining.config import Model
-from pipeline.retraining.gate import Decision, read_decision
+from pipeline.retraining.decision import Decision, read_decision
 from pipeline.retraining.labels import read_labels as read_summary
 from pipeline.retraining.ledger import Entry
 from pipeline.retraining.state import tick_folder

@@ -47,7 +47,8 @@ from pipeline.retraining.config import (
     training_recipe,
 )
 from pipeline.retraining.corrections import FROZEN, freeze
-from pipeline.retraining.gate import decide, write_decision
+from pipeline.retraining.decision import write_decision
+from pipeline.retraining.gate import decide
 from pipeline.retraining.intake import (
     CORPUS_FILE,
     EXCLUDED_FILE,

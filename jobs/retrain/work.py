@@ -20,7 +20,7 @@ from pipeline.ontology.ontology import Ontology
 from pipeline.retraining import registry
 from pipeline.retraining.config import Model, Retraining, load_classes, tracking_uri
 from pipeline.retraining.corrections import FROZEN
-from pipeline.retraining.gate import Decision, read_decision
+from pipeline.retraining.decision import Decision, read_decision
 from pipeline.retraining.intake import Intake
 from pipeline.retraining.labels import LabelSummary, read_labels
 from pipeline.retraining.ledger import Ledger

@@ -9,22 +9,20 @@ Shapes: H, W pixels. Images are uint8 RGB (H, W, 3), C-contiguous, upright.
 from __future__ import annotations
 
 import io
-import re
-import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from models.errors import WrongUse
 from models.settings import Settings
 from pipeline.files import corruptions
+from pipeline.files.recognition import FORMATS, SUFFIXES, explain_failure, reading_header
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,15 +45,6 @@ ERROR_CODES: Mapping[str, str] = MappingProxyType(
     }
 )
 
-#: Accepted formats, by Pillow's names. Some of Pillow's other readers start programs (EPS) or are rarely
-#: tested against hostile files.
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000", "PPM")
-
-_SUFFIXES: Mapping[str, str] = MappingProxyType(
-    {name: f".{name.lower()}" for name in FORMATS}
-    | {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2"}
-)
-
 #: 100 megapixels: 300 MB as uint8 RGB; see :func:`decode` for the memory that decoding takes.
 MAX_PIXELS = 100_000_000
 
@@ -65,43 +54,6 @@ MOST_PIXELS = 1 << 30
 
 #: Libpng, and so most readers of PNG, refuse longer sides: such an image could have no mask.
 MAX_SIDE = 1_000_000
-
-# Signatures of the common formats: distinguish a truncated image from a file that never was one.
-_SIGNATURES = re.compile(
-    rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|II\*\x00|MM\x00\*|II\x2b\x00|MM\x00\x2b|BM|GIF8[79]a"
-    rb"|....ftypavi[fs]|....jP  |\xff\x4f\xff\x51|P[1-6]\s",
-    re.DOTALL,
-)
-# Images of formats that are not read, by their first bytes.
-_UNSUPPORTED: tuple[tuple[str, re.Pattern[bytes]], ...] = tuple(
-    (name, re.compile(signature, re.DOTALL))
-    for name, signature in (
-        ("a HEIC/HEIF image", rb"....ftyp(heic|heix|hevc|heim|heis|hevm|hevs|mif1|msf1)"),
-        ("an AVIF sequence", rb"....ftypavis"),
-        ("a raw photograph (Canon CR3)", rb"....ftypcrx "),
-        ("a raw photograph (Canon CR2)", rb"II\*\x00....CR"),
-        ("a raw photograph (Olympus ORF)", rb"IIR[OS]|MMOR"),
-        ("a raw photograph (Panasonic RW2)", rb"IIU\x00"),
-        ("a raw photograph (Fujifilm RAF)", rb"FUJIFILMCCD-RAW"),
-        ("a JPEG XL image", rb"\xff\x0a|\x00\x00\x00\x0cJXL \r\n\x87\n"),
-        ("a JPEG XR image", rb"II\xbc"),
-        ("a Photoshop document (PSD)", rb"8BPS"),
-        ("a Windows icon or cursor", rb"\x00\x00[\x01\x02]\x00[^\x00]\x00"),
-        ("a Macintosh icon", rb"icns"),
-        ("an OpenEXR image", rb"v/1\x01"),
-        ("a Radiance HDR image", rb"#\?R(ADIANC|GB)E"),
-        ("a DirectDraw surface (DDS)", rb"DDS "),
-        ("a DICOM image", rb".{128}DICM"),
-        ("a FITS image", rb"SIMPLE  ="),
-        ("a QOI image", rb"qoif"),
-        ("a floating-point map (PFM)", rb"P[Ff]\s"),
-        ("a GIMP document (XCF)", rb"gimp xcf"),
-        ("a BPG image", rb"BPG\xfb"),
-    )
-)
-_TGA_END = b"TRUEVISION-XFILE.\0"
-_ENDS = (b"IEND\xaeB`\x82", b"\xff\xd9")  # of a whole PNG or JPEG
-_XML = (b"<svg", b"<?xml", b"<!--", b"<!DOCTYPE svg")
 
 _EXIF_ORIENTATION = 0x0112
 _STRIP_PIXELS = 1 << 20  # converted at a time
@@ -117,14 +69,6 @@ UPRIGHT: Mapping[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = Mappin
         8: lambda image: image[:, ::-1].transpose(1, 0, 2),
     }
 )
-_TRUNCATED = re.compile(
-    r"truncated|not enough image data|unexpected end|end of file|broken PNG|premature|but only got",
-    re.IGNORECASE,
-)
-
-# Header readers warn about every oddity of a file, once per image, into the logs of every worker. Warning
-# filters are global to the interpreter, hence a lock; reading a header takes microseconds.
-_header_lock = threading.Lock()
 
 
 class ImageError(Exception):
@@ -159,7 +103,7 @@ def decode(
     JPEG 2000 20, whose readers hold further copies.
 
     Args:
-        data: the encoded file, in one of :data:`FORMATS`.
+        data: the encoded file, in one of ``pipeline.files.recognition.FORMATS``.
         max_pixels: limit of height times width, checked before decoding, as is ``MAX_SIDE``. Above about 179
             million, Pillow's own limit applies.
         value_range: of an image of which this is a part: the lowest and the highest of its values if they are
@@ -184,13 +128,13 @@ def decode(
     except Exception as error:  # on hostile files, readers raise anything: struct.error, KeyError, …
         bare = _without_metadata(data)
         if bare is None:
-            raise _explain(error, data) from error
+            raise ImageError(*explain_failure(error, data)) from error
     try:
         return _decode(bare, max_pixels, value_range)
     except ImageError:
         raise
     except Exception as error:
-        raise _explain(error, bare) from error
+        raise ImageError(*explain_failure(error, bare)) from error
 
 
 def exceeds(image: bytes | Path, max_pixels: int) -> bool:
@@ -202,11 +146,6 @@ def exceeds(image: bytes | Path, max_pixels: int) -> bool:
         return True
     except Exception:  # readers raise anything; decoding will tell
         return False
-
-
-def looks_like_image(head: bytes) -> bool:
-    """Whether a file that begins so is of one of ``FORMATS``."""
-    return bool(_SIGNATURES.match(head))
 
 
 def pixels(data: bytes) -> int | None:
@@ -252,7 +191,7 @@ def upright(data: bytes) -> tuple[bytes, str]:
                 turned.save(made, "JPEG", quality=95, subsampling=0, icc_profile=profile)
                 return made.getvalue(), ".jpg"
     except Exception as error:  # readers raise anything
-        raise _explain(error, data) from error
+        raise ImageError(*explain_failure(error, data)) from error
     Image.fromarray(decode(data)).save(made, "PNG")
     return made.getvalue(), ".png"
 
@@ -261,7 +200,7 @@ def suffix_of_content(data: bytes) -> str:
     """The suffix of a file with this image, such as ".jpg"; "" if it is none of ``FORMATS``."""
     try:
         with _open(data) as image:
-            return _SUFFIXES.get(image.format or "", "")
+            return SUFFIXES.get(image.format or "", "")
     except Exception:  # readers raise anything
         return ""
 
@@ -309,8 +248,7 @@ def _is_thumbnail(image: Image.Image) -> bool:
 
 def _open(data: bytes | Path) -> Image.Image:
     """Read the header only."""
-    with _header_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with reading_header():
         return Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS)
 
 
@@ -320,16 +258,14 @@ def _load(image: Image.Image) -> None:
         image.load()
         return
     # The only reader that warns here too: it reads the EXIF data again.
-    with _header_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with reading_header():
         image.load()
 
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 if there is none or the block is damaged."""
     try:
-        with _header_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with reading_header():
             value = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # damaged EXIF data is no reason to reject the image
         return 1
@@ -356,7 +292,7 @@ def value_extremes(data: bytes, height: int, width: int) -> tuple[float, float] 
             _load(image)
             return _extremes(image.crop((0, 0, width, height)))
     except Exception as error:  # readers raise anything
-        raise _explain(error, data) from error
+        raise ImageError(*explain_failure(error, data)) from error
 
 
 def _to_rgb(image: Image.Image, value_range: tuple[float, float] | None = None) -> NDArray[np.uint8]:
@@ -421,81 +357,6 @@ def _to_byte_range(values: NDArray[np.float64], low: float, high: float) -> NDAr
     unit = (values / 2 - low / 2) / max(high / 2 - low / 2, np.finfo(np.float64).tiny)
     scaled = np.nan_to_num(unit, nan=0.0, posinf=1.0, neginf=0.0)
     return np.rint(np.clip(scaled, 0, 1) * 255).astype(np.uint8)
-
-
-def _explain(error: Exception, data: bytes) -> ImageError:
-    """Translate an exception of an image reader."""
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if isinstance(error, Image.DecompressionBombError | MemoryError):
-        return ImageError("too_large", text)
-    if isinstance(error, UnidentifiedImageError):
-        other = _other_format(data)
-        if other is not None:
-            return ImageError("unsupported_format", f"{other}; convert it to JPEG or PNG")
-        if not _SIGNATURES.match(data):
-            return ImageError("not_an_image", f"{len(data)} bytes that begin with {repr(data[:8])[1:]}")
-        if data.endswith(_ENDS):
-            return ImageError("unreadable", "the header is damaged")
-        return ImageError("truncated", f"the header is cut off or damaged ({len(data)} bytes)")
-    # WebP stores its length in the header; its reader only reports failure.
-    cut = data[:4] == b"RIFF" and int.from_bytes(data[4:8], "little") + 8 > len(data)
-    if cut or isinstance(error, EOFError) or _TRUNCATED.search(text):
-        return ImageError("truncated", text)
-    return ImageError("unreadable", text)
-
-
-def _other_format(data: bytes) -> str | None:
-    """What an image is that none of the readers knows; None if it may be one of theirs, damaged."""
-    head = data[:4096]
-    for name, signature in _UNSUPPORTED:
-        if signature.match(head):
-            return name
-    if b"<svg" in head and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(_XML):
-        return "an SVG drawing"
-    if data.endswith(_TGA_END):
-        return "a TGA image"
-    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return _tiff_kind(data)
-    return _jpeg_kind(data) if data[:3] == b"\xff\xd8\xff" else None
-
-
-def _tiff_kind(data: bytes) -> str | None:
-    """Samples and compression of a TIFF whose header is whole; None if it is cut off."""
-    from PIL.TiffImagePlugin import ImageFileDirectory_v2
-
-    file = io.BytesIO(data)
-    try:
-        with _header_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tags = ImageFileDirectory_v2(file.read(16 if data[2:3] == b"+" or data[3:4] == b"+" else 8))
-            file.seek(tags.next)
-            tags.load(file)
-        bits = tags[258] if isinstance(tags[258], tuple) else (tags[258],)
-        kind = {1: "unsigned", 2: "signed", 3: "floating-point"}.get(tags.get(339, (1,))[0], "unusual")
-        channels, compression = tags.get(277, 1), tags.get(259, 1)
-        ends = [start + size for start, size in zip(tags.get(273, ()), tags.get(279, ()), strict=False)]
-    except Exception:  # a damaged directory, in any of many ways
-        return None
-    if any(end > len(data) for end in ends):
-        return None
-    return f"a TIFF of {channels} channel(s) of {bits[0]} bits, {kind}, compression {compression}"
-
-
-def _jpeg_kind(data: bytes) -> str | None:
-    """A JPEG of a kind that libjpeg is not built for: more than 8 bits, or lossless."""
-    start = 2
-    while start + 9 < len(data) and data[start] == 0xFF:
-        marker = data[start + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            lossless = marker in (0xC3, 0xC7, 0xCB, 0xCF)
-            bits = data[start + 4]
-            return (
-                f"a JPEG of {bits} bits{', lossless' if lossless else ''}" if lossless or bits != 8 else None
-            )
-        if marker == 0xF7:
-            return "a JPEG-LS image"
-        start += 2 + int.from_bytes(data[start + 2 : start + 4], "big")
-    return None
 
 
 class ImageSettings(Settings):

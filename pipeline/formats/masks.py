@@ -13,7 +13,8 @@ from PIL import Image, UnidentifiedImageError
 
 from models.errors import MaskMillError, WrongUse
 from pipeline.files.fetch import fetch
-from pipeline.files.images import FORMATS, MAX_PIXELS, ImageError
+from pipeline.files.images import MAX_PIXELS, ImageError
+from pipeline.files.recognition import FORMATS
 from pipeline.ontology.ontology import Ontology
 
 Labels = npt.NDArray[np.uint8 | np.uint16]

@@ -4,26 +4,24 @@
 check leaves a sentence with its figures. What cannot be known is said, and does not count, unless the policy
 sets a bound for it.
 
-C classes, K classes of the labels that a model was trained on.
+C classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import Field
 
 from models.settings import Settings
-from pipeline.files.records import find_record
-from pipeline.files.storage import Storage
 from pipeline.metrics.divergence import divergence, divergence_by_name, most_moved
 from pipeline.metrics.paired import Gains, iou_of_counts, miou_of_counts, paired_bootstrap
+from pipeline.retraining.comparable import comparability, histogram_faults, sorted_by_name, soundness
+from pipeline.retraining.decision import Decision, Reason, reason_about
 from pipeline.retraining.measured import Measured
 
-SCHEMA_VERSION = 1
 _LEAST_OF_CLASS = 100
 """A class is predicted if it gets at least a hundredth of its true pixels: a few stray ones are no class."""
 
@@ -73,103 +71,6 @@ class GatePolicy(Settings):
     """Of the resamples."""
 
 
-class _Record(BaseModel):
-    # Fields that a later version adds do not make a file unreadable.
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Reason(_Record):
-    """What one check found.
-
-    Attributes:
-        check: stable name.
-        passed: None if it could not be judged, or did not apply.
-        text: a sentence for people.
-        figures: its numbers: IoUs, shares and divergences in [0, 1], seconds, bytes, counts.
-    """
-
-    check: str
-    passed: bool | None
-    text: str
-    figures: dict[str, FiniteFloat] = {}
-
-
-class Decision(_Record):
-    """The verdict on a candidate; written as JSON before anything moves.
-
-    Attributes:
-        verdict: ``refuse`` if any check failed.
-        candidate: its name.
-        champion: its name; None without one.
-        has_truth: False if figures are agreement with a teacher's labels.
-        evaluation_set: digest of what the candidate was measured on.
-        images: how many.
-        candidate_miou: mean IoU over the classes with true pixels; None if undefined.
-        champion_miou: the same.
-        gain: their difference; None if they cannot be compared.
-        low: lower end of its interval.
-        high: upper end.
-        policy: fields of the policy.
-        reasons: one of each check, in order.
-    """
-
-    schema_version: int = SCHEMA_VERSION
-    verdict: Literal["promote", "refuse"]
-    candidate: str
-    champion: str | None
-    has_truth: bool
-    evaluation_set: str
-    images: int
-    candidate_miou: FiniteFloat | None = None
-    champion_miou: FiniteFloat | None = None
-    gain: FiniteFloat | None = None
-    low: FiniteFloat | None = None
-    high: FiniteFloat | None = None
-    policy: dict[str, Any]
-    reasons: Annotated[tuple[Reason, ...], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _follows_from_reasons(self) -> Decision:
-        if (self.verdict == "refuse") != bool(self.failed):
-            raise ValueError(f"the verdict {self.verdict} does not follow from its reasons")
-        return self
-
-    @property
-    def promotes(self) -> bool:
-        """Whether the candidate may become the champion."""
-        return self.verdict == "promote"
-
-    @property
-    def failed(self) -> tuple[Reason, ...]:
-        """The checks that say no."""
-        return tuple(reason for reason in self.reasons if reason.passed is False)
-
-    def sentences(self) -> list[str]:
-        """The verdict and all reasons for people, a line each; what failed comes first."""
-        what = "is promoted" if self.promotes else "is refused"
-        marks = {True: "passed", False: "FAILED", None: "not judged"}
-        order = sorted(self.reasons, key=lambda reason: reason.passed is not False)
-        return [
-            f"{self.candidate} {what}.",
-            *(f"{marks[reason.passed]}: {reason.text}" for reason in order),
-        ]
-
-
-def write_decision(storage: Storage, name: str, decision: Decision) -> None:
-    """Write a decision as JSON."""
-    storage.write_json(name, decision.model_dump(mode="json"))
-
-
-def read_decision(storage: Storage, name: str) -> Decision | None:
-    """Read a decision; None if there is no such file.
-
-    Raises:
-        MaskMillError: ``newer_version``, ``file_damaged``.
-    """
-    remedy = "Delete it; maskmill retrain then judges the candidate again."
-    return find_record(Decision, storage, name, SCHEMA_VERSION, remedy=remedy)
-
-
 def decide(candidate: Measured, champion: Measured | None, policy: GatePolicy) -> Decision:
     """Whether the candidate may take the champion's place, and why.
 
@@ -187,20 +88,25 @@ def decide(candidate: Measured, champion: Measured | None, policy: GatePolicy) -
         champion: the model in use; None if there is none yet. The candidate then only has to be sound.
         policy: the bounds.
     """
-    reasons: list[Reason] = []
-    sound = _is_sound(candidate, reasons)
-    comparable = champion is not None and _is_sound(champion, reasons) and sound
+    reasons = [soundness(candidate)]
+    sound = bool(reasons[0].passed)
+    comparable = False
     gain = low = high = None
+    if champion is not None:
+        reasons.append(soundness(champion))
+        comparable = all(reason.passed for reason in reasons)
     if champion is not None and comparable:
-        comparable = _is_comparable(candidate, champion, reasons)
+        same = comparability(candidate, champion)
+        reasons += same
+        comparable = all(reason.passed for reason in same)
     reasons.append(_enough_images(candidate, policy))
     if sound:
-        candidate = _sorted(candidate)
+        candidate = sorted_by_name(candidate)
         reasons.append(_reaches(candidate, policy))
     if champion is None:
         reasons.append(Reason(check="gain", passed=None, text="There is no champion to compare with."))
     elif comparable:
-        champion = _sorted(champion)
+        champion = sorted_by_name(champion)
         gain, low, high = _compare(candidate, champion, policy, reasons)
     if sound:
         reasons.append(_collapse(candidate, policy))
@@ -224,126 +130,6 @@ def decide(candidate: Measured, champion: Measured | None, policy: GatePolicy) -
     )
 
 
-# --- can it be compared? ---
-
-
-def _is_sound(one: Measured, reasons: list[Reason]) -> bool:
-    faults = _faults(one)
-    text = f"What was measured of {one.name} is " + (
-        f"unusable: {'; '.join(faults)}." if faults else "sound."
-    )
-    reasons.append(_measured(one, "measurement", not faults, text, images=len(one.images)))
-    return not faults
-
-
-def _faults(one: Measured) -> list[str]:
-    """What is wrong with a measurement, in words; nothing is computed from it if there is anything."""
-    shape = len(one.images), len(one.classes)
-    counts = {"truth": one.truth, "predicted": one.predicted, "correct": one.correct}
-    faults = [
-        f"the counts of {name} are {np.asarray(part).dtype} {np.shape(part)}, not integers {shape}"
-        for name, part in counts.items()
-        if np.shape(part) != shape or np.asarray(part).dtype.kind not in "iu"
-    ]
-    faults += [
-        f"there is no {what}"
-        for what, held in (
-            ("image", one.images),
-            ("class", one.classes),
-            ("digest of the evaluation set", one.evaluation_set),
-            ("digest of the protocol", one.protocol),
-        )
-        if not held
-    ]
-    if len(set(one.images)) < len(one.images):
-        faults.append("an image is there twice")
-    if not faults:
-        if min(int(part.min()) for part in counts.values()) < 0:
-            faults.append("a count is negative")
-        elif (one.correct > np.minimum(one.truth, one.predicted)).any():
-            faults.append("more pixels are correct than there are")
-        elif (one.predicted.sum(axis=1) > one.truth.sum(axis=1)).any():
-            faults.append("more pixels are predicted than have a truth")
-        elif not one.truth.any():
-            faults.append("no pixel has a truth, so mean IoU is undefined")
-    if one.seconds_per_image is not None and not 0 <= one.seconds_per_image < np.inf:
-        faults.append(f"{one.seconds_per_image} seconds per image")
-    if one.model_bytes is not None and one.model_bytes < 0:
-        faults.append(f"a size of {one.model_bytes} bytes")
-    return faults + _histogram_faults(one)
-
-
-def _histogram_faults(one: Measured) -> list[str]:
-    if one.label_histogram is None:
-        return []
-    histogram = np.asarray(one.label_histogram, np.float64)
-    if one.label_classes is None or histogram.shape != (len(one.label_classes),):
-        return ["the histogram of its labels does not fit their classes"]
-    if not np.isfinite(histogram).all() or (histogram < 0).any():
-        return ["the histogram of its labels has negative or undefined shares"]
-    return []
-
-
-def _is_comparable(candidate: Measured, champion: Measured, reasons: list[Reason]) -> bool:
-    """Whether both were measured on the same images with the same truth, in the same way."""
-    both = f"{candidate.name} and {champion.name}"
-    same_set = candidate.evaluation_set == champion.evaluation_set
-    reasons.append(
-        _measured(
-            candidate,
-            "evaluation_set",
-            same_set,
-            f"{both} were measured on the same evaluation set, {candidate.evaluation_set[:12]}."
-            if same_set
-            else f"{candidate.name} was measured on another evaluation set "
-            f"({candidate.evaluation_set[:12]}) than {champion.name} ({champion.evaluation_set[:12]}).",
-        )
-    )
-    differing = [
-        what
-        for what, same in (
-            ("the classes differ", candidate.classes == champion.classes),
-            ("one was measured against truth", candidate.has_truth == champion.has_truth),
-            ("protocol, view or settings differ", candidate.protocol == champion.protocol),
-        )
-        if not same
-    ]
-    reasons.append(
-        _measured(
-            candidate,
-            "protocol",
-            not differing,
-            f"{both} were not measured in the same way: {'; '.join(differing)}."
-            if differing
-            else f"{both} were measured in the same way.",
-        )
-    )
-    only = sorted(set(candidate.images) ^ set(champion.images))
-    other_truth = (
-        not only and not differing and not np.array_equal(_sorted(candidate).truth, _sorted(champion).truth)
-    )
-    text = f"Both were measured on the same {len(candidate.images):,} images."
-    if only:
-        named = ", ".join(only[:5]) + (", …" if len(only) > 5 else "")
-        text = f"{len(only):,} images were measured with one of the two models only: {named}."
-    elif other_truth:
-        text = "The images have other true pixels for one model than for the other."
-    reasons.append(_measured(candidate, "images", not (only or other_truth), text, differing=len(only)))
-    return same_set and not differing and not only and not other_truth
-
-
-def _sorted(one: Measured) -> Measured:
-    """With its images in the order of their names, on which the resamples depend."""
-    order = sorted(range(len(one.images)), key=one.images.__getitem__)
-    return replace(
-        one,
-        images=tuple(one.images[at] for at in order),
-        truth=one.truth[order],
-        predicted=one.predicted[order],
-        correct=one.correct[order],
-    )
-
-
 # --- how good is it? ---
 
 
@@ -355,13 +141,13 @@ def _enough_images(one: Measured, policy: GatePolicy) -> Reason:
     count, least = len(one.images), policy.min_images
     enough = count >= least
     text = f"{count:,} evaluation images; at least {least:,} are asked for."
-    return _measured(one, "enough_images", enough, text, images=count, bound=least)
+    return reason_about(one, "enough_images", enough, text, images=count, bound=least)
 
 
 def _reaches(one: Measured, policy: GatePolicy) -> Reason:
     found = _miou(one)
     text = f"{one.name} has {_points(found)} mean IoU; at least {_points(policy.min_miou)} is asked for."
-    return _measured(one, "min_miou", found >= policy.min_miou, text, miou=found, bound=policy.min_miou)
+    return reason_about(one, "min_miou", found >= policy.min_miou, text, miou=found, bound=policy.min_miou)
 
 
 def _compare(
@@ -380,14 +166,18 @@ def _compare(
     low, high = gains.interval(policy.confidence)
     found = f"{candidate.name} has {_points(ours)}, {champion.name} {_points(theirs)} mean IoU"
     text = f"{found}: {_signed(gain)} points." if gain > 0 else f"No gain: {found}, {_signed(gain)} points."
-    reasons.append(_measured(candidate, "gain", gain > 0, text, candidate=ours, champion=theirs, gain=gain))
+    reasons.append(
+        reason_about(candidate, "gain", gain > 0, text, candidate=ours, champion=theirs, gain=gain)
+    )
     text = (
         f"The gain is between {_signed(low)} and {_signed(high)} points ({policy.confidence:.0%} of "
         f"{policy.resamples:,} resamples of {len(candidate.images):,} images); its lower end must be above "
         f"{_signed(-policy.delta)}."
     )
     reasons.append(
-        _measured(candidate, "interval", low > -policy.delta, text, low=low, high=high, bound=-policy.delta)
+        reason_about(
+            candidate, "interval", low > -policy.delta, text, low=low, high=high, bound=-policy.delta
+        )
     )
     reasons.append(_class_falls(candidate, champion, gains, policy))
     return gain, low, high
@@ -409,7 +199,7 @@ def _class_falls(candidate: Measured, champion: Measured, gains: Gains, policy: 
             f"None of {int(judged.sum()):,} classes fell by more than {100 * policy.class_fall:.1f} "
             f"points{left}."
         )
-        return _measured(candidate, "classes", True if judged.any() else None, text, **figures)
+        return reason_about(candidate, "classes", True if judged.any() else None, text, **figures)
     fell.sort(key=lambda at: ours[at] - theirs[at])
     said = [
         f"{candidate.classes[at]} from {_points(theirs[at])} to {_points(ours[at])} "
@@ -421,7 +211,7 @@ def _class_falls(candidate: Measured, champion: Measured, gains: Gains, policy: 
         f"points: {'; '.join(said[:5])}{'; …' if len(said) > 5 else ''}{left}."
     )
     falls = {f"gain of {candidate.classes[at]}": float(ours[at] - theirs[at]) for at in fell}
-    return _measured(candidate, "classes", False, text, **figures, **falls)
+    return reason_about(candidate, "classes", False, text, **figures, **falls)
 
 
 def _collapse(one: Measured, policy: GatePolicy) -> Reason:
@@ -452,7 +242,7 @@ def _collapse(one: Measured, policy: GatePolicy) -> Reason:
         f"{name}, has {shares[largest]:.1%} of the pixels (truth {expected[largest]:.1%}); "
         f"divergence from the truth {apart:.3f} bits"
     )
-    return _measured(
+    return reason_about(
         one,
         "collapse",
         not wrong,
@@ -558,7 +348,7 @@ def _label_drift(candidate: Measured, champion: Measured | None, policy: GatePol
 
 def _shares_by_name(one: Measured) -> dict[str, float]:
     """Shares of the labels by class name; empty if they are unknown or undefined."""
-    if one.label_histogram is None or one.label_classes is None or _histogram_faults(one):
+    if one.label_histogram is None or one.label_classes is None or histogram_faults(one):
         return {}
     shares = np.asarray(one.label_histogram, np.float64)
     total = float(shares.sum())
@@ -566,14 +356,6 @@ def _shares_by_name(one: Measured) -> dict[str, float]:
 
 
 # --- words ---
-
-
-def _measured(one: Measured, check: str, passed: bool | None, text: str, **figures: float) -> Reason:
-    """A reason that rests on the evaluation set, and says so if that has no truth."""
-    if not one.has_truth:
-        text = f"{text} There is no truth: this is agreement with the teacher's labels."
-    finite = {name: float(figure) for name, figure in figures.items() if np.isfinite(figure)}
-    return Reason(check=check, passed=None if passed is None else bool(passed), text=text, figures=finite)
 
 
 def _points(share: float) -> str:

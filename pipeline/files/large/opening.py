@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.files.fetch import copy_to, local_path, max_bytes
-from pipeline.files.images import MOST_PIXELS, ImageError, looks_like_image
+from pipeline.files.images import MOST_PIXELS, ImageError
 from pipeline.files.large.picture import Picture
 from pipeline.files.large.tiff import TiffPicture, is_tiff
 from pipeline.files.large.vips import VipsPicture, refuse_whole
+from pipeline.files.recognition import looks_like_image
 
 _HEAD = 1 << 20
 _SPARE = 1 << 30  # bytes that a temporary copy leaves free

@@ -19,6 +19,7 @@ from pipeline.corpus.manifest import ADDRESS
 from pipeline.files import corruptions, images
 from pipeline.files.fetch import fetch, file_version, local_path, max_bytes
 from pipeline.files.images import ImageSettings
+from pipeline.files.recognition import looks_like_image
 from pipeline.labelling.attempts import (
     CRASHED,
     IMAGE_DEATHS,
@@ -175,7 +176,7 @@ class Decode:
 
 def _begins_as_image(address: str, start: int) -> bool:
     try:
-        return images.looks_like_image(fetch(address, start=start, length=_HEAD, max_bytes=_HEAD))
+        return looks_like_image(fetch(address, start=start, length=_HEAD, max_bytes=_HEAD))
     except images.ImageError:
         return False
 

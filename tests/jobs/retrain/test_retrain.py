@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 
 from pipeline.files.storage import open_storage
-from pipeline.retraining.gate import read_decision
+from pipeline.retraining.decision import read_decision
 from pipeline.retraining.ledger import Ledger
 from pipeline.retraining.state import Tick, read_tick
 from pipeline.review.desk import open_desk

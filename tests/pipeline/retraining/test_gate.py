@@ -15,7 +15,8 @@ from models.errors import MaskMillError
 from models.settings import knobs
 from pipeline.files.storage import open_storage
 from pipeline.metrics.confusion import mean_iou
-from pipeline.retraining.gate import Decision, GatePolicy, Reason, decide, read_decision, write_decision
+from pipeline.retraining.decision import Decision, Reason, read_decision, write_decision
+from pipeline.retraining.gate import GatePolicy, decide
 from pipeline.retraining.measured import Measured
 
 POLICY = GatePolicy(resamples=1000)
