@@ -99,7 +99,7 @@ class Import:
             0, or 1 if more than ``max_failure_rate`` of the images failed.
 
         Raises:
-            MaskMillError: ``wrong_use``; ``output_differs``, ``output_not_ours``; ``table_missing``; what the
+            MaskMillError: ``wrong_use``; ``output_differs``, ``output_not_ours``; ``input_missing``; what the
                 reader of the format says.
         """
         console = console or stderr_console()

@@ -64,7 +64,7 @@ class Recipes:
         """Print them.
 
         Raises:
-            MaskMillError: ``recipe_invalid`` if there is no such recipe.
+            MaskMillError: ``setting_invalid`` if there is no such recipe.
         """
         console = console or Console()
         books = _books()
@@ -81,7 +81,7 @@ class Recipes:
         known = {name: None for book in books.values() for name in book.recipes}
         if self.name not in known:
             raise WrongUse(
-                "recipe_invalid",
+                "setting_invalid",
                 f"There is no recipe {self.name!r}.",
                 f"{did_you_mean(self.name, known)}Known: {', '.join(known)}.",
             )

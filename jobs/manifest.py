@@ -48,7 +48,7 @@ class MakeManifest:
         """Write the manifest, and print how many images are in it.
 
         Raises:
-            MaskMillError: ``wrong_use``, ``source_missing``, ``source_invalid``, ``storage_unreachable``.
+            MaskMillError: ``wrong_use``, ``input_missing``, ``dataset_invalid``, ``storage_unreachable``.
         """
         console = console or stderr_console()
         say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)

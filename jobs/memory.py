@@ -129,7 +129,7 @@ class BuildMemory:
         """What sees the images, what the memory is, and how images are read.
 
         Raises:
-            MaskMillError: ``recipe_invalid`` for a table that no CLIP has labelled, or whose images are read
+            MaskMillError: ``setting_invalid`` for a table that no CLIP has labelled, or whose images are read
                 in windows.
         """
         from pipeline.corpus.manifest import build_manifest
@@ -140,7 +140,7 @@ class BuildMemory:
 
         if "text" in table.weights or table.weights["model"] == "clipseg" or table.source == "truth":
             raise WrongUse(
-                "recipe_invalid",
+                "setting_invalid",
                 f"{self.table} was labelled by {table.weights['model']}; a memory is of CLIP's embeddings.",
                 "Label with a CLIP, and build it from that table.",
             )
@@ -148,7 +148,7 @@ class BuildMemory:
         plain = recipe.maskclip.without_memory()
         if plain.window:
             raise WrongUse(
-                "recipe_invalid",
+                "setting_invalid",
                 f"{self.table} was labelled in windows; a memory is of whole images.",
                 "Label with --set window=0 --set window_stride=0 --set windows=cells.",
             )

@@ -85,7 +85,7 @@ class LabellingModel:
         """The recipe, and the classes if the model is a student.
 
         Raises:
-            MaskMillError: ``wrong_use``, ``recipe_invalid``; and for any fault in the model's folder.
+            MaskMillError: ``wrong_use``, ``setting_invalid``; and for any fault in the model's folder.
         """
         from pipeline.labelling.recipes import LABEL_RECIPES
 
@@ -108,7 +108,7 @@ class LabellingModel:
             )
         if did_you_mean(self.model, known):
             raise WrongUse(
-                "model_unknown",
+                "name_unknown",
                 f"There is no model {self.model}.",
                 f"{did_you_mean(self.model, known)}Give --recipe NAME, or the --output of maskmill train.",
             )
@@ -263,7 +263,7 @@ class ViewOptions:
         """The view of a table; None if nothing is to change.
 
         Raises:
-            MaskMillError: as ``load``; as ``pipeline.labelling.recipes.table_view``; ``table_missing``.
+            MaskMillError: as ``load``; as ``pipeline.labelling.recipes.table_view``; ``input_missing``.
         """
         from pipeline.labelling.recipes import table_view
         from pipeline.table.record import read_table_record

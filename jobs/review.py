@@ -69,7 +69,7 @@ class Review:
         """Write the queue, or print the agreement.
 
         Raises:
-            MaskMillError: ``wrong_use``, ``table_missing``, ``output_differs`` for a queue that is there;
+            MaskMillError: ``wrong_use``, ``input_missing``, ``output_differs`` for a queue that is there;
                 ``image_invalid`` if no truth is that of an image.
         """
         console = console or stderr_console()

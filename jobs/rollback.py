@@ -38,7 +38,7 @@ class Rollback:
         """Move the alias, and say from where to where.
 
         Raises:
-            MaskMillError: ``nothing_before``; ``wrong_use``; ``output_in_use`` while a retraining runs; as
+            MaskMillError: ``input_missing``; ``wrong_use``; ``output_in_use`` while a retraining runs; as
                 ``pipeline.retraining.record`` and ``pipeline.retraining.promotion.rollback``.
         """
         with changing_champion(self.retraining, self.model, self.tracking) as change:

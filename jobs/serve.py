@@ -79,7 +79,7 @@ def serve(job: Serve, console: Console | None = None) -> int:
     """Serve until Ctrl-C.
 
     Raises:
-        MaskMillError: as ``entry``; ``wrong_use``; ``wrong_use``.
+        MaskMillError: as ``entry``; ``wrong_use``.
     """
     if job.per_minute < 0 or job.upload_mb < 1:
         raise WrongUse(
@@ -153,7 +153,7 @@ def entry(spec: str, *, clip: str | None = None) -> Entry:
     Loads nothing, but detects faults that show without loading.
 
     Raises:
-        MaskMillError: ``model_unknown``, ``weights_missing``; as ``load_recipe``, ``read_student_record`` and
+        MaskMillError: ``name_unknown``, ``weights_missing``; as ``load_recipe``, ``read_student_record`` and
             ``read_clipseg_record``.
     """
     name, separator, source = spec.partition("=")
@@ -176,13 +176,13 @@ def entry(spec: str, *, clip: str | None = None) -> Entry:
         return _clipseg(name or path.stem, str(path), clip)
     if path.is_dir():
         raise WrongUse(
-            "model_unknown",
+            "name_unknown",
             f"{source} is a folder without student.json, clipseg.json or config.json.",
             "Name the output of maskmill train, or a CLIPSeg folder in Hugging Face's layout.",
         )
     if source not in RECIPES and path.suffix not in (".yaml", ".yml"):
         raise WrongUse(
-            "model_unknown",
+            "name_unknown",
             f"There is no model {source}: it is neither a recipe nor a folder or weights file.",
             f"{did_you_mean(source, RECIPES)}Name the output of maskmill train, CLIPSeg weights "
             f"(.pth, .safetensors), clipseg:HUB-NAME, or a recipe: {', '.join(RECIPES)}.",

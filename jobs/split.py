@@ -85,7 +85,7 @@ class MakeSplit:
 
         Raises:
             MaskMillError: ``wrong_use``; ``output_differs`` if there is a split of other settings;
-                ``groups_invalid``; as ``pipeline.splitting.making.make_split`` and, for CLIP,
+                ``document_invalid``; as ``pipeline.splitting.making.make_split`` and, for CLIP,
                 ``pipeline.splitting.alike.find_alike``.
         """
         from pipeline.corpus.manifest import build_manifest

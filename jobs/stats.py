@@ -64,7 +64,7 @@ class ShowStatistics:
         """Print the figures.
 
         Raises:
-            MaskMillError: ``wrong_use``; ``table_missing``, ``table_damaged``; as ``ViewOptions.of_table``,
+            MaskMillError: ``wrong_use``; ``input_missing``, ``table_damaged``; as ``ViewOptions.of_table``,
                 ``pipeline.review.chance.reviewed_by_chance``, ``pipeline.evaluation.truth.find_truth`` and
                 ``pipeline.evaluation.estimate.measure_sample``.
         """

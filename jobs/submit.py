@@ -119,7 +119,7 @@ class Submit:
             console: for messages.
 
         Raises:
-            MaskMillError: ``wrong_use``, ``working_directory_too_large``; as ``JobClient``.
+            MaskMillError: ``wrong_use``; as ``JobClient``.
         """
         console = console or stderr_console()
         if self.status is not None or self.stop is not None:
@@ -319,7 +319,7 @@ def _configured(parsed: object) -> Iterator[tuple[str, str]]:
     """(name, place) of what the configuration of a retraining names, seen from here.
 
     Raises:
-        MaskMillError: ``config_invalid``.
+        MaskMillError: ``setting_invalid``.
     """
     named = _configuration(parsed)
     if named is None:
@@ -338,7 +338,7 @@ def _configuration(parsed: object) -> Named | None:
     """What the configuration of a retraining names; None for other commands.
 
     Raises:
-        MaskMillError: ``config_invalid``.
+        MaskMillError: ``setting_invalid``.
     """
     if not (isinstance(parsed, Retrain) and Path(parsed.config).is_file()):
         return None

@@ -72,7 +72,7 @@ class Verify:
             0; 1 if something is wrong, and was not repaired.
 
         Raises:
-            MaskMillError: ``wrong_use``; ``table_missing``, ``table_damaged`` without a record of the table;
+            MaskMillError: ``wrong_use``; ``input_missing``, ``table_damaged`` without a record of the table;
                 ``output_in_use`` if it cannot be repaired now.
         """
         console = console or stderr_console()

@@ -62,14 +62,14 @@ def find_helper(name: str, weights: str, *, cache_dir: str | None = None) -> Hel
         cache_dir: the download cache; None for Hugging Face's default.
 
     Raises:
-        MaskMillError: ``model_unknown``; ``weights_missing``, with the file to get and where to put it.
+        MaskMillError: ``name_unknown``; ``weights_missing``, with the file to get and where to put it.
     """
     if weights.startswith("random:"):
         try:
             seed = int(weights.removeprefix("random:"))
         except ValueError:
             raise WrongUse(
-                "model_unknown",
+                "name_unknown",
                 f"The seed in helper_weights={weights!r} is not a whole number.",
                 "Write random:SEED, as in random:0.",
             ) from None
@@ -111,7 +111,7 @@ def _check_name(name: str, *, weights_too: bool = False) -> None:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         raise WrongUse(
-            "model_unknown",
+            "name_unknown",
             f"timm has no model named {architecture!r}.",
             f"{did_you_mean(architecture, timm.list_models('vit_*'))}Use a ViT, such as "
             "vit_base_patch16_224.dino.",
@@ -119,7 +119,7 @@ def _check_name(name: str, *, weights_too: bool = False) -> None:
     known = timm.list_pretrained(f"{architecture}.*")
     if name not in known and (tag or weights_too):
         raise WrongUse(
-            "model_unknown",
+            "name_unknown",
             f"timm knows no weights {tag!r} of {architecture}."
             if tag
             else f"The name {architecture} does not say which weights.",

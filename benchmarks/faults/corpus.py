@@ -84,7 +84,7 @@ def _forged(world: World, table: Path, rng: random.Random) -> Verdict:
         "label", "--manifest", path, "--ontology", "toyworld", "--recipe", "toy", "--output", table
     )
     status = command.wait()
-    refused = status == 2 and "source_invalid" in command.said
+    refused = status == 2 and "dataset_invalid" in command.said
     return Verdict() if refused else wrong(f"a forged id ended with {status}: {command.said[-500:]}")
 
 

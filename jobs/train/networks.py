@@ -33,7 +33,7 @@ def text_source(
         Its weights, and what the student's record says of them.
 
     Raises:
-        MaskMillError: ``recipe_invalid`` if the table was not labelled by a CLIP with words;
+        MaskMillError: ``setting_invalid`` if the table was not labelled by a CLIP with words;
             ``weights_do_not_fit`` if it was labelled with other weights than those found.
     """
     from models.clip.weights import find_weights
@@ -44,14 +44,14 @@ def text_source(
         return source, {"model": model, "pretrained": pretrained or None, "fingerprint": source.fingerprint}
     if table.source != "pseudo":
         raise WrongUse(
-            "recipe_invalid",
+            "setting_invalid",
             f"{labels} holds true labels, and the student needs a CLIP to classify by its words.",
             "Name one: --set text=ViT-B-16-quickgelu:openai.",
         )
     recorded = table.weights.get("text", table.weights)
     if recorded["model"] == "clipseg":
         raise WrongUse(
-            "recipe_invalid",
+            "setting_invalid",
             f"{labels} was labelled by CLIPSeg, and the student needs a CLIP to classify by its words.",
             "Name one, such as the one beneath CLIPSeg: --set text=ViT-B-16-quickgelu:openai.",
         )
@@ -70,11 +70,11 @@ def teacher_recipe(table: TableRecord, labels: str) -> LabelRecipe:
     """The table's recipe, by which an online teacher labels crops.
 
     Raises:
-        MaskMillError: ``recipe_invalid`` if the table was not labelled by a CLIP.
+        MaskMillError: ``setting_invalid`` if the table was not labelled by a CLIP.
     """
     if "text" in table.weights or table.weights["model"] == "clipseg" or table.source != "pseudo":
         raise WrongUse(
-            "recipe_invalid",
+            "setting_invalid",
             f"{labels} was labelled by {table.weights['model']}, and only a CLIP can teach online.",
             "Take the guesses from the table: --set teacher=table.",
         )
@@ -154,11 +154,11 @@ def without_background(text: TextClassifier, ontology: Ontology) -> TextClassifi
     """The classifier of a student that learns its background: without class 0, ids one lower.
 
     Raises:
-        MaskMillError: ``recipe_invalid`` if class 0 is not the background.
+        MaskMillError: ``setting_invalid`` if class 0 is not the background.
     """
     if ontology.names[0] != "background":
         raise WrongUse(
-            "recipe_invalid",
+            "setting_invalid",
             f"learned_background: class 0 is {ontology.names[0]!r}, not the background.",
             "Train with classes that begin with background, or set learned_background=false.",
         )

@@ -172,7 +172,7 @@ class Clip:
             fp32 (P, D) on this CLIP's device.
 
         Raises:
-            MaskMillError: ``model_unsupported`` with ``towers="visual"``; ``prompt_too_long``.
+            MaskMillError: ``model_unsupported`` with ``towers="visual"``; ``prompt_invalid``.
         """
         if self.towers == "visual":
             raise WrongUse(
@@ -196,7 +196,7 @@ class Clip:
         """Tokenize P prompts to int64 (P, context).
 
         Raises:
-            MaskMillError: ``prompt_too_long``. open_clip would truncate silently, which changes the meaning.
+            MaskMillError: ``prompt_invalid``. open_clip would truncate silently, which changes the meaning.
         """
         tokens = self.tokenizer(list(prompts))
         encode = getattr(self.tokenizer, "encode", None)
@@ -206,7 +206,7 @@ class Clip:
             needed = len(encode(prompts[row])) + 2
             if needed > tokens.shape[1]:
                 raise WrongUse(
-                    "prompt_too_long",
+                    "prompt_invalid",
                     f"The prompt {prompts[row]!r} has {needed} tokens; {self.name} reads {tokens.shape[1]}.",
                     "Shorten the class name or the template.",
                 )

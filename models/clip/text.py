@@ -83,7 +83,7 @@ def build_text_classifier(
         cache_dir: where to cache the result; None disables the cache.
 
     Raises:
-        MaskMillError: ``ontology_invalid``, ``setting_invalid``, ``prompt_too_long``,
+        MaskMillError: ``ontology_invalid``, ``setting_invalid``, ``prompt_invalid``,
             ``model_unsupported``.
     """
     texts, merges = get_templates(templates), _merges(merge, class_prompts)

@@ -93,7 +93,7 @@ def find_weights(model: str, pretrained: str | None, *, cache_dir: str | Path | 
         cache_dir: the download cache; None for open_clip's default.
 
     Raises:
-        MaskMillError: ``model_unknown``, ``model_unsupported``, ``weights_missing`` (with the file to get and
+        MaskMillError: ``name_unknown``, ``model_unsupported``, ``weights_missing`` (with the file to get and
             where to put it).
     """
     schema, identifier = _schema(model)
@@ -237,7 +237,7 @@ def _schema(model: str) -> tuple[str | None, str]:
             identifier = model.removeprefix(f"{schema}:")
             if not identifier:
                 raise WrongUse(
-                    "model_unknown",
+                    "name_unknown",
                     f"There is nothing after {schema}: in the model name.",
                     f"Write {schema}:NAME.",
                 )
@@ -252,7 +252,7 @@ def _seed(pretrained: str | None) -> int | None:
         return int(pretrained.removeprefix("random:"))
     except ValueError:
         raise WrongUse(
-            "model_unknown",
+            "name_unknown",
             f"The seed in pretrained={pretrained!r} is not a whole number.",
             "Write random:SEED, as in random:0.",
         ) from None
@@ -274,7 +274,7 @@ def _from_name(name: str, pretrained: str | None, cache: str | None) -> WeightSo
     if config is None:
         _refuse_family(name)
         raise WrongUse(
-            "model_unknown",
+            "name_unknown",
             f"open_clip has no model named {name!r}.",
             _near(name, open_clip.list_models()) + f"MaskMill works with {SUPPORTED}.",
         )
@@ -284,7 +284,7 @@ def _from_name(name: str, pretrained: str | None, cache: str | None) -> WeightSo
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
         raise WrongUse(
-            "model_unknown",
+            "name_unknown",
             f"{name} needs weights, and none were named.",
             f"Set pretrained to a tag ({', '.join(tags) or 'open_clip lists none'}), a file, or random:SEED.",
         )
@@ -329,7 +329,7 @@ def _unknown_tag(name: str, pretrained: str, tags: list[str]) -> MaskMillError:
             f"Use the model {plain} with them.",
         )
     return WrongUse(
-        "model_unknown",
+        "name_unknown",
         f"{pretrained!r} is neither weights of {name} that open_clip knows nor a file.",
         _near(pretrained, tags) + f"open_clip lists for {name}: {', '.join(tags) or 'none'}.",
     )
@@ -448,7 +448,7 @@ def _from_directory(model: str, folder: Path, pretrained: str | None) -> WeightS
     settings_path = folder / HF_CONFIG_NAME
     if not settings_path.is_file():
         raise WrongUse(
-            "model_unknown",
+            "name_unknown",
             f"There is no {HF_CONFIG_NAME} in {folder}.",
             "Give a folder as open_clip's push_to_hf_hub writes it, the configuration beside the weights.",
         )
@@ -465,7 +465,7 @@ def _from_directory(model: str, folder: Path, pretrained: str | None) -> WeightS
         files = sorted(path for path in folder.iterdir() if path.suffix in _FILE_SUFFIXES)
         if len(files) > 1:
             raise WrongUse(
-                "model_unknown",
+                "name_unknown",
                 f"{folder} holds several weights files: {', '.join(path.name for path in files)}.",
                 f"Keep one, or name the right one {HF_SAFE_WEIGHTS_NAME}.",
             )
@@ -482,7 +482,7 @@ def _schema_seed(model: str, pretrained: str | None) -> int | None:
     seed = _seed(pretrained)
     if pretrained is not None and seed is None:
         raise WrongUse(
-            "model_unknown",
+            "name_unknown",
             f"{model} brings its own weights, and pretrained={pretrained!r} names others.",
             "Leave pretrained out.",
         )
@@ -493,10 +493,10 @@ def _settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise WrongUse("model_unknown", f"{path} is not JSON: {error}.", "Write it again.") from error
+        raise WrongUse("name_unknown", f"{path} is not JSON: {error}.", "Write it again.") from error
     if not isinstance(settings, dict) or "model_cfg" not in settings:
         raise WrongUse(
-            "model_unknown",
+            "name_unknown",
             f"{path} has no model_cfg.",
             "It must be an open_clip_config.json as open_clip's push_to_hf_hub writes it.",
         )

@@ -189,7 +189,7 @@ def build_vitseg(
         seed: of the decoder and the random projection.
 
     Raises:
-        MaskMillError: ``model_unknown`` if timm has no such ViT with a class token; ``weights_missing``,
+        MaskMillError: ``name_unknown`` if timm has no such ViT with a class token; ``weights_missing``,
             ``model_damaged``, ``weights_do_not_fit``.
     """
     config = config or ViTSegConfig()
@@ -233,7 +233,7 @@ def _timm_tower(name: str, weights: str) -> Any:
 
 def _unknown(name: str) -> MaskMillError:
     return WrongUse(
-        "model_unknown",
+        "name_unknown",
         f"timm has no ViT named {name!r} with a class token and no further tokens beside it.",
         "Use vit_base_patch16_384, as the paper does.",
     )

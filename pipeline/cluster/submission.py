@@ -114,7 +114,7 @@ def working_directory(files: Mapping[str, Path]) -> Iterator[tuple[Path, int]]:
         files: path within the folder → file or folder on this machine.
 
     Raises:
-        MaskMillError: ``working_directory_too_large``, with the largest files; ``wrong_use``.
+        MaskMillError: ``wrong_use``, with the largest files if they are too large.
     """
     home = Path(__file__).resolve().parents[2]
     for name, path in files.items():
@@ -138,7 +138,7 @@ def working_directory(files: Mapping[str, Path]) -> Iterator[tuple[Path, int]]:
             largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:3]
             named = ", ".join(f"{name} ({sizes[name] / 1e6:.0f} MB)" for name in largest)
             raise WrongUse(
-                "working_directory_too_large",
+                "wrong_use",
                 f"{total / 1e6:.0f} MB would travel with the job, and {MOST_MB} MB is the most. The largest: "
                 f"{named}.",
                 "Put data where the cluster can read it, such as s3://BUCKET/…, and name that instead.",
@@ -161,7 +161,7 @@ class JobClient:
         address: of the dashboard, ``http://HEAD:8265``.
 
     Raises:
-        MaskMillError: ``cluster_unreachable``, ``cluster_unreachable``.
+        MaskMillError: ``cluster_unreachable``.
     """
 
     def __init__(self, address: str) -> None:
@@ -242,7 +242,7 @@ class JobClient:
             show: called with each piece of its output.
 
         Raises:
-            MaskMillError: ``cluster_unreachable``, ``cluster_unreachable``, ``name_unknown``.
+            MaskMillError: ``cluster_unreachable``, ``name_unknown``.
         """
         shown = failures = 0
         while True:

@@ -72,7 +72,7 @@ def build_corpus(
         most: images of a partition, on average.
 
     Raises:
-        MaskMillError: ``source_missing``, ``source_invalid``, ``secret_in_address``, ``storage_*``.
+        MaskMillError: ``input_missing``, ``dataset_invalid``, ``wrong_use``, ``storage_*``.
     """
     uri = canonical_uri(source)
     partitioned = _partitioned(uri) if uri.endswith(".parquet") else None
@@ -114,7 +114,7 @@ def build_manifest(
         string.
 
     Raises:
-        MaskMillError: ``source_missing``, ``source_invalid``, ``secret_in_address``, ``storage_*``.
+        MaskMillError: ``input_missing``, ``dataset_invalid``, ``wrong_use``, ``storage_*``.
     """
     return build_corpus(source, notice=notice, most=_ALL_AT_ONCE).table()
 
@@ -131,7 +131,7 @@ def read_manifest(path: str | os.PathLike[str]) -> pa.Table:
     """Read and check a manifest.
 
     Raises:
-        MaskMillError: ``source_missing``; ``source_invalid`` if columns, ids or URIs are wrong.
+        MaskMillError: ``input_missing``; ``dataset_invalid`` if columns, ids or URIs are wrong.
     """
     return read_corpus(path, most=_ALL_AT_ONCE).table()
 
@@ -253,7 +253,7 @@ def _distinct(rows: pa.Table, source: str, *, manifest: bool) -> pa.Table:
     """Rows by id, without those that repeat one before them.
 
     Raises:
-        WrongUse: ``source_invalid`` if different images share an id, or a manifest has one twice.
+        WrongUse: ``dataset_invalid`` if different images share an id, or a manifest has one twice.
     """
     ids = rows["id"].to_numpy()
     again = np.flatnonzero(ids[1:] == ids[:-1]) + 1
@@ -265,7 +265,7 @@ def _distinct(rows: pa.Table, source: str, *, manifest: bool) -> pa.Table:
         if earlier != later:
             shown = [_shown((each["uri"], each["offset"], each["length"])) for each in (earlier, later)]
             raise WrongUse(
-                "source_invalid",
+                "dataset_invalid",
                 f"two images share the id {ids[again[0]]}: {shown[0]} and {shown[1]}",
                 "Rename or move one of them.",
             )
@@ -374,7 +374,7 @@ def _check_names(uris: list[str]) -> None:
     if bad:
         shown = bad[0].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         raise WrongUse(
-            "source_invalid",
+            "dataset_invalid",
             f"{len(bad)} file name(s) are not valid UTF-8, the first: {shown}",
             "Rename them (for example with convmv), so that they can be stored in Parquet.",
         )

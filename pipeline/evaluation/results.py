@@ -499,8 +499,8 @@ def new_folder(output: str | Path | None, name: str, *, overwrite: bool) -> Path
     """The folder for a result: the one asked for, or one of its own below ``results/``.
 
     Raises:
-        MaskMillError: ``wrong_use`` for an address; ``output_invalid``; ``output_exists`` if the folder holds
-            a result already; ``output_not_ours`` if it holds anything else.
+        MaskMillError: ``wrong_use`` for an address; ``output_exists`` if the folder holds a result already;
+            ``output_not_ours`` if it holds anything else, or is none.
     """
     if output is not None and is_remote(canonical_uri(output)):
         raise WrongUse(

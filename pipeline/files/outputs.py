@@ -13,7 +13,7 @@ def check_output_folder(output: str | os.PathLike[str]) -> None:
     """Refuse an output that can be no folder: a file, a place below one, or one that may not be written.
 
     Raises:
-        MaskMillError: ``output_invalid``.
+        MaskMillError: ``output_not_ours``.
     """
     place = canonical_uri(output)
     if not is_remote(place):
@@ -26,7 +26,7 @@ def check_output_file(output: str | os.PathLike[str]) -> None:
     """Refuse an output that can be no file: a folder, a place below a file, or one that may not be written.
 
     Raises:
-        MaskMillError: ``output_invalid``.
+        MaskMillError: ``output_not_ours``.
     """
     path = Path(canonical_uri(output))
     if path.is_dir():
@@ -52,4 +52,4 @@ def _check_folder(folder: Path, output: str | os.PathLike[str]) -> None:
 
 
 def _invalid(message: str) -> WrongUse:
-    return WrongUse("output_invalid", message, "Name another --output.")
+    return WrongUse("output_not_ours", message, "Name another --output.")

@@ -109,7 +109,7 @@ class RecipeBook(Generic[R]):
             settings: ``key=value`` strings; the value is read as YAML.
 
         Raises:
-            MaskMillError: ``recipe_invalid``, naming the key and the allowed ones.
+            MaskMillError: ``setting_invalid``, naming the key and the allowed ones.
         """
         fields = self._changed(self._base_fields(name_or_path), self.parse(settings))
         return self._validated(fields, where=name_or_path)
@@ -118,14 +118,14 @@ class RecipeBook(Generic[R]):
         """Parse ``key=value`` strings into fields by dotted name; values are read as YAML.
 
         Raises:
-            MaskMillError: ``recipe_invalid``, naming the key and the allowed ones.
+            MaskMillError: ``setting_invalid``, naming the key and the allowed ones.
         """
         fields: dict[str, Any] = {}
         for setting in settings:
             key, separator, value = setting.partition("=")
             if not separator:
                 raise WrongUse(
-                    "recipe_invalid",
+                    "setting_invalid",
                     f"--set {setting!r} is not of the form key=value.",
                     f"Write --set {setting}=VALUE.",
                 )
@@ -144,7 +144,7 @@ class RecipeBook(Generic[R]):
             fields: by dotted name, by last word, or nested.
 
         Raises:
-            MaskMillError: ``recipe_invalid``.
+            MaskMillError: ``setting_invalid``.
         """
         changes = self._by_path(fields, where=recipe.name)
         return self._validated(self._changed(recipe.to_dict(), changes), where=recipe.name)
@@ -153,7 +153,7 @@ class RecipeBook(Generic[R]):
         """The recipe written by ``to_dict``, or by an older MaskMill, which wrote flat fields.
 
         Raises:
-            MaskMillError: ``recipe_invalid``.
+            MaskMillError: ``setting_invalid``.
         """
         where = "the recorded recipe"
         written = {key: value for key, value in fields.items() if key != "hash"}
@@ -165,14 +165,14 @@ class RecipeBook(Generic[R]):
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml"):
             raise WrongUse(
-                "recipe_invalid",
+                "setting_invalid",
                 f"There is no recipe {name_or_path!r}.",
                 f"{did_you_mean(name_or_path, self.recipes)}Known: {', '.join(self.recipes)}; "
                 "or give a YAML file.",
             )
         if not os.path.exists(path):  # unlike Path.exists, also for a name that is too long
             raise WrongUse(
-                "recipe_invalid",
+                "setting_invalid",
                 f"There is no recipe file {path}.",
                 f"{did_you_mean(path.stem, self.recipes)}Check the path, or name a recipe: "
                 f"{', '.join(self.recipes)}.",
@@ -181,21 +181,21 @@ class RecipeBook(Generic[R]):
             data = path.read_bytes()
         except OSError as error:
             raise WrongUse(
-                "recipe_invalid",
+                "setting_invalid",
                 f"{path} cannot be read: {error.strerror}.",
                 "Give a YAML file of recipe fields.",
             ) from error
-        written = parsed_yaml(data, str(path), code="recipe_invalid")
+        written = parsed_yaml(data, str(path), code="setting_invalid")
         if not isinstance(written, dict):
             raise WrongUse(
-                "recipe_invalid",
+                "setting_invalid",
                 f"{path} holds no fields.",
                 f"Write lines such as `{next(iter(self._paths))}: …`.",
             )
         base = written.pop("base", self.default)
         if not isinstance(base, str) or base not in self.recipes:
             raise WrongUse(
-                "recipe_invalid",
+                "setting_invalid",
                 f"{path}: base {base!r} is not a recipe.",
                 f"{did_you_mean(str(base), self.recipes)}Known: {', '.join(self.recipes)}.",
             )
@@ -235,13 +235,13 @@ class RecipeBook(Generic[R]):
             return meant[0]
         if meant:
             raise WrongUse(
-                "recipe_invalid", f"{where}: {key!r} can be {' or '.join(meant)}.", "Write which one."
+                "setting_invalid", f"{where}: {key!r} can be {' or '.join(meant)}.", "Write which one."
             )
         words = {path.rpartition(".")[2]: path for path in self._paths}
         near = difflib.get_close_matches(key.rpartition(".")[2].lower(), words, n=1)
         hint = f"Did you mean {words[near[0]]}? " if near else ""
         raise WrongUse(
-            "recipe_invalid",
+            "setting_invalid",
             f"{where}: there is no field {key!r}.",
             f"{hint}Fields: {', '.join(self._paths)}.",
         )
@@ -250,7 +250,7 @@ class RecipeBook(Generic[R]):
         try:
             return self._kind(**fields)
         except MaskMillError as error:
-            raise WrongUse("recipe_invalid", f"{where}: {error.message}", error.remedy) from error
+            raise WrongUse("setting_invalid", f"{where}: {error.message}", error.remedy) from error
 
 
 def _flat(fields: Mapping[Any, Any], paths: Sequence[str], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -46,7 +46,7 @@ def canonical_uri(uri: str | os.PathLike[str]) -> str:
     is ``s3``) and a lower-case host.
 
     Raises:
-        MaskMillError: ``secret_in_address``; the message does not repeat it.
+        MaskMillError: ``wrong_use``; the message does not repeat it.
 
     >>> canonical_uri("/data/./photos/../cat.jpg")
     '/data/cat.jpg'
@@ -68,7 +68,7 @@ def canonical_uri(uri: str | os.PathLike[str]) -> str:
     if _names_user(scheme, rest):
         where = without_signature(f"{scheme}://{rest.rpartition('@')[2] if '@' in rest else '…'}")
         raise WrongUse(
-            "secret_in_address",
+            "wrong_use",
             f"An address holds a user name or a password: {where.replace('://', f'://{MASK}@', 1)}",
             "Leave it out: addresses are stored with the labels. S3 reads AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY or a profile; other storages read FSSPEC_SCHEME_NAME, such as "
@@ -101,7 +101,7 @@ def placed_beside(folder: str | os.PathLike[str], place: str) -> str:
     's3://bucket/photos'
 
     Raises:
-        MaskMillError: ``secret_in_address``.
+        MaskMillError: ``wrong_use``.
     """
     text = os.path.expanduser(place)
     relative = "://" not in text and not text.lower().startswith("file:")
@@ -112,13 +112,13 @@ def refuse_secrets(uri: str) -> None:
     """Refuse an address that is stored as it is, if it holds a password or a signature.
 
     Raises:
-        MaskMillError: ``secret_in_address``, ``secret_in_address``.
+        MaskMillError: ``wrong_use``.
     """
     place = canonical_uri(uri)
     public = without_signature(place)
     if public != place:
         raise WrongUse(
-            "secret_in_address",
+            "wrong_use",
             f"The address {public} holds a signature or a token, and would be stored with it.",
             "Save the file and give its path, or give an address that needs no signature.",
         )
@@ -379,7 +379,7 @@ class Storage:
             send(self.path(name))
         except FileNotFoundError as error:
             raise WrongUse(
-                "storage_unsupported",
+                "wrong_use",
                 f"cannot write {self.uri_of(name)}: {error}",
                 "Create the bucket first, or correct its name.",
             ) from error
@@ -435,7 +435,7 @@ def open_storage(uri: str | os.PathLike[str]) -> Storage:
     """Storage at a path or URI; nothing is created or contacted.
 
     Raises:
-        MaskMillError: ``storage_unsupported`` for a scheme that fsspec does not know or whose package
+        MaskMillError: ``wrong_use`` for a scheme that fsspec does not know or whose package
             is missing.
     """
     place = canonical_uri(uri)
@@ -447,7 +447,7 @@ def open_storage(uri: str | os.PathLike[str]) -> Storage:
         fs = fsspec.filesystem(scheme, use_listings_cache=False, **driver_options(place))
     except Exception as error:  # unknown scheme, missing package, missing options: each driver has its own
         raise WrongUse(
-            "storage_unsupported",
+            "wrong_use",
             f"cannot reach {redact(place)}: {redact(str(error))}",
             "Use a local path, s3://bucket/prefix, or install the fsspec package of that scheme.",
         ) from None

@@ -129,13 +129,13 @@ def make_plan(export: Export, *, progress: Callable[[int, int], None] = lambda _
         progress: called with the number of files looked at, and of all.
 
     Raises:
-        MaskMillError: ``table_missing`` for a table without rows; ``table_damaged``; ``output_differs`` if
+        MaskMillError: ``input_missing`` for a table without rows; ``table_damaged``; ``output_differs`` if
             the table has lost files that were exported.
     """
     folder, files = table_files(export.source.table)
     if not files:
         raise WrongUse(
-            "table_missing",
+            "input_missing",
             f"{export.source.table.uri} has no rows.",
             "Label images first, or give the --output of maskmill label.",
         )

@@ -55,7 +55,7 @@ def prepare_labeller(
         check_weights: called with the fingerprint before the class names are embedded; may raise.
 
     Raises:
-        MaskMillError: ``recipe_invalid`` for settings that the model does not use, ``classes_differ`` for
+        MaskMillError: ``setting_invalid`` for settings that the model does not use, ``classes_differ`` for
             classes that it does not accept; as ``models.clip.weights.find_weights``,
             ``models.clip.loading.load_source``, ``models.clip.text.build_text_classifier`` and
             ``pipeline.trained.student.read_student_record``.
@@ -94,7 +94,7 @@ def require_weights(recipe: LabelRecipe) -> str | None:
         Their fingerprint; None for CLIPSeg, which finds its weights when it is loaded.
 
     Raises:
-        MaskMillError: ``recipe_invalid`` for settings that a student does not use; as
+        MaskMillError: ``setting_invalid`` for settings that a student does not use; as
             ``models.clip.weights.find_weights`` and ``pipeline.trained.student.read_student_record``.
     """
     if recipe.model == CLIPSEG:
@@ -261,7 +261,7 @@ def _prepare_clipseg(
     useless = _changed_maskclip(recipe)
     if useless:
         raise WrongUse(
-            "recipe_invalid",
+            "setting_invalid",
             f"CLIPSeg has no {', '.join(useless)}.",
             "Start from --recipe clipseg, and leave these settings out.",
         )
@@ -297,7 +297,7 @@ def student_recipe(uri: str, settings: Sequence[str] = ()) -> tuple[LabelRecipe,
         settings: ``key=value`` changes, as in ``pipeline.labelling.recipes.load_recipe``.
 
     Raises:
-        MaskMillError: as ``pipeline.trained.student.read_student_record``; ``recipe_invalid``.
+        MaskMillError: as ``pipeline.trained.student.read_student_record``; ``setting_invalid``.
     """
     from pipeline.trained.student import read_student_record
 
@@ -314,7 +314,7 @@ def clipseg_recipe(uri: str, settings: Sequence[str] = ()) -> LabelRecipe:
         settings: ``key=value`` changes, as in ``pipeline.labelling.recipes.load_recipe``.
 
     Raises:
-        MaskMillError: as ``pipeline.trained.clipseg.read_clipseg_record``; ``recipe_invalid``.
+        MaskMillError: as ``pipeline.trained.clipseg.read_clipseg_record``; ``setting_invalid``.
     """
     from pipeline.trained.clipseg import read_clipseg_record
 
@@ -353,7 +353,7 @@ def _refuse_useless(recipe: LabelRecipe) -> None:
         useless.append("pretrained")
     if useless:
         raise WrongUse(
-            "recipe_invalid",
+            "setting_invalid",
             f"{', '.join(useless)} of recipe {recipe.name!r} mean nothing to a student ({recipe.model}).",
             "Leave them out; of a student's recipe, sizes, precision and thresholds can be changed.",
         )

@@ -102,7 +102,7 @@ def load_labeller(
             ontology says it itself.
 
     Raises:
-        MaskMillError: ``model_unknown``; ``ontology_invalid``; ``recipe_invalid``; ``weights_missing`` and
+        MaskMillError: ``name_unknown``; ``ontology_invalid``; ``setting_invalid``; ``weights_missing`` and
             others of ``pipeline.labelling.prepare.prepare_labeller``.
 
     >>> load_labeller("toy", "grass, zebra").ontology.names
@@ -124,7 +124,7 @@ def _recipe_of(model: str | LabelRecipe, settings: Sequence[str]) -> tuple[Label
     if is_student(model):
         return student_recipe(model, settings)
     raise WrongUse(
-        "model_unknown",
+        "name_unknown",
         f"There is no model {model}: it is neither a recipe nor the folder of a trained model.",
         f"{did_you_mean(model, RECIPES)}Name the output of maskmill train, or one of the recipes "
         f"{', '.join(RECIPES)}.",

@@ -93,12 +93,12 @@ def make_plan(output: Storage, record: MemoryRecord) -> Plan:
     """Compare the files of the table with the finished parts. Call only while holding the lease.
 
     Raises:
-        MaskMillError: ``table_missing`` for a table without rows; ``table_damaged``.
+        MaskMillError: ``input_missing`` for a table without rows; ``table_damaged``.
     """
     folder, names = table_files(record.table)
     if not names:
         raise WrongUse(
-            "table_missing", f"{record.table} has no rows.", "Give the --output of maskmill label."
+            "input_missing", f"{record.table} has no rows.", "Give the --output of maskmill label."
         )
     refuse_doubled(read_ids(record.table), folder)
     files = {name: file_version(folder.uri_of(name)) or "" for name in names}

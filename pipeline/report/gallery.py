@@ -99,7 +99,7 @@ def write_gallery(
         The path of the page.
 
     Raises:
-        MaskMillError: ``table_missing``, ``table_damaged`` or ``wrong_use``.
+        MaskMillError: ``input_missing``, ``table_damaged`` or ``wrong_use``.
     """
     path = page_path(output)
     if limit < 0:
@@ -109,7 +109,7 @@ def write_gallery(
     storage = table if isinstance(table, Storage) else open_storage(table)
     if not labels.table_files(storage)[1]:
         raise WrongUse(
-            "table_missing",
+            "input_missing",
             f"There is no label table in {storage.uri}.",
             "Give the --output of a finished maskmill label, or run that first.",
         )

@@ -38,7 +38,7 @@ from pipeline.tracking.destination import DEFAULT_URI, URI_VARIABLE, resolve_uri
 from pipeline.training.clipseg.recipes import CLIPSEG_RECIPES, ClipSegRecipe
 from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES, MaskClipPlusRecipe
 
-CODE = "config_invalid"
+CODE = "setting_invalid"
 EXAMPLE_FILE = "retrain.yaml"
 Kind = Literal["maskclip-plus", "clipseg"]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]{0,99}$")]
@@ -239,8 +239,8 @@ def read_config(path: str | os.PathLike[str]) -> Retraining:
     """Read and check a configuration, with its recipes, classes and addresses.
 
     Raises:
-        MaskMillError: ``config_invalid`` naming file, line, field and remedy; ``recipe_invalid``,
-            ``ontology_invalid``, ``secret_in_address``, ``secret_in_address``, ``wrong_use``.
+        MaskMillError: ``setting_invalid``, naming file, line, field and remedy;
+            ``ontology_invalid``, ``wrong_use``.
     """
     file = Path(path).expanduser()
     place = open_storage(file.parent)
@@ -266,7 +266,7 @@ def parse_config(data: bytes, where: str, *, folder: Path) -> Retraining:
         folder: of the file, which its relative paths begin from.
 
     Raises:
-        MaskMillError: ``config_invalid``, ``secret_in_address``, ``secret_in_address``.
+        MaskMillError: ``setting_invalid``, ``wrong_use``.
     """
     written = parsed_yaml(data, where, code=CODE)
     if not isinstance(written, dict):
@@ -325,7 +325,7 @@ def check_config(config: Retraining, where: str) -> None:
     """Load what a configuration names, so that a wrong name is told now.
 
     Raises:
-        MaskMillError: ``recipe_invalid``, ``ontology_invalid``, ``wrong_use``.
+        MaskMillError: ``setting_invalid``, ``ontology_invalid``, ``wrong_use``.
     """
     with _within(where):
         label_recipe(config)
@@ -371,7 +371,7 @@ def _located(written: Mapping[Any, Any], folder: Path) -> dict[Any, Any]:
     if isinstance(tracking, str):
         if redact(tracking) != tracking:
             raise WrongUse(
-                "secret_in_address",
+                "wrong_use",
                 f"tracking holds a user name, a password or a token: {redact(tracking)}",
                 "Leave it out: MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
                 "MLFLOW_TRACKING_TOKEN.",
@@ -459,7 +459,7 @@ def training_recipe(model: Model) -> MaskClipPlusRecipe | ClipSegRecipe:
         )
         if recipe.form != "annotation-free":
             raise WrongUse(
-                "recipe_invalid",
+                "setting_invalid",
                 f"Recipe {recipe.name} ({recipe.form}) trains with truth, and a retraining has labels only.",
                 "Take an annotation-free recipe, such as maskclip-plus-voc20.",
             )

@@ -133,11 +133,11 @@ def refuse_signed(manifest: pa.Table) -> None:
     """Refuse images that are reached by signed addresses: a schedule outlives signatures.
 
     Raises:
-        MaskMillError: ``secret_in_address``.
+        MaskMillError: ``wrong_use``.
     """
     if ADDRESS in manifest.column_names:
         raise WrongUse(
-            "secret_in_address",
+            "wrong_use",
             "The images are listed by signed addresses, which expire before they are labelled again.",
             "Give the store itself (s3://bucket/prefix) and credentials in the environment.",
         )

@@ -92,7 +92,7 @@ def summarise_labels(table: str) -> LabelSummary:
         table: the output of a labelling run.
 
     Raises:
-        MaskMillError: ``table_missing``, ``table_damaged``, ``newer_version``.
+        MaskMillError: ``input_missing``, ``table_damaged``, ``newer_version``.
     """
     record = read_table_record(table)
     ontology = record.ontology

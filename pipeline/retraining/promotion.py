@@ -147,7 +147,7 @@ def rollback(
         The entry ``rolled_back``; an earlier one if nothing had to move.
 
     Raises:
-        MaskMillError: ``nothing_before`` if there is no champion before; ``wrong_use`` if ``to`` was none.
+        MaskMillError: ``input_missing`` if there is no champion before; ``wrong_use`` if ``to`` was none.
     """
     registry.refuse_other_owner(client, name, ledger.output)
     unfinished = ledger.standing(name).unfinished
@@ -172,7 +172,7 @@ def rollback(
     if standing.before is None:
         has = "never had a champion" if standing.champion is None else "has had no champion before this one"
         raise FailedWork(
-            "nothing_before",
+            "input_missing",
             f"There is nothing to go back to: {name} {has} by the ledger of {ledger.output.uri}.",
             "Choose a version yourself: maskmill promote … --version N --force --why TEXT.",
         )

@@ -344,7 +344,7 @@ def version_folder(client: MlflowClient, version: Version, kind: ModelKind, into
         Local path or URI.
 
     Raises:
-        MaskMillError: ``model_unknown`` if the version is no such model; ``model_damaged`` if its weights are
+        MaskMillError: ``name_unknown`` if the version is no such model; ``model_damaged`` if its weights are
             not those of its tags; ``tracking_unreachable``.
     """
     wanted = version.tags.get(FINGERPRINT_TAG)

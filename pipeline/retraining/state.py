@@ -325,4 +325,4 @@ def _digest(value: Any) -> str:
 
 def lost_output(error: Exception) -> bool:
     """Whether a run failed because another one has its output: then nothing of it may be written."""
-    return isinstance(error, MaskMillError) and error.code in ("output_in_use", "lease_lost")
+    return isinstance(error, MaskMillError) and error.code == "output_in_use"

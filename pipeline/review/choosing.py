@@ -90,7 +90,7 @@ def choose(
         progress: called with the number of images that were embedded, and of all to embed.
 
     Raises:
-        MaskMillError: ``table_missing``, ``table_damaged``; ``classes_differ`` if the second table has no
+        MaskMillError: ``input_missing``, ``table_damaged``; ``classes_differ`` if the second table has no
             class of the first.
     """
     record, storage = read_table_record(table), open_storage(table)

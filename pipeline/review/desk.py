@@ -64,7 +64,7 @@ class Desk:
         """The row of an image of the queue.
 
         Raises:
-            MaskMillError: ``name_unknown`` if it is not in the queue; ``image_gone`` if its row has no
+            MaskMillError: ``name_unknown`` if it is not in the queue; ``input_missing`` if its row has no
                 labels any more.
         """
         place = self._places.get(row_id)
@@ -78,7 +78,7 @@ class Desk:
             row = {"id": None}
         if row["id"] != row_id or row["status"] != OK:
             raise FailedWork(
-                "image_gone",
+                "input_missing",
                 "The label table has changed since this queue was opened.",
                 "Start maskmill serve --review again. What is saved is safe.",
             )
@@ -92,11 +92,11 @@ class Desk:
         """The image, (h, w, 3), with a long side of at most ``side``.
 
         Raises:
-            MaskMillError: ``image_gone`` if it is not there as it was labelled.
+            MaskMillError: ``input_missing`` if it is not there as it was labelled.
         """
         image = read_labelled(row, self._images)
         if isinstance(image, str):
-            raise FailedWork("image_gone", f"The image cannot be shown: {image}.", "Put it back.")
+            raise FailedWork("input_missing", f"The image cannot be shown: {image}.", "Put it back.")
         return _within(image, side)
 
     def thumbnail(self, row: dict[str, Any], saved: Saved | None) -> npt.NDArray[np.uint8]:
@@ -165,7 +165,7 @@ def open_desk(queue: Queue) -> Desk:
     """Open a queue, and make its table of corrections if there is none.
 
     Raises:
-        MaskMillError: ``table_missing``, ``table_damaged``; ``output_differs``; ``file_damaged`` if none of
+        MaskMillError: ``input_missing``, ``table_damaged``; ``output_differs``; ``file_damaged`` if none of
             its images is in the table.
     """
     record = read_table_record(queue.table)

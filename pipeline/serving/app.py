@@ -207,7 +207,7 @@ class _Server:
                 raise WrongUse("prompt_invalid", "A prompt is empty.", "Write what to look for.")
             if len(word) > limits.prompt_length:
                 raise WrongUse(
-                    "prompt_too_long",
+                    "prompt_invalid",
                     f"A prompt has {len(word)} characters; at most {limits.prompt_length} are taken.",
                     "Shorten it.",
                 )

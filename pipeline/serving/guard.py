@@ -20,8 +20,8 @@ from pipeline.serving.limits import Refused, check_origin, is_address
 
 log = logging.getLogger("maskmill.serve")
 
-UNKNOWN = ("model_unknown", "name_unknown")
-"""Codes of what is not there: status 404."""
+UNKNOWN = "name_unknown"
+"""The code of what is not there: status 404."""
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -117,7 +117,7 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(MaskMillError)
     async def known(_request: Request, error: MaskMillError) -> Response:
-        status = error.status if isinstance(error, Refused) else 404 if error.code in UNKNOWN else 400
+        status = error.status if isinstance(error, Refused) else 404 if error.code == UNKNOWN else 400
         return error_response(error, status)
 
     @app.exception_handler(HTTPException)

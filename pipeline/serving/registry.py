@@ -131,7 +131,7 @@ class ServedModel(Protocol):
             size: (H, W) of the maps to return.
 
         Raises:
-            MaskMillError: for unusable prompts (``prompt_too_long``).
+            MaskMillError: for unusable prompts (``prompt_invalid``).
         """
         ...
 
@@ -151,7 +151,7 @@ class ModelRegistry:
         entries: at least one, with different names; the first is the default.
 
     Raises:
-        MaskMillError: ``wrong_use``, ``model_unknown``.
+        MaskMillError: ``wrong_use``, ``name_unknown``.
     """
 
     def __init__(self, entries: Sequence[Entry]) -> None:
@@ -165,7 +165,7 @@ class ModelRegistry:
                 "Write --model NAME=SPEC.",
             )
         if not entries:
-            raise WrongUse("model_unknown", "There is no model to serve.", "Name one with --model.")
+            raise WrongUse("name_unknown", "There is no model to serve.", "Name one with --model.")
         self._loading: dict[str, Future[ServedModel]] = {}
         self._lock = threading.Lock()
 
@@ -177,11 +177,11 @@ class ModelRegistry:
         """One model.
 
         Raises:
-            MaskMillError: ``model_unknown``.
+            MaskMillError: ``name_unknown``.
         """
         if name not in self._entries:
             raise WrongUse(
-                "model_unknown",
+                "name_unknown",
                 f"There is no model {name[:100]!r} here.",
                 f"Use one of {', '.join(self._entries)}.",
             )
@@ -202,7 +202,7 @@ class ModelRegistry:
         """Start loading a model unless it is loading or loaded; retries a failed load.
 
         Raises:
-            MaskMillError: ``model_unknown``.
+            MaskMillError: ``name_unknown``.
         """
         self.info(name)
         with self._lock:

@@ -15,7 +15,7 @@ from models.errors import WrongUse
 from pipeline.files.documents import read_document
 from pipeline.files.storage import canonical_uri, open_storage
 
-CODE = "groups_invalid"
+CODE = "document_invalid"
 KEYS: Mapping[str, Callable[[Any], str | int]] = {
     "id": int,
     "uri": lambda value: canonical_uri(str(value)),
@@ -42,7 +42,7 @@ def read_groups(file: str, column: str) -> Groups:
     """Read a column of a CSV or Parquet file whose rows name images by ``id``, ``uri`` or ``name``.
 
     Raises:
-        MaskMillError: ``groups_invalid`` if the file cannot be read, lacks a column, or gives an image two
+        MaskMillError: ``document_invalid`` if the file cannot be read, lacks a column, or gives an image two
             values; as ``pipeline.files.documents.read_document``.
     """
     folder, _, name = canonical_uri(file).rpartition("/")

@@ -165,7 +165,7 @@ def open_corrections(table: str, given: str | None = None) -> Corrections | None
         None if there are none.
 
     Raises:
-        MaskMillError: ``table_missing`` if there is no label table in ``given``; ``wrong_use`` if it holds
+        MaskMillError: ``input_missing`` if there is no label table in ``given``; ``wrong_use`` if it holds
             labels of a model; ``table_damaged``; ``classes_differ`` if it has none of the table's classes.
     """
     if given == OFF:
@@ -177,7 +177,7 @@ def open_corrections(table: str, given: str | None = None) -> Corrections | None
         if given is None:
             return None
         raise WrongUse(
-            "table_missing",
+            "input_missing",
             f"There is no label table in {storage.uri}.",
             f"Give a table of corrections or of true labels, or {OFF}.",
         )
@@ -200,7 +200,7 @@ def open_known(table: str, given: str, view: TableView | None = None) -> Correct
         view: of the latter.
 
     Raises:
-        MaskMillError: ``table_missing``; ``table_damaged``; ``classes_differ`` if they have no class in
+        MaskMillError: ``input_missing``; ``table_damaged``; ``classes_differ`` if they have no class in
             common; ``wrong_use`` if they have no image in common.
     """
     root, storage = open_storage(table), open_storage(given)

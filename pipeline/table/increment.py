@@ -150,7 +150,7 @@ def choose(
         progress: called with the number of images compared so far.
 
     Raises:
-        MaskMillError: ``table_missing``, ``wrong_use`` for ``retry_failed`` without a table or with a code
+        MaskMillError: ``input_missing``, ``wrong_use`` for ``retry_failed`` without a table or with a code
             that nothing has.
     """
     again: list[Ids] = [np.empty(0, np.int64)]
@@ -188,7 +188,7 @@ def failed_ids(
         possible: codes that a row may have beside ``ERROR_CODES``.
 
     Raises:
-        MaskMillError: ``table_missing``; ``wrong_use`` for a code that is not possible and no row has.
+        MaskMillError: ``input_missing``; ``wrong_use`` for a code that is not possible and no row has.
     """
     if not table.index:
         raise no_table(storage)
@@ -214,7 +214,7 @@ def failed_ids(
 def no_table(storage: Storage) -> WrongUse:
     """The error of ``--retry-failed`` where nothing has failed yet."""
     return WrongUse(
-        "table_missing",
+        "input_missing",
         f"There is no label table in {storage.uri}, so no image has failed.",
         "Leave --retry-failed out, or name the --output of an earlier run.",
     )

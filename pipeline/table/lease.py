@@ -90,7 +90,7 @@ _HOLDER = TypeAdapter(Holder)
 class Lease:
     """A held lease: ``with Lease.acquire(storage) as lease``.
 
-    Leaving it after it was lost raises ``lease_lost`` in place of the interrupt that ``on_lost`` caused.
+    Leaving it after it was lost raises ``output_in_use`` in place of the interrupt that ``on_lost`` caused.
 
     Args:
         storage: the output that the lease guards.
@@ -258,7 +258,7 @@ class Lease:
 def lost_lease(reason: str) -> FailedWork:
     """The error of a run that stopped because its lease was lost."""
     return FailedWork(
-        "lease_lost",
+        "output_in_use",
         reason,
         "This run has stopped, and finished work is kept. Run the same command again; if another run has the "
         "output, wait for it or stop it first.",

@@ -78,13 +78,13 @@ def read_table_record(table: str) -> TableRecord:
     """Read the ``dataset.json`` of a label table.
 
     Raises:
-        MaskMillError: ``table_missing`` without one; as ``find_table_record``.
+        MaskMillError: ``input_missing`` without one; as ``find_table_record``.
     """
     storage = open_storage(table)
     record = find_table_record(storage)
     if record is None:
         raise WrongUse(
-            "table_missing",
+            "input_missing",
             f"There is no {DATASET_FILE} in {storage.uri}, so what its ids mean is unknown.",
             "Give the --output of maskmill label.",
         )

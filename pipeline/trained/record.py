@@ -79,7 +79,7 @@ def is_recorded(kind: type[TrainedRecord], uri: str | Path) -> bool:
     """Whether a path or URI is the folder of such a model: one look for one file, without reading it.
 
     Raises:
-        MaskMillError: the place cannot be reached (``storage_unsupported``, ``storage_unreachable``, …).
+        MaskMillError: the place cannot be reached (``wrong_use``, ``storage_unreachable``, …).
     """
     return open_storage(uri).exists(kind.RECORD_FILE)
 
@@ -119,7 +119,7 @@ def read_trained(kind: type[R], uri: str | Path) -> R:
     """What is recorded about a model; the weights are not touched.
 
     Raises:
-        MaskMillError: ``model_unknown`` if this is no such folder, ``model_damaged``, ``newer_version``.
+        MaskMillError: ``name_unknown`` if this is no such folder, ``model_damaged``, ``newer_version``.
     """
     storage = open_storage(uri)
     try:
@@ -129,7 +129,7 @@ def read_trained(kind: type[R], uri: str | Path) -> R:
     if found is None or found.get("kind") != kind.KIND:
         why = "there is no" if found is None else f"no {kind.WHAT} is described by its"
         raise WrongUse(
-            "model_unknown",
+            "name_unknown",
             f"{storage.uri} is not the folder of a {kind.WHAT}: {why} {kind.RECORD_FILE}.",
             f"Give the --output of a finished {kind.TRAINED_BY}; on a cluster, on storage that every node "
             "reaches.",

@@ -118,7 +118,7 @@ def test_a_recipe_labels_images_of_odd_names(maskmill_joined, tmp_path: Path) ->
         (["--recipe", "toy", "--images", "x"], "--images needs --truth"),
         (["--recipe", "toy", "--dataset", "voc02"], "Did you mean voc2"),
         (["--recipe", "toy", "--dataset", "voc20", "--root", "/nowhere"], "dataset_missing"),
-        (["--labels", "/nowhere", "--dataset", "toyworld"], "table_missing"),
+        (["--labels", "/nowhere", "--dataset", "toyworld"], "input_missing"),
         (["--labels", "/nowhere", "--dataset", "toyworld", "--set", "head=plain"], "--set changes a recipe"),
         (["--recipe", "toy", "--dataset", "toyworld", "--limit", "-1"], "--limit -1"),
         (["--recipe", "toy", "--dataset", "toyworld", "--protocol", "seed"], "name_unknown"),

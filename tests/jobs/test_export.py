@@ -55,5 +55,5 @@ def test_an_existing_file_stays_and_the_suffix_must_fit(tmp_path: Path) -> None:
         assert caught.value.code == code
     with pytest.raises(MaskMillError) as caught:
         Export(source=str(tmp_path), format="torch", output=str(tmp_path / "student.pt2")).run()
-    assert caught.value.code == "model_unknown"
+    assert caught.value.code == "name_unknown"
     assert kept.read_text() == "mine" and not (tmp_path / "student.pt2").exists()

@@ -201,7 +201,7 @@ def test_nothing_is_overwritten_unasked(data: Path, tmp_path: Path) -> None:
     for folder, code in (
         (out, "output_exists"),
         (data, "output_not_ours"),
-        (data / "mask.png", "output_invalid"),
+        (data / "mask.png", "output_not_ours"),
     ):
         with pytest.raises(MaskMillError) as caught:
             job(data, folder, prompts=("zebra",), overwrite=folder == data).run(QUIET)
@@ -240,10 +240,10 @@ def test_a_record_that_names_files_elsewhere_deletes_none(data: Path, tmp_path: 
         ({"prompts": ("a",), "text_weight": 0.5}, "wrong_use", "there are 1 and 0"),
         ({"prompts": ("a",), "size": 0}, "wrong_use", "below 1"),
         ({"prompts": ("a",), "visual_prompt": "sharpen"}, "setting_invalid", "sharpen"),
-        ({"prompts": ("a",), "images": ("nowhere.jpg",)}, "source_missing", "nowhere.jpg"),
+        ({"prompts": ("a",), "images": ("nowhere.jpg",)}, "input_missing", "nowhere.jpg"),
         ({"prompt_images": ("nowhere.jpg",)}, "image_invalid", "nowhere.jpg"),
         ({"prompts": ("a",), "weights": "nowhere.pth"}, "weights_missing", "nowhere.pth"),
-        ({"prompts": ("word " * 80,)}, "prompt_too_long", "word"),
+        ({"prompts": ("word " * 80,)}, "prompt_invalid", "word"),
     ],
 )
 def test_wrong_use(data: Path, tmp_path: Path, fields: dict[str, Any], code: str, words: str) -> None:

@@ -85,11 +85,11 @@ def test_a_home_folder_in_a_spec(
 @pytest.mark.parametrize(
     ("spec", "code"),
     [
-        ("tpy", "model_unknown"),
-        ("{}/photos", "model_unknown"),
+        ("tpy", "name_unknown"),
+        ("{}/photos", "name_unknown"),
         ("{}/none.pth", "weights_missing"),
-        ("{}/none.yaml", "recipe_invalid"),
-        ("file://{}/photos", "model_unknown"),
+        ("{}/none.yaml", "setting_invalid"),
+        ("file://{}/photos", "name_unknown"),
     ],
 )
 def test_wrong_specs(places: Path, spec: str, code: str) -> None:

@@ -153,7 +153,7 @@ def test_too_much_does_not_travel(tmp_path: Path) -> None:
         working_directory({"weights.pt": tmp_path / "weights.pt"}),
     ):
         pass
-    assert told.value.code == "working_directory_too_large"
+    assert told.value.code == "wrong_use"
 
 
 def test_the_code_is_not_replaced(tmp_path: Path) -> None:

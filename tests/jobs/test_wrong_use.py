@@ -22,7 +22,7 @@ CASES = {
     # label
     "label --images photos --classes cat --output out --recipe maskclp": "Did you mean maskclip?",
     "label --images photos --classes cat --output out --set had=value": "Did you mean maskclip.head?",
-    "label --images photos --classes cat --output out --set head=vale": "recipe_invalid",
+    "label --images photos --classes cat --output out --set head=vale": "setting_invalid",
     "label --images nowhere --classes cat --output out": "nowhere",
     "label --images photos --ontology voc2 --output out": "Did you mean voc2",
     "label --images photos --ontology voc20 --classes cat --output out": "--classes or --ontology, not both",
@@ -63,12 +63,12 @@ CASES = {
     "serve --review photos --model toy": "Serve them one by one.",
     # verify
     "verify nowhere": "nowhere",
-    "verify photos": "table_missing",
+    "verify photos": "input_missing",
     "verify photos --images photos --manifest m.parquet": "not both",
     "verify photos --workers -1": "--workers -1",
     # stats
     "stats nowhere": "nowhere",
-    "stats table --against photos": "table_missing",
+    "stats table --against photos": "input_missing",
     "stats table --estimate photos": "has its truth in",
     "stats table --page photos": "photos is a folder",
     "stats table --page s3://bucket/page.html": "it is a local file",
@@ -76,7 +76,7 @@ CASES = {
     "stats table --merge kat,dog=pet": "kat",
     # split
     "split nowhere": "nowhere",
-    "split photos": "table_missing",
+    "split photos": "input_missing",
     "split table --train 0.9": "do not sum to 1",
     "split table --by patient": "--by patient needs the file",
     "export table --format png --output out --val-share -1": "--val-share -1",

@@ -48,11 +48,11 @@ def test_published_weights_in_the_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "weights", "code", "message"),
     [
-        ("vit_base_patch16_224", "", "model_unknown", "does not say which weights"),
-        ("vit_base_patch16_224.dinoo", "", "model_unknown", "no weights 'dinoo'"),
-        ("vit_base_patch16_22", "", "model_unknown", "no model named"),
-        ("vit_bse_patch16_224.dino", "random:0", "model_unknown", "no model named"),
-        ("vit_base_patch16_224", "random:x", "model_unknown", "not a whole number"),
+        ("vit_base_patch16_224", "", "name_unknown", "does not say which weights"),
+        ("vit_base_patch16_224.dinoo", "", "name_unknown", "no weights 'dinoo'"),
+        ("vit_base_patch16_22", "", "name_unknown", "no model named"),
+        ("vit_bse_patch16_224.dino", "random:0", "name_unknown", "no model named"),
+        ("vit_base_patch16_224", "random:x", "name_unknown", "not a whole number"),
         ("vit_base_patch16_224", "there/is/none.pth", "weights_missing", "There is no weights file"),
     ],
 )

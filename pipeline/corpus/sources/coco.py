@@ -35,7 +35,7 @@ def read_coco(uri: str) -> Iterator[ImageList]:
     the first image is in none of them, all are taken from their ``coco_url``.
 
     Raises:
-        WrongUse: ``source_missing``, ``source_invalid``.
+        WrongUse: ``input_missing``, ``dataset_invalid``.
     """
     try:
         images = _DOCUMENT.validate_python(json.loads(read_text(uri))).images

@@ -48,7 +48,7 @@ def find_images(uri: str, left_out: LeftOut, *, in_order: bool = False) -> Itera
         in_order: list object stores in the order of their keys, which takes longer.
 
     Raises:
-        WrongUse: ``source_missing``, ``source_invalid``.
+        WrongUse: ``input_missing``, ``dataset_invalid``.
     """
     if not is_remote(uri):
         if os.path.exists(uri) and not os.path.isdir(uri):
@@ -99,7 +99,7 @@ def _among(files: Iterable[str], source: str, left_out: LeftOut) -> Iterator[Ima
         yield from read_parquet_files(sorted(tables))
     else:
         raise WrongUse(
-            "source_missing",
+            "input_missing",
             f"no images in {source}: looked for {' '.join(IMAGE_EXTENSIONS)}; found "
             f"{left_out.describe() or 'no files at all'}",
             "Give a folder, glob or list that holds images.",
@@ -117,7 +117,7 @@ def _file(uri: str, left_out: LeftOut) -> Iterator[ImageList]:
     if lower.endswith(IMAGE_EXTENSIONS):
         return iter([ImageList([uri])])
     raise WrongUse(
-        "source_missing",
+        "input_missing",
         f"{without_signature(uri)} is neither an image ({' '.join(IMAGE_EXTENSIONS)}) nor a list "
         f"({' '.join(LIST_EXTENSIONS)}) nor a .tar",
         "Give a folder, a glob, a list file or a manifest.",

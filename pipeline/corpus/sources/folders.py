@@ -70,7 +70,7 @@ def _files_below(folders: Sequence[str], left_out: LeftOut) -> Iterator[str]:
                         yield entry.path
         except PermissionError:
             raise WrongUse(
-                "source_missing",
+                "input_missing",
                 f"no permission to read the folder {folder}",
                 "Grant read access to it, or give a source without it.",
             ) from None
@@ -85,7 +85,7 @@ def local_files(uri: str, left_out: LeftOut) -> Iterator[str]:
     """Yield the files of a local folder or glob.
 
     Raises:
-        WrongUse: ``source_missing``.
+        WrongUse: ``input_missing``.
     """
     if os.path.isdir(uri):
         yield from _files_below([uri], left_out)
@@ -114,7 +114,7 @@ def remote_files(uri: str, left_out: LeftOut, *, in_order: bool = False) -> Iter
         in_order: of their keys, which takes longer.
 
     Raises:
-        WrongUse: ``source_missing``.
+        WrongUse: ``input_missing``.
     """
     parts = uri.split("/")
     fixed = next((n for n, part in enumerate(parts) if is_pattern(part)), len(parts))

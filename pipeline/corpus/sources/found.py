@@ -120,16 +120,16 @@ def entry_uri(list_uri: str, entry: str, place: str) -> str:
 
 def missing(uri: str, what: str) -> WrongUse:
     return WrongUse(
-        "source_missing",
+        "input_missing",
         f"{what} {without_signature(uri)}",
         f"Give an existing folder, glob, list file ({', '.join(LIST_EXTENSIONS)}), .tar or manifest.",
     )
 
 
 def bad_list(place: str, text: str) -> WrongUse:
-    """``source_invalid`` for a list; ``place`` is its URI, with the line if known."""
+    """``dataset_invalid`` for a list; ``place`` is its URI, with the line if known."""
     return WrongUse(
-        "source_invalid",
+        "dataset_invalid",
         f"{without_signature(place)}: {text}",
         "A list has a path or URI per line (.txt), or a column 'uri' and, where known, offset, length, width"
         " and height (.csv, .parquet), or an object with 'uri' or 'file_name' per line (.jsonl).",
@@ -137,9 +137,9 @@ def bad_list(place: str, text: str) -> WrongUse:
 
 
 def bad_manifest(uri: str, text: str) -> WrongUse:
-    """``source_invalid`` for a manifest."""
+    """``dataset_invalid`` for a manifest."""
     return WrongUse(
-        "source_invalid",
+        "dataset_invalid",
         f"{without_signature(uri)}: {text}",
         "Build it again from its source; in a plain list of images leave out the column 'id'. Images "
         "themselves are expected in a column of bytes, or of structs with bytes, called image.",

@@ -152,7 +152,7 @@ def read_text(uri: str) -> str:
     """The content of a text file.
 
     Raises:
-        WrongUse: ``source_missing``, ``source_invalid``.
+        WrongUse: ``input_missing``, ``dataset_invalid``.
     """
     data = _content(uri)
     try:

@@ -43,7 +43,7 @@ def read_parquet(uri: str) -> Iterator[ImageList]:
     """Read a list, or a manifest if there is a column ``id``, or a table with the images themselves.
 
     Raises:
-        WrongUse: ``source_missing``, ``source_invalid``.
+        WrongUse: ``input_missing``, ``dataset_invalid``.
     """
     with open_parquet(uri) as parquet:
         present = parquet.schema_arrow.names
@@ -68,7 +68,7 @@ def listed(uri: str, rows: pa.Table, first_row: int = 0) -> ImageList:
         first_row: number of the first, for errors.
 
     Raises:
-        WrongUse: ``source_invalid``.
+        WrongUse: ``dataset_invalid``.
     """
     columns = {}
     for name in rows.column_names:
@@ -90,7 +90,7 @@ def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file; what is wrong with it is told in words, also while it is read.
 
     Raises:
-        WrongUse: ``source_missing``, ``source_invalid``.
+        WrongUse: ``input_missing``, ``dataset_invalid``.
     """
     place = open_storage(uri)
     try:
@@ -106,7 +106,7 @@ def kept_parquet(uri: str) -> pq.ParquetFile:
     """A Parquet file as it is now, open for as long as it is used. An object is copied to this machine first.
 
     Raises:
-        WrongUse: ``source_missing``, ``source_invalid``.
+        WrongUse: ``input_missing``, ``dataset_invalid``.
     """
     place = open_storage(uri)
     try:
@@ -130,7 +130,7 @@ def parquet_errors(uri: str) -> Iterator[None]:
     """Tell in words what is wrong with a Parquet file that is opened or read.
 
     Raises:
-        WrongUse: ``source_invalid``.
+        WrongUse: ``dataset_invalid``.
     """
     try:
         yield

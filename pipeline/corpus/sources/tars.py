@@ -23,11 +23,11 @@ def refuse_compressed(uri: str) -> None:
     """Refuse an archive whose members are no byte ranges of it.
 
     Raises:
-        WrongUse: ``source_invalid``.
+        WrongUse: ``dataset_invalid``.
     """
     if uri.lower().endswith(COMPRESSED):
         raise WrongUse(
-            "source_invalid",
+            "dataset_invalid",
             f"{without_signature(uri)} is a compressed archive: its members cannot be read one by one",
             "Unpack it, or decompress it to a .tar (gunzip, unxz, unzstd).",
         )
@@ -44,7 +44,7 @@ def read_shards(shards: Sequence[str], left_out: LeftOut) -> Iterator[ImageList]
         left_out: is told which members are not taken.
 
     Raises:
-        WrongUse: ``source_missing`` if there is no image in them, or no such archive.
+        WrongUse: ``input_missing`` if there is no image in them, or no such archive.
     """
     found = False
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -62,7 +62,7 @@ def read_shards(shards: Sequence[str], left_out: LeftOut) -> Iterator[ImageList]
     if found:
         return
     raise WrongUse(
-        "source_missing",
+        "input_missing",
         f"no images in {without_signature(shards[0])}{f' and {len(shards) - 1} more' if shards[1:] else ''}; "
         f"found {left_out.describe() or 'no files at all'}",
         "An image in a shard is called KEY.jpg, or has another image's ending.",

@@ -122,7 +122,7 @@ def answers(
         progress: called with the number of queries done and in total.
 
     Raises:
-        MaskMillError: ``prompt_too_long``, and errors from reading the data.
+        MaskMillError: ``prompt_invalid``, and errors from reading the data.
     """
     found = []
     texts: dict[str, Tensor] = {}

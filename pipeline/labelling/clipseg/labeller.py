@@ -58,7 +58,7 @@ def resolution_of(ontology: Ontology, options: ClipSegOptions, thresholds: Seque
         thresholds: C, in [0, 1].
 
     Raises:
-        MaskMillError: ``recipe_invalid`` if the background is the remainder and a class has no threshold.
+        MaskMillError: ``setting_invalid`` if the background is the remainder and a class has no threshold.
     """
     ids = tuple(range(ontology.num_classes))
     if ontology.background is None:
@@ -69,7 +69,7 @@ def resolution_of(ontology: Ontology, options: ClipSegOptions, thresholds: Seque
     boundless = [ontology.names[index] for index in ids[1:] if not thresholds[index]]
     if boundless:
         raise WrongUse(
-            "recipe_invalid",
+            "setting_invalid",
             f"There can be no background beside {', '.join(boundless[:5])}: without a threshold "
             f"{'they are' if len(boundless) > 1 else 'it is'} everywhere.",
             "Set min_confidence (the paper has 0.1 to 0.3) or a threshold for each class; or ask for the "

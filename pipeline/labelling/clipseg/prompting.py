@@ -123,7 +123,7 @@ def embed_words(model: ClipSeg, words: Sequence[str], templates: Sequence[str]) 
     """Conditionals fp32 (P, E) on the model's device: the mean over the templates per word, not normalised.
 
     Raises:
-        MaskMillError: ``prompt_too_long``.
+        MaskMillError: ``prompt_invalid``.
     """
     filled = [text for word in words for text in fill(templates, word)]
     return model.encode_text(filled).unflatten(0, (len(words), len(templates))).mean(1)
@@ -155,7 +155,7 @@ def embed_prompts(
         text_weight: weight of the words in a mixed prompt.
 
     Raises:
-        MaskMillError: ``prompt_too_long``.
+        MaskMillError: ``prompt_invalid``.
     """
     words = [text for text, _ in prompts if text is not None]
     pictures = [picture for _, picture in prompts if picture is not None]
@@ -179,7 +179,7 @@ def class_conditionals(model: ClipSeg, ontology: Ontology, class_id: int, option
     one prompt, the mean.
 
     Raises:
-        MaskMillError: ``prompt_too_long``; as ``read_picture``; ``image_invalid`` if a picture has
+        MaskMillError: ``prompt_invalid``; as ``read_picture``; ``image_invalid`` if a picture has
             changed since the ontology was made.
     """
     prefix = options.prefix

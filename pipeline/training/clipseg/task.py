@@ -244,7 +244,7 @@ class _TextCache:
         try:
             return dict(zip(phrases, self._model.encode_text(phrases), strict=True))
         except MaskMillError as error:
-            if error.code != "prompt_too_long":
+            if error.code != "prompt_invalid":
                 raise
             if len(phrases) == 1:
                 return {phrases[0]: None}

@@ -116,7 +116,7 @@ def train(
 
     Raises:
         MaskMillError: ``output_differs``, ``file_damaged``, ``setting_invalid``,
-            ``model_unsupported``, ``storage_unsupported``, errors of task and samples; ``training_failed``,
+            ``model_unsupported``, ``wrong_use``, errors of task and samples; ``training_failed``,
             also if workers died more than ``settings.max_failures`` times.
     """
     settings.check_workers(compute.workers)

@@ -72,7 +72,7 @@ def work(job: Job) -> dict[str, Any]:
         ``step`` (updates done), ``stopped`` (why it stopped early, or empty) and the state of ``meter``.
 
     Raises:
-        MaskMillError: ``training_failed``, ``file_damaged``, ``storage_unsupported``, errors of samples
+        MaskMillError: ``training_failed``, ``file_damaged``, ``wrong_use``, errors of samples
             and task; ``output_in_use`` if another run has taken the lease over.
     """
     rank, world, device = 0, 1, torch.device("cpu")
@@ -308,7 +308,7 @@ class _Worker:
     def _resume(self) -> None:
         if not self.store.sees(self.job.fingerprint):
             raise WrongUse(
-                "storage_unsupported",
+                "wrong_use",
                 f"Worker {self.rank} does not see {self.job.output}: that folder is not shared by all nodes.",
                 "On a cluster name an output that every node reaches: s3://bucket/prefix or a shared mount.",
             )

@@ -394,7 +394,7 @@ def open_table_samples(
         manifests: the table beside which the manifests are, if not this one.
 
     Raises:
-        MaskMillError: ``table_missing``; ``table_damaged``; ``classes_differ`` if table or truth share no
+        MaskMillError: ``input_missing``; ``table_damaged``; ``classes_differ`` if table or truth share no
             class with the training; ``image_invalid`` from ``pipeline.evaluation.tables.plan``;
             ``wrong_use``; ``too_few_images`` if no row is left.
     """

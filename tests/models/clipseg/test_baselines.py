@@ -187,9 +187,9 @@ def test_vitseg_weights(clip: Clip, tmp_path: Path) -> None:
     calls: list[tuple[str, Callable[[], object]]] = [
         ("weights_missing", lambda: build_vitseg(clip, TINY, weights=str(tmp_path / "none.pth"))),
         ("weights_do_not_fit", lambda: build_vitseg(clip, TINY, weights=str(tmp_path / "wrong.pth"))),
-        ("model_unknown", lambda: build_vitseg(clip, ViTSegConfig(tower="resnet50"), weights="random:0")),
+        ("name_unknown", lambda: build_vitseg(clip, ViTSegConfig(tower="resnet50"), weights="random:0")),
         (
-            "model_unknown",
+            "name_unknown",
             lambda: build_vitseg(
                 clip,
                 ViTSegConfig(tower="test_vit2"),

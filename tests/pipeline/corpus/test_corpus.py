@@ -207,7 +207,7 @@ def test_a_file_that_lost_its_order_is_read_or_refused(tmp_path: Path, most: int
     _rewrite(path, [shuffled.slice(start, 10) for start in range(0, 40, 10)])
     with pytest.raises(MaskMillError, match="has ids of others") as caught:
         read_corpus(path, most=most).table()
-    assert caught.value.code == "source_invalid"
+    assert caught.value.code == "dataset_invalid"
 
 
 @pytest.mark.parametrize("partitions", [0, 1, 3, 5, -4])
@@ -236,7 +236,7 @@ def test_rows_of_a_partition_are_checked(tmp_path: Path, change: object, says: s
     _rewrite(path, groups)
     with pytest.raises(MaskMillError, match=says) as caught:
         read_corpus(path).table()
-    assert caught.value.code == "source_invalid"
+    assert caught.value.code == "dataset_invalid"
 
 
 def test_without_ids_it_is_a_list(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_a_torn_partition_is_told_in_words(tmp_path: Path) -> None:
     corpus = read_corpus(path)
     with pytest.raises(MaskMillError) as caught:
         corpus.table()
-    assert caught.value.code == "source_invalid"
+    assert caught.value.code == "dataset_invalid"
 
 
 def test_a_manifest_that_is_replaced_meanwhile_is_read_to_its_end(tmp_path: Path) -> None:

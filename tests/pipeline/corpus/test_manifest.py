@@ -160,7 +160,7 @@ def test_a_name_that_is_not_text(tmp_path):
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")).write_bytes(b"x")
     with pytest.raises(MaskMillError) as error:
         build_manifest(tmp_path)
-    assert error.value.code == "source_invalid"
+    assert error.value.code == "dataset_invalid"
     assert r"caf\xe9.jpg" in error.value.message
 
 
@@ -171,7 +171,7 @@ def test_unreadable_folder(tmp_path):
     with pytest.raises(MaskMillError, match="closed") as error:
         build_manifest(tmp_path)
     (tmp_path / "closed").chmod(0o700)
-    assert error.value.code == "source_missing"
+    assert error.value.code == "input_missing"
 
 
 def test_many_files_quickly(tmp_path):
@@ -212,17 +212,17 @@ def test_glob(tmp_path, pattern, expected):
 @pytest.mark.parametrize(
     ("files", "source", "code", "words"),
     [
-        ([], "", "source_missing", ["no files at all", ".jpg"]),
+        ([], "", "input_missing", ["no files at all", ".jpg"]),
         (
             ["a.txt", "b.TXT", "c.raw", "noend"],
             "",
-            "source_missing",
+            "input_missing",
             ["2 × .txt", "1 × .raw", "1 × no ending"],
         ),
-        (["a.txt"], "*", "source_missing", ["1 × .txt"]),
-        (["a.txt"], "*.jpg", "source_missing", ["nothing matches"]),
-        ([], "none", "source_missing", ["there is no", "none"]),
-        (["a.docx"], "a.docx", "source_missing", ["neither an image", ".docx"]),
+        (["a.txt"], "*", "input_missing", ["1 × .txt"]),
+        (["a.txt"], "*.jpg", "input_missing", ["nothing matches"]),
+        ([], "none", "input_missing", ["there is no", "none"]),
+        (["a.docx"], "a.docx", "input_missing", ["neither an image", ".docx"]),
     ],
 )
 def test_nothing_found_says_what_was_looked_for(tmp_path, files, source, code, words):
@@ -296,7 +296,7 @@ def test_a_password_in_a_list_is_refused_with_its_place(tmp_path, name):
         (tmp_path / name).write_text("\n".join(["uri"] * (name == "l.csv") + uris))
     with pytest.raises(MaskMillError) as error:
         build_manifest(tmp_path / name)
-    assert error.value.code == "secret_in_address" and "hunter2" not in str(error.value)
+    assert error.value.code == "wrong_use" and "hunter2" not in str(error.value)
     place = {"l.txt": "l.txt:2: ", "l.csv": "l.csv:3: ", "l.parquet": "l.parquet: row 1: "}[name]
     assert place in error.value.message
 
@@ -358,7 +358,7 @@ def test_list_errors(tmp_path, name, content, place, words):
         return
     with pytest.raises(MaskMillError) as error:
         build_manifest(tmp_path / name)
-    assert error.value.code == "source_invalid"
+    assert error.value.code == "dataset_invalid"
     assert place in error.value.message
     assert words in error.value.message
 
@@ -401,7 +401,7 @@ def test_bad_manifests(tmp_path, columns, words):
     for read in (read_manifest, build_manifest):
         with pytest.raises(MaskMillError) as error:
             read(path)
-        assert error.value.code == "source_invalid"
+        assert error.value.code == "dataset_invalid"
         assert words in error.value.message
         assert str(path) in error.value.message
 
@@ -412,7 +412,7 @@ def test_not_parquet_missing_and_without_ids(tmp_path):
         read_manifest(tmp_path / "m.parquet")
     with pytest.raises(MaskMillError) as error:
         read_manifest(tmp_path / "none.parquet")
-    assert error.value.code == "source_missing"
+    assert error.value.code == "input_missing"
     pq.write_table(pa.table({"uri": ["a.jpg"]}), tmp_path / "m.parquet")
     with pytest.raises(MaskMillError, match="no column 'id'"):
         read_manifest(tmp_path / "m.parquet")
@@ -424,7 +424,7 @@ def test_collision_names_both(tmp_path, monkeypatch):
     (tmp_path / "list.txt").write_text("/a.jpg\n/bb.jpg\n/c.jpg\n")
     with pytest.raises(MaskMillError) as error:
         build_manifest(tmp_path / "list.txt")
-    assert error.value.code == "source_invalid"
+    assert error.value.code == "dataset_invalid"
     assert "'/a.jpg'" in error.value.message and "'/c.jpg'" in error.value.message
 
 
@@ -471,6 +471,6 @@ def test_remote_folder_glob_and_lists():
         for missing in (f"{base}/none", f"{base}/none/*.jpg", f"{base}/none.txt", f"{base}/none.parquet"):
             with pytest.raises(MaskMillError) as error:
                 build_manifest(missing)
-            assert error.value.code == "source_missing"
+            assert error.value.code == "input_missing"
     finally:
         fs.rm("/manifest-test", recursive=True)

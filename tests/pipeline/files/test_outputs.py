@@ -51,7 +51,7 @@ def test_files_that_can_be_made(name: str, place: Path) -> None:
 def test_what_is_refused(check: Callable[[Path], None], name: str, says: str, place: Path) -> None:
     with pytest.raises(MaskMillError, match=f"(?i){says}") as caught:
         check(place / name)
-    assert caught.value.code == "output_invalid" and caught.value.exit_status == 2
+    assert caught.value.code == "output_not_ours" and caught.value.exit_status == 2
 
 
 def test_remote_places_are_not_contacted() -> None:

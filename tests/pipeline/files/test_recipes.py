@@ -57,7 +57,7 @@ def test_settings_reach_groups(settings: list[str], expected: Nested) -> None:
 def test_mistakes_in_groups_are_named(settings: list[str], says: str) -> None:
     with pytest.raises(MaskMillError) as caught:
         BOOK.load("base", settings)
-    assert caught.value.code == "recipe_invalid" and says in str(caught.value)
+    assert caught.value.code == "setting_invalid" and says in str(caught.value)
 
 
 def test_a_file_may_nest_or_not(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_files_that_are_no_recipes(data: bytes, says: str, tmp_path: Path) -> No
     (tmp_path / "mine.yaml").write_bytes(data)
     with pytest.raises(MaskMillError) as caught:
         BOOK.load(str(tmp_path / "mine.yaml"))
-    assert caught.value.code == "recipe_invalid" and says in str(caught.value)
+    assert caught.value.code == "setting_invalid" and says in str(caught.value)
     assert "mine.yaml" in str(caught.value)
 
 
@@ -107,7 +107,7 @@ def test_paths_that_are_no_recipes(tmp_path: Path) -> None:
     ):
         with pytest.raises(MaskMillError, match=says) as caught:
             BOOK.load(str(tmp_path / name))
-        assert caught.value.code == "recipe_invalid"
+        assert caught.value.code == "setting_invalid"
 
 
 @pytest.mark.parametrize("value", ["2020-13-45", "[" * 100_000, "a: b: c", "*x"])

@@ -79,7 +79,7 @@ def test_passwords_in_addresses_are_refused_and_not_repeated(uri):
     for use in (canonical_uri, open_storage, build_manifest):
         with pytest.raises(MaskMillError) as error:
             use(uri)
-        assert error.value.code == "secret_in_address"
+        assert error.value.code == "wrong_use"
         assert "hun" not in str(error.value) and "ter2" not in str(error.value)
 
 
@@ -350,7 +350,7 @@ def test_arrow_reads_what_fsspec_wrote_and_back(storage):
 def test_unknown_scheme():
     with pytest.raises(MaskMillError) as error:
         open_storage("nowhere://x/y")
-    assert error.value.code == "storage_unsupported"
+    assert error.value.code == "wrong_use"
     assert "nowhere://x/y" in error.value.message
 
 
@@ -367,7 +367,7 @@ def test_missing_bucket(s3_server):
     assert nowhere.list() == []
     with pytest.raises(MaskMillError, match="s3://no-such-bucket/out/x") as error:
         nowhere.write_bytes("x", b"1")
-    assert error.value.code == "storage_unsupported"
+    assert error.value.code == "wrong_use"
 
 
 def test_unreachable_server(s3_server, monkeypatch):
@@ -405,7 +405,7 @@ def test_manifest_and_label_table_on_s3(s3_server):
     for missing in (f"{base}/none", "s3://no-such-bucket/in", f"{base}/none.txt", f"{base}/none.parquet"):
         with pytest.raises(MaskMillError) as error:
             build_manifest(missing)
-        assert error.value.code == "source_missing"
+        assert error.value.code == "input_missing"
 
     out = open_storage("s3://bucket/out-table")
     labels = np.zeros((4, 5), np.uint8)

@@ -73,14 +73,14 @@ def test_the_recipe_of_a_student_names_it_and_its_sizes(
     )
     with pytest.raises(MaskMillError) as caught:
         student_recipe("run", ["scales=3"])
-    assert caught.value.code == "recipe_invalid"
+    assert caught.value.code == "setting_invalid"
 
 
 def test_words_that_are_too_long_show_before_anything_is_built() -> None:
     long = parse_classes("zebra, " + " ".join(["word"] * 60), background=None, templates="toyworld")
     with pytest.raises(MaskMillError) as caught:
         prepare_labeller(RECIPES["toy"], long)
-    assert caught.value.code == "prompt_too_long"
+    assert caught.value.code == "prompt_invalid"
 
 
 def test_cached_names_need_no_text_tower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_settings_of_maskclip_mean_nothing_to_a_student(folder: Path, change: di
     recipe, own = student_recipe(str(folder))
     with pytest.raises(MaskMillError) as caught:
         prepare_labeller(change_recipe(recipe, change), own)
-    assert caught.value.code == "recipe_invalid"
+    assert caught.value.code == "setting_invalid"
     named = caught.value.message.partition(" of recipe")[0]
     assert {name.rpartition(".")[2] for name in named.split(", ")} == set(change)
 
@@ -194,7 +194,7 @@ def test_a_folder_without_a_student_is_not_taken_for_the_name_of_a_clip(tmp_path
     for model in (str(tmp_path), "memory://nothing/here"):
         with pytest.raises(MaskMillError) as caught:
             prepare_labeller(LabelRecipe(name="x", model=model, pretrained=None), TOYWORLD)
-        assert caught.value.code == "model_unknown"
+        assert caught.value.code == "name_unknown"
 
 
 def test_names_of_clips_still_make_a_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,7 +68,7 @@ def test_trained_models(student_folder: Path, scene: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "classes", "code", "says"),
     [
-        ("maskclp", "cat", "model_unknown", "Did you mean maskclip?"),
+        ("maskclp", "cat", "name_unknown", "Did you mean maskclip?"),
         ("toy", None, "wrong_use", "Name some"),
         ("toy", "", "ontology_invalid", "no classes"),
     ],

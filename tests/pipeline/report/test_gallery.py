@@ -308,7 +308,7 @@ def test_a_table_without_its_record_and_one_of_failures_only(tmp_path: Path) -> 
 
 def test_wrong_use(tmp_path: Path, table: Path) -> None:
     for arguments, code in (
-        ({"table": tmp_path}, "table_missing"),
+        ({"table": tmp_path}, "input_missing"),
         ({"table": table, "limit": -1}, "wrong_use"),
         ({"table": table, "order": "random"}, "wrong_use"),
     ):

@@ -185,7 +185,7 @@ def test_settings_are_written_so_that_set_reads_them() -> None:
 )  # fmt: skip
 def test_what_is_wrong_is_named_with_its_field(changes: dict[str, Any], part: str) -> None:
     error = refused(**changes)
-    assert error.code == "config_invalid" and part in error.message
+    assert error.code == "setting_invalid" and part in error.message
     assert "--init" in error.remedy and "hooks.example.org" not in str(error)
 
 
@@ -208,11 +208,11 @@ def test_errors_name_the_line() -> None:
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
-        ({"images": "s3://key:pass@bucket/photos"}, "secret_in_address"),
-        ({"output": "https://me:pa55word@host/x"}, "secret_in_address"),
-        ({"evaluation": {"images": "s3://a:b/c@bucket/x", "truth": "m"}}, "secret_in_address"),
-        ({"tracking": "https://me:pa55word@mlflow.example.org"}, "secret_in_address"),
-        ({"images": "https://host/list.txt?X-Amz-Signature=pa55word&X-Amz-Expires=5"}, "secret_in_address"),
+        ({"images": "s3://key:pass@bucket/photos"}, "wrong_use"),
+        ({"output": "https://me:pa55word@host/x"}, "wrong_use"),
+        ({"evaluation": {"images": "s3://a:b/c@bucket/x", "truth": "m"}}, "wrong_use"),
+        ({"tracking": "https://me:pa55word@mlflow.example.org"}, "wrong_use"),
+        ({"images": "https://host/list.txt?X-Amz-Signature=pa55word&X-Amz-Expires=5"}, "wrong_use"),
     ],
 )
 def test_addresses_hold_no_secrets(changes: dict[str, Any], code: str) -> None:

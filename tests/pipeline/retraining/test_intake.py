@@ -186,7 +186,7 @@ def test_signed_addresses_are_refused() -> None:
     signed = manifest(1).append_column(ADDRESS, pa.array(["https://host/1.jpg?sig=x"]))
     with pytest.raises(MaskMillError) as caught:
         refuse_signed(signed)
-    assert caught.value.code == "secret_in_address"
+    assert caught.value.code == "wrong_use"
     refuse_signed(manifest(1))
 
 

@@ -96,7 +96,7 @@ def test_a_rollback_can_skip_versions_and_what_it_skips_is_left(scene: Scene) ->
 def test_before_the_first_champion_there_is_nothing_to_go_back_to(scene: Scene) -> None:
     promoted(scene, 1)
     error = refused(scene, lambda *place: rollback(*place, scene.name))
-    assert error.code == "nothing_before" and error.exit_status == 1 and scene.champion == "1"
+    assert error.code == "input_missing" and error.exit_status == 1 and scene.champion == "1"
 
 
 def test_a_rollback_goes_to_the_last_that_was_not_left(scene: Scene) -> None:
@@ -107,7 +107,7 @@ def test_a_rollback_goes_to_the_last_that_was_not_left(scene: Scene) -> None:
 
 
 def test_without_a_champion_there_is_nothing_to_go_back_to(scene: Scene) -> None:
-    assert refused(scene, lambda *place: rollback(*place, scene.name)).code == "nothing_before"
+    assert refused(scene, lambda *place: rollback(*place, scene.name)).code == "input_missing"
     assert scene.entries == ()
 
 
@@ -261,7 +261,7 @@ def test_random_moves_with_kills_keep_ledger_and_alias_together(scene: Scene) ->
                 # Whatever comes next settles it: here, a refusal.
                 done(scene, lambda *place: refuse(*place, scene.name, None, verdict={}, run="none"))
         except MaskMillError as error:
-            assert error.code == "nothing_before"
+            assert error.code == "input_missing"
         assert Ledger(scene.output).current(scene.name) == scene.champion
     assert {"promoted", "forced", "rolled_back", "failed"} <= set(scene.kinds())
 

@@ -174,7 +174,7 @@ def test_a_folder_that_is_no_such_model_is_refused_before_anything_is_made(
 ) -> None:
     with pytest.raises(MaskMillError) as caught:
         registered(empty, tmp_path)
-    assert caught.value.code == "model_unknown"
+    assert caught.value.code == "name_unknown"
     assert not empty.client.search_model_versions(f"name='{empty.name}'")
 
 

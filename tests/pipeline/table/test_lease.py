@@ -322,7 +322,7 @@ def test_a_run_that_cannot_renew_its_lease_stops_in_words_before_another_takes_o
         assert lost.wait(30) and time.monotonic() - began > 1.6
         faulty.hangs = False
         raise KeyboardInterrupt  # what on_lost does to a run
-    assert caught.value.code == "lease_lost" and len(reasons) == 1
+    assert caught.value.code == "output_in_use" and len(reasons) == 1
     if fault is not None:
         assert str(fault).splitlines()[0] in reasons[0]
 

@@ -60,7 +60,7 @@ def test_the_oldest_table_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "code", "says"),
     [
-        (None, "table_missing", "no dataset.json"),
+        (None, "input_missing", "no dataset.json"),
         ("[1]", "table_damaged", "holds a list"),
         ("{", "table_damaged", "dataset.json"),
         ({"schema_version": 99}, "newer_version", "newer MaskMill"),

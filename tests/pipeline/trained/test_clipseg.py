@@ -88,7 +88,7 @@ def test_a_model_is_not_replaced_unasked(clip: Clip, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "code"),
     [
-        (lambda folder: (folder / RECORD_FILE).unlink(), "model_unknown"),
+        (lambda folder: (folder / RECORD_FILE).unlink(), "name_unknown"),
         (lambda folder: (folder / RECORD_FILE).write_text("{"), "model_damaged"),
         (lambda folder: _change(folder, recipe=None), "model_damaged"),
         (lambda folder: _change(folder, schema_version=99), "newer_version"),

@@ -182,9 +182,9 @@ def _flip_a_bit(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("harm", "code", "said"),
     [
-        (lambda folder: (folder / "student.json").unlink(), "model_unknown", "there is no student.json"),
-        (shutil.rmtree, "model_unknown", "there is no student.json"),
-        (_edit(kind="table"), "model_unknown", "no student is described by its student.json"),
+        (lambda folder: (folder / "student.json").unlink(), "name_unknown", "there is no student.json"),
+        (shutil.rmtree, "name_unknown", "there is no student.json"),
+        (_edit(kind="table"), "name_unknown", "no student is described by its student.json"),
         (_edit(schema_version=3), "newer_version", "newer MaskMill"),
         (_edit(labelling=None), "model_damaged", "labelling: Field required"),
         (_edit(labelling={"scale": [1]}), "model_damaged", "incomplete"),

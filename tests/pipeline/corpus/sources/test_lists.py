@@ -44,7 +44,7 @@ def test_json_lines(tmp_path: Path) -> None:
 def test_bad_json_lines(tmp_path: Path, rows: list[object], words: str) -> None:
     with pytest.raises(MaskMillError, match=words) as caught:
         build_manifest(write(tmp_path / "l.jsonl", *rows))
-    assert caught.value.code == "source_invalid"
+    assert caught.value.code == "dataset_invalid"
 
 
 COCO = {"images": [{"id": 1, "file_name": "1.jpg", "width": 4, "height": 3}, {"id": 2, "file_name": "2.jpg"}]}
@@ -89,4 +89,4 @@ def test_coco_without_pictures_has_their_addresses(tmp_path: Path) -> None:
 def test_bad_coco(tmp_path: Path, content: object, words: str) -> None:
     with pytest.raises(MaskMillError, match=words) as caught:
         build_manifest(write(tmp_path / "x.json", content))
-    assert caught.value.code == "source_invalid"
+    assert caught.value.code == "dataset_invalid"

@@ -344,10 +344,10 @@ def refused(weights: Path, options: ClipSegOptions = OPTIONS, ontology: Any = No
 
 def test_settings_without_a_meaning_are_refused(weights: Path) -> None:
     beside = Ontology.from_dict({"name": "n", "classes": ["cat"], "background": ["wall"]})
-    assert refused(weights, head="value") == "recipe_invalid"
-    assert refused(weights, window=64, window_stride=32) == "recipe_invalid"
-    assert refused(weights, temperature=1.0) == "recipe_invalid"
-    assert refused(weights, ontology=beside, min_confidence=0.0) == "recipe_invalid"
+    assert refused(weights, head="value") == "setting_invalid"
+    assert refused(weights, window=64, window_stride=32) == "setting_invalid"
+    assert refused(weights, temperature=1.0) == "setting_invalid"
+    assert refused(weights, ontology=beside, min_confidence=0.0) == "setting_invalid"
     assert refused(weights, ClipSegOptions(clip=TOY, visual_prompt="sharpen")) == "setting_invalid"
     asked = ClipSegOptions(clip=TOY, background="words")
     assert resolution_of(beside, asked, (0.0, 0.0)).factors == (3.0, 1.0)

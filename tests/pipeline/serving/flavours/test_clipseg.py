@@ -156,7 +156,7 @@ def test_the_threshold_is_the_usual_one_unless_given(
         ({"image": "{a}", "text": pd.NA, "example": float("nan")}, "prompt_invalid"),
         ({"image": pd.NA, "text": "a"}, "not_an_image"),
         ({"image": "{a}", "text": "a", "example_mask": "{small}"}, "prompt_invalid"),
-        ({"image": "{a}", "text": "many words " * 40}, "prompt_too_long"),
+        ({"image": "{a}", "text": "many words " * 40}, "prompt_invalid"),
         ({"image": "{a}", "example": "/nowhere/at/all.png"}, "not_found"),
         ({"image": "{a}", "example": b"no image"}, "not_an_image"),
         ({"image": "{a}", "example": "{a}", "example_mask": "{small}"}, "mask_invalid"),

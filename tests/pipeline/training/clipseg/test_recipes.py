@@ -113,7 +113,7 @@ def test_ablations_change_what_they_name_and_nothing_else(row: str) -> None:
 def test_a_baseline_has_no_start() -> None:
     with pytest.raises(MaskMillError) as error:
         CLIPSEG_RECIPES.load("finetune", ["kind=clip-deconv"])
-    assert error.value.code == "recipe_invalid"
+    assert error.value.code == "setting_invalid"
 
 
 # --- selection of data --------------------------------------------------------------------------------------

@@ -282,7 +282,7 @@ def test_truth_of_another_size(table: str) -> None:
 def test_folders_without_a_table(tmp_path: Path) -> None:
     with pytest.raises(MaskMillError) as caught:
         opened(str(tmp_path))
-    assert caught.value.code == "table_missing"
+    assert caught.value.code == "input_missing"
     made = make(tmp_path, 3)
     part = next((tmp_path / "table" / "labels").iterdir())
     part.write_bytes(part.read_bytes()[:100])
