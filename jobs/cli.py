@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 import os
-import select
 import shlex
 import sys
-import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any, Protocol, Union
 
 import tyro
 from tyro.conf import subcommand
 
 from jobs.benchmark import Benchmark
+from jobs.border import stdout_closed, tell
 from jobs.demo import Demo
 from jobs.evaluate.command import Evaluate
 from jobs.export import Export
@@ -25,7 +23,6 @@ from jobs.label import Label
 from jobs.lists import Datasets, Recipes
 from jobs.manifest import MakeManifest
 from jobs.memory import MemoryCommand
-from jobs.options import FLAT
 from jobs.promote import Promote
 from jobs.report import Report
 from jobs.retrain.command import Retrain
@@ -40,95 +37,61 @@ from jobs.stats import ShowStatistics
 from jobs.status import ShowStatus
 from jobs.submit import Submit, job_apart
 from jobs.track import Track
-from jobs.train.clipseg import TrainClipSeg
-from jobs.train.maskclip_plus import TrainMaskClipPlus
+from jobs.train.command import Train
 from jobs.verify import Verify
-from models.errors import FailedWork, WrongUse, did_you_mean
+from models.errors import WrongUse, did_you_mean
 from pipeline.cluster.signals import end_process, interrupt_on_signals
-from pipeline.files.faults import explain, one_line
-from pipeline.files.redaction import redact
-
-TRACEBACK = "MASKMILL_TRACEBACK"
-"""Environment variable that shows the traceback of an error."""
 
 
-@dataclass(frozen=True)
-class Train:
-    """Train a model on labels, on this machine or on a Ray cluster."""
-
-    model: Annotated[
-        Annotated[TrainMaskClipPlus, subcommand("maskclip-plus")]
-        | Annotated[TrainClipSeg, subcommand("clipseg")],
-        FLAT,
-    ]
+class Command(Protocol):
+    """What every command can do."""
 
     def run(self) -> int:
-        """Train the chosen model."""
-        return self.model.run()
+        """Do the work; the exit status."""
 
 
-Command = (
-    Annotated[Label, subcommand("label")]
-    | Annotated[MakeManifest, subcommand("manifest")]
-    | Annotated[Show, subcommand("show")]
-    | Annotated[Review, subcommand("review")]
-    | Annotated[Verify, subcommand("verify")]
-    | Annotated[ShowStatistics, subcommand("stats")]
-    | Annotated[MakeSplit, subcommand("split")]
-    | Annotated[MemoryCommand, subcommand("memory")]
-    | Annotated[Train, subcommand("train")]
-    | Annotated[Export, subcommand("export")]
-    | Annotated[Import, subcommand("import")]
-    | Annotated[Segment, subcommand("segment")]
-    | Annotated[Serve, subcommand("serve")]
-    | Annotated[Evaluate, subcommand("evaluate")]
-    | Annotated[Benchmark, subcommand("benchmark")]
-    | Annotated[Retrain, subcommand("retrain")]
-    | Annotated[Promote, subcommand("promote")]
-    | Annotated[Rollback, subcommand("rollback")]
-    | Annotated[Report, subcommand("report")]
-    | Annotated[Runs, subcommand("runs")]
-    | Annotated[Track, subcommand("track")]
-    | Annotated[Datasets, subcommand("datasets")]
-    | Annotated[Recipes, subcommand("recipes")]
-    | Annotated[Demo, subcommand("demo")]
-    | Annotated[Submit, subcommand("submit")]
-    | Annotated[ShowStatus, subcommand("status")]
-)
-
-
-COMMANDS = (
-    "label",
-    "manifest",
-    "show",
-    "review",
-    "verify",
-    "stats",
-    "split",
-    "memory",
-    "train",
-    "export",
-    "import",
-    "segment",
-    "serve",
-    "evaluate",
-    "benchmark",
-    "retrain",
-    "promote",
-    "rollback",
-    "report",
-    "runs",
-    "track",
-    "datasets",
-    "recipes",
-    "demo",
-    "submit",
-    "status",
-)
+COMMANDS: Mapping[str, type[Command]] = {
+    "label": Label,
+    "manifest": MakeManifest,
+    "show": Show,
+    "review": Review,
+    "verify": Verify,
+    "stats": ShowStatistics,
+    "split": MakeSplit,
+    "memory": MemoryCommand,
+    "train": Train,
+    "export": Export,
+    "import": Import,
+    "segment": Segment,
+    "serve": Serve,
+    "evaluate": Evaluate,
+    "benchmark": Benchmark,
+    "retrain": Retrain,
+    "promote": Promote,
+    "rollback": Rollback,
+    "report": Report,
+    "runs": Runs,
+    "track": Track,
+    "datasets": Datasets,
+    "recipes": Recipes,
+    "demo": Demo,
+    "submit": Submit,
+    "status": ShowStatus,
+}
 TRAININGS = ("maskclip-plus", "clipseg")
-MEMORY_COMMANDS = ("build", "show")
-
-
+GROUPS = {
+    "train": (
+        TRAININGS,
+        "maskmill train does not know what to train.",
+        "Write maskmill train maskclip-plus, for a student, or maskmill train clipseg.",
+    ),
+    "memory": (
+        ("build", "show"),
+        "maskmill memory does not know what to do.",
+        "Write maskmill memory build TABLE --output MEMORY, or maskmill memory show MEMORY.",
+    ),
+}
+"""Commands that consist of others; what is said if none of these is given."""
 OPTION_OF_ARGUMENT = {
     "label": "--images",
     "evaluate": "--labels",
@@ -152,22 +115,11 @@ def check_command(arguments: Sequence[str]) -> None:
     if not words:
         return
     command, known = words[0], [*COMMANDS]
-    if command == "train":
+    if command in GROUPS:
+        members, problem, remedy = GROUPS[command]
         if len(words) == 1 and not {"-h", "--help"} & set(arguments):
-            raise WrongUse(
-                "wrong_use",
-                "maskmill train does not know what to train.",
-                "Write maskmill train maskclip-plus, for a student, or maskmill train clipseg.",
-            )
-        command, known = " ".join(words[:2]), ["train", *(f"train {name}" for name in TRAININGS)]
-    if command == "memory":
-        if len(words) == 1 and not {"-h", "--help"} & set(arguments):
-            raise WrongUse(
-                "wrong_use",
-                "maskmill memory does not know what to do.",
-                "Write maskmill memory build TABLE --output MEMORY, or maskmill memory show MEMORY.",
-            )
-        command, known = " ".join(words[:2]), ["memory", *(f"memory {name}" for name in MEMORY_COMMANDS)]
+            raise WrongUse("wrong_use", problem, remedy)
+        command, known = " ".join(words[:2]), [command, *(f"{command} {name}" for name in members)]
     if command not in known:
         raise WrongUse(
             "wrong_use",
@@ -185,8 +137,9 @@ def check_command(arguments: Sequence[str]) -> None:
 
 def parse(arguments: Sequence[str]) -> Command:
     """Parse the arguments into a command. Exits with 2 if they are invalid, with 0 after printing help."""
+    kinds: Any = Union[tuple(Annotated[kind, subcommand(name)] for name, kind in COMMANDS.items())]  # noqa: UP007
     command: Command = tyro.cli(
-        Command,
+        kinds,
         prog="maskmill",
         description="Images and class names in; a segmentation dataset and a trained model out. "
         "maskmill COMMAND --help explains a command, maskmill --version prints the version.",
@@ -216,29 +169,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end_process(status)
 
 
-def tell(error: Exception, *, detailed: bool = False) -> int:
-    """Say on standard error what stopped a command and what to do about it, without secrets.
-
-    The border of every command: no exception leaves it as a traceback, unless that is asked for.
-
-    Args:
-        error: what the command raised.
-        detailed: show the traceback as well, as ``MASKMILL_TRACEBACK`` does.
-
-    Returns:
-        The exit status.
-    """
-    told = explain(error) or FailedWork(
-        "internal",
-        f"This is a fault of MaskMill: {type(error).__name__}: {one_line(error)}",
-        f"Please report it; -v, or {TRACEBACK}=1 in the environment, shows where it happened.",
-    )
-    if detailed or os.environ.get(TRACEBACK):
-        print(redact("".join(traceback.format_exception(error)), assignments=False), file=sys.stderr)
-    print(f"maskmill: {redact(str(told), assignments=False)}", file=sys.stderr)
-    return told.exit_status
-
-
 def run(given: Sequence[str]) -> int:
     """Run a command, and flush its output so that a closed pipe shows here rather than at exit."""
     try:
@@ -254,13 +184,6 @@ def run(given: Sequence[str]) -> int:
         return command.run()
     finally:
         sys.stdout.flush()
-
-
-def stdout_closed() -> bool:
-    """Whether the reader of standard output is gone (such as ``head``), rather than that of another pipe."""
-    poll = select.poll()
-    poll.register(sys.stdout, select.POLLOUT)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 if __name__ == "__main__":

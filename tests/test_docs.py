@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from jobs.benchmarks.maskclip import METHODS
-from jobs.cli import COMMANDS, TRAININGS, Train, check_command, parse
+from jobs.cli import COMMANDS, TRAININGS, check_command, parse
 from jobs.evaluate.command import Evaluate
 from jobs.label import Label
+from jobs.train.command import Train
 from pipeline.evaluation.published import load_published
 from pipeline.labelling.recipes import RECIPES, change_recipe, load_recipe
 from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES

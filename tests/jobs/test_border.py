@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import TRACEBACK, tell
+from jobs.border import TRACEBACK, tell
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
