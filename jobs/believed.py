@@ -18,7 +18,7 @@ KnownTable = Annotated[
     tyro.conf.arg(
         name="known",
         metavar="TABLE",
-        help="a second label table, whose labels are believed: truth for some images, classes or pixels; "
+        help="another label table, whose labels are believed: truth for some images, classes or pixels; "
         "where it ignores pixels, or has no image, the labels of the first stay.",
         help_behavior_hint="",
     ),

@@ -80,8 +80,7 @@ from pipeline.retraining.registry import Facts, Version
 from pipeline.retraining.state import Step, read_ticks, tick_folder
 from pipeline.table.corrections import OFF, open_corrections
 from pipeline.table.drift import compare_labels
-from pipeline.table.labels import DATASET_FILE
-from pipeline.table.record import read_table_record
+from pipeline.table.record import content_digest, read_table_record
 from pipeline.table.verify import PROBLEMS
 from pipeline.trained.record import read_trained, read_trained_weights
 
@@ -131,7 +130,7 @@ def steps_of(work: Work) -> list[Step]:
         Step(
             name="label",
             work=lambda _again: _label(work),
-            holds=lambda outputs: _table_digest(outputs["table"]) == outputs["digest"],
+            holds=lambda outputs: content_digest(outputs["table"]) == outputs["digest"],
             needs=("intake",),
             command=label_command(work),
         ),
@@ -247,7 +246,7 @@ def _label(work: Work) -> dict[str, Any]:
     return {
         "table": storage.uri_of(table),
         "source": source,
-        "digest": _table_digest(storage.uri_of(table)),
+        "digest": content_digest(storage.uri_of(table)),
         "images": record.counts["images"],
         "failed": record.counts["failed"],
         "teacher": f"{teacher}, {said:,} corrected by people" if said else teacher,
@@ -512,9 +511,3 @@ def _report(work: Work) -> dict[str, Any]:
 
 def _ids_digest(ids: Ids) -> str:
     return hashlib.sha256(np.sort(ids).tobytes()).hexdigest()
-
-
-def _table_digest(table: str) -> str:
-    """Of what is in a label table, as a training records it; "" if there is none."""
-    written = open_storage(table).read_json(DATASET_FILE, None)
-    return "" if written is None else digest(written)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.console import Console
 from tyro.conf import arg
 
+from jobs.believed import KnownTable, KnownView
 from jobs.console import say_left_out, stderr_console
 from jobs.options import (
     FLAT,
@@ -46,7 +45,6 @@ from jobs.train.run import (
 from models.errors import WrongUse, did_you_mean
 from pipeline.datasets.base import Dataset
 from pipeline.datasets.zeroshot import SPLITS
-from pipeline.files.storage import open_storage
 from pipeline.files.versions import versions
 from pipeline.labelling.prepare import embed_names
 from pipeline.labelling.recipes import recipe_from_dict
@@ -56,8 +54,7 @@ from pipeline.ontology.united import unite
 from pipeline.report.student_page import student_commands, write_student_page
 from pipeline.report.training_page import PAGE, SHEET
 from pipeline.table.corrections import Corrections, open_corrections
-from pipeline.table.labels import DATASET_FILE
-from pipeline.table.record import read_table_record
+from pipeline.table.record import content_digest, read_table_record
 from pipeline.table.splits import Chosen, choose
 from pipeline.table.views import TableView
 from pipeline.tracking.tracker import TrackedDataset
@@ -91,9 +88,6 @@ class TrainMaskClipPlus:
             of the seen classes for the images of --labels.
         second: a label table of the same images by another teacher, seen through the same view: pixels on
             which the two differ are not learned.
-        known: another label table, whose labels are believed: truth for some images, classes or pixels. They
-            stay as they are; --labels gives the guesses for everything else.
-        known_view: a view of --known: a name beside it, or a YAML file; to drop a class from it, say.
         part: part of the split of --labels (maskmill split) to train on: train, val, test or all; default:
             train, if the table has been split.
         known_complete: in the images of --known its classes are nowhere else: guesses of them are ignored.
@@ -108,8 +102,8 @@ class TrainMaskClipPlus:
     seen: Annotated[ViewOptions, FLAT] = field(default_factory=ViewOptions)
     part: Annotated[Maybe[str], arg(metavar="{train,val,test,all}")] = None
     second: Annotated[Maybe[str], arg(metavar="TABLE")] = None
-    known: Annotated[Maybe[str], arg(metavar="TABLE")] = None
-    known_view: Annotated[Maybe[str], arg(metavar="NAME|FILE")] = None
+    known: KnownTable = None
+    known_view: KnownView = None
     known_complete: Flag = False
     corrections: Corrected = None
     options: Annotated[TrainOptions, FLAT]
@@ -235,7 +229,7 @@ class Known:
     def identity(self) -> str:
         """What must stay the same when a training resumes."""
         view = "" if self.view is None else self.view.view.canonical
-        return f"{_table_hash(self.labels)}, {view or 'whole'}{', complete' if self.complete else ''}"
+        return f"{content_digest(self.labels)}, {view or 'whole'}{', complete' if self.complete else ''}"
 
 
 def train_student(
@@ -398,7 +392,7 @@ def _prepare(
         "text": text_weights | {"precision": "fp32"},
         "recipe": recipe.to_dict() | {"hash": recipe.hash},
     }
-    table_hash = _table_hash(labels)
+    table_hash = content_digest(labels)
     with_truth = "" if truth is None else f", truth of {truth.name} for the others"
     if isinstance(samples, MixedSamples):
         with_truth = f"; {samples.num_known:,} images have known labels"
@@ -427,7 +421,7 @@ def _prepare(
             "truth": None if truth is None else truth.fingerprint(),
         }
         | ({} if view is None else {"view": view.view.canonical})
-        | ({} if second is None else {"second": _table_hash(second)})
+        | ({} if second is None else {"second": content_digest(second)})
         | ({} if known is None else {"known": known.identity})
         | ({} if chosen is None else {"part": f"{chosen.part} of the split {chosen.identity}"})
         | ({} if corrections is None else {"corrections": corrections.identity}),
@@ -458,12 +452,6 @@ def _prepare(
         log_model=functools.partial(_log_model, options),
         fallback=COLLAPSED,
     )
-
-
-def _table_hash(labels: str) -> str:
-    """SHA-256 (hex) of what is in a table."""
-    written = open_storage(labels).read_json(DATASET_FILE)
-    return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
 
 
 def _rows_counted(counts: Mapping[str, Any]) -> dict[str, Any]:

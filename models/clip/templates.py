@@ -23,7 +23,7 @@ def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
     """Look up a set in ``TEMPLATE_SETS``, or check the user's own templates.
 
     Raises:
-        MaskMillError: ``ontology_invalid`` for an unknown name, an empty list, or a template without exactly
+        MaskMillError: ``prompt_invalid`` for an unknown name, an empty list, or a template without exactly
             one ``{}``.
     """
     if isinstance(templates, str):
@@ -31,16 +31,16 @@ def get_templates(templates: str | Sequence[str]) -> tuple[str, ...]:
             return TEMPLATE_SETS[templates]
         hint = did_you_mean(templates, TEMPLATE_SETS, most=3, cutoff=0.4)
         raise WrongUse(
-            "ontology_invalid",
+            "prompt_invalid",
             f"There is no template set named {templates!r}.",
             f"{hint}Use one of {', '.join(TEMPLATE_SETS)}, or give a list of templates with one {{}} each.",
         )
     if not templates:
-        raise WrongUse("ontology_invalid", "The list of prompt templates is empty.", "Give at least one.")
+        raise WrongUse("prompt_invalid", "The list of prompt templates is empty.", "Give at least one.")
     for template in templates:
         if template.count("{}") != 1:
             raise WrongUse(
-                "ontology_invalid",
+                "prompt_invalid",
                 f"The template {template!r} does not hold exactly one {{}}.",
                 "Write each template with one {} where the class name goes, as in 'a photo of a {}.'.",
             )

@@ -83,8 +83,7 @@ def build_text_classifier(
         cache_dir: where to cache the result; None disables the cache.
 
     Raises:
-        MaskMillError: ``ontology_invalid``, ``setting_invalid``, ``prompt_invalid``,
-            ``model_unsupported``.
+        MaskMillError: ``prompt_invalid``, ``setting_invalid``, ``model_unsupported``.
     """
     texts, merges = get_templates(templates), _merges(merge, class_prompts)
     cached = cached_text_classifier(
@@ -202,11 +201,11 @@ def _merges(merge: Merge | Sequence[Merge], class_prompts: Sequence[Sequence[str
             "Give max or mean, once or for each class.",
         )
     if not class_prompts:
-        raise WrongUse("ontology_invalid", "There are no classes.", "Name at least one.")
+        raise WrongUse("prompt_invalid", "There are no classes.", "Name at least one.")
     for class_id, group in enumerate(class_prompts):
         if not group or any(not name.strip() for name in group):
             raise WrongUse(
-                "ontology_invalid",
+                "prompt_invalid",
                 f"Class {class_id} has an empty name or no name at all: {list(group)}.",
                 "Give every class at least one word.",
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -89,6 +91,12 @@ def read_table_record(table: str) -> TableRecord:
             "Give the --output of maskmill label.",
         )
     return record
+
+
+def content_digest(table: str) -> str:
+    """SHA-256 (hex) of what is in a label table, by its record; "" if there is none."""
+    written = open_storage(table).read_json(DATASET_FILE, None)
+    return "" if written is None else hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
 
 
 def write_table_record(storage: Storage, record: TableRecord) -> None:

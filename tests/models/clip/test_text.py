@@ -52,7 +52,7 @@ def test_template_sets() -> None:
 
 @pytest.mark.parametrize(
     ("templates", "code"),
-    [("openai58", "ontology_invalid"), ([], "ontology_invalid"), (["no place"], "ontology_invalid")],
+    [("openai58", "prompt_invalid"), ([], "prompt_invalid"), (["no place"], "prompt_invalid")],
 )
 def test_wrong_templates(templates: str | list[str], code: str) -> None:
     with pytest.raises(MaskMillError) as caught:
@@ -134,9 +134,9 @@ def test_half_precision_is_close(small: Clip) -> None:
 @pytest.mark.parametrize(
     ("prompts", "merge", "code"),
     [
-        ([], "max", "ontology_invalid"),
-        ([["cat"], []], "max", "ontology_invalid"),
-        ([["cat"], [" "]], "max", "ontology_invalid"),
+        ([], "max", "prompt_invalid"),
+        ([["cat"], []], "max", "prompt_invalid"),
+        ([["cat"], [" "]], "max", "prompt_invalid"),
         ([["cat"]], "median", "setting_invalid"),
         ([["cat"]], ["max", "max"], "setting_invalid"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ from PIL import Image
 from models.errors import WrongUse
 from pipeline.datasets.pairs import open_pairs
 from pipeline.evaluation.tables import evaluate_table
-from pipeline.files.storage import open_storage
+from pipeline.files.storage import Storage, open_storage
 from pipeline.formats.names import Naming
 from pipeline.formats.samples import LeftOut, Source, samples_of
 from pipeline.ontology.ontology import Ontology
@@ -42,6 +43,13 @@ def found(folder: Path, given: str | None = None) -> Corrections:
     corrections = open_corrections(str(folder / "table"), given)
     assert corrections is not None
     return corrections
+
+
+def rewrite(table: Storage, rows: list[dict[str, Any]]) -> None:
+    """Put other rows in the place of those of a table."""
+    for name in table.list("labels"):
+        table.delete(name)
+    write_part(table, pa.Table.from_pylist(rows, schema=LABEL_SCHEMA))
 
 
 def test_they_are_found_beside_the_table_or_where_they_are_given(folder: Path) -> None:
@@ -73,11 +81,9 @@ def test_one_of_another_image_does_not_count(folder: Path) -> None:
     # The image has changed, and was labelled again: what was said of the old one is not true of it.
     Image.fromarray(np.zeros((48, 48, 3), np.uint8)).save(folder / "images" / "scene_000_0.png")
     table = open_storage(folder / "table")
-    rows = [*iter_rows(table)]
-    rows[[row["id"] for row in rows].index(row_id(folder, 0))]["sha256"] = b"n" * 32
-    for name in table.list("labels"):
-        table.delete(name)
-    write_part(table, pa.Table.from_pylist(rows, schema=LABEL_SCHEMA))
+    rows = {row["id"]: row for row in iter_rows(table)}
+    rows[row_id(folder, 0)]["sha256"] = b"n" * 32
+    rewrite(table, [*rows.values()])
     corrections = found(folder)
     assert corrections.outdated.tolist() == [row_id(folder, 0)] and len(corrections.files) == 2
     assert "1 more are of images that have changed" in corrections.described()
@@ -85,10 +91,7 @@ def test_one_of_another_image_does_not_count(folder: Path) -> None:
 
 def test_one_of_an_image_that_the_table_does_not_have_does_not_count(folder: Path) -> None:
     table = open_storage(folder / "table")
-    rows = [row for row in iter_rows(table) if row["id"] != row_id(folder, 0)]
-    for name in table.list("labels"):
-        table.delete(name)
-    write_part(table, pa.Table.from_pylist(rows, schema=LABEL_SCHEMA))
+    rewrite(table, [row for row in iter_rows(table) if row["id"] != row_id(folder, 0)])
     corrections = found(folder)
     assert corrections.elsewhere.tolist() == [row_id(folder, 0)] and len(corrections.files) == 2
     assert "1 more are of images that the table does not have" in corrections.described()
