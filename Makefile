@@ -9,7 +9,7 @@ WORKERS ?= 2
 BIN = $(VENV)/bin
 BOOTSTRAP = command -v "$(PYTHON)" >/dev/null 2>&1 || { \
   echo "setup: there is no $(PYTHON) here. Install Python 3.10 to 3.13 or name yours: make PYTHON=/path/to/python3" >&2; \
-  exit 1; }; "$(PYTHON)" -I jobs/bootstrap.py --venv "$(VENV)"
+  exit 1; }; "$(PYTHON)" -I jobs/bootstrap.py "$(VENV)"
 PYTEST = OMP_WAIT_POLICY=PASSIVE "$(BIN)/python" -m pytest \
   --numprocesses "$(WORKERS)" --dist worksteal
 

@@ -18,8 +18,8 @@ KnownTable = Annotated[
     tyro.conf.arg(
         name="known",
         metavar="TABLE",
-        help="another label table, whose labels are believed: truth for some images, classes or pixels; "
-        "where it ignores pixels, or has no image, the labels of the first stay.",
+        help="another label table, whose labels are taken as true, for some images, classes or pixels; "
+        "where it ignores pixels or lacks an image, those of the first table stay.",
         help_behavior_hint="",
     ),
 ]

@@ -44,7 +44,7 @@ SHORT, SHORTEST = 10, 40
 ENOUGH = 30
 """Test scenes that the gate asks for, if there are as many."""
 _ABOUT = """\
-# What the demo runs. With more scenes in images/, maskmill retrain goes on from here.
+# What the demo runs. With more scenes in images/, maskmill retrain continues from here.
 # maskmill retrain --init explains every field.
 """
 

@@ -40,17 +40,17 @@ ON_RAY_FROM = 5_000
 class Export:
     """Export a label table as a dataset in another format, or convert a student to ONNX or torch.export.
 
-    Run the same command again to go on after a crash, or to add what is new in the table.
+    Run the same command again to resume after a crash, or to add what is new in the table.
 
     Attributes:
         source: the --output of maskmill label or maskmill import, or of maskmill train maskclip-plus.
         output: folder (or s3://… prefix) for the dataset; of a student, the file, ending in .onnx or .pt2.
-        overwrite: replace an export that is there; only its own files are deleted.
+        overwrite: replace an existing export; only its own files are deleted.
         with_images: copy the images, upright, beside the labels.
         val_share: share of the images (0 to 1) for a split "val"; the rest is "train". Default: the splits
-            that maskmill split has made, else "train" alone.
-        queue: export only the images of this queue of maskmill review: its file, or the table beside which it
-            lies.
+            made by maskmill split, else "train" alone.
+        queue: export only the images of this queue of maskmill review: its file, or the table that it lies
+            beside.
         manifest: manifest in Parquet that says where images lie within larger files, for --with-images.
         settings: an option of the format, such as min_area=20 of coco; may be repeated.
         workers: number of Ray tasks that work at once; 0: this process alone; default: depends on the table.

@@ -61,8 +61,8 @@ PACKAGES = ("maskmill", "pyarrow", "pillow", "opencv-python-headless", "numpy")
 class Import:
     """Import a dataset with masks: it becomes a label table, whose labels count as true.
 
-    All that takes a table takes it: train, evaluate, show, export. Run the same command again to go on after
-    a crash.
+    Commands that take a table take it: train, evaluate, show, export. Run the same command again to resume
+    after a crash.
 
     Attributes:
         input: folder (or s3://… prefix) of the dataset, or a JSON file (COCO, Label Studio); --images says
@@ -71,10 +71,10 @@ class Import:
             default corrections/ beside that table.
         corrects: a label table that people have corrected in another program, such as Label Studio or CVAT:
             what --input has of its images becomes corrections of it.
-        reviewer: who has corrected; for --corrects.
+        reviewer: who made the corrections; for --corrects.
         ontology: what the values of --truth mean: a YAML file or a built-in name (voc21, …).
         max_failure_rate: exit with 1 if a larger share of the images fails.
-        retry_failed: read the images again that failed, or whose masks did, and only these; codes choose some
+        retry_failed: read only the images again that failed, or whose masks did; codes select some
             ("--retry-failed mask_invalid not_found").
         overwrite: delete a table of true labels that is already in --output and start over.
     """
@@ -106,7 +106,7 @@ class Import:
         if self.retry_failed is not None and (self.overwrite or self.corrects is not None):
             raise WrongUse(
                 "wrong_use",
-                "--retry-failed goes on with a table; --overwrite starts over, and --corrects imports none.",
+                "--retry-failed continues a table; --overwrite starts over, and --corrects imports none.",
                 "Leave one of them out.",
             )
         if not 0 <= self.max_failure_rate <= 1:
@@ -321,7 +321,7 @@ def _new_record(kind: str, imported: Imported) -> TableRecord:
 
 
 def _refuse_other(storage: Storage, record: TableRecord, *, overwrite: bool) -> TableRecord | None:
-    """The record of an import that is there and goes on; None for a new table.
+    """The record of an import that exists and is resumed; None for a new table.
 
     Raises:
         MaskMillError: ``output_differs``, ``output_not_ours``.

@@ -106,7 +106,7 @@ class Label:
         if options.overwrite and (options.changed or options.retry_failed is not None):
             raise WrongUse(
                 "wrong_use",
-                "--overwrite starts over; --changed and --retry-failed go on with a table.",
+                "--overwrite starts over; --changed and --retry-failed continue a table.",
                 "Leave one of them out.",
             )
         recipe, own = self.by.load()

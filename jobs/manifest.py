@@ -25,7 +25,7 @@ from pipeline.files.storage import Storage, canonical_uri, open_storage
 class MakeManifest:
     """List images once, with their ids, for maskmill label --manifest.
 
-    If --output is there already, what is new is added to it; what it lists stays.
+    If --output exists, new images are added to it; those that it lists stay.
 
     Attributes:
         images: folder, glob, list file (.txt, .csv, .jsonl, .parquet), COCO's .json, .tar archives, or
@@ -34,7 +34,7 @@ class MakeManifest:
         limit: only the first N images.
         sample: only N images at random; a larger sample holds a smaller one.
         seed: of the random choice.
-        dedupe: read all images, and list equal ones once; OUTPUT.duplicates.csv names the others.
+        dedupe: read all images, and list identical ones once; OUTPUT.duplicates.csv names the others.
     """
 
     images: Annotated[Positional[str], arg(metavar="IMAGES")]

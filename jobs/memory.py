@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 class BuildMemory:
     """Build a memory of regions from a label table, for --set memory=MEMORY of maskmill label.
 
-    Run the same command again to go on after a crash, or to add what is new in the table.
+    Run the same command again to resume after a crash, or to add what is new in the table.
 
     Attributes:
-        table: the --output of maskmill label, by a CLIP.
+        table: the --output of maskmill label, labelled by a CLIP.
         output: folder (or s3://… prefix) for the memory.
         regions: clusters: of CLIP's features; labels: connected cells of one label; superpixels: of colour
             and place.
@@ -55,7 +55,7 @@ class BuildMemory:
             to be installed.
         manifest: manifest in Parquet that says where images lie within larger files.
         overwrite: delete a memory that is already in --output and start over.
-        workers: number of Ray tasks that work at once; 0: this process alone; default: a core each.
+        workers: number of Ray tasks that work at once; 0: this process alone; default: one per core.
     """
 
     table: Annotated[Positional[str], arg(metavar="TABLE")]
@@ -250,7 +250,7 @@ class BuildMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class ShowMemory:
-    """Say what a memory holds, and check that it is whole.
+    """Show what a memory holds, and check that it is complete.
 
     Attributes:
         memory: the --output of maskmill memory build.

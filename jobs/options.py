@@ -55,8 +55,8 @@ Corrected = Annotated[
     tyro.conf.arg(
         name="corrections",
         metavar="TABLE|off",
-        help="what people say of the labels (maskmill review), which counts instead of them; default: "
-        "corrections/ beside the table, if it is there; off: none.",
+        help="corrections of the labels by people (maskmill review), which replace them; default: "
+        "corrections/ beside the table, if it exists; off: none.",
         help_behavior_hint="",
     ),
 ]
@@ -199,11 +199,11 @@ class ViewOptions:
     """What to make of the labels of a table, from its stored confidence: nothing is labelled again.
 
     Attributes:
-        view: a view that --save-view has kept beside the table, or a YAML file; the options below add to it.
+        view: a view that --save-view stored beside the table, or a YAML file; the options below add to it.
         threshold: pixels with less confidence (0 to 1) are ignored; of one class: dog=0.6; may be repeated.
         thresholds: take the thresholds of the classes from this ontology, a YAML file.
         min_area: ignore connected pieces with fewer pixels; of one class: dog=200; may be repeated.
-        merge: classes that become one: "cat,dog=pet"; background=… takes them in; may be repeated.
+        merge: classes that become one: "cat,dog=pet"; background=… makes them background; may be repeated.
         drop: classes whose pixels are ignored: "sky, grass".
         rename: give a class another name: grass=lawn; may be repeated.
         save_view: keep these settings beside the table, in views/NAME.json.

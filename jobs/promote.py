@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Promote:
-    """Make a version of a retrained model champion, whatever the gate has said; the ledger notes who and why.
+    """Make a version of a retrained model champion, whatever the gate says; the ledger notes who and why.
 
     Attributes:
         retraining: the output of maskmill retrain, or its configuration.

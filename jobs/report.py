@@ -17,7 +17,7 @@ from pipeline.report.results_page import write_report
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Make one page of result folders: scores next to published ones, curves, worst and best images.
+    """Make one page from result folders: scores next to published ones, curves, worst and best images.
 
     Attributes:
         results: folders of maskmill evaluate or maskmill benchmark.

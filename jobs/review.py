@@ -23,9 +23,10 @@ from pipeline.table.record import find_table_record, read_table_record
 
 @dataclass(frozen=True, kw_only=True)
 class Review:
-    """Choose the labels that people should look at first: doubtful ones of many scenes, and some by chance.
+    """Choose the labels that people should look at first: doubtful ones from many scenes, and some at random.
 
     maskmill review pets/ --worst 200 --random 50
+
     maskmill serve --review pets/
 
     Images that people have reviewed already are left out. What they say is kept beside the table, in
@@ -34,20 +35,20 @@ class Review:
     Attributes:
         table: the --output of maskmill label.
         worst: number of images with doubtful labels.
-        random: number of images by chance; what people say of these is true of the table as a whole.
-        against: a second label table of the same images, such as a student's: where the two disagree is
-            looked at, too.
-        honeypots: truth of some of the images, to mix in some whose answer is known: a label table of true
+        random: number of images at random; what people say of these holds for the table as a whole.
+        against: a second label table of the same images, such as a student's: images on which the two
+            disagree are chosen, too.
+        honeypots: truth for some of the images, of which a few are mixed in: a label table of true
             labels, or a folder of masks (PNG, values are class ids of the table, named like the images).
-        honeypot_share: share of the queue with known truth (0 to 1), if there are as many.
-        acceptable: mean IoU with the truth from which it is right to accept a honeypot's labels.
-        agreement: make no queue; say how well reviewers agree with the honeypots of the one that is there.
+        honeypot_share: share of the queue with known truth (0 to 1); less if there are too few.
+        acceptable: smallest mean IoU with the truth at which a honeypot's labels may be accepted.
+        agreement: make no queue; show how well reviewers agree with the honeypots of the existing one.
         output: file for the queue, ending in .json; default: review.json in the table's folder.
         corrections: folder (or s3://… prefix) for what people say; default: corrections/ in the table's.
-        diverse: choose by doubt alone, without looking at the images: the same scene may come many times.
-        again: take images that are reviewed already, too.
-        seed: another one draws other images by chance.
-        overwrite: replace a queue that is already there; what people said stays.
+        diverse: choose by doubt alone, without looking at the images: the same scene may appear many times.
+        again: also take images that have been reviewed.
+        seed: of the random choice.
+        overwrite: replace an existing queue; corrections stay.
     """
 
     table: Annotated[Positional[str], arg(metavar="TABLE")]

@@ -16,7 +16,7 @@ from jobs.promote import changing_champion, tell_move, this_user
 
 @dataclass(frozen=True, kw_only=True)
 class Rollback:
-    """Make the champion before the present one champion again, by the ledger of a retraining.
+    """Make the previous champion champion again, as recorded in the ledger of a retraining.
 
     If the last move was a rollback, nothing moves: --to goes further back.
 

@@ -43,7 +43,7 @@ class Serve:
     """Serve a page on this machine that shows what models find in an image, or on which people review labels.
 
     Attributes:
-        review: serve this queue, made by maskmill review: its file, or the table beside which it lies; people
+        review: serve this queue, made by maskmill review: its file, or the table that it lies beside; people
             accept, reject or paint, by keys, mouse or touch, and what they say is saved as corrections.
         models: a recipe (name or YAML file), the folder or URI of a student or of a trained CLIPSeg, or
             CLIPSeg weights (.pth, .safetensors, a folder in Hugging Face's layout, clipseg:HUB-NAME); NAME=

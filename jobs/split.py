@@ -41,8 +41,9 @@ class MakeSplit:
     """Divide a label table into training, validation and test images that do not leak into each other.
 
     Near-duplicates, found by a perceptual hash or CLIP, stay together, as do images of one folder or of one
-    value of a column, if asked for; classes are spread by the shares. The split is kept beside the table;
-    train, evaluate and export use it. Run it again after the table has grown: old images stay where they are.
+    value of a column, if asked for; every part gets its share of each class. The split is kept beside the
+    table; train, evaluate and export use it. Run it again after the table has grown: old images stay where
+    they are.
 
     Attributes:
         table: the --output of maskmill label or maskmill import.
@@ -51,14 +52,14 @@ class MakeSplit:
         test: share for the test.
         by: also keep together the images of one folder, or those with one value of this column of --groups.
         groups: CSV or Parquet file with a column id, uri or name (of the image's file), and that of --by.
-        near: what near-duplicates are found by; clip: by the hash, and by embeddings of the CLIP that has
-            labelled them, which also knows crops, shifts and mirror images; none: images are not looked at.
-        distance: bits of 64 in which hashes of near-duplicates differ at most; more finds stronger changes,
-            and takes more images for alike that are not.
-        similarity: cosine of CLIP embeddings from which images are near-duplicates; less finds more.
-        seed: of the order in which images are dealt out.
+        near: how near-duplicates are found; clip: by the hash, and by embeddings of the CLIP that labelled
+            them, which also recognise crops, shifts and mirror images; none: not at all.
+        distance: near-duplicates differ in at most this many of the 64 bits of their hashes; more finds
+            stronger changes, but also takes more different images for duplicates.
+        similarity: smallest cosine of the CLIP embeddings of near-duplicates; less finds more.
+        seed: of the order in which images are assigned.
         manifest: manifest in Parquet that says where images lie within larger files.
-        overwrite: replace a split of other settings, which changes the part of most images.
+        overwrite: replace a split that was made with other settings; most images then change their part.
         json: print the result as JSON.
         workers: number of Ray tasks that read images; 0: this process alone; default: depends on the table.
         address: of a Ray cluster.

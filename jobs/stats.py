@@ -39,18 +39,18 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True, kw_only=True)
 class ShowStatistics:
-    """Say what a label table holds: classes, which stand together, quality, failures, drift.
+    """Show what a label table holds: classes, which of them occur together, quality, failures, drift.
 
-    The table stays as it is. With settings of a view, the figures are of the labels as the view has them.
+    The table is not changed. With the options of a view, the figures describe its labels.
 
     Attributes:
         table: the --output of maskmill label or maskmill import.
         against: an earlier label table: how far have the labels moved since? Classes are matched by name.
-        estimate: how right is the whole table? Give the truth of 50 or more images that were drawn by chance:
+        estimate: how right is the whole table? Give the truth of 50 or more images that were drawn at random:
             a folder of masks (PNG, named as the images; values are class ids, 255 is ignored), a table of
-            true labels, or the corrections of a review, of which those of images by chance count.
+            true labels, or the corrections of a review, of which those of random images count.
         page: also write a page of bars and histograms here, a local file.
-        json: print the result as JSON, with histograms, and all pairs of classes that stand together.
+        json: print the result as JSON, with histograms, and all pairs of classes that occur together.
     """
 
     table: Annotated[Positional[str], arg(metavar="TABLE")]

@@ -114,12 +114,12 @@ class ShowStatus:
     With --json, one object: schema_version 1; output; state (running, finished, failed, stopped, dead, or
     idle: a table and no job); job (status.json, and age_s: seconds since the last sign of life); lease
     (run_id, host, pid); table (updated, images, failures by code); retraining (tick with its steps, champions
-    by name, last entry of the ledger). What there is not is null.
+    by name, last entry of the ledger). What does not exist is null.
 
     Attributes:
         output: the --output of the job, or the id of its run in MLflow.
         json: print it as JSON.
-        watch: look again every so many seconds, until the job has ended.
+        watch: refresh every so many seconds, until the job has ended.
     """
 
     output: Annotated[Positional[str], arg(metavar="OUT|RUN")]

@@ -64,7 +64,7 @@ class Submit:
             RAY_API_SERVER_ADDRESS, else in RAY_ADDRESS.
         follow: show what the job writes until it ends.
         again: submit a job that has succeeded once more, such as for new images. One that runs is followed.
-        status: tell how a job is, by the id that submit prints.
+        status: show the state of a job, by the id that submit printed.
         stop: stop a job, by its id.
         env: pass this variable of your environment on, by its name; may be repeated. Not for secrets: the
             cluster shows a job's environment. Secrets are set on its machines.
@@ -278,7 +278,7 @@ def _follow(client: JobClient, name: str, console: Console) -> int:
     except KeyboardInterrupt:
         _say(
             console,
-            f"{name} goes on. The same command follows it again; maskmill submit --stop {name} stops it.",
+            f"{name} continues. The same command follows it again; maskmill submit --stop {name} stops it.",
         )
         return 130
     _say(console, f"{name}: {_state(job)}.")

@@ -13,6 +13,6 @@ same command runs again until it succeeds. What is left is compared with an undi
 * hung: a command that does not end within 900 s.
 
 Several faults may hit one run; its losses are counted once. Each injection is saved as it is counted (JSON
-lines), so that the same command goes on where it was stopped; another ``--times`` adds to what is there. The
+lines), so that the same command resumes where it was stopped; another ``--times`` adds to what is there. The
 exit status is 1 if anything was lost, doubled, wrong or hung, or if a kind cannot be injected here.
 """

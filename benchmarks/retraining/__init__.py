@@ -17,6 +17,6 @@ ends. What is left is compared with an undisturbed tick:
 * wrong: another verdict, other weights, exit statuses or messages than expected;
 * hung: a command that does not end within 900 s.
 
-Each case is saved as it is counted (JSON lines), so that the same command goes on where it was stopped. The
+Each case is saved as it is counted (JSON lines), so that the same command resumes where it was stopped. The
 exit status is 1 if anything but times is above 0.
 """

@@ -21,7 +21,7 @@ class LabelOptions:
         sample: for a try: only N images at random; a larger sample holds a smaller one.
         max_failure_rate: exit with 1 if a larger share of the images of this run fails.
         changed: also label again the images that have changed under their names since they were labelled.
-        retry_failed: label again the images that failed, and only these; codes choose some ("--retry-failed
+        retry_failed: label only the images again that failed; codes select some ("--retry-failed
             not_found unavailable").
         overwrite: delete a table that is already in --output and start over.
         tags: of the run in MLflow; not an option.

@@ -71,7 +71,7 @@ def started(
             status.begin()
 
         if not options.verbose:
-            # Ray prints there that a process died; the run goes on, or ends with words of its own.
+            # Ray prints there that a process died; the run continues, or ends with words of its own.
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         compute = stack.enter_context(
             ray_session(

@@ -80,13 +80,13 @@ OWN_ENTRIES = (TABLE, "tables", HELD_TABLE, "heldout-truth", "runs", "ledger", "
 class Retrain:
     """Retrain on what is new: label it, train, measure candidate and champion, promote the better one.
 
-    Run it by a scheduler; a run that was stopped goes on where it was. Exits with 0 if a candidate was
+    Run it from a scheduler; an interrupted run resumes where it stopped. Exits with 0 if a candidate was
     promoted or nothing is new, 3 if one was refused, 1 if a step failed.
 
     Attributes:
         config: the configuration, a YAML file; --init writes one that explains every field.
         init: write a configuration to fill in, and do nothing else.
-        abandon: give up a tick that was not finished; the next one takes its images in again.
+        abandon: give up an unfinished tick; the next one takes its images again.
         step: do this step alone, once those before it are done: intake, label, verify, train, evaluate, gate,
             register, promote or report; "train NAME" and so on if there are several models.
         accept_refusal: exit with 0 if a candidate was refused, for a scheduler that takes every other status
@@ -102,7 +102,7 @@ class Retrain:
     verbose: Verbose = False
 
     def run(self, console: Console | None = None) -> int:
-        """Do one tick, or go on with one.
+        """Do one tick, or resume one.
 
         Returns:
             0 promoted, nothing new, or the step is done; 3 refused, unless that is accepted.
@@ -142,7 +142,7 @@ def retrain(
     abandon: bool = False,
     step: str | None = None,
 ) -> int:
-    """Do one tick of a retraining, or go on with one; see ``Retrain``.
+    """Do one tick of a retraining, or resume one; see ``Retrain``.
 
     Args:
         file: of the configuration, for commands that are shown.
@@ -373,7 +373,7 @@ class _Loop:
     def _tell_failure(self, work: Work, error: Exception) -> None:
         at = work.runner.tick.at
         step = at.name if at is not None else "its beginning"
-        self._say(f"Tick {work.run} stopped at {step}; the same command goes on there.")
+        self._say(f"Tick {work.run} stopped at {step}; the same command resumes there.")
         code = error.code if isinstance(error, MaskMillError) else type(error).__name__
         tell(work, "failed", step=step, error=code, message=str(error))
 
@@ -400,7 +400,7 @@ class _Loop:
             raise FailedWork(
                 "budget_spent",
                 f"The {hours:g} hours of when.budget.hours are over.",
-                "The next run goes on where this one stopped; give it more hours if it never gets there.",
+                "The next run resumes where this one stopped; give it more hours if it never gets there.",
             ) from None
         finally:
             timer.cancel()

@@ -270,7 +270,7 @@ def _run_label(work: Work, source: str, table: str, recipe: LabelRecipe) -> None
             "labelling_failed",
             f"More than {config.label.max_failure_rate:.1%} of the new images could not be labelled.",
             f"See which and why: maskmill show {shlex.quote(work.storage.uri_of(table))}. They stay in the "
-            "table and are not tried again: the same command goes on without them.",
+            "table and are not tried again: the same command continues without them.",
         )
 
 

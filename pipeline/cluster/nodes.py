@@ -18,7 +18,7 @@ LOOK_S = 5.0
 """How often a run looks at the nodes."""
 
 STALL_S = 30.0
-"""A run that lost nodes goes on as it is while something is finished within this time."""
+"""A run that lost nodes continues as it is while something is finished within this time."""
 
 JOIN_S = 60.0
 """Nodes that join are used once they have been there for this time: others may follow them."""
@@ -101,7 +101,7 @@ class NodeWatch:
     """Watches, in a thread, whether a cluster is still the one that a run was planned for.
 
     Ray Data places actors and tasks by a plan that is made once: after the loss of a node, what is left may
-    be too little for all of them, and everything would wait for ever.
+    be too little for all of them, and everything would wait forever.
 
     Args:
         planned: the plan of the run.

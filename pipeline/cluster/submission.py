@@ -259,7 +259,7 @@ class JobClient:
                 raise FailedWork(
                     "cluster_unreachable",
                     f"The log of {name} breaks off: {broken}",
-                    "The job goes on. Run the same command again to follow it.",
+                    "The job continues. Run the same command again to follow it.",
                 )
             time.sleep(1)
 

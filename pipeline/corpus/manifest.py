@@ -105,7 +105,7 @@ def build_manifest(
               per line; relative paths are relative to the list's folder;
             - COCO's ``.json``;
             - ``.tar`` archives, as of WebDataset: one, a glob, or a folder with no images beside them;
-            - Parquet with the images themselves, as of Hugging Face: likewise;
+            - Parquet with the images themselves, as of Hugging Face: the same;
             - an existing manifest (Parquet with ``id``), which is checked;
             - a single image.
 

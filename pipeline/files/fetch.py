@@ -174,7 +174,7 @@ def digest(uri: str, *, start: int = 0, length: int | None = None, attempts: int
     Raises:
         ImageError, MaskMillError: as ``fetch``.
     """
-    # Of any image that is labelled in windows: a server may go on for ever.
+    # Of any image that is labelled in windows: a server may go on forever.
     found, most = hashlib.sha256(), max_bytes(MOST_PIXELS)
 
     def read(chunks: _Chunks) -> None:

@@ -1,7 +1,7 @@
 """What every export format shares: the samples that go out and come in, and the parts of a format.
 
 A format is a frozen dataclass (its fields are its options) in a module of its own, which writes an export in
-two steps, so that workers write side by side and an interrupted export goes on:
+two steps, so that workers write side by side and an interrupted export resumes:
 
 1. ``write_part``, once for some files of the table, on any worker: writes what belongs to these images
    alone (masks, shards) and returns a JSON-serialisable entry for each.

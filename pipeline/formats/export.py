@@ -97,7 +97,7 @@ def finish(export: Export, plan: Plan, *, fence: Callable[[], None] = lambda: No
         }
     )
     if unsynced and output.is_local:
-        os.sync()  # once, instead of a moment for each file; until then, a run that goes on checks them
+        os.sync()  # once, instead of a moment for each file; until then, a run that resumes checks them
     write_record(output, record)
     return record
 

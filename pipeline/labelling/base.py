@@ -202,7 +202,7 @@ class BaseLabeller(ABC):
 
 
 def _batch(images: Sequence[np.ndarray], *, pinned: bool = False) -> Tensor:
-    """uint8 (B, 3, H, W); pinned memory is copied to a GPU while the host goes on."""
+    """uint8 (B, 3, H, W); pinned memory is copied to a GPU while the host continues."""
     batch = torch.empty((len(images), *images[0].shape), dtype=torch.uint8, pin_memory=pinned)
     np.stack(images, out=batch.numpy())
     return batch.permute(0, 3, 1, 2)

@@ -82,7 +82,7 @@ class _Places:
 
 @dataclass(frozen=True)
 class Replanning:
-    """How a run on a cluster goes on when its nodes have changed.
+    """How a run on a cluster continues when its nodes have changed.
 
     Attributes:
         plan: waits until there are enough nodes to go on from a plan, and returns how to use them.

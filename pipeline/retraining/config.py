@@ -146,7 +146,7 @@ class Budget(_Part):
     images: Annotated[int, Field(ge=1)] | None = Field(default=None, examples=[100000])
     """Label at most so many images in a tick; further new ones wait for the next."""
     hours: Annotated[float, Field(gt=0)] | None = Field(default=None, examples=[12])
-    """Stop after so many hours; the next run goes on where this one stopped."""
+    """Stop after so many hours; the next run resumes where this one stopped."""
 
 
 class When(_Part):

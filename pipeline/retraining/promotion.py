@@ -2,7 +2,7 @@
 
 MLflow's aliases have no compare-and-set, so the caller holds the lease of the retraining. Each move is
 written to the ledger (``pipeline.retraining.ledger``) as an intent, then made, read back, and written as a
-fact. A process may be killed at any of these points: the same call goes on from there, and makes one such
+fact. A process may be killed at any of these points: the same call continues from there, and makes one such
 entry in all. An alias that somebody else has moved is left alone.
 """
 

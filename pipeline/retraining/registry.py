@@ -400,7 +400,7 @@ def registry_errors(name: str) -> Iterator[None]:
             "tracking_unreachable",
             f"MLflow failed for the registered model {name}: {reason(error)}.",
             "Start the server, or check its address (--tracking, or MLFLOW_TRACKING_URI), and run the same "
-            "command again: it goes on where it was.",
+            "command again: it resumes where it was.",
         ) from None
 
 

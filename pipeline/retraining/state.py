@@ -1,7 +1,7 @@
 """A tick of a retraining: its steps, how far each is, and how they run so that a kill costs nothing.
 
 ``runs/0007/state.json`` is written before a step begins and after it ends. Whatever ends the process in
-between, the same command reads it and goes on: a step that is done and whose outputs are still there is not
+between, the same command reads it and continues: a step that is done and whose outputs are still there is not
 done again, and one that was running is begun again, with what it left behind.
 """
 

@@ -236,7 +236,7 @@ async def bounded(
         stream: the body as it arrives.
         limit: maximum size in bytes.
         declared: the ``Content-Length`` header; if too large, the body is refused without storing any of it.
-        pause: seconds to wait for a chunk; None waits for ever.
+        pause: seconds to wait for a chunk; None waits forever.
         count: called with the size of each chunk; may refuse it.
 
     Raises:

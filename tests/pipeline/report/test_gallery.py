@@ -497,7 +497,7 @@ def test_views_and_the_large_picture_with_the_keyboard(browser: Page, opened: An
     assert browser.run("document.getElementById('large-name').textContent") == names[1]
     browser.key("Escape", 27)
     assert not browser.run("document.querySelector('dialog').open")
-    # The keyboard goes on where the large picture was.
+    # The keyboard resumes where the large picture was.
     browser.wait(f"document.activeElement.closest('.card')?.dataset.name === '{names[1]}'")
     assert browser.run("[...document.querySelectorAll('.card img')].every(i => i.complete && i.naturalWidth)")
     assert not [url for url in browser.requests if not url.startswith(("data:", page.as_uri()))]

@@ -70,7 +70,7 @@ class World:
             def work(_again: bool) -> Mapping[str, Any]:
                 inputs = [self.storage.read_bytes(f"{need}.txt").decode() for need in needs]
                 for half in ("first", "second"):
-                    if not self.storage.exists(f"{name}-{half}.txt"):  # each job goes on where it was
+                    if not self.storage.exists(f"{name}-{half}.txt"):  # each job resumes where it was
                         storage.write_bytes(f"{name}-{half}.txt", b"")
                         self.made.append(f"{name}-{half}")
                 text = f"{name}({', '.join(inputs)})"

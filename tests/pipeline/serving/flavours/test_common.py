@@ -156,7 +156,7 @@ def test_errors_are_a_code_and_its_meaning(
     odd_places: dict[str, str],
     column: str,
 ) -> None:
-    """Neither content nor size nor the address, and no row waits for ever."""
+    """Neither content nor size nor the address, and no row waits forever."""
     if kind == "student" and column != "image":
         pytest.skip("takes images only")
     example = {} if column != "example_mask" else {"example": data_uri(picture)}
