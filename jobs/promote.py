@@ -115,7 +115,7 @@ class Change:
     notice: Callable[[str], None]
 
     def tell(self, entry: Entry) -> None:
-        """Tell the webhook of a move by hand; of one that was made before, once more, as a kill may ask."""
+        """Tell the webhook of a move by hand; of an earlier one too, as a kill may have lost that message."""
         from pipeline.retraining.webhook import tell_webhook
 
         if entry.kind not in ("forced", "rolled_back"):

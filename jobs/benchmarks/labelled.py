@@ -1,4 +1,4 @@
-"""Rows that are measured by labelling a dataset: open it, label, compare, and go on after an interruption."""
+"""Rows that are measured by labelling a dataset: open it, label, compare, resume when interrupted."""
 
 from __future__ import annotations
 

@@ -290,7 +290,7 @@ class _Loop:
         """What a tick would take in, or None and why there is none.
 
         Args:
-            begun: number of a tick that has begun: take in whatever there is, but for it.
+            begun: number of a tick in progress: its own images count as new, and nothing has to be due.
         """
         config, storage = self._config, self._storage
         ticks = [tick for tick in self._ticks if tick.run != begun]

@@ -55,7 +55,11 @@ def _labelling(model: Model, folder: str) -> tuple[LabelRecipe, Ontology | None]
 
 
 def measure_both(work: Work, model: Model) -> dict[str, Any]:
-    """Measure candidate and champion; returns where the results are, and what of. None without a champion."""
+    """Measure candidate and champion.
+
+    Returns:
+        The places of the results, and what they are of. None without a champion.
+    """
     dataset = measured_on(work)
     trained = work.runner.outputs(f"train {model.folder}")
     place = work.here(f"{model.folder}-evaluation")
@@ -74,7 +78,7 @@ def measure_both(work: Work, model: Model) -> dict[str, Any]:
 
 
 def _measure(work: Work, model: Model, dataset: Dataset, folder: str, place: str, who: str) -> dict[str, Any]:
-    """Measure a model, unless its result is there; returns where that is, and what it is a result of."""
+    """Measure a model unless its result exists; returns its place, and what it is a result of."""
     record = read_trained(RECORDS[model.kind], folder)
     target = work.storage.child(place)
     begun = find_table_record(target.child("labels"))
@@ -161,7 +165,7 @@ def _measured_before(
 
 
 def holds_result(found: Mapping[str, Any] | None) -> bool:
-    """Whether a result is still there as it was."""
+    """Whether a result still exists, unchanged."""
     return found is None or _sha256(open_storage(found["folder"])) == found["sha256"]
 
 

@@ -151,7 +151,7 @@ def corrections_of(work: Work) -> str | None:
 
 
 def labels_before(work: Work) -> LabelSummary | None:
-    """What the labels of the last tick were that had an outcome; None in the first."""
+    """What the labels of the last tick with an outcome were; None in the first tick."""
     for tick in reversed(list(read_ticks(work.storage))):
         if tick.run != work.run and tick.outcome in ("promoted", "refused"):
             return read_labels(work.storage.child(tick_folder(tick.run)))

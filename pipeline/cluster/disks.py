@@ -117,7 +117,7 @@ class Place:
         return {"num_cpus": 0, "label_selector": {NODE_ID_LABEL_KEY: self.node}}
 
     def guarded(self, work: Callable[[T], R]) -> Callable[[T], R]:
-        """``work``, preceded by a look for the landmarks where it may run on any node."""
+        """``work``, which checks the landmarks first if it may run on any node."""
         return _Guarded(work, self.landmarks) if self.node is None and self.landmarks else work
 
 

@@ -74,7 +74,7 @@ class _Metrics:
             self._metrics[name] = metric.set_default_tags(tags)
 
     def add(self, name: str, value: float, **tags: str) -> None:
-        """Count; Ray refuses to count nothing."""
+        """Increase a counter; Ray refuses an increase by 0."""
         if value > 0:
             self._metrics[name].inc(value, tags)
 
@@ -105,7 +105,7 @@ class LabellingMetrics:
         self._gauged_at = clock()
 
     def update(self, progress: Progress) -> None:
-        """Record what is new since the progress before; call it with every one."""
+        """Record what is new since the previous call."""
         new, old = _totals(progress), _totals(self._last)
         for (name, tag, value), count in new.items():
             self._metrics.add(name, count - old.get((name, tag, value), 0.0), **{tag: value})

@@ -151,7 +151,7 @@ def explain(error: BaseException, place: str = "") -> MaskMillError | None:
 
 
 def unreachable(place: str, error: BaseException) -> MaskMillError:
-    """``storage_unreachable`` for a remote place, whatever its driver has raised."""
+    """``storage_unreachable`` for a remote place, whatever its driver raised."""
     reason = one_line(error)
     signs = f"{type(error).__name__} {reason} {error.__cause__ or ''}"
     unknown = ("cannot use {place}", f"Check the address, the network and the rights. {_AGAIN}")

@@ -46,7 +46,7 @@ class Recipe(Settings):
 def changed_fields(recorded: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
     """The names whose values differ, as ``images.scale: … there, … here``.
 
-    Tables, trainings and benchmarks compare by it what they were begun with and what they are to go on with.
+    Tables, trainings and benchmarks use it to decide whether they may be resumed.
     """
     return [
         f"{name}: {as_written(recorded.get(name))} there, {as_written(given.get(name))} here"

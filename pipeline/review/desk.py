@@ -39,7 +39,7 @@ _ROW = ("id", "uri", "sha256", "status", "height", "width", "mask", "segments", 
 
 @dataclass(frozen=True)
 class Desk:
-    """A queue, opened; see ``open_desk``. Safe for threads.
+    """An opened queue; see ``open_desk``. Thread-safe.
 
     Attributes:
         queue: the images, in order.
@@ -213,8 +213,8 @@ def decode_page_mask(data: bytes, size: tuple[int, int], ontology: Ontology) -> 
 
     Args:
         data: the compressed ids.
-        size: (H, W) that there must be.
-        ontology: whose ids they must be, or the ignore index.
+        size: the expected (H, W).
+        ontology: its ids and the ignore index are valid.
 
     Raises:
         MaskMillError: ``mask_invalid``.

@@ -38,7 +38,7 @@ class Compared(Protocol):
 
 
 class LabelDrift(BaseModel):
-    """How labels differ from those of before.
+    """How labels differ from earlier ones.
 
     Attributes:
         divergence: of the shares of the classes, by name, in bits: 0 is alike, 1 has no class in common. None

@@ -111,7 +111,7 @@ class Choice:
         return wanted, replacing
 
     def rounds(self, size: int) -> Iterator[Work]:
-        """Yield the images in pieces of at least ``size``, but for the last, as they were chosen."""
+        """Yield the chosen images in order, in pieces of at least ``size`` except for the last."""
         waiting = 0
         todo: list[pa.Table] = []
         replacing: list[Ids] = []
@@ -248,7 +248,7 @@ def commit(
     """
     index, wanted = table.index, todo["id"].to_numpy()
     new = settle(storage, [part for part in part_files(storage) if part not in index], notice=say)
-    # A lost node may have written late, what others have done meanwhile and a round before has committed.
+    # A lost node may have written late: rows that others wrote again, and a previous round has committed.
     strangers = {part: ids[~np.isin(ids, wanted)] for part, ids in new.items()}
     known = index.where(np.concatenate([np.empty(0, np.int64), *strangers.values()]))
     again = np.concatenate([np.empty(0, np.int64), *known.values()])
