@@ -25,7 +25,7 @@ def test_help_names_every_command(maskmill: Run) -> None:
 
 
 def test_the_commands_are_those_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, names in (([], COMMANDS), (["train"], TRAININGS)):
+    for arguments, names in (([], tuple(COMMANDS)), (["train"], TRAININGS)):
         with pytest.raises(SystemExit):
             parse([*arguments, "--help"])
         listed = re.search(r"\{([\w,-]+)\}", capsys.readouterr().out)
