@@ -53,7 +53,7 @@ def toy(images: Path, output: Path, *more: object) -> list[object]:
 
 @pytest.fixture(scope="module")
 def labelled(
-    maskmill: Run, toy_images: Path, tmp_path_factory: pytest.TempPathFactory
+    maskmill_joined: Run, toy_images: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path, str]:
     """A folder of good and bad images, its table, and what the command said."""
     images = tmp_path_factory.mktemp("mixed") / "images"
@@ -73,7 +73,7 @@ def labelled(
     listing = images.parent / "list.txt"
     listing.write_text("".join(f"{path}\n" for path in sorted(images.iterdir())))
     output = images.parent / "table"
-    done = maskmill(*toy(listing, output, "--max-failure-rate", "0.5"))
+    done = maskmill_joined(*toy(listing, output, "--max-failure-rate", "0.5"))
     assert done.returncode == 0, done.stderr
     return listing, output, done.stderr
 
@@ -153,7 +153,7 @@ def test_labels_do_not_depend_on_workers_or_batches(
 ) -> None:
     listing, output, _ = labelled
     other = tmp_path / "table"
-    # Another order makes other parts; the batch of 5 other batches; one core one worker instead of several.
+    # Another order makes other parts; the batch of 5 other batches; one core another number of threads.
     reverse = tmp_path / "list.txt"
     reverse.write_text("".join(f"{line}\n" for line in reversed(listing.read_text().split())))
     done = maskmill(*toy(reverse, other, "--set", "batch_size=5", "--max-failure-rate", "1"), cores=1)
@@ -309,13 +309,14 @@ def _lose_words(*_arguments: Any, **_settings: Any) -> NoReturn:
 
 
 def test_preparing_in_vain_leaves_all_that_was_there(
-    maskmill_joined: Run, toy_images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    maskmill_joined: Run,
+    labelled: tuple[Path, Path, str],
+    toy_images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of a table, and of folders that only have the names of a table's."""
-    table = tmp_path / "table"
-    few = tmp_path / "few.txt"
-    few.write_text("".join(f"{path}\n" for path in sorted(toy_images.iterdir())[:2]))
-    assert maskmill_joined(*toy(few, table)).returncode == 0
+    table = shutil.copytree(labelled[1], tmp_path / "table")
     for theirs in ("checkpoint/epoch1/weights.pt", "manifest/mine/list.txt"):
         (tmp_path / "data" / theirs).parent.mkdir(parents=True)
         (tmp_path / "data" / theirs).write_text("mine")
@@ -521,12 +522,16 @@ def _wait_for_parts(output: Path, process: subprocess.Popen[str], count: int = 1
 
 
 def test_ctrl_c_stops_cleanly_and_the_lease_keeps_others_off(
-    maskmill_here: Run, toy_images: Path, maskmill_environment: dict[str, str], tmp_path: Path
+    maskmill_here: Run,
+    maskmill_joined: Run,
+    toy_images: Path,
+    maskmill_environment: dict[str, str],
+    tmp_path: Path,
 ) -> None:
-    output, images = tmp_path / "table", sorted(toy_images.iterdir())[:24]
+    output, images = tmp_path / "table", sorted(toy_images.iterdir())[:48]
     listing = tmp_path / "some.txt"
     listing.write_text("".join(f"{path}\n" for path in images))
-    slow = ("--set", "scale=[1024, 512]")
+    slow = ("--set", "scale=[1024, 256]")
     process = _start(listing, output, maskmill_environment, *slow)
     _wait_for_parts(output, process)
     # In this process: until another one has started, the first may have ended.
@@ -539,7 +544,7 @@ def test_ctrl_c_stops_cleanly_and_the_lease_keeps_others_off(
     assert not (output / "lease.json").exists()
     some = read_table(output).num_rows
     assert 0 < some < len(images)
-    done = maskmill_here(*toy(listing, output, *slow))
+    done = maskmill_joined(*toy(listing, output, *slow))
     assert done.returncode == 0, done.stderr
     counts = Counter(read_table(output)["uri"].to_pylist())
     assert sorted(counts) == sorted(map(str, images)) and set(counts.values()) == {1}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -130,6 +128,7 @@ def test_a_tracked_run_is_known_by_its_id(maskmill_here: Run, table: Path, tmp_p
     assert (code, found["output"]) == (0, str(table))
 
 
+@pytest.mark.slow
 def test_it_is_looked_at_until_the_end(maskmill_here: Run, table: Path) -> None:
     with StatusFile(open_storage(table), "label", RUN, every_s=0.05) as status:
         status.begin()
@@ -159,43 +158,3 @@ def test_an_output_in_an_object_store_is_asked_from_anywhere(maskmill_here: Run,
     done = maskmill_here("status", "s3://results/run", **s3)
     assert done.returncode == 1 and "Too few nodes. [cluster_too_small]" in done.stdout
     assert s3["AWS_SECRET_ACCESS_KEY"] not in json.dumps(storage.read_json(STATUS_FILE))
-
-
-@pytest.mark.cluster
-@pytest.mark.slow
-def test_a_job_that_is_killed_is_known_for_dead_and_goes_on(
-    maskmill: Run,
-    maskmill_here: Run,
-    maskmill_environment: dict[str, str],
-    toy_images: Path,
-    tmp_path: Path,
-) -> None:
-    output = tmp_path / "table"
-    command = [
-        "label", "--images", str(toy_images), "--ontology", "toyworld", "--recipe", "toy",
-        "--set", "scale=[1024, 256]", "--output", str(output),
-    ]  # fmt: skip
-    log = tmp_path / "log.txt"
-    with log.open("w") as said:
-        job = subprocess.Popen(
-            [sys.executable, "-m", "jobs.cli", *command], cwd=ROOT, env=maskmill_environment, stderr=said
-        )
-    deadline = time.monotonic() + 300
-    while not list((output / "labels").glob("*.parquet")):
-        assert job.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
-    # In this process: until another one has started, the job may have ended.
-    running = maskmill_here("status", output)
-    assert running.returncode == 0 and f"process {job.pid} on {os.uname().nodename}" in running.stdout
-    job.send_signal(signal.SIGKILL)
-    job.wait()
-    dead = maskmill("status", output)
-    assert dead.returncode == 1 and "it was probably killed" in dead.stdout, dead.stdout
-    killed = read_status(open_storage(output))
-    assert killed is not None and f"run {killed.run_id}" in log.read_text()
-
-    assert maskmill(*command).returncode == 0
-    found = json.loads(maskmill("status", output, "--json").stdout)
-    assert found["state"] == "finished" and found["table"]["images"] == 64
-    assert found["job"]["run_id"] != killed.run_id
-    assert maskmill("verify", output, "--images", toy_images).returncode == 0

@@ -123,6 +123,7 @@ def test_a_sample_does_not_depend_on_partitions(
     whole = Corpus.of(build_manifest(source))
     expected = set(_ids(some_of(whole, sample, seed).table()))
     assert len(expected) == min(sample, len(numbers))
+    assert set(_ids(some_of(whole, max(1, sample // 2), seed).table())) <= expected
     chosen = some_of(build_corpus(source, most=most), sample, seed)
     assert chosen.num_rows == len(expected) and set(_ids(chosen.table())) == expected
 
