@@ -103,8 +103,11 @@ def test_no_variable_is_new_once_threads_may_run(tmp_path: Path, shared_ray: str
 
 
 @pytest.mark.slow
-def test_a_private_ray_is_closed_to_strangers(tmp_path: Path) -> None:
-    mine = environment(tmp_path, RAY_AUTH_MODE="disabled")  # of clusters, not of our own
+def test_a_private_ray_is_closed_to_strangers_and_a_long_tmpdir_does_not_matter(tmp_path: Path) -> None:
+    long = tmp_path / ("job-" + "x" * 60)
+    long.mkdir()
+    # The mode is that of clusters, not of our own.
+    mine = environment(tmp_path, RAY_AUTH_MODE="disabled", TMPDIR=str(long))
     with private_ray(**mine) as (holder, address):
         listening = [
             connection.laddr
@@ -118,6 +121,7 @@ def test_a_private_ray_is_closed_to_strangers(tmp_path: Path) -> None:
 
         folder = Path(holder.children()[0].environ()["RAY_TMPDIR"])
         assert folder.stat().st_mode & 0o077 == 0 and any(folder.iterdir())
+        assert len(str(folder)) < 40
 
         for token in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}):
             done = subprocess.run(
@@ -132,14 +136,6 @@ def test_a_private_ray_is_closed_to_strangers(tmp_path: Path) -> None:
             assert f"could not be reached at {address}" in done.stderr
     assert not folder.exists()
     assert not (tmp_path / ".ray").exists()  # no token that outlives the run, for all to read
-
-
-@pytest.mark.slow
-def test_a_long_tmpdir_does_not_matter(tmp_path: Path) -> None:
-    long = tmp_path / ("job-" + "x" * 60)
-    long.mkdir()
-    with private_ray(**environment(tmp_path, TMPDIR=str(long))) as (holder, _):
-        assert len(holder.children()[0].environ()["RAY_TMPDIR"]) < 40
 
 
 @pytest.mark.parametrize("folder", ["/nowhere", "/" + "x" * 60])

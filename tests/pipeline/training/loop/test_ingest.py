@@ -220,7 +220,8 @@ def test_large_batches_wait_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loaders", [pytest.param(1, marks=pytest.mark.long), 3])
+@pytest.mark.long  # that a killed loader is replaced is seen with the sample that kills it, too
+@pytest.mark.parametrize("loaders", [1, 3])
 def test_a_killed_loader_is_replaced(tmp_path: Path, loaders: int) -> None:
     samples = Suicidal(8, folder=str(tmp_path), times=1)
     notices: list[str] = []
@@ -309,6 +310,7 @@ def test_loaders_survive_ctrl_c_and_exit_with_their_worker() -> None:
     assert not loader.is_running()
 
 
+@pytest.mark.slow
 def test_loading_leaves_the_global_random_state_alone() -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -329,6 +331,7 @@ def test_a_short_run_without_a_loaded_sample_fails() -> None:
 # --- without loaders ---
 
 
+@pytest.mark.slow
 @given(st.integers(0, 9), st.integers(1, 30), st.sampled_from([1, 2, 3, 6]), st.integers(1, 12))
 def test_shares_follow_the_epochs(start: int, steps: int, world: int, count: int) -> None:
     """The ranks' shares of each step, concatenated, are the sequence of all epochs."""
