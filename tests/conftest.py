@@ -90,9 +90,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests first, so that no process is left with a long one at the end."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    """Files that use clusters first, then those with slow tests, so that no process ends with a long one."""
+    marked = {
+        mark: Counter(item.path for item in items if item.get_closest_marker(mark))
+        for mark in ("cluster", "slow")
+    }
+    items.sort(key=lambda item: (-marked["cluster"][item.path], -marked["slow"][item.path]))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:

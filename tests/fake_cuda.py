@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.device("cuda", 0)
+PRECISIONS = ("fp32", "bf16", pytest.param("fp16", marks=pytest.mark.long))
+"""Of inference. Networks in fp16 go the same ways as in bf16."""
 READS: Mapping[Callable[..., Any], str] = {
     getattr(Tensor, name): name
     for name in ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "nonzero", "bincount")

@@ -167,6 +167,8 @@ def running_cluster(environment: Mapping[str, str], *, dashboard: bool = False) 
                 cluster.close()
 
 
+_TRIES = 3
+"""How often a Ray is started: it gives its processes half a minute, too little for a busy machine."""
 _HOLDER = """
 import sys
 import ray
@@ -196,22 +198,26 @@ def standing_ray(environment: Mapping[str, str], *, cpus: int) -> Iterator[tuple
     }
     for name in ("MASKMILL_RUN_ID", "RAY_ADDRESS"):
         own.pop(name, None)
-    with subprocess.Popen(
-        [sys.executable, "-c", _HOLDER, str(cpus)],
-        cwd=Path(__file__).resolve().parents[2],
-        env=own,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as holder:
-        assert holder.stdin is not None and holder.stdout is not None
-        address = holder.stdout.readline().strip()
-        assert address, "Ray did not start"
-        try:
-            yield address, psutil.Process(holder.pid)
-        finally:
-            holder.stdin.close()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                holder.wait(30)
-            holder.kill()
+    for _ in range(_TRIES):
+        with subprocess.Popen(
+            [sys.executable, "-c", _HOLDER, str(cpus)],
+            cwd=Path(__file__).resolve().parents[2],
+            env=own,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as holder:
+            assert holder.stdin is not None and holder.stdout is not None
+            address = holder.stdout.readline().strip()
+            if not address:
+                continue
+            try:
+                yield address, psutil.Process(holder.pid)
+            finally:
+                holder.stdin.close()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    holder.wait(30)
+                holder.kill()
+            return
+    raise AssertionError("Ray did not start")

@@ -12,6 +12,7 @@ from benchmarks.fuzz.worker import random_of
 from tests.benchmarks.faulty import FAULTS
 
 
+@pytest.mark.slow
 def test_every_kind_of_fault_is_found_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = "tests.benchmarks.faulty"
     made = [kind_of(module).make(random_of(4, module, number)).decode() for number in range(14)]
@@ -46,6 +47,7 @@ def test_inputs_depend_on_the_seed_alone(name: str) -> None:
     assert len(set(first)) > 10
 
 
+@pytest.mark.slow
 def test_a_few_inputs_of_each_reader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--seed", "5", "--count", "60", "--minutes", "3", "--failures", str(tmp_path)]
     assert main([*arguments, "--kinds", *READERS]) == 0, capsys.readouterr().out

@@ -28,6 +28,7 @@ def test_toy(items: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert not row["value"].startswith(("left out", "TypeError", "RuntimeError"))
 
 
+@pytest.mark.slow
 def test_an_item_that_takes_too_long_loses_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

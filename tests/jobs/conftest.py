@@ -95,6 +95,18 @@ def maskmill_here(
 
 
 @pytest.fixture(scope="session")
+def maskmill_own_ray(
+    maskmill_here: Callable[..., subprocess.CompletedProcess[str]],
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command in this process, on a Ray that it starts itself."""
+    # Ray reads its token once in a process. A run makes one if Ray is not imported yet, and then later tests
+    # could not join the cluster that they share.
+    import ray  # noqa: F401
+
+    return maskmill_here
+
+
+@pytest.fixture(scope="session")
 def maskmill_joined(
     maskmill_here: Callable[..., subprocess.CompletedProcess[str]], shared_ray: str
 ) -> Callable[..., subprocess.CompletedProcess[str]]:

@@ -43,6 +43,7 @@ def masks_of(table: Path) -> dict[str, np.ndarray]:
     return {Path(row["uri"]).stem: decode_mask(row["mask"]["bytes"]) for row in iter_rows(str(table))}
 
 
+@pytest.mark.slow
 def test_what_is_known_is_exported_and_measured(folder: Path, maskmill_here: Callable[..., Any]) -> None:
     known = ("--known", folder / "known")
     export = ("export", folder / "table", "--format", "png", "--output", folder / "png")

@@ -17,6 +17,7 @@ from pipeline.training.maskclip_plus.recipes import MASKCLIP_PLUS_RECIPES
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.mark.slow
 def test_help_names_every_command(maskmill: Run) -> None:
     done = maskmill("--help")
     assert done.returncode == 0
@@ -93,6 +94,7 @@ def test_train_help_names_what_can_be_trained(maskmill_here: Run) -> None:
         assert flag in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
 def test_a_closed_stdout_ends_the_command_quietly(
     maskmill_environment: dict[str, str], arguments: list[str]

@@ -95,6 +95,7 @@ def test_a_recipe_labels_a_benchmark_first_and_the_same_command_does_not_overwri
     assert again.returncode == 2 and "output_exists" in again.stderr
 
 
+@pytest.mark.long  # a student labels and is evaluated with such names in its own test
 def test_a_recipe_labels_images_of_odd_names(maskmill_joined, tmp_path: Path) -> None:
     made = toyworld.generate(22, 5, 64)
     names = ("new\nline", "#comment", " leading", "%41", "a,b")

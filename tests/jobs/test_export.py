@@ -18,6 +18,7 @@ from pipeline.trained.student import read_student_record
 from tests.pipeline.trained.test_student import toy_student
 
 
+@pytest.mark.slow
 def test_a_torch_program_labels_like_the_labeller(tmp_path: Path) -> None:
     model = toy_student(tmp_path / "run")
     said = io.StringIO()

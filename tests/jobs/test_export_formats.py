@@ -38,6 +38,7 @@ def files(output: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in found}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", readable())
 def test_labels_and_images_come_back(tmp_path, maskmill_here, table, truth, name):
     output = tmp_path / "out"

@@ -79,6 +79,7 @@ def prepared(table: Storage, output: Path, name: str) -> Export:
     return new_export(Source(table), record, make_format(name, {}), open_storage(output))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["png", "coco"])
 def test_memory_does_not_grow_with_the_table(tmp_path: Path, name: str) -> None:
     peaks = []

@@ -36,6 +36,7 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
         assert np.array_equal(found[name], labels), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["png", "coco", "hf"])
 def test_an_export_comes_back_as_truth_and_is_used_like_any_table(
     tmp_path: Path, maskmill_here, name
@@ -240,6 +241,7 @@ def test_a_failed_image_that_the_dataset_no_longer_has_keeps_its_row(damaged: Pa
     assert wrong.returncode == 2 and "Codes in the table: not_found (1)" in wrong.stderr, wrong.stderr
 
 
+@pytest.mark.slow
 def test_everything_may_be_in_an_object_store(maskmill_here, s3: dict[str, str]) -> None:
     fsspec.filesystem("s3").mkdir("mill")
     toy_table("s3://mill/table", 3, images="s3://mill/images")

@@ -71,6 +71,7 @@ def test_a_read_only_disk_is_told_before_work(maskmill_here: Run, toy_images: Pa
     assert "Traceback" not in done.stderr and "Ray" not in done.stderr
 
 
+@pytest.mark.slow
 @needs_mount
 def test_a_full_disk_is_told_before_work(maskmill_here: Run, toy_images: Path, tmp_path: Path) -> None:
     with _mounted(tmp_path / "disk", "size=64k") as disk:

@@ -44,6 +44,7 @@ def told(done: subprocess.CompletedProcess[str]) -> str:
     return "\n".join(lines[-2:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "fault", "words"),
     [
@@ -80,6 +81,7 @@ def test_expired_credentials_of_a_list_are_told_before_ray(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_list_of_images_that_nobody_answers_for(
     maskmill_here: Run, tmp_path: Path, s3: dict[str, str]
 ) -> None:
@@ -93,6 +95,7 @@ def test_a_list_of_images_that_nobody_answers_for(
     assert "Ray" not in done.stderr and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("endpoint", ["nonsense", "http://", "http://127.0.0.1:9", "ftp://host"])
 def test_an_endpoint_that_is_none(
     maskmill_here: Run, tmp_path: Path, s3: dict[str, str], endpoint: str
@@ -158,19 +161,19 @@ def test_a_run_among_faults(
     assert f"Labelled {new} images" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long  # a disk that fills in mid-run is the same failure
 @pytest.mark.cluster
 def test_a_table_that_can_no_longer_be_written(
-    maskmill: Run, s3: dict[str, str], photos: list[str], faulty_s3: FaultyStore
+    maskmill_own_ray: Run, s3: dict[str, str], photos: list[str], faulty_s3: FaultyStore
 ) -> None:
     def fault(method: str, path: str) -> tuple[int, str] | None:
         return (503, "SlowDown") if method == "PUT" and "/labels/" in path else None
 
     faulty_s3.fault = fault
     command = (*LABEL, *PHOTOS, "--output", "s3://results/full")
-    message = told(maskmill(*command, **s3))
+    message = told(maskmill_own_ray(*command, **s3))
     assert "s3://results/full/labels/" in message and "fewer requests" in message
     faulty_s3.fault = lambda _method, _path: None
-    done = maskmill(*command, **s3)
+    done = maskmill_own_ray(*command, **s3)
     assert done.returncode == 0 and "Labelled 10 images" in done.stderr, done.stderr
     assert rows("s3://results/full") == {"ok": 10}

@@ -124,6 +124,7 @@ def test_a_host_name_that_is_none(name: str) -> None:
     assert caught.value.code == "wrong_use" and name in caught.value.message
 
 
+@pytest.mark.slow
 def test_two_models_of_one_name_and_ports() -> None:
     with pytest.raises(MaskMillError) as caught:
         Serve(models=("toy", "toy")).run(Console(file=io.StringIO()))
@@ -149,6 +150,7 @@ def test_another_port_where_the_usual_one_is_taken(monkeypatch: pytest.MonkeyPat
             assert listener.getsockname()[1] not in (0, PORT, other.getsockname()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_it_says_where_it_is_serves_and_ends_when_asked(stop: signal.Signals) -> None:
     public = stop == signal.SIGTERM

@@ -115,6 +115,7 @@ def test_no_planted_near_duplicate_crosses(maskmill_here: Run, folder: Path) -> 
     assert len(_crossing(folder)) >= 4  # 13 of 24 are to be expected, whatever the ids
 
 
+@pytest.mark.slow
 def test_clip_finds_what_a_hash_does_not(maskmill_here: Run, tmp_path: Path) -> None:
     _plant(tmp_path, 48, HARDER)
     command = ("split", tmp_path / "table", "--json", "--train", 0.6, "--val", 0.2, "--test", 0.2)
@@ -292,6 +293,7 @@ def test_training_takes_the_training_images(maskmill_here: Run, folder: Path) ->
         choose(table, "trian")
 
 
+@pytest.mark.slow
 def test_an_export_has_the_splits_of_the_table(maskmill_here: Run, tmp_path: Path) -> None:
     table = tmp_path / "table"
     toy_table(table, 41, size=48, images=tmp_path / "images")

@@ -79,6 +79,7 @@ def test_a_name_says_what_is_asked_for() -> None:
     assert len(long) < 80 and long.isascii()
 
 
+@pytest.mark.slow
 def test_the_code_and_the_named_files_travel_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "pets.yaml").write_text("classes: [cat]")
     (tmp_path / "examples").mkdir()

@@ -28,6 +28,7 @@ def test_nothing_waits() -> None:
     assert _run(send=False) == _run(send=True) == (0, ["Nothing waits to be sent."])
 
 
+@pytest.mark.slow
 def test_what_waits_is_listed_kept_and_sent(tmp_path: Path) -> None:
     tracker = open_tracker("http://me:hush@127.0.0.1:9", say=lambda _: None)
     tracker.start("label", "photos [1]")

@@ -156,6 +156,7 @@ def measure(made: Made, maskmill_here: Callable[..., Any]) -> Callable[..., Any]
     return run
 
 
+@pytest.mark.slow
 def test_an_evaluation_counts_what_a_view_shows(made: Made, measure: Callable[..., Any]) -> None:
     before = made.files()
     said, sure = measure("--threshold", "0.5", "--save-view", "sure")

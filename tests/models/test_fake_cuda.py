@@ -28,7 +28,7 @@ from models.labelmap import label_map
 from models.maskclip import MaskClip
 from models.settings import ClipSegConfig, MaskClipSettings, StudentConfig
 from models.student.deeplab import DeepLab
-from tests.fake_cuda import CUDA, FakeGpu, fake_cuda, on_gpu
+from tests.fake_cuda import CUDA, PRECISIONS, FakeGpu, fake_cuda, on_gpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
 
@@ -42,7 +42,6 @@ VIT: dict[str, Any] = {
 RESNET: dict[str, Any] = VIT | {
     "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None}
 }
-PRECISIONS = tuple(DTYPES)
 CLASSES = 5
 
 
@@ -111,6 +110,7 @@ def test_waits_of_the_host_are_noted(gpu: FakeGpu) -> None:
 # --- MaskCLIP -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
 def test_dense_heads(gpu: FakeGpu, config: dict[str, Any], precision: str) -> None:
@@ -130,6 +130,7 @@ def test_dense_heads(gpu: FakeGpu, config: dict[str, Any], precision: str) -> No
         assert not gpu.waits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     "settings",
@@ -164,14 +165,14 @@ def test_maskclip(gpu: FakeGpu, settings: dict[str, Any], precision: str) -> Non
         if config is RESNET and HEADS[reading.head].vit_only:
             continue
         model = MaskClip(clip(config, precision), classifier(rows=rows), reading, helper=helper)
-        images = pictures(2, 3, 96, 130).to(CUDA)
+        images = pictures(2, 3, 64, 90).to(CUDA)
         gpu.waits.clear()
         scores = model.grid_scores(images)
         assert on_gpu(scores) and scores.shape[:2] == (2, CLASSES) and scores.dtype == torch.float32
         assert not gpu.waits
         assert on_gpu(model.refine(images, scores, (80, 90)).scores)
         assert not gpu.waits
-    assert on_gpu(model.grid_scores(pictures(1, 3, 96, 130))), "images from the host"
+    assert on_gpu(model.grid_scores(pictures(1, 3, 64, 90))), "images from the host"
     assert all(on_gpu(found) and found.shape == (80, 90) for found in model.label(images[0], size=(80, 90)))
 
 
@@ -210,6 +211,7 @@ def test_label_maps(gpu: FakeGpu, temperature: float | None, classes: int) -> No
 # --- students -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     "config",
@@ -252,6 +254,7 @@ def clipseg(kind: str, precision: str) -> ClipSeg:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", ["plain", "refined", "deconv", "vitseg"])
 def test_clipseg_with_words_and_pictures(gpu: FakeGpu, kind: str, precision: str) -> None:
@@ -296,6 +299,7 @@ def test_masked_attention(gpu: FakeGpu, tokens: Any, masks_on: Any, precision: s
         assert on_gpu(found) and found.shape == (2, 24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "deconv", "vitseg"])
 def test_whitening(gpu: FakeGpu, kind: str, keep: bool) -> None:

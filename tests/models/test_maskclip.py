@@ -227,7 +227,7 @@ Case = tuple[Clip, str, Tensor, Dense, Tensor, Tensor]
         ("vit", "weights", SIZES[1]),
         pytest.param(("vit", "reference", SIZES[1]), marks=pytest.mark.long),
         pytest.param(("vit", "weights", SIZES[0]), marks=pytest.mark.long),
-        ("resnet", "weights", SIZES[0]),
+        pytest.param(("resnet", "weights", SIZES[0]), marks=pytest.mark.long),
         ("resnet", "weights", SIZES[1]),
     ],
     ids=lambda p: f"{p[0]}-{p[1]}-{p[2][0]}x{p[2][1]}",
@@ -236,7 +236,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     """One forward of each implementation per model, profile and size; the KS and PD settings share it."""
     model, profile, size = request.param
     clip: Clip = request.getfixturevalue(model)
-    images = photographs(*size)
+    images = photographs(*size, batch=1)  # of a whole CLIP; the small one gets two
     normalised = (images.double() - MEAN[:, None, None]) / STD[:, None, None]
     state = visual_state(clip)
     if model == "vit":
@@ -253,6 +253,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     return clip, profile, images, dense, features, keys["projected"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pd", [0.0, 0.5])
 @pytest.mark.parametrize(
     ("ks", "axis"), [(0.0, "token"), (1.0, "token"), (1.0, "channel"), (0.6, "token"), (0.6, "channel")]
@@ -463,6 +464,7 @@ def test_scores_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
     assert torch.equal(together, torch.cat([model.grid_scores(image[None]) for image in images]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not PHOTOGRAPHS, reason="no photographs in shared/data")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_labels_of_photographs_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
@@ -526,6 +528,7 @@ def test_classifier_of_another_clip() -> None:
         MaskClip(small_clip(), classifier(unit_rows(6, 33)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["vit", "resnet"])
 def test_the_unchanged_path_is_open_clips_own(model: str, request: pytest.FixtureRequest) -> None:
     clip: Clip = request.getfixturevalue(model)
@@ -588,6 +591,7 @@ def class_token(clip: Clip, images: Tensor, rows: Tensor) -> Tensor:
     return F.normalize(embeddings, dim=-1) @ rows.T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["small", "resnet"])
 def test_candidates_are_those_of_open_clips_embedding(model: str, request: pytest.FixtureRequest) -> None:
     clip: Clip = small_clip() if model == "small" else request.getfixturevalue("resnet")

@@ -100,6 +100,7 @@ def guarded_store() -> Iterator[None]:
             refuse_after(b"inf")
 
 
+@pytest.mark.slow
 def test_the_policy_suffices_for_what_jobs_do_in_a_store(guarded_store: None) -> None:
     """Conditions are not looked at by the store of this test; actions and resources are."""
     client = boto3.Session().client("s3")

@@ -110,6 +110,7 @@ def check(manifest: Manifest) -> None:
     jsonschema.Draft202012Validator(schema).validate(manifest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_ray_manifests_obey_the_operators_schemas(overlay: str) -> None:
     found = [manifest for manifest in manifests(overlay) if manifest["apiVersion"].startswith("ray.io/")]
@@ -441,6 +442,7 @@ def test_a_pod_that_starts_again_makes_no_second_ray_job(
     assert len(cluster.made) == 1 and cluster.refusals == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", [("Failed", "FAILED"), ("ValidationFailed", ""), ("Complete", "STOPPED")])
 def test_a_ray_job_that_failed_is_not_made_again(
     schedule: Callable[..., tuple[int, str, Kubernetes]], state: tuple[str, str]

@@ -81,6 +81,7 @@ def test_a_few_steps_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert bool(torch.isfinite(grid).all())
 
 
+@pytest.mark.slow
 def test_training_learns_and_repeats() -> None:
     """The loss falls below that of guessing, and the same settings give the same weights."""
     recipe = replace(

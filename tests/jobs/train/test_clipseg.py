@@ -170,8 +170,7 @@ def late_signals_ignored() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.cluster
-@pytest.mark.slow
+@pytest.mark.long  # students resume in the same loop
 def test_a_stopped_run_resumes_to_the_same_model(
     trained: Path, tmp_path: Path, late_signals_ignored: None
 ) -> None:

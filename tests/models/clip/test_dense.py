@@ -203,6 +203,7 @@ def test_reference_view_shares_every_tensor() -> None:
     assert sum(type(m).__name__ == "QuickGELU" for m in visual.modules()) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ALONE)
 def test_compiles(head: str) -> None:
     """One graph without breaks; for one of the heads, two image sizes."""

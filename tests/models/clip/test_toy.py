@@ -88,6 +88,7 @@ def test_configuration_is_a_plain_vit_with_class_token() -> None:
     assert config["text_cfg"]["vocab_size"] == toyclip.tokenizer().vocab_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -125,6 +126,7 @@ def test_cutting_keeps_exactly_what_is_used(tmp_path) -> None:  # type: ignore[n
     assert path.read_bytes() == first
 
 
+@pytest.mark.slow
 def test_class_token_recognises_what_is_there(
     clip: Clip, text: TextClassifier, scenes: toyworld.ToySet
 ) -> None:
@@ -142,6 +144,7 @@ def test_class_token_recognises_what_is_there(
         assert outranks > AUC_FLOOR, toyworld.CLASSES[c]
 
 
+@pytest.mark.slow
 def test_dense_heads_label_the_world_and_unmodified_tokens_do_not(
     clip: Clip, text: TextClassifier, scenes: toyworld.ToySet
 ) -> None:
@@ -153,6 +156,7 @@ def test_dense_heads_label_the_world_and_unmodified_tokens_do_not(
         assert np.nanmean(iou) - plain > 0.2, head
 
 
+@pytest.mark.slow
 def test_words_that_name_no_class_find_it(clip: Clip, scenes: toyworld.ToySet) -> None:
     found = {"something striped": "zebra", "something spotted": "ladybug", "something green": "grass"}
     words = build_text_classifier(clip, [[phrase] for phrase in found], templates=("a photo of {}",))

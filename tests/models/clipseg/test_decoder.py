@@ -90,6 +90,7 @@ def clip() -> Clip:
 # --- transformers ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [224, 352])
 @pytest.mark.parametrize("layers", [(3, 6, 9), (3, 7, 9)], ids=str)
 @pytest.mark.parametrize("refined", [False, True], ids=["plain", "refined"])

@@ -87,6 +87,7 @@ def error(call: Callable[[], object]) -> MaskMillError:
 # --- Hugging Face's layout ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, REFINED], ids=["plain", "refined"])
 def test_transformers_loads_what_is_saved(clip: Clip, config: ClipSegConfig, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="the reference implementation")
@@ -275,6 +276,7 @@ def test_wrong_tensors_are_named(clip: Clip, name: str, tmp_path: Path) -> None:
         assert word in found.message
 
 
+@pytest.mark.slow
 def test_wrong_tensors_in_hugging_faces_layout_are_named(clip: Clip, tmp_path: Path) -> None:
     model = build_clipseg(clip, REFINED)
     save_clipseg(model, tmp_path)
@@ -401,6 +403,7 @@ def test_sources_that_are_not_there(clip: Clip, tmp_path: Path) -> None:
 # --- the released decoder, at full size -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_released_decoder_at_full_size() -> None:
     """The authors' rd16 on a ViT-B/16 with random weights (its masks mean nothing), against transformers."""
     if not RELEASED.is_file():

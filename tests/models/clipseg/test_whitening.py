@@ -143,6 +143,7 @@ def test_half_precision_in_training_keeps_the_small_directions() -> None:
     assert (half - exact).abs().mean() < 0.1 * exact.abs().mean()
 
 
+@pytest.mark.slow
 def test_a_whitened_decoder_learns_faster() -> None:
     """What tells prompts apart is a small part of them here, as it is in CLIP's embeddings of texts."""
 

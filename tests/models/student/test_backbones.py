@@ -71,6 +71,7 @@ def test_grids_are_quarters_and_eighths_rounded_up(
         assert found.shape == (1, width, -(-size[0] // stride), -(-size[1] // stride))
 
 
+@pytest.mark.slow
 def test_resnet50_is_torchvision_s_with_its_weights(tmp_path: Path) -> None:
     torch.manual_seed(3)
     other = perturb(torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True])).eval()

@@ -96,6 +96,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict, dict
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_two_processes_are_one_with_the_joint_batch(name: str, processes: list[tuple[dict, dict]]) -> None:
     module = layer(LAYERS[name])

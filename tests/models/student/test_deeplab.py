@@ -417,6 +417,7 @@ def export(model: DeepLab) -> torch.export.ExportedProgram:
     return torch.export.export(model, (pictures(2, 3, 48, 64),), dynamic_shapes=SIZES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -435,6 +436,7 @@ def test_export_takes_any_size(config: StudentConfig) -> None:
             torch.testing.assert_close(program(images), model(images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_onnx_takes_any_size() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -450,6 +452,7 @@ def test_onnx_takes_any_size() -> None:
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_compilation_sees_one_graph() -> None:
     """The capture is what can break; the code made of it is not this project's."""
     torch.compiler.reset()

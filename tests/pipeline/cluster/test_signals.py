@@ -156,6 +156,7 @@ def test_ctrl_c_stays_ignored_in_the_background(handlers_restored: None) -> None
         wait_for_the_end()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("before", "late"),

@@ -110,6 +110,7 @@ def test_a_view_is_estimated_as_it_is_seen(folder: Path, capsys: pytest.CaptureF
     assert expected.mean < stored["image_miou"]["mean"] and weak.quality.min() > 0.5
 
 
+@pytest.mark.slow
 def test_corrections_of_images_by_chance_count_as_truth(
     bucket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -371,6 +371,7 @@ SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(name=st.sampled_from(sorted(SMALL)), data=st.data())
 def test_damage_gives_a_picture_or_a_code(name: tuple[str, str], data: st.DataObject) -> None:

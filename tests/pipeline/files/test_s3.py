@@ -56,6 +56,7 @@ def store(real_store: dict[str, str]) -> Iterator[FaultyStore]:
         yield store
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [ANONYMOUS, PAYING], ids=["anonymous", "requester pays"])
 def test_images_of_every_source(store: FaultyStore, how: tuple[str, str]) -> None:
     store.allows = ALLOWS[how]

@@ -239,6 +239,7 @@ def test_image_and_mask_lie_alike_whatever_the_orientation(tmp_path: Path, orien
         assert ((pixels[..., 1] >= 128) == sample.labels).mean() > 0.97
 
 
+@pytest.mark.slow
 def test_an_export_on_s3_is_the_same(tmp_path: Path, bucket: str) -> None:
     remote = toy_table(f"{bucket}/table", 4, images=f"{bucket}/images")
     output = open_storage(f"{bucket}/out")

@@ -121,8 +121,9 @@ def test_who_works_alone_works_alone() -> None:
     assert len(seen) == 80 and set(seen) == {0}
 
 
+@pytest.mark.cluster
 @pytest.mark.slow
-def test_images_that_kill_the_labeller_become_rows(tmp_path: Path) -> None:
+def test_images_that_kill_the_labeller_become_rows(tmp_path: Path, shared_ray: str) -> None:
     from pipeline.labelling.flow import run_labelling
 
     poisonous = (5, 17)
@@ -135,7 +136,7 @@ def test_images_that_kill_the_labeller_become_rows(tmp_path: Path) -> None:
 
     with (
         Lease.acquire(storage, on_lost=lambda _reason: None) as lease,
-        ray_session(lease.run_id, address=None, verbose=False) as compute,
+        ray_session(lease.run_id, address=shared_ray, verbose=False) as compute,
     ):
         run_labelling(
             manifest,

@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-from models.device import DTYPES
 from pipeline.labelling.base import BaseLabeller
 from pipeline.labelling.clipseg.model import ClipSegWeights
 from pipeline.labelling.clipseg.options import ClipSegOptions
@@ -23,7 +22,7 @@ from pipeline.labelling.recipes import RECIPES, LabelRecipe, change_recipe
 from pipeline.ontology.ontology import Ontology
 from pipeline.ontology.reading import load_ontology
 from pipeline.toyworld.scenes import generate
-from tests.fake_cuda import CUDA, FakeGpu, fake_cuda
+from tests.fake_cuda import CUDA, PRECISIONS, FakeGpu, fake_cuda
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real GPU")
 
@@ -57,7 +56,8 @@ def recipes(student_folder: Path, clipseg_file: Path) -> dict[str, tuple[LabelRe
     }
 
 
-@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", ["maskclip", "maskclip, refined in windows", "student", "clipseg"])
 def test_labels(
     gpu: FakeGpu, recipes: dict[str, tuple[LabelRecipe, Ontology]], kind: str, precision: str
@@ -98,7 +98,7 @@ def test_clipseg_with_examples(gpu: FakeGpu, clipseg_file: Path, tmp_path: Path)
     assert found.labels.shape == (64, 64)
 
 
-@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_page_that_finds_prompts(gpu: FakeGpu, clipseg_file: Path, precision: str) -> None:
     finder = Finder(ClipSegWeights(str(clipseg_file), "toyclip:bundled"), precision=precision)
     scene = generate(9, 1, 64).images[0]

@@ -151,6 +151,7 @@ def test_ids_take_16_bits_where_8_do_not_hold_them(prepare: Prepare, ontology: O
     assert (found.labels[found.confidence < 255] == ontology.ignore_index).all()
 
 
+@pytest.mark.slow
 def test_several_threads_may_label_at_a_time(prepare: Prepare) -> None:
     labeller = prepare().build(threads=1)
     # More sizes than MaskCLIP keeps position tables of, so that threads evict each other's.

@@ -67,6 +67,7 @@ def test_axes_end_at_a_round_number(largest: float, top: float) -> None:
     assert charts.nice_top(largest) == pytest.approx(top)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 21, 60, 171])
 def test_the_confusion_matrix_has_room_for_every_name(tmp_path: Path, count: int) -> None:
     names = [

@@ -562,6 +562,7 @@ def test_names_are_text_whatever_they_contain(tmp_path: Path) -> None:
     assert outline.words.count(evil) > 20
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_from_anywhere(page: Path) -> None:
     outline = Outline(page.read_text())
     for _, attributes in outline.tags:

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import uuid
 
+import pytest
 from mlflow.tracking import MlflowClient
 
 from pipeline.retraining.parent import job_run, open_parent, tick_tags
 
 
+@pytest.mark.slow
 def test_a_tick_has_one_run_and_its_jobs_are_found_by_what_they_were_told(registry_database: str) -> None:
     client = MlflowClient(registry_database, registry_uri=registry_database)
     name = f"pets-{uuid.uuid4().hex[:8]}"

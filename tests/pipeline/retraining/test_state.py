@@ -129,6 +129,7 @@ def test_a_kill_at_any_write_costs_at_most_the_step_that_ran(tmp_path: Path) -> 
         assert sum(step.attempts for step in done.steps) <= len(done.steps) + 1, at
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(kills=st.lists(st.integers(0, 50), max_size=6))
 def test_however_often_it_is_killed_the_end_is_the_same(

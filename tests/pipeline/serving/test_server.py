@@ -144,6 +144,7 @@ def test_stalled_uploads_keep_nobody_out(start: Callable[..., Server], log: pyte
             client.close()
 
 
+@pytest.mark.slow
 def test_an_upload_that_stalls_or_trickles_is_given_up(
     quick: Server, patient: Server, log: pytest.LogCaptureFixture
 ) -> None:
@@ -158,6 +159,7 @@ def test_an_upload_that_stalls_or_trickles_is_given_up(
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 def test_a_head_that_never_ends_is_given_up(quick: Server, log: pytest.LogCaptureFixture) -> None:
     for start in (b"", b"GET / HTTP/1.1\r\nHost: localhost\r\nX-A: "):
         began = time.monotonic()
@@ -186,6 +188,7 @@ def test_a_huge_head_is_refused(quick: Server, log: pytest.LogCaptureFixture) ->
     assert works(quick)
 
 
+@pytest.mark.slow
 def test_a_client_that_reads_nothing_is_given_up(quick: Server, log: pytest.LogCaptureFixture) -> None:
     client = connect(quick, read=4096)
     client.sendall(asked(8))
@@ -213,6 +216,7 @@ def length(received: bytes) -> int:
     return len(head) + 4 + int(declared.split(b":")[1])
 
 
+@pytest.mark.slow
 def test_a_client_that_hangs_up_leaves_no_traceback(quick: Server, log: pytest.LogCaptureFixture) -> None:
     for path in ("/api/segment", "/api/preview"):
         begin(quick, path=path).close()
@@ -324,6 +328,7 @@ def test_other_hosts_are_refused(quick: Server, log: pytest.LogCaptureFixture, h
     assert status == 400 and b"toy" not in received
 
 
+@pytest.mark.slow
 def test_nothing_stays_open(quick: Server, log: pytest.LogCaptureFixture) -> None:
     """After all this, no descriptor of a connection is left."""
     time.sleep(3)

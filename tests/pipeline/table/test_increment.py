@@ -122,6 +122,7 @@ def _killer(at: int) -> Callable[[str], None]:
     return step
 
 
+@pytest.mark.slow
 @FILES
 @given(
     count=st.integers(1, 40),
@@ -185,6 +186,7 @@ def test_a_kill_between_two_rounds_loses_nothing_that_is_committed(tmp_path: Pat
     _check(storage, corpus)
 
 
+@pytest.mark.slow
 def test_a_manifest_grows_between_runs_and_while_one_goes_on(tmp_path: Path) -> None:
     storage, path = open_storage(tmp_path / "table"), tmp_path / "m.parquet"
     write_manifest(_corpus(tmp_path, 30, 10), path)
@@ -227,6 +229,7 @@ def _list(folder: Path, count: int) -> Path:
     return folder / "list.txt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [None, 5, 23, 30, 36, 47])
 def test_rows_are_replaced_once_in_rounds(tmp_path: Path, kill_at: int | None) -> None:
     storage = open_storage(tmp_path / "table")

@@ -73,6 +73,7 @@ def test_a_run_that_makes_nothing_leaves_no_folder(tmp_path: Path) -> None:
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["theirs", "used"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "alive"),
     [
@@ -189,6 +190,7 @@ def test_a_torn_or_crafted_lease_neither_locks_nor_kills(tmp_path: Path, written
         bystander.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_lease_of_another_host_ends_no_process_here(tmp_path: Path) -> None:
     """A run there may have the id of a process here only if somebody wrote it into the lease."""
@@ -223,6 +225,7 @@ def test_what_is_no_run_id_names_no_process(run_id: str) -> None:
             marked.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("where", ["local", "s3"])
 def test_heartbeat_and_loss(tmp_path: Path, where: str, request: pytest.FixtureRequest) -> None:
@@ -286,6 +289,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 def test_a_fault_shorter_than_the_lease_is_survived(
@@ -302,6 +306,7 @@ def test_a_fault_shorter_than_the_lease_is_survived(
     assert not (tmp_path / LEASE_FILE).exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("fault", [*FAULTS, None], ids=lambda fault: type(fault).__name__)
 def test_a_run_that_cannot_renew_its_lease_stops_in_words_before_another_takes_over(
@@ -327,6 +332,7 @@ def test_a_run_that_cannot_renew_its_lease_stops_in_words_before_another_takes_o
         assert str(fault).splitlines()[0] in reasons[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("patient")
 def test_a_heartbeat_whose_answer_was_lost_is_no_loss(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -362,6 +368,7 @@ with lease.Lease.acquire(open_storage(sys.argv[1]), on_lost=lambda reason: print
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taken", [False, True])
 def test_a_run_that_was_stopped_goes_on_unless_its_lease_was_taken(tmp_path: Path, taken: bool) -> None:
     """SIGSTOP, or Ctrl-Z, for longer than a lease lives."""

@@ -94,6 +94,7 @@ def test_a_view_has_the_figures_of_its_labels(table: Storage) -> None:
     assert found.agreement.count == 0, "the second reading is of the labels before"
 
 
+@pytest.mark.slow
 def test_a_table_on_an_object_store(bucket: str) -> None:
     table = toy_table(f"{bucket}/profile", 6, rows_a_part=2)
     found = _profile(table).to_dict()

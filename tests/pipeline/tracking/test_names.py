@@ -34,6 +34,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[MlflowClient, str]:
     return client, client.create_run(client.create_experiment("names")).info.run_id
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.lists(NAMES, max_size=8))
 def test_mlflow_takes_every_name_and_none_collide(run: tuple[MlflowClient, str], texts: list[str]) -> None:

@@ -119,6 +119,7 @@ def benchmark() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_filed_whole(
     sqlite: str, stored: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def _fill(tracker: Tracker, folder: Path, steps: range, file: str) -> None:
     tracker.log_artifact(folder / file, "notes")
 
 
+@pytest.mark.slow
 def test_everything_arrives_in_sqlite(sqlite: str, stored: Stored, tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / "table").mkdir()
@@ -191,6 +192,7 @@ def test_the_load_of_the_machine_is_recorded_if_asked_for(
     assert len(run["history"]["system/cpu_utilization_percentage"]) > 1
 
 
+@pytest.mark.slow
 def test_a_black_hole_costs_the_caller_nothing(
     black_hole: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -219,6 +221,7 @@ def test_a_black_hole_costs_the_caller_nothing(
     assert (result.state, result.detail) == ("kept", "no answer in time")
 
 
+@pytest.mark.slow
 def test_a_server_that_is_away_is_given_up_soon_after_the_end(dead_server: str) -> None:
     importlib.import_module("mlflow.tracking")  # which takes seconds the first time
     said: list[str] = []
@@ -259,6 +262,7 @@ def test_a_server_killed_in_the_middle(server: Any, stored: Stored, tmp_path: Pa
     assert len(run["datasets"]) == 1
 
 
+@pytest.mark.slow
 def test_every_lost_answer_is_asked_for_again_and_doubles_nothing(
     server: Any, stored: Stored, tmp_path: Path, lossy_proxy: Any
 ) -> None:

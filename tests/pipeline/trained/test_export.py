@@ -47,6 +47,7 @@ def onnx_file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return to_onnx(folder, tmp_path_factory.mktemp("onnx") / "student.onnx").path
 
 
+@pytest.mark.slow
 def test_onnx_gives_the_students_logits_at_any_size(folder: Path, onnx_file: Path) -> None:
     model = model_of(folder)
     session = onnxruntime.InferenceSession(str(onnx_file), providers=["CPUExecutionProvider"])

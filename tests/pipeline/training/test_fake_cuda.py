@@ -113,6 +113,7 @@ CHECK = "pipeline/training/maskclip_plus/task.py:_check_truth __bool__"
 ALARM = "pipeline/training/maskclip_plus/drift.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "sgd"), ("bf16", "adamw"), ("fp16", "sgd")])
 def test_maskclip_plus(
     gpu: FakeGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, optimizer: str
@@ -128,6 +129,7 @@ def test_maskclip_plus(
     assert {place for place in waits if place.endswith((":loss", ":_update"))} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -197,6 +199,7 @@ class Triplets:
         return triplet(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "precision"),
     [("clipseg", "fp32"), ("clipseg", "fp16"), ("whitened", "bf16"), ("vitseg", "fp16")],

@@ -448,6 +448,7 @@ def test_ablation(phrasecut_root: str, small: Any, decoders: Any, tmp_path: Path
     assert visual[names[0]].published == {"miou": 0.254, "ap": 0.556}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "style"),
     [("clipseg-one-shot", "crop_blur_highlight352"), ("clipseg-text-pascal", None)],
@@ -486,6 +487,7 @@ def test_pascal_has_a_model_for_each_fold(
     assert lacking.endswith("with {fold} in PATH for the model of each fold")
 
 
+@pytest.mark.slow
 def test_one_shot_coco(small: Any, decoders: Any, tmp_path: Path) -> None:
     things = coco_object_ontology().names[1:]
     files: dict[str, Any] = {}
@@ -535,6 +537,7 @@ def test_one_shot_coco(small: Any, decoders: Any, tmp_path: Path) -> None:
     assert "Measured on val2017, not on val2014" in section.note
 
 
+@pytest.mark.slow
 def test_zero_shot_reports_both_orders(voc_root: str, tmp_path: Path) -> None:
     """On the bundled CLIP, whose patches are smaller."""
     clip = load_clip("toyclip", "bundled")
@@ -661,7 +664,9 @@ def test_vitseg(phrasecut_root: str, small: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["clipseg-zero-shot", "clipseg-one-shot"])
+@pytest.mark.parametrize(
+    "name", ["clipseg-zero-shot", pytest.param("clipseg-one-shot", marks=pytest.mark.long)]
+)
 def test_the_released_decoder_on_real_images(name: str, tmp_path: Path) -> None:
     """Random CLIP weights under the genuine decoder: the path, not the figures."""
     root, weights = DATA / "voc2012_subset", DATA / "clipseg" / "rd16-uni.pth"

@@ -236,6 +236,7 @@ def test_groups_of_phrases(model: ClipSeg, phrasecut: PhraseCutDataset) -> None:
     assert len({answer.groups[OBJECT_SIZE] for answer in found}) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["crop_blur_highlight352", "blur_highlight"])
 def test_phrases_are_shown_by_a_sample_of_the_same_phrase(
     style: str, model: ClipSeg, phrasecut: PhraseCutDataset

@@ -237,6 +237,7 @@ json.dump({"mask": out["mask"][0].hex(), "files": ours}, open(sys.argv[4], "w"))
 """
 
 
+@pytest.mark.slow
 def test_it_works_where_there_is_no_repository(
     kind: str, saved: Path, closed: mlflow.pyfunc.PyFuncModel, picture: Path, tmp_path: Path
 ) -> None:

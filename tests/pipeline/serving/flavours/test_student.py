@@ -124,6 +124,7 @@ def sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('tracking')}/mlruns.db"
 
 
+@pytest.mark.slow
 def test_in_a_run_and_in_the_registry(
     folder: Path, pictures: list[Path], tmp_path: Path, sqlite: str
 ) -> None:

@@ -665,6 +665,7 @@ def test_class_weights_make_self_training_run_away_and_the_alarm_stops_it(toy):
     assert max(result["drift"][: toy.guided + 1]) == 0
 
 
+@pytest.mark.slow
 def test_an_anchored_student_trains_without_alarm(toy):
     result = toy.train(anchor=1.0, ema_decay=0.9, drift_bound=BOUND)
     assert result["error"] is None and result["step"] == toy.steps
@@ -750,6 +751,7 @@ def _work(rank: int, world: int) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 def test_two_workers_agree_with_each_other_and_with_one(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     processes = [
