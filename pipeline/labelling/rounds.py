@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -71,6 +72,9 @@ class Rounds:
         for work in choice.rounds(max(PARTITION, ROUND_IMAGES * compute.actors * compute.calls)):
             if self._work is not None:
                 self.commit()
+                # A flow that has ended refers to itself, and so keeps its manifest: Python looks for such
+                # objects by their number, not by their size, and may not do so for many rounds.
+                gc.collect()
                 if self.joined:
                     compute = plan_when_joined(plan_like(compute), self.notice)
             self._work = work
