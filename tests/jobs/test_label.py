@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -148,15 +149,17 @@ def test_nothing_new_is_said_at_once_and_new_images_are_added(
     assert {name: (output / "labels" / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.parametrize("cores", [None, pytest.param(1, marks=pytest.mark.long)])
 def test_labels_do_not_depend_on_workers_or_batches(
-    maskmill: Run, labelled: tuple[Path, Path, str], tmp_path: Path
+    maskmill: Run, maskmill_joined: Run, labelled: tuple[Path, Path, str], tmp_path: Path, cores: int | None
 ) -> None:
     listing, output, _ = labelled
     other = tmp_path / "table"
-    # Another order makes other parts; the batch of 5 other batches; one core another number of threads.
+    # Another order makes other parts; the batch of 5 other batches; one core other threads, on its own Ray.
     reverse = tmp_path / "list.txt"
     reverse.write_text("".join(f"{line}\n" for line in reversed(listing.read_text().split())))
-    done = maskmill(*toy(reverse, other, "--set", "batch_size=5", "--max-failure-rate", "1"), cores=1)
+    run = functools.partial(maskmill, cores=cores) if cores else maskmill_joined
+    done = run(*toy(reverse, other, "--set", "batch_size=5", "--max-failure-rate", "1"))
     assert done.returncode == 0, done.stderr
     mine, theirs = (
         {row["uri"]: (row["mask"] and row["mask"]["bytes"], row["confidence"] and row["confidence"]["bytes"])
@@ -394,7 +397,7 @@ def test_ctrl_c_while_names_are_embedded(
     [
         (signal.SIGINT, "reading weights", 0.5),
         (signal.SIGTERM, "starting Ray", 1.5),
-        (signal.SIGINT, "CLIP worker", 0.2),
+        pytest.param(signal.SIGINT, "CLIP worker", 0.2, marks=pytest.mark.long),
     ],
 )
 def test_a_stop_while_ray_and_the_flow_start(

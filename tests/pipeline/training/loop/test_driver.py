@@ -434,7 +434,7 @@ def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.cluster
 @pytest.mark.slow
 def test_workers_equal_one_process(session: None, whole: Run, tmp_path: Path) -> None:
-    """Two workers with synchronised batch norm, then Ctrl-C, then one: weights and curve of one process."""
+    """Two workers with synchronised batch norm, then Ctrl-C, then this process: all as in one process."""
     run_id, logs = "5" * 32, tmp_path / "logs"
     logs.mkdir()
     (tmp_path / LEASE_FILE).write_bytes(Holder.me(run_id).encoded())
@@ -443,7 +443,7 @@ def test_workers_equal_one_process(session: None, whole: Run, tmp_path: Path) ->
     at = first.outcome.step
     assert first.outcome.stopped == "interrupted" and 5 <= at < 12
     assert first.outcome.checkpoint.endswith(folder_name(at)) and len(first.lines) == at
-    second = run(tmp_path, 1)
+    second = run(tmp_path)
     assert second.outcome.finished and second.outcome.resumed == at and second.outcome.restarts == 0
     assert_same(second, whole, 1e-5)
     for mine, theirs in zip(second.lines, whole.lines, strict=True):
