@@ -26,7 +26,8 @@ def _masks(folder: str) -> dict[bytes, tuple[bytes, bytes]]:
 
 
 def test_from_s3_to_s3(
-    maskmill: Callable[..., subprocess.CompletedProcess[str]],
+    maskmill_here: Callable[..., subprocess.CompletedProcess[str]],
+    maskmill_own_ray: Callable[..., subprocess.CompletedProcess[str]],
     maskmill_joined: Callable[..., subprocess.CompletedProcess[str]],
     toy_images: Path,
     tmp_path: Path,
@@ -51,7 +52,7 @@ def test_from_s3_to_s3(
         "label", "--images", "s3://photos/2026", *toy, "--output", "s3://results/run",
         "--max-failure-rate", "0.2",
     ]  # fmt: skip
-    done = maskmill(*command, **s3)
+    done = maskmill_own_ray(*command, **s3)
     assert done.returncode == 0, done.stderr
     assert "Labelled 11 images" in done.stderr and "1 failed: 1 not_an_image" in done.stderr
     assert s3["AWS_SECRET_ACCESS_KEY"] not in done.stderr
@@ -79,7 +80,7 @@ def test_from_s3_to_s3(
     # A folder marker, as consoles make them, is no image and no part.
     client.put_object(Bucket="results", Key="run/labels/", Body=b"")
     client.put_object(Bucket="photos", Key="2026/", Body=b"")
-    again = maskmill(*command, **s3)
+    again = maskmill_here(*command, **s3)
     assert again.returncode == 0 and "Nothing new" in again.stderr, again.stderr
 
     parts = storage.list("labels")
@@ -88,12 +89,12 @@ def test_from_s3_to_s3(
     client.put_object(
         Bucket="photos", Key="2026/broken.jpg", Body=sorted(toy_images.iterdir())[10].read_bytes()
     )
-    bad = maskmill("verify", "s3://results/run", "--images", "s3://photos/2026", "--hashes", **s3)
+    bad = maskmill_here("verify", "s3://results/run", "--images", "s3://photos/2026", "--hashes", **s3)
     assert bad.returncode == 1, bad.stdout
     assert all(f"[{kind}]" in bad.stdout for kind in ("part_unreadable", "part_copied", "image_changed"))
-    changed = maskmill(*command, "--changed", **s3)
+    changed = maskmill_own_ray(*command, "--changed", **s3)
     assert changed.returncode == 0 and "images again" in changed.stderr, changed.stderr
-    whole = maskmill("verify", "s3://results/run", "--images", "s3://photos/2026", "--hashes", **s3)
+    whole = maskmill_here("verify", "s3://results/run", "--images", "s3://photos/2026", "--hashes", **s3)
     assert whole.returncode == 0 and "12 rows" in whole.stdout, whole.stdout
     assert storage.read_json("dataset.json")["counts"]["labelled"] == 12
     assert len(storage.list("set_aside")) == 2
