@@ -3,11 +3,12 @@
     python -m benchmarks.heads [--model ViT-B-16-quickgelu] [--size 336 448] [--repeats 5]
     python -m benchmarks.heads --picture heads.png
 
-Heads: forward pass from normalised images on the device to class scores, with random weights, in the
-precision that the machine computes natively and in fp32; with a helper (a ViT-B/16, as DINO's) its own pass
-is included. On a CPU times are CPU time of all cores together.
+Heads: forward pass from images on the device to class scores, with random weights, in the precision that the
+machine computes natively and in fp32; with a helper (a ViT-B/16, as DINO's) its own pass is included. C-RADIO
+and TIPSv2 of the size of a ViT-B are read beside them. On a CPU times are CPU time of all cores together.
 The heads take turns; what counts is the median over the rounds of each head's time divided by that of
-``maskclip`` in the same round. Refiners: time of one photograph's scores (random), and by how much the
+``maskclip`` in the same round. Memory: by how much one pass raises the peak of a process of its own, in which
+the weights are loaded. Refiners: time of one photograph's scores (random), and by how much the
 process's peak grows for 4000x3000 pixels. Agreement: share of pixels of toy scenes with the same label in
 bf16 as in fp32.
 """
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from benchmarks.maskclip_forward import random_text
 from models.catalogue import HEADS, REFINERS
-from models.clip.loading import load_clip
+from models.clip.loading import Clip, load_clip
 from models.clip.refiners.base import RefineOptions, refine
 from models.clip.text import build_text_classifier
 from models.device import DTYPES, best_device, native_precision
@@ -41,6 +42,7 @@ from pipeline.report.pictures import Pixels, colorize, contact_sheet
 from pipeline.toyworld.scenes import CLASSES, generate
 
 HELPER: dict[str, Any] = {"helper": "vit_base_patch16_224.dino", "helper_weights": "random:0"}
+TOWERS = (("C-RADIOv3-B", "radseg"), ("TIPSv2-B-14", "maskclip"))
 IMAGE = (375, 500)
 LARGE = (3000, 4000)
 
@@ -70,11 +72,13 @@ def main() -> None:
         if part not in wanted or (part == "fp32" and native == "fp32"):
             continue
         print(f"\n{arguments.model}, {arguments.size[0]}x{arguments.size[1]}, {precision}, one image")
-        print("\n| head | ms | of maskclip's |\n|---|---|---|")
-        for head, (seconds, ratio) in forward_times(
-            arguments.model, precision, tuple(arguments.size), arguments.repeats
+        print("\n| head | ms | of maskclip's | peak grows by, MB |\n|---|---|---|---|")
+        size = tuple(arguments.size)
+        for row, (seconds, ratio) in forward_times(
+            arguments.model, precision, size, arguments.repeats
         ).items():
-            print(f"| {head} | {1e3 * seconds:.0f} | {ratio:.2f} |", flush=True)
+            grown = _in_a_process(_pass_memory, (row, arguments.model, precision, size))
+            print(f"| {row} | {1e3 * seconds:.0f} | {ratio:.2f} | {grown:.0f} |", flush=True)
     if "refiners" in wanted:
         show_refiners()
     if "agreement" in wanted and native != "fp32":
@@ -89,7 +93,7 @@ def show_refiners() -> None:
     print("|---|---|---|---|")
     for name in REFINERS:
         small = refine_time(name, 21, IMAGE, 1)
-        large, grown = _alone(name, 171)
+        large, grown = _in_a_process(_large, (name, 171))
         print(f"| {name} | {1e3 * small:.0f} | {1e3 * large:.0f} | {grown:.0f} |", flush=True)
 
 
@@ -117,7 +121,7 @@ def draw(path: Path) -> None:
 
 def variants() -> dict[str, dict[str, str]]:
     """Every head that needs no helper, of which there is none for the toy, and refiners behind ``value``."""
-    heads = {head: {"head": head} for head, entry in HEADS.items() if not entry.helper}
+    heads = {head: {"head": head} for head, entry in HEADS.items() if entry.alone}
     return heads | {f"value, {name}": {"head": "value", "refine": name} for name in REFINERS}
 
 
@@ -125,19 +129,13 @@ def forward_times(
     model: str, precision: str, size: tuple[int, ...], rounds: int
 ) -> dict[str, tuple[float, float]]:
     """Median seconds of a forward pass, and its median share of ``maskclip``'s, by head."""
-    device = best_device()
-    clip = load_clip(model, "random:0", device=device, dtype=DTYPES[precision], towers="visual")
-    text = random_text(clip.embed_dim, 30)
-    images = torch.randn(1, 3, *size, device=device)
-    models = {}
-    for head, entry in HEADS.items():
-        reading = MaskClipSettings(head=head, profile="weights", **(HELPER if entry.helper else {}))
-        helper = helper_of(reading, device=device, dtype=DTYPES[precision])
-        models[head] = MaskClip(clip, text, reading, helper=helper)
+    images = _images(size)
+    loaded: dict[str, Clip] = {}
+    models = {row: _network(row, model, precision, loaded) for row in rows(model)}
     taken: dict[str, list[float]] = {head: [] for head in models}
     for number in range(rounds + 1):
         for head, network in models.items():
-            seconds = _seconds(lambda network=network: network.scores(network.encoder(images)))  # type: ignore[misc]
+            seconds = _seconds(lambda network=network: network.grid_scores(images))  # type: ignore[misc]
             if number:  # the first round warms up
                 taken[head].append(seconds)
     usual = taken["maskclip"]
@@ -145,6 +143,47 @@ def forward_times(
         head: (statistics.median(times), statistics.median(t / u for t, u in zip(times, usual, strict=True)))
         for head, times in taken.items()
     }
+
+
+def rows(model: str) -> dict[str, tuple[str, str]]:
+    """Model and head of every row."""
+    heads = {head: (model, head) for head, entry in HEADS.items() if not entry.tower}
+    return heads | {f"{head}, {name}": (name, head) for name, head in TOWERS}
+
+
+def _network(row: str, model: str, precision: str, loaded: dict[str, Clip]) -> MaskClip:
+    """A row's network; models that are in ``loaded`` are shared."""
+    device, (name, head) = best_device(), rows(model)[row]
+    if name not in loaded:
+        loaded[name] = load_clip(name, "random:0", device=device, dtype=DTYPES[precision], towers="visual")
+    reading = MaskClipSettings(head=head, profile="weights", **(HELPER if HEADS[head].helper else {}))
+    helper = helper_of(reading, device=device, dtype=DTYPES[precision])
+    return MaskClip(loaded[name], random_text(loaded[name].embed_dim, 30), reading, helper=helper)
+
+
+def _images(size: tuple[int, ...]) -> Tensor:
+    return torch.randint(0, 256, (1, 3, *size), dtype=torch.uint8).to(best_device())
+
+
+def _pass_memory(row: str, model: str, precision: str, size: tuple[int, ...]) -> float:
+    """Megabytes by which the second pass of a network raises this process's peak, or the GPU's."""
+    network, images = _network(row, model, precision, {}), _images(size)
+    network.grid_scores(images)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        network.grid_scores(images)
+        return float(torch.cuda.max_memory_allocated() - before) / 1e6
+    network_before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    network.grid_scores(images)
+    return _resident("VmHWM") - network_before
+
+
+def _resident(what: str) -> float:
+    """Megabytes of this process, by the kernel."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) / 1e3
 
 
 def refine_time(name: str, classes: int, size: tuple[int, int], rounds: int) -> float:
@@ -156,13 +195,14 @@ def refine_time(name: str, classes: int, size: tuple[int, int], rounds: int) -> 
     return statistics.median(times)
 
 
-def _alone(name: str, classes: int) -> tuple[float, float]:
-    """Seconds for a large image in a process of its own, and megabytes by which that process grew."""
+def _in_a_process(work: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """What a function returns in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_large, (name, classes))
+        return pool.apply(work, arguments)
 
 
 def _large(name: str, classes: int) -> tuple[float, float]:
+    """Seconds for a large image, and megabytes by which this process grew."""
     refine_time(name, classes, (8, 8), 1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = refine_time(name, classes, LARGE, 1)

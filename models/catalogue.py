@@ -25,6 +25,7 @@ class HeadEntry(NamedTuple):
             tokens are no longer local.
         settings: settings that only this head reads.
         helper: whether it needs a helper tower (``models.helper``).
+        tower: the kind of tower that alone has it (``models.clip.towers``); empty if it reads CLIPs.
     """
 
     title: str
@@ -34,6 +35,12 @@ class HeadEntry(NamedTuple):
     own_values: bool = False
     settings: tuple[str, ...] = ()
     helper: bool = False
+    tower: str = ""
+
+    @property
+    def alone(self) -> bool:
+        """Whether it reads any CLIP, without another network."""
+        return not self.helper and not self.tower
 
 
 class RefinerEntry(NamedTuple):
@@ -93,6 +100,13 @@ HEADS: Mapping[str, HeadEntry] = {
         helper=True,
     ),
     "sc": HeadEntry("self-calibrated attention (SC-CLIP)", "models.clip.heads.calibrated:SC", vit_only=True),
+    "radseg": HeadEntry(
+        "self-correlating attention of a C-RADIO (RADSeg)",
+        "models.clip.heads.radseg:RADSEG",
+        keys=False,
+        vit_only=True,
+        tower="radio",
+    ),
 }
 """Dense heads. ``maskclip`` (arXiv 2112.01071, §3.2) removes the mixing of tokens from the last attention:
 each token keeps its own value, sent through the output projection. As in the reference code, a ViT keeps the

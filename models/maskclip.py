@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from models.candidates import ambiguous, likely_classes, redundant
 from models.clip.dense import Dense, dense_encoder
 from models.clip.heads.base import HeadOptions
 from models.clip.loading import Clip
+from models.clip.published import check_reading
 from models.clip.refiners.base import Refined, RefineOptions, refine
 from models.clip.text import TextClassifier, row_table
 from models.denoising import DENIED, key_smoothing, prompt_denoising
@@ -94,6 +95,7 @@ class MaskClip:
                     f"Use {max(1, round(pixels / cell)) * cell}.",
                 )
         config.classes.refuse_unfit(text.num_classes)
+        check_reading(clip.name, clip.source.config, config)
         self.clip = clip
         self.text = text
         self.config = config
@@ -153,7 +155,7 @@ class MaskClip:
             return self._refine(*self._pixel_windows(images))
         if self.config.window:
             return self._refine(*self._windows(images))
-        dense = self.encoder(images)
+        dense = self._seen(images)
         scores = self._purify(images, dense, self.scores(dense))
         return scores if self.memory is None else self._supported(scores, dense, self.memory, images)
 
@@ -165,7 +167,7 @@ class MaskClip:
             images: as for ``grid_scores``.
         """
         normalised = (images.to(self.clip.device) - self._mean) / self._std
-        dense: Dense = self.encoder(normalised)
+        dense = self._seen(normalised)
         assert dense.early is not None, "made with a key_block"
         return Described(self._unit(dense.features), dense.early, self.scores(dense))
 
@@ -274,6 +276,19 @@ class MaskClip:
         features = [dense.helper for dense in seen if dense.helper is not None]
         return self.encoder.spread(cosines, features, corners, self.encoder.stride)
 
+    def _seen(self, images: Tensor) -> Dense:
+        """Dense features of normalised images, embedded."""
+        dense: Dense = self.encoder(images)
+        return dense._replace(features=self._embedded(dense.features))
+
+    def _embedded(self, features: Tensor) -> Tensor:
+        """Features of whole images in the joint embedding, where the encoder leaves that last step."""
+        return features if self.encoder.embedded is None else self.encoder.embedded(features)
+
+    def _whole(self, parts: Tensor, count: Tensor) -> Tensor:
+        """Embedded features of whole images from the sums of their windows' features."""
+        return parts if self.encoder.embedded is None else self._embedded(parts / count)
+
     def _refine(self, cosines: Tensor, keys: Tensor | None, whole: Tensor | None) -> Tensor:
         """(B, P, h, w) cosines of all rows -> (B, C, h, w) scores.
 
@@ -365,7 +380,7 @@ class MaskClip:
         """
         top, bottom, left, right = (place * self.encoder.stride for place in box)
         part = image[None, :, top : max(bottom, top + 1), left : max(right, left + 1)]
-        native = self.clip.visual.image_size
+        native: Any = self.clip.visual.image_size
         side = max(self.encoder.stride, (native if isinstance(native, int) else min(native)) // 2)
         part = F.interpolate(part, (side, side), mode="bilinear", align_corners=False)
         found = self._class_scores(self.encoder.image_embedding(part))
@@ -389,7 +404,8 @@ class MaskClip:
 
         The image is padded to whole cells, and the last window of each row or column is aligned with its end,
         so all windows have the same size and lie on the grid. PD and KS run on the assembled image. With
-        ``splice`` features are averaged, of length 1 each, and cosines taken of the result.
+        ``splice`` features are averaged, of length 1 each unless they are not embedded yet, and cosines taken
+        of the result.
         """
         stride, splice = self.encoder.stride, self.config.windows == "splice"
         images = F.pad(images, (0, -images.shape[-1] % stride, 0, -images.shape[-2] % stride))
@@ -414,7 +430,7 @@ class MaskClip:
                     keys = images.new_zeros(len(images), dense.keys.shape[-1], h, w)
                 keys[cell] += dense.keys.transpose(1, 2).unflatten(2, part.shape[-2:])
         assert parts is not None, "an image has at least one window"
-        cosines = self._cosines(parts) if splice else parts / count
+        cosines = self._cosines(self._whole(parts, count)) if splice else parts / count
         return cosines, None if keys is None else (keys / count).flatten(2).transpose(1, 2), whole
 
     def _pixel_windows(self, images: Tensor) -> tuple[Tensor, None, Tensor | None]:
@@ -438,15 +454,16 @@ class MaskClip:
 
     def _windows_seen(self, images: Tensor) -> Iterator[tuple[slice, slice, Dense, Tensor]]:
         """Rows and columns of every window, what was seen there, and its cosines (or features to splice)."""
-        found = (
-            (rows, columns, self.encoder(images[..., rows, columns]))
-            for rows, columns in self._places(images)
-        )
+        splice = self.config.windows == "splice"
+        raw = splice and self.encoder.embedded is not None
+        see = self.encoder if raw else self._seen
+        found = ((rows, columns, see(images[..., rows, columns])) for rows, columns in self._places(images))
         if self.encoder.spread is None:
-            splice = self.config.windows == "splice"
             for rows, columns, dense in found:
                 features = dense.features
-                yield rows, columns, dense, self._unit(features) if splice else self._cosines(features)
+                if not raw:
+                    features = self._unit(features) if splice else self._cosines(features)
+                yield rows, columns, dense, features
             return
         windows = list(found)
         corners = [(rows.start, columns.start) for rows, columns, _ in windows]

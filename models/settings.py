@@ -210,8 +210,8 @@ class MaskClipSettings(Settings):
 
     head: str = "maskclip"
     """How the last block is read: ``maskclip`` as by the paper's code, ``value`` without residual and MLP,
-    ``plain`` unmodified, ``qq`` (ClearCLIP), ``kk``, ``sclip``, ``nn`` (NACLIP), ``pa`` (PEARL), ``sc``
-    (SC-CLIP), ``proxy`` (ProxyCLIP) or ``lposs``."""
+    ``plain``, ``qq`` (ClearCLIP), ``kk``, ``sclip``, ``nn`` (NACLIP), ``pa`` (PEARL), ``sc`` (SC-CLIP),
+    ``proxy``, ``lposs``, or ``radseg`` (C-RADIO)."""
     sigma: Annotated[float, Field(gt=0)] = 5.0
     """For head ``nn``: how far near is, in patches."""
     alpha: Annotated[float, Field(ge=0)] = 0.08
@@ -355,6 +355,12 @@ class MaskClipSettings(Settings):
                 "setting_invalid",
                 f"head={self.head} compares patches by a helper tower, and helper names none.",
                 "Set helper=vit_base_patch16_224.dino, or another head.",
+            )
+        if self.head == "radseg" and self.window and self.windows != "splice":
+            raise WrongUse(
+                "setting_invalid",
+                f"head=radseg aggregates over the whole image, and windows={self.windows} never sees it.",
+                "Set windows=splice, as its authors do.",
             )
         if self.head == "lposs" and self.windows == "splice":
             raise WrongUse(

@@ -13,6 +13,7 @@ import copy
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -36,6 +37,8 @@ from models.clip.heads.base import (
     on_grid,
 )
 from models.clip.heads.value import attention_pool
+from models.clip.published import READINGS
+from models.clip.towers.modules import TimmTower
 from models.errors import WrongUse
 from models.settings import KeySource, Positions, Profile
 
@@ -84,11 +87,12 @@ def dense_encoder(
     whole: bool = False,
     early: int | None = None,
     helper: HelperView | None = None,
-) -> VitDense | ResNetDense:
-    """Wrap a visual tower of open_clip to compute dense features at any image size.
+) -> VitDense | ResNetDense | TimmDense:
+    """Wrap a visual tower to compute dense features at any image size.
 
     Args:
-        visual: ``VisionTransformer`` with a class token, or ``ModifiedResNet``; shared, never changed.
+        visual: open_clip's ``VisionTransformer`` with a class token, its ``ModifiedResNet``, or a
+            ``TimmTower``; shared, never changed.
         head: a name in ``models.catalogue.HEADS``.
         profile: ``weights`` runs the tower as it was trained. ``reference`` runs a ViT as the MaskCLIP code
             does: exact (erf) GELU and LayerNorm eps 1e-6, on copies of the modules that share every
@@ -123,6 +127,14 @@ def dense_encoder(
             "setting_invalid",
             f"The head {head} needs a helper tower, and none was given.",
             "Load one (models.helper.load_helper), or use another head.",
+        )
+    if isinstance(visual, TimmTower):
+        return TimmDense(visual, _tower_head(head, visual.kind, bool(keys) or whole or early is not None))
+    if HEADS[head].tower:
+        raise WrongUse(
+            "setting_invalid",
+            f"The head {head} reads the last block of another tower than CLIP's.",
+            "Use another head, or the model that it was made for.",
         )
     if isinstance(visual, ModifiedResNet):
         check_resnet_head(head)
@@ -169,6 +181,8 @@ class VitDense(nn.Module):
     needed.
     """
 
+    embedded: Callable[[Tensor], Tensor] | None = None
+
     def __init__(
         self,
         visual: VisionTransformer,
@@ -191,6 +205,8 @@ class VitDense(nn.Module):
         self.visual = visual
         self._early = early
         self._head = head
+        assert head.vit is not None, "checked by dense_encoder"
+        self._read = head.vit
         self._layers = head.layers(len(visual.transformer.resblocks))
         self._keys = keys
         self._positions = positions
@@ -260,7 +276,7 @@ class VitDense(nn.Module):
                 outputs[index] = x
         earlier = tuple(outputs[index] for index in self._layers)
         layer = VitLayer(blocks[-1], x, (h, w), earlier, self._options, helper)
-        features = self._project(self.visual.ln_post(self._head.vit(layer)))
+        features = self._project(self.visual.ln_post(self._read(layer)))
         keys = None if self._keys is None else _keys(layer, self._keys)
         whole = self.pooled(blocks[-1](x)) if self._whole else None
         first = None if self._early is None else on_grid(outputs[self._early][:, 1:], (h, w))
@@ -345,6 +361,7 @@ class ResNetDense(nn.Module):
 
     stride = 32
     spread: Spread | None = None
+    embedded: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -396,6 +413,72 @@ class ResNetDense(nn.Module):
         right, below = max(0, self.stride - images.shape[-1]), max(0, self.stride - images.shape[-2])
         x = visual.stem(F.pad(images.to(visual.conv1.weight.dtype), (0, right, 0, below)).contiguous())
         return visual.layer4(visual.layer3(visual.layer2(visual.layer1(x))))
+
+
+class TimmDense(nn.Module):
+    """Dense features of a ``TimmTower``, whose class tokens and registers are left out.
+
+    Normalised images are zero-padded right and below to whole patches.
+    """
+
+    spread: Spread | None = None
+
+    def __init__(self, visual: TimmTower, head: Head) -> None:
+        super().__init__()
+        assert head.timm is not None, "checked by dense_encoder"
+        self.visual = visual
+        self._read = head.timm
+        self._gather = head.gather
+
+    @property
+    def stride(self) -> int:
+        """Pixels per grid cell."""
+        return self.visual.patch_size[0]
+
+    def forward(self, images: Tensor) -> Dense:
+        """Patches (B, W_, h, w) of normalised images, behind the trunk's norm, not yet ``embedded``.
+
+        Args:
+            images: float (B, 3, H, W).
+        """
+        trunk, side = self.visual.trunk, self.stride
+        images = images.to(next(trunk.parameters()).dtype)
+        images = F.pad(images, (0, -images.shape[-1] % side, 0, -images.shape[-2] % side)).contiguous()
+        x = trunk.norm(self._read(trunk.blocks[-1], self.visual.before_last(images)))
+        grid = (images.shape[-2] // side, images.shape[-1] // side)
+        return Dense(on_grid(x[:, trunk.num_prefix_tokens :], grid), None)
+
+    def embedded(self, features: Tensor) -> Tensor:
+        """Embeddings (B, D, h, w) of the patches (B, W_, h, w) of whole images."""
+        if self._gather is not None:
+            features = self._gather(features)
+        patches = features.flatten(2).mT.to(next(self.visual.parameters()).dtype)
+        return on_grid(self.visual.head(patches), (features.shape[-2], features.shape[-1]))
+
+    def image_embedding(self, images: Tensor) -> Tensor:
+        """Refused: what the authors read of whole images is not built here.
+
+        Raises:
+            MaskMillError: ``model_unsupported``.
+        """
+        raise WrongUse(
+            "model_unsupported",
+            "Of this tower only patches are read, not whole images.",
+            "Use an open_clip model.",
+        )
+
+
+def _tower_head(name: str, kind: str, more: bool) -> Head:
+    """The head of a ``TimmTower``, if it is one that was published for this kind of tower."""
+    published, recipe = READINGS[kind]
+    if name != published or more:
+        raise WrongUse(
+            "setting_invalid",
+            f"Of this tower patches are read, with the head {published}: no keys, no class token, no earlier "
+            "blocks.",
+            f"Begin with --recipe {recipe}.",
+        )
+    return load_head(name)
 
 
 def _resized(x: Tensor, grid: tuple[int, int]) -> Tensor:

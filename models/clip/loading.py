@@ -19,7 +19,9 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from models.clip.dense import ResNetDense, VitDense, dense_encoder
+from models.clip.dense import ResNetDense, TimmDense, VitDense, dense_encoder
+from models.clip.towers.modules import TimmTower, TwoTowers, build, published_state
+from models.clip.towers.tokens import tokenizer_of
 from models.clip.weights import WeightSource, check_supported, find_weights, read_state
 from models.errors import WrongUse
 
@@ -48,11 +50,11 @@ class Activations(NamedTuple):
 
 @dataclass(eq=False)
 class Clip:
-    """An open_clip model in evaluation mode, without gradients.
+    """An image–text model in evaluation mode, without gradients.
 
     Attributes:
-        model: open_clip's ``CLIP`` or ``CustomTextCLIP``; with ``towers="visual"`` only its ``visual``
-            exists, with ``towers="text"`` everything else.
+        model: open_clip's ``CLIP`` or ``CustomTextCLIP``, or a ``TwoTowers``; with ``towers="visual"`` only
+            its ``visual`` exists, with ``towers="text"`` everything else.
     """
 
     source: WeightSource
@@ -87,8 +89,8 @@ class Clip:
         return self.source.std
 
     @property
-    def visual(self) -> VisionTransformer | ModifiedResNet:
-        """The visual tower: open_clip's module, not a copy.
+    def visual(self) -> VisionTransformer | ModifiedResNet | TimmTower:
+        """The visual tower itself, not a copy.
 
         Raises:
             MaskMillError: ``model_unsupported`` with ``towers="text"``.
@@ -118,13 +120,15 @@ class Clip:
             from models.clip import toy as toyclip
 
             return toyclip.tokenizer()
+        if "tower" in self.source.config:
+            return tokenizer_of(self.source.config, self.source.path)
         if ":" not in self.name and open_clip.get_model_config(self.name) is None:
             # Weights with their own configuration, such as CLIPSeg's, use OpenAI's vocabulary.
             return open_clip.SimpleTokenizer(context_length=self.source.config["text_cfg"]["context_length"])
         return open_clip.get_tokenizer(self.name)
 
     @cached_property
-    def _tower(self) -> VitDense | ResNetDense:
+    def _tower(self) -> VitDense | ResNetDense | TimmDense:
         return dense_encoder(self.visual, head="plain")
 
     def activations(self, images: Tensor, layers: Sequence[int]) -> Activations:
@@ -151,7 +155,7 @@ class Clip:
         grid = (whole.shape[-2] // tower.stride, whole.shape[-1] // tower.stride)
         x = tower.tokens(whole, tower.position_table(grid))
         taken = []
-        for index, block in enumerate(self.visual.transformer.resblocks[: max(layers) + 1]):
+        for index, block in enumerate(tower.visual.transformer.resblocks[: max(layers) + 1]):
             x = block(x)
             if index in layers:
                 taken.append(x)
@@ -203,7 +207,7 @@ class Clip:
         if encode is None:
             return tokens
         for row in (tokens[:, -1] != 0).nonzero().flatten().tolist():
-            needed = len(encode(prompts[row])) + 2
+            needed = len(encode(prompts[row])) + getattr(self.tokenizer, "special", 2)
             if needed > tokens.shape[1]:
                 raise WrongUse(
                     "prompt_invalid",
@@ -275,7 +279,7 @@ def load_source(
             the file.
     """
     check_supported(source.name, source.config)
-    skeleton = _build(source)
+    skeleton: nn.Module = build(source) if "tower" in source.config else _build(source)
     if towers == "visual":
         _drop_text_tower(skeleton)
     if state is None and source.path is None:
@@ -286,11 +290,15 @@ def load_source(
     else:
         if state is not None:
             tensors = _fitting(skeleton, state, towers)
+        elif isinstance(skeleton, TwoTowers):
+            tensors = published_state(source, skeleton, towers)
         else:
             assert source.path is not None
             prefix = "visual." if towers == "visual" else ""
             tensors = _fitting(skeleton, read_state(source.path, prefix=prefix), towers)
-        if towers == "text":
+        if towers == "text" and isinstance(skeleton, TwoTowers):
+            del skeleton.visual  # its text tower is in a part, or a file, of its own
+        elif towers == "text":
             # Weights of another model may have the same text tower, so the shapes of all are looked at.
             _assign(skeleton, {name: tensor.to("meta") for name, tensor in tensors.items()}, source)
             del skeleton.visual

@@ -19,20 +19,20 @@ class Refusal(NamedTuple):
 
 
 _POOLED = (
-    "its image tower, which timm builds, pools its patches by a learned attention, and there is no reading "
-    "of its single patches here"
+    "its image tower, which timm builds, pools its patches by a learned attention, and no reading of its "
+    "single patches is published with figures"
 )
 _FAMILIES = {
     r"siglip": Refusal(_POOLED),
     r"(^|[-_/])pe([-_]core|[-_]spatial|[-_]lang)": Refusal(_POOLED),
     r"tips": Refusal(
-        "timm has its image tower, but its text tower and its vocabulary are in its authors' release only, "
-        "not in open_clip",
+        "of this family TIPSv2 is read, by the names TIPSv2-B-14, TIPSv2-L-14, "
+        "TIPSv2-SO400M-14 and TIPSv2-g-14",
         "vit_base_patch14_reg1_tipsv2.webli",
     ),
     r"radio": Refusal(
-        "timm has its trunk without the heads, and the one that leads to the words of SigLIP2 (as RADSeg "
-        "reads it) is in NVIDIA's own checkpoints only",
+        "of this family C-RADIO v3 and v4 are read, whose heads lead to SigLIP2's words, by names such as "
+        "C-RADIOv4-SO400M",
         "vit_base_patch16_radio_v3.c_radio",
     ),
 }

@@ -22,6 +22,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from models.clip import published
 from models.clip import toy as toyclip
 from models.clip.refused import refusal
 from models.errors import Damaged, MaskMillError, WrongUse, did_you_mean
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 
 SUPPORTED = (
     "open_clip's ViTs with a class token (ViT-B-16, ViT-L-14, ..., their -quickgelu twins, the CLIPA ones, "
-    "those with a Hugging Face text tower) and its ModifiedResNets (RN50, RN101, RN50x4, RN50x16, RN50x64)"
+    "those with a Hugging Face text tower) and its ModifiedResNets (RN50, RN101, RN50x4, RN50x16, RN50x64); "
+    f"{', '.join(published.NAMES)}"
 )
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -86,8 +88,8 @@ def find_weights(model: str, pretrained: str | None, *, cache_dir: str | Path | 
     """Find the weights of a supported CLIP, downloading them if necessary.
 
     Args:
-        model: an open_clip name (``ViT-B-16-quickgelu``), ``hf-hub:ORG/REPO``, ``local-dir:PATH``, or
-            ``toyclip``.
+        model: an open_clip name (``ViT-B-16-quickgelu``), ``hf-hub:ORG/REPO``, ``local-dir:PATH``,
+            ``toyclip``, or one of ``models.clip.published.NAMES``.
         pretrained: an open_clip tag (``openai``), a file, ``random:SEED``, or ``bundled`` for ``toyclip``;
             None for ``hf-hub:`` and ``local-dir:``, where the name implies the weights.
         cache_dir: the download cache; None for open_clip's default.
@@ -158,8 +160,25 @@ def read_state(path: Path, *, prefix: str = "") -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a ``.safetensors`` file, which are not read.
+
+    Raises:
+        MaskMillError: ``model_damaged``.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, str(error)) from error
+
+
 def check_supported(name: str, config: dict[str, Any]) -> None:
-    """Raise ``model_unsupported`` unless the tower is a ViT with a class token or a ModifiedResNet."""
+    """Raise ``model_unsupported`` unless the tower is one of ``SUPPORTED``."""
+    if "tower" in config:
+        return
     vision = config.get("vision_cfg", {})
     reason = None
     known = refusal(name)
@@ -263,6 +282,10 @@ def _from_name(name: str, pretrained: str | None, cache: str | None) -> WeightSo
     if name == toyclip.MODEL_NAME and pretrained in (None, toyclip.PRETRAINED):
         path = toyclip.weights_path()
         return WeightSource(name, str(path), toyclip.config(), path, None, OPENAI_MEAN, OPENAI_STD)
+    if name in published.NAMES:
+        file = None if seed is not None else _tower_file(name, pretrained, cache)
+        mean, std = (OPENAI_MEAN, OPENAI_STD) if name in published.RADIO else ((0.0,) * 3, (1.0,) * 3)
+        return WeightSource(name, pretrained, published.configuration(name), file, seed, mean, std)
     if pretrained is not None and (name, pretrained) in HUB_REPOSITORIES:
         # Tell that they are missing before the import, which takes seconds.
         _find_own(name, pretrained, cache)
@@ -312,6 +335,55 @@ def _from_name(name: str, pretrained: str | None, cache: str | None) -> WeightSo
             "Check the path, or name an open_clip tag.",
         )
     raise _unknown_tag(name, pretrained, tags)
+
+
+def _tower_file(name: str, pretrained: str | None, cache: str | None) -> Path:
+    """The safetensors file of a C-RADIO or TIPSv2."""
+    tips = published.TIPS.get(name)
+    if tips and pretrained == published.TIPS_TAG:
+        file = published.TIPS_FILES[0]
+        cached = in_hub_cache(tips.repository, file, cache)
+        if cached:
+            return cached
+
+        def fetch() -> str:
+            from huggingface_hub import hf_hub_download
+
+            return hf_hub_download(tips.repository, file, cache_dir=cache)
+
+        use = (
+            "Copy both here, into one folder, and add to the command:\n"
+            f"  --set pretrained={file}\n{same_cache(cache)}{_NO_DOWNLOAD}"
+        )
+        urls = [hub_file(tips.repository, each) for each in published.TIPS_FILES]
+        return download(fetch, urls, name, use)
+    path = Path(pretrained or "").expanduser()
+    if pretrained and path.is_file() and path.suffix == ".safetensors":
+        return path
+    if tips:
+        how = (
+            f"Set pretrained={published.TIPS_TAG}, a .safetensors file of {tips.repository}, or random:SEED."
+        )
+    else:
+        how = (
+            "Their SigLIP2 head is in NVIDIA's .pth.tar only, which is a pickle: convert it once, as "
+            "docs/heads.md shows, and set pretrained to the .safetensors file. Or set random:SEED."
+        )
+    said = f"there is no .safetensors file {pretrained}" if pretrained else "none were named"
+    raise WrongUse("weights_missing", f"{name} needs weights, and {said}.", how)
+
+
+def siglip2_weights(cache: str | None = None) -> Path:
+    """The file of the SigLIP2 whose words C-RADIO's head leads to.
+
+    Raises:
+        MaskMillError: ``weights_missing``.
+    """
+    import open_clip
+
+    tag = open_clip.get_pretrained_cfg(published.SIGLIP2, "webli")
+    repository, file = os.path.split(tag["hf_hub"])
+    return _fetch_from_hub(published.SIGLIP2, "webli", repository, file, cache)
 
 
 def _find_own(name: str, pretrained: str, cache: str | None) -> Path:

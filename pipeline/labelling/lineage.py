@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, get_args
 
+from models.clip.published import RADIO
 from pipeline.labelling.clipseg.options import RELEASED
 from pipeline.labelling.recipes import LabelRecipe
 
@@ -32,6 +33,7 @@ _TAGS: Mapping[str, Licence] = {
     "commonpool": "permissive",
     "metaclip": "non-commercial",  # CC-BY-NC 4.0
     "dfn": "research only",  # Apple's
+    "webli": "permissive",  # TIPSv2, Apache-2.0
     RELEASED: "permissive",  # CLIPSeg's, Apache-2.0
     "random:": "none: random weights",
 }
@@ -50,8 +52,8 @@ _HELPERS: Mapping[str, tuple[Lineage, Licence]] = {
 
 def lineage(recipe: LabelRecipe) -> Lineage:
     """What the weights were trained on, as far as annotation goes; a student has that of its training."""
-    if recipe.model == "clipseg":
-        return "a teacher saw annotated masks"  # PhraseCut
+    if recipe.model == "clipseg" or recipe.model in RADIO:
+        return "a teacher saw annotated masks"  # CLIPSeg's PhraseCut; SAM is among C-RADIO's teachers
     if "/" in recipe.model and not recipe.model.startswith(("hf-hub:", "local-dir:")):
         return "its training's"
     if recipe.maskclip.helper:

@@ -115,9 +115,11 @@ def require_weights(recipe: LabelRecipe) -> str | None:
 
 
 def _find_clip(recipe: LabelRecipe) -> WeightSource:
+    from models.clip.published import check_reading
     from models.clip.weights import find_weights
 
     source = find_weights(recipe.model, recipe.pretrained)
+    check_reading(source.name, source.config, recipe.maskclip)
     if isinstance(_blocks(source), list):
         check_resnet_head(recipe.maskclip.head)
     return source
@@ -138,7 +140,7 @@ def _prepare_maskclip(
     recipe.maskclip.classes.refuse_unfit(ontology.num_classes)
     source = _find_clip(recipe)
     blocks, head = _blocks(source), recipe.maskclip.head
-    if HEADS[head].own_values and isinstance(blocks, int) and blocks >= DEEP:
+    if HEADS[head].own_values and isinstance(blocks, int) and blocks >= DEEP and "tower" not in source.config:
         logging.getLogger(__name__).warning(
             "head %s does badly on a tower of %d blocks (published: 13.9 %% mean IoU with ViT-L/14, where "
             "head sc has 45.2 %%): use --set head=sc.",

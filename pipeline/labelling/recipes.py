@@ -32,7 +32,8 @@ class LabelRecipe(Recipe):
     """How images become pseudo-labels."""
 
     model: str = "ViT-B-16-quickgelu"
-    """open_clip architecture, ``hf-hub:…``, ``local-dir:…``, ``clipseg``, or the folder of a student."""
+    """open_clip architecture, ``C-RADIOv4-SO400M`` or ``TIPSv2-L-14`` and their like, ``hf-hub:…``,
+    ``local-dir:…``, ``clipseg``, or the folder of a student."""
     pretrained: str | None = "openai"
     """open_clip tag, a local weights file, ``random:SEED``, or none for hub names."""
     images: ImageSettings = ImageSettings()
@@ -138,6 +139,36 @@ LPOSS = UNIFIED.replace(
 )
 """LPOSS with the sizes, windows and helper of its code."""
 
+RADSEG = LabelRecipe(
+    name="radseg",
+    model="C-RADIOv4-SO400M",
+    pretrained=None,
+    images=ImageSettings(scale=(2048, 336)),
+    maskclip=MaskClipSettings(
+        head="radseg",
+        window=336,
+        window_stride=224,
+        windows="splice",
+        image_stats="clip",
+        profile="weights",
+        pd_threshold=0.5,
+    ),
+    templates="imagenet80",
+)
+"""RADSeg with the sizes of its code at low resolution; NVIDIA's weights are given as a file."""
+
+TIPSV2 = LabelRecipe(
+    name="tipsv2",
+    model="TIPSv2-L-14",
+    pretrained="webli",
+    images=ImageSettings(scale=(2048, 448)),
+    maskclip=MaskClipSettings(
+        window=448, window_stride=336, windows="pixels", image_stats="clip", profile="weights"
+    ),
+    templates="tcl9",
+)
+"""TIPSv2 as its authors' notebook for ADE20K reads it."""
+
 _WHOLE_352 = ImageSettings(scale=(352, 352), keep_ratio=False, resize="antialias")
 
 LABEL_RECIPES = RecipeBook(
@@ -158,10 +189,12 @@ LABEL_RECIPES = RecipeBook(
         *(
             _unified(head)
             for head, entry in HEADS.items()
-            if head not in ("maskclip", "value", "plain") and not entry.helper
+            if head not in ("maskclip", "value", "plain") and entry.alone
         ),
         PROXYCLIP,
         LPOSS,
+        RADSEG,
+        TIPSV2,
         # CLIPSeg with a list of prompts; pixels that no class claims are background.
         LabelRecipe(
             name="clipseg",

@@ -42,6 +42,28 @@ VIT: dict[str, Any] = {
 RESNET: dict[str, Any] = VIT | {
     "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16, "patch_size": None}
 }
+TRUNK = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+RADIO: dict[str, Any] = {
+    "embed_dim": 24,
+    "tower": "radio",
+    "vision_cfg": {
+        "trunk": "naflexvit_base_patch16_radio_v3",
+        "patch_size": 16,
+        "options": {**TRUNK, "pos_embed_grid_size": (8, 8)},
+        "head": (16, 1),
+    },
+    "text_cfg": {"context_length": 8, "vocab_size": 9, "width": 16, "heads": 2, "layers": 1},
+}
+TIPS: dict[str, Any] = {
+    "embed_dim": 32,
+    "tower": "tips",
+    "vision_cfg": {
+        "trunk": "vit_base_patch14_reg1_tipsv2",
+        "patch_size": 14,
+        "options": {**TRUNK, "img_size": 56},
+    },
+    "text_cfg": {"width": 32, "heads": 2, "layers": 1, "mlp": 16, "vocab_size": 9},
+}
 CLASSES = 5
 
 
@@ -118,7 +140,7 @@ def test_dense_heads(gpu: FakeGpu, config: dict[str, Any], precision: str) -> No
     for head, profile, keys in itertools.product(HEADS, ("reference", "weights"), (None, "projected", "raw")):
         if (keys and not HEADS[head].keys) or (config is RESNET and HEADS[head].vit_only):
             continue
-        if HEADS[head].helper:
+        if not HEADS[head].alone:
             continue  # in test_maskclip
         if head != "maskclip" and (profile, keys) != ("weights", None):
             continue  # profile and keys have nothing to do with the head
@@ -174,6 +196,28 @@ def test_maskclip(gpu: FakeGpu, settings: dict[str, Any], precision: str) -> Non
         assert not gpu.waits
     assert on_gpu(model.grid_scores(pictures(1, 3, 64, 90))), "images from the host"
     assert all(on_gpu(found) and found.shape == (80, 90) for found in model.label(images[0], size=(80, 90)))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        (RADIO, {"head": "radseg"}),
+        (RADIO, {"head": "radseg", "window": 64, "window_stride": 32, "windows": "splice"}),
+        (TIPS, {"window": 56, "window_stride": 28, "windows": "pixels"}),
+    ],
+    ids=["radio", "radio-windows", "tips"],
+)
+def test_towers_of_timm(
+    gpu: FakeGpu, config: dict[str, Any], settings: dict[str, Any], precision: str
+) -> None:
+    reading = MaskClipSettings(profile="weights", image_stats="clip", **settings)
+    model = MaskClip(clip(config, precision), classifier(config["embed_dim"]), reading)
+    images = pictures(2, 3, 96, 130).to(CUDA)
+    gpu.waits.clear()
+    scores = model.grid_scores(images)
+    assert on_gpu(scores) and scores.shape[:2] == (2, CLASSES) and scores.dtype == torch.float32
+    assert not gpu.waits
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -191,7 +191,7 @@ def _use_one_thread() -> None:
 def heads(bench: Bench) -> tuple[Section, list[Claim]]:
     """MaskCLIP against unmodified CLIP."""
     conditions = {
-        head: Condition(entry.title, {"head": head}) for head, entry in HEADS.items() if not entry.helper
+        head: Condition(entry.title, {"head": head}) for head, entry in HEADS.items() if entry.alone
     }
     section = bench.section(
         "heads",

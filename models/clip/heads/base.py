@@ -80,7 +80,8 @@ class Head:
     """One way to read the last layer.
 
     Attributes:
-        vit: a ViT's last layer -> patches (B, L, W_), the input of the tower's final norm and projection.
+        vit: a ViT's last layer -> patches (B, L, W_), the input of the tower's final norm and projection;
+            None if it reads none of open_clip's.
         resnet: a ResNet's -> embeddings (B, L, D); None if the head makes no sense there.
         layers: number of blocks -> 0-based blocks whose outputs ``vit`` needs besides its tokens; raises
             ``WrongUse`` for towers that have too few.
@@ -88,13 +89,19 @@ class Head:
             those of the helper's grid, unless it spreads.
         spread: how cosines of all windows of images are made to agree, if they are: from those, on the
             helper's grid, the helper's features, the windows' corners and the pixels per cell.
+        timm: last block of a timm ViT, and its input (B, N, W_) -> its output, if it reads those
+            (``models.clip.towers``).
+        gather: what is done with the patches (B, W_, h, w) of a whole image before they are embedded, if
+            anything.
     """
 
-    vit: Callable[[VitLayer], Tensor]
+    vit: Callable[[VitLayer], Tensor] | None
     resnet: Callable[[ResNetLayer], Tensor] | None
     layers: Callable[[int], tuple[int, ...]] = no_layers
     helper: Literal["tokens", "values"] | None = None
     spread: Spread | None = None
+    timm: Callable[[Any, Tensor], Tensor] | None = None
+    gather: Callable[[Tensor], Tensor] | None = None
 
 
 def load_head(name: str) -> Head:

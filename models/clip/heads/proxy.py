@@ -22,25 +22,27 @@ ENTRIES = 1 << 24
 """Rows of A are made in groups of about so many entries, which bounds memory."""
 
 
-def affinity_mix(features: Tensor, values: Tensor) -> Tensor:
-    """A v.
+def affinity_mix(
+    features: Tensor, values: Tensor, *, centre: float = CENTRE, sharpness: float = SHARPNESS
+) -> Tensor:
+    """A v, with A = softmax(sharpness (S - centre mean S)), negatives left out.
 
     Args:
         features: of the helper (B, M, K), fp32 or fp64.
         values: (B, M, W_).
     """
     unit = F.normalize(features, dim=-1)
-    centre = unit.mean(1, keepdim=True)
-    mean = (centre * centre).sum(-1, keepdim=True)  # of all entries of S
+    middle = unit.mean(1, keepdim=True)
+    mean = (middle * middle).sum(-1, keepdim=True)  # of all entries of S
     count = unit.shape[1]
     place = torch.arange(count, device=unit.device)
     mixed = []
     rows = max(1, ENTRIES // count)
     for first in range(0, count, rows):
         some = unit[:, first : first + rows]
-        centred = some @ unit.mT - CENTRE * mean
+        centred = some @ unit.mT - centre * mean
         own = place[first : first + rows, None] == place
-        weights = (SHARPNESS * centred).masked_fill((centred < 0) & ~own, -torch.inf).softmax(-1)
+        weights = (sharpness * centred).masked_fill((centred < 0) & ~own, -torch.inf).softmax(-1)
         mixed.append(weights.to(values.dtype) @ values)
     return torch.cat(mixed, 1)
 

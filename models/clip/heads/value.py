@@ -5,6 +5,8 @@ Shapes as in ``models.clip.heads.base``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import AttentionPool2d
@@ -43,6 +45,16 @@ def _maskclip_vit(layer: VitLayer) -> Tensor:
     return with_residuals(layer, _value_vit(layer))
 
 
+def _maskclip_timm(block: Any, tokens: Tensor) -> Tensor:
+    attention = block.attn
+    width = attention.qkv.weight.shape[0] // 3
+    bias = None if attention.qkv.bias is None else attention.qkv.bias[2 * width :]
+    values = F.linear(block.norm1(tokens), attention.qkv.weight[2 * width :], bias)
+    x = tokens + block.ls1(attention.proj(values))
+    kept: Tensor = x + block.ls2(block.mlp(block.norm2(x)))
+    return kept
+
+
 def _plain_vit(layer: VitLayer) -> Tensor:
     patches: Tensor = layer.block(layer.tokens)[:, 1:]
     return patches
@@ -53,6 +65,6 @@ def _plain_resnet(layer: ResNetLayer) -> Tensor:
     return attention_pool(layer.pool, layer.tokens, None)[:, 1:]
 
 
-MASKCLIP = Head(_maskclip_vit, _value_resnet)
+MASKCLIP = Head(_maskclip_vit, _value_resnet, timm=_maskclip_timm)
 VALUE = Head(_value_vit, _value_resnet)
 PLAIN = Head(_plain_vit, _plain_resnet)

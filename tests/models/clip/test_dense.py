@@ -38,8 +38,8 @@ def resnet() -> Any:
     return tower(layers=[1, 1, 1, 1], width=8, head_width=16, image_size=64)
 
 
-ALONE = [head for head, entry in HEADS.items() if not entry.helper]
-"""The others are tried in ``test_helper_heads.py``."""
+ALONE = [head for head, entry in HEADS.items() if entry.alone]
+"""The others are tried in ``test_helper_heads.py`` and ``towers/``."""
 
 
 def images(height: int, width: int, batch: int = 1) -> Tensor:

@@ -357,6 +357,11 @@ def test_every_head_works_on_both_towers_or_says_why() -> None:
             with pytest.raises(MaskMillError, match="needs a helper tower"):
                 dense_encoder(tower(), head=head)
             continue
+        if entry.tower:
+            for visual in (tower(), resnet()):
+                with pytest.raises(MaskMillError, match="last block of another tower than CLIP's"):
+                    dense_encoder(visual, head=head)
+            continue
         assert dense_encoder(tower(), head=head)(pictures((3, 5))).features.shape == (2, 32, 3, 5)
         if entry.vit_only:
             with pytest.raises(MaskMillError, match="Use a ViT, or one of the heads maskclip"):

@@ -66,7 +66,7 @@ def test_recipes_of_the_project_are_the_protocols() -> None:
     assert RECIPES["maskclip"].effective().items() >= _listed(get_protocol("voc20", "seed")).items()
     wanted = _listed(get_protocol("voc20", "unified"))
     unified = [recipe for name, recipe in RECIPES.items() if name.startswith("unified-")]
-    alone = [head for head, entry in HEADS.items() if not entry.helper]
+    alone = [head for head, entry in HEADS.items() if entry.alone]
     assert len(unified) == len(alone) - 2, "all heads of CLIP alone but value and plain"
     for recipe in unified:
         assert recipe.effective().items() >= wanted.items()

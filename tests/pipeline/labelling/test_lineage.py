@@ -19,6 +19,9 @@ from pipeline.labelling.recipes import RECIPES, LabelRecipe
         ("hf-hub:ORG/NAME", None, "image-text only", "see its publisher"),
         ("ViT-B-16", "weights.safetensors", "image-text only", "see its publisher"),
         ("ViT-B-16", "random:0", "image-text only", "none: random weights"),
+        ("TIPSv2-L-14", "webli", "image-text only", "permissive"),
+        ("C-RADIOv4-SO400M", None, "a teacher saw annotated masks", "see its publisher"),
+        ("C-RADIOv3-B", "radio.safetensors", "a teacher saw annotated masks", "see its publisher"),
         ("runs/student", None, "its training's", "see its publisher"),
         ("s3://bucket/student", None, "its training's", "see its publisher"),
     ],
@@ -58,6 +61,7 @@ def test_with_a_helper(pretrained: str, helper: str, weights: str, seen: str, te
 
 def test_every_recipe_says_where_its_weights_come_from() -> None:
     for name, recipe in RECIPES.items():
-        assert licence(recipe) == "permissive"
+        assert licence(recipe) == ("see its publisher" if name == "radseg" else "permissive")
         seen = "self-supervised helper" if recipe.maskclip.helper else "image-text only"
-        assert lineage(recipe) == ("a teacher saw annotated masks" if name.startswith("clipseg") else seen)
+        masks = name.startswith("clipseg") or name == "radseg"
+        assert lineage(recipe) == ("a teacher saw annotated masks" if masks else seen)
