@@ -26,7 +26,7 @@ from pipeline.files.redaction import redact, without_signature
 from pipeline.files.s3 import driver_options
 
 _REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_PIECE = 8 << 20  # bytes read at a time
+PIECE_BYTES = 8 << 20  # bytes read at a time
 _PIECES_AHEAD = 8
 _PATIENCE, _WAIT = 60.0, 0.5  # seconds
 _PAST_END = re.compile(r"InvalidRange|\b416\b|not satisfiable", re.IGNORECASE)
@@ -283,7 +283,7 @@ def _local_chunks(path: str, start: int, length: int | None, most: int) -> Itera
         while length is None or left > 0:
             # One more than there should be, so that one call shows the end. Files in /proc have no size, and
             # others grow.
-            want = min(_PIECE, left + (length is None)) if left > 0 else _PIECE
+            want = min(PIECE_BYTES, left + (length is None)) if left > 0 else PIECE_BYTES
             piece = file.read(want)
             yield piece
             left -= len(piece)
@@ -295,7 +295,7 @@ def _streamed_chunks(filesystem: Any, path: str) -> Iterator[bytes]:
     """The answer of a web server, which may be without length, or without end."""
     # With a block size of 0 fsspec streams; with a size it does not ask for it.
     with filesystem.open(path, block_size=0, size=1) as file:
-        while piece := file.read(_PIECE):
+        while piece := file.read(PIECE_BYTES):
             yield piece
 
 
@@ -303,7 +303,7 @@ def _ranged_chunks(filesystem: Any, path: str, start: int, length: int | None) -
     """An object in pieces, so that neither a large one nor a slow one goes unnoticed."""
     end = None if length is None else start + length
     while end is None or start < end:
-        want = _PIECE if end is None else min(_PIECE, end - start)
+        want = PIECE_BYTES if end is None else min(PIECE_BYTES, end - start)
         try:
             piece = bytes(filesystem.cat_file(path, start=start, end=start + want))
         except Exception as error:

@@ -71,7 +71,7 @@ def test_rounds_give_the_rows_of_one_run_also_after_a_failure_between_them(
 
     def counted(todo: object, **more: object) -> object:
         labelled.append(todo.num_rows)  # type: ignore[attr-defined]
-        kept.append(sum(isinstance(each, ray.data.Datasource) for each in gc.get_objects()))
+        kept.append(sum(issubclass(type(each), ray.data.Datasource) for each in gc.get_objects()))
         threads.append(set(threading.enumerate()))
         return run(todo, **more)  # type: ignore[arg-type]
 

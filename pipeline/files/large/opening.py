@@ -18,7 +18,7 @@ from pipeline.files.large.vips import VipsPicture, refuse_whole
 from pipeline.files.recognition import looks_like_image
 
 _HEAD = 1 << 20
-_SPARE = 1 << 30  # bytes that a temporary copy leaves free
+SPARE_BYTES = 1 << 30  # bytes that a temporary copy leaves free
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def local_file(uri: str, *, start: int = 0, length: int | None = None) -> Iterat
         yield path, _digest(path)
         return
     folder = tempfile.gettempdir()
-    most = min(max_bytes(MOST_PIXELS), max(0, shutil.disk_usage(folder).free - _SPARE))
+    most = min(max_bytes(MOST_PIXELS), max(0, shutil.disk_usage(folder).free - SPARE_BYTES))
     handle, name = tempfile.mkstemp(prefix="maskmill-")
     try:
         with os.fdopen(handle, "wb") as file:

@@ -30,7 +30,7 @@ from pipeline.training.clipseg.sources.base import IGNORED, OBJECT
 from pipeline.training.clipseg.triplets import decode_phrase
 from pipeline.training.loop.protocols import Samples
 
-_KNOWN_TEXTS = 65_536
+KNOWN_TEXTS = 65_536
 _READ_AHEAD = 32  # samples at a time
 _AHEAD_SEED = 0
 
@@ -231,7 +231,7 @@ class _TextCache:
             The embeddings on the model's device; and which phrases are readable, bool (B,) on the CPU.
         """
         fresh = [phrase for phrase in dict.fromkeys(phrases) if phrase not in self._known]
-        if len(self._known) + len(fresh) > _KNOWN_TEXTS:
+        if len(self._known) + len(fresh) > KNOWN_TEXTS:
             self._known, fresh = {}, list(dict.fromkeys(phrases))
         if fresh:
             self._known |= self._embed(fresh)

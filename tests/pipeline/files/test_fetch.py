@@ -215,7 +215,7 @@ def test_what_is_hashed_may_be_larger_than_what_is_fetched(
     data = bytes(range(256)) * 100
     (tmp_path / "image").write_bytes(data)
     uri = str(tmp_path / "image")
-    monkeypatch.setattr("pipeline.files.fetch._PIECE", 999)
+    monkeypatch.setattr("pipeline.files.fetch.PIECE_BYTES", 999)
     assert digest(uri) == hashlib.sha256(data).digest()
     assert digest(uri, start=100, length=5000) == hashlib.sha256(data[100:5100]).digest()
     monkeypatch.setattr("pipeline.files.fetch.max_bytes", lambda pixels: len(data) - 1 + (pixels == 1 << 30))

@@ -67,7 +67,7 @@ def test_large_maps_are_seen_through_a_view_in_strips(table: Path, monkeypatch: 
 
     whole, counts = seen(view), summarise_view(table, view)
     monkeypatch.setattr("pipeline.table.labels.MOST_DECODED", 250)
-    monkeypatch.setattr("pipeline.table.strips._PIXELS", 40)
+    monkeypatch.setattr("pipeline.table.strips.STRIP_PIXELS", 40)
     large = {
         row["id"] for row in iter_rows(table) if row["status"] == "ok" and row["height"] * row["width"] > 250
     }

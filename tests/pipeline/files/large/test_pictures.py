@@ -305,7 +305,7 @@ def test_a_file_larger_than_any_image_is_not_even_hashed(tmp_path: Path, start: 
 def test_a_copy_without_room_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "image.tif"
     path.write_bytes(bytes(100))
-    monkeypatch.setattr("pipeline.files.large.opening._SPARE", 1 << 60)
+    monkeypatch.setattr("pipeline.files.large.opening.SPARE_BYTES", 1 << 60)
     with pytest.raises(ImageError, match="TMPDIR") as raised, local_file(str(path), start=1, length=99):
         pass
     assert raised.value.code == "too_many_bytes"

@@ -144,7 +144,7 @@ def test_texts_are_embedded_once(task: ClipSegTask, monkeypatch: pytest.MonkeyPa
         return encode(model, prompts)
 
     monkeypatch.setattr(ClipSeg, "encode_text", counted)
-    monkeypatch.setattr("pipeline.training.clipseg.task._KNOWN_TEXTS", 3)
+    monkeypatch.setattr("pipeline.training.clipseg.task.KNOWN_TEXTS", 3)
     task.loss(task.model.decoder, _batch(TEXTS, SHARES), 1)
     task.loss(task.model.decoder, _batch(TEXTS, SHARES), 2)
     assert asked == ["a red ladybug", "grass", "a zebra"]
