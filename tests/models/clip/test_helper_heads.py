@@ -16,12 +16,12 @@ from torch import Tensor
 from models.clip.dense import dense_encoder
 from models.clip.heads import lposs, proxy
 from models.clip.loading import Clip, load_source
-from models.clip.text import TextClassifier
 from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource
 from models.errors import MaskMillError
 from models.helper import Helper, helper_of
 from models.maskclip import MaskClip
 from models.settings import MaskClipSettings
+from tests.models.clip.inputs import classifier, photographs
 
 PATCH, WIDTH, HEADS = 16, 48, 3
 SMALL: dict[str, Any] = {
@@ -59,19 +59,6 @@ def fine_helper(patch: int) -> Helper:
     return Helper(
         helper().source, tower.eval().double().requires_grad_(False), torch.device("cpu"), torch.float64
     )
-
-
-def classifier(count: int = 6) -> TextClassifier:
-    rows = torch.randn(count, 32, generator=torch.Generator().manual_seed(0))
-    return TextClassifier(F.normalize(rows, dim=1), torch.arange(count), count)
-
-
-def photographs(height: int, width: int, batch: int = 2) -> Tensor:
-    """Two halves of different noise, so that some patches are alike and others are not."""
-    generator = torch.Generator().manual_seed(height)
-    images = torch.randint(0, 256, (batch, 3, height, width), generator=generator)
-    images[:, :, : height // 2] = 60 + images[:, :, : height // 2] // 16
-    return images.to(torch.uint8)
 
 
 # --- plain towers, for one image, on tensors of the state dicts ---------------------------------------------
@@ -260,11 +247,11 @@ def labeller(
     head: str, made: Helper | None = None, dtype: torch.dtype = torch.float64, **how: Any
 ) -> MaskClip:
     reading = MaskClipSettings(head=head, image_stats="clip", profile="weights", **HELPER, **how)
-    return MaskClip(small_clip(dtype), classifier(), reading, helper=made or helper(dtype))
+    return MaskClip(small_clip(dtype), classifier(SMALL["embed_dim"]), reading, helper=made or helper(dtype))
 
 
 def cosines(features: Tensor, grid: tuple[int, int]) -> Tensor:
-    rows = classifier().embeddings.double()
+    rows = classifier(SMALL["embed_dim"]).embeddings.double()
     return (features @ rows.T / features.square().sum(1, keepdim=True).sqrt()).T.unflatten(1, grid)
 
 

@@ -19,12 +19,12 @@ from models.catalogue import HEADS
 from models.clip import published
 from models.clip.dense import dense_encoder
 from models.clip.loading import Clip, load_clip, load_source
-from models.clip.text import TextClassifier
 from models.clip.towers.modules import TimmTower
 from models.clip.weights import OPENAI_MEAN, OPENAI_STD, WeightSource, find_weights, siglip2_weights
 from models.errors import MaskMillError
 from models.maskclip import MaskClip
 from models.settings import MaskClipSettings
+from tests.models.clip.inputs import classifier, photographs
 
 WIDTH, HEADS_OF_ATTENTION, LAYERS, D = 48, 3, 3, 32
 TRUNK = {"embed_dim": WIDTH, "depth": LAYERS, "num_heads": HEADS_OF_ATTENTION}
@@ -81,19 +81,6 @@ def small(kind: str, dtype: torch.dtype = torch.float64) -> Clip:
 
 def visual_state(kind: str) -> dict[str, Tensor]:
     return {name: t.double() for name, t in small(kind).visual.state_dict().items()}
-
-
-def classifier(width: int, count: int = 6) -> TextClassifier:
-    rows = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
-    return TextClassifier(F.normalize(rows, dim=1), torch.arange(count), count)
-
-
-def photographs(height: int, width: int, batch: int = 2) -> Tensor:
-    """Two halves of different noise, so that some patches are alike and others are not."""
-    generator = torch.Generator().manual_seed(height)
-    images = torch.randint(0, 256, (batch, 3, height, width), generator=generator)
-    images[:, :, : height // 2] = 60 + images[:, :, : height // 2] // 16
-    return images.to(torch.uint8)
 
 
 def labeller(kind: str, dtype: torch.dtype = torch.float64, **how: Any) -> MaskClip:
